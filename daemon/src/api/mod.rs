@@ -1,0 +1,48 @@
+//! The daemon's API: HTTP/1.1 and JSON on a Unix socket, described by `openapi.json`.
+//!
+//! [`types`] is what it says, [`routes`] where, [`Backend`] who answers, [`server`] how the
+//! answers reach a socket and [`client`] how to ask from Rust.
+
+pub mod client;
+pub mod openapi;
+pub mod routes;
+pub mod server;
+pub mod types;
+
+#[cfg(test)]
+mod tests;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use types::{ApiError, CheckReport, GuestInfo, Migration, Order, PeerInfo, PortInfo, Status};
+
+/// Who answers: the host.
+///
+/// The methods that are not `async` answer at once. The others bound their own time; they are
+/// run to their end even if whoever asked goes away.
+#[async_trait(?Send)]
+pub trait Backend {
+    /// The daemon and its host.
+    fn status(&self) -> Status;
+    /// Ports lent to migrations.
+    fn ports(&self) -> Vec<PortInfo>;
+    /// Hosts that guests may move to and come from.
+    fn peers(&self) -> Vec<PeerInfo>;
+    /// Attached guests.
+    fn guests(&self) -> Vec<GuestInfo>;
+    /// Migrations under way and those that ended lately, the oldest first.
+    fn migrations(&self) -> Vec<Migration>;
+    /// One of them.
+    fn migration(&self, id: &str) -> Result<Migration, ApiError>;
+    /// Does the preflight of an order, and nothing else.
+    async fn check(&self, order: Order) -> Result<CheckReport, ApiError>;
+    /// Does the preflight of an order and begins it; it then runs on its own.
+    async fn migrate(&self, order: Order) -> Result<Migration, ApiError>;
+    /// Asks a migration to end with the guest at the source. It has ended when its outcome says so.
+    fn cancel(&self, id: &str) -> Result<Migration, ApiError>;
+    /// Follows a migration. The sender sets the outcome last and may then be dropped.
+    fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
+    /// All metrics, as Prometheus reads them.
+    fn metrics(&self) -> String;
+}

@@ -1,0 +1,369 @@
+//! Where the API answers what.
+
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::time::Duration;
+
+use http_body_util::channel::{Channel, Sender};
+use http_body_util::{BodyExt, Either, Full, Limited};
+use hyper::body::{Body, Bytes};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, StatusCode};
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use super::Backend;
+use super::types::{
+    ApiError, CheckReport, ErrorBody, ErrorCode, GuestInfo, Migration, Order, PeerInfo, PortInfo, Status,
+};
+
+/// Bytes of the largest body of a request.
+pub const MAX_BODY_BYTES: usize = 64 << 10;
+/// A request that has not arrived after this long is given up.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Events of one stream are at least so far apart; what changes between them is told once.
+pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
+/// A comment on a stream without events: only a write notices that the reader went away.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
+
+/// What can be asked for: method, path, and what is called. `{id}` stands for any one segment.
+pub(super) const ROUTES: [(Method, &str, Call); 12] = [
+    (Method::GET, "/v1/status", Call::Status),
+    (Method::GET, "/v1/ports", Call::Ports),
+    (Method::GET, "/v1/peers", Call::Peers),
+    (Method::GET, "/v1/guests", Call::Guests),
+    (Method::POST, "/v1/check", Call::Check),
+    (Method::GET, "/v1/migrations", Call::Migrations),
+    (Method::POST, "/v1/migrations", Call::Migrate),
+    (Method::GET, "/v1/migrations/{id}", Call::Migration),
+    (Method::DELETE, "/v1/migrations/{id}", Call::Cancel),
+    (Method::GET, "/v1/migrations/{id}/events", Call::Events),
+    (Method::GET, "/v1/openapi.json", Call::OpenApi),
+    (Method::GET, "/metrics", Call::Metrics),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Call {
+    Status,
+    Ports,
+    Peers,
+    Guests,
+    Check,
+    Migrations,
+    Migrate,
+    Migration,
+    Cancel,
+    Events,
+    OpenApi,
+    Metrics,
+}
+
+/// Answers one request. Errors are answers too.
+pub(super) async fn answer<B>(backend: Rc<dyn Backend>, request: Request<B>) -> Result<Answer, Infallible>
+where
+    B: Body,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let found = find(request.method(), request.uri().path()).map(|(call, id)| (call, id.to_owned()));
+    Ok(match found {
+        Ok((call, id)) => {
+            dispatch(backend, call, &id, request.into_body()).await.unwrap_or_else(error_answer)
+        }
+        Err(unrouted) => unrouted.answer(),
+    })
+}
+
+/// Answers a request to the listener for Prometheus, where anyone may connect.
+pub(super) async fn answer_metrics<B>(
+    backend: Rc<dyn Backend>,
+    request: Request<B>,
+) -> Result<Answer, Infallible> {
+    let asked = (request.method(), request.uri().path());
+    Ok(match asked {
+        (&Method::GET, "/metrics") => metrics(&*backend),
+        _ => error_answer(ApiError::new(ErrorCode::UnknownRoute, "there is only GET /metrics here")),
+    })
+}
+
+/// Finds what is called, and the segment that stands for `{id}`.
+pub(super) fn find<'p>(method: &Method, path: &'p str) -> Result<(Call, &'p str), Unrouted> {
+    let mut allowed = Vec::new();
+    for (of_route, template, call) in &ROUTES {
+        let Some(id) = matches(template, path) else { continue };
+        if method == of_route {
+            return Ok((*call, id));
+        }
+        allowed.push(of_route.as_str());
+    }
+    let path = path.chars().take(200).collect();
+    Err(Unrouted { path, allowed: allowed.join(", ") })
+}
+
+/// A path that leads nowhere, or not by this method.
+#[derive(Debug)]
+pub(super) struct Unrouted {
+    path: String,
+    allowed: String,
+}
+
+impl Unrouted {
+    fn answer(self) -> Answer {
+        let Self { path, allowed } = self;
+        if allowed.is_empty() {
+            let message = format!("there is nothing at {path}; GET /v1/openapi.json describes what there is");
+            return error_answer(ApiError::new(ErrorCode::UnknownRoute, message));
+        }
+        let message = format!("{path} allows {allowed}");
+        let mut answer = error_answer(ApiError::new(ErrorCode::UnknownMethod, message));
+        // RFC 9110, 15.5.6: a 405 names the methods that there are.
+        let allowed = HeaderValue::from_str(&allowed).expect("names of methods are visible ASCII");
+        answer.headers_mut().insert(ALLOW, allowed);
+        answer
+    }
+}
+
+fn matches<'p>(template: &str, path: &'p str) -> Option<&'p str> {
+    let (mut wanted, mut found, mut id) = (template.split('/'), path.split('/'), "");
+    loop {
+        match (wanted.next(), found.next()) {
+            (None, None) => return Some(id),
+            (Some("{id}"), Some(segment)) if !segment.is_empty() => id = segment,
+            (Some(wanted), Some(found)) if wanted == found => {}
+            _ => return None,
+        }
+    }
+}
+
+async fn dispatch<B>(backend: Rc<dyn Backend>, call: Call, id: &str, body: B) -> Result<Answer, ApiError>
+where
+    B: Body,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let host = &*backend;
+    match call {
+        Call::Status => Ok(status(host)),
+        Call::Ports => Ok(ports(host)),
+        Call::Peers => Ok(peers(host)),
+        Call::Guests => Ok(guests(host)),
+        Call::Check => check(backend, order(body).await?).await,
+        Call::Migrations => Ok(migrations(host)),
+        Call::Migrate => migrate(backend, order(body).await?).await,
+        Call::Migration => migration(host, id),
+        Call::Cancel => cancel(host, id),
+        Call::Events => events(host, id),
+        Call::OpenApi => Ok(openapi()),
+        Call::Metrics => Ok(metrics(host)),
+    }
+}
+
+/// The daemon and its host.
+#[utoipa::path(get, path = "/v1/status", tag = "host", responses((status = 200, body = Status)))]
+fn status(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.status())
+}
+
+/// Network ports lent to migrations.
+#[utoipa::path(get, path = "/v1/ports", tag = "host", responses((status = 200, body = [PortInfo])))]
+fn ports(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.ports())
+}
+
+/// Hosts that guests may move to and come from.
+#[utoipa::path(get, path = "/v1/peers", tag = "host", responses((status = 200, body = [PeerInfo])))]
+fn peers(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.peers())
+}
+
+/// Attached guests.
+#[utoipa::path(get, path = "/v1/guests", tag = "host", responses((status = 200, body = [GuestInfo])))]
+fn guests(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.guests())
+}
+
+/// Dry run of an order: all of its preflight, and nothing else.
+#[utoipa::path(
+    post, path = "/v1/check", tag = "migrations", request_body = Order,
+    responses(
+        (status = 200, description = "What was found; `ok` says whether the order would run", body = CheckReport),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn check(backend: Rc<dyn Backend>, order: Order) -> Result<Answer, ApiError> {
+    let report = to_its_end(async move { backend.check(order).await }).await?;
+    Ok(json(StatusCode::OK, &report))
+}
+
+/// Migrations under way and those that ended lately, the oldest first.
+#[utoipa::path(
+    get, path = "/v1/migrations", tag = "migrations", responses((status = 200, body = [Migration]))
+)]
+fn migrations(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.migrations())
+}
+
+/// Moves a guest. The preflight is done when this answers; the migration then runs on its own.
+#[utoipa::path(
+    post, path = "/v1/migrations", tag = "migrations", request_body = Order,
+    responses(
+        (status = 201, description = "Begun", body = Migration),
+        (status = "4XX", description = "Refused; the guest runs on", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn migrate(backend: Rc<dyn Backend>, order: Order) -> Result<Answer, ApiError> {
+    let migration = to_its_end(async move { backend.migrate(order).await }).await?;
+    Ok(json(StatusCode::CREATED, &migration))
+}
+
+/// One migration.
+#[utoipa::path(
+    get, path = "/v1/migrations/{id}", tag = "migrations",
+    params(("id" = String, Path, description = "Identity of the migration")),
+    responses((status = 200, body = Migration), (status = "4XX", body = ErrorBody))
+)]
+fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
+    Ok(json(StatusCode::OK, &backend.migration(id)?))
+}
+
+/// Cancels a migration that has not switched over yet. It has ended when its outcome says so.
+#[utoipa::path(
+    delete, path = "/v1/migrations/{id}", tag = "migrations",
+    params(("id" = String, Path, description = "Identity of the migration")),
+    responses((status = 202, description = "Asked to end", body = Migration), (status = "4XX", body = ErrorBody))
+)]
+fn cancel(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
+    Ok(json(StatusCode::ACCEPTED, &backend.cancel(id)?))
+}
+
+/// Follows a migration as server-sent events: `migration` whenever something changed, at most
+/// ten times a second, and `ended` as the last one. The data of each is the whole migration.
+#[utoipa::path(
+    get, path = "/v1/migrations/{id}/events", tag = "migrations",
+    params(("id" = String, Path, description = "Identity of the migration")),
+    responses(
+        (status = 200, content_type = "text/event-stream", body = Migration),
+        (status = "4XX", body = ErrorBody),
+    )
+)]
+fn events(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
+    let changes = backend.watch(id)?;
+    let (sender, body) = Channel::new(1);
+    tokio::task::spawn_local(feed(changes, sender));
+    let mut answer = answer_of(StatusCode::OK, "text/event-stream", Either::Right(body));
+    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    Ok(answer)
+}
+
+/// This description.
+#[utoipa::path(
+    get, path = "/v1/openapi.json", tag = "host",
+    responses((status = 200, content_type = "application/json", body = Object))
+)]
+fn openapi() -> Answer {
+    text("application/json", super::openapi::COMMITTED)
+}
+
+/// All metrics, as Prometheus reads them.
+#[utoipa::path(
+    get, path = "/metrics", tag = "host",
+    responses((status = 200, content_type = "text/plain; version=0.0.4", body = String))
+)]
+fn metrics(backend: &dyn Backend) -> Answer {
+    text("text/plain; version=0.0.4", backend.metrics())
+}
+
+/// Reads the body of an order.
+async fn order<B>(body: B) -> Result<Order, ApiError>
+where
+    B: Body,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let slow = |_| ApiError::new(ErrorCode::Slow, "the body of the request did not arrive in time");
+    let bytes =
+        match timeout(REQUEST_TIMEOUT, Limited::new(body, MAX_BODY_BYTES).collect()).await.map_err(slow)? {
+            Ok(body) => body.to_bytes(),
+            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+                let message = format!("the body of a request may have {MAX_BODY_BYTES} bytes at most");
+                return Err(ApiError::new(ErrorCode::TooLarge, message));
+            }
+            Err(error) => {
+                let message = format!("cannot read the body of the request: {error}");
+                return Err(ApiError::new(ErrorCode::Invalid, message));
+            }
+        };
+    let order: Order = serde_json::from_slice(&bytes).map_err(|error| {
+        ApiError::new(ErrorCode::Invalid, format!("the order is not understood: {error}"))
+    })?;
+    checked(order)
+}
+
+fn checked(order: Order) -> Result<Order, ApiError> {
+    let invalid = |message: String| Err(ApiError::new(ErrorCode::Invalid, message));
+    match order {
+        Order { downtime_limit_seconds: Some(limit), .. } if !(0.001..=60.0).contains(&limit) => {
+            invalid(format!("downtime_limit_seconds = {limit} is not allowed; give it 0.001 to 60"))
+        }
+        Order { max_rounds: Some(rounds), .. } if !(1..=1000).contains(&rounds) => {
+            invalid(format!("max_rounds = {rounds} is not allowed; give it 1 to 1000"))
+        }
+        order => Ok(order),
+    }
+}
+
+/// Runs what must not be left half done when the caller hangs up, which drops the answer's future.
+async fn to_its_end<T: 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + 'static,
+) -> Result<T, ApiError> {
+    let failed = |error| ApiError::new(ErrorCode::Internal, format!("the daemon failed at this: {error}"));
+    tokio::task::spawn_local(work).await.map_err(failed)?
+}
+
+/// Writes events until the migration has ended or the reader is gone.
+async fn feed(mut changes: watch::Receiver<Migration>, mut sender: Sender<Bytes>) {
+    loop {
+        let migration = changes.borrow_and_update().clone();
+        let ended = migration.outcome.is_some();
+        let event = if ended { "ended" } else { "migration" };
+        let data = to_json(&migration);
+        if sender.send_data(format!("event: {event}\ndata: {data}\n\n").into()).await.is_err() || ended {
+            return;
+        }
+        sleep(EVENT_INTERVAL).await;
+        loop {
+            match timeout(KEEP_ALIVE, changes.changed()).await {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) => return,
+                Err(_) if sender.send_data(Bytes::from_static(b":\n\n")).await.is_err() => return,
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Answer {
+    answer_of(status, "application/json", Either::Left(Full::from(to_json(body))))
+}
+
+fn text(kind: &'static str, body: impl Into<Bytes>) -> Answer {
+    answer_of(StatusCode::OK, kind, Either::Left(Full::from(body.into())))
+}
+
+fn error_answer(error: ApiError) -> Answer {
+    let status = StatusCode::from_u16(error.code.http_status()).expect("all of them lie within 100 to 999");
+    json(status, &ErrorBody { error })
+}
+
+fn answer_of(status: StatusCode, kind: &'static str, body: Either<Full<Bytes>, Channel<Bytes>>) -> Answer {
+    let mut answer = Answer::new(body);
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("the API's types have string keys only, and cannot fail")
+}

@@ -1,0 +1,135 @@
+//! The API's socket, and the listener for Prometheus.
+
+use std::convert::Infallible;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream as BlockingUnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::Backend;
+use super::routes::{self, Answer, REQUEST_TIMEOUT};
+
+/// Connections served at once; more wait to be accepted.
+pub const MAX_CONNECTIONS: usize = 128;
+
+/// Why there is no API.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Someone answers on the socket.
+    #[error("another daemon answers on {}; stop it, or configure another api_socket", socket.display())]
+    InUse {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// Something else stands in the socket's place.
+    #[error("{} is no socket; remove it, or configure another api_socket", socket.display())]
+    NotASocket {
+        /// Its path.
+        socket: PathBuf,
+    },
+    /// The system refused it.
+    #[error("cannot open the socket {} of the API: {error}", socket.display())]
+    Io {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// Opens the API's socket for its owner and group. One that a dead daemon left is replaced.
+pub fn bind(socket: &Path) -> Result<UnixListener, ServerError> {
+    let failed = |error| ServerError::Io { socket: socket.to_owned(), error };
+    match fs::symlink_metadata(socket) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ServerError::NotASocket { socket: socket.to_owned() });
+        }
+        Ok(_) if BlockingUnixStream::connect(socket).is_ok() => {
+            return Err(ServerError::InUse { socket: socket.to_owned() });
+        }
+        Ok(_) => fs::remove_file(socket).map_err(failed)?,
+    }
+    let listener = UnixListener::bind(socket).map_err(failed)?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o660)).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Serves the API until dropped, on a thread with a [`tokio::task::LocalSet`].
+pub async fn serve(listener: UnixListener, backend: Rc<dyn Backend>) -> Infallible {
+    let mut connections = Connections::default();
+    loop {
+        let accepted = listener.accept().await.map(|(stream, _)| TokioIo::new(stream));
+        let backend = backend.clone();
+        connections.add(accepted, move |request| routes::answer(backend.clone(), request)).await;
+    }
+}
+
+/// Serves `GET /metrics`, and nothing else of the API, until dropped.
+pub async fn serve_metrics(listener: TcpListener, backend: Rc<dyn Backend>) -> Infallible {
+    let mut connections = Connections::default();
+    loop {
+        let accepted = listener.accept().await.map(|(stream, _)| TokioIo::new(stream));
+        let backend = backend.clone();
+        connections.add(accepted, move |request| routes::answer_metrics(backend.clone(), request)).await;
+    }
+}
+
+/// Connections under way; they end when this is dropped.
+struct Connections {
+    tasks: JoinSet<()>,
+    free: Arc<Semaphore>,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self { tasks: JoinSet::new(), free: Arc::new(Semaphore::new(MAX_CONNECTIONS)) }
+    }
+}
+
+impl Connections {
+    async fn add<S, F>(&mut self, accepted: io::Result<S>, answer: impl Fn(Request<Incoming>) -> F + 'static)
+    where
+        S: Read + Write + Unpin + 'static,
+        F: Future<Output = Result<Answer, Infallible>> + 'static,
+    {
+        while self.tasks.try_join_next().is_some() {}
+        let stream = match accepted {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: they come back, the listener must not go away.
+                tracing::warn!("cannot accept a connection to the API: {error}");
+                return sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let permit = self.free.clone().acquire_owned().await.expect("it is never closed");
+        self.tasks.spawn_local(async move {
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(REQUEST_TIMEOUT)
+                .max_buf_size(routes::MAX_BODY_BYTES)
+                .serve_connection(stream, service_fn(answer))
+                .await;
+            if let Err(error) = served {
+                tracing::debug!("a connection to the API ended: {error}");
+            }
+            drop(permit);
+        });
+    }
+}

@@ -1,0 +1,254 @@
+//! Server and client against a backend that is told what to answer.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::LocalSet;
+
+use super::Backend;
+use super::client::{Client, ClientError};
+use super::server;
+use super::types::*;
+
+struct Fake {
+    migration: watch::Sender<Migration>,
+    orders: RefCell<Vec<Order>>,
+}
+
+impl Fake {
+    fn known(&self, id: &str) -> Result<(), ApiError> {
+        match id {
+            "00ff" => Ok(()),
+            _ => Err(ApiError::new(ErrorCode::UnknownMigration, format!("no migration {id}"))),
+        }
+    }
+}
+
+#[async_trait(?Send)]
+impl Backend for Fake {
+    fn status(&self) -> Status {
+        Status { host: "host-a".to_owned(), insecure: true, ..Status::default() }
+    }
+    fn ports(&self) -> Vec<PortInfo> {
+        vec![PortInfo { name: "a".to_owned(), ..PortInfo::default() }]
+    }
+    fn peers(&self) -> Vec<PeerInfo> {
+        vec![PeerInfo { name: "host-b".to_owned(), control: "10.0.0.2:7410".to_owned() }]
+    }
+    fn guests(&self) -> Vec<GuestInfo> {
+        Vec::new()
+    }
+    fn migrations(&self) -> Vec<Migration> {
+        vec![self.migration.borrow().clone()]
+    }
+    fn migration(&self, id: &str) -> Result<Migration, ApiError> {
+        self.known(id).map(|()| self.migration.borrow().clone())
+    }
+    async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
+        Ok(CheckReport { ok: true, guest: order.guest, host: order.host, ..CheckReport::default() })
+    }
+    async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
+        match order.guest.as_str() {
+            "web1" => {
+                self.orders.borrow_mut().push(order);
+                Ok(self.migration.borrow().clone())
+            }
+            "bug" => panic!("on purpose"),
+            other => Err(ApiError::new(ErrorCode::UnknownGuest, format!("no guest {other}"))),
+        }
+    }
+    fn cancel(&self, id: &str) -> Result<Migration, ApiError> {
+        self.known(id)?;
+        self.migration.send_modify(|migration| migration.outcome = Some(Outcome::Cancelled));
+        self.migration(id)
+    }
+    fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
+        self.known(id).map(|()| self.migration.subscribe())
+    }
+    fn metrics(&self) -> String {
+        "memlane_guests 1\n".to_owned()
+    }
+}
+
+/// Runs a test on a thread that serves the API as well.
+fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Rc<Fake>, Client) -> F) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        let migration = watch::Sender::new(Migration::new("00ff", "web1", "host-b"));
+        let fake = Rc::new(Fake { migration, orders: RefCell::default() });
+        tokio::task::spawn_local(server::serve(server::bind(&socket).unwrap(), fake.clone()));
+        test(fake, Client::new(socket)).await;
+    });
+}
+
+async fn raw(
+    client: &Client,
+    method: Method,
+    path: &str,
+    body: impl Into<Bytes>,
+) -> (StatusCode, String, String) {
+    let stream = UnixStream::connect(client.socket()).await.unwrap();
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let request = Request::builder().method(method).uri(path).body(Full::new(body.into())).unwrap();
+    let answer = sender.send_request(request).await.unwrap();
+    let status = answer.status();
+    let allow = answer.headers().get("allow").map_or("", |value| value.to_str().unwrap()).to_owned();
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    (status, allow, String::from_utf8(body.to_vec()).unwrap())
+}
+
+#[test]
+fn every_call_of_the_client_is_answered() {
+    with_server(|fake, client| async move {
+        assert_eq!(client.status().await.unwrap().host, "host-a");
+        assert_eq!(client.ports().await.unwrap().len(), 1);
+        assert_eq!(client.peers().await.unwrap()[0].name, "host-b");
+        assert!(client.guests().await.unwrap().is_empty());
+        assert_eq!(client.migrations().await.unwrap().len(), 1);
+        assert_eq!(client.migration("00ff").await.unwrap().guest, "web1");
+        assert_eq!(client.metrics().await.unwrap(), "memlane_guests 1\n");
+        let order = Order {
+            guest: "web1".to_owned(),
+            host: "host-b".to_owned(),
+            downtime_limit_seconds: Some(0.3),
+            verify: true,
+            ..Order::default()
+        };
+        assert!(client.check(&order).await.unwrap().ok);
+        assert_eq!(client.migrate(&order).await.unwrap().id, "00ff");
+        assert_eq!(*fake.orders.borrow(), [order]);
+    });
+}
+
+#[test]
+fn errors_are_told_with_their_code_and_status() {
+    with_server(|_, client| async move {
+        let code = |error: ClientError| match error {
+            ClientError::Api(error) => error.code,
+            other => panic!("{other}"),
+        };
+        let order = Order { guest: "db1".to_owned(), host: "host-b".to_owned(), ..Order::default() };
+        assert_eq!(code(client.migrate(&order).await.unwrap_err()), ErrorCode::UnknownGuest);
+        let order = Order { guest: "bug".to_owned(), ..order };
+        assert_eq!(code(client.migrate(&order).await.unwrap_err()), ErrorCode::Internal);
+        let order = Order { downtime_limit_seconds: Some(f64::MAX), ..order };
+        assert_eq!(code(client.check(&order).await.unwrap_err()), ErrorCode::Invalid);
+        assert_eq!(code(client.migration("0123").await.unwrap_err()), ErrorCode::UnknownMigration);
+        assert_eq!(code(client.cancel("../status").await.unwrap_err()), ErrorCode::UnknownMigration);
+        assert_eq!(code(client.events("0123").await.unwrap_err()), ErrorCode::UnknownMigration);
+
+        let cases = [
+            (Method::GET, "/", "", 404, "unknown_route"),
+            (Method::GET, "/v1/migrations/", "", 404, "unknown_route"),
+            (Method::GET, "/v1/migrations/00ff/events/1", "", 404, "unknown_route"),
+            (Method::PUT, "/v1/migrations", "", 405, "unknown_method"),
+            (Method::GET, "/v1/migrations/0123", "", 404, "unknown_migration"),
+            (Method::POST, "/v1/check", "", 400, "invalid"),
+            (Method::POST, "/v1/check", "{\"guest\":\"web1\"}", 400, "invalid"),
+            (Method::POST, "/v1/check", "{\"guest\":\"web1\",\"host\":\"b\",\"hots\":1}", 400, "invalid"),
+            (Method::POST, "/v1/check", &" ".repeat(70_000), 413, "too_large"),
+        ];
+        for (method, path, body, status, code) in cases {
+            let (found, allow, text) = raw(&client, method.clone(), path, body.to_owned()).await;
+            assert_eq!(found.as_u16(), status, "{method} {path}: {text}");
+            let body: ErrorBody = serde_json::from_str(&text).unwrap();
+            assert_eq!(serde_json::to_value(body.error.code).unwrap(), code, "{text}");
+            assert_eq!(allow, if status == 405 { "GET, POST" } else { "" });
+        }
+    });
+}
+
+#[test]
+fn the_description_is_served() {
+    with_server(|_, client| async move {
+        let (status, _, text) = raw(&client, Method::GET, "/v1/openapi.json?pretty", "").await;
+        assert_eq!((status, text.as_str()), (StatusCode::OK, super::openapi::COMMITTED));
+    });
+}
+
+#[test]
+fn events_tell_what_changes_and_end_with_the_outcome() {
+    with_server(|fake, client| async move {
+        let mut events = client.events("00ff").await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap().phase, Phase::Preflight);
+        fake.migration.send_modify(|migration| migration.phase = Phase::Copying);
+        assert_eq!(events.next().await.unwrap().unwrap().phase, Phase::Copying);
+        // Told as one: the stream is slower than these.
+        for remaining in [3, 2, 1] {
+            fake.migration.send_modify(|migration| migration.pages_remaining = remaining);
+        }
+        assert_eq!(events.next().await.unwrap().unwrap().pages_remaining, 1);
+        client.cancel("00ff").await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap().outcome, Some(Outcome::Cancelled));
+        assert_eq!(events.next().await.unwrap(), None);
+        // One that has ended is told at once.
+        let mut events = client.events("00ff").await.unwrap();
+        assert!(events.next().await.unwrap().unwrap().outcome.is_some());
+    });
+}
+
+#[test]
+fn what_is_begun_goes_on_when_the_caller_hangs_up() {
+    with_server(|fake, client| async move {
+        let order = Order { guest: "web1".to_owned(), host: "host-b".to_owned(), ..Order::default() };
+        let body = serde_json::to_string(&order).unwrap();
+        let stream = UnixStream::connect(client.socket()).await.unwrap();
+        let length = body.len();
+        let request =
+            format!("POST /v1/migrations HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}");
+        assert_eq!(stream.try_write(request.as_bytes()).unwrap(), request.len());
+        drop(stream);
+        while fake.orders.borrow().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+}
+
+#[test]
+fn a_client_says_why_it_cannot_connect() {
+    let directory = tempfile::tempdir().unwrap();
+    let message = |name: &str| {
+        let client = Client::new(directory.path().join(name));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(client.status()).unwrap_err().to_string()
+    };
+    let missing = message("missing");
+    assert!(missing.contains("missing") && missing.contains("systemctl status memlaned"), "{missing}");
+    std::fs::write(directory.path().join("file"), "").unwrap();
+    assert!(message("file").contains("is no socket"), "{}", message("file"));
+    // A socket that nobody listens on any more.
+    drop(std::os::unix::net::UnixListener::bind(directory.path().join("stale")).unwrap());
+    assert!(message("stale").contains("Is it running?"), "{}", message("stale"));
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _context = runtime.enter();
+    let stale = directory.path().join("stale");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let listener = server::bind(&stale).unwrap();
+    let error = server::bind(&stale).unwrap_err().to_string();
+    assert!(error.contains("another daemon answers"), "{error}");
+    drop(listener);
+    let file = directory.path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let error = server::bind(&file).unwrap_err().to_string();
+    assert!(error.contains("is no socket"), "{error}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+    let error = server::bind(&directory.path().join("no/such/directory")).unwrap_err().to_string();
+    assert!(error.contains("cannot open the socket"), "{error}");
+}

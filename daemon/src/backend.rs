@@ -1,0 +1,239 @@
+//! What the API answers: the host, put into its words.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use memlane_protocol::convergence::Policy;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::hello;
+use tokio::sync::watch;
+
+use crate::api::Backend;
+use crate::api::types::{
+    ApiError, CheckReport, ErrorCode, GuestInfo, Migration, NicInfo, Order, PeerInfo, PortInfo, Role,
+    Standing as StandingView, Status,
+};
+use crate::config::PortConfig;
+use crate::guest::Guest;
+use crate::hex;
+use crate::host::{Host, random_id};
+use crate::metrics;
+use crate::migrate::Ticket;
+use crate::migrate::preflight::{self, Findings, Request};
+use crate::migrate::source::{self, Wishes};
+use crate::port::{holds, interface_state};
+
+/// Longest downtime limit that an order may name.
+const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
+
+/// The host, as the API sees it.
+pub struct HostBackend(pub Rc<Host>);
+
+#[async_trait(?Send)]
+impl Backend for HostBackend {
+    fn status(&self) -> Status {
+        let host = &self.0;
+        Status {
+            host: host.config.host.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_versions: [hello::VERSIONS.0, hello::VERSIONS.1],
+            uptime_seconds: host.started.elapsed().as_secs_f64(),
+            guests: host.guests().len(),
+            migrations: host.active(),
+            insecure: true,
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            kvm: std::path::Path::new("/dev/kvm").exists(),
+        }
+    }
+
+    fn ports(&self) -> Vec<PortInfo> {
+        self.0.config.ports.iter().map(|port| port_info(&self.0, port)).collect()
+    }
+
+    fn peers(&self) -> Vec<PeerInfo> {
+        let peers = self.0.config.peers.iter();
+        peers
+            .map(|peer| PeerInfo { name: peer.name.to_string(), control: peer.control.to_string() })
+            .collect()
+    }
+
+    fn guests(&self) -> Vec<GuestInfo> {
+        self.0.guests().iter().map(|guest| guest_info(guest)).collect()
+    }
+
+    fn migrations(&self) -> Vec<Migration> {
+        self.0.migrations().iter().map(|ticket| ticket.progress.borrow().clone()).collect()
+    }
+
+    fn migration(&self, id: &str) -> Result<Migration, ApiError> {
+        Ok(self.find(id)?.progress.borrow().clone())
+    }
+
+    async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
+        let (guest, peer) = self.parties(&order)?;
+        let mut findings = Findings::default();
+        let request = self.request(&order, true);
+        preflight::send(&self.0, &guest, &peer, request, &mut findings).await;
+        Ok(CheckReport {
+            ok: !findings.refused(),
+            guest: order.guest,
+            host: order.host,
+            findings: findings.findings,
+            ports: findings.ports,
+            estimate: findings.estimate,
+        })
+    }
+
+    async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
+        let (guest, peer) = self.parties(&order)?;
+        let wishes = self.wishes(&order)?;
+        let request = self.request(&order, false);
+        // Taken before anything is awaited, so that no second order can take the guest too.
+        guest.migration.replace(Some(request.migration));
+        let mut findings = Findings::default();
+        let Some(plan) = preflight::send(&self.0, &guest, &peer, request, &mut findings).await else {
+            guest.migration.take();
+            for finding in findings.findings.iter().filter(|finding| finding.what != "host") {
+                tracing::info!(guest = %guest.shape.name, %peer, what = finding.what, detail = finding.detail, "preflight");
+            }
+            metrics::refused("preflight");
+            return Err(ApiError::new(ErrorCode::Refused, findings.reasons()));
+        };
+        let host = self.0.clone();
+        let names = (&host.config.host, &peer);
+        let (ticket, words) = Ticket::new(request.migration, &guest.shape.name, names, Role::Source);
+        ticket.update(|progress| {
+            progress.pages_total = guest.shape.pages();
+            progress.downtime_limit_seconds = wishes.policy.downtime_limit.as_secs_f64();
+        });
+        host.add(ticket.clone());
+        let first = ticket.progress.borrow().clone();
+        tokio::task::spawn_local(source::run(host.clone(), guest, (ticket, words), plan, wishes));
+        Ok(first)
+    }
+
+    fn cancel(&self, id: &str) -> Result<Migration, ApiError> {
+        let ticket = self.find(id)?;
+        if !ticket.cancellable.get() {
+            let progress = ticket.progress.borrow();
+            let why = match (progress.role, progress.outcome) {
+                (_, Some(outcome)) => format!("it has ended: {outcome}"),
+                (Role::Destination, None) => "it must be cancelled at the source".to_owned(),
+                (Role::Source, None) => "the guest has been handed over already".to_owned(),
+            };
+            let text = format!("migration {id} of guest {} cannot be cancelled: {why}", ticket.guest);
+            return Err(ApiError::new(ErrorCode::TooLate, text));
+        }
+        ticket.cancelled.send_replace(true);
+        Ok(ticket.progress.borrow().clone())
+    }
+
+    fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
+        Ok(self.find(id)?.progress.subscribe())
+    }
+
+    fn metrics(&self) -> String {
+        metrics::render()
+    }
+}
+
+impl HostBackend {
+    fn find(&self, id: &str) -> Result<Rc<Ticket>, ApiError> {
+        let found = hex::decode(id).and_then(|id| self.0.migration(&id));
+        let unknown = || format!("no migration {id} is known here; see `memlanectl status`");
+        found.ok_or_else(|| ApiError::new(ErrorCode::UnknownMigration, unknown()))
+    }
+
+    /// The guest and the host that an order names, if the guest is free to move.
+    fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
+        let host = &self.0;
+        let guest = order.guest.parse().ok().and_then(|name| host.guest(&name)).ok_or_else(|| {
+            let names: Vec<String> = host.guests().iter().map(|guest| guest.shape.name.to_string()).collect();
+            let there =
+                if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
+            let text = format!("no guest named {} is attached to this daemon ({there})", order.guest);
+            ApiError::new(ErrorCode::UnknownGuest, text)
+        })?;
+        let peer = order.host.parse().ok().and_then(|name| host.peer(&name)).ok_or_else(|| {
+            let names: Vec<String> = host.config.peers.iter().map(|peer| peer.name.to_string()).collect();
+            let there =
+                if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
+            let text = format!("{} is no peer of this host ({there}); add it as [[peer]]", order.host);
+            ApiError::new(ErrorCode::UnknownHost, text)
+        })?;
+        if guest.is_moving() {
+            let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
+            return Err(ApiError::new(ErrorCode::AlreadyMoving, text));
+        }
+        if guest.standing.get() != Standing::Running {
+            let text = format!("guest {} does not run here ({:?})", order.guest, guest.standing.get());
+            return Err(ApiError::new(ErrorCode::Refused, text));
+        }
+        Ok((guest, peer.name.clone()))
+    }
+
+    fn request(&self, order: &Order, check_only: bool) -> Request {
+        let default = self.0.config.limits.min_bandwidth.0;
+        let min_bandwidth = order.min_bandwidth_bits_per_second.unwrap_or(default);
+        Request { migration: random_id(), check_only, min_bandwidth }
+    }
+
+    fn wishes(&self, order: &Order) -> Result<Wishes, ApiError> {
+        let limits = &self.0.config.limits;
+        let downtime_limit = match order.downtime_limit_seconds {
+            None => limits.downtime,
+            Some(seconds) => Duration::try_from_secs_f64(seconds)
+                .ok()
+                .filter(|limit| !limit.is_zero() && *limit <= LONGEST_LIMIT)
+                .ok_or_else(|| {
+                    let text =
+                        format!("a downtime limit of {seconds} s is not allowed: above 0, at most 3600");
+                    ApiError::new(ErrorCode::Invalid, text)
+                })?,
+        };
+        let max_rounds = order.max_rounds.unwrap_or(limits.max_rounds);
+        if max_rounds == 0 {
+            return Err(ApiError::new(ErrorCode::Invalid, "max_rounds must be at least 1"));
+        }
+        Ok(Wishes { policy: Policy { downtime_limit, max_rounds }, verify: order.verify })
+    }
+}
+
+fn port_info(host: &Host, port: &PortConfig) -> PortInfo {
+    let carrier = port.interface.as_deref().map(|interface| interface_state(interface).0);
+    let (bytes_sent, bytes_received) = host.traffic.of(&port.name);
+    PortInfo {
+        name: port.name.to_string(),
+        interface: port.interface.clone(),
+        address: port.address.to_string(),
+        speed_bits_per_second: preflight::speed(port),
+        up: carrier.unwrap_or(true) && holds(port.address),
+        lanes: port.lanes,
+        bytes_sent,
+        bytes_received,
+    }
+}
+
+fn guest_info(guest: &Guest) -> GuestInfo {
+    let standing = match guest.standing.get() {
+        Standing::Running if guest.is_moving() => StandingView::Migrating,
+        Standing::Running => StandingView::Running,
+        Standing::Incoming => StandingView::Incoming,
+        Standing::Relinquished => StandingView::Relinquished,
+        Standing::Loaded => StandingView::Loaded,
+    };
+    let mac = |mac: &[u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+    let nics = guest.shape.nics.iter();
+    GuestInfo {
+        name: guest.shape.name.to_string(),
+        vmm: guest.shape.machine.vmm.to_string(),
+        vcpus: guest.shape.machine.vcpus,
+        ram_bytes: guest.shape.ram_bytes(),
+        tracker: guest.shape.tracker.name().to_owned(),
+        standing,
+        nics: nics.map(|nic| NicInfo { mac: mac(&nic.mac), network: nic.network.to_string() }).collect(),
+        pid: Some(guest.pid),
+    }
+}

@@ -1,0 +1,416 @@
+//! The configuration: one TOML file, of which every mistake is told with its line, its key,
+//! what was found and what is allowed. `systemd/memlaned.toml` explains all keys.
+
+mod reader;
+mod units;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fs;
+use std::hash::Hash;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use memlane_protocol::wire::Label;
+
+use reader::{Source, Table, Value};
+pub use units::{BadUnit, Rate, Size, Span};
+
+/// TCP port where peers connect, unless another is configured.
+pub const CONTROL_PORT: u16 = 7410;
+/// TCP port of lanes, unless another is configured.
+pub const LANE_PORT: u16 = 7411;
+/// Lanes that a port may have.
+pub const MAX_LANES: u32 = 16;
+
+/// What the daemon is told when it starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name of this host, as its peers know it.
+    pub host: Label,
+    /// Unix socket of the API.
+    pub api_socket: PathBuf,
+    /// Unix socket where VMMs attach.
+    pub attach_socket: PathBuf,
+    /// Directory of the journal.
+    pub journal: PathBuf,
+    /// Where Prometheus reads metrics over TCP; they are always on the API's socket.
+    pub metrics: Option<SocketAddr>,
+    /// Where peers connect.
+    pub control: SocketAddr,
+    /// TCP port, on each migration port's address, where lanes connect.
+    pub lane_port: u16,
+    /// User ids whose VMMs may attach guests.
+    pub attach_users: Vec<u32>,
+    /// Network ports lent to migrations.
+    pub ports: Vec<PortConfig>,
+    /// Hosts that guests may move to and come from.
+    pub peers: Vec<PeerConfig>,
+    /// Networks that guests are plugged into.
+    pub networks: Vec<NetworkConfig>,
+    /// Bounds on migrations.
+    pub limits: Limits,
+}
+
+/// `[[port]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Name; a lane connects ports of one name.
+    pub name: Label,
+    /// Interface that lanes are bound to, besides the address.
+    pub interface: Option<String>,
+    /// Address that lanes are bound to.
+    pub address: IpAddr,
+    /// Speed in bits per second, where the interface does not tell it.
+    pub speed: Option<Rate>,
+    /// Lanes that a migration opens, at most [`MAX_LANES`].
+    pub lanes: u16,
+}
+
+/// `[[peer]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Name of the host.
+    pub name: Label,
+    /// Where its daemon awaits us. Calls of this peer must come from this address.
+    pub control: SocketAddr,
+}
+
+/// `[[network]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Name that the NICs of guests carry, the same on all hosts.
+    pub name: Label,
+    /// Bridge of this host on which arriving guests are announced.
+    pub bridge: String,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest pause of a guest, where the order names none.
+    pub downtime: Duration,
+    /// Orders are refused where the ports cannot deliver this, unless the order names a rate.
+    pub min_bandwidth: Rate,
+    /// Rounds of pre-copy, where the order names no number.
+    pub max_rounds: u32,
+    /// A peer or a lane that says nothing for so long is gone.
+    pub silence: Duration,
+    /// Memory that arriving guests must leave free on this host.
+    pub memory_reserve: Size,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {error}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The file is no TOML.
+    #[error("{}:{line}: this is no TOML: {message}", file.display())]
+    Syntax {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key that does not exist.
+    #[error("{}:{line}: unknown key {key}; allowed here: {known}", file.display())]
+    Unknown {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key found.
+        key: String,
+        /// The keys that exist.
+        known: String,
+    },
+    /// A key without a default is not there.
+    #[error("{}:{line}: {key} is missing; give it {allowed}", file.display())]
+    Missing {
+        /// The file.
+        file: PathBuf,
+        /// The line of the table that lacks it.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What may stand there.
+        allowed: String,
+    },
+    /// A value that is not allowed.
+    #[error("{}:{line}: {key} = {found} is not allowed; give it {allowed}", file.display())]
+    Value {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What stands there.
+        found: String,
+        /// What may stand there.
+        allowed: String,
+    },
+    /// A value that must be unique.
+    #[error("{}:{line}: {key} = {found} stands on line {first} already; give each its own", file.display())]
+    Duplicate {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What stands there.
+        found: String,
+        /// The line where it stood first.
+        first: usize,
+    },
+    /// The file does not agree to plain TCP.
+    #[error(
+        "{}: insecure = {found}: traffic between daemons, guests' memory included, is not encrypted yet. \
+         Where only trusted hosts share the migration networks, write insecure = true; nothing else is allowed",
+        file.display()
+    )]
+    Insecure {
+        /// The file.
+        file: PathBuf,
+        /// What stands there.
+        found: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads a file.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(file).map_err(|error| ConfigError::Read { file: file.to_owned(), error })?;
+        Self::parse(file, &text)
+    }
+
+    /// Reads the text of a file; the name is for messages.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let mut table = Source { file, text }.table()?;
+        insecure(&mut table, file)?;
+        let host = host(&mut table)?;
+        let config = Self {
+            api_socket: socket(&mut table, "api_socket", "/run/memlane/api.sock")?,
+            attach_socket: socket(&mut table, "attach_socket", "/run/memlane/attach.sock")?,
+            journal: or(table.take("journal"), PathBuf::from("/var/lib/memlane"), |value| value.path())?,
+            metrics: table.take("metrics").map(|value| address(&value, None)).transpose()?,
+            control: or(table.take("control"), (Ipv4Addr::UNSPECIFIED, CONTROL_PORT).into(), |value| {
+                address(value, Some(CONTROL_PORT))
+            })?,
+            lane_port: or(table.take("lane_port"), LANE_PORT, |value| {
+                value.integer(1..=65535).map(|port| port as u16)
+            })?,
+            attach_users: attach_users(&mut table)?,
+            ports: ports(&mut table)?,
+            peers: peers(&mut table, &host)?,
+            networks: networks(&mut table)?,
+            limits: limits(&mut table)?,
+            host,
+        };
+        table.finish()?;
+        Ok(config)
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime: Duration::from_millis(300),
+            min_bandwidth: Rate(250_000_000),
+            max_rounds: 50,
+            silence: Duration::from_secs(5),
+            memory_reserve: Size(256 << 20),
+        }
+    }
+}
+
+const NAME: &str = "a name of 1 to 63 characters of A-Z a-z 0-9 . _ -, beginning with a letter or digit";
+const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
+const INTERFACE: &str = "the name of a network interface: 1 to 15 characters without spaces and slashes";
+
+fn or<'t, T>(
+    value: Option<Value<'t>>,
+    default: T,
+    read: impl FnOnce(&Value<'t>) -> Result<T, ConfigError>,
+) -> Result<T, ConfigError> {
+    value.map_or(Ok(default), |value| read(&value))
+}
+
+fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
+    let found = match table.take("insecure") {
+        None => "(missing)",
+        Some(value) if value.boolean()? => return Ok(()),
+        Some(_) => "false",
+    };
+    Err(ConfigError::Insecure { file: file.to_owned(), found })
+}
+
+fn host(table: &mut Table<'_>) -> Result<Label, ConfigError> {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    match table.take("host") {
+        Some(value) => value.parse(NAME),
+        None => match name.parse() {
+            Ok(label) => Ok(label),
+            Err(_) => {
+                table.need("host", &format!("{NAME} (the machine's own, {name:?}, is none)"))?.parse(NAME)
+            }
+        },
+    }
+}
+
+fn socket(table: &mut Table<'_>, key: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+    or(table.take(key), PathBuf::from(default), |value| {
+        let path = value.path()?;
+        // sun_path, less the NUL at its end: unix(7).
+        if path.as_os_str().len() < 108 { Ok(path) } else { Err(value.wrong("a path of at most 107 bytes")) }
+    })
+}
+
+fn address(value: &Value<'_>, default_port: Option<u16>) -> Result<SocketAddr, ConfigError> {
+    let (allowed, port) = match default_port {
+        None => ("\"ADDRESS:PORT\" with a numeric address, such as \"127.0.0.1:9410\"".to_owned(), 0),
+        Some(port) => (format!("\"ADDRESS\" or \"ADDRESS:PORT\", numeric; the default port is {port}"), port),
+    };
+    let text = value.text(&allowed)?;
+    let parsed = text.parse().ok().or_else(|| Some(SocketAddr::new(text.parse().ok()?, port)));
+    parsed.filter(|address| address.port() != 0).ok_or_else(|| value.wrong(&allowed))
+}
+
+fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, ConfigError> {
+    let Some(value) = table.take("attach_users") else {
+        let mut users = vec![0, rustix::process::geteuid().as_raw()];
+        users.dedup();
+        return Ok(users);
+    };
+    value.list(USERS)?.iter().map(user_id).collect()
+}
+
+fn user_id(value: &Value<'_>) -> Result<u32, ConfigError> {
+    if let Some(id) = value.number() {
+        return Ok(id);
+    }
+    let name = value.text(USERS)?;
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    users
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.len() > 2 && fields[0] == name)
+        .and_then(|fields| fields[2].parse().ok())
+        .ok_or_else(|| value.wrong(USERS))
+}
+
+fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, ConfigError> {
+    let (mut names, mut addresses) = (HashMap::new(), HashMap::new());
+    let read = |mut table: Table<'_>| {
+        let name = table.need("name", NAME)?;
+        let allowed = "the numeric address of one interface, such as \"192.0.2.11\"";
+        let address = table.need("address", allowed)?;
+        let port = PortConfig {
+            name: unique(&mut names, &name, name.parse(NAME)?)?,
+            interface: table.take("interface").map(|value| interface(&value)).transpose()?,
+            address: unique(&mut addresses, &address, address.parse::<IpAddr>(allowed)?)?,
+            speed: table.take("speed").map(|value| value.parse(Rate::ALLOWED)).transpose()?,
+            lanes: or(table.take("lanes"), 1, |value| {
+                value.integer(1..=MAX_LANES).map(|lanes| lanes as u16)
+            })?,
+        };
+        if port.address.is_unspecified() || port.address.is_multicast() {
+            return Err(address.wrong(allowed));
+        }
+        table.finish()?;
+        Ok(port)
+    };
+    table.tables("port")?.into_iter().map(read).collect()
+}
+
+fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, ConfigError> {
+    let (mut names, mut addresses) = (HashMap::new(), HashMap::new());
+    let read = |mut table: Table<'_>| {
+        let name = table.need("name", NAME)?;
+        let control = table.need("control", "the \"ADDRESS:PORT\" of its control connection")?;
+        let peer = PeerConfig {
+            name: unique(&mut names, &name, name.parse(NAME)?)?,
+            control: unique(&mut addresses, &control, address(&control, Some(CONTROL_PORT))?)?,
+        };
+        if peer.name == *host {
+            return Err(name.wrong("the name of another host; this is our own"));
+        }
+        table.finish()?;
+        Ok(peer)
+    };
+    table.tables("peer")?.into_iter().map(read).collect()
+}
+
+fn networks(table: &mut Table<'_>) -> Result<Vec<NetworkConfig>, ConfigError> {
+    let mut names = HashMap::new();
+    let read = |mut table: Table<'_>| {
+        let name = table.need("name", NAME)?;
+        let network = NetworkConfig {
+            name: unique(&mut names, &name, name.parse(NAME)?)?,
+            bridge: interface(&table.need("bridge", INTERFACE)?)?,
+        };
+        table.finish()?;
+        Ok(network)
+    };
+    table.tables("network")?.into_iter().map(read).collect()
+}
+
+fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
+    let default = Limits::default();
+    let Some(mut table) = table.table("limits")? else { return Ok(default) };
+    let limits = Limits {
+        downtime: or(table.take("downtime"), default.downtime, |value| span(value, 1, 60_000))?,
+        min_bandwidth: or(table.take("min_bandwidth"), default.min_bandwidth, |value| {
+            value.parse(Rate::ALLOWED)
+        })?,
+        max_rounds: or(table.take("max_rounds"), default.max_rounds, |value| value.integer(1..=1000))?,
+        silence: or(table.take("silence"), default.silence, |value| span(value, 100, 600_000))?,
+        memory_reserve: or(table.take("memory_reserve"), default.memory_reserve, |value| {
+            value.parse(Size::ALLOWED)
+        })?,
+    };
+    table.finish()?;
+    Ok(limits)
+}
+
+fn span(value: &Value<'_>, from_ms: u64, to_ms: u64) -> Result<Duration, ConfigError> {
+    let (from, to) = (Duration::from_millis(from_ms), Duration::from_millis(to_ms));
+    let allowed = format!("{}, from {} to {}", Span::ALLOWED, Span(from), Span(to));
+    let Span(found) = value.parse(&allowed)?;
+    if (from..=to).contains(&found) { Ok(found) } else { Err(value.wrong(allowed)) }
+}
+
+fn interface(value: &Value<'_>) -> Result<String, ConfigError> {
+    let name = value.text(INTERFACE)?;
+    // dev_valid_name() in the kernel's net/core/dev.c.
+    let valid = (1..16).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
+    if valid { Ok(name.to_owned()) } else { Err(value.wrong(INTERFACE)) }
+}
+
+fn unique<T: Clone + Eq + Hash>(
+    seen: &mut HashMap<T, usize>,
+    value: &Value<'_>,
+    parsed: T,
+) -> Result<T, ConfigError> {
+    match seen.insert(parsed.clone(), value.line()) {
+        None => Ok(parsed),
+        Some(first) => Err(value.twice(first)),
+    }
+}

@@ -1,0 +1,104 @@
+//! Where other daemons connect: offers of guests, and words about handovers in doubt.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memlane_protocol::handover::{Destination, Message, Source};
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::Control;
+use memlane_protocol::wire::hello::{Hello, Purpose};
+use tokio::sync::{Semaphore, oneshot};
+use tokio_uring::net::{TcpListener, TcpStream};
+use tracing::{info, warn};
+
+use crate::host::Host;
+use crate::link::{Link, LinkError, answer_greeting};
+use crate::migrate::{Word, destination};
+
+/// Connections of other daemons at once.
+const AT_ONCE: usize = 128;
+/// Longest wait for the first message, and for what a half says to a word.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Takes in other daemons for as long as this one runs.
+pub async fn serve(listener: TcpListener, host: Rc<Host>) {
+    let connections = Arc::new(Semaphore::new(AT_ONCE));
+    loop {
+        let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
+        match listener.accept().await {
+            Ok((stream, remote)) => {
+                let host = host.clone();
+                tokio::task::spawn_local(async move {
+                    let _permit = permit;
+                    if let Err(error) = take_in(stream, remote, &host).await {
+                        info!(%remote, %error, "a control connection came to nothing");
+                    }
+                });
+            }
+            Err(error) => {
+                warn!(%error, "cannot accept a control connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Result<(), LinkError> {
+    stream.set_nodelay(true)?;
+    let judge = |hello: &Hello| admit(host, hello, remote);
+    let Some(hello) = answer_greeting(&stream, judge).await? else { return Ok(()) };
+    if hello.purpose == Purpose::Probe {
+        return Ok(());
+    }
+    let mut link = Link::over(stream, host.config.limits.silence);
+    let first = tokio::time::timeout(PATIENCE, link.receive()).await;
+    match first.unwrap_or(Err(LinkError::Silent(PATIENCE)))? {
+        Control::Offer(offer) => destination::run(host.clone(), hello.host, link, offer).await,
+        Control::Handover { migration, message, .. } => {
+            if let Some(message) = answer(host, &hello.host, migration, message).await {
+                let reason = String::new();
+                link.send(&Control::Handover { migration, message, nanoseconds: 0, reason }).await?;
+                // Let the other side close, so that nothing of the answer is lost.
+                let _ = tokio::time::timeout(PATIENCE, link.receive()).await;
+            }
+        }
+        other => return Err(LinkError::Unexpected { expected: "an offer", found: other.name() }),
+    }
+    Ok(())
+}
+
+/// Whether to talk to whoever says hello.
+fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
+    if matches!(hello.purpose, Purpose::Lane { .. }) {
+        return Err("this is the control port; lanes go to the addresses that were offered".into());
+    }
+    let Some(peer) = host.peer(&hello.host) else {
+        return Err(format!("{} is no peer of {}; add it there as [[peer]]", hello.host, host.config.host));
+    };
+    if peer.control.ip() != remote.ip() {
+        let (found, expected) = (remote.ip(), peer.control.ip());
+        return Err(format!(
+            "{} calls from {found}, and {} knows it at {expected}",
+            hello.host, host.config.host
+        ));
+    }
+    Ok(())
+}
+
+/// What this host has to say to a word about a migration.
+async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
+    if let Some(ticket) = host.migration(&migration).filter(|ticket| ticket.peer == *peer)
+        && !ticket.words.is_closed()
+    {
+        let (reply, answer) = oneshot::channel();
+        ticket.words.send(Word { message, reply }).await.ok()?;
+        return tokio::time::timeout(PATIENCE, answer).await.ok()?.ok();
+    }
+    match message {
+        Message::Ready | Message::Running | Message::Declined => Source::answer_unknown(message),
+        _ => Destination::answer_unknown(message),
+    }
+}

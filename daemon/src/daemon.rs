@@ -1,0 +1,124 @@
+//! Starting and ending the daemon.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+use crate::api::server;
+use crate::backend::HostBackend;
+use crate::config::Config;
+use crate::guest::attach_socket;
+use crate::host::Host;
+use crate::journal::{Journal, JournalError};
+use crate::migrate::recover;
+use crate::{control, metrics, port, systemd};
+
+/// Longest wait for migrations to be called off when the daemon ends.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Why the daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The journal is missing, damaged, or not ours.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The API's socket.
+    #[error(transparent)]
+    Api(#[from] server::ServerError),
+    /// The attach socket.
+    #[error("cannot open the attach socket {}: {source}", path.display())]
+    Attach {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A TCP address.
+    #[error("cannot listen on {address} ({what}): {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What for.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Signals cannot be handled.
+    #[error("cannot handle signals: {0}")]
+    Signals(io::Error),
+}
+
+/// Runs the daemon until it is told to end (SIGTERM, SIGINT).
+pub async fn run(config: Config) -> Result<(), DaemonError> {
+    metrics::install();
+    let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
+    let (journal, unfinished) = Journal::open(&config.journal).await?;
+    let host = Host::new(config, journal, unfinished);
+    listen(&host).await?;
+    tokio::task::spawn_local(metrics::upkeep());
+    tokio::task::spawn_local(systemd::watchdog());
+    tokio::task::spawn_local(recover::without_guests(host.clone()));
+    let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
+    info!(host = %name, peers, ports, version = env!("CARGO_PKG_VERSION"), "ready");
+    warn!("traffic between daemons, guests' memory included, is not encrypted (insecure = true)");
+    systemd::ready(&format!("{name}: {ports} ports, {peers} peers"));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    systemd::stopping();
+    call_off(&host).await;
+    for socket in [&host.config.api_socket, &host.config.attach_socket] {
+        let _ = std::fs::remove_file(socket);
+    }
+    info!("ended; guests run on");
+    Ok(())
+}
+
+async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
+    let config = &host.config;
+    let path = config.attach_socket.clone();
+    let attach = attach_socket::bind(&path).map_err(|source| DaemonError::Attach { path, source })?;
+    let api = server::bind(&config.api_socket)?;
+    let failed = |address, what: &str| {
+        let what = what.to_owned();
+        move |source| DaemonError::Listen { address, what, source }
+    };
+    let control = port::listen(config.control).map_err(failed(config.control, "control"))?;
+    for port in &config.ports {
+        let address = SocketAddr::new(port.address, config.lane_port);
+        let listener = port::listen(address).map_err(failed(address, &format!("port {}", port.name)))?;
+        tokio::task::spawn_local(port::serve(listener, port.name.clone(), host.rendezvous.clone()));
+    }
+    let backend = Rc::new(HostBackend(host.clone()));
+    if let Some(address) = config.metrics {
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(failed(address, "metrics"))?;
+        tokio::task::spawn_local(server::serve_metrics(listener, backend.clone()));
+    }
+    tokio::task::spawn_local(control::serve(control, host.clone()));
+    tokio::task::spawn_local(server::serve(api, backend));
+    tokio::task::spawn_local(attach_socket::serve(attach, host.clone()));
+    Ok(())
+}
+
+/// Cancels what can be cancelled, so that guests do not stand still any longer than they must.
+async fn call_off(host: &Host) {
+    let migrations = host.migrations();
+    migrations.iter().filter(|ticket| ticket.cancellable.get()).for_each(|ticket| {
+        ticket.cancelled.send_replace(true);
+    });
+    let ended = async {
+        for ticket in &migrations {
+            let _ = ticket.progress.subscribe().wait_for(|progress| progress.outcome.is_some()).await;
+        }
+    };
+    if tokio::time::timeout(FAREWELL, ended).await.is_err() {
+        warn!("a migration has not ended; it is taken up when the daemon starts again");
+    }
+}

@@ -1,0 +1,145 @@
+//! Where VMMs attach their guests.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::wire::attach::{FromVmm, Hello, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::hello::common_version;
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::unix::AsyncFd;
+use tracing::{info, warn};
+
+use super::attached::{receive, send};
+use super::{Attached, Guest};
+use crate::host::Host;
+
+/// Longest time that a VMM may take to introduce itself.
+const GREETING: Duration = Duration::from_secs(5);
+/// VMMs that may be introducing themselves at once.
+const GREETING_AT_ONCE: usize = 32;
+
+/// Makes the socket, in place of one that a daemon before this one left behind.
+pub fn bind(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
+    crate::unix_socket::make_way(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(64)?;
+    // Who may attach is decided by the user id of whoever connects.
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+    watch(socket.into())
+}
+
+fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the value, and never replaced or closed under it.
+    Ok(unsafe { AsyncFd::register(socket) }?)
+}
+
+/// Takes in VMMs for as long as the daemon runs.
+pub async fn serve(listener: AsyncFd<OwnedFd>, host: Rc<Host>) {
+    let greeting = Arc::new(tokio::sync::Semaphore::new(GREETING_AT_ONCE));
+    loop {
+        let permit = greeting.clone().acquire_owned().await.expect("the semaphore is never closed");
+        match accept(&listener).await {
+            Ok(socket) => {
+                let host = host.clone();
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = greet(socket, &host).await {
+                        warn!(error, "a VMM could not attach");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                warn!(%error, "cannot accept a VMM's connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+    use rustix::net::{SocketFlags, accept_with};
+    loop {
+        let mut ready = listener.readable().await?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        if let Ok(result) = ready.try_io(|listener| Ok(accept_with(listener.get_ref(), flags)?)) {
+            return result;
+        }
+    }
+}
+
+async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
+    let broken = |error: io::Error| format!("its connection broke: {error}");
+    let user = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| broken(error.into()))?;
+    let pid = user.pid.as_raw_nonzero().get() as u32;
+    let socket = watch(socket).map_err(broken)?;
+    let introduced = async {
+        let uid = user.uid.as_raw();
+        if !host.config.attach_users.contains(&uid) {
+            return Err(format!("user {uid} may not attach guests; see attach_users in the configuration"));
+        }
+        let (packet, descriptors) =
+            receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
+        match FromVmm::decode(&packet) {
+            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host),
+            Ok(FromVmm::Reply(_)) => Err("it began with a reply instead of a hello".into()),
+            Err(error) => Err(format!("its hello is not understood: {error}")),
+        }
+    };
+    let introduced = tokio::time::timeout(GREETING, introduced).await;
+    let (hello, ram, version) = match introduced.unwrap_or_else(|_| Err("it did not say who it is".into())) {
+        Ok(introduced) => introduced,
+        Err(reason) => {
+            let _ = send(&socket, &ToVmm::Refused { reason: reason.clone() }.encode(), &[]).await;
+            return Err(format!("process {pid}: {reason}"));
+        }
+    };
+    send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await.map_err(broken)?;
+    let Hello { standing, migration, shape, .. } = hello;
+    info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
+    let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
+    let guest = Rc::new(Guest {
+        driver: Rc::new(Attached::new(socket, ram.pages())),
+        shape,
+        ram,
+        pid,
+        standing: standing.into(),
+        tracked: false.into(),
+        migration: migration.into(),
+    });
+    host.guest_attached(guest);
+    Ok(())
+}
+
+/// Checks everything that a VMM said, and maps its guest's memory.
+fn introduce(
+    hello: Hello,
+    descriptors: Vec<OwnedFd>,
+    host: &Host,
+) -> Result<(Hello, Arc<GuestRam>, u16), String> {
+    let theirs = (hello.oldest, hello.newest);
+    let version = common_version(VERSIONS, theirs).ok_or_else(|| {
+        format!(
+            "the daemon speaks versions {} to {} of the attach protocol and the VMM speaks {} to {}; \
+             upgrade the older one",
+            VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
+        )
+    })?;
+    let name = &hello.shape.name;
+    if host.guest(name).is_some() {
+        return Err(format!("a guest named {name} is attached already; give each its own name"));
+    }
+    let (expected, found) = (hello.shape.regions.len(), descriptors.len());
+    if expected != found {
+        return Err(format!("guest {name} has {expected} memory regions, and {found} descriptors came"));
+    }
+    let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
+    let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
+    Ok((hello, Arc::new(ram), version))
+}

@@ -1,0 +1,252 @@
+//! The driver for VMMs that link `memlane-kvm` and attach over the Unix socket.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use memlane_kvm::packet;
+use memlane_kvm::shared::SharedWords;
+use memlane_protocol::PageSet;
+use memlane_protocol::wire::attach::{
+    FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, MigrationId, Reply, Request, ToVmm,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, oneshot, watch};
+use tracing::warn;
+
+use super::{Driver, DriverError, SavedState};
+
+/// Longest time that a VMM may take for one request.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// An attached VMM.
+pub struct Attached {
+    socket: Rc<AsyncFd<OwnedFd>>,
+    /// One request at a time.
+    asking: Mutex<()>,
+    next_id: Cell<u32>,
+    pages: u64,
+    harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
+    connection: Rc<Connection>,
+}
+
+/// What the reading task shares with whoever asks.
+struct Connection {
+    waiting: RefCell<HashMap<u32, oneshot::Sender<Answer>>>,
+    gone: watch::Sender<bool>,
+}
+
+type Answer = (Result<[u64; 2], String>, Vec<OwnedFd>);
+
+impl Attached {
+    /// Drives the VMM at the other end of `socket`, whose guest has `pages` pages.
+    pub fn new(socket: AsyncFd<OwnedFd>, pages: u64) -> Self {
+        let socket = Rc::new(socket);
+        let connection = Rc::new(Connection { waiting: RefCell::default(), gone: watch::Sender::new(false) });
+        tokio::task::spawn_local(read_replies(socket.clone(), connection.clone()));
+        Self {
+            socket,
+            asking: Mutex::new(()),
+            next_id: Cell::new(1),
+            pages,
+            harvested: RefCell::default(),
+            connection,
+        }
+    }
+
+    async fn ask(&self, request: Request) -> Result<([u64; 2], Vec<OwnedFd>), DriverError> {
+        self.ask_with(request, &[]).await
+    }
+
+    async fn ask_with(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<([u64; 2], Vec<OwnedFd>), DriverError> {
+        let _one_at_a_time = self.asking.lock().await;
+        let id = self.next_id.replace(self.next_id.get().wrapping_add(1));
+        let (sender, answer) = oneshot::channel();
+        if *self.connection.gone.borrow() {
+            return Err(DriverError::Gone);
+        }
+        self.connection.waiting.borrow_mut().insert(id, sender);
+        let exchange = async {
+            let packet = ToVmm::Request { id, request }.encode();
+            send(&self.socket, &packet, descriptors).await.map_err(|_| DriverError::Gone)?;
+            answer.await.map_err(|_| DriverError::Gone)
+        };
+        let name = request.name();
+        match tokio::time::timeout(PATIENCE, exchange).await {
+            Ok(Ok((Ok(values), descriptors))) => Ok((values, descriptors)),
+            Ok(Ok((Err(reason), _))) => Err(DriverError::Failed { request: name, reason }),
+            Ok(Err(gone)) => Err(gone),
+            Err(_) => Err(DriverError::Slow { request: name, after: PATIENCE }),
+        }
+    }
+}
+
+#[async_trait(?Send)]
+impl Driver for Attached {
+    async fn start_tracking(&self) -> Result<(), DriverError> {
+        let broken = |reason: String| DriverError::Broken { request: "start tracking", reason };
+        let (_, mut descriptors) = self.ask(Request::StartTracking).await?;
+        let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
+        let words = SharedWords::map(&fd, PageSet::words_needed(self.pages));
+        let words = words.map_err(|error| broken(error.to_string()))?;
+        let set = PageSet::over(self.pages, words).map_err(|error| broken(error.to_string()))?;
+        *self.harvested.borrow_mut() = Some(Rc::new(set));
+        Ok(())
+    }
+
+    async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError> {
+        self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(drop)
+    }
+
+    async fn harvest(&self, into: &PageSet) -> Result<u64, DriverError> {
+        self.ask(Request::Harvest).await?;
+        let harvested = self.harvested.borrow().clone();
+        let Some(harvested) = harvested else {
+            let reason = "tracking has not been started".into();
+            return Err(DriverError::Failed { request: "harvest", reason });
+        };
+        Ok(harvested.drain_into(0..self.pages, into))
+    }
+
+    async fn stop_tracking(&self) -> Result<(), DriverError> {
+        *self.harvested.borrow_mut() = None;
+        self.ask(Request::StopTracking).await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<(), DriverError> {
+        self.ask(Request::Pause).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), DriverError> {
+        self.ask(Request::Resume).await.map(drop)
+    }
+
+    async fn save(&self) -> Result<SavedState, DriverError> {
+        let broken = |reason: String| DriverError::Broken { request: "save", reason };
+        let ([bytes, nanoseconds], mut descriptors) = self.ask(Request::Save).await?;
+        let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
+        let bytes = read_state(fd, bytes).map_err(|error| broken(error.to_string()))?;
+        Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds) })
+    }
+
+    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+        let failed = |error: io::Error| DriverError::Failed { request: "load", reason: error.to_string() };
+        let file = state_file(state).map_err(failed)?;
+        let request = Request::Load { bytes: state.len() as u64 };
+        let ([nanoseconds, _], _) = self.ask_with(request, &[file.as_fd()]).await?;
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    async fn relinquish(&self, migration: MigrationId) -> Result<(), DriverError> {
+        self.ask(Request::Relinquish { migration }).await.map(drop)
+    }
+
+    async fn prepare(&self, migration: MigrationId) -> Result<(), DriverError> {
+        self.ask(Request::Prepare { migration }).await.map(drop)
+    }
+
+    async fn discard(&self) -> Result<(), DriverError> {
+        self.ask(Request::Discard).await.map(drop)
+    }
+
+    async fn gone(&self) {
+        // The sender lives as long as the reading task, which sets it last.
+        let _ = self.connection.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        crate::port::hang_up(self.socket.get_ref());
+    }
+}
+
+/// Sends a packet when the socket takes it.
+pub(super) async fn send(
+    socket: &AsyncFd<OwnedFd>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    loop {
+        let mut ready = socket.writable().await?;
+        if let Ok(result) = ready.try_io(|socket| packet::send(socket.get_ref(), bytes, descriptors)) {
+            return result;
+        }
+    }
+}
+
+/// Receives the next packet and its descriptors; `None` at the end.
+pub(super) async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    loop {
+        let mut ready = socket.readable().await?;
+        if let Ok(result) = ready.try_io(|socket| packet::recv(socket.get_ref(), &mut buffer)) {
+            let (bytes, descriptors) = result?;
+            buffer.truncate(bytes);
+            return Ok((bytes > 0).then_some((buffer, descriptors)));
+        }
+    }
+}
+
+async fn read_replies(socket: Rc<AsyncFd<OwnedFd>>, connection: Rc<Connection>) {
+    loop {
+        let reply = match receive(&socket).await {
+            Ok(Some((packet, descriptors))) => FromVmm::decode(&packet).map(|reply| (reply, descriptors)),
+            Ok(None) => break,
+            Err(error) => {
+                warn!(%error, "cannot read from a VMM; it is taken for gone");
+                break;
+            }
+        };
+        match reply {
+            Ok((FromVmm::Reply(Reply { id, outcome }), descriptors)) => {
+                // Whoever asked may have given up meanwhile.
+                if let Some(sender) = connection.waiting.borrow_mut().remove(&id) {
+                    let _ = sender.send((outcome, descriptors));
+                }
+            }
+            Ok((FromVmm::Hello(_), _)) => {
+                warn!("a VMM said hello twice; it is taken for gone");
+                break;
+            }
+            Err(error) => {
+                warn!(%error, "a VMM broke the protocol; it is taken for gone");
+                break;
+            }
+        }
+    }
+    connection.gone.send_replace(true);
+    connection.waiting.borrow_mut().clear();
+}
+
+fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    if bytes > MAX_STATE_BYTES {
+        return Err(invalid(format!("its state has {bytes} bytes, at most {MAX_STATE_BYTES} are allowed")));
+    }
+    let mut file = std::fs::File::from(fd);
+    file.seek(SeekFrom::Start(0))?;
+    let mut state = Vec::new();
+    file.take(bytes).read_to_end(&mut state)?;
+    if state.len() as u64 != bytes {
+        return Err(invalid(format!("its state ends after {} of {bytes} bytes", state.len())));
+    }
+    Ok(state)
+}
+
+fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
+    let fd = rustix::fs::memfd_create("vmm-state", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(fd);
+    file.write_all(state)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}

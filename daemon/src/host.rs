@@ -1,0 +1,195 @@
+//! This host: its guests, ports, peers and migrations.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+use std::time::Instant;
+
+use memlane_protocol::convergence::Predictor;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::control::Port;
+use memlane_protocol::wire::machine::Nic;
+use tracing::{info, warn};
+
+use crate::config::{Config, PeerConfig};
+use crate::guest::Guest;
+use crate::journal::{Entry, Journal};
+use crate::link::{Link, LinkError};
+use crate::metrics;
+use crate::migrate::{Ticket, preflight, recover};
+use crate::port::{Rendezvous, Traffic};
+
+/// Migrations that are remembered after their end.
+const REMEMBERED: usize = 100;
+
+/// Everything the daemon knows.
+pub struct Host {
+    /// What it was told.
+    pub config: Config,
+    /// What it must remember.
+    pub journal: Journal,
+    /// Where lanes meet their migrations.
+    pub rendezvous: Rc<Rendezvous>,
+    /// What its ports have carried.
+    pub traffic: Rc<Traffic>,
+    /// When it started.
+    pub started: Instant,
+    guests: RefCell<BTreeMap<Label, Rc<Guest>>>,
+    migrations: RefCell<Vec<Rc<Ticket>>>,
+    /// Forecasts, by the kind of VMM.
+    predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
+    /// What the journal held when the daemon started and no VMM has come back for yet.
+    unfinished: RefCell<Vec<Entry>>,
+}
+
+impl Host {
+    /// A host without guests.
+    pub fn new(config: Config, journal: Journal, unfinished: Vec<Entry>) -> Rc<Self> {
+        Rc::new(Self {
+            config,
+            journal,
+            rendezvous: Rc::default(),
+            traffic: Rc::default(),
+            started: Instant::now(),
+            guests: RefCell::default(),
+            migrations: RefCell::default(),
+            predictors: RefCell::default(),
+            unfinished: unfinished.into(),
+        })
+    }
+
+    /// A guest by its name.
+    pub fn guest(&self, name: &Label) -> Option<Rc<Guest>> {
+        self.guests.borrow().get(name).cloned()
+    }
+
+    /// All guests, by name.
+    pub fn guests(&self) -> Vec<Rc<Guest>> {
+        self.guests.borrow().values().cloned().collect()
+    }
+
+    /// A VMM has attached; it stays until its connection ends.
+    pub fn guest_attached(self: &Rc<Self>, guest: Rc<Guest>) {
+        let name = guest.shape.name.clone();
+        self.guests.borrow_mut().insert(name.clone(), guest.clone());
+        metrics::guests(self.guests.borrow().len());
+        let host = self.clone();
+        let attached = guest.clone();
+        tokio::task::spawn_local(async move {
+            attached.driver.gone().await;
+            info!(guest = %name, pid = attached.pid, "a VMM is gone");
+            let mut guests = host.guests.borrow_mut();
+            if guests.get(&name).is_some_and(|other| Rc::ptr_eq(other, &attached)) {
+                guests.remove(&name);
+            }
+            metrics::guests(guests.len());
+        });
+        if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
+            let entry = self.take_unfinished(|entry| Some(entry.migration) == *guest.migration.borrow());
+            tokio::task::spawn_local(recover::with_guest(self.clone(), guest, entry));
+        }
+    }
+
+    /// Takes migrations out of what the journal held when the daemon started.
+    pub fn take_unfinished(&self, which: impl Fn(&Entry) -> bool) -> Option<Entry> {
+        let mut unfinished = self.unfinished.borrow_mut();
+        let index = unfinished.iter().position(which)?;
+        Some(unfinished.swap_remove(index))
+    }
+
+    /// A peer by its name.
+    pub fn peer(&self, name: &Label) -> Option<&PeerConfig> {
+        self.config.peers.iter().find(|peer| peer.name == *name)
+    }
+
+    /// Connects to a peer; `None` if there is no such peer.
+    pub async fn connect(&self, peer: &Label) -> Result<Option<Link>, LinkError> {
+        let Some(peer) = self.peer(peer) else { return Ok(None) };
+        Link::connect(peer.control, &self.config.host, self.config.limits.silence).await.map(Some)
+    }
+
+    /// What is known about pauses of this kind of VMM.
+    pub fn predictor(&self, vmm: &Label) -> Rc<RefCell<Predictor>> {
+        self.predictors.borrow_mut().entry(vmm.clone()).or_default().clone()
+    }
+
+    /// Where lanes may connect.
+    pub fn offered_ports(&self) -> Vec<Port> {
+        preflight::offered_ports(self)
+    }
+
+    /// The address of a port, as text.
+    pub fn port_address(&self, name: &Label) -> String {
+        let port = self.config.ports.iter().find(|port| port.name == *name);
+        port.map(|port| port.address.to_string()).unwrap_or_default()
+    }
+
+    /// Why guests on this network cannot run here, if they cannot.
+    pub fn network_missing(&self, network: &Label) -> Option<String> {
+        let Some(found) = self.config.networks.iter().find(|found| found.name == *network) else {
+            return Some(format!(
+                "network {network} is not configured here; add it as [[network]] with its bridge"
+            ));
+        };
+        let there = std::path::Path::new("/sys/class/net").join(&found.bridge).exists();
+        let missing = || format!("bridge {} of network {network} is not there; bring it up", found.bridge);
+        (!there).then(missing)
+    }
+
+    /// Addresses to announce, by the bridge of their network.
+    pub fn bridges_of(&self, nics: &[Nic]) -> BTreeMap<String, Vec<[u8; 6]>> {
+        let mut bridges: BTreeMap<String, Vec<[u8; 6]>> = BTreeMap::new();
+        for nic in nics {
+            match self.config.networks.iter().find(|network| network.name == nic.network) {
+                Some(network) => bridges.entry(network.bridge.clone()).or_default().push(nic.mac),
+                None => {
+                    warn!(network = %nic.network, "cannot announce a guest on a network that is not configured")
+                }
+            }
+        }
+        bridges
+    }
+
+    /// Remembers a migration.
+    pub fn add(self: &Rc<Self>, ticket: Rc<Ticket>) {
+        let mut migrations = self.migrations.borrow_mut();
+        let over = migrations.iter().filter(|ticket| ticket.is_over()).count();
+        if over >= REMEMBERED
+            && let Some(oldest) = migrations.iter().position(|ticket| ticket.is_over())
+        {
+            migrations.remove(oldest);
+        }
+        migrations.push(ticket.clone());
+        drop(migrations);
+        metrics::migrations_active(self.active());
+        let host = self.clone();
+        let mut progress = ticket.progress.subscribe();
+        tokio::task::spawn_local(async move {
+            let _ = progress.wait_for(|progress| progress.outcome.is_some()).await;
+            metrics::migrations_active(host.active());
+        });
+    }
+
+    /// Migrations, the oldest first.
+    pub fn migrations(&self) -> Vec<Rc<Ticket>> {
+        self.migrations.borrow().clone()
+    }
+
+    /// The migration under way or ended with this identity.
+    pub fn migration(&self, id: &MigrationId) -> Option<Rc<Ticket>> {
+        self.migrations.borrow().iter().rev().find(|ticket| ticket.id == *id).cloned()
+    }
+
+    /// How many migrations are under way.
+    pub fn active(&self) -> usize {
+        self.migrations.borrow().iter().filter(|ticket| !ticket.is_over()).count()
+    }
+}
+
+/// Bytes that nobody guesses, from the kernel.
+pub fn random_id() -> MigrationId {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).expect("the kernel gives random bytes");
+    id
+}

@@ -1,0 +1,67 @@
+//! From the set of dirty pages to the next frame.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::frame::{Content, MAX_RUNS, Run, encode_head};
+
+use super::Outbound;
+use super::zero::is_zero;
+
+/// Claims pages for one frame, at or after `cursor` and then from the start, until the frame
+/// is full or nothing is left. Moves `cursor` behind what it took, so that each lane walks
+/// through memory in order.
+pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
+    runs.clear();
+    let mut room = outbound.frame_bytes.load(Ordering::Relaxed) / PAGE_SIZE;
+    let mut wrapped = false;
+    while room > 0 && runs.len() < MAX_RUNS {
+        // One claimed run may fall apart into as many runs as it has pages.
+        let most = room.min((MAX_RUNS - runs.len()) as u64);
+        let Some(pages) = outbound.dirty.claim(&outbound.in_flight, *cursor, most) else {
+            if wrapped || *cursor == 0 {
+                break;
+            }
+            (wrapped, *cursor) = (true, 0);
+            continue;
+        };
+        *cursor = pages.end;
+        room -= pages.end - pages.start;
+        sort_out_zeros(&outbound.ram, pages, runs);
+    }
+}
+
+/// Writes the frame's header and table; with a checksum if the guest stands still.
+pub fn encode_frame(outbound: &Outbound, sequence: u64, runs: &[Run], head: &mut Vec<u8>) -> u64 {
+    let checksum = outbound.still.load(Ordering::Acquire).then(|| checksum(&outbound.ram, runs));
+    encode_head(head, sequence, runs, checksum)
+}
+
+/// CRC32C over the memory of all runs with data, in order.
+pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
+    let data = runs.iter().filter(|run| run.content == Content::Data);
+    data.flat_map(|run| ram.slices(run.pages.clone())).fold(0, |sum, slice| {
+        // SAFETY: the slice is mapped as long as `ram` lives, and the guest stands still, here
+        // because it is paused and there because it has not begun to run.
+        let bytes = unsafe { std::slice::from_raw_parts(slice.ptr, slice.len) };
+        crc32c::crc32c_append(sum, bytes)
+    })
+}
+
+/// Splits `pages` into runs with data and runs of zeros.
+fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
+    for slice in ram.slices(pages) {
+        for index in 0..slice.len as u64 / PAGE_SIZE {
+            // SAFETY: inside the slice, which is mapped as long as `ram` lives.
+            let zero = unsafe { is_zero(slice.ptr.add((index * PAGE_SIZE) as usize)) };
+            let content = if zero { Content::Zero } else { Content::Data };
+            let page = slice.first_page + index;
+            match runs.last_mut() {
+                Some(last) if last.content == content && last.pages.end == page => last.pages.end += 1,
+                _ => runs.push(Run { pages: page..page + 1, content }),
+            }
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The receiving end of a lane.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use io_uring::{opcode, types};
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::WireError;
+use memlane_protocol::wire::frame::{
+    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run,
+};
+
+use super::encode::checksum;
+use super::message::Message;
+use super::ring::Ring;
+use super::zero::is_zero;
+use super::{Inbound, LaneError, LaneStats};
+
+/// A run of zeros at least this long is given back to the kernel rather than looked at.
+const PUNCH_PAGES: u64 = 512;
+
+const READ: u64 = 1;
+const ACK: u64 = 2;
+
+/// Receives pages of one migration from one connection.
+pub struct Receiver {
+    inbound: Arc<Inbound>,
+    stats: Arc<LaneStats>,
+    socket: Arc<OwnedFd>,
+    ring: Ring,
+    head: Box<[u8; FRAME_HEADER_BYTES]>,
+    table: Box<[u8; MAX_RUNS * RUN_BYTES]>,
+    message: Box<Message>,
+    runs: Vec<Run>,
+    sequence: u64,
+    ack: Box<[u8; ACK_BYTES]>,
+    acking: bool,
+}
+
+impl Receiver {
+    /// For a lane into `inbound`, over `socket`. To be made on its own thread.
+    pub fn new(
+        inbound: Arc<Inbound>,
+        stats: Arc<LaneStats>,
+        socket: Arc<OwnedFd>,
+    ) -> Result<Self, LaneError> {
+        Ok(Self {
+            inbound,
+            stats,
+            socket,
+            ring: Ring::new(8).map_err(LaneError::io("set up io_uring"))?,
+            head: Box::new([0; FRAME_HEADER_BYTES]),
+            table: Box::new([0; MAX_RUNS * RUN_BYTES]),
+            message: Message::new(),
+            runs: Vec::with_capacity(MAX_RUNS),
+            sequence: 0,
+            ack: Box::new([0; ACK_BYTES]),
+            acking: false,
+        })
+    }
+
+    /// Receives until the connection ends.
+    pub fn run(mut self) -> LaneError {
+        loop {
+            if let Err(error) = self.receive_frame() {
+                let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+                self.stats.ended.store(true, Ordering::Release);
+                return error;
+            }
+        }
+    }
+
+    fn receive_frame(&mut self) -> Result<(), LaneError> {
+        self.message.fill(&mut self.head[..], &self.inbound.ram, &[]);
+        self.read_all()?;
+        let frame = Frame::decode(&self.head[..])?;
+        let expected = self.sequence + 1;
+        if frame.sequence != expected {
+            return Err(LaneError::Sequence { expected, found: frame.sequence });
+        }
+        let table = &mut self.table[..frame.runs * RUN_BYTES];
+        self.message.fill(table, &self.inbound.ram, &[]);
+        self.read_all()?;
+        let pages = self.inbound.ram.pages();
+        frame.decode_runs(&self.table[..frame.runs * RUN_BYTES], pages, &mut self.runs)?;
+        self.message.fill(&mut [], &self.inbound.ram, &self.runs);
+        self.read_all()?;
+        if let Some(found) = frame.checksum {
+            let computed = checksum(&self.inbound.ram, &self.runs);
+            if computed != found {
+                return Err(WireError::Checksum { what: "frame", found, computed }.into());
+            }
+        }
+        for run in self.runs.iter().filter(|run| run.content == Content::Zero) {
+            make_zero(&self.inbound, run).map_err(LaneError::io("make pages zero"))?;
+        }
+        self.sequence = expected;
+        self.count(&frame);
+        self.acknowledge()
+    }
+
+    /// Reads until the message is full.
+    fn read_all(&mut self) -> Result<(), LaneError> {
+        while self.message.remaining() > 0 {
+            let fd = types::Fd(self.socket.as_raw_fd());
+            let entry = opcode::RecvMsg::new(fd, self.message.as_mut_ptr())
+                .flags(libc::MSG_WAITALL as u32)
+                .build()
+                .user_data(READ);
+            // SAFETY: the buffers are boxed in `self` or guest memory, both of which outlive the
+            // ring, and nothing else touches them until the operation completes below.
+            unsafe { self.ring.push(&entry) }.map_err(LaneError::io("receive pages"))?;
+            match self.wait_for(READ)? {
+                0 => return Err(LaneError::HungUp),
+                count => self.message.advance(count as usize),
+            }
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self) -> Result<(), LaneError> {
+        if self.acking {
+            self.wait_for(ACK)?;
+        }
+        *self.ack = Ack { sequence: self.sequence }.encode();
+        let fd = types::Fd(self.socket.as_raw_fd());
+        let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+        let entry = opcode::Send::new(fd, self.ack.as_ptr(), ACK_BYTES as u32).flags(flags).build();
+        // SAFETY: the acknowledgement is boxed and not written again until this send completes.
+        unsafe { self.ring.push(&entry.user_data(ACK)) }.map_err(LaneError::io("acknowledge"))?;
+        self.acking = true;
+        Ok(())
+    }
+
+    /// Waits until `operation` completes; returns its count.
+    fn wait_for(&mut self, operation: u64) -> Result<u32, LaneError> {
+        /// The migration ends a lane by shutting its socket down, so waiting needs no end.
+        const LOOK_AGAIN: Duration = Duration::from_secs(60);
+        loop {
+            while let Some(completion) = self.ring.completed() {
+                if completion.operation == ACK {
+                    let count = completion.result.map_err(LaneError::io("acknowledge"))?;
+                    if count as usize != ACK_BYTES {
+                        return Err(LaneError::HungUp);
+                    }
+                    self.acking = false;
+                    if operation == ACK {
+                        return Ok(count);
+                    }
+                } else {
+                    // Only one read is ever under way, so it is the one waited for, or the
+                    // one that a wait for an acknowledgement must not swallow.
+                    debug_assert_eq!(operation, READ);
+                    return completion.result.map_err(LaneError::io("receive pages"));
+                }
+            }
+            self.ring.wait(LOOK_AGAIN).map_err(LaneError::io("wait for the lane's io_uring"))?;
+        }
+    }
+
+    fn count(&self, frame: &Frame) {
+        let bytes = FRAME_HEADER_BYTES as u64 + (frame.runs * RUN_BYTES) as u64 + frame.payload_bytes;
+        LaneStats::add(&self.stats.wire_bytes, bytes);
+        LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
+        LaneStats::add(&self.stats.data_pages, frame.payload_bytes / PAGE_SIZE);
+        let zeros = self.runs.iter().filter(|run| run.content == Content::Zero);
+        LaneStats::add(&self.stats.zero_pages, zeros.map(|run| run.pages.end - run.pages.start).sum());
+    }
+}
+
+/// Makes a run of pages zero, without bringing memory into being where there is none.
+fn make_zero(inbound: &Inbound, run: &Run) -> io::Result<()> {
+    if run.pages.end - run.pages.start >= PUNCH_PAGES {
+        return inbound.ram.punch(run.pages.clone());
+    }
+    for extent in inbound.ram.data_extents(run.pages.clone())? {
+        for slice in inbound.ram.slices(extent) {
+            for offset in (0..slice.len).step_by(PAGE_SIZE as usize) {
+                // SAFETY: inside the slice, which is mapped as long as the RAM lives; no guest
+                // runs on this memory yet.
+                unsafe {
+                    let page = slice.ptr.add(offset);
+                    if !is_zero(page) {
+                        page.write_bytes(0, PAGE_SIZE as usize);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

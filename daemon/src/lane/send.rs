@@ -1,0 +1,324 @@
+//! The sending end of a lane.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use io_uring::{opcode, types};
+use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
+
+use super::encode::{claim_frame, encode_frame};
+use super::evidence::Evidence;
+use super::message::Message;
+use super::ring::{Completion, Ring};
+use super::{LaneError, LaneStats, Outbound};
+
+/// Bytes of pages on their way and not yet acknowledged.
+const WINDOW_BYTES: u64 = 4 << 20;
+/// Acknowledgements read at once.
+const ACKS_AT_ONCE: usize = 64;
+/// How often a lane looks at the clock when nothing else happens.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+
+const WAKE: u64 = 0;
+const ACKS: u64 = 1;
+/// Operations from here on are sends; the number above this is the frame's.
+const FRAMES: u64 = 2;
+
+/// Sends pages of one migration over one connection.
+pub struct Sender {
+    outbound: Arc<Outbound>,
+    stats: Arc<LaneStats>,
+    socket: Arc<OwnedFd>,
+    lane: usize,
+    silence: Duration,
+    ring: Ring,
+    evidence: Evidence,
+    cursor: u64,
+    /// Number of the newest frame.
+    sequence: u64,
+    /// Number of the last frame that the destination has.
+    acknowledged: u64,
+    /// Sent or being sent, oldest first, not yet acknowledged.
+    window: VecDeque<Box<Slot>>,
+    /// Acknowledged, but the kernel may still look at them.
+    lingering: Vec<Box<Slot>>,
+    spare: Vec<Box<Slot>>,
+    window_bytes: u64,
+    /// The newest frame of the window is still being handed to the kernel.
+    sending: bool,
+    wake_value: Box<u64>,
+    acks: Box<AckBuffer>,
+    last_ack: Instant,
+}
+
+/// One frame, from its claim to its acknowledgement.
+struct Slot {
+    sequence: u64,
+    runs: Vec<Run>,
+    head: Vec<u8>,
+    message: Box<Message>,
+    payload_bytes: u64,
+    zero_copy: bool,
+    /// The kernel has not yet released the pages of a zero-copy send.
+    notifications: u32,
+}
+
+struct AckBuffer {
+    bytes: [u8; ACK_BYTES * ACKS_AT_ONCE],
+    filled: usize,
+}
+
+impl Sender {
+    /// For lane number `lane` of `outbound`, over `socket`. To be made on its own thread.
+    pub fn new(
+        outbound: Arc<Outbound>,
+        stats: Arc<LaneStats>,
+        socket: Arc<OwnedFd>,
+        lane: usize,
+        silence: Duration,
+    ) -> Result<Self, LaneError> {
+        let pages = outbound.ram.pages();
+        let lanes = outbound.wakers.len().max(1) as u64;
+        Ok(Self {
+            ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
+            // Lanes begin apart, so that each walks through memory of its own.
+            cursor: pages / lanes * lane as u64,
+            outbound,
+            stats,
+            socket,
+            lane,
+            silence,
+            evidence: Evidence::new(),
+            sequence: 0,
+            acknowledged: 0,
+            window: VecDeque::new(),
+            lingering: Vec::new(),
+            spare: Vec::new(),
+            window_bytes: 0,
+            sending: false,
+            wake_value: Box::new(0),
+            acks: Box::new(AckBuffer { bytes: [0; ACK_BYTES * ACKS_AT_ONCE], filled: 0 }),
+            last_ack: Instant::now(),
+        })
+    }
+
+    /// Sends whatever can be claimed until the connection ends. What was not acknowledged by
+    /// then is dirty again, for other lanes to take.
+    pub fn run(mut self) -> LaneError {
+        let error = self.serve();
+        // The kernel lets go of the messages once the connection is dead and the ring is gone.
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        for slot in &self.window {
+            for run in &slot.runs {
+                self.outbound.dirty.insert_range(run.pages.clone());
+                self.outbound.in_flight.remove_range(run.pages.clone());
+            }
+        }
+        self.stats.ended.store(true, Ordering::Release);
+        self.outbound.wake(self.outbound.dirty.count());
+        self.outbound.bell.notify_one();
+        error
+    }
+
+    fn serve(&mut self) -> LaneError {
+        let result = self.listen_for_wake().and_then(|()| self.listen_for_acks());
+        if let Err(error) = result {
+            return error;
+        }
+        loop {
+            if let Err(error) = self.turn() {
+                return error;
+            }
+        }
+    }
+
+    /// Fills the window, waits for something to happen, and deals with it.
+    fn turn(&mut self) -> Result<(), LaneError> {
+        if !self.sending && self.window_bytes < WINDOW_BYTES {
+            self.send_next()?;
+        }
+        self.ring.wait(HEARTBEAT).map_err(LaneError::io("wait for the lane's io_uring"))?;
+        while let Some(completion) = self.ring.completed() {
+            match completion.operation {
+                WAKE => self.listen_for_wake()?,
+                ACKS => self.take_acks(completion)?,
+                operation => self.take_sent(operation - FRAMES, completion)?,
+            }
+        }
+        if self.window.is_empty() {
+            self.last_ack = Instant::now();
+        } else if self.last_ack.elapsed() > self.silence {
+            return Err(LaneError::Silent(self.last_ack.elapsed()));
+        }
+        Ok(())
+    }
+
+    /// Claims a frame and hands it to the kernel; rings the bell if there is none to claim.
+    fn send_next(&mut self) -> Result<(), LaneError> {
+        let mut slot = self.spare.pop().unwrap_or_else(Slot::new);
+        claim_frame(&self.outbound, &mut self.cursor, &mut slot.runs);
+        if slot.runs.is_empty() {
+            self.spare.push(slot);
+            self.outbound.bell.notify_one();
+            return Ok(());
+        }
+        self.sequence += 1;
+        slot.sequence = self.sequence;
+        slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
+        slot.zero_copy = self.evidence.choose(slot.payload_bytes);
+        slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
+        self.window_bytes += slot.payload_bytes;
+        LaneStats::add(&self.stats.wire_bytes, slot.message.remaining() as u64);
+        self.window.push_back(slot);
+        self.submit_newest()
+    }
+
+    /// Hands what remains of the newest frame to the kernel.
+    fn submit_newest(&mut self) -> Result<(), LaneError> {
+        /// `IORING_SEND_ZC_REPORT_USAGE`: say in the notification whether the pages were copied.
+        const REPORT_USAGE: u16 = 1 << 3;
+        let fd = types::Fd(self.socket.as_raw_fd());
+        let slot = self.window.back_mut().expect("a frame has just been put into the window");
+        let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
+        let message = slot.message.as_ptr();
+        let entry = if slot.zero_copy {
+            slot.notifications += 1;
+            opcode::SendMsgZc::new(fd, message).ioprio(REPORT_USAGE).flags(flags).build()
+        } else {
+            opcode::SendMsg::new(fd, message).flags(flags).build()
+        };
+        // SAFETY: head, table and message stay in their boxed slot until the frame is both
+        // acknowledged and released by the kernel; guest memory outlives the lane; and the
+        // socket is shut down and the ring dropped before any of them.
+        unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
+            .map_err(LaneError::io("submit a frame"))?;
+        self.sending = true;
+        Ok(())
+    }
+
+    fn take_sent(&mut self, sequence: u64, completion: Completion) -> Result<(), LaneError> {
+        if let Some(copied) = completion.released {
+            self.release(sequence, copied);
+            return Ok(());
+        }
+        let slot = self.window.back_mut().expect("the frame being sent stays in the window");
+        if !completion.more && slot.zero_copy {
+            slot.notifications -= 1; // the send failed, so no notification follows
+        }
+        match completion.result {
+            Ok(count) => slot.message.advance(count as usize),
+            Err(error) if slot.zero_copy && cannot_zero_copy(&error) => {
+                self.evidence.give_up();
+                slot.zero_copy = false;
+            }
+            Err(error) => return Err(LaneError::io("send pages")(error)),
+        }
+        if slot.message.remaining() > 0 {
+            return self.submit_newest();
+        }
+        if !slot.zero_copy {
+            LaneStats::add(&self.stats.copied_bytes, slot.payload_bytes);
+        }
+        self.sending = false;
+        self.retire();
+        Ok(())
+    }
+
+    /// The kernel has let go of the pages of a zero-copy send.
+    fn release(&mut self, sequence: u64, copied: bool) {
+        self.evidence.learn(copied);
+        let mut slots = self.window.iter_mut().chain(&mut self.lingering);
+        let Some(slot) = slots.find(|slot| slot.sequence == sequence) else { return };
+        slot.notifications -= 1;
+        if slot.notifications == 0 && slot.zero_copy {
+            let counter = if copied { &self.stats.copied_bytes } else { &self.stats.zero_copy_bytes };
+            LaneStats::add(counter, slot.payload_bytes);
+        }
+        if let Some(index) = self.lingering.iter().position(|slot| slot.notifications == 0) {
+            self.spare.push(self.lingering.swap_remove(index));
+        }
+    }
+
+    fn take_acks(&mut self, completion: Completion) -> Result<(), LaneError> {
+        match completion.result {
+            Ok(0) => return Err(LaneError::HungUp),
+            Ok(count) => self.acks.filled += count as usize,
+            Err(error) => return Err(LaneError::io("read acknowledgements")(error)),
+        }
+        let whole = self.acks.filled / ACK_BYTES * ACK_BYTES;
+        for bytes in self.acks.bytes[..whole].chunks_exact(ACK_BYTES) {
+            let found = Ack::decode(bytes)?.sequence;
+            if found > self.sequence {
+                return Err(LaneError::Sequence { expected: self.sequence, found });
+            }
+            self.acknowledged = self.acknowledged.max(found);
+            self.last_ack = Instant::now();
+        }
+        self.acks.bytes.copy_within(whole..self.acks.filled, 0);
+        self.acks.filled -= whole;
+        self.retire();
+        self.listen_for_acks()
+    }
+
+    /// Takes frames that are in the destination's memory out of the window.
+    fn retire(&mut self) {
+        let handed_over = self.sequence - u64::from(self.sending);
+        let done = self.acknowledged.min(handed_over);
+        while let Some(slot) = self.window.pop_front_if(|slot| slot.sequence <= done) {
+            for run in &slot.runs {
+                let pages = run.pages.end - run.pages.start;
+                match run.content {
+                    Content::Data => LaneStats::add(&self.stats.data_pages, pages),
+                    Content::Zero => LaneStats::add(&self.stats.zero_pages, pages),
+                }
+                self.outbound.in_flight.remove_range(run.pages.clone());
+            }
+            self.window_bytes -= slot.payload_bytes;
+            LaneStats::add(&self.stats.acked_bytes, slot.payload_bytes);
+            let rest = if slot.notifications == 0 { &mut self.spare } else { &mut self.lingering };
+            rest.push(slot);
+        }
+        if self.window.is_empty() {
+            self.outbound.bell.notify_one();
+        }
+    }
+
+    fn listen_for_wake(&mut self) -> Result<(), LaneError> {
+        let waker = types::Fd(self.outbound.wakers[self.lane].as_raw_fd());
+        let value: *mut u64 = &mut *self.wake_value;
+        let entry = opcode::Read::new(waker, value.cast(), size_of::<u64>() as u32).build();
+        // SAFETY: the value is boxed and lives until the ring is gone; nobody reads it.
+        unsafe { self.ring.push(&entry.user_data(WAKE)) }.map_err(LaneError::io("wait to be woken"))
+    }
+
+    fn listen_for_acks(&mut self) -> Result<(), LaneError> {
+        let free = &mut self.acks.bytes[self.acks.filled..];
+        let fd = types::Fd(self.socket.as_raw_fd());
+        let entry = opcode::Recv::new(fd, free.as_mut_ptr(), free.len() as u32).build();
+        // SAFETY: the buffer is boxed, lives until the ring is gone, and this part of it is not
+        // touched until the operation completes.
+        unsafe { self.ring.push(&entry.user_data(ACKS)) }.map_err(LaneError::io("read acknowledgements"))
+    }
+}
+
+impl Slot {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            sequence: 0,
+            runs: Vec::with_capacity(MAX_RUNS),
+            head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
+            message: Message::new(),
+            payload_bytes: 0,
+            zero_copy: false,
+            notifications: 0,
+        })
+    }
+}
+
+/// Errors that concern zero-copy alone: not supported on this socket, or too much pinned.
+fn cannot_zero_copy(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOMEM | libc::ENOBUFS | libc::EINVAL))
+}

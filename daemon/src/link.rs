@@ -1,0 +1,255 @@
+//! The control connection to another daemon.
+//!
+//! A task of its own reads and answers pings, so that a link tells within
+//! the configured silence that the other side is gone, whatever this side is busy with.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
+use memlane_protocol::wire::hello::{
+    ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
+};
+use memlane_protocol::wire::{Label, WireError};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::timeout;
+use tokio_uring::buf::BoundedBuf;
+use tokio_uring::net::TcpStream;
+
+/// Longest time for connecting and for each half of the greeting.
+const GREETING: Duration = Duration::from_secs(3);
+/// Messages read ahead of whoever deals with them.
+const READ_AHEAD: usize = 16;
+
+/// Why a link could not be made, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// No connection.
+    #[error("cannot connect to {address}: {source}; is memlaned running there, and the port open?")]
+    Connect {
+        /// Where to.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The other side does not want to talk.
+    #[error("{address} refuses the connection: {reason}")]
+    Refused {
+        /// Who.
+        address: SocketAddr,
+        /// Its words.
+        reason: String,
+    },
+    /// The other side closed the connection.
+    #[error("the other host closed the control connection")]
+    Closed,
+    /// The other side has said nothing for too long.
+    #[error("the other host has not answered for {0:.1?}")]
+    Silent(Duration),
+    /// The connection broke.
+    #[error("the control connection broke: {0}")]
+    Io(#[from] io::Error),
+    /// The other side does not keep to the protocol.
+    #[error("the other host broke the protocol: {0}")]
+    Protocol(#[from] WireError),
+    /// The other side sent something that does not belong here.
+    #[error("the other host sent {found} where {expected} was due")]
+    Unexpected {
+        /// What was due.
+        expected: &'static str,
+        /// What came.
+        found: &'static str,
+    },
+}
+
+/// One end of a control connection. Dropping it closes the connection.
+pub struct Link {
+    stream: Rc<TcpStream>,
+    shared: Rc<Shared>,
+    messages: mpsc::Receiver<Result<Control, LinkError>>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// The sending half of a [`Link`], for whoever only sends.
+#[derive(Clone)]
+pub struct LinkSender {
+    stream: Rc<TcpStream>,
+    shared: Rc<Shared>,
+}
+
+struct Shared {
+    /// One message at a time.
+    writing: Mutex<()>,
+    last_heard: Cell<Instant>,
+    pinged_at: RefCell<Option<(u64, Instant)>>,
+    round_trip: Cell<Option<Duration>>,
+}
+
+impl Link {
+    /// Connects to a peer and settles the version.
+    pub async fn connect(address: SocketAddr, host: &Label, silence: Duration) -> Result<Self, LinkError> {
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        let refused = |source| LinkError::Connect { address, source };
+        let stream = timeout(GREETING, TcpStream::connect(address)).await.map_err(late);
+        let stream = stream.and_then(|stream| stream).map_err(refused)?;
+        stream.set_nodelay(true).map_err(refused)?;
+        let (oldest, newest) = VERSIONS;
+        let hello = Hello { oldest, newest, host: host.clone(), purpose: Purpose::Control };
+        match timeout(GREETING, greet(&stream, &hello)).await {
+            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(stream, silence)),
+            Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(LinkError::Silent(GREETING)),
+        }
+    }
+
+    /// A link over a connection whose greeting is done.
+    pub fn over(stream: TcpStream, silence: Duration) -> Self {
+        let stream = Rc::new(stream);
+        let shared = Rc::new(Shared {
+            writing: Mutex::new(()),
+            last_heard: Cell::new(Instant::now()),
+            pinged_at: RefCell::new(None),
+            round_trip: Cell::new(None),
+        });
+        let (sender, messages) = mpsc::channel(READ_AHEAD);
+        let link = LinkSender { stream: stream.clone(), shared: shared.clone() };
+        let reader = tokio::task::spawn_local(read(link.clone(), sender.clone()));
+        let watcher = tokio::task::spawn_local(watch(link, sender, silence));
+        Self { stream, shared, messages, tasks: vec![reader, watcher] }
+    }
+
+    /// The next message that is no ping.
+    pub async fn receive(&mut self) -> Result<Control, LinkError> {
+        self.messages.recv().await.unwrap_or(Err(LinkError::Closed))
+    }
+
+    /// Sends a message.
+    pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
+        self.sender().send(message).await
+    }
+
+    /// The sending half.
+    pub fn sender(&self) -> LinkSender {
+        LinkSender { stream: self.stream.clone(), shared: self.shared.clone() }
+    }
+
+    /// The round trip of the last ping, once there was one.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.shared.round_trip.get()
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Ends the reader's pending read; it then lets go of the stream by itself.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+impl LinkSender {
+    /// Sends a message.
+    pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
+        let bytes = message.encode();
+        let _one_at_a_time = self.shared.writing.lock().await;
+        self.stream.write_all(bytes).await.0?;
+        Ok(())
+    }
+}
+
+/// Answers the greeting of whoever connected: `judge` says whether it may go on.
+pub async fn answer_greeting(
+    stream: &TcpStream,
+    judge: impl FnOnce(&Hello) -> Result<(), String>,
+) -> Result<Option<Hello>, LinkError> {
+    let greeting = async {
+        let hello = Hello::decode(&read_exactly(stream, HELLO_BYTES).await?)?;
+        let ours = VERSIONS;
+        let answer = match (common_version(ours, (hello.oldest, hello.newest)), judge(&hello)) {
+            (None, _) => Answer::Refused {
+                reason: format!(
+                    "this host speaks versions {} to {} of the protocol and {} speaks {} to {}; \
+                     upgrade the older one",
+                    ours.0, ours.1, hello.host, hello.oldest, hello.newest
+                ),
+            },
+            (_, Err(reason)) => Answer::Refused { reason },
+            (Some(version), Ok(())) => Answer::Welcome { version },
+        };
+        stream.write_all(answer.encode()).await.0?;
+        Ok(matches!(answer, Answer::Welcome { .. }).then_some(hello))
+    };
+    timeout(GREETING, greeting).await.unwrap_or(Err(LinkError::Silent(GREETING)))
+}
+
+async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {
+    stream.write_all(hello.encode()).await.0?;
+    let mut bytes = read_exactly(stream, ANSWER_BYTES).await?;
+    bytes.extend(read_exactly(stream, Answer::text_bytes(&bytes)?).await?);
+    Ok(Answer::decode(&bytes)?)
+}
+
+/// Reads messages, deals with pings, and passes on the rest until the connection ends.
+async fn read(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError>>) {
+    loop {
+        let message = read_message(&link.stream).await;
+        link.shared.last_heard.set(Instant::now());
+        let answer = match message {
+            Ok(Control::Ping(number)) => link.send(&Control::Pong(number)).await,
+            Ok(Control::Pong(number)) => {
+                if let Some((_, at)) = link.shared.pinged_at.borrow_mut().take_if(|(sent, _)| *sent == number) {
+                    link.shared.round_trip.set(Some(at.elapsed()));
+                }
+                Ok(())
+            }
+            Ok(message) => match messages.send(Ok(message)).await {
+                Ok(()) => Ok(()),
+                Err(_) => return,
+            },
+            Err(error) => Err(error),
+        };
+        if let Err(error) = answer {
+            let _ = messages.send(Err(error)).await;
+            return;
+        }
+    }
+}
+
+/// Pings, and ends the link when nothing has been heard for too long.
+async fn watch(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError>>, silence: Duration) {
+    for number in 0.. {
+        *link.shared.pinged_at.borrow_mut() = Some((number, Instant::now()));
+        let pause = silence / 5;
+        if timeout(silence, link.send(&Control::Ping(number))).await.is_err()
+            || link.shared.last_heard.get().elapsed() > silence
+        {
+            let _ = link.stream.shutdown(Shutdown::Both);
+            let _ = messages.send(Err(LinkError::Silent(silence))).await;
+            return;
+        }
+        tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
+    }
+}
+
+async fn read_message(stream: &TcpStream) -> Result<Control, LinkError> {
+    let (kind, bytes) = decode_header(&read_exactly(stream, HEADER_BYTES).await?)?;
+    Ok(Control::decode(kind, &read_exactly(stream, bytes).await?)?)
+}
+
+async fn read_exactly(stream: &TcpStream, count: usize) -> Result<Vec<u8>, LinkError> {
+    let mut buffer = vec![0; count];
+    let mut filled = 0;
+    while filled < count {
+        let (result, slice) = stream.read(buffer.slice(filled..)).await;
+        buffer = slice.into_inner();
+        match result? {
+            0 => return Err(LinkError::Closed),
+            read => filled += read,
+        }
+    }
+    Ok(buffer)
+}

@@ -1,0 +1,317 @@
+//! Copying while the guest runs: round one over all memory, then what was written meanwhile,
+//! until the pause fits the limit.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::bandwidth::Bandwidth;
+use memlane_protocol::convergence::{Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round};
+use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use tokio::sync::{Mutex, mpsc};
+use tracing::info;
+
+use super::Ticket;
+use super::lanes::Lanes;
+use crate::api::types::{Forecast as ForecastView, Phase, Round as RoundView};
+use crate::guest::{DriverError, Guest};
+use crate::lane::Outbound;
+use crate::link::{LinkError, LinkSender};
+use crate::metrics::{self, PageKind};
+
+/// Pages armed at once, just ahead of the lanes: a VMM never protects much of its guest in
+/// one go.
+const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
+/// Armed pages that wait for the lanes.
+const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
+/// How often progress is looked at, and how long a ring of the bell may be missed.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why copying ended without success.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The VMM failed.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The control connection failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// No lane is left.
+    #[error("every lane to the destination is lost; see `memlanectl ports` and the daemon's log")]
+    NoLanes,
+    /// Memory could not be looked at.
+    #[error("cannot find out what the guest's memory holds: {0}")]
+    Memory(std::io::Error),
+    /// The pause would be too long.
+    #[error("{0}")]
+    GaveUp(memlane_protocol::convergence::Why),
+    /// The destination's memory differs.
+    #[error("the destination's memory is not equal: {0}; the guest was not handed over")]
+    Unequal(String),
+    /// The destination answered something else than it was asked.
+    #[error("the destination broke the protocol: {0}")]
+    Protocol(&'static str),
+}
+
+/// One migration's copying, shared by the stages of the source.
+pub struct Copying {
+    /// The guest.
+    pub guest: Rc<Guest>,
+    /// How everyone sees it.
+    pub ticket: Rc<Ticket>,
+    /// What the lanes share.
+    pub outbound: Arc<Outbound>,
+    /// The lanes.
+    pub lanes: RefCell<Lanes>,
+    /// To the destination.
+    pub link: LinkSender,
+    /// What the destination says besides words of the handover.
+    pub answers: Mutex<mpsc::Receiver<Control>>,
+    /// What the lanes deliver.
+    pub bandwidth: RefCell<Bandwidth>,
+    /// Forecasts for this kind of VMM.
+    pub predictor: Rc<RefCell<Predictor>>,
+    /// Round trip of the control connection.
+    pub round_trip: Cell<Duration>,
+    /// What the order allows.
+    pub policy: Policy,
+    /// Compare digests in the pause.
+    pub verify: bool,
+    /// The forecast on which the switchover was decided.
+    pub forecast: Cell<Option<Forecast>>,
+    /// Measured in the pause: when it began, and the time until the state was saved.
+    pub paused_at: Cell<Option<Instant>>,
+    /// See `paused_at`.
+    pub save_time: Cell<Duration>,
+    /// Time that comparing digests took, which the limit does not bound.
+    pub verify_time: Cell<Duration>,
+}
+
+impl Copying {
+    /// Copies until it is time to switch over.
+    pub async fn run(&self) -> Result<(), CopyError> {
+        tokio::select! {
+            result = self.rounds() => result,
+            never = self.keep_measuring() => never,
+        }
+    }
+
+    async fn rounds(&self) -> Result<(), CopyError> {
+        let mut convergence = Convergence::new(self.policy);
+        self.start_tracking().await?;
+        for number in 1.. {
+            let started = Instant::now();
+            let bytes_before = self.lanes.borrow().wire_bytes();
+            let pages_before = self.lanes.borrow().pages();
+            let pages = if number == 1 { self.guest.ram.pages() } else { self.outbound.dirty.count() };
+            self.link.send(&Control::Round { round: number, pages }).await?;
+            self.ticket.update(|progress| {
+                progress.rounds.push(RoundView { round: number, pages, ..RoundView::default() });
+            });
+            if number == 1 {
+                self.first_round().await?;
+            }
+            self.until_all_claimed().await?;
+            let dirtied_pages = self.guest.driver.harvest(&self.outbound.dirty).await?;
+            let duration = started.elapsed();
+            let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
+            self.outbound.wake(remaining);
+            let lanes = self.lanes.borrow();
+            let (bytes, sent) = (lanes.wire_bytes() - bytes_before, lanes.pages() - pages_before);
+            drop(lanes);
+            metrics::round(duration, dirtied_pages);
+            self.ticket.update(|progress| {
+                let round = progress.rounds.last_mut().expect("pushed when the round began");
+                let pages = if number == 1 { sent } else { pages };
+                *round =
+                    RoundView { round: number, pages, bytes, seconds: duration.as_secs_f64(), dirtied_pages };
+            });
+            let remaining_bytes = remaining * PAGE_SIZE;
+            let round = Round { number, duration, dirtied_pages, remaining_bytes };
+            if self.decide(&mut convergence, &round)? {
+                return Ok(());
+            }
+        }
+        unreachable!("the policy bounds the number of rounds")
+    }
+
+    /// Whether to switch over now.
+    fn decide(&self, convergence: &mut Convergence, round: &Round) -> Result<bool, CopyError> {
+        let now = Conditions {
+            bandwidth: self.bandwidth.borrow().bytes_per_second(),
+            round_trip: self.round_trip.get(),
+            // Comparing is for those who have the time: the limit bounds the rest of the pause.
+            verify: Duration::ZERO,
+        };
+        let verdict = convergence.after_round(round, &now, &self.predictor.borrow());
+        self.forecast.set(Some(verdict.forecast));
+        self.ticket.update(|progress| {
+            progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
+            progress.forecast = Some(view(&verdict.forecast));
+        });
+        info!(
+            guest = %self.ticket.guest,
+            round = round.number,
+            seconds = round.duration.as_secs_f64(),
+            dirtied_pages = round.dirtied_pages,
+            remaining_bytes = round.remaining_bytes,
+            bandwidth_bytes_per_second = now.bandwidth,
+            predicted_downtime = ?verdict.forecast.total(),
+            margin = ?verdict.forecast.margin,
+            decision = ?verdict.decision,
+            "round ended"
+        );
+        match verdict.decision {
+            Decision::Continue => Ok(false),
+            Decision::SwitchOver => Ok(true),
+            Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
+        }
+    }
+
+    async fn start_tracking(&self) -> Result<(), CopyError> {
+        self.ticket.update(|progress| progress.phase = Phase::Preparing);
+        let started = Instant::now();
+        self.guest.tracked.set(true);
+        self.guest.driver.start_tracking().await?;
+        let took = started.elapsed().as_secs_f64();
+        metrics::tracking_started(started.elapsed());
+        self.ticket.update(|progress| {
+            progress.tracking_start_seconds = Some(took);
+            progress.phase = Phase::Copying;
+        });
+        Ok(())
+    }
+
+    /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
+    /// so a page that comes into being later is noticed as written.
+    async fn first_round(&self) -> Result<(), CopyError> {
+        let pages = self.guest.ram.pages();
+        let (mut hole_messages, mut holes) = (0, Vec::new());
+        for first in (0..pages).step_by(PIECE_PAGES as usize) {
+            let piece = first..(first + PIECE_PAGES).min(pages);
+            self.guest.driver.arm(piece.clone()).await?;
+            let data = self.guest.ram.data_extents(piece.clone()).map_err(CopyError::Memory)?;
+            let mut fresh = 0;
+            let mut hole_from = piece.start;
+            for extent in data {
+                add_hole(&mut holes, hole_from..extent.start);
+                hole_from = extent.end;
+                fresh += self.outbound.dirty.insert_range(extent);
+            }
+            add_hole(&mut holes, hole_from..piece.end);
+            if holes.len() >= MAX_RANGES / 2 {
+                hole_messages += self.send_holes(&mut holes).await?;
+            }
+            if fresh > 0 {
+                self.outbound.wake(pages - piece.start);
+            }
+            while self.outbound.dirty.count() > AHEAD_PAGES {
+                self.wait_for_lanes().await?;
+            }
+        }
+        hole_messages += self.send_holes(&mut holes).await?;
+        // A hole must be a hole there before the page behind it can be sent as data.
+        for _ in 0..hole_messages {
+            match self.answer().await? {
+                Control::HolesDone => {}
+                _ => return Err(CopyError::Protocol("something else than the end of its holes")),
+            }
+        }
+        Ok(())
+    }
+
+    async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<usize, CopyError> {
+        let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
+        if pages == 0 {
+            return Ok(0);
+        }
+        metrics::pages_sent(PageKind::Hole, pages);
+        self.ticket.update(|progress| progress.hole_pages += pages);
+        let mut messages = 0;
+        for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
+            self.link.send(&Control::Holes(ranges.to_vec())).await?;
+            messages += 1;
+        }
+        Ok(messages)
+    }
+
+    /// The destination's next answer.
+    pub async fn answer(&self) -> Result<Control, CopyError> {
+        let answer = self.answers.lock().await.recv().await;
+        answer.ok_or(CopyError::Link(LinkError::Closed))
+    }
+
+    /// Returns when every page of this round is in some lane's hands. Those that are still on
+    /// their way do not hold up the next round.
+    async fn until_all_claimed(&self) -> Result<(), CopyError> {
+        while !self.outbound.dirty.is_empty() {
+            self.wait_for_lanes().await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when a lane has something to tell, or after a moment.
+    pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
+        let _ = tokio::time::timeout(LOOK, self.outbound.bell.notified()).await;
+        if self.lanes.borrow().all_ended() { Err(CopyError::NoLanes) } else { Ok(()) }
+    }
+
+    /// Measures bandwidth while there is something to send, and shows progress.
+    pub async fn keep_measuring(&self) -> ! {
+        let mut ticker = tokio::time::interval(LOOK);
+        let (mut before, mut bytes_before) = (Instant::now(), self.lanes.borrow().acked_bytes());
+        let mut was_busy = false;
+        for tick in 0u64.. {
+            ticker.tick().await;
+            let bytes = self.lanes.borrow().acked_bytes();
+            let busy = !self.outbound.all_acknowledged();
+            if was_busy {
+                self.bandwidth.borrow_mut().record(bytes - bytes_before, before.elapsed());
+            }
+            (was_busy, before, bytes_before) = (busy, Instant::now(), bytes);
+            if tick % 5 == 0 {
+                self.show();
+            }
+        }
+        unreachable!("the loop has no end")
+    }
+
+    /// Brings what everyone sees up to date.
+    pub fn show(&self) {
+        self.lanes.borrow_mut().measure(true);
+        let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
+        self.ticket.update(|progress| {
+            self.lanes.borrow().show(progress);
+            progress.bandwidth_bytes_per_second = bandwidth;
+            progress.pages_remaining = match progress.rounds.as_slice() {
+                [first] if first.seconds == 0.0 => {
+                    let done = progress.pages_sent + progress.zero_pages + progress.hole_pages;
+                    progress.pages_total.saturating_sub(done)
+                }
+                _ => self.outbound.dirty.count() + self.outbound.in_flight.count(),
+            };
+        });
+    }
+}
+
+fn add_hole(holes: &mut Vec<Range<u64>>, hole: Range<u64>) {
+    match holes.last_mut() {
+        _ if hole.is_empty() => {}
+        Some(last) if last.end == hole.start => last.end = hole.end,
+        _ => holes.push(hole),
+    }
+}
+
+fn view(forecast: &Forecast) -> ForecastView {
+    ForecastView {
+        remaining_seconds: forecast.transfer.as_secs_f64(),
+        round_trip_seconds: forecast.round_trips.as_secs_f64(),
+        state_seconds: (forecast.save + forecast.load).as_secs_f64(),
+        resume_seconds: (forecast.journal + forecast.resume).as_secs_f64(),
+        verify_seconds: forecast.verify.as_secs_f64(),
+        margin_seconds: forecast.margin.as_secs_f64(),
+    }
+}

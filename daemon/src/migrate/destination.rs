@@ -1,0 +1,345 @@
+//! The half that is given the guest.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::control::{Accept, Control, MAX_DIGESTS, Offer};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::digest::digest_all;
+use super::executor::Executor;
+use super::lanes::{LaneEnd, Lanes};
+use super::{Ticket, Word, preflight};
+use crate::announce::announce;
+use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView, Role, Round as RoundView};
+use crate::guest::Guest;
+use crate::host::Host;
+use crate::journal::Entry;
+use crate::lane::Inbound;
+use crate::link::{Link, LinkError};
+use crate::port::ArrivedLane;
+
+/// How often what has not been answered is asked again, and progress is shown.
+const TICK: Duration = Duration::from_secs(1);
+/// Lanes that a source may open.
+const MOST_LANES: usize = 256;
+
+struct Run {
+    executor: Executor,
+    machine: Destination,
+    ticket: Rc<Ticket>,
+    guest: Rc<Guest>,
+    lanes: Lanes,
+    inbound: Arc<Inbound>,
+    arriving: mpsc::Receiver<ArrivedLane>,
+    words: mpsc::Receiver<Word>,
+    /// The state, as far as it has come.
+    state: Vec<u8>,
+    loaded: bool,
+    guest_gone: bool,
+}
+
+/// Answers an offer, and takes the guest if it can come.
+pub async fn run(host: Rc<Host>, peer: memlane_protocol::wire::Label, link: Link, offer: Offer) {
+    let name = offer.shape.name.clone();
+    let guest = match preflight::receive(&host, &offer) {
+        Ok(guest) => guest,
+        Err(refusals) => {
+            for refusal in &refusals {
+                info!(guest = %name, %peer, what = refusal.what.name(), reason = refusal.reason, "refused a guest");
+                crate::metrics::refused(refusal.what.name());
+            }
+            let _ = link.send(&Control::Refuse(refusals)).await;
+            return;
+        }
+    };
+    let token = crate::host::random_id();
+    let accept = Control::Accept(Accept { token, ports: host.offered_ports() });
+    let arriving = host.rendezvous.await_lanes(token, MOST_LANES);
+    if let Err(error) = link.send(&accept).await {
+        info!(guest = %name, %peer, %error, "the source went away");
+        return;
+    }
+    if offer.check_only {
+        return;
+    }
+    guest.migration.replace(Some(offer.migration));
+    let (ticket, words) = Ticket::new(offer.migration, &name, (&host.config.host, &peer), Role::Destination);
+    ticket.update(|progress| {
+        progress.pages_total = guest.shape.pages();
+        progress.phase = PhaseView::Copying;
+    });
+    host.add(ticket.clone());
+    info!(guest = %name, %peer, "a guest is coming");
+    let entry = Entry { migration: offer.migration, guest: name, peer, record: Record::Prepared };
+    let inbound = Arc::new(Inbound { ram: guest.ram.clone() });
+    let lanes = Lanes::new(host.traffic.clone());
+    let run = Run {
+        executor: Executor::new(host, entry, Some(guest.clone()), Some(link)),
+        machine: Destination::new(),
+        ticket,
+        guest: guest.clone(),
+        lanes,
+        inbound,
+        arriving,
+        words,
+        state: Vec::new(),
+        loaded: false,
+        guest_gone: false,
+    };
+    run.drive().await;
+}
+
+impl Run {
+    async fn drive(mut self) {
+        // The acceptance has been sent with the ports.
+        let mut events = VecDeque::from([Event::Accepted]);
+        while !self.machine.is_over() {
+            let event = match events.pop_front() {
+                Some(event) => event,
+                None => match self.next_event().await {
+                    Some(event) => event,
+                    None => continue,
+                },
+            };
+            if self.gives_up_at(event) {
+                self.abandon().await;
+            }
+            let left = self.executor.feed(&mut self.machine, event).await;
+            for action in left {
+                if let Action::Report(outcome) = action {
+                    self.report(outcome);
+                }
+            }
+            if self.machine.phase() == Phase::Committing {
+                self.ticket.update(|progress| {
+                    if progress.outcome.is_none() {
+                        progress.phase = PhaseView::Committing;
+                    }
+                });
+            }
+        }
+        self.lanes.close().await;
+        self.guest.migration.borrow_mut().take_if(|migration| *migration == self.ticket.id);
+    }
+
+    /// Waits for whatever happens next; `None` if it does not concern the handover.
+    async fn next_event(&mut self) -> Option<Event> {
+        let guest = (!self.guest_gone).then(|| self.guest.clone());
+        let receiving = self.machine.phase() == Phase::Copying;
+        tokio::select! {
+            biased;
+            message = receive(&mut self.executor.link) => self.hear(message).await,
+            Some(word) = self.words.recv() => {
+                self.executor.reply = Some(word.reply);
+                Some(Event::Message(word.message))
+            }
+            Some(lane) = self.arriving.recv(), if receiving => {
+                self.start(lane);
+                None
+            }
+            () = gone(guest) => {
+                self.guest_gone = true;
+                self.executor.blame("the VMM that was to run the guest is gone");
+                Some(Event::VmmGone)
+            }
+            () = tokio::time::sleep(TICK) => {
+                self.show();
+                Some(Event::Tick)
+            }
+        }
+    }
+
+    fn start(&mut self, lane: ArrivedLane) {
+        let ArrivedLane { port, lane: number, socket, remote } = lane;
+        let local = self.executor.host.port_address(&port);
+        self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
+    }
+
+    async fn hear(&mut self, message: Result<Control, LinkError>) -> Option<Event> {
+        let message = match message {
+            Ok(message) => message,
+            Err(error) => return Some(self.peer_lost(error.to_string())),
+        };
+        match message {
+            Control::Handover { migration, message, reason, .. }
+                if migration == self.executor.entry.migration =>
+            {
+                if message == Message::Abort {
+                    self.executor.blame(format!("the source gave up: {reason}"));
+                }
+                Some(Event::Message(message))
+            }
+            message if self.machine.phase() == Phase::Copying => {
+                self.obey(message).await.unwrap_or_else(|reason| {
+                    warn!(guest = %self.ticket.guest, reason, "the migration fails");
+                    self.executor.blame(reason);
+                    Some(Event::Failed)
+                })
+            }
+            other => Some(self.peer_lost(format!("the source sent `{}` out of turn", other.name()))),
+        }
+    }
+
+    fn peer_lost(&mut self, reason: String) -> Event {
+        self.executor.blame(reason);
+        self.executor.link = None;
+        Event::PeerLost
+    }
+
+    /// Does what the source says while it copies.
+    async fn obey(&mut self, message: Control) -> Result<Option<Event>, String> {
+        match message {
+            Control::Round { round, pages } => {
+                self.ticket.update(|progress| {
+                    progress.rounds.push(RoundView { round, pages, ..RoundView::default() });
+                    // A source that counts forever must not fill this host's memory.
+                    if progress.rounds.len() > 1000 {
+                        progress.rounds.remove(0);
+                    }
+                });
+            }
+            Control::Holes(holes) => {
+                self.make_holes(holes).await?;
+                self.answer(Control::HolesDone).await?;
+            }
+            Control::Verify => {
+                let ram = self.guest.ram.clone();
+                let digests = tokio::task::spawn_blocking(move || digest_all(&ram)).await;
+                let digests = digests.expect("digesting does not panic");
+                let digests = digests.map_err(|error| format!("cannot digest memory: {error}"))?;
+                for (index, digests) in digests.chunks(MAX_DIGESTS).enumerate() {
+                    let first = (index * MAX_DIGESTS) as u64;
+                    self.answer(Control::Digests { first, digests: digests.to_vec() }).await?;
+                }
+            }
+            Control::State { total, offset, bytes } => {
+                if offset != self.state.len() as u64 {
+                    let expected = self.state.len();
+                    return Err(format!("state from byte {offset} came where byte {expected} is next"));
+                }
+                self.state.extend(bytes);
+                if self.state.len() as u64 == total {
+                    return self.load().await.map(Some);
+                }
+            }
+            other => return Err(format!("the source sent `{}` out of turn", other.name())),
+        }
+        Ok(None)
+    }
+
+    async fn answer(&self, message: Control) -> Result<(), String> {
+        match &self.executor.link {
+            Some(link) => link.send(&message).await.map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    async fn make_holes(&self, holes: Vec<Range<u64>>) -> Result<(), String> {
+        let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
+        if let Some(hole) = holes.iter().find(|hole| hole.start >= hole.end || hole.end > pages) {
+            return Err(format!("the source sent the hole {hole:?} of a guest of {pages} pages"));
+        }
+        let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
+        self.ticket.update(|progress| progress.hole_pages += count);
+        let punching = move || holes.into_iter().try_for_each(|hole| ram.punch(hole));
+        let punched = tokio::task::spawn_blocking(punching).await.expect("punching does not panic");
+        punched.map_err(|error| format!("cannot make pages zero: {error}"))
+    }
+
+    /// Loads the state, after the last lane has let go of the guest's memory.
+    async fn load(&mut self) -> Result<Event, String> {
+        self.lanes.close().await;
+        self.show();
+        let driver = &self.guest.driver;
+        let loading = async {
+            let took = driver.load(&self.state).await?;
+            self.loaded = true;
+            driver.prepare(self.ticket.id).await?;
+            Ok::<_, crate::guest::DriverError>(took)
+        };
+        let took = loading.await.map_err(|error| error.to_string())?;
+        self.guest.standing.set(Standing::Loaded);
+        self.executor.load_time = took;
+        self.ticket.update(|progress| {
+            progress.phase = PhaseView::SwitchingOver;
+            progress.vmm_state_bytes = Some(self.state.len() as u64);
+            progress.load_seconds = Some(took.as_secs_f64());
+        });
+        self.state = Vec::new();
+        Ok(Event::Loaded)
+    }
+
+    /// Whether the half will give up at this event, before it was in doubt.
+    fn gives_up_at(&self, event: Event) -> bool {
+        let fatal = matches!(
+            event,
+            Event::PeerLost | Event::Failed | Event::VmmGone | Event::Message(Message::Abort)
+        );
+        fatal && self.machine.phase() == Phase::Copying
+    }
+
+    /// Leaves the VMM waiting for another try if nothing was loaded into it: its memory is
+    /// given back, and discarding it would only make somebody start it again.
+    async fn abandon(&mut self) {
+        self.lanes.close().await;
+        if !self.loaded && !self.guest_gone {
+            self.executor.guest = None;
+            let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
+            let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
+            if let Ok(Err(error)) = punched {
+                warn!(guest = %self.ticket.guest, %error, "cannot give back the memory of a guest that did not come");
+            }
+        }
+    }
+
+    fn show(&mut self) {
+        self.lanes.measure(false);
+        self.ticket.update(|progress| self.lanes.show(progress));
+    }
+
+    fn report(&mut self, outcome: Outcome) {
+        self.show();
+        let (here, there) = (self.executor.host.config.host.to_string(), self.ticket.peer.to_string());
+        let reason = self.executor.reason.take();
+        info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
+        match outcome {
+            Outcome::Completed => {
+                self.guest.standing.set(Standing::Running);
+                self.guest.migration.take();
+                arrived(&self.executor.host, &self.guest);
+                self.ticket.end(OutcomeView::Completed, None, Some(here));
+            }
+            Outcome::VmmGone => self.ticket.end(OutcomeView::Failed, reason, None),
+            _ => self.ticket.end(OutcomeView::Failed, reason, Some(there)),
+        }
+    }
+}
+
+/// Announces a guest that has begun to run on this host.
+pub fn arrived(host: &Host, guest: &Guest) {
+    for (bridge, macs) in host.bridges_of(&guest.shape.nics) {
+        tokio::task::spawn_local(announce(guest.shape.name.to_string(), bridge, macs));
+    }
+}
+
+async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
+    match link {
+        Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}
+
+async fn gone(guest: Option<Rc<Guest>>) {
+    match guest {
+        Some(guest) => guest.driver.gone().await,
+        None => pending().await,
+    }
+}

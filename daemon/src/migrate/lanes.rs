@@ -1,0 +1,226 @@
+//! The lanes of one migration: their threads, and what they have done so far.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use memlane_protocol::wire::Label;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::api::types::{Lane as LaneView, LaneState, Migration};
+use crate::lane::{Inbound, LaneError, LaneStats, Outbound, Receiver, Sender};
+use crate::metrics::{self, PageKind, PortMeter};
+use crate::port::{Traffic, hang_up};
+
+/// Lanes of one migration at one end. Dropping them ends their connections.
+pub struct Lanes {
+    lanes: Vec<Lane>,
+    running: watch::Sender<usize>,
+    seen: Seen,
+    traffic: Rc<Traffic>,
+}
+
+/// A lane's connection and thread.
+struct Lane {
+    port: Label,
+    number: u16,
+    local: String,
+    remote: SocketAddr,
+    socket: Arc<OwnedFd>,
+    stats: Arc<LaneStats>,
+    /// What has gone into the metrics already.
+    counted: Counted,
+    meter: PortMeter,
+    rate: f64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Counted {
+    wire_bytes: u64,
+    zero_copy_bytes: u64,
+    copied_bytes: u64,
+    data_pages: u64,
+    zero_pages: u64,
+}
+
+/// When the rates were looked at last.
+struct Seen {
+    at: Instant,
+    wire_bytes: Vec<u64>,
+}
+
+/// One end of a lane's connection.
+pub struct LaneEnd {
+    /// The port of this host.
+    pub port: Label,
+    /// Number of the lane.
+    pub number: u16,
+    /// The address here.
+    pub local: String,
+    /// The address there.
+    pub remote: SocketAddr,
+    /// The connection.
+    pub socket: OwnedFd,
+}
+
+impl Lanes {
+    /// No lanes yet; what they carry is added to `traffic`.
+    pub fn new(traffic: Rc<Traffic>) -> Self {
+        let seen = Seen { at: Instant::now(), wire_bytes: Vec::new() };
+        Self { lanes: Vec::new(), running: watch::Sender::new(0), seen, traffic }
+    }
+
+    /// Starts a lane that sends from `outbound`.
+    pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
+        let (outbound, index) = (outbound.clone(), self.lanes.len());
+        self.start(end, move |stats, socket| match Sender::new(outbound, stats, socket, index, silence) {
+            Ok(sender) => sender.run(),
+            Err(error) => error,
+        });
+    }
+
+    /// Starts a lane that receives into `inbound`.
+    pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<Inbound>) {
+        let inbound = inbound.clone();
+        self.start(end, move |stats, socket| match Receiver::new(inbound, stats, socket) {
+            Ok(receiver) => receiver.run(),
+            Err(error) => error,
+        });
+    }
+
+    fn start(
+        &mut self,
+        end: LaneEnd,
+        work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
+    ) {
+        let LaneEnd { port, number, local, remote, socket } = end;
+        let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
+        let (thread_socket, thread_stats, running) = (socket.clone(), stats.clone(), self.running.clone());
+        let name = format!("lane-{port}-{number}");
+        let port_name = port.clone();
+        self.running.send_modify(|running| *running += 1);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            match work(thread_stats.clone(), thread_socket) {
+                LaneError::HungUp => info!(port = %port_name, lane = number, %remote, "lane closed"),
+                error => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
+            }
+            thread_stats.ended.store(true, Ordering::Release);
+            running.send_modify(|running| *running -= 1);
+        });
+        if let Err(error) = thread {
+            warn!(%port, lane = number, %error, "cannot start a thread for a lane");
+            stats.ended.store(true, Ordering::Release);
+            self.running.send_modify(|running| *running -= 1);
+        }
+        let (counted, rate) = (Counted::default(), 0.0);
+        self.seen.wire_bytes.push(0);
+        let meter = PortMeter::new(port.as_str());
+        self.lanes.push(Lane { port, number, local, remote, socket, stats, counted, meter, rate });
+    }
+
+    /// Ends all connections; returns when no thread touches guest memory any more.
+    pub async fn close(&self) {
+        self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
+        // The sender is our own, so the wait cannot fail.
+        let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
+    }
+
+    /// Whether every lane has ended.
+    pub fn all_ended(&self) -> bool {
+        *self.running.borrow() == 0
+    }
+
+    /// Bytes of pages acknowledged so far, over all lanes.
+    pub fn acked_bytes(&self) -> u64 {
+        self.sum(|stats| &stats.acked_bytes)
+    }
+
+    /// Bytes on the wire so far, over all lanes.
+    pub fn wire_bytes(&self) -> u64 {
+        self.sum(|stats| &stats.wire_bytes)
+    }
+
+    /// Pages that have travelled so far, as bytes or as descriptors.
+    pub fn pages(&self) -> u64 {
+        self.sum(|stats| &stats.data_pages) + self.sum(|stats| &stats.zero_pages)
+    }
+
+    fn sum(&self, counter: impl Fn(&LaneStats) -> &AtomicU64) -> u64 {
+        self.lanes.iter().map(|lane| counter(&lane.stats).load(Ordering::Relaxed)).sum()
+    }
+
+    /// Brings rates and metrics up to date; `sending` tells which way the bytes go.
+    pub fn measure(&mut self, sending: bool) {
+        let elapsed = self.seen.at.elapsed().as_secs_f64();
+        let fresh_rates = elapsed >= 0.2;
+        for (lane, seen) in self.lanes.iter_mut().zip(&mut self.seen.wire_bytes) {
+            lane.count(sending, &self.traffic);
+            if fresh_rates {
+                let bytes = lane.stats.wire_bytes.load(Ordering::Relaxed);
+                lane.rate = (bytes - *seen) as f64 / elapsed;
+                *seen = bytes;
+            }
+        }
+        if fresh_rates {
+            self.seen.at = Instant::now();
+        }
+    }
+
+    /// Shows the lanes.
+    pub fn show(&self, progress: &mut Migration) {
+        progress.bytes_sent = self.wire_bytes();
+        progress.pages_sent = self.sum(|stats| &stats.data_pages);
+        progress.zero_pages = self.sum(|stats| &stats.zero_pages);
+        progress.lanes = self.lanes.iter().map(Lane::view).collect();
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
+    }
+}
+
+impl Lane {
+    fn view(&self) -> LaneView {
+        let stats = &self.stats;
+        let ended = stats.ended.load(Ordering::Acquire);
+        LaneView {
+            port: self.port.to_string(),
+            lane: self.number,
+            local: self.local.clone(),
+            remote: self.remote.to_string(),
+            bytes: stats.wire_bytes.load(Ordering::Relaxed),
+            zero_copy_bytes: stats.zero_copy_bytes.load(Ordering::Relaxed),
+            copied_bytes: stats.copied_bytes.load(Ordering::Relaxed),
+            bytes_per_second: self.rate,
+            state: if ended { LaneState::Lost } else { LaneState::Up },
+        }
+    }
+
+    /// Adds what is new to the metrics.
+    fn count(&mut self, sending: bool, traffic: &Traffic) {
+        let (stats, counted) = (&self.stats, &mut self.counted);
+        let fresh = |counter: &AtomicU64, counted: &mut u64| {
+            let now = counter.load(Ordering::Relaxed);
+            now - std::mem::replace(counted, now)
+        };
+        let bytes = fresh(&stats.wire_bytes, &mut counted.wire_bytes);
+        if !sending {
+            self.meter.received(bytes);
+            traffic.add(&self.port, 0, bytes);
+            return;
+        }
+        self.meter.sent(bytes);
+        traffic.add(&self.port, bytes, 0);
+        self.meter.zero_copy(fresh(&stats.zero_copy_bytes, &mut counted.zero_copy_bytes));
+        self.meter.copied(fresh(&stats.copied_bytes, &mut counted.copied_bytes));
+        self.meter.bandwidth(self.rate);
+        metrics::pages_sent(PageKind::Data, fresh(&stats.data_pages, &mut counted.data_pages));
+        metrics::pages_sent(PageKind::Zero, fresh(&stats.zero_pages, &mut counted.zero_pages));
+    }
+}

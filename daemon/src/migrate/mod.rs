@@ -1,0 +1,108 @@
+//! Moving a guest: the daemon's part, which does what `memlane_protocol` decides.
+//!
+//! [`source`] and [`destination`] are the two halves of a migration. Both let an
+//! [`Executor`](executor::Executor) carry out what their half of the handover orders;
+//! [`copy`] and [`pause`] are what the source does before and in the switchover.
+
+mod copy;
+pub mod destination;
+mod digest;
+mod executor;
+mod lanes;
+mod pause;
+pub mod preflight;
+pub mod recover;
+pub mod source;
+
+use std::rc::Rc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use memlane_protocol::handover::Message;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::MigrationId;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::api::types::{Migration, Outcome, Phase, Role};
+
+/// A migration as everyone else on this host sees it.
+pub struct Ticket {
+    /// Its identity.
+    pub id: MigrationId,
+    /// The guest.
+    pub guest: Label,
+    /// The other host.
+    pub peer: Label,
+    /// How it stands; the outcome is set last.
+    pub progress: watch::Sender<Migration>,
+    /// True once the operator wants it cancelled.
+    pub cancelled: watch::Sender<bool>,
+    /// Whether cancelling would still be heeded.
+    pub cancellable: std::cell::Cell<bool>,
+    /// Words of the handover that came over another connection than the migration's own.
+    pub words: mpsc::Sender<Word>,
+    started: Instant,
+}
+
+/// A word of the handover that came over a connection of its own, and where the answer goes.
+pub struct Word {
+    /// The word.
+    pub message: Message,
+    /// Takes the answer; dropped where there is none.
+    pub reply: oneshot::Sender<Message>,
+}
+
+impl Ticket {
+    /// For a migration that begins now, together with where its words arrive.
+    pub fn new(
+        id: MigrationId,
+        guest: &Label,
+        (here, peer): (&Label, &Label),
+        role: Role,
+    ) -> (Rc<Self>, mpsc::Receiver<Word>) {
+        const WORDS_WAITING: usize = 4;
+        let (words, arriving) = mpsc::channel(WORDS_WAITING);
+        let destination = if role == Role::Source { peer } else { here };
+        let mut progress = Migration::new(crate::hex::encode(&id), guest.as_str(), destination.as_str());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        progress.role = role;
+        progress.started_at_unix_seconds = now.map_or(0.0, |since| since.as_secs_f64());
+        let source = if role == Role::Source { here } else { peer };
+        progress.guest_runs_at = Some(source.to_string());
+        let ticket = Self {
+            id,
+            guest: guest.clone(),
+            peer: peer.clone(),
+            progress: watch::Sender::new(progress),
+            cancelled: watch::Sender::new(false),
+            cancellable: (role == Role::Source).into(),
+            words,
+            started: Instant::now(),
+        };
+        (Rc::new(ticket), arriving)
+    }
+
+    /// Changes what everyone sees.
+    pub fn update(&self, change: impl FnOnce(&mut Migration)) {
+        self.progress.send_modify(|progress| {
+            progress.total_seconds = self.started.elapsed().as_secs_f64();
+            change(progress);
+        });
+    }
+
+    /// The last change.
+    pub fn end(&self, outcome: Outcome, reason: Option<String>, guest_runs_at: Option<String>) {
+        crate::metrics::migration_ended(outcome);
+        self.cancellable.set(false);
+        self.update(|progress| {
+            progress.phase = Phase::Ended;
+            progress.reason = reason;
+            progress.guest_runs_at = guest_runs_at;
+            progress.outcome = Some(outcome);
+        });
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.progress.borrow().outcome.is_some()
+    }
+}

@@ -1,0 +1,91 @@
+//! What happens while the guest stands still: the last pages, the proof if it was ordered,
+//! and the VMM's state.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
+
+use super::copy::{CopyError, Copying};
+use super::digest::{difference, digest_all};
+use crate::api::types::Phase;
+use crate::guest::SavedState;
+
+impl Copying {
+    /// Pauses the guest and sends everything that is not there yet. On success the
+    /// destination has all it needs to run the guest.
+    pub async fn pause(&self) -> Result<(), CopyError> {
+        self.ticket.update(|progress| {
+            progress.phase = Phase::SwitchingOver;
+            progress.guest_runs_at = None;
+        });
+        let started = Instant::now();
+        self.paused_at.set(Some(started));
+        self.guest.driver.pause().await?;
+        let pause_time = started.elapsed();
+        self.outbound.still.store(true, Ordering::Release);
+        self.guest.driver.harvest(&self.outbound.dirty).await?;
+        self.outbound.wake(self.outbound.dirty.count());
+        // The VMM saves its state while the lanes send the last pages.
+        let (saved, sent) = tokio::join!(self.guest.driver.save(), self.until_all_acknowledged());
+        let saved = saved?;
+        sent?;
+        self.save_time.set(pause_time + saved.took);
+        if self.verify {
+            self.compare().await?;
+        }
+        self.send_state(&saved).await
+    }
+
+    async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
+        while !self.outbound.all_acknowledged() {
+            self.wait_for_lanes().await?;
+        }
+        Ok(())
+    }
+
+    /// Compares digests of all RAM at both ends.
+    async fn compare(&self) -> Result<(), CopyError> {
+        let started = Instant::now();
+        self.link.send(&Control::Verify).await?;
+        let ram = self.guest.ram.clone();
+        let digesting = tokio::task::spawn_blocking(move || digest_all(&ram));
+        let mut there = Vec::new();
+        let chunks =
+            self.guest.shape.ram_bytes().div_ceil(memlane_protocol::wire::control::DIGEST_CHUNK_BYTES);
+        while (there.len() as u64) < chunks {
+            match self.answer().await? {
+                Control::Digests { first, digests } if first == there.len() as u64 && !digests.is_empty() => {
+                    there.extend(digests);
+                }
+                _ => return Err(CopyError::Protocol("something else than its next digests")),
+            }
+        }
+        let here = digesting.await.expect("digesting does not panic").map_err(CopyError::Memory)?;
+        let difference = difference(&self.guest.ram, &here, &there);
+        self.verify_time.set(started.elapsed());
+        self.ticket.update(|progress| progress.digest_verified = Some(difference.is_none()));
+        match difference {
+            Some(difference) => Err(CopyError::Unequal(difference)),
+            None => Ok(()),
+        }
+    }
+
+    async fn send_state(&self, saved: &SavedState) -> Result<(), CopyError> {
+        let total = saved.bytes.len() as u64;
+        self.ticket.update(|progress| {
+            progress.vmm_state_bytes = Some(total);
+            progress.save_seconds = Some(saved.took.as_secs_f64());
+        });
+        let mut offset = 0;
+        loop {
+            let end = (offset + MAX_STATE_CHUNK_BYTES).min(saved.bytes.len());
+            let bytes = saved.bytes[offset..end].to_vec();
+            self.link.send(&Control::State { total, offset: offset as u64, bytes }).await?;
+            offset = end;
+            if offset == saved.bytes.len() {
+                return Ok(());
+            }
+        }
+    }
+}

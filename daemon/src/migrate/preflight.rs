@@ -1,0 +1,371 @@
+//! What is found out before anything moves, on both hosts.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_kvm::compat;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
+use memlane_protocol::wire::hello::{Purpose, Token};
+
+use super::lanes::LaneEnd;
+use crate::api::types::{Estimate, Finding, PortCheck, Severity};
+use crate::config::{PortConfig, Rate};
+use crate::guest::Guest;
+use crate::host::Host;
+use crate::link::Link;
+use crate::port;
+
+/// Longest wait for the destination's answer to an offer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Streams over one pair of ports.
+const MOST_LANES: u16 = crate::config::MAX_LANES as u16;
+
+/// What a migration needs to begin.
+pub struct Plan {
+    /// To the destination, which has accepted.
+    pub link: Link,
+    /// Lanes, connected.
+    pub lanes: Vec<LaneEnd>,
+    /// Round trip between the ports.
+    pub round_trip: Duration,
+}
+
+/// What the preflight found.
+#[derive(Default)]
+pub struct Findings {
+    /// In the order in which they were looked at.
+    pub findings: Vec<Finding>,
+    /// Pairs of ports.
+    pub ports: Vec<PortCheck>,
+    /// How long it would take.
+    pub estimate: Estimate,
+}
+
+/// An order, as the preflight needs it.
+#[derive(Clone, Copy)]
+pub struct Request {
+    /// Names the migration.
+    pub migration: MigrationId,
+    /// Only look.
+    pub check_only: bool,
+    /// Bits per second that the ports must promise.
+    pub min_bandwidth: u64,
+}
+
+/// A pair of ports that lanes can use.
+struct Pair {
+    port: PortConfig,
+    there: Port,
+    round_trip: Duration,
+}
+
+/// Asks the destination, tries the ports, and opens the lanes unless this is only a check.
+/// `None` if something in `findings` forbids the move.
+pub async fn send(
+    host: &Rc<Host>,
+    guest: &Guest,
+    peer: &memlane_protocol::wire::Label,
+    request: Request,
+    findings: &mut Findings,
+) -> Option<Plan> {
+    findings.estimate = estimate(guest);
+    let offer = Offer {
+        migration: request.migration,
+        check_only: request.check_only,
+        data_bytes: findings.estimate.data_bytes,
+        shape: guest.shape.clone(),
+    };
+    let (link, token, ports) = ask(host, peer, offer, findings).await?;
+    let pairs = try_ports(host, &ports, findings).await;
+    judge_bandwidth(&pairs, request.min_bandwidth, findings);
+    if findings.refused() || request.check_only {
+        return None;
+    }
+    let round_trip = pairs.iter().map(|pair| pair.round_trip).min().unwrap_or_default();
+    let lanes = open_lanes(host, pairs, token, findings).await;
+    (!findings.refused()).then_some(Plan { link, lanes, round_trip })
+}
+
+impl Findings {
+    /// Whether something forbids the move.
+    pub fn refused(&self) -> bool {
+        self.findings.iter().any(|finding| finding.severity == Severity::Refused)
+    }
+
+    /// All that forbids the move, as one text.
+    pub fn reasons(&self) -> String {
+        let refused = self.findings.iter().filter(|finding| finding.severity == Severity::Refused);
+        let texts: Vec<String> = refused
+            .map(|finding| match &finding.remedy {
+                Some(remedy) => format!("{}: {}; {remedy}", finding.what, finding.detail),
+                None => format!("{}: {}", finding.what, finding.detail),
+            })
+            .collect();
+        texts.join("\n")
+    }
+
+    fn add(&mut self, severity: Severity, what: impl Into<String>, detail: String, remedy: Option<&str>) {
+        let remedy = remedy.map(str::to_owned);
+        self.findings.push(Finding { severity, what: what.into(), detail, remedy });
+    }
+}
+
+fn estimate(guest: &Guest) -> Estimate {
+    let extents = guest.ram.data_extents(0..guest.ram.pages()).unwrap_or_default();
+    let data_pages: u64 = extents.iter().map(|extent| extent.end - extent.start).sum();
+    Estimate {
+        ram_bytes: guest.shape.ram_bytes(),
+        data_bytes: data_pages * PAGE_SIZE,
+        bytes_per_second: None,
+        seconds: None,
+    }
+}
+
+/// Offers the guest.
+async fn ask(
+    host: &Rc<Host>,
+    peer: &memlane_protocol::wire::Label,
+    offer: Offer,
+    findings: &mut Findings,
+) -> Option<(Link, Token, Vec<Port>)> {
+    let unreachable = "see that memlaned runs there and that its control address can be reached from here";
+    let mut link = match host.connect(peer).await {
+        Ok(Some(link)) => link,
+        Ok(None) => {
+            findings.add(Severity::Refused, "host", format!("{peer} is no peer of this host"), None);
+            return None;
+        }
+        Err(error) => {
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            return None;
+        }
+    };
+    let answer = async {
+        link.send(&Control::Offer(offer)).await?;
+        link.receive().await
+    };
+    match tokio::time::timeout(ANSWER, answer).await {
+        Ok(Ok(Control::Accept(accept))) => {
+            findings.add(Severity::Ok, "destination", format!("{peer} can take the guest"), None);
+            Some((link, accept.token, accept.ports))
+        }
+        Ok(Ok(Control::Refuse(refusals))) => {
+            for Refusal { what, reason } in refusals {
+                findings.add(Severity::Refused, what.name(), format!("{peer}: {reason}"), None);
+            }
+            None
+        }
+        Ok(Ok(other)) => {
+            let detail = format!("{peer} answered the offer with `{}`", other.name());
+            findings.add(Severity::Refused, "host", detail, Some("see that both run the same version"));
+            None
+        }
+        Ok(Err(error)) => {
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            None
+        }
+        Err(_) => {
+            let detail = format!("{peer} did not answer the offer within {ANSWER:.0?}");
+            findings.add(Severity::Refused, "host", detail, Some("look at its log"));
+            None
+        }
+    }
+}
+
+/// Connects each port of this host to the port of the same name there.
+async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    let probes: Vec<_> = host
+        .config
+        .ports
+        .iter()
+        .map(|ours| {
+            let there = theirs.iter().find(|port| port.name == ours.name).cloned();
+            let (ours, name) = (ours.clone(), host.config.host.clone());
+            tokio::task::spawn_blocking(move || {
+                let opened =
+                    there.as_ref().map(|there| port::open(&ours, there.address, &name, Purpose::Probe));
+                (ours, there, opened)
+            })
+        })
+        .collect();
+    for probe in probes {
+        let (ours, there, opened) = probe.await.expect("a probe does not panic");
+        let mut check = PortCheck { port: ours.name.to_string(), ..PortCheck::default() };
+        let what = format!("port {}", ours.name);
+        match (there, opened) {
+            (Some(there), Some(Ok(opened))) => {
+                check.peer_port = there.name.to_string();
+                check.reachable = true;
+                check.round_trip_seconds = Some(opened.round_trip.as_secs_f64());
+                findings.add(Severity::Ok, what, format!("{} answers", there.address), None);
+                pairs.push(Pair { port: ours, there, round_trip: opened.round_trip });
+            }
+            (Some(there), Some(Err(error))) => {
+                check.peer_port = there.name.to_string();
+                findings.add(
+                    Severity::Warning,
+                    what,
+                    error,
+                    Some("look at the cabling, the address and the firewall"),
+                );
+            }
+            _ => {
+                let detail = "the destination has no port of this name".to_owned();
+                findings.add(
+                    Severity::Warning,
+                    what,
+                    detail,
+                    Some("give ports of one network one name on both hosts"),
+                );
+            }
+        }
+        findings.ports.push(check);
+    }
+    if pairs.is_empty() {
+        let detail = "no port of this host reaches its counterpart at the destination".to_owned();
+        let remedy = "see the findings for each port, and `memlanectl ports` on both hosts";
+        findings.add(Severity::Refused, Respect::Port.name(), detail, Some(remedy));
+    }
+    pairs
+}
+
+/// The ports must promise what is asked, as far as their speeds are known.
+fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
+    let speeds = pairs.iter().map(|pair| speed(&pair.port));
+    let Some(total) = speeds.sum::<Option<u64>>().filter(|_| !pairs.is_empty()) else { return };
+    findings.estimate.bytes_per_second = Some(total as f64 / 8.0);
+    findings.estimate.seconds = Some(findings.estimate.data_bytes as f64 * 8.0 / total as f64);
+    let (total, least) = (Rate(total), Rate(min_bandwidth));
+    if total.0 < least.0 {
+        let detail = format!("the ports carry {total} together, and at least {least} is asked for");
+        let remedy = "add ports, or lower limits.min_bandwidth or the order's --min-bandwidth";
+        findings.add(Severity::Refused, Respect::Bandwidth.name(), detail, Some(remedy));
+    } else {
+        findings.add(
+            Severity::Ok,
+            Respect::Bandwidth.name(),
+            format!("{total} on {} ports", pairs.len()),
+            None,
+        );
+    }
+}
+
+/// Speed of a port in bits per second: as configured, or as its interface says.
+pub fn speed(port: &PortConfig) -> Option<u64> {
+    let reported = || port.interface.as_deref().and_then(|interface| port::interface_state(interface).1);
+    port.speed.map(|speed| speed.0).or_else(reported)
+}
+
+async fn open_lanes(
+    host: &Rc<Host>,
+    pairs: Vec<Pair>,
+    token: Token,
+    findings: &mut Findings,
+) -> Vec<LaneEnd> {
+    let mut opening = Vec::new();
+    for pair in &pairs {
+        for _ in 0..pair.port.lanes.min(pair.there.lanes).clamp(1, MOST_LANES) {
+            let lane = opening.len() as u16;
+            let (ours, remote, name) = (pair.port.clone(), pair.there.address, host.config.host.clone());
+            opening.push(tokio::task::spawn_blocking(move || {
+                let opened = port::open(&ours, remote, &name, Purpose::Lane { token, lane })?;
+                let (local, socket) = (opened.local.to_string(), opened.socket);
+                Ok::<_, String>(LaneEnd { port: ours.name, number: lane, local, remote, socket })
+            }));
+        }
+    }
+    let mut lanes = Vec::new();
+    for lane in opening {
+        match lane.await.expect("opening a lane does not panic") {
+            Ok(lane) => lanes.push(lane),
+            Err(error) => findings.add(Severity::Warning, "lane", error, None),
+        }
+    }
+    if lanes.is_empty() {
+        findings.add(Severity::Refused, Respect::Port.name(), "no lane could be opened".into(), None);
+    }
+    lanes
+}
+
+/// Whether an offered guest can come: the VMM that waits for it, or everything that is wrong.
+pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
+    let name = &offer.shape.name;
+    let refusal = |what, reason: String| Refusal { what, reason };
+    let guest = match host.guest(name) {
+        None => {
+            let reason =
+                format!("no VMM waits for a guest named {name}; start one with --incoming and that name");
+            return Err(vec![refusal(Respect::Receiver, reason)]);
+        }
+        Some(guest) if guest.is_moving() => {
+            let reason = format!("guest {name} is moving already; wait until that has ended");
+            return Err(vec![refusal(Respect::Busy, reason)]);
+        }
+        Some(guest) if guest.standing.get() != Standing::Incoming => {
+            let reason = format!("a guest named {name} is here already; names must be unique");
+            return Err(vec![refusal(Respect::Busy, reason)]);
+        }
+        Some(guest) => guest,
+    };
+    let mut refusals = Vec::new();
+    for reason in compat::check(&offer.shape, &guest.shape) {
+        refusals.push(refusal(Respect::Machine, reason.to_string()));
+    }
+    if let Some(reason) = memory_missing(host, offer, &guest) {
+        refusals.push(refusal(Respect::Memory, reason));
+    }
+    for nic in &offer.shape.nics {
+        if let Some(reason) = host.network_missing(&nic.network) {
+            refusals.push(refusal(Respect::Network, reason));
+        }
+    }
+    if host.offered_ports().is_empty() {
+        let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
+        refusals.push(refusal(Respect::Port, reason));
+    }
+    if refusals.is_empty() { Ok(guest) } else { Err(refusals) }
+}
+
+/// Why this host's memory does not do, if it does not.
+fn memory_missing(host: &Host, offer: &Offer, guest: &Guest) -> Option<String> {
+    let extents = guest.ram.data_extents(0..guest.ram.pages()).unwrap_or_default();
+    let held: u64 = extents.iter().map(|extent| (extent.end - extent.start) * PAGE_SIZE).sum();
+    // A VMM on huge pages has reserved them; one whose memory is touched holds it.
+    let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
+    let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };
+    let reserve = host.config.limits.memory_reserve.0;
+    let available = available_memory()?;
+    (wanted > 0 && available < wanted.saturating_add(reserve)).then(|| {
+        let mib = |bytes: u64| bytes >> 20;
+        format!(
+            "the guest needs {} MiB more than its VMM holds, {} MiB are available, and {} MiB of them are to \
+             stay free; free memory there, or lower limits.memory_reserve",
+            mib(wanted),
+            mib(available),
+            mib(reserve)
+        )
+    })
+}
+
+/// What the kernel thinks can be used without swapping (`MemAvailable`).
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+/// Where lanes may connect on this host.
+pub fn offered_ports(host: &Host) -> Vec<Port> {
+    let up = host.config.ports.iter().filter(|port| port::holds(port.address));
+    up.map(|port| Port {
+        name: port.name.clone(),
+        address: SocketAddr::new(port.address, host.config.lane_port),
+        lanes: port.lanes,
+    })
+    .collect()
+}

@@ -1,0 +1,349 @@
+//! The half that has the guest and gives it away.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::bandwidth::Bandwidth;
+use memlane_protocol::convergence::{Measured, Policy};
+use memlane_protocol::handover::{Action, Event, Message, Outcome, Phase, Source};
+use memlane_protocol::wire::control::Control;
+use tokio::sync::{Mutex, mpsc};
+use tracing::{info, warn};
+
+use super::copy::{CopyError, Copying};
+use super::executor::Executor;
+use super::lanes::Lanes;
+use super::preflight::Plan;
+use super::{Ticket, Word};
+use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView};
+use crate::guest::Guest;
+use crate::host::Host;
+use crate::journal::Entry;
+use crate::lane::Outbound;
+use crate::link::LinkError;
+
+/// How often what has not been answered is asked again.
+const TICK: Duration = Duration::from_secs(1);
+/// Answers of the destination that wait to be dealt with.
+const ANSWERS_WAITING: usize = 16;
+
+/// What the order allows and wants.
+#[derive(Clone, Copy, Debug)]
+pub struct Wishes {
+    /// Downtime limit and rounds.
+    pub policy: Policy,
+    /// Compare digests in the pause.
+    pub verify: bool,
+}
+
+/// A stage of the work that goes on while messages are listened to.
+type Stage = Pin<Box<dyn Future<Output = Result<Event, CopyError>>>>;
+
+struct Run {
+    executor: Executor,
+    machine: Source,
+    ticket: Rc<Ticket>,
+    copying: Rc<Copying>,
+    stage: Option<Stage>,
+    /// Takes what the destination says to the stage that waits for it.
+    answers: mpsc::Sender<Control>,
+    words: mpsc::Receiver<Word>,
+    /// What the destination measured: loading, resuming.
+    remote_times: (Duration, Duration),
+    downtime: Option<Duration>,
+    guest_gone: bool,
+}
+
+/// Moves `guest` as planned, to the end.
+pub async fn run(
+    host: Rc<Host>,
+    guest: Rc<Guest>,
+    (ticket, words): (Rc<Ticket>, mpsc::Receiver<Word>),
+    plan: Plan,
+    wishes: Wishes,
+) {
+    match Run::prepare(host.clone(), guest.clone(), ticket.clone(), words, plan, wishes) {
+        Ok(run) => run.drive().await,
+        Err(error) => {
+            let reason = format!("cannot prepare the lanes: {error}");
+            ticket.end(OutcomeView::Failed, Some(reason), Some(host.config.host.to_string()));
+        }
+    }
+    guest.migration.take();
+}
+
+impl Run {
+    fn prepare(
+        host: Rc<Host>,
+        guest: Rc<Guest>,
+        ticket: Rc<Ticket>,
+        words: mpsc::Receiver<Word>,
+        plan: Plan,
+        wishes: Wishes,
+    ) -> std::io::Result<Self> {
+        let outbound = Arc::new(Outbound::new(guest.ram.clone(), plan.lanes.len())?);
+        let mut lanes = Lanes::new(host.traffic.clone());
+        for end in plan.lanes {
+            lanes.send(end, &outbound, host.config.limits.silence);
+        }
+        let (answers, answers_arriving) = mpsc::channel(ANSWERS_WAITING);
+        let copying = Rc::new(Copying {
+            guest: guest.clone(),
+            ticket: ticket.clone(),
+            outbound,
+            lanes: lanes.into(),
+            link: plan.link.sender(),
+            answers: Mutex::new(answers_arriving),
+            bandwidth: RefCell::new(Bandwidth::new()),
+            predictor: host.predictor(&guest.shape.machine.vmm),
+            round_trip: Cell::new(plan.link.round_trip().unwrap_or(plan.round_trip)),
+            policy: wishes.policy,
+            verify: wishes.verify,
+            forecast: Cell::default(),
+            paused_at: Cell::default(),
+            save_time: Cell::default(),
+            verify_time: Cell::default(),
+        });
+        // The record is only a place for those to come: nothing is journalled before the commit.
+        let record = memlane_protocol::handover::Record::Committed;
+        let (id, name) = (ticket.id, guest.shape.name.clone());
+        let entry = Entry { migration: id, guest: name, peer: ticket.peer.clone(), record };
+        let (machine, _offer) = Source::new();
+        Ok(Self {
+            executor: Executor::new(host, entry, Some(guest), Some(plan.link)),
+            machine,
+            ticket,
+            copying,
+            stage: None,
+            answers,
+            words,
+            remote_times: Default::default(),
+            downtime: None,
+            guest_gone: false,
+        })
+    }
+
+    async fn drive(mut self) {
+        // The preflight has offered the guest and heard the acceptance.
+        let mut events = VecDeque::from([Event::Message(Message::Accept)]);
+        while !self.machine.is_over() {
+            let event = match events.pop_front() {
+                Some(event) => event,
+                None => match self.next_event().await {
+                    Some(event) => event,
+                    None => continue,
+                },
+            };
+            self.note(event);
+            let left = self.executor.feed(&mut self.machine, event).await;
+            self.ticket.cancellable.set(self.machine.can_cancel());
+            for action in left {
+                self.begin(action).await;
+            }
+            self.show_phase();
+            if !matches!(self.machine.phase(), Phase::Copying | Phase::SwitchingOver) {
+                self.stage = None;
+            }
+        }
+        self.copying.lanes.borrow().close().await;
+    }
+
+    /// Starts a stage, or reports the end.
+    async fn begin(&mut self, action: Action) {
+        let copying = self.copying.clone();
+        match action {
+            Action::Copy => {
+                self.stage = Some(Box::pin(async move { copying.run().await.map(|()| Event::SwitchOver) }));
+            }
+            Action::Pause => {
+                self.stage = Some(Box::pin(async move { copying.pause().await.map(|()| Event::Sent) }));
+            }
+            Action::Report(outcome) => self.report(outcome),
+            _ => unreachable!("the executor carries out all other actions"),
+        }
+    }
+
+    /// Waits for whatever happens next; `None` if it does not concern the handover.
+    async fn next_event(&mut self) -> Option<Event> {
+        let deadline = self.deadline();
+        let mut cancelled = self.ticket.cancelled.subscribe();
+        let guest = self.executor.guest.clone().filter(|_| !self.guest_gone);
+        tokio::select! {
+            biased;
+            message = receive(&mut self.executor.link) => self.hear(message),
+            Some(word) = self.words.recv() => {
+                self.executor.reply = Some(word.reply);
+                Some(Event::Message(word.message))
+            }
+            result = work(&mut self.stage) => {
+                self.stage = None;
+                Some(result.unwrap_or_else(|error| {
+                    warn!(guest = %self.ticket.guest, %error, "the migration fails");
+                    self.executor.blame(error);
+                    Event::Failed
+                }))
+            }
+            Ok(_) = cancelled.wait_for(|cancelled| *cancelled), if self.machine.can_cancel() => {
+                self.executor.blame("cancelled by the operator");
+                Some(Event::Cancel)
+            }
+            () = gone(guest) => {
+                self.guest_gone = true;
+                self.executor.blame("the guest's VMM is gone");
+                Some(Event::VmmGone)
+            }
+            () = until(deadline) => {
+                let limit = self.copying.policy.downtime_limit;
+                self.executor.blame(format!(
+                    "the pause was about to exceed the downtime limit of {limit:.0?}, so it was ended; try again, \
+                     or raise the limit"
+                ));
+                Some(Event::Failed)
+            }
+            () = tokio::time::sleep(TICK) => Some(Event::Tick),
+        }
+    }
+
+    /// A message on the migration's own connection.
+    fn hear(&mut self, message: Result<Control, LinkError>) -> Option<Event> {
+        let message = match message {
+            Ok(message) => message,
+            Err(error) => return Some(self.peer_lost(error.to_string())),
+        };
+        match message {
+            Control::Handover { migration, message, nanoseconds, reason }
+                if migration == self.executor.entry.migration =>
+            {
+                let time = Duration::from_nanos(nanoseconds);
+                match message {
+                    Message::Ready => self.remote_times.0 = time,
+                    Message::Running => self.remote_times.1 = time,
+                    Message::Abort | Message::Declined => {
+                        self.executor.blame(format!("the destination gave up: {reason}"));
+                    }
+                    _ => {}
+                }
+                Some(Event::Message(message))
+            }
+            Control::HolesDone | Control::Digests { .. } if self.stage.is_some() => {
+                match self.answers.try_send(message) {
+                    Ok(()) => None,
+                    Err(_) => Some(self.peer_lost("the destination answers more than it was asked".into())),
+                }
+            }
+            // Of a stage that has ended meanwhile.
+            Control::HolesDone | Control::Digests { .. } => None,
+            other => Some(self.peer_lost(format!("the destination sent `{}` out of turn", other.name()))),
+        }
+    }
+
+    fn peer_lost(&mut self, reason: String) -> Event {
+        self.executor.blame(reason);
+        self.executor.link = None;
+        Event::PeerLost
+    }
+
+    /// When the pause must have come to the commit, or end.
+    fn deadline(&self) -> Option<Instant> {
+        let limit = self.copying.policy.downtime_limit;
+        let paused_at =
+            self.copying.paused_at.get().filter(|_| self.machine.phase() == Phase::SwitchingOver)?;
+        // While digests are compared there is no telling how long that takes.
+        let comparing = self.copying.verify && self.copying.verify_time.get().is_zero();
+        (!comparing).then(|| paused_at + self.copying.verify_time.get() + limit)
+    }
+
+    /// Takes the time as soon as the destination says that the guest runs.
+    fn note(&mut self, event: Event) {
+        if event == Event::Message(Message::Running)
+            && self.downtime.is_none()
+            && let Some(paused_at) = self.copying.paused_at.get()
+        {
+            let downtime = paused_at.elapsed();
+            self.downtime = Some(downtime);
+            self.learn(downtime);
+            let peer = self.ticket.peer.to_string();
+            self.ticket.update(|progress| {
+                progress.downtime_seconds = Some(downtime.as_secs_f64());
+                progress.load_seconds = Some(self.remote_times.0.as_secs_f64());
+                progress.guest_runs_at = Some(peer);
+            });
+        }
+    }
+
+    fn learn(&self, downtime: Duration) {
+        let Some(forecast) = self.copying.forecast.get() else { return };
+        let measured = Measured {
+            downtime: downtime.saturating_sub(self.copying.verify_time.get()),
+            save: self.copying.save_time.get(),
+            load: self.remote_times.0,
+            // The destination writes two records, this host one.
+            journal: self.executor.journal_time * 3,
+            resume: self.remote_times.1,
+        };
+        crate::metrics::downtime(measured.downtime, forecast.total());
+        self.copying.predictor.borrow_mut().learn(&forecast, &measured);
+        info!(guest = %self.ticket.guest, ?measured, predicted = ?forecast, "the pause, and what was expected");
+    }
+
+    fn show_phase(&self) {
+        let phase = match self.machine.phase() {
+            Phase::Committing | Phase::Finishing => PhaseView::Committing,
+            _ => return,
+        };
+        self.ticket.update(|progress| {
+            if progress.outcome.is_none() {
+                progress.phase = phase;
+            }
+        });
+    }
+
+    fn report(&mut self, outcome: Outcome) {
+        self.copying.show();
+        let (here, there) = (self.executor.host.config.host.to_string(), self.ticket.peer.to_string());
+        let reason = self.executor.reason.take();
+        let (view, reason, runs_at) = match outcome {
+            Outcome::Completed => (OutcomeView::Completed, None, Some(there)),
+            Outcome::Refused => (OutcomeView::Refused, reason, Some(here)),
+            Outcome::Cancelled => (OutcomeView::Cancelled, reason, Some(here)),
+            Outcome::Failed | Outcome::TakenBack => (OutcomeView::Failed, reason, Some(here)),
+            Outcome::VmmGone => (OutcomeView::Failed, reason, None),
+        };
+        info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
+        self.ticket.update(|progress| progress.pages_remaining = 0);
+        self.ticket.end(view, reason, runs_at);
+    }
+}
+
+async fn receive(link: &mut Option<crate::link::Link>) -> Result<Control, LinkError> {
+    match link {
+        Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}
+
+async fn work(stage: &mut Option<Stage>) -> Result<Event, CopyError> {
+    match stage {
+        Some(stage) => stage.await,
+        None => pending().await,
+    }
+}
+
+async fn gone(guest: Option<Rc<Guest>>) {
+    match guest {
+        Some(guest) => guest.driver.gone().await,
+        None => pending().await,
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}

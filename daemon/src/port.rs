@@ -1,0 +1,206 @@
+//! Network ports lent to migration: where lanes are awaited, and how they are opened.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, Token, VERSIONS};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::sync::mpsc;
+use tokio_uring::net::{TcpListener, TcpStream};
+use tracing::{debug, warn};
+
+use crate::config::PortConfig;
+use crate::link::{LinkError, answer_greeting};
+
+/// Longest time for a lane to connect and greet.
+const CONNECT: Duration = Duration::from_secs(2);
+/// Connections that may be greeting at once on one port.
+const GREETING_AT_ONCE: usize = 64;
+
+/// A lane that a source has opened to this host.
+pub struct ArrivedLane {
+    /// The port it arrived at.
+    pub port: Label,
+    /// Its number.
+    pub lane: u16,
+    /// The connection.
+    pub socket: OwnedFd,
+    /// The source's address.
+    pub remote: SocketAddr,
+}
+
+/// Bytes that lanes have sent and received on each port since the daemon started.
+#[derive(Default)]
+pub struct Traffic {
+    ports: RefCell<HashMap<Label, (u64, u64)>>,
+}
+
+impl Traffic {
+    /// Lanes have carried more.
+    pub fn add(&self, port: &Label, sent: u64, received: u64) {
+        let mut ports = self.ports.borrow_mut();
+        let totals = ports.entry(port.clone()).or_default();
+        (totals.0, totals.1) = (totals.0 + sent, totals.1 + received);
+    }
+
+    /// What a port has sent and received.
+    pub fn of(&self, port: &Label) -> (u64, u64) {
+        self.ports.borrow().get(port).copied().unwrap_or_default()
+    }
+}
+
+/// Which migrations await lanes.
+#[derive(Default)]
+pub struct Rendezvous {
+    awaited: RefCell<HashMap<Token, mpsc::Sender<ArrivedLane>>>,
+}
+
+impl Rendezvous {
+    /// Lanes that say `token` come out of the receiver, until it is dropped.
+    pub fn await_lanes(&self, token: Token, most: usize) -> mpsc::Receiver<ArrivedLane> {
+        let (sender, receiver) = mpsc::channel(most.max(1));
+        let mut awaited = self.awaited.borrow_mut();
+        awaited.retain(|_, sender| !sender.is_closed());
+        awaited.insert(token, sender);
+        receiver
+    }
+
+    fn find(&self, token: &Token) -> Option<mpsc::Sender<ArrivedLane>> {
+        self.awaited.borrow().get(token).filter(|sender| !sender.is_closed()).cloned()
+    }
+}
+
+/// Binds the listener of a port.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(128)?;
+    Ok(TcpListener::from_std(socket.into()))
+}
+
+/// Takes in lanes and answers probes on one port, for as long as the daemon runs.
+pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous>) {
+    let greeting = Arc::new(tokio::sync::Semaphore::new(GREETING_AT_ONCE));
+    loop {
+        let permit = greeting.clone().acquire_owned().await.expect("the semaphore is never closed");
+        match listener.accept().await {
+            Ok((stream, remote)) => {
+                let (port, rendezvous) = (port.clone(), rendezvous.clone());
+                tokio::task::spawn_local(async move {
+                    let _permit = permit;
+                    if let Err(error) = take_in(stream, remote, port.clone(), &rendezvous).await {
+                        debug!(%port, %remote, %error, "a connection to this port came to nothing");
+                    }
+                });
+            }
+            Err(error) => {
+                warn!(%port, %error, "cannot accept a connection on this port");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn take_in(
+    stream: TcpStream,
+    remote: SocketAddr,
+    port: Label,
+    rendezvous: &Rendezvous,
+) -> Result<(), LinkError> {
+    stream.set_nodelay(true)?;
+    let hello = answer_greeting(&stream, |hello| match hello.purpose {
+        Purpose::Probe => Ok(()),
+        Purpose::Lane { token, .. } if rendezvous.find(&token).is_some() => Ok(()),
+        Purpose::Lane { .. } => Err("no migration here awaits this lane".to_owned()),
+        Purpose::Control => Err("this is a port for lanes; the control port is another".to_owned()),
+    });
+    if let Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) = hello.await?
+        && let Some(migration) = rendezvous.find(&token)
+    {
+        // SAFETY: the stream is open here, and its descriptor is duplicated before it closes.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&stream)) };
+        let socket = fd.try_clone_to_owned()?;
+        // More lanes than were agreed upon are dropped, and so closed.
+        let _ = migration.try_send(ArrivedLane { port, lane, socket, remote });
+    }
+    Ok(())
+}
+
+/// A lane's or a probe's connection from a port of this host to one of another.
+pub struct Opened {
+    /// The connection.
+    pub socket: OwnedFd,
+    /// This end.
+    pub local: SocketAddr,
+    /// Time that a greeting and its answer took.
+    pub round_trip: Duration,
+}
+
+/// Connects from `port` to `remote` and greets. Blocks for a few seconds at the most.
+pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpose) -> Result<Opened, String> {
+    let failed = |doing: &str| {
+        let place = format!("from port {} ({}) to {remote}", port.name, port.address);
+        let doing = doing.to_owned();
+        move |error: io::Error| format!("cannot {doing} {place}: {error}")
+    };
+    let socket =
+        Socket::new(Domain::for_address(remote), Type::STREAM, None).map_err(failed("open a socket"))?;
+    if let Some(interface) = &port.interface {
+        socket.bind_device(Some(interface.as_bytes())).map_err(failed("use the interface"))?;
+    }
+    socket.bind(&SockAddr::from(SocketAddr::new(port.address, 0))).map_err(failed("bind"))?;
+    socket.connect_timeout(&remote.into(), CONNECT).map_err(failed("connect"))?;
+    socket.set_tcp_nodelay(true).map_err(failed("prepare a connection"))?;
+    let (oldest, newest) = VERSIONS;
+    let hello = Hello { oldest, newest, host: host.clone(), purpose };
+    let mut stream = StdStream::from(socket);
+    let greeted = Instant::now();
+    let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
+    let round_trip = greeted.elapsed();
+    if let Answer::Refused { reason } = answer {
+        return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
+    }
+    let local = stream.local_addr().map_err(failed("look at a connection"))?;
+    Ok(Opened { socket: stream.into(), local, round_trip })
+}
+
+fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
+    let broken = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    stream.set_read_timeout(Some(CONNECT))?;
+    stream.set_write_timeout(Some(CONNECT))?;
+    stream.write_all(&hello.encode())?;
+    let mut bytes = vec![0; ANSWER_BYTES];
+    stream.read_exact(&mut bytes)?;
+    let text = Answer::text_bytes(&bytes).map_err(broken)?;
+    bytes.resize(ANSWER_BYTES + text, 0);
+    stream.read_exact(&mut bytes[ANSWER_BYTES..])?;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    Answer::decode(&bytes).map_err(broken)
+}
+
+/// Whether this host holds `address`.
+pub fn holds(address: IpAddr) -> bool {
+    std::net::UdpSocket::bind((address, 0)).is_ok()
+}
+
+/// Whether an interface has a carrier, and the speed that it reports in bits per second.
+pub fn interface_state(interface: &str) -> (bool, Option<u64>) {
+    let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{interface}/{file}")).ok();
+    let up = read("carrier").is_some_and(|carrier| carrier.trim() == "1");
+    let megabits: Option<u64> = read("speed").and_then(|speed| speed.trim().parse().ok());
+    (up, megabits.map(|megabits| megabits * 1_000_000))
+}
+
+/// Ends whatever uses a connection, on both sides.
+pub fn hang_up(socket: impl AsFd) {
+    let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+}

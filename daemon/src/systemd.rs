@@ -1,0 +1,94 @@
+//! What the service manager is told (`sd_notify(3)`). Without one all of this does nothing.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+
+/// The daemon serves; `status` is shown by `systemctl status`.
+pub fn ready(status: &str) {
+    tell(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+}
+
+/// What the daemon is doing, in a line.
+pub fn status(status: &str) {
+    tell(&[NotifyState::Status(&one_line(status))]);
+}
+
+/// The daemon ends.
+pub fn stopping() {
+    tell(&[NotifyState::Stopping]);
+}
+
+/// Says twice in each `WatchdogSec=` that the calling thread is alive; runs until dropped.
+/// Returns at once where the unit has no watchdog.
+pub async fn watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let mut ticks = tokio::time::interval((limit / 2).max(Duration::from_millis(1)));
+    loop {
+        ticks.tick().await;
+        tell(&[NotifyState::Watchdog]);
+    }
+}
+
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("cannot notify the service manager: {error}");
+    }
+}
+
+/// A second line would be read as an assignment of its own.
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+    use std::process::Command;
+
+    use super::*;
+
+    /// The environment belongs to the whole process, so the part that reads it is run in one of its own.
+    #[test]
+    fn the_service_manager_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "systemd::tests::tells_its_manager", "--ignored"])
+            .env("NOTIFY_SOCKET", &path)
+            .env("WATCHDOG_USEC", "20000")
+            .env_remove("WATCHDOG_PID")
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{child:?}");
+        let mut told = Vec::new();
+        while told.last().is_none_or(|last| last != "STOPPING=1\n") {
+            let mut buffer = [0; 256];
+            let length = manager.recv(&mut buffer).unwrap();
+            told.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+        }
+        assert_eq!(told[..3], ["READY=1\nSTATUS=2 guests\n", "STATUS=two lines\n", "WATCHDOG=1\n"]);
+        assert!(told[3..told.len() - 1].iter().all(|message| message == "WATCHDOG=1\n"), "{told:?}");
+    }
+
+    #[test]
+    #[ignore = "the part of the_service_manager_is_told that runs in a process of its own"]
+    fn tells_its_manager() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        ready("2 guests");
+        status("two\nlines");
+        let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(15), watchdog()).await });
+        stopping();
+    }
+
+    #[test]
+    fn without_a_manager_nothing_happens() {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() && std::env::var_os("WATCHDOG_USEC").is_none() {
+            ready("alone");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(watchdog());
+        }
+    }
+}

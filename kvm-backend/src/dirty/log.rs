@@ -1,0 +1,204 @@
+//! [`LogTracker`]: KVM's dirty bitmap.
+//!
+//! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` and `KVM_DIRTY_LOG_INITIALLY_SET`, switching the
+//! log on protects nothing and so stalls no vCPU; every page counts as dirty. Clearing a piece
+//! of the bitmap (`KVM_CLEAR_DIRTY_LOG`) protects just that piece, which is what arming is.
+
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+};
+use kvm_ioctls::VmFd;
+use memlane_protocol::wire::machine::TrackerKind;
+use memlane_protocol::{PAGE_SIZE, PageSet};
+use rustix::ioctl::{Updater, ioctl, opcode};
+
+use super::{Armed, DirtyTracker, TrackError};
+use crate::ram::{GuestRam, MemorySlot};
+use crate::shared::SharedWords;
+
+/// Pages cleared in one call (16 MiB): KVM holds its MMU lock meanwhile, and a vCPU that
+/// faults has to wait for it.
+const PIECE_PAGES: u64 = 4096;
+
+/// Pages in a word of the bitmap; ranges to clear begin and end at its multiples.
+const WORD: u64 = 64;
+
+/// Finds dirty pages by KVM's dirty log.
+pub struct LogTracker {
+    vm: Arc<VmFd>,
+    ram: Arc<GuestRam>,
+    slots: Vec<MemorySlot>,
+    armed: Armed,
+    started: bool,
+}
+
+impl LogTracker {
+    /// A tracker for a virtual machine whose memory was registered as `slots`.
+    ///
+    /// Sets the dirty log of the virtual machine to manual protection, for good. Fails where
+    /// KVM cannot (before Linux 5.7).
+    pub fn new(vm: Arc<VmFd>, ram: Arc<GuestRam>, slots: Vec<MemorySlot>) -> Result<Self, TrackError> {
+        let mut manual = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+        manual.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+        vm.enable_cap(&manual).map_err(|error| TrackError::Unavailable {
+            what: "manual protection by KVM's dirty log (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, INITIALLY_SET)",
+            source: error.into(),
+            advice: "it needs Linux 5.7 or newer; the pagemap tracker does without",
+        })?;
+        let armed = Armed::new(ram.pages());
+        Ok(Self { vm, ram, slots, armed, started: false })
+    }
+
+    /// Clears, and so protects, the pages of `bits` (a bit each, the first for page `first` of
+    /// the slot), piece by piece.
+    fn clear(&self, slot: &MemorySlot, first: u64, bits: &mut [u64]) -> Result<(), TrackError> {
+        for (index, piece) in bits.chunks_mut((PIECE_PAGES / WORD) as usize).enumerate() {
+            let Some(begin) = piece.iter().position(|word| *word != 0) else { continue };
+            let end = piece.iter().rposition(|word| *word != 0).map_or(begin, |last| last + 1);
+            let first_page = first + index as u64 * PIECE_PAGES + begin as u64 * WORD;
+            let words = &mut piece[begin..end];
+            let mut argument = kvm_clear_dirty_log {
+                slot: slot.slot,
+                num_pages: (words.len() as u64 * WORD).min(slot.pages - first_page) as u32,
+                first_page,
+                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                    dirty_bitmap: words.as_mut_ptr().cast(),
+                },
+            };
+            const CLEAR: u32 = opcode::read_write::<kvm_clear_dirty_log>(KVMIO as u8, 0xc0);
+            // SAFETY: `vm` keeps the descriptor open while it is borrowed.
+            let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
+            // SAFETY: the argument is of the ioctl's type, and its bitmap holds a bit for each of `num_pages`.
+            unsafe { ioctl(vm, Updater::<CLEAR, _>::new(&mut argument)) }
+                .map_err(TrackError::kernel("protecting pages again (KVM_CLEAR_DIRTY_LOG)"))?;
+        }
+        Ok(())
+    }
+
+    /// Reads a slot's bitmap, clears what is armed of it, and adds that to `into`.
+    fn harvest_slot(&self, slot: &MemorySlot, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
+        let mut bits = self
+            .vm
+            .get_dirty_log(slot.slot, (slot.pages * PAGE_SIZE) as usize)
+            .map_err(TrackError::kernel("reading the dirty log (KVM_GET_DIRTY_LOG)"))?;
+        for (index, word) in bits.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
+            *word &= self.armed.bits(slot.first_page + index as u64 * WORD);
+        }
+        self.clear(slot, 0, &mut bits)?;
+        let mut new = 0;
+        for (index, word) in bits.into_iter().enumerate().filter(|(_, word)| *word != 0) {
+            new += insert_bits(into, slot.first_page + index as u64 * WORD, word);
+        }
+        Ok(new)
+    }
+
+    fn log(&self, on: bool) -> Result<(), TrackError> {
+        for slot in &self.slots {
+            let flags = slot.flags | if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+            self.ram
+                .set_slot(&self.vm, slot, flags)
+                .map_err(TrackError::kernel("switching the dirty log of a memory slot"))?;
+        }
+        Ok(())
+    }
+}
+
+impl DirtyTracker for LogTracker {
+    fn kind(&self) -> TrackerKind {
+        TrackerKind::Log
+    }
+
+    fn start(&mut self) -> Result<(), TrackError> {
+        if !self.started {
+            self.armed.clear();
+            self.log(true).inspect_err(|_| {
+                // Best effort: the error that matters is the first.
+                let _ = self.log(false);
+            })?;
+            self.started = true;
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
+        if !self.started {
+            return Err(TrackError::NotStarted);
+        }
+        for run in self.armed.missing(pages)? {
+            for slot in &self.slots {
+                let slot_pages = slot.pages();
+                let part = run.start.max(slot_pages.start)..run.end.min(slot_pages.end);
+                if !part.is_empty() {
+                    let part = part.start - slot.first_page..part.end - slot.first_page;
+                    let (first, mut bits) = mask(part);
+                    self.clear(slot, first, &mut bits)?;
+                }
+            }
+            self.armed.add(run);
+        }
+        Ok(())
+    }
+
+    fn armed(&self) -> u64 {
+        self.armed.count()
+    }
+
+    fn harvest(&mut self, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
+        if !self.started {
+            return Err(TrackError::NotStarted);
+        }
+        let mut new = self.armed.drain(self.ram.marks(), into);
+        for slot in &self.slots {
+            new += self.harvest_slot(slot, into)?;
+        }
+        Ok(new)
+    }
+
+    fn stop(&mut self) -> Result<(), TrackError> {
+        if self.started {
+            self.log(false)?;
+            self.started = false;
+            self.armed.clear();
+        }
+        Ok(())
+    }
+}
+
+/// The pages of `run` as bits, beginning at the multiple of 64 that is returned first.
+fn mask(run: Range<u64>) -> (u64, Vec<u64>) {
+    let first = run.start / WORD * WORD;
+    let words = run.end.div_ceil(WORD) - first / WORD;
+    let mut bits = vec![u64::MAX; words as usize];
+    bits[0] &= u64::MAX << (run.start % WORD);
+    if !run.end.is_multiple_of(WORD) {
+        bits[words as usize - 1] &= u64::MAX >> (WORD - run.end % WORD);
+    }
+    (first, bits)
+}
+
+/// Adds the 64 pages from `page` on that `bits` marks.
+fn insert_bits(into: &PageSet<SharedWords>, page: u64, bits: u64) -> u64 {
+    let (word, shift) = (page / WORD, page % WORD);
+    match shift {
+        0 => into.insert_word(word, bits),
+        _ => into.insert_word(word, bits << shift) + into.insert_word(word + 1, bits >> (WORD - shift)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_begin_and_end_within_words() {
+        assert_eq!(mask(0..1), (0, vec![1]));
+        assert_eq!(mask(65..67), (64, vec![6]));
+        assert_eq!(mask(63..193), (0, vec![1 << 63, u64::MAX, u64::MAX, 1]));
+        assert_eq!(mask(64..128), (64, vec![u64::MAX]));
+    }
+}

@@ -1,0 +1,133 @@
+//! Packets with descriptors (`SCM_RIGHTS`) on a `SOCK_SEQPACKET` Unix socket.
+//!
+//! Both ends of the attach protocol use these, on blocking and on non-blocking sockets alike.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use memlane_protocol::wire::machine::MAX_REGIONS;
+use rustix::cmsg_space;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+
+/// Descriptors that one packet can carry.
+pub const MAX_DESCRIPTORS: usize = MAX_REGIONS;
+
+/// Sends `bytes` and `descriptors` as one packet.
+///
+/// Errors are the socket's, `WouldBlock` among them; with more than [`MAX_DESCRIPTORS`]
+/// descriptors or no bytes `InvalidInput`. A peer that is gone is `BrokenPipe`, without a signal.
+pub fn send<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if descriptors.len() > MAX_DESCRIPTORS || bytes.is_empty() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let socket = socket.as_fd();
+    rustix::io::retry_on_intr(|| {
+        rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+    })?;
+    Ok(())
+}
+
+/// Receives one packet into `buffer`: its length, and its descriptors, which close on exec.
+///
+/// A length of 0 says that the peer closed the connection. Errors are the socket's,
+/// `WouldBlock` among them, and `InvalidData` for a packet longer than the buffer or with more
+/// than [`MAX_DESCRIPTORS`] descriptors; what came of it is dropped and closed.
+pub fn recv<Fd: AsFd>(socket: Fd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let socket = socket.as_fd();
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        let mut into = [IoSliceMut::new(buffer)];
+        rustix::net::recvmsg(socket, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    let cut = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        return cut(format!("a packet is longer than {} bytes", buffer.len()));
+    }
+    // The buffer is a little larger than asked for, to be aligned.
+    if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
+        return cut(format!("a packet carries more than {MAX_DESCRIPTORS} descriptors"));
+    }
+    Ok((received.bytes, descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::{FdFlags, fcntl_getfd};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn packets_keep_their_borders_and_descriptors() {
+        let (here, there) = pair();
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        send(&here, b"one", &[]).unwrap();
+        send(&here, b"three", &[pipe.as_fd(); 3]).unwrap();
+        send(&here, b"most", &[pipe.as_fd(); MAX_DESCRIPTORS]).unwrap();
+        let mut buffer = [0; 16];
+        let (len, descriptors) = recv(&there, &mut buffer).unwrap();
+        assert_eq!((&buffer[..len], descriptors.len()), (&b"one"[..], 0));
+        let (len, descriptors) = recv(&there, &mut buffer).unwrap();
+        assert_eq!((&buffer[..len], descriptors.len()), (&b"three"[..], 3));
+        assert!(descriptors.iter().all(|fd| fcntl_getfd(fd).unwrap().contains(FdFlags::CLOEXEC)));
+        assert_eq!(recv(&there, &mut buffer).unwrap().1.len(), MAX_DESCRIPTORS);
+    }
+
+    #[test]
+    fn too_much_is_refused_and_the_rest_is_read_on() {
+        let (here, there) = pair();
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        let too_many = [pipe.as_fd(); MAX_DESCRIPTORS + 1];
+        assert_eq!(send(&here, b"x", &too_many).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(send(&here, b"", &[]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+
+        // A peer that keeps to no limit: a long packet, and one with too many descriptors.
+        send(&here, &[7; 100], &[pipe.as_fd()]).unwrap();
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&too_many)));
+        rustix::net::sendmsg(&here, &[IoSlice::new(b"y")], &mut ancillary, SendFlags::empty()).unwrap();
+        send(&here, b"fine", &[]).unwrap();
+
+        let mut buffer = [0; 16];
+        for what in ["longer than 16 bytes", "more than 64 descriptors"] {
+            let error = recv(&there, &mut buffer).unwrap_err();
+            assert!(
+                error.kind() == io::ErrorKind::InvalidData && error.to_string().contains(what),
+                "{error}"
+            );
+        }
+        assert_eq!(recv(&there, &mut buffer).unwrap().0, 4);
+    }
+
+    #[test]
+    fn an_end_and_an_empty_socket_are_told_apart() {
+        let (here, there) = pair();
+        let mut buffer = [0; 16];
+        rustix::io::ioctl_fionbio(&there, true).unwrap();
+        assert_eq!(recv(&there, &mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(here);
+        assert_eq!(recv(&there, &mut buffer).unwrap().0, 0);
+        assert_eq!(send(&there, b"x", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}

@@ -1,0 +1,140 @@
+//! userfaultfd, thin: missing pages and write protection (`userfaultfd(2)`, `ioctl_userfaultfd(2)`).
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use linux_raw_sys::general::{
+    UFFD_API, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, USERFAULTFD_IOC, uffdio_api, uffdio_range,
+    uffdio_register, uffdio_writeprotect,
+};
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WRITEPROTECT};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Updater, ioctl, opcode};
+use rustix::mm::UserfaultfdFlags;
+
+use crate::ioctl::Answering;
+
+/// `UFFDIO_WRITEPROTECT_MODE_WP` of `linux/userfaultfd.h`, which linux-raw-sys lacks.
+const MODE_PROTECT: u64 = 1 << 0;
+
+/// Write protection of memory in files, hugetlbfs included.
+pub const WRITE_PROTECT: u64 = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
+/// A write to a protected page lifts the protection and goes on, without a message.
+pub const WRITE_PROTECT_ASYNC: u64 = WRITE_PROTECT | UFFD_FEATURE_WP_ASYNC as u64;
+
+/// Which faults a range is registered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// First touch of a page that is not there.
+    Missing,
+    /// Writes to protected pages.
+    WriteProtect,
+    /// Both.
+    Both,
+}
+
+/// A userfaultfd of this process.
+#[derive(Debug)]
+pub struct Userfault(OwnedFd);
+
+/// Why a userfaultfd could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum UserfaultError {
+    /// This process may not.
+    #[error(
+        "userfaultfd for faults of the kernel is not permitted: give the user access to /dev/userfaultfd, \
+         or the process CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd to 1"
+    )]
+    Permission,
+    /// The kernel has none, or not with these features.
+    #[error(
+        "userfaultfd with features {features:#x}: {source}; the features asked for need Linux 6.7 or newer"
+    )]
+    Features {
+        /// `UFFD_FEATURE_*` asked for.
+        features: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Userfault {
+    /// Opens a userfaultfd with these `UFFD_FEATURE_*`, by `/dev/userfaultfd` or else by the
+    /// system call. It reports faults of the kernel too, as KVM takes a guest's pages there.
+    pub fn open(features: u64) -> Result<Self, UserfaultError> {
+        let fd = open().map_err(|error| match error {
+            Errno::PERM | Errno::ACCESS => UserfaultError::Permission,
+            other => UserfaultError::Features { features, source: other.into() },
+        })?;
+        let mut api = uffdio_api { api: UFFD_API.into(), features, ioctls: 0 };
+        // SAFETY: the argument is of the ioctl's type.
+        unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) }
+            .map_err(|error| UserfaultError::Features { features, source: error.into() })?;
+        Ok(Self(fd))
+    }
+
+    /// Registers whole pages of a mapping of this process for `faults`.
+    pub fn register(&self, addresses: Range<u64>, faults: Faults) -> io::Result<()> {
+        let mode = match faults {
+            Faults::Missing => UFFDIO_REGISTER_MODE_MISSING,
+            Faults::WriteProtect => UFFDIO_REGISTER_MODE_WP,
+            Faults::Both => UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
+        };
+        let mut argument = uffdio_register { range: range(addresses), mode: mode.into(), ioctls: 0 };
+        // SAFETY: the argument is of the ioctl's type. Registering changes no memory.
+        unsafe { ioctl(&self.0, Updater::<UFFDIO_REGISTER, _>::new(&mut argument)) }?;
+        Ok(())
+    }
+
+    /// Ends what [`register`](Self::register) began; protection is lifted, waiting threads go on.
+    pub fn unregister(&self, addresses: Range<u64>) -> io::Result<()> {
+        let mut argument = range(addresses);
+        // SAFETY: the argument is of the ioctl's type. Unregistering changes no memory.
+        unsafe { ioctl(&self.0, Updater::<UFFDIO_UNREGISTER, _>::new(&mut argument)) }?;
+        Ok(())
+    }
+
+    /// Protects registered pages against writing, or lifts the protection. Also pages that are
+    /// not there yet, in files and where the feature is asynchronous.
+    pub fn write_protect(&self, addresses: Range<u64>, on: bool) -> io::Result<()> {
+        let mode = if on { MODE_PROTECT } else { 0 };
+        let mut argument = uffdio_writeprotect { range: range(addresses), mode };
+        // The mappings of the process may be changing (EAGAIN); that passes.
+        loop {
+            // SAFETY: the argument is of the ioctl's type. Protecting changes no memory.
+            match unsafe { ioctl(&self.0, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut argument)) } {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn open() -> Result<OwnedFd, Errno> {
+    const NEW: u32 = opcode::none(USERFAULTFD_IOC as u8, 0);
+    let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
+    match rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(device) => {
+            let flags = std::ptr::without_provenance_mut(flags.bits() as usize);
+            // SAFETY: USERFAULTFD_IOC_NEW takes flags by value.
+            let fd = unsafe { ioctl(&device, Answering::<NEW>::new(flags)) }?;
+            // SAFETY: the ioctl returned a new descriptor, which nobody else has.
+            Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        }
+        // SAFETY: of no concern to memory before it is registered.
+        Err(_) => unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) },
+    }
+}
+
+fn range(addresses: Range<u64>) -> uffdio_range {
+    uffdio_range { start: addresses.start, len: addresses.end.saturating_sub(addresses.start) }
+}

@@ -1,0 +1,82 @@
+//! See the package description, and `memlane-perf --help`.
+
+use std::fmt::Display;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use memlane_lab::{Lab, LabOptions, Rate};
+use memlane_perf::Size;
+use memlane_perf::memory::{self, MemoryState};
+use memlane_perf::raw::{self, RawOptions};
+use serde::Serialize;
+
+/// Measures Memlane against the limits of the machine that it runs on.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// End the output with one line of JSON
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What sockets carry between two network namespaces, memory to memory (needs root)
+    Raw(RawArgs),
+    /// What one core copies into shared memory
+    Memcpy {
+        /// How much to copy
+        #[arg(long, default_value = "1GiB")]
+        bytes: Size,
+    },
+}
+
+#[derive(Args)]
+struct RawArgs {
+    /// Ports between the two hosts
+    #[arg(long, default_value_t = 1)]
+    ports: usize,
+    /// What each port carries, such as 1gbit; unlimited if not given
+    #[arg(long)]
+    port_rate: Option<Rate>,
+    /// How much to move in all
+    #[arg(long, default_value = "1GiB")]
+    bytes: Size,
+    /// The state of the memory received into
+    #[arg(long, value_enum, default_value_t = MemoryState::Prepared)]
+    memory: MemoryState,
+    /// Connections over each port, with a thread at either end
+    #[arg(long, default_value_t = 1)]
+    connections_per_port: usize,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Raw(args) => {
+            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
+            let lab = Lab::new(LabOptions {
+                ports: args.ports,
+                port_rate: args.port_rate,
+                ..LabOptions::default()
+            })?;
+            let options = RawOptions {
+                bytes: args.bytes.bytes(),
+                connections_per_port: args.connections_per_port,
+                destination: args.memory,
+            };
+            print(&raw::measure(&lab, &options)?, cli.json)
+        }
+        Command::Memcpy { bytes } => print(&memory::measure_memcpy(bytes.bytes())?, cli.json),
+    }
+}
+
+fn print(report: &(impl Display + Serialize), json: bool) -> Result<()> {
+    println!("{report}");
+    if json {
+        println!("{}", serde_json::to_string(report)?);
+    }
+    Ok(())
+}

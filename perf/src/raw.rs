@@ -1,0 +1,140 @@
+//! The raw limit: what sockets carry from shared memory to shared memory when nothing else is done.
+//!
+//! One connection is what a lane is, a thread and a ring at either end, without pages to track, frames to write or
+//! acknowledgements to wait for. What Memlane loses against this, it loses by its own doing.
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::sync::Barrier;
+use std::thread::ScopedJoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use memlane_lab::{HostId, Lab};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::memory::{MemoryState, SharedMemory};
+use crate::report::RawReport;
+use crate::ring::SocketRing;
+
+/// What one send or receive moves, about what a lane submits at once.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// What to move.
+#[derive(Debug, Clone, Copy)]
+pub struct RawOptions {
+    /// Bytes to move in all, at least 1 MiB for each connection.
+    pub bytes: usize,
+    /// Connections over each port of the lab, above 0.
+    pub connections_per_port: usize,
+    /// The memory received into. The memory sent from is always prepared, as that of a guest which has run.
+    pub destination: MemoryState,
+}
+
+/// Moves `options.bytes` from host A to host B of `lab` over all its ports, and compares what arrived.
+///
+/// The time runs from the first send, with all connections made, until the last acknowledgement is back: one byte for
+/// each connection when all of its share is in memory.
+///
+/// # Errors
+///
+/// If the lab has no ports, a connection fails, or the bytes received differ from those sent.
+pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
+    let ports = lab.host(HostId::B).ports();
+    let connections = ports.len() * options.connections_per_port;
+    ensure!(connections > 0, "the raw limit needs a port and a connection over it");
+    ensure!(
+        options.bytes / connections >= CHUNK_BYTES,
+        "{} bytes are too few for {connections} connections: each takes 1 MiB or more",
+        options.bytes
+    );
+    let source = SharedMemory::with_pattern(options.bytes)?;
+    let mut destination = SharedMemory::new(options.bytes, options.destination)?;
+    let sockets: Vec<(TcpStream, TcpStream)> = ports
+        .iter()
+        .cycle()
+        .take(connections)
+        .map(|port| connect(lab, port.address).with_context(|| format!("connecting over {}", port.interface)))
+        .collect::<Result<_>>()?;
+
+    let share = options.bytes.div_ceil(connections);
+    let start = Barrier::new(2 * connections + 1);
+    let (started, senders, receivers) = std::thread::scope(|scope| {
+        let start = &start;
+        let (mut senders, mut receivers) = (Vec::new(), Vec::new());
+        let shares = source.chunks(share).zip(destination.chunks_mut(share));
+        for ((client, server), (from, to)) in sockets.into_iter().zip(shares) {
+            senders.push(scope.spawn(move || run(client, start, |ring| send_all(ring, from))));
+            receivers.push(scope.spawn(move || run(server, start, |ring| receive_all(ring, to))));
+        }
+        start.wait();
+        (Instant::now(), collect(senders), collect(receivers))
+    });
+    let (senders, receivers) = (senders.context("sending")?, receivers.context("receiving")?);
+    ensure!(*source == *destination, "the bytes received differ from those sent");
+
+    let ended = senders.iter().map(|end| end.ended).max().expect("there is a connection");
+    Ok(RawReport::new(
+        ports.len(),
+        options,
+        ended - started,
+        senders.iter().map(|end| end.cpu).sum(),
+        receivers.iter().map(|end| end.cpu).sum(),
+    ))
+}
+
+/// What one end of a connection took.
+struct End {
+    ended: Instant,
+    /// User and system time of its thread. What the kernel does for the network on that thread's behalf counts, what
+    /// it does elsewhere (an idle core, ksoftirqd) does not.
+    cpu: Duration,
+}
+
+fn connect(lab: &Lab, address: Ipv4Addr) -> Result<(TcpStream, TcpStream)> {
+    let listener = lab.host(HostId::B).run_in(|| TcpListener::bind((address, 0)))??;
+    let address = listener.local_addr()?;
+    let client = lab.host(HostId::A).run_in(|| TcpStream::connect(address))??;
+    let (server, _) = listener.accept()?;
+    Ok((client, server))
+}
+
+/// Makes the ring on its own thread, waits for all others, and does `work`. The socket goes with the ring, so that
+/// the other end learns of an error.
+fn run(
+    socket: TcpStream,
+    start: &Barrier,
+    work: impl FnOnce(&mut SocketRing) -> std::io::Result<()>,
+) -> Result<End> {
+    let ring = SocketRing::new(socket);
+    // Before the error is looked at: the others wait for everyone.
+    start.wait();
+    let mut ring = ring.context("making an io_uring")?;
+    let before = thread_cpu();
+    work(&mut ring)?;
+    Ok(End { ended: Instant::now(), cpu: thread_cpu() - before })
+}
+
+fn send_all(ring: &mut SocketRing, share: &[u8]) -> std::io::Result<()> {
+    for chunk in share.chunks(CHUNK_BYTES) {
+        ring.send(chunk)?;
+    }
+    ring.receive(&mut [0])
+}
+
+fn receive_all(ring: &mut SocketRing, share: &mut [u8]) -> std::io::Result<()> {
+    for chunk in share.chunks_mut(CHUNK_BYTES) {
+        ring.receive(chunk)?;
+    }
+    ring.send(&[1])
+}
+
+fn collect(threads: Vec<ScopedJoinHandle<'_, Result<End>>>) -> Result<Vec<End>> {
+    threads
+        .into_iter()
+        .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        .collect()
+}
+
+fn thread_cpu() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().expect("a thread has not run for a negative time")
+}

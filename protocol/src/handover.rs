@@ -1,0 +1,308 @@
+//! Who owns the guest: the protocol that passes it from one host to the other.
+//!
+//! [`Source`] and [`Destination`] are the two halves. Each is a plain state machine: the
+//! daemon tells it what happened ([`Event`]) and carries out what it returns ([`Action`]).
+//!
+//! ```text
+//! source                                   destination
+//! Offer            ----------------------> check, hold resources
+//!                  <---------------------- Accept
+//! copy, pause, send the last pages         load the state
+//!                                          journal Prepared
+//!                  <---------------------- Ready
+//! relinquish the VMM
+//! journal Committed       (the one moment at which ownership changes hands)
+//! Commit           ----------------------> journal Running
+//!                                          resume the guest
+//!                  <---------------------- Running
+//! journal Finished
+//! Done             ----------------------> forget
+//! discard the VMM, forget
+//! ```
+//!
+//! Two-phase commit with presumed abort, the source being coordinator and one of the two
+//! participants:
+//!
+//! - Until `Committed` is durable the source owns the guest, and every failure ends with the
+//!   guest running there. No record of a migration means that it was never committed.
+//! - From `Prepared` on the destination is in doubt: it neither runs the guest nor forgets
+//!   it, and repeats `Ready`, which is a question too, until it hears `Commit` or `Abort`.
+//! - From `Committed` on the source is bound: it repeats `Commit` until it hears `Running`,
+//!   or `Declined`. The latter is the only way back: the destination's durable promise that
+//!   the guest has never run there and never will.
+//!
+//! What is sent before `Ready` belongs to one connection, and losing that connection fails
+//! the migration; so only `Ready`, `Commit`, `Running` and `Declined` are ever repeated
+//! (on [`Event::Tick`]). Messages may be lost, doubled, or overtake each other.
+//!
+//! # What a VMM must do
+//!
+//! Daemons may crash and come back while VMMs live on, so both VMMs have a part in this:
+//!
+//! - at the source, a paused VMM that loses its daemon resumes by itself, *unless* it has
+//!   been relinquished: then it waits for the daemon to come back and say;
+//! - at the destination, an incoming VMM never runs before it is told to.
+//!
+//! # What the daemon must do
+//!
+//! Start the actions of one call in order. Journal actions take effect in the order in which
+//! they were asked for, and so do the commands to a VMM; nothing relies on an order between
+//! a journal action, a command and a message. One machine serves one migration, whose
+//! identity is never used again, and which the journal, the wire and the commands to a VMM
+//! carry beside what is defined here. Once [`is_over`](Source::is_over) the machine may be dropped; messages for
+//! a migration that has no machine are answered with [`Source::answer_unknown`] and
+//! [`Destination::answer_unknown`].
+//!
+//! `tests/handover_model.rs` walks every reachable state of all of this, with losses,
+//! crashes and failing VMMs at every step.
+
+use std::fmt;
+use std::str::FromStr;
+
+mod destination;
+mod source;
+
+pub use destination::Destination;
+pub use source::Source;
+
+/// What the two halves say to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Message {
+    /// Source: will you take this guest?
+    Offer,
+    /// Destination: yes; resources are held.
+    Accept,
+    /// Destination: no.
+    Refuse,
+    /// Destination: all is here and loaded. Shall I run it? Repeated until answered.
+    Ready,
+    /// Source: it is yours, run it. Repeated until answered.
+    Commit,
+    /// Destination: it runs here. Repeated until answered.
+    Running,
+    /// Destination: it has never run here and never will. Repeated until answered.
+    Declined,
+    /// Source: heard; the destination may forget the migration.
+    Done,
+    /// Either: this migration is off. From the source: it was never committed.
+    Abort,
+}
+
+/// What a half writes to its host's journal, durably, about one migration. The last one counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Record {
+    /// Source: the guest is the destination's.
+    Committed,
+    /// Source: the guest runs at the destination, and the VMM here is to be discarded.
+    Finished,
+    /// Source: the destination declined; the guest is the source's again.
+    TakenBack,
+    /// Destination: loaded, and in doubt until the source answers.
+    Prepared,
+    /// Destination: the guest is ours; it may be running from here on.
+    Running,
+    /// Destination: a promise that the guest never ran here and never will.
+    Declined,
+}
+
+/// Something that happened, which the daemon tells a half. What a half has no use for in its
+/// state it ignores: a late or doubled event is harmless.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The peer said this.
+    Message(Message),
+    /// The connection to the peer is lost. (When it is back: [`Event::Tick`].)
+    PeerLost,
+    /// A while has gone by, or the connection is back: repeat what has not been answered.
+    Tick,
+    /// Something went wrong here: a deadline passed, lanes failed, digests differ, the state
+    /// cannot be saved or loaded, a VMM refused to be paused or relinquished, or the source's
+    /// VMM, not yet relinquished, lost its connection to the daemon (and so resumes by itself).
+    Failed,
+    /// The VMM's process has ended. A relinquished or incoming VMM that merely lost its
+    /// connection is not gone: it attaches again, and is told again what it has not answered.
+    VmmGone,
+    /// [`Action::Journal`] is durable.
+    Journalled(Record),
+    /// [`Action::Journal`] failed, and a restarted daemon will not find the record either.
+    JournalFailed(Record),
+    /// [`Action::Resume`] was carried out: the guest runs.
+    Resumed,
+    /// [`Action::Resume`] failed, and the guest has not executed an instruction since it was
+    /// paused or loaded. If that is not certain, it is [`Event::VmmGone`] instead.
+    ResumeFailed,
+    /// [`Action::Discard`] was carried out.
+    Discarded,
+    /// Source: the operator wants to keep the guest here. See [`Source::can_cancel`].
+    Cancel,
+    /// Source: time to pause the guest (`convergence::Decision::SwitchOver`).
+    SwitchOver,
+    /// Source: the guest is paused, and its last pages and its state have been sent.
+    Sent,
+    /// Source: [`Action::Relinquish`] was carried out.
+    Relinquished,
+    /// Destination: the offer can be met, and what it needs is held.
+    Accepted,
+    /// Destination: the offer cannot be met.
+    Refused,
+    /// Destination: every page has arrived, digests agree if they were asked for, and the
+    /// VMM has loaded the state.
+    Loaded,
+}
+
+/// Something for the daemon to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[must_use]
+pub enum Action {
+    /// Send this to the peer if it is connected; drop it otherwise.
+    Send(Message),
+    /// Write this durably; then [`Event::Journalled`] or [`Event::JournalFailed`].
+    Journal(Record),
+    /// Remove the migration from the journal. Harmless when it is not there.
+    Forget,
+    /// Source: start tracking and copying.
+    Copy,
+    /// Source: pause the guest and send the rest; then [`Event::Sent`] or [`Event::Failed`].
+    Pause,
+    /// Source: tell the VMM that it must not resume by itself any more, not even if the
+    /// daemon goes away; then [`Event::Relinquished`] or [`Event::VmmGone`]. A VMM that is not
+    /// paused for this migration, because it has resumed by itself, refuses: [`Event::Failed`].
+    Relinquish,
+    /// Let the guest run here. At the source: stop copying and tracking, and resume the guest
+    /// if it is paused or relinquished for this migration. At the destination: start it, unless
+    /// it was started by this migration before (whatever has become of it since). Then
+    /// [`Event::Resumed`], [`Event::ResumeFailed`] or [`Event::VmmGone`].
+    Resume,
+    /// Make sure that a VMM never runs the guest: the relinquished one at the source, the
+    /// incoming one at the destination. Then [`Event::Discarded`] or [`Event::VmmGone`].
+    Discard,
+    /// Tell the operator how it ended for this host.
+    Report(Outcome),
+}
+
+/// How a migration ended for one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Completed,
+    /// The destination refused the offer; the guest runs at the source.
+    Refused,
+    /// The operator cancelled; the guest runs at the source.
+    Cancelled,
+    /// Something failed before the commit; the guest runs at the source.
+    Failed,
+    /// The destination had all of the guest, could not start it, and gave it back; the guest
+    /// runs at the source.
+    TakenBack,
+    /// The VMM that owned the guest ended during the migration, and the guest with it: at the
+    /// source before the commit or after taking back; at the destination while starting it.
+    VmmGone,
+}
+
+/// Where a migration stands, in words for operators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// The destination is asked, or asks itself, whether it can take the guest.
+    Offering,
+    /// The guest runs at the source while its memory is copied.
+    Copying,
+    /// The guest is paused, or about to be; what remains is being sent and loaded.
+    SwitchingOver,
+    /// Ownership is being passed: before the answer of the other host, neither runs the guest.
+    Committing,
+    /// The destination has the guest and the source has heard; both are tidying up.
+    Finishing,
+    /// The guest is being resumed at the source, or discarded at the destination.
+    Returning,
+    /// Over: the guest runs at the destination.
+    Completed,
+    /// Over: the guest stayed at the source.
+    Returned,
+}
+
+/// A journal record of the other half was given to `recover`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the journal says `{record}` of a migration for which this host is the {half}: \
+     the journal is damaged or was copied from another host"
+)]
+pub struct WrongRecord {
+    /// What was found.
+    pub record: Record,
+    /// Which half this host is: "source" or "destination".
+    pub half: &'static str,
+}
+
+/// A journal holds a word that is no [`Record`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no handover record: the journal is damaged or was written by a later version")]
+pub struct UnknownRecord(pub String);
+
+impl Record {
+    const ALL: [Self; 6] = [
+        Self::Committed,
+        Self::Finished,
+        Self::TakenBack,
+        Self::Prepared,
+        Self::Running,
+        Self::Declined,
+    ];
+
+    /// The word that stands for it in the journal; [`FromStr`] reads it back.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Committed => "committed",
+            Self::Finished => "finished",
+            Self::TakenBack => "taken-back",
+            Self::Prepared => "prepared",
+            Self::Running => "running",
+            Self::Declined => "declined",
+        }
+    }
+}
+
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Record {
+    type Err = UnknownRecord;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let known = Self::ALL.into_iter().find(|record| record.as_str() == word);
+        known.ok_or_else(|| UnknownRecord(word.chars().take(40).collect()))
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Offering => "offering",
+            Self::Copying => "copying",
+            Self::SwitchingOver => "switching over",
+            Self::Committing => "committing",
+            Self::Finishing => "finishing",
+            Self::Returning => "returning",
+            Self::Completed => "completed",
+            Self::Returned => "returned",
+        })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Completed => "completed: the guest runs at the destination",
+            Self::Refused => "refused by the destination: the guest runs at the source",
+            Self::Cancelled => "cancelled: the guest runs at the source",
+            Self::Failed => "failed: the guest runs at the source",
+            Self::TakenBack => "the destination could not start the guest: it runs at the source again",
+            Self::VmmGone => "the VMM that owned the guest ended during the migration",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,540 @@
+//! One order between two daemons: messages on the control connection, after the
+//! [`hello`](super::hello).
+//!
+//! Each message is a [header](HEADER_BYTES) with its kind and length, and a body. The source
+//! offers a guest, the destination accepts or says why not, and so on; who owns the guest is
+//! settled by the [`handover`](crate::handover) words that [`Control::Handover`] carries.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
+
+use zerocopy::byteorder::little_endian::{U16, U32, U64, U128};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::attach::{MAX_STATE_BYTES, MigrationId};
+use super::hello::Token;
+use super::machine::GuestShape;
+use super::text::RawLabel;
+use super::{Label, Reader, WireError, put, put_text};
+use crate::handover::Message;
+
+/// Bytes of a message's header.
+pub const HEADER_BYTES: usize = size_of::<RawHeader>();
+/// Bytes of the longest body.
+pub const MAX_BODY_BYTES: usize = 1 << 20;
+/// Ports that one host may offer for a migration.
+pub const MAX_PORTS: usize = 64;
+/// Ranges in one [`Control::Holes`].
+pub const MAX_RANGES: usize = 32 << 10;
+/// Digests in one [`Control::Digests`].
+pub const MAX_DIGESTS: usize = 32 << 10;
+/// Bytes of state in one [`Control::State`].
+pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
+/// Reasons in one [`Control::Refuse`].
+pub const MAX_REFUSALS: usize = 64;
+/// Bytes of memory under one digest.
+pub const DIGEST_CHUNK_BYTES: u64 = 2 << 20;
+
+/// What one daemon says to the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Source: here is a guest.
+    Offer(Offer),
+    /// Destination: it can come; resources are held.
+    Accept(Accept),
+    /// Destination: it cannot come, for all these reasons.
+    Refuse(Vec<Refusal>),
+    /// Either: are you there? To be answered at once; also measures the round trip.
+    Ping(u64),
+    /// The answer, with the same number.
+    Pong(u64),
+    /// Source: these pages are zero, and hold no memory.
+    Holes(Vec<Range<u64>>),
+    /// Destination: all holes received so far are zero here as well.
+    HolesDone,
+    /// Source: a round begins, with this many pages to send.
+    Round {
+        /// Its number, from 1.
+        round: u32,
+        /// Pages to send.
+        pages: u64,
+    },
+    /// Source: the guest stands still and all pages are acknowledged; digest all RAM.
+    Verify,
+    /// Destination: digests of consecutive pieces of [`DIGEST_CHUNK_BYTES`].
+    Digests {
+        /// Number of the first piece.
+        first: u64,
+        /// XXH3-128 of each.
+        digests: Vec<u128>,
+    },
+    /// Source: the VMM's state, all of it or the next piece.
+    State {
+        /// Bytes of the whole.
+        total: u64,
+        /// Where this piece begins.
+        offset: u64,
+        /// The piece; it travels with its CRC32C.
+        bytes: Vec<u8>,
+    },
+    /// Either: a word of the handover.
+    Handover {
+        /// Which migration; the connection may be a new one.
+        migration: MigrationId,
+        /// The word.
+        message: Message,
+        /// Time that the word's work took, in nanoseconds (loading, resuming), or 0.
+        nanoseconds: u64,
+        /// Why, where the word is bad news.
+        reason: String,
+    },
+}
+
+/// A guest that wants to move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Names the migration from here on.
+    pub migration: MigrationId,
+    /// Only asks; nothing is to be held.
+    pub check_only: bool,
+    /// Bytes of RAM that hold data (the rest are holes).
+    pub data_bytes: u64,
+    /// The guest.
+    pub shape: GuestShape,
+}
+
+/// What the destination holds ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accept {
+    /// What each lane must say to be let in.
+    pub token: Token,
+    /// Where lanes may connect.
+    pub ports: Vec<Port>,
+}
+
+/// A port of the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its name there.
+    pub name: Label,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Lanes that it would take.
+    pub lanes: u16,
+}
+
+/// Why a guest cannot come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// In which respect.
+    pub what: Respect,
+    /// What is wrong and what to do about it.
+    pub reason: String,
+}
+
+/// In which respect a destination refuses a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Respect {
+    /// No VMM waits for this guest.
+    Receiver = 1,
+    /// Processor, interrupt controller or clock differ.
+    Machine = 2,
+    /// Memory is missing, or laid out otherwise.
+    Memory = 3,
+    /// No port can be used.
+    Port = 4,
+    /// A network of the guest is not there.
+    Network = 5,
+    /// The guest is moving already, or is here already.
+    Busy = 6,
+    /// The ports cannot carry what is asked.
+    Bandwidth = 7,
+    /// Something else is wrong at the destination.
+    Host = 8,
+}
+
+impl Respect {
+    const ALL: [Self; 8] = [
+        Self::Receiver,
+        Self::Machine,
+        Self::Memory,
+        Self::Port,
+        Self::Network,
+        Self::Busy,
+        Self::Bandwidth,
+        Self::Host,
+    ];
+
+    /// One word for logs, metrics and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Receiver => "receiver",
+            Self::Machine => "machine",
+            Self::Memory => "memory",
+            Self::Port => "port",
+            Self::Network => "network",
+            Self::Busy => "busy",
+            Self::Bandwidth => "bandwidth",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// Reads a header, [`HEADER_BYTES`] long: kind, and length of the body.
+pub fn decode_header(bytes: &[u8]) -> Result<(u16, usize), WireError> {
+    let mut reader = Reader::new(bytes);
+    let raw: &RawHeader = reader.take("header of a control message")?;
+    reader.end()?;
+    let (kind, found) = (raw.kind.get(), u64::from(raw.bytes.get()));
+    if !kind::ALL.contains(&kind) {
+        return Err(WireError::Unknown { what: "control message", found: kind.into() });
+    }
+    if found > MAX_BODY_BYTES as u64 {
+        let what = "length of a control message";
+        return Err(WireError::TooLarge { what, found, limit: MAX_BODY_BYTES as u64 });
+    }
+    Ok((kind, found as usize))
+}
+
+impl Control {
+    /// Header and body.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![0; HEADER_BYTES];
+        let kind = self.encode_body(&mut out);
+        let bytes = U32::new((out.len() - HEADER_BYTES) as u32);
+        let header = RawHeader { kind: kind.into(), reserved: 0.into(), bytes };
+        out[..HEADER_BYTES].copy_from_slice(header.as_bytes());
+        out
+    }
+
+    fn encode_body(&self, out: &mut Vec<u8>) -> u16 {
+        match self {
+            Self::Offer(offer) => {
+                put(
+                    out,
+                    &RawOffer {
+                        migration: offer.migration,
+                        check_only: offer.check_only.into(),
+                        reserved: [0; 7],
+                        data_bytes: offer.data_bytes.into(),
+                    },
+                );
+                offer.shape.encode(out);
+                kind::OFFER
+            }
+            Self::Accept(accept) => {
+                put(out, &accept.token);
+                put(out, &U16::new(accept.ports.len() as u16));
+                for port in &accept.ports {
+                    put(out, &RawPort::from(port));
+                }
+                kind::ACCEPT
+            }
+            Self::Refuse(refusals) => {
+                put(out, &U16::new(refusals.len() as u16));
+                for refusal in refusals {
+                    let mut text = Vec::new();
+                    put_text(&mut text, &refusal.reason);
+                    let bytes = U16::new(text.len() as u16);
+                    put(out, &RawRefusal { what: refusal.what as u8, reserved: 0, bytes });
+                    out.extend_from_slice(&text);
+                }
+                kind::REFUSE
+            }
+            Self::Ping(number) => {
+                put(out, &U64::new(*number));
+                kind::PING
+            }
+            Self::Pong(number) => {
+                put(out, &U64::new(*number));
+                kind::PONG
+            }
+            Self::Holes(ranges) => {
+                put(out, &U32::new(ranges.len() as u32));
+                for range in ranges {
+                    put(out, &[U64::new(range.start), U64::new(range.end)]);
+                }
+                kind::HOLES
+            }
+            Self::HolesDone => kind::HOLES_DONE,
+            Self::Round { round, pages } => {
+                put(out, &RawRound { round: (*round).into(), pages: (*pages).into() });
+                kind::ROUND
+            }
+            Self::Verify => kind::VERIFY,
+            Self::Digests { first, digests } => {
+                put(out, &RawList { first: (*first).into(), count: (digests.len() as u32).into() });
+                for digest in digests {
+                    put(out, &U128::new(*digest));
+                }
+                kind::DIGESTS
+            }
+            Self::State { total, offset, bytes } => {
+                put(
+                    out,
+                    &RawState {
+                        total: (*total).into(),
+                        offset: (*offset).into(),
+                        checksum: crc32c::crc32c(bytes).into(),
+                        bytes: (bytes.len() as u32).into(),
+                    },
+                );
+                out.extend_from_slice(bytes);
+                kind::STATE
+            }
+            Self::Handover { migration, message, nanoseconds, reason } => {
+                put(
+                    out,
+                    &RawHandover {
+                        migration: *migration,
+                        nanoseconds: (*nanoseconds).into(),
+                        message: number_of(*message),
+                        reserved: [0; 7],
+                    },
+                );
+                put_text(out, reason);
+                kind::HANDOVER
+            }
+        }
+    }
+
+    /// Reads a body whose header said `kind`.
+    pub fn decode(kind: u16, body: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(body);
+        let message = match kind {
+            kind::OFFER => {
+                let raw: &RawOffer = reader.take("offer")?;
+                Self::Offer(Offer {
+                    migration: raw.migration,
+                    check_only: raw.check_only != 0,
+                    data_bytes: raw.data_bytes.get(),
+                    shape: GuestShape::decode(&mut reader)?,
+                })
+            }
+            kind::ACCEPT => {
+                let token = *reader.take("lane token")?;
+                let count = reader.take::<U16>("count of ports")?.get();
+                let ports = reader.list::<RawPort>("count of ports", count.into(), MAX_PORTS)?;
+                let ports = ports.iter().map(RawPort::port).collect::<Result<_, _>>()?;
+                Self::Accept(Accept { token, ports })
+            }
+            kind::REFUSE => Self::Refuse(decode_refusals(&mut reader)?),
+            kind::PING => Self::Ping(reader.take::<U64>("ping")?.get()),
+            kind::PONG => Self::Pong(reader.take::<U64>("pong")?.get()),
+            kind::HOLES => {
+                let count = reader.take::<U32>("count of holes")?.get();
+                let ranges = reader.list::<[U64; 2]>("count of holes", count.into(), MAX_RANGES)?;
+                Self::Holes(ranges.iter().map(|[start, end]| start.get()..end.get()).collect())
+            }
+            kind::HOLES_DONE => Self::HolesDone,
+            kind::ROUND => {
+                let raw: &RawRound = reader.take("round")?;
+                Self::Round { round: raw.round.get(), pages: raw.pages.get() }
+            }
+            kind::VERIFY => Self::Verify,
+            kind::DIGESTS => {
+                let raw: &RawList = reader.take("digests")?;
+                let digests = reader.list::<U128>("count of digests", raw.count.get().into(), MAX_DIGESTS)?;
+                Self::Digests {
+                    first: raw.first.get(),
+                    digests: digests.iter().map(|digest| digest.get()).collect(),
+                }
+            }
+            kind::STATE => decode_state(&mut reader)?,
+            kind::HANDOVER => {
+                let raw: &RawHandover = reader.take("word of the handover")?;
+                let unknown = WireError::Unknown { what: "word of the handover", found: raw.message.into() };
+                Self::Handover {
+                    migration: raw.migration,
+                    message: message_of(raw.message).ok_or(unknown)?,
+                    nanoseconds: raw.nanoseconds.get(),
+                    reason: reader.text("reason")?,
+                }
+            }
+            other => return Err(WireError::Unknown { what: "control message", found: other.into() }),
+        };
+        reader.end()?;
+        Ok(message)
+    }
+
+    /// The message's name, for logs and errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Offer(_) => "offer",
+            Self::Accept(_) => "accept",
+            Self::Refuse(_) => "refuse",
+            Self::Ping(_) => "ping",
+            Self::Pong(_) => "pong",
+            Self::Holes(_) => "holes",
+            Self::HolesDone => "holes done",
+            Self::Round { .. } => "round",
+            Self::Verify => "verify",
+            Self::Digests { .. } => "digests",
+            Self::State { .. } => "state",
+            Self::Handover { .. } => "handover",
+        }
+    }
+}
+
+fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, WireError> {
+    let count = usize::from(reader.take::<U16>("count of refusals")?.get());
+    if count > MAX_REFUSALS {
+        let (found, limit) = (count as u64, MAX_REFUSALS as u64);
+        return Err(WireError::TooLarge { what: "count of refusals", found, limit });
+    }
+    let mut refusals = Vec::with_capacity(count);
+    for _ in 0..count {
+        let raw: &RawRefusal = reader.take("refusal")?;
+        let unknown = WireError::Unknown { what: "respect of a refusal", found: raw.what.into() };
+        let what = Respect::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
+        let text = reader.bytes("reason of a refusal", raw.bytes.get().into(), super::MAX_TEXT_BYTES)?;
+        let reason = Reader::new(text).text("reason of a refusal")?;
+        refusals.push(Refusal { what, reason });
+    }
+    Ok(refusals)
+}
+
+fn decode_state(reader: &mut Reader<'_>) -> Result<Control, WireError> {
+    let raw: &RawState = reader.take("state")?;
+    let (total, offset, count) = (raw.total.get(), raw.offset.get(), u64::from(raw.bytes.get()));
+    if total > MAX_STATE_BYTES {
+        return Err(WireError::TooLarge { what: "length of a state", found: total, limit: MAX_STATE_BYTES });
+    }
+    let bytes = reader.bytes("piece of a state", count, MAX_STATE_CHUNK_BYTES)?;
+    if offset > total || count > total - offset {
+        return Err(WireError::TooLarge { what: "end of a piece of state", found: offset, limit: total });
+    }
+    let (found, computed) = (raw.checksum.get(), crc32c::crc32c(bytes));
+    if found != computed {
+        return Err(WireError::Checksum { what: "state", found, computed });
+    }
+    Ok(Control::State { total, offset, bytes: bytes.to_vec() })
+}
+
+mod kind {
+    pub const OFFER: u16 = 1;
+    pub const ACCEPT: u16 = 2;
+    pub const REFUSE: u16 = 3;
+    pub const PING: u16 = 4;
+    pub const PONG: u16 = 5;
+    pub const HOLES: u16 = 6;
+    pub const HOLES_DONE: u16 = 7;
+    pub const ROUND: u16 = 8;
+    pub const VERIFY: u16 = 9;
+    pub const DIGESTS: u16 = 10;
+    pub const STATE: u16 = 11;
+    pub const HANDOVER: u16 = 12;
+    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=HANDOVER;
+}
+
+/// Words of the handover by their number on the wire. Offer, Accept and Refuse are not among
+/// them: they carry more than a word and are messages of their own.
+const WORDS: [(u8, Message); 6] = [
+    (1, Message::Ready),
+    (2, Message::Commit),
+    (3, Message::Running),
+    (4, Message::Declined),
+    (5, Message::Done),
+    (6, Message::Abort),
+];
+
+fn number_of(message: Message) -> u8 {
+    WORDS.iter().find(|(_, word)| *word == message).map_or(0, |(number, _)| *number)
+}
+
+fn message_of(number: u8) -> Option<Message> {
+    WORDS.iter().find(|(found, _)| *found == number).map(|(_, word)| *word)
+}
+
+impl From<&Port> for RawPort {
+    fn from(port: &Port) -> Self {
+        let address = match port.address.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        Self {
+            name: port.name.raw(),
+            address: address.octets(),
+            port: port.address.port().into(),
+            lanes: port.lanes.into(),
+        }
+    }
+}
+
+impl RawPort {
+    fn port(&self) -> Result<Port, WireError> {
+        let address = Ipv6Addr::from(self.address).to_canonical();
+        Ok(Port {
+            name: self.name.label()?,
+            address: SocketAddr::new(address, self.port.get()),
+            lanes: self.lanes.get(),
+        })
+    }
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    kind: U16,
+    reserved: U16,
+    bytes: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawOffer {
+    migration: MigrationId,
+    check_only: u8,
+    reserved: [u8; 7],
+    data_bytes: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawPort {
+    name: RawLabel,
+    address: [u8; 16],
+    port: U16,
+    lanes: U16,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawRefusal {
+    what: u8,
+    reserved: u8,
+    bytes: U16,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawRound {
+    round: U32,
+    pages: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawList {
+    first: U64,
+    count: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawState {
+    total: U64,
+    offset: U64,
+    checksum: U32,
+    bytes: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawHandover {
+    migration: MigrationId,
+    nanoseconds: U64,
+    message: u8,
+    reserved: [u8; 7],
+}

@@ -1,0 +1,237 @@
+//! What flows on a lane: frames of pages one way, acknowledgements the other.
+//!
+//! A frame is a [header](FRAME_HEADER_BYTES), a table of runs, and the bytes of the runs that
+//! carry any, in the table's order. The header and the table are small and read first, so that
+//! the bytes can be received straight into guest memory.
+
+use std::ops::Range;
+
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{Reader, WireError, put};
+use crate::PAGE_SIZE;
+
+/// Bytes of a frame's header.
+pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
+/// Bytes of one entry of the table of runs.
+pub const RUN_BYTES: usize = size_of::<RawRun>();
+/// Runs in one frame.
+pub const MAX_RUNS: usize = 256;
+/// Bytes of pages in one frame.
+pub const MAX_PAYLOAD_BYTES: u64 = 1 << 20;
+/// Pages in one zero run: 1 GiB.
+pub const MAX_ZERO_PAGES: u64 = 1 << 18;
+/// Bytes of an acknowledgement.
+pub const ACK_BYTES: usize = size_of::<RawAck>();
+
+const FRAME_MAGIC: [u8; 4] = *b"MLFr";
+const ACK_MAGIC: [u8; 4] = *b"MLAk";
+
+/// Consecutive pages under one descriptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The pages.
+    pub pages: Range<u64>,
+    /// What the frame says about them.
+    pub content: Content,
+}
+
+/// What a frame says about a run's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Their bytes follow in the frame.
+    Data,
+    /// They are zero, and no bytes follow.
+    Zero,
+}
+
+/// A frame's header, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Number of the frame on its lane, from 1.
+    pub sequence: u64,
+    /// Entries in the table of runs, at most [`MAX_RUNS`].
+    pub runs: usize,
+    /// Bytes of pages that follow the table, at most [`MAX_PAYLOAD_BYTES`].
+    pub payload_bytes: u64,
+    /// CRC32C of the payload; only while the guest stands still, since live pages change under
+    /// the sum.
+    pub checksum: Option<u32>,
+}
+
+/// All frames up to one have been written to guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ack {
+    /// Number of the last of them.
+    pub sequence: u64,
+}
+
+impl Run {
+    /// Bytes that the run takes in its frame's payload.
+    pub fn payload_bytes(&self) -> u64 {
+        match self.content {
+            Content::Data => (self.pages.end - self.pages.start) * PAGE_SIZE,
+            Content::Zero => 0,
+        }
+    }
+}
+
+/// Writes header and table of a frame with these runs to `out`, which is cleared first.
+/// Returns the payload's length in bytes.
+///
+/// # Panics
+/// If the runs break the limits above, which the sender keeps.
+pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Option<u32>) -> u64 {
+    let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
+    assert!(runs.len() <= MAX_RUNS && payload_bytes <= MAX_PAYLOAD_BYTES, "frame over its limits");
+    out.clear();
+    put(
+        out,
+        &RawFrame {
+            magic: FRAME_MAGIC,
+            runs: (runs.len() as u16).into(),
+            flags: (if checksum.is_some() { HAS_CHECKSUM } else { 0 }).into(),
+            sequence: sequence.into(),
+            payload_bytes: (payload_bytes as u32).into(),
+            checksum: checksum.unwrap_or(0).into(),
+        },
+    );
+    for run in runs {
+        put(
+            out,
+            &RawRun {
+                first: run.pages.start.into(),
+                pages: ((run.pages.end - run.pages.start) as u32).into(),
+                content: match run.content {
+                    Content::Data => DATA,
+                    Content::Zero => ZERO,
+                }
+                .into(),
+            },
+        );
+    }
+    payload_bytes
+}
+
+impl Frame {
+    /// Reads a header, [`FRAME_HEADER_BYTES`] long.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        let raw: &RawFrame = reader.take("frame header")?;
+        reader.end()?;
+        if raw.magic != FRAME_MAGIC {
+            return Err(WireError::Magic { what: "frame", expected: FRAME_MAGIC, found: raw.magic });
+        }
+        let (flags, runs) = (raw.flags.get(), raw.runs.get());
+        if flags & !HAS_CHECKSUM != 0 {
+            return Err(WireError::Unknown { what: "frame flags", found: flags.into() });
+        }
+        let limit = |what, found: u64, limit: u64| match found > limit {
+            true => Err(WireError::TooLarge { what, found, limit }),
+            false => Ok(()),
+        };
+        limit("number of runs in a frame", runs.into(), MAX_RUNS as u64)?;
+        limit("length of a frame", raw.payload_bytes.get().into(), MAX_PAYLOAD_BYTES)?;
+        Ok(Self {
+            sequence: raw.sequence.get(),
+            runs: runs.into(),
+            payload_bytes: raw.payload_bytes.get().into(),
+            checksum: (flags & HAS_CHECKSUM != 0).then_some(raw.checksum.get()),
+        })
+    }
+
+    /// Reads the table that follows this header into `runs`, which is cleared first. Every run
+    /// lies below `pages`, and together they are as long as the header says.
+    pub fn decode_runs(&self, table: &[u8], pages: u64, runs: &mut Vec<Run>) -> Result<(), WireError> {
+        runs.clear();
+        let mut reader = Reader::new(table);
+        let raw = reader.list::<RawRun>("table of runs", self.runs as u64, MAX_RUNS)?;
+        reader.end()?;
+        let mut payload_bytes = 0;
+        for run in raw {
+            let (first, count) = (run.first.get(), u64::from(run.pages.get()));
+            let (content, most) = match run.content.get() {
+                DATA => (Content::Data, MAX_PAYLOAD_BYTES / PAGE_SIZE),
+                ZERO => (Content::Zero, MAX_ZERO_PAGES),
+                other => return Err(WireError::Unknown { what: "content of a run", found: other }),
+            };
+            if count == 0 {
+                return Err(WireError::Value { what: "the length of a run in pages", found: 0 });
+            }
+            if count > most {
+                return Err(WireError::TooLarge {
+                    what: "length of a run in pages",
+                    found: count,
+                    limit: most,
+                });
+            }
+            if first >= pages || count > pages - first {
+                let found = first.saturating_add(count);
+                return Err(WireError::TooLarge { what: "end of a run of pages", found, limit: pages });
+            }
+            let run = Run { pages: first..first + count, content };
+            payload_bytes += run.payload_bytes();
+            runs.push(run);
+        }
+        if payload_bytes != self.payload_bytes {
+            return Err(WireError::Value {
+                what: "the length of a frame with these runs",
+                found: self.payload_bytes,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Ack {
+    /// The bytes, [`ACK_BYTES`] of them.
+    pub fn encode(&self) -> [u8; ACK_BYTES] {
+        let raw = RawAck { magic: ACK_MAGIC, reserved: 0.into(), sequence: self.sequence.into() };
+        let mut bytes = [0; ACK_BYTES];
+        bytes.copy_from_slice(raw.as_bytes());
+        bytes
+    }
+
+    /// Reads an acknowledgement.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        let raw: &RawAck = reader.take("acknowledgement")?;
+        reader.end()?;
+        if raw.magic != ACK_MAGIC {
+            return Err(WireError::Magic { what: "acknowledgement", expected: ACK_MAGIC, found: raw.magic });
+        }
+        Ok(Self { sequence: raw.sequence.get() })
+    }
+}
+
+const HAS_CHECKSUM: u16 = 1;
+const DATA: u32 = 1;
+const ZERO: u32 = 2;
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawFrame {
+    magic: [u8; 4],
+    runs: U16,
+    flags: U16,
+    sequence: U64,
+    payload_bytes: U32,
+    checksum: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawRun {
+    first: U64,
+    pages: U32,
+    content: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawAck {
+    magic: [u8; 4],
+    reserved: U32,
+    sequence: U64,
+}

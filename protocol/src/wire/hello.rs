@@ -1,0 +1,206 @@
+//! The first bytes of every connection between daemons, control and lane alike: who calls,
+//! what for, and which versions it speaks.
+
+use zerocopy::byteorder::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::attach::MigrationId;
+use super::text::RawLabel;
+use super::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
+
+/// Versions of the protocol between daemons that this build speaks, oldest and newest.
+pub const VERSIONS: (u16, u16) = (1, 1);
+/// Bytes of a [`Hello`].
+pub const HELLO_BYTES: usize = size_of::<RawHello>();
+/// Bytes of an [`Answer`] before its text.
+pub const ANSWER_BYTES: usize = size_of::<RawAnswer>();
+
+const MAGIC: [u8; 4] = *b"MLN\0";
+
+/// What the caller says first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version that it speaks.
+    pub oldest: u16,
+    /// Newest version that it speaks.
+    pub newest: u16,
+    /// The calling host.
+    pub host: Label,
+    /// What the connection is for.
+    pub purpose: Purpose,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Orders: [`control`](super::control) messages.
+    Control,
+    /// Pages of one migration: [`frame`](super::frame)s.
+    Lane {
+        /// The token that the destination gave for this migration, so that nobody else's
+        /// bytes are taken for pages.
+        token: Token,
+        /// Number of the lane.
+        lane: u16,
+    },
+    /// To see whether the port is reachable; answered and closed.
+    Probe,
+}
+
+/// Proves that a lane belongs to a migration.
+pub type Token = MigrationId;
+
+/// What the called side says to a [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Go on, with this version.
+    Welcome {
+        /// The newest version that both speak.
+        version: u16,
+    },
+    /// The connection ends.
+    Refused {
+        /// Why, for the operator of the calling side.
+        reason: String,
+    },
+}
+
+/// The newest version that both sides speak.
+pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
+    let newest = ours.1.min(theirs.1);
+    (newest >= ours.0.max(theirs.0)).then_some(newest)
+}
+
+impl Hello {
+    /// The bytes, [`HELLO_BYTES`] of them.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HELLO_BYTES);
+        let (purpose, token, lane) = match self.purpose {
+            Purpose::Control => (CONTROL, [0; 16], 0),
+            Purpose::Lane { token, lane } => (LANE, token, lane),
+            Purpose::Probe => (PROBE, [0; 16], 0),
+        };
+        put(
+            &mut out,
+            &RawHello {
+                magic: MAGIC,
+                oldest: self.oldest.into(),
+                newest: self.newest.into(),
+                purpose: purpose.into(),
+                lane: lane.into(),
+                token,
+                host: self.host.raw(),
+            },
+        );
+        out
+    }
+
+    /// Reads a hello. The layout of this message is the same in all versions.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        let raw: &RawHello = reader.take("hello")?;
+        reader.end()?;
+        check_magic(raw.magic)?;
+        let purpose = match raw.purpose.get() {
+            CONTROL => Purpose::Control,
+            LANE => Purpose::Lane { token: raw.token, lane: raw.lane.get() },
+            PROBE => Purpose::Probe,
+            other => return Err(WireError::Unknown { what: "purpose of a connection", found: other.into() }),
+        };
+        let (oldest, newest) = (raw.oldest.get(), raw.newest.get());
+        if oldest > newest {
+            return Err(WireError::Value { what: "the oldest version in a hello", found: oldest.into() });
+        }
+        Ok(Self { oldest, newest, host: raw.host.label()?, purpose })
+    }
+}
+
+impl Answer {
+    /// The bytes: [`ANSWER_BYTES`] and the text of a refusal.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        let version = match self {
+            Self::Welcome { version } => *version,
+            Self::Refused { reason } => {
+                put_text(&mut text, reason);
+                0
+            }
+        };
+        let mut out = Vec::with_capacity(ANSWER_BYTES + text.len());
+        let text_bytes = U32::new(text.len() as u32);
+        put(&mut out, &RawAnswer { magic: MAGIC, version: version.into(), reserved: 0.into(), text_bytes });
+        out.extend_from_slice(&text);
+        out
+    }
+
+    /// How many bytes of text follow the first [`ANSWER_BYTES`].
+    pub fn text_bytes(head: &[u8]) -> Result<usize, WireError> {
+        let raw: &RawAnswer = Reader::new(head).take("answer to a hello")?;
+        check_magic(raw.magic)?;
+        let found = raw.text_bytes.get().into();
+        if found > MAX_TEXT_BYTES as u64 {
+            let what = "length of a refusal";
+            return Err(WireError::TooLarge { what, found, limit: MAX_TEXT_BYTES as u64 });
+        }
+        Ok(found as usize)
+    }
+
+    /// Reads head and text.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let text_bytes = Self::text_bytes(bytes)?;
+        let mut reader = Reader::new(bytes);
+        let raw: &RawAnswer = reader.take("answer to a hello")?;
+        let reason =
+            Reader::new(reader.bytes("refusal", text_bytes as u64, MAX_TEXT_BYTES)?).text("refusal")?;
+        reader.end()?;
+        match raw.version.get() {
+            0 => Ok(Self::Refused { reason }),
+            version => Ok(Self::Welcome { version }),
+        }
+    }
+}
+
+const CONTROL: u16 = 1;
+const LANE: u16 = 2;
+const PROBE: u16 = 3;
+
+fn check_magic(found: [u8; 4]) -> Result<(), WireError> {
+    match found {
+        MAGIC => Ok(()),
+        _ => Err(WireError::Magic { what: "hello", expected: MAGIC, found }),
+    }
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawHello {
+    magic: [u8; 4],
+    oldest: U16,
+    newest: U16,
+    purpose: U16,
+    lane: U16,
+    token: Token,
+    host: RawLabel,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawAnswer {
+    magic: [u8; 4],
+    version: U16,
+    reserved: U16,
+    text_bytes: U32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_is_taken() {
+        assert_eq!(common_version((1, 3), (2, 5)), Some(3));
+        assert_eq!(common_version((2, 5), (1, 3)), Some(3));
+        assert_eq!(common_version((1, 1), (1, 1)), Some(1));
+        assert_eq!(common_version((1, 2), (3, 4)), None);
+    }
+}

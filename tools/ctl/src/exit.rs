@@ -1,0 +1,90 @@
+//! How the program ends: exit codes for scripts, and errors.
+
+use std::fmt;
+
+use memlaned::api::client::ClientError;
+use memlaned::api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
+
+/// Exit codes, as `--help` documents them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    Completed = 0,
+    Other = 1,
+    Usage = 2,
+    Refused = 3,
+    Failed = 4,
+    Cancelled = 5,
+    Unreachable = 6,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug)]
+pub enum Error {
+    /// The daemon did not answer, or said no.
+    Client(ClientError),
+    /// The command does not fit what the daemon is doing.
+    Command(ErrorCode, String),
+    /// The user left before the end.
+    Left(String),
+}
+
+impl Exit {
+    pub fn of(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Completed => Self::Completed,
+            Outcome::Failed => Self::Failed,
+            Outcome::Cancelled => Self::Cancelled,
+            Outcome::Refused => Self::Refused,
+        }
+    }
+
+    fn of_code(code: ErrorCode) -> Self {
+        match code {
+            ErrorCode::Invalid | ErrorCode::UnknownMigration => Self::Usage,
+            ErrorCode::UnknownGuest
+            | ErrorCode::UnknownHost
+            | ErrorCode::AlreadyMoving
+            | ErrorCode::Refused
+            | ErrorCode::TooLate => Self::Refused,
+            _ => Self::Other,
+        }
+    }
+}
+
+impl Error {
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Client(ClientError::Api(error)) => Exit::of_code(error.code),
+            Self::Client(ClientError::Foreign { .. }) | Self::Left(_) => Exit::Other,
+            Self::Client(_) => Exit::Unreachable,
+            Self::Command(code, _) => Exit::of_code(*code),
+        }
+    }
+
+    /// In the form that the API gives to errors.
+    pub fn to_json(&self) -> String {
+        let code = match self {
+            Self::Client(ClientError::Api(error)) => error.code,
+            Self::Command(code, _) => *code,
+            _ => ErrorCode::Unavailable,
+        };
+        let body = ErrorBody { error: ApiError::new(code, self.to_string()) };
+        serde_json::to_string(&body).expect("it has string keys only, and cannot fail")
+    }
+}
+
+impl From<ClientError> for Error {
+    fn from(error: ClientError) -> Self {
+        Self::Client(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(error) => error.fmt(f),
+            Self::Command(_, message) | Self::Left(message) => f.write_str(message),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! `memlanectl`: gives orders to the daemon of this host and shows what it does.
+
+mod args;
+mod exit;
+mod orders;
+mod progress;
+mod show;
+mod summary;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use memlaned::api::client::Client;
+use serde::Serialize;
+
+use args::{Args, Command};
+use exit::{Error, Exit};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let exit = run(&args).await.unwrap_or_else(|error| {
+        if args.json {
+            show::line(&error.to_json());
+        }
+        eprintln!("memlanectl: {error}");
+        error.exit()
+    });
+    ExitCode::from(exit as u8)
+}
+
+async fn run(args: &Args) -> Result<Exit, Error> {
+    let client = Client::new(&args.socket);
+    match &args.command {
+        Command::Status => {
+            let status = client.status().await?;
+            if args.json {
+                json(&status);
+            } else {
+                show::line(&show::status(&status, &client.peers().await?, &client.migrations().await?));
+            }
+        }
+        Command::Ports => list(args, client.ports().await?, show::ports),
+        Command::Guests => list(args, client.guests().await?, show::guests),
+        Command::Check(order) => {
+            let report = client.check(&order.to_order()).await?;
+            if args.json {
+                json(&report);
+            } else {
+                show::line(&show::report(&report));
+            }
+            return Ok(if report.ok { Exit::Completed } else { Exit::Refused });
+        }
+        Command::Migrate { order, detach } => {
+            return orders::migrate(&client, &order.to_order(), *detach, args.json).await;
+        }
+        Command::Watch { migration } => return orders::watch(&client, migration.as_deref(), args.json).await,
+        Command::Cancel { migration } => return orders::cancel(&client, migration, args.json).await,
+    }
+    Ok(Exit::Completed)
+}
+
+fn list<T: Serialize>(args: &Args, items: Vec<T>, table: impl Fn(&[T]) -> String) {
+    if args.json {
+        json(&items);
+    } else {
+        show::line(&table(&items));
+    }
+}
+
+fn json(value: &impl Serialize) {
+    show::line(
+        &serde_json::to_string(value).expect("the API's types have string keys only, and cannot fail"),
+    );
+}

@@ -1,0 +1,177 @@
+//! Commands that follow or change a migration.
+
+use memlaned::api::client::{Client, ClientError};
+use memlaned::api::types::{ErrorCode, Migration, Order};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::exit::{Error, Exit};
+use crate::progress::Progress;
+use crate::{json, show, summary};
+
+/// Begins an order and follows it to its end. Ctrl-C asks to cancel it.
+pub async fn migrate(client: &Client, order: &Order, detach: bool, as_json: bool) -> Result<Exit, Error> {
+    let mut interrupts = interrupts()?;
+    let mut interrupted = false;
+    let mut begun = std::pin::pin!(client.migrate(order));
+    let migration = loop {
+        tokio::select! {
+            migration = &mut begun => break migration?,
+            _ = interrupts.recv(), if !interrupted => {
+                // The daemon finishes what it was asked for, so there is something to cancel.
+                interrupted = true;
+                eprintln!("memlanectl: will cancel as soon as the preflight is done");
+            }
+        }
+    };
+    if detach && !interrupted {
+        let Migration { id, guest, host, .. } = &migration;
+        match as_json {
+            true => json(&migration),
+            false => show::line(&format!("{guest} → {host}: begun, migration {id}")),
+        }
+        return Ok(Exit::Completed);
+    }
+    let mut progress = Progress::of_output(as_json);
+    let on_interrupt = OnInterrupt::Cancel { now: interrupted };
+    let ended = follow(client, &migration.id, &mut progress, &mut interrupts, on_interrupt).await;
+    progress.finish();
+    let ended = ended?;
+    match as_json {
+        true => json(&ended),
+        false => show::line(&summary::of(&ended)),
+    }
+    Ok(exit_of(&ended))
+}
+
+/// Follows a migration to its end.
+pub async fn watch(client: &Client, which: Option<&str>, as_json: bool) -> Result<Exit, Error> {
+    let migration = find(client, which).await?;
+    let mut progress = if as_json { Progress::Events } else { Progress::of_output(false) };
+    let ended = follow(client, &migration.id, &mut progress, &mut interrupts()?, OnInterrupt::Leave).await;
+    progress.finish();
+    let ended = ended?;
+    if !as_json {
+        show::line(&summary::of(&ended));
+    }
+    Ok(exit_of(&ended))
+}
+
+/// Asks a migration to end; the guest stays at its source.
+pub async fn cancel(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
+    let migration = find(client, Some(which)).await?;
+    let migration = client.cancel(&migration.id).await?;
+    let Migration { id, guest, .. } = &migration;
+    match as_json {
+        true => json(&migration),
+        false => show::line(&format!("{guest}: asked to cancel; memlanectl watch {id} shows the outcome")),
+    }
+    Ok(Exit::Completed)
+}
+
+/// What Ctrl-C does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnInterrupt {
+    /// It asks to cancel; once more, and it leaves.
+    Cancel { now: bool },
+    /// It leaves.
+    Leave,
+}
+
+/// Ctrl-C, kept until it is looked for.
+fn interrupts() -> Result<Signal, Error> {
+    signal(SignalKind::interrupt()).map_err(|error| Error::Left(format!("cannot wait for Ctrl-C: {error}")))
+}
+
+async fn follow(
+    client: &Client,
+    id: &str,
+    progress: &mut Progress,
+    interrupts: &mut Signal,
+    on_interrupt: OnInterrupt,
+) -> Result<Migration, Error> {
+    let mut events = client.events(id).await?;
+    let mut cancelling = false;
+    if on_interrupt == (OnInterrupt::Cancel { now: true }) {
+        cancelling = true;
+        ask_to_cancel(client, id, progress).await?;
+    }
+    let mut last = None;
+    loop {
+        tokio::select! {
+            event = events.next() => match event? {
+                Some(migration) => {
+                    progress.update(&migration);
+                    last = Some(migration);
+                }
+                None => break,
+            },
+            _ = interrupts.recv() => {
+                if cancelling || on_interrupt == OnInterrupt::Leave {
+                    return Err(Error::Left(format!(
+                        "left before the end; the migration goes on, memlanectl watch {id} shows it"
+                    )));
+                }
+                cancelling = true;
+                ask_to_cancel(client, id, progress).await?;
+            }
+        }
+    }
+    // A stream of events ends with the one that has the outcome, so there was one.
+    last.ok_or_else(|| {
+        Error::Command(ErrorCode::UnknownMigration, format!("nothing is told about migration {id}"))
+    })
+}
+
+async fn ask_to_cancel(client: &Client, id: &str, progress: &Progress) -> Result<(), Error> {
+    match client.cancel(id).await {
+        Ok(_) => {
+            progress.say("cancelling, the guest stays at its source; Ctrl-C again leaves without waiting")
+        }
+        Err(ClientError::Api(error)) => progress.say(&format!("cannot cancel: {error}")),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+/// The migration of this identity, of these first digits of it, or the latest of this guest; by
+/// default the only one under way.
+async fn find(client: &Client, which: Option<&str>) -> Result<Migration, Error> {
+    let migrations = client.migrations().await?;
+    let under_way: Vec<&Migration> =
+        migrations.iter().filter(|migration| migration.outcome.is_none()).collect();
+    let unknown = |message: String| Err(Error::Command(ErrorCode::UnknownMigration, message));
+    let Some(which) = which else {
+        return match under_way[..] {
+            [only] => Ok(only.clone()),
+            [] => unknown("no migration is under way".to_owned()),
+            _ => unknown(format!("several migrations are under way; name one of them{}", listed(&under_way))),
+        };
+    };
+    let of_guest = |migration: &&&Migration| migration.guest == which;
+    let latest = under_way.iter().rev().find(of_guest).copied();
+    if let Some(found) = latest.or_else(|| migrations.iter().rev().find(|migration| migration.guest == which))
+    {
+        return Ok(found.clone());
+    }
+    let begin_so: Vec<&Migration> =
+        migrations.iter().filter(|migration| migration.id.starts_with(&which.to_ascii_lowercase())).collect();
+    match begin_so[..] {
+        [only] => Ok(only.clone()),
+        [] => {
+            unknown(format!("no migration and no guest's migration is called {which}{}", listed(&under_way)))
+        }
+        _ => unknown(format!("several migrations begin with {which}{}", listed(&begin_so))),
+    }
+}
+
+fn listed(migrations: &[&Migration]) -> String {
+    let lines = migrations.iter().map(|migration| {
+        let Migration { id, guest, host, .. } = migration;
+        format!("\n  {id}  {guest} → {host}")
+    });
+    lines.collect()
+}
+
+fn exit_of(migration: &Migration) -> Exit {
+    migration.outcome.map_or(Exit::Other, Exit::of)
+}

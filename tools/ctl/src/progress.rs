@@ -1,0 +1,207 @@
+//! Progress of a migration: bars on a terminal, lines in a pipe, JSON for programs.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use memlaned::api::types::{Migration, Phase};
+
+use crate::show;
+use crate::summary::{self, PortShare};
+use crate::units;
+
+/// Where progress goes.
+pub enum Progress {
+    /// To a terminal, on stderr, so that stdout has the result only.
+    Bars(Bars),
+    /// To a pipe or a file, on stdout.
+    Lines(Lines),
+    /// Each event as a line of JSON, on stdout.
+    Events,
+    /// Nowhere.
+    None,
+}
+
+/// Bars: one for the round and one for the share of each port.
+pub struct Bars {
+    all: MultiProgress,
+    head: ProgressBar,
+    round: ProgressBar,
+    ports: BTreeMap<String, ProgressBar>,
+}
+
+/// A line for each phase and round, at most one a second, and one now and then in a long round.
+#[derive(Default)]
+pub struct Lines {
+    told: Option<(Phase, usize)>,
+    at: Option<Instant>,
+}
+
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+const LONG_ROUND_INTERVAL: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// What fits where the output goes.
+    pub fn of_output(json: bool) -> Self {
+        let (out, err) = (std::io::stdout().is_terminal(), std::io::stderr().is_terminal());
+        match (json, err && (out || json)) {
+            (_, true) => Self::Bars(Bars::new()),
+            (false, false) => Self::Lines(Lines::default()),
+            (true, false) => Self::None,
+        }
+    }
+
+    /// Shows how far a migration is.
+    pub fn update(&mut self, migration: &Migration) {
+        match self {
+            Self::Bars(bars) => bars.update(migration),
+            Self::Lines(lines) => {
+                if let Some(line) = lines.line(migration, Instant::now()) {
+                    show::line(&line);
+                }
+            }
+            Self::Events => crate::json(migration),
+            Self::None => {}
+        }
+    }
+
+    /// Says something without tearing the bars.
+    pub fn say(&self, text: &str) {
+        match self {
+            Self::Bars(bars) => bars.all.suspend(|| eprintln!("{text}")),
+            _ => eprintln!("{text}"),
+        }
+    }
+
+    /// Takes the bars away.
+    pub fn finish(&mut self) {
+        if let Self::Bars(bars) = self {
+            let _ = bars.all.clear();
+        }
+    }
+}
+
+impl Bars {
+    fn new() -> Self {
+        let all = MultiProgress::new();
+        let head = all.add(ProgressBar::new_spinner());
+        head.set_style(style("{spinner} {msg}"));
+        head.enable_steady_tick(Duration::from_millis(120));
+        let round = all.add(ProgressBar::new(0));
+        round.set_style(style("  {prefix:<10} {bar:30} {msg}"));
+        Self { all, head, round, ports: BTreeMap::new() }
+    }
+
+    fn update(&mut self, migration: &Migration) {
+        self.head.set_message(headline(migration));
+        let of_round = migration.rounds.last().map_or(migration.pages_total, |round| round.pages);
+        self.round.set_prefix(round_name(migration));
+        self.round.set_length(of_round.max(migration.pages_remaining).max(1));
+        self.round.set_position(of_round.saturating_sub(migration.pages_remaining));
+        self.round.set_message(remaining(migration));
+
+        let ports = summary::by_port(&migration.lanes);
+        let sent: u64 = ports.values().map(|port| port.bytes).sum();
+        for (name, port) in ports {
+            let bar = self.ports.entry(name.to_owned()).or_insert_with(|| {
+                let bar = self.all.add(ProgressBar::new(0));
+                bar.set_style(style("  {prefix:<10} {bar:30} {msg}"));
+                bar.set_prefix(format!("port {name}"));
+                bar
+            });
+            bar.set_length(sent.max(1));
+            bar.set_position(port.bytes);
+            bar.set_message(of_port(&port));
+        }
+    }
+}
+
+impl Lines {
+    /// The line that is due, if one is.
+    fn line(&mut self, migration: &Migration, now: Instant) -> Option<String> {
+        let at = (migration.phase, migration.rounds.len());
+        let since = self.at.map(|told| now.duration_since(told));
+        let due = match since {
+            None => true,
+            Some(since) if self.told == Some(at) => since >= LONG_ROUND_INTERVAL,
+            Some(since) => since >= LINE_INTERVAL,
+        };
+        if !due || migration.outcome.is_some() {
+            return None;
+        }
+        (self.told, self.at) = (Some(at), Some(now));
+        let mut line = headline(migration);
+        if migration.phase == Phase::Copying {
+            line.push_str(&format!(": {}: {}", round_name(migration), remaining(migration)));
+        }
+        Some(line)
+    }
+}
+
+fn headline(migration: &Migration) -> String {
+    let Migration { guest, host, phase, .. } = migration;
+    let limit = units::seconds(migration.downtime_limit_seconds);
+    match migration.downtime_predicted_seconds {
+        Some(predicted) => {
+            format!("{guest} → {host}: {phase}, predicted downtime {} of {limit}", units::seconds(predicted))
+        }
+        None => format!("{guest} → {host}: {phase}, downtime limit {limit}"),
+    }
+}
+
+fn round_name(migration: &Migration) -> String {
+    migration.rounds.last().map_or_else(String::new, |round| format!("round {}", round.round))
+}
+
+fn remaining(migration: &Migration) -> String {
+    let pages = units::plural(migration.pages_remaining, "page");
+    let verb = if migration.pages_remaining == 1 { "remains" } else { "remain" };
+    let (rate, sent) =
+        (units::rate(migration.bandwidth_bytes_per_second), units::bytes(migration.bytes_sent));
+    format!("{pages} {verb}, {rate}, {sent} sent")
+}
+
+fn of_port(port: &PortShare) -> String {
+    let (rate, bytes) = (units::rate(port.bytes_per_second), units::bytes(port.bytes));
+    match port.lost {
+        0 => format!("{rate}, {bytes}"),
+        lost => format!("{rate}, {bytes}, {lost} of {} lost", units::plural(port.lanes as u64, "lane")),
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .expect("the templates are constant and valid")
+        .progress_chars("█▉░")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memlaned::api::types::{Outcome, Round};
+
+    #[test]
+    fn a_line_for_each_change_and_not_more_than_one_a_second() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut lines = Lines::default();
+        let mut migration = Migration::new("00ff", "web1", "host-b");
+        migration.downtime_limit_seconds = 0.3;
+        assert_eq!(lines.line(&migration, at(0)).unwrap(), "web1 → host-b: preflight, downtime limit 300 ms");
+        migration.phase = Phase::Copying;
+        assert_eq!(lines.line(&migration, at(100)), None);
+        migration.rounds.push(Round { round: 1, pages: 10, ..Round::default() });
+        migration.pages_remaining = 1;
+        migration.downtime_predicted_seconds = Some(0.012);
+        assert_eq!(
+            lines.line(&migration, at(1000)).unwrap(),
+            "web1 → host-b: copying, predicted downtime 12.0 ms of 300 ms: \
+             round 1: 1 page remains, 0 bit/s, 0 B sent"
+        );
+        assert_eq!(lines.line(&migration, at(9000)), None);
+        assert!(lines.line(&migration, at(11_000)).is_some());
+        migration.outcome = Some(Outcome::Completed);
+        assert_eq!(lines.line(&migration, at(60_000)), None);
+    }
+}

@@ -1,0 +1,181 @@
+//! Tables.
+
+use std::io::Write;
+
+use memlaned::api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Severity, Status};
+
+use crate::units;
+
+/// Writes to stdout. A reader that went away is no reason to end: an order may be under way.
+pub fn line(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// The daemon, its peers, and what is under way.
+pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> String {
+    let [oldest, newest] = status.protocol_versions;
+    let versions = if oldest == newest { oldest.to_string() } else { format!("{oldest} to {newest}") };
+    let rows = [
+        ("daemon", format!("memlaned {}, up for {}", status.version, units::seconds(status.uptime_seconds))),
+        ("protocol", format!("version {versions}")),
+        ("kernel", format!("{}, {}", status.kernel, if status.kvm { "with KVM" } else { "no KVM" })),
+        ("encryption", if status.insecure { "none: plain TCP between hosts" } else { "on" }.to_owned()),
+        ("guests", status.guests.to_string()),
+        ("peers", if peers.is_empty() { "none configured".to_owned() } else { names(peers) }),
+        ("migrations", format!("{} under way", status.migrations)),
+    ];
+    let mut text = status.host.clone();
+    for (name, value) in rows {
+        text.push_str(&format!("\n  {name:<10}  {value}"));
+    }
+    for migration in migrations.iter().filter(|migration| migration.outcome.is_none()) {
+        let Migration { id, guest, host, phase, .. } = migration;
+        text.push_str(&format!("\n    {guest} → {host}: {phase}  ({id})"));
+    }
+    text
+}
+
+/// Ports lent to migrations.
+pub fn ports(ports: &[PortInfo]) -> String {
+    if ports.is_empty() {
+        return "no ports are configured: nothing can move. Add [[port]] to the daemon's configuration"
+            .to_owned();
+    }
+    let rows = ports.iter().map(|port| {
+        vec![
+            port.name.clone(),
+            port.address.clone(),
+            port.interface.clone().unwrap_or_else(|| "any".to_owned()),
+            if port.up { "up" } else { "down" }.to_owned(),
+            port.speed_bits_per_second.map_or("unknown".to_owned(), |speed| units::bits(speed as f64)),
+            port.lanes.to_string(),
+            units::bytes(port.bytes_sent),
+            units::bytes(port.bytes_received),
+        ]
+    });
+    table(&["port", "address", "interface", "link", ">speed", ">lanes", ">sent", ">received"], rows)
+}
+
+/// Attached guests.
+pub fn guests(guests: &[GuestInfo]) -> String {
+    if guests.is_empty() {
+        return "no guests are attached".to_owned();
+    }
+    let rows = guests.iter().map(|guest| {
+        let networks: Vec<&str> = guest.nics.iter().map(|nic| nic.network.as_str()).collect();
+        vec![
+            guest.name.clone(),
+            guest.standing.to_string(),
+            guest.vcpus.to_string(),
+            units::bytes(guest.ram_bytes),
+            guest.tracker.clone(),
+            guest.vmm.clone(),
+            guest.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+            if networks.is_empty() { "-".to_owned() } else { networks.join(",") },
+        ]
+    });
+    table(&["guest", "standing", ">vcpus", ">ram", "tracker", "vmm", ">pid", "networks"], rows)
+}
+
+/// What a dry run found.
+pub fn report(report: &CheckReport) -> String {
+    let CheckReport { guest, host, .. } = report;
+    let mut text = match report.ok {
+        true => format!("{guest} can move to {host}."),
+        false => format!("{guest} cannot move to {host}:"),
+    };
+    for finding in &report.findings {
+        let mark = match finding.severity {
+            Severity::Ok => "ok     ",
+            Severity::Warning => "warning",
+            Severity::Refused => "REFUSED",
+        };
+        text.push_str(&format!("\n  {mark}  {}: {}", finding.what, finding.detail));
+        if let (Severity::Warning | Severity::Refused, Some(remedy)) = (finding.severity, &finding.remedy) {
+            text.push_str(&format!("\n           {remedy}"));
+        }
+    }
+    for port in &report.ports {
+        let reached = match (port.reachable, port.round_trip_seconds) {
+            (false, _) => "not reachable".to_owned(),
+            (true, None) => "reachable".to_owned(),
+            (true, Some(seconds)) => format!("reachable, round trip {}", units::seconds(seconds)),
+        };
+        text.push_str(&format!("\n  port {} → {}: {reached}", port.port, port.peer_port));
+    }
+    let estimate = &report.estimate;
+    let (data, ram) = (units::bytes(estimate.data_bytes), units::bytes(estimate.ram_bytes));
+    text.push_str(&format!("\n  {data} of {ram} RAM to send"));
+    if let (Some(rate), Some(seconds)) = (estimate.bytes_per_second, estimate.seconds) {
+        let (rate, seconds) = (units::rate(rate), units::seconds(seconds));
+        text.push_str(&format!(", about {seconds} at {rate}, and more if the guest writes meanwhile"));
+    }
+    text
+}
+
+fn names(peers: &[PeerInfo]) -> String {
+    let peers: Vec<String> = peers.iter().map(|peer| format!("{} ({})", peer.name, peer.control)).collect();
+    peers.join(", ")
+}
+
+/// Aligns columns; a title that begins with `>` is of numbers, aligned to the right.
+fn table(titles: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let title_row = titles.iter().map(|title| title.trim_start_matches('>').to_uppercase()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(title_row).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..titles.len()).map(width).collect();
+    let align = |row: &Vec<String>| {
+        let cells = row.iter().zip(titles).zip(&widths).map(|((cell, title), width)| {
+            if title.starts_with('>') { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(align).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memlaned::api::types::{Estimate, Finding, PortCheck};
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [vec!["a".to_owned(), "5".to_owned()], vec!["long".to_owned(), "1000".to_owned()]];
+        assert_eq!(table(&["name", ">n"], rows.into_iter()), "NAME     N\na        5\nlong  1000");
+    }
+
+    #[test]
+    fn a_refusal_says_why_and_what_to_do() {
+        let refused = CheckReport {
+            ok: false,
+            guest: "web1".to_owned(),
+            host: "host-b".to_owned(),
+            findings: vec![Finding {
+                severity: Severity::Refused,
+                what: "memory".to_owned(),
+                detail: "host-b has 1 GiB free, web1 needs 2 GiB".to_owned(),
+                remedy: Some("free memory at host-b".to_owned()),
+            }],
+            ports: vec![PortCheck {
+                port: "a".to_owned(),
+                peer_port: "a".to_owned(),
+                reachable: true,
+                round_trip_seconds: Some(0.000_2),
+            }],
+            estimate: Estimate {
+                ram_bytes: 2 << 30,
+                data_bytes: 1 << 30,
+                bytes_per_second: Some(1.25e9),
+                seconds: Some(0.86),
+            },
+        };
+        assert_eq!(
+            report(&refused),
+            "web1 cannot move to host-b:\n  \
+             REFUSED  memory: host-b has 1 GiB free, web1 needs 2 GiB\n           \
+             free memory at host-b\n  \
+             port a → a: reachable, round trip 200 µs\n  \
+             1.00 GiB of 2.00 GiB RAM to send, about 860 ms at 10.0 Gbit/s, and more if the guest writes meanwhile"
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! What is left to say when a migration has ended.
+
+use std::collections::BTreeMap;
+
+use memlaned::api::types::{Lane, LaneState, Migration, Outcome, Role};
+
+use crate::units;
+
+/// Characters of the bar that shows a port's share.
+const BAR: usize = 20;
+
+/// What the lanes of one port carried.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PortShare {
+    pub bytes: u64,
+    pub bytes_per_second: f64,
+    pub zero_copy_bytes: u64,
+    pub lanes: usize,
+    pub lost: usize,
+}
+
+/// Lanes, added up by port.
+pub fn by_port(lanes: &[Lane]) -> BTreeMap<&str, PortShare> {
+    let mut ports = BTreeMap::<&str, PortShare>::new();
+    for lane in lanes {
+        let port = ports.entry(&lane.port).or_default();
+        port.bytes += lane.bytes;
+        port.bytes_per_second += lane.bytes_per_second;
+        port.zero_copy_bytes += lane.zero_copy_bytes;
+        port.lanes += 1;
+        port.lost += usize::from(lane.state == LaneState::Lost);
+    }
+    ports
+}
+
+/// How a migration ended, in a few lines.
+pub fn of(migration: &Migration) -> String {
+    let mut lines = vec![headline(migration)];
+    let mut row = |name: &str, value: String| lines.push(format!("  {name:<9} {value}"));
+    if let Some(reason) = &migration.reason {
+        row("why", reason.clone());
+    }
+    row("total", units::seconds(migration.total_seconds));
+    if let Some(downtime) = downtime(migration) {
+        row("downtime", downtime);
+    }
+    if migration.bytes_sent > 0 {
+        let verb = if migration.role == Role::Source { "sent" } else { "received" };
+        row(verb, sent(migration));
+        if migration.total_seconds > 0.0 {
+            row("rate", units::rate(migration.bytes_sent as f64 / migration.total_seconds));
+        }
+    }
+    let ports = by_port(&migration.lanes);
+    let all: u64 = ports.values().map(|port| port.bytes).sum();
+    for (name, port) in ports.iter().filter(|_| all > 0) {
+        row(&format!("port {name}"), share(port, all, migration.total_seconds));
+    }
+    match migration.digest_verified {
+        Some(true) => row("verified", "all RAM was equal at both ends before the handover".to_owned()),
+        Some(false) => row("verified", "RAM DIFFERED between the ends; the move was given up".to_owned()),
+        None => {}
+    }
+    lines.join("\n")
+}
+
+fn headline(migration: &Migration) -> String {
+    let Migration { guest, host, guest_runs_at, .. } = migration;
+    let runs = match guest_runs_at {
+        Some(at) => format!("it runs on at {at}"),
+        None => "where it runs is not known here; ask both hosts before doing anything".to_owned(),
+    };
+    match migration.outcome {
+        Some(Outcome::Completed) => {
+            format!("{guest} runs at {}.", guest_runs_at.as_ref().unwrap_or(host))
+        }
+        Some(Outcome::Cancelled) => format!("{guest} was not moved, the order was cancelled: {runs}."),
+        Some(Outcome::Failed) => format!("{guest} was not moved: {runs}."),
+        Some(Outcome::Refused) => format!("{guest} was not moved, the order was refused: {runs}."),
+        None => format!("{guest} is on its way to {host}."),
+    }
+}
+
+fn downtime(migration: &Migration) -> Option<String> {
+    let downtime = migration.downtime_seconds?;
+    let limit = units::seconds(migration.downtime_limit_seconds);
+    let predicted = match migration.downtime_predicted_seconds {
+        Some(predicted) => format!("predicted {}, ", units::seconds(predicted)),
+        None => String::new(),
+    };
+    let over = if downtime > migration.downtime_limit_seconds { " EXCEEDED" } else { "" };
+    Some(format!("{} ({predicted}limit {limit}{over})", units::seconds(downtime)))
+}
+
+fn sent(migration: &Migration) -> String {
+    let (bytes, rounds) = (units::bytes(migration.bytes_sent), migration.rounds.len() as u64);
+    let mut text = format!(
+        "{bytes} in {}: {}",
+        units::plural(rounds, "round"),
+        units::plural(migration.pages_sent, "page")
+    );
+    for (number, what) in [(migration.zero_pages, "zero page"), (migration.hole_pages, "hole")] {
+        if number > 0 {
+            text.push_str(&format!(", {}", units::plural(number, what)));
+        }
+    }
+    text
+}
+
+fn share(port: &PortShare, all: u64, seconds: f64) -> String {
+    let part = port.bytes as f64 / all as f64;
+    let full = (part * BAR as f64).round() as usize;
+    let bar = format!("{}{}", "█".repeat(full), "░".repeat(BAR - full.min(BAR)));
+    let mut text = format!("{bar} {:>3.0} %  {:>9}", part * 100.0, units::bytes(port.bytes));
+    if seconds > 0.0 {
+        text.push_str(&format!("  {:>11}", units::rate(port.bytes as f64 / seconds)));
+    }
+    if port.zero_copy_bytes > 0 && port.bytes > 0 {
+        text.push_str(&format!(
+            ", {:.0} % zero-copy",
+            100.0 * port.zero_copy_bytes as f64 / port.bytes as f64
+        ));
+    }
+    if port.lost > 0 {
+        text.push_str(&format!(", {} of {} lost", port.lost, units::plural(port.lanes as u64, "lane")));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memlaned::api::types::Round;
+
+    fn lane(port: &str, bytes: u64, state: LaneState) -> Lane {
+        Lane { port: port.to_owned(), bytes, state, ..Lane::default() }
+    }
+
+    #[test]
+    fn a_completed_migration_is_summed_up() {
+        let mut migration = Migration::new("00ff", "web1", "host-b");
+        migration.outcome = Some(Outcome::Completed);
+        migration.guest_runs_at = Some("host-b".to_owned());
+        migration.total_seconds = 4.0;
+        migration.downtime_limit_seconds = 0.3;
+        migration.downtime_seconds = Some(0.0083);
+        migration.downtime_predicted_seconds = Some(0.0091);
+        migration.bytes_sent = 4 << 30;
+        migration.pages_sent = 1 << 20;
+        migration.zero_pages = 1;
+        migration.rounds = vec![Round::default(); 3];
+        migration.digest_verified = Some(true);
+        migration.lanes = vec![
+            lane("a", 2 << 30, LaneState::Closed),
+            lane("a", 1 << 30, LaneState::Lost),
+            lane("b", 1 << 30, LaneState::Closed),
+        ];
+        assert_eq!(
+            of(&migration),
+            "web1 runs at host-b.\n  \
+             total     4.00 s\n  \
+             downtime  8.30 ms (predicted 9.10 ms, limit 300 ms)\n  \
+             sent      4.00 GiB in 3 rounds: 1,048,576 pages, 1 zero page\n  \
+             rate      8.59 Gbit/s\n  \
+             port a    ███████████████░░░░░  75 %   3.00 GiB  6.44 Gbit/s, 1 of 2 lanes lost\n  \
+             port b    █████░░░░░░░░░░░░░░░  25 %   1.00 GiB  2.15 Gbit/s\n  \
+             verified  all RAM was equal at both ends before the handover"
+        );
+    }
+
+    #[test]
+    fn a_failure_says_first_where_the_guest_runs() {
+        let mut migration = Migration::new("00ff", "web1", "host-b");
+        migration.outcome = Some(Outcome::Failed);
+        migration.guest_runs_at = Some("host-a".to_owned());
+        migration.reason = Some("host-b went away".to_owned());
+        let text = of(&migration);
+        assert!(
+            text.starts_with("web1 was not moved: it runs on at host-a.\n  why       host-b went away"),
+            "{text}"
+        );
+        migration.guest_runs_at = None;
+        assert!(of(&migration).contains("ask both hosts"), "{}", of(&migration));
+    }
+}

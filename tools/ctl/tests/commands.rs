@@ -1,0 +1,226 @@
+//! Each command of the program against an API that is told what to answer.
+
+mod fake;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Output, Stdio};
+
+use fake::Daemon;
+use memlaned::api::types::{CheckReport, Migration, Outcome, Phase};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+fn command(daemon: &Daemon, line: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_memlanectl"));
+    command.arg("--socket").arg(daemon.socket()).args(line.split(' ')).stdin(Stdio::null());
+    command
+}
+
+/// Exit code, stdout and stderr of a command.
+fn run(daemon: &Daemon, line: &str) -> (i32, String, String) {
+    of_output(command(daemon, line).output().unwrap())
+}
+
+fn of_output(output: Output) -> (i32, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Starts a command and reads its stdout up to a line that contains `text`.
+fn started(daemon: &Daemon, line: &str, text: &str) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = command(daemon, line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut read = String::new();
+    while !read.contains(text) {
+        read.clear();
+        assert!(out.read_line(&mut read).unwrap() > 0, "no line with {text}");
+    }
+    (child, out)
+}
+
+fn interrupt(child: &Child) {
+    kill_process(Pid::from_child(child), Signal::INT).unwrap();
+}
+
+#[test]
+fn status_ports_and_guests_are_shown() {
+    let daemon = Daemon::start();
+    let (code, out, _) = run(&daemon, "status");
+    assert_eq!(code, 0);
+    for part in ["host-a\n", "none: plain TCP", "host-b (10.0.0.2:7410)", "web0 → host-b: copying"] {
+        assert!(out.contains(part), "{part}\n{out}");
+    }
+    let (_, out, _) = run(&daemon, "ports");
+    assert!(out.starts_with("PORT  ADDRESS") && out.contains("10.0 Gbit/s"), "{out}");
+    let (_, out, _) = run(&daemon, "guests");
+    assert!(out.starts_with("GUEST  STANDING") && out.contains("1.00 GiB"), "{out}");
+
+    assert_eq!(json(&run(&daemon, "--json status").1)["host"], "host-a");
+    assert_eq!(json(&run(&daemon, "ports --json").1)[0]["name"], "a");
+    assert_eq!(json(&run(&daemon, "guests --json").1)[0]["standing"], "running");
+}
+
+#[test]
+fn check_tells_what_was_found() {
+    let daemon = Daemon::start();
+    let (code, out, _) = run(&daemon, "check web1 host-b");
+    assert_eq!(code, 0);
+    assert!(out.starts_with("web1 can move to host-b."), "{out}");
+    let (code, out, _) = run(&daemon, "check big1 host-b");
+    assert_eq!(code, 3);
+    assert!(out.contains("REFUSED  memory: too little"), "{out}");
+    let (code, out, _) = run(&daemon, "check big1 host-b --json");
+    let report: CheckReport = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, report.ok), (3, false));
+    let (code, _, err) = run(&daemon, "check nobody host-b");
+    assert_eq!((code, err.as_str()), (3, "memlanectl: no guest nobody is attached\n"));
+}
+
+#[test]
+fn a_migration_is_followed_to_its_end() {
+    let daemon = Daemon::start();
+    let (code, out, err) = run(&daemon, "migrate web1 host-b --downtime-limit 50ms --verify");
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines[0], "web1 → host-b: preflight, downtime limit 50.0 ms");
+    assert!(out.contains("\nweb1 runs at host-b.\n  total "), "{out}");
+    assert!(out.contains("downtime  8.00 ms (predicted 9.00 ms, limit 50.0 ms)"), "{out}");
+    assert!(out.contains("port a    ██████████"), "{out}");
+
+    let (code, out, err) = run(&daemon, "migrate web1 host-b --json");
+    assert_eq!((code, err.as_str()), (0, ""));
+    let ended: Migration = serde_json::from_str(&out).unwrap();
+    assert_eq!((ended.outcome, out.lines().count()), (Some(Outcome::Completed), 1));
+}
+
+#[test]
+fn exit_codes_tell_how_it_ended() {
+    let daemon = Daemon::start();
+    let (code, out, err) = run(&daemon, "migrate big1 host-b --json");
+    assert_eq!((code, err.as_str()), (3, "memlanectl: too little memory at host-b\n"));
+    assert_eq!(json(&out)["error"]["code"], "refused");
+    let (code, out, _) = run(&daemon, "migrate fails1 host-b");
+    assert_eq!(code, 4);
+    assert!(
+        out.contains("fails1 was not moved: it runs on at host-a.\n  why       host-b went away"),
+        "{out}"
+    );
+    let (code, out, _) = run(&daemon, "migrate cancelled1 host-b");
+    assert_eq!(code, 5);
+    assert!(out.contains("the order was cancelled: it runs on at host-a"), "{out}");
+    // Its events end without an outcome.
+    let (code, _, err) = run(&daemon, "migrate dies1 host-b");
+    assert_eq!(code, 6);
+    assert!(err.contains("lost the daemon on") && err.contains("journalctl -u memlaned"), "{err}");
+
+    for wrong in ["migrate web1", "migrate web1 host-b --downtime-limit 300", "fly", "watch nobody"] {
+        assert_eq!(run(&daemon, wrong).0, 2, "{wrong}");
+    }
+    let nowhere = ["--socket", "/no/such/api.sock", "status"];
+    let output = Command::new(env!("CARGO_BIN_EXE_memlanectl")).args(nowhere).output().unwrap();
+    let (code, _, err) = of_output(output);
+    assert_eq!(code, 6);
+    assert!(err.contains("/no/such/api.sock") && err.contains("systemctl status memlaned"), "{err}");
+}
+
+#[test]
+fn a_detached_migration_is_watched_and_cancelled() {
+    let daemon = Daemon::start();
+    let (code, out, _) = run(&daemon, "migrate waits1 host-b --detach");
+    assert_eq!(code, 0);
+    assert!(out.starts_with("waits1 → host-b: begun, migration "), "{out}");
+    let id = out.trim().rsplit(' ').next().unwrap();
+
+    let (mut child, mut out) = started(&daemon, "watch waits1 --json", "copying");
+    // Two are under way: the daemon's own web0, and this one.
+    let (code, _, err) = run(&daemon, "watch");
+    assert!(
+        code == 2 && err.contains("several migrations are under way") && err.contains(id),
+        "{code} {err}"
+    );
+    let (code, text, _) = run(&daemon, &format!("cancel {}", &id[..8]));
+    assert!(code == 0 && text.contains("asked to cancel"), "{code} {text}");
+    let mut last = String::new();
+    while out.read_line(&mut last).unwrap() > 0 {
+        let event: Migration = serde_json::from_str(last.trim()).unwrap();
+        assert_eq!(event.id, id);
+        if event.outcome.is_some() {
+            assert_eq!(event.outcome, Some(Outcome::Cancelled));
+            break;
+        }
+        last.clear();
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+    // One that has ended is told once more.
+    assert_eq!(run(&daemon, "watch waits1").0, 5);
+}
+
+#[test]
+fn it_is_too_late_to_cancel_after_switchover() {
+    let daemon = Daemon::start();
+    run(&daemon, "migrate late1 host-b --detach");
+    let (code, out, err) = run(&daemon, "cancel late1 --json");
+    assert_eq!((code, err.as_str()), (3, "memlanectl: late1 has switched over\n"));
+    assert_eq!(json(&out)["error"]["code"], "too_late");
+}
+
+#[test]
+fn the_first_interrupt_cancels_and_waits() {
+    let daemon = Daemon::start();
+    let (mut child, mut out) = started(&daemon, "migrate waits1 host-b", "waits1 → host-b");
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut out, &mut rest).unwrap();
+    assert!(rest.contains("the order was cancelled: it runs on at host-a"), "{rest}");
+}
+
+#[test]
+fn the_second_interrupt_leaves_and_the_migration_goes_on() {
+    let daemon = Daemon::start();
+    let (mut child, _out) = started(&daemon, "migrate late1 host-b", "late1 → host-b");
+    let mut err = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    interrupt(&child);
+    err.read_line(&mut line).unwrap();
+    assert_eq!(line, "cannot cancel: late1 has switched over\n");
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    line.clear();
+    err.read_line(&mut line).unwrap();
+    assert!(line.contains("the migration goes on"), "{line}");
+    assert_eq!(daemon.phase_of("late1"), Some(Phase::Copying));
+}
+
+#[test]
+fn an_interrupt_during_the_preflight_cancels_what_it_begins() {
+    let daemon = Daemon::start();
+    let mut child = command(&daemon, "migrate slow1 host-b")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    daemon.wait_for_preflight();
+    interrupt(&child);
+    let mut line = String::new();
+    BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "memlanectl: will cancel as soon as the preflight is done\n");
+    daemon.end_preflight();
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+}
+
+#[test]
+fn help_gets_one_going() {
+    let output = Command::new(env!("CARGO_BIN_EXE_memlanectl")).arg("--help").output().unwrap();
+    let (code, out, _) = of_output(output);
+    assert_eq!(code, 0);
+    for part in
+        ["memlanectl migrate web1 host-b", "Exit codes:", "refused", "cancelled", "/run/memlane/api.sock"]
+    {
+        assert!(out.contains(part), "{part}\n{out}");
+    }
+}

@@ -1,0 +1,64 @@
+//! The kernel's pool of huge pages.
+
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cleanup::Registration;
+
+/// See Documentation/admin-guide/mm/hugetlbpage.rst.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Two guards of one process must not change the pool at once.
+static CHANGE: Mutex<()> = Mutex::new(());
+
+/// 2 MiB pages added to the kernel's pool, taken back when this is dropped. Root is needed.
+#[derive(Debug)]
+pub struct HugePages {
+    _cleanup: Registration,
+}
+
+impl HugePages {
+    /// Adds `count` pages of 2 MiB to the pool.
+    ///
+    /// # Errors
+    ///
+    /// If the pool cannot be changed, or the kernel does not find that many pages in one piece.
+    pub fn reserve(count: u64) -> Result<Self> {
+        let _guard = lock();
+        let before = read()?;
+        write(before.saturating_add(count))?;
+        // The kernel takes what it finds, without an error.
+        let found = read()?.saturating_sub(before);
+        if found < count {
+            write(before)?;
+            bail!(
+                "the kernel found {found} of {count} huge pages (2 MiB each): free memory, or reserve them at boot"
+            );
+        }
+        Ok(Self { _cleanup: Registration::new(move || give_back(count)) })
+    }
+}
+
+fn give_back(count: u64) {
+    let _guard = lock();
+    // Subtracted rather than reset: another guard may have added its own meanwhile. Best effort, as all cleaning up.
+    if let Ok(pages) = read() {
+        let _ = write(pages.saturating_sub(count));
+    }
+}
+
+fn lock() -> MutexGuard<'static, ()> {
+    // The lock guards no data, so a panic under it spoils nothing.
+    CHANGE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write(pages: u64) -> Result<()> {
+    fs::write(POOL, pages.to_string()).with_context(|| format!("writing {POOL}"))
+}
+
+fn read() -> Result<u64> {
+    let text = fs::read_to_string(POOL).with_context(|| format!("reading {POOL}"))?;
+    text.trim().parse().with_context(|| format!("{POOL} says {:?}, which is no number", text.trim()))
+}

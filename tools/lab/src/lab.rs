@@ -1,0 +1,191 @@
+//! The two hosts and what joins them.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cleanup::Registration;
+use crate::host::{Bridge, Host, Port};
+use crate::namespace::{self, Namespace};
+use crate::network;
+use crate::rate::Rate;
+use crate::requirements::{Requirement, why_not};
+
+/// The largest number of ports that a lab may have.
+pub const MAX_PORTS: usize = 64;
+
+/// Unix socket paths end at 107 bytes; what is left of it is for the names of sockets in a host's directory.
+const MAX_DIRECTORY_BYTES: usize = 64;
+
+const CONTROL_INTERFACE: &str = "ctl0";
+
+/// What a [`Lab`] is made of.
+#[derive(Debug, Clone)]
+pub struct LabOptions {
+    /// Ports of each host, 0 to [`MAX_PORTS`]. Port *i* of one host is joined to port *i* of the other.
+    pub ports: usize,
+    /// What a port carries in each direction; unlimited if `None`. The control link is never limited.
+    pub port_rate: Option<Rate>,
+    /// The MTU of all links, in bytes.
+    pub mtu: u32,
+    /// Whether each host has a bridge with an observer port, as a host has for its guests.
+    pub bridge: bool,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self { ports: 1, port_rate: None, mtu: 9000, bridge: false }
+    }
+}
+
+/// One of the two hosts of a [`Lab`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostId {
+    /// The host with the address 10.77.*n*.1 on every link; the source, by custom.
+    A,
+    /// The host with the address 10.77.*n*.2 on every link.
+    B,
+}
+
+impl HostId {
+    fn letter(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+        }
+    }
+
+    /// The address on link `link`, which is 0 for control and 1 + the port's index for a port.
+    fn address(self, link: u8) -> Ipv4Addr {
+        match self {
+            Self::A => Ipv4Addr::new(10, 77, link, 1),
+            Self::B => Ipv4Addr::new(10, 77, link, 2),
+        }
+    }
+}
+
+/// Two hosts joined by a control link and by ports. All of it goes when the lab is dropped, programs included.
+#[derive(Debug)]
+pub struct Lab {
+    hosts: [Host; 2],
+    // After `hosts`: fields are dropped in order, and a host's open namespace should not outlive its name by long.
+    _cleanup: Registration,
+}
+
+impl Lab {
+    /// Makes the hosts and brings all links up. Also removes what labs of dead processes left behind.
+    ///
+    /// # Errors
+    ///
+    /// If something that a lab needs is missing (see [`Requirement::LAB`]), or `ip` or `tc` refuses a setting.
+    pub fn new(options: LabOptions) -> Result<Self> {
+        if let Some(reason) = why_not(Requirement::LAB) {
+            bail!("cannot make a lab: {reason}");
+        }
+        ensure!(options.ports <= MAX_PORTS, "a lab has at most {MAX_PORTS} ports, not {}", options.ports);
+        namespace::sweep();
+
+        let id = unique_id();
+        let directory = tempfile::Builder::new()
+            .prefix(&format!("{id}-"))
+            .tempdir()
+            .context("creating the directory of a lab")?
+            .keep();
+        let names = [HostId::A, HostId::B].map(|host| format!("{id}-{}", host.letter()));
+        // Registered before anything is made, so that an error or a signal half way leaves nothing.
+        let cleanup = Registration::new({
+            let (names, directory) = (names.clone(), directory.clone());
+            move || remove(&names, &directory)
+        });
+        ensure!(
+            directory.as_os_str().len() <= MAX_DIRECTORY_BYTES,
+            "{} is too long a path for Unix sockets: set TMPDIR to a shorter one",
+            directory.display()
+        );
+
+        let [a, b] = [Namespace::create(&names[0])?, Namespace::create(&names[1])?];
+        let ports: Vec<String> = (0..options.ports).map(|index| format!("port{index}")).collect();
+        network::join(&names, CONTROL_INTERFACE, options.mtu)?;
+        for port in &ports {
+            network::join(&names, port, options.mtu)?;
+        }
+        let hosts = [
+            make_host(HostId::A, a, &ports, &directory, &options)?,
+            make_host(HostId::B, b, &ports, &directory, &options)?,
+        ];
+        Ok(Self { hosts, _cleanup: cleanup })
+    }
+
+    /// One of the hosts.
+    pub fn host(&self, id: HostId) -> &Host {
+        &self.hosts[id as usize]
+    }
+
+    /// Both hosts, A first.
+    pub fn hosts(&self) -> &[Host; 2] {
+        &self.hosts
+    }
+
+    /// Sets what port `index` carries in both directions; `None` lifts the limit.
+    ///
+    /// # Errors
+    ///
+    /// If `tc` refuses.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such port.
+    pub fn set_port_rate(&self, index: usize, rate: Option<Rate>) -> Result<()> {
+        self.hosts.iter().try_for_each(|host| host.set_port_rate(index, rate))
+    }
+}
+
+/// `memlane-PID-N`: [`namespace::sweep`] reads the owner out of it.
+fn unique_id() -> String {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn make_host(
+    id: HostId,
+    namespace: Namespace,
+    ports: &[String],
+    directory: &Path,
+    options: &LabOptions,
+) -> Result<Host> {
+    namespace.run_in(network::disable_ipv6)?.context("turning IPv6 off in a namespace")?;
+
+    let mut links = vec![(CONTROL_INTERFACE, id.address(0))];
+    let mut host_ports = Vec::with_capacity(ports.len());
+    for (interface, link) in ports.iter().zip(1..) {
+        links.push((interface, id.address(link)));
+        host_ports.push(Port { interface: interface.clone(), address: id.address(link) });
+    }
+    network::bring_up(namespace.name(), &links)?;
+
+    let bridge = options.bridge.then(Bridge::default);
+    if let Some(bridge) = &bridge {
+        network::add_bridge(namespace.name(), bridge)?;
+    }
+
+    let directory = directory.join(id.letter());
+    std::fs::create_dir(&directory).with_context(|| format!("creating {}", directory.display()))?;
+    let name = format!("host-{}", id.letter());
+    let host = Host::new(name, namespace, id.address(0), host_ports, bridge, directory);
+    if options.port_rate.is_some() {
+        for index in 0..ports.len() {
+            host.set_port_rate(index, options.port_rate)?;
+        }
+    }
+    Ok(host)
+}
+
+fn remove(names: &[String], directory: &Path) {
+    for name in names {
+        namespace::remove(name);
+    }
+    // Best effort: this also runs where the directory was never made, and the next sweep tries again.
+    let _ = std::fs::remove_dir_all(directory);
+}

@@ -1,0 +1,28 @@
+//! Hosts made of network namespaces, for the demo, the end-to-end tests and the benchmarks.
+//!
+//! A [`Lab`] is two [`Host`]s joined by veth pairs: one for control traffic, and as many ports as are asked for,
+//! each held to a rate if one is given. Programs run inside a host with [`Host::command`] and [`Host::spawn`];
+//! sockets are opened inside it with [`Host::run_in`].
+//!
+//! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
+//! SIGTERM once [`cleanup_on_signal`] was called, and otherwise with the next lab that anybody makes.
+
+mod cleanup;
+mod host;
+mod huge_pages;
+mod lab;
+mod namespace;
+mod network;
+mod process;
+mod rate;
+mod requirements;
+mod wait;
+
+pub use cleanup::cleanup_on_signal;
+pub use host::{Bridge, Host, Port};
+pub use huge_pages::HugePages;
+pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
+pub use process::Process;
+pub use rate::Rate;
+pub use requirements::{Missing, Requirement, missing, skip, why_not};
+pub use wait::wait_for;

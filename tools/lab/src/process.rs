@@ -1,0 +1,162 @@
+//! Programs that a lab runs.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{LazyLock, mpsc};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+/// The most that [`Process::log_tail`] returns.
+const LOG_TAIL_BYTES: u64 = 4096;
+
+/// A running program. Dropping it kills the program and waits for its end.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    pidfd: OwnedFd,
+    log: PathBuf,
+}
+
+impl Process {
+    pub(crate) fn spawn(name: &str, mut command: Command, log: PathBuf) -> Result<Self> {
+        let output = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("opening the log {}", log.display()))?;
+        let errors = output.try_clone().context("duplicating a descriptor")?;
+        // A group of its own: Ctrl-C shall reach the harness, which then ends the programs in its own order.
+        command.stdin(Stdio::null()).stdout(output).stderr(errors).process_group(0);
+        let program = command.get_program().to_owned();
+        let child =
+            spawn_from_lasting_thread(command).with_context(|| format!("running {}", program.display()))?;
+        let pidfd =
+            rustix::process::pidfd_open(pid_of(&child), PidfdFlags::empty()).context("opening a pidfd")?;
+        Ok(Self { name: name.to_owned(), child, pidfd, log })
+    }
+
+    /// The name that the process was started under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The process ID.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends SIGKILL and waits for the end, as in a crash. Does nothing if the process has ended.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn kill(&mut self) -> io::Result<ExitStatus> {
+        self.child.kill()?;
+        self.child.wait()
+    }
+
+    /// Sends SIGTERM, and does not wait. Does nothing if the process has ended.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn terminate(&mut self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM) {
+            Err(Errno::SRCH) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Waits for the end; `None` if the process still runs after `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn wait_timeout(&mut self, timeout: Duration) -> io::Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(Some(status));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            // A pidfd becomes readable when its process ends.
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// The file that holds what the program wrote to stdout and stderr.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// The last 4 KiB of the log, in whole lines, for error messages.
+    pub fn log_tail(&self) -> String {
+        tail(&self.log).unwrap_or_else(|error| format!("(cannot read {}: {error})", self.log.display()))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only if the process has ended.
+        let _ = self.kill();
+    }
+}
+
+fn pid_of(child: &Child) -> Pid {
+    // Unreaped, so the ID is still this child's.
+    Pid::from_child(child)
+}
+
+/// `PR_SET_PDEATHSIG` goes by the thread that forked, so a program must not be started from one that may end first.
+fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
+    type Order = (Command, mpsc::Sender<io::Result<Child>>);
+    static SPAWNER: LazyLock<mpsc::Sender<Order>> = LazyLock::new(|| {
+        let (sender, orders) = mpsc::channel::<Order>();
+        std::thread::spawn(move || {
+            for (mut command, reply) in orders {
+                // The one who ordered waits for the reply.
+                let _ = reply.send(command.spawn());
+            }
+        });
+        sender
+    });
+
+    let (reply, answer) = mpsc::channel();
+    SPAWNER.send((command, reply)).expect("the spawner runs as long as this process");
+    answer.recv().expect("the spawner answers every order")
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let start = file.metadata()?.len().saturating_sub(LOG_TAIL_BYTES);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let whole_lines = match text.split_once('\n') {
+        Some((_, rest)) if start > 0 => rest,
+        _ => &text,
+    };
+    Ok(whole_lines.trim_end().to_owned())
+}

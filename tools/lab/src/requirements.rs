@@ -1,0 +1,94 @@
+//! What a lab needs of the machine, so that tests can say why they were skipped.
+
+use std::fmt;
+use std::path::Path;
+
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Something that a lab, or what runs in it, needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Requirement {
+    /// Root, with the right to make network namespaces.
+    Root,
+    /// `ip` of iproute2.
+    Ip,
+    /// `tc` of iproute2.
+    Tc,
+    /// A usable /dev/kvm.
+    Kvm,
+}
+
+impl Requirement {
+    /// What [`Lab::new`](crate::Lab::new) needs.
+    pub const LAB: &[Self] = &[Self::Root, Self::Ip, Self::Tc];
+
+    /// What a lab with KVM guests needs.
+    pub const LAB_WITH_KVM: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Kvm];
+}
+
+/// A requirement that is not met. Displayed, it says what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Missing {
+    /// What is missing.
+    pub requirement: Requirement,
+    reason: String,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+/// Which of `requirements` are not met here.
+pub fn missing(requirements: &[Requirement]) -> Vec<Missing> {
+    requirements
+        .iter()
+        .filter_map(|&requirement| Some(Missing { requirement, reason: reason(requirement)? }))
+        .collect()
+}
+
+/// Why `requirements` are not met, in one line; `None` if they are.
+pub fn why_not(requirements: &[Requirement]) -> Option<String> {
+    let reasons: Vec<String> = missing(requirements).iter().map(Missing::to_string).collect();
+    (!reasons.is_empty()).then(|| reasons.join("; "))
+}
+
+/// For tests: whether `test` cannot run here, with a line on stderr that says so.
+pub fn skip(test: &str, requirements: &[Requirement]) -> bool {
+    let reason = why_not(requirements);
+    if let Some(reason) = &reason {
+        eprintln!("SKIPPED {test}: {reason}");
+    }
+    reason.is_some()
+}
+
+fn reason(requirement: Requirement) -> Option<String> {
+    match requirement {
+        Requirement::Root if !rustix::process::geteuid().is_root() => Some("not root (use sudo)".into()),
+        Requirement::Root => network_namespaces(),
+        Requirement::Ip => in_path("ip"),
+        Requirement::Tc => in_path("tc"),
+        Requirement::Kvm => kvm(),
+    }
+}
+
+/// Root in a container often lacks the capability: try it, on a thread whose end undoes it.
+fn network_namespaces() -> Option<String> {
+    // SAFETY: a network namespace of its own leaves the thread's memory and descriptors alone.
+    let tried = std::thread::spawn(|| unsafe { unshare_unsafe(UnshareFlags::NEWNET) });
+    let error = tried.join().expect("the thread makes one system call").err()?;
+    Some(format!("root here may not make network namespaces ({error}): CAP_SYS_ADMIN is needed"))
+}
+
+fn in_path(program: &str) -> Option<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
+    (!found).then(|| format!("`{program}` is not in PATH (install iproute2; it may live in /usr/sbin)"))
+}
+
+fn kvm() -> Option<String> {
+    let path = Path::new("/dev/kvm");
+    let error = std::fs::OpenOptions::new().read(true).write(true).open(path).err()?;
+    Some(format!("{} cannot be opened: {error}", path.display()))
+}

@@ -1,0 +1,170 @@
+//! The control socket: one JSON object a line, asked and answered over a Unix stream.
+//!
+//! ```text
+//! {"do":"stats"}         -> {"ok": Stats}
+//! {"do":"reset-stalls"}  -> {"ok": null}
+//! {"do":"verify"}        -> {"ok": Report}
+//! {"do":"quit"}          -> {"ok": null}
+//! anything wrong         -> {"error": "why"}
+//! ```
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::oracle::Report;
+use crate::statistics::Stats;
+use crate::vmm::{GuestVmm, Observer};
+
+/// Bytes of the longest request.
+const MAX_REQUEST: u64 = 4096;
+/// Bytes of the longest answer.
+const MAX_ANSWER: u64 = 4 << 20;
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    Stats,
+    ResetStalls,
+    Verify,
+    Quit,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Answer {
+    Ok(Value),
+    Error(String),
+}
+
+/// Serves the control socket at `path`, which must not exist, from a thread of its own. A request
+/// to quit is passed to `quit`.
+pub fn serve(
+    path: &Path,
+    vmm: Arc<Mutex<GuestVmm>>,
+    observer: Arc<Observer>,
+    quit: Sender<()>,
+) -> io::Result<()> {
+    let listener = UnixListener::bind(path)?;
+    let accept = move || {
+        for stream in listener.incoming().flatten() {
+            let (vmm, observer, quit) = (Arc::clone(&vmm), Arc::clone(&observer), quit.clone());
+            let serve = move || {
+                if let Err(error) = serve_client(stream, &vmm, &observer, &quit) {
+                    tracing::debug!(%error, "control connection ended");
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("control".into()).spawn(serve) {
+                tracing::warn!(%error, "cannot serve a control connection");
+            }
+        }
+    };
+    std::thread::Builder::new().name("control".into()).spawn(accept)?;
+    Ok(())
+}
+
+fn serve_client(
+    mut stream: UnixStream,
+    vmm: &Mutex<GuestVmm>,
+    observer: &Observer,
+    quit: &Sender<()>,
+) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    while let Some(line) = read_line(&mut reader, MAX_REQUEST)? {
+        let answer = match serde_json::from_slice(&line) {
+            Ok(request) => answer(request, vmm, observer, quit),
+            Err(error) => Err(format!("the request is not understood: {error}")),
+        };
+        let answer = answer.map_or_else(Answer::Error, Answer::Ok);
+        let mut line = serde_json::to_vec(&answer)?;
+        line.push(b'\n');
+        stream.write_all(&line)?;
+    }
+    Ok(())
+}
+
+fn answer(
+    request: Request,
+    vmm: &Mutex<GuestVmm>,
+    observer: &Observer,
+    quit: &Sender<()>,
+) -> Result<Value, String> {
+    let value = match request {
+        Request::Stats => serde_json::to_value(observer.stats()),
+        Request::ResetStalls => {
+            observer.reset_stalls();
+            Ok(Value::Null)
+        }
+        Request::Verify => serde_json::to_value(observer.verify(vmm)?),
+        Request::Quit => {
+            // The program may be ending already; then there is nobody to tell.
+            let _ = quit.send(());
+            Ok(Value::Null)
+        }
+    };
+    value.map_err(|error| format!("the answer cannot be written: {error}"))
+}
+
+/// Asks a VMM over its control socket.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the VMM whose control socket is at `path`.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        Ok(Self { stream: BufReader::new(UnixStream::connect(path)?) })
+    }
+
+    /// How the guest is doing.
+    pub fn stats(&mut self) -> io::Result<Stats> {
+        self.ask(&Request::Stats)
+    }
+
+    /// Forgets the stalls so far.
+    pub fn reset_stalls(&mut self) -> io::Result<()> {
+        self.ask(&Request::ResetStalls)
+    }
+
+    /// Compares all of RAM with the model; the guest stands still meanwhile.
+    pub fn verify(&mut self) -> io::Result<Report> {
+        self.ask(&Request::Verify)
+    }
+
+    /// Ends the VMM.
+    pub fn quit(&mut self) -> io::Result<()> {
+        self.ask(&Request::Quit)
+    }
+
+    fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> io::Result<T> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line)?;
+        let line = read_line(&mut self.stream, MAX_ANSWER)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        match serde_json::from_slice(&line)? {
+            Answer::Ok(value) => Ok(serde_json::from_value(value)?),
+            Answer::Error(reason) => Err(io::Error::other(reason)),
+        }
+    }
+}
+
+/// A line without its end; `None` after the last one.
+fn read_line(reader: &mut impl BufRead, most: u64) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    reader.by_ref().take(most).read_until(b'\n', &mut line)?;
+    match line.pop() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(line)),
+        Some(_) if line.len() as u64 + 1 >= most => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line is longer than {most} bytes")))
+        }
+        Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}

@@ -1,0 +1,262 @@
+//! A guest without KVM: the same steps, done by threads of this process in the same memory.
+//!
+//! It is for machines that have no /dev/kvm. Pausing it, its state, and what it reports are like
+//! those of a virtual machine, but nothing of a processor is moved.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use memlane_kvm::compat::{Program, describe_process};
+use memlane_kvm::ram::GuestRam;
+use memlane_kvm::state::{MAX_PASSED, SectionWriter, Sections};
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::machine::Machine;
+use rustix::time::ClockId;
+
+use super::clock::{Reading, clock};
+use super::{ControlBlock, Guest, Layout};
+use crate::gate::Gate;
+use crate::workload::{SLOTS, Stepper, Workload};
+
+/// The guest's clock ticks in nanoseconds.
+pub const KHZ: u32 = 1_000_000;
+/// Steps between two looks at the gate.
+const BURST: u64 = 64;
+
+mod tag {
+    pub const CLOCKS: u16 = 128;
+    pub const THREAD: u16 = 129;
+    pub const OWN: u16 = 130;
+}
+
+/// Threads that write the guest's memory.
+pub struct ProcessGuest {
+    program: Program,
+    workload: Workload,
+    layout: Layout,
+    clock: Arc<ProcessClock>,
+    gate: Arc<Gate>,
+    steppers: Vec<Arc<Mutex<Progress>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC` and an offset, which moves with the guest.
+#[derive(Debug, Default)]
+struct ProcessClock {
+    offset: AtomicU64,
+}
+
+/// What a virtual machine keeps in registers.
+struct Progress {
+    stepper: Stepper,
+    deadline: u64,
+    /// The clock when it was last read; `None` before the first step and after a move, when the
+    /// deadline tells what was missed.
+    last: Option<u64>,
+    /// Steps left in this period.
+    left: u64,
+}
+
+impl ProcessGuest {
+    /// Makes the threads, which stand still.
+    pub fn new(
+        program: &Program,
+        workload: &Workload,
+        layout: &Layout,
+        ram: &Arc<GuestRam>,
+    ) -> Result<Self, String> {
+        let vcpus = layout.vcpus();
+        let mut guest = Self {
+            program: program.clone(),
+            workload: workload.clone(),
+            layout: layout.clone(),
+            clock: Arc::default(),
+            gate: Arc::new(Gate::closed(vcpus.into())),
+            steppers: Vec::new(),
+            threads: Vec::new(),
+        };
+        for vcpu in 0..vcpus {
+            let stepper = workload.stepper(vcpu, vcpus);
+            let progress = Arc::new(Mutex::new(Progress { stepper, deadline: 0, last: None, left: 0 }));
+            guest.steppers.push(Arc::clone(&progress));
+            let (gate, clock) = (Arc::clone(&guest.gate), Arc::clone(&guest.clock));
+            let (ram, layout) = (Arc::clone(ram), layout.clone());
+            let run = move || {
+                // Sleeps would be rounded up by 50 µs; nothing is wrong if they are.
+                let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
+                let block = ControlBlock::of(&ram, &layout, vcpu);
+                let part = Part::new(&ram, &layout, vcpu);
+                while gate.pass() {
+                    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                    while gate.is_open() {
+                        progress.run(block, &part, &gate, &clock);
+                    }
+                }
+                gate.leave(None);
+            };
+            let thread = std::thread::Builder::new().name(format!("vcpu{vcpu}")).spawn(run);
+            guest.threads.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
+        }
+        Ok(guest)
+    }
+}
+
+impl Guest for ProcessGuest {
+    fn machine(&self) -> Machine {
+        describe_process(&self.program)
+    }
+
+    fn clock(&self) -> Reading {
+        let monotonic = clock(ClockId::Monotonic);
+        let ticks = monotonic.wrapping_add(self.clock.offset.load(Ordering::Relaxed));
+        Reading { ticks, khz: KHZ, realtime: clock(ClockId::Realtime), monotonic }
+    }
+
+    fn stops_anywhere(&self) -> bool {
+        false
+    }
+
+    fn image(&self) -> BTreeMap<u64, [u64; SLOTS]> {
+        BTreeMap::new()
+    }
+
+    fn pause(&self) -> Result<(), String> {
+        self.gate.close(|| ())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        self.gate.open()
+    }
+
+    fn save(&self, own: Vec<u8>) -> Result<Vec<u8>, String> {
+        let mut out = SectionWriter::new();
+        let now = self.clock();
+        out.put(tag::CLOCKS, 0, &[now.ticks, now.realtime]);
+        for (index, progress) in (0..).zip(&self.steppers) {
+            let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+            let [random, done] = progress.stepper.position();
+            let last = progress.last.unwrap_or(now.ticks);
+            out.put(tag::THREAD, index, &[random, done, progress.deadline, last, progress.left]);
+        }
+        out.put(tag::OWN, 0, own.as_slice());
+        Ok(out.finish())
+    }
+
+    fn load(&self, state: &[u8]) -> Result<Vec<u8>, String> {
+        let text = |error: memlane_kvm::state::StateError| error.to_string();
+        let mut sections = Sections::decode(state).map_err(text)?;
+        let [ticks, realtime] = sections.take::<[u64; 2]>(tag::CLOCKS, 0, "clocks").map_err(text)?;
+        let mut loaded = Vec::new();
+        for index in 0..self.layout.vcpus() {
+            let [random, done, deadline, last, left] =
+                sections.take::<[u64; 5]>(tag::THREAD, index, "progress of a thread").map_err(text)?;
+            let fresh = self.workload.stepper(index, self.layout.vcpus());
+            let stepper = fresh.at([random, done]).ok_or("the state has a generator that cannot be")?;
+            loaded.push(Progress { stepper, deadline, last: Some(last), left });
+        }
+        let own = sections.bytes(tag::OWN, 0, "data of the VMM").map_err(text)?.to_vec();
+        sections.end().map_err(text)?;
+
+        let passed = clock(ClockId::Realtime).saturating_sub(realtime).min(MAX_PASSED.as_nanos() as u64);
+        let offset = ticks.wrapping_add(passed).wrapping_sub(clock(ClockId::Monotonic));
+        self.clock.offset.store(offset, Ordering::Relaxed);
+        for (progress, loaded) in self.steppers.iter().zip(loaded) {
+            *progress.lock().unwrap_or_else(PoisonError::into_inner) = loaded;
+        }
+        Ok(own)
+    }
+
+    fn failure(&self, patience: Duration) -> Option<String> {
+        self.gate.failure(patience)
+    }
+}
+
+impl Drop for ProcessGuest {
+    fn drop(&mut self) {
+        self.gate.end(|| ());
+        for thread in self.threads.drain(..) {
+            // A panic has been reported by its hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl ProcessClock {
+    fn now(&self) -> u64 {
+        clock(ClockId::Monotonic).wrapping_add(self.offset.load(Ordering::Relaxed))
+    }
+}
+
+impl Progress {
+    /// Does a few steps, or sleeps. The same as the guest code does, piece by piece.
+    fn run(&mut self, block: &ControlBlock, part: &Part<'_>, gate: &Gate, clock: &ProcessClock) {
+        let threshold = block.threshold.load(Ordering::Relaxed);
+        let period = block.period.load(Ordering::Relaxed);
+        let mut last = *self.last.get_or_insert_with(|| clock.now());
+        if self.left == 0 && period != 0 {
+            if self.deadline <= last {
+                self.deadline = (self.deadline + period).max(last);
+                block.deadline.store(self.deadline, Ordering::Relaxed);
+            }
+            let mut now = clock.now();
+            if now < self.deadline {
+                gate.sleep_until(Instant::now() + Duration::from_nanos(self.deadline - now));
+                now = clock.now();
+                if now < self.deadline {
+                    return; // the gate was closed meanwhile; sleep on after it opens
+                }
+            }
+            let late = now - self.deadline;
+            if late >= threshold {
+                block.note_stall(self.deadline, late);
+            }
+            last = now;
+        }
+        if self.left == 0 {
+            let credit =
+                block.credit.load(Ordering::Relaxed) + block.per_period.load(Ordering::Relaxed);
+            block.credit.store(credit & u64::from(u32::MAX), Ordering::Relaxed);
+            self.left = credit >> 32;
+        }
+        for _ in 0..self.left.min(BURST) {
+            let step = self.stepper.next();
+            part.write(step.page, step.slot, step.value);
+            block.steps.store(self.stepper.done(), Ordering::Relaxed);
+            self.left -= 1;
+            let now = clock.now();
+            if now - last >= threshold {
+                block.note_stall(last, now - last);
+            }
+            last = now;
+        }
+        self.last = Some(last);
+    }
+}
+
+/// A part of the working set, in this process.
+struct Part<'a> {
+    slices: Vec<memlane_kvm::ram::HostSlice>,
+    first: u64,
+    _ram: &'a GuestRam,
+}
+
+impl<'a> Part<'a> {
+    fn new(ram: &'a GuestRam, layout: &Layout, vcpu: u16) -> Self {
+        let pages = layout.part(vcpu);
+        Self { slices: ram.slices(pages.clone()).collect(), first: pages.start, _ram: ram }
+    }
+
+    fn write(&self, page: u64, slot: usize, value: u64) {
+        let page = self.first + page;
+        let slice = self.slices.iter().rev().find(|slice| slice.first_page <= page);
+        let slice = slice.expect("steps stay within the part");
+        let offset = (page - slice.first_page) as usize * PAGE_SIZE as usize + slot * 8;
+        assert!(offset < slice.len, "steps stay within the part");
+        // SAFETY: the offset lies within the slice, which lives as long as the RAM is borrowed,
+        // and is a multiple of 8; the memory is shared, so it is written as an atomic.
+        unsafe { AtomicU64::from_ptr(slice.ptr.add(offset).cast()) }.store(value, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,253 @@
+//! `memlane-vmm`: runs one guest, and attaches it to a Memlane daemon.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Parser, ValueEnum};
+use memlane_kvm::attach::{self, Ended, Vmm};
+use memlane_kvm::compat::Feature;
+use memlane_kvm::ram::Backing;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::machine::{MAX_NICS, Nic, TrackerKind};
+use memlane_vmm::control;
+use memlane_vmm::vmm::{Config, GuestVmm};
+use memlane_vmm::workload::{Fill, Pattern, Rate, Workload};
+use tracing_subscriber::EnvFilter;
+
+/// Runs a guest that writes its memory and can prove it whole, for tests and demonstrations of
+/// live migration.
+#[derive(Parser)]
+#[command(version)]
+struct Flags {
+    /// Name of the guest
+    #[arg(long, default_value = "guest")]
+    name: Label,
+    /// Memory of the guest, a multiple of 2MiB
+    #[arg(long, default_value = "1GiB", value_parser = bytes)]
+    ram: u64,
+    /// Put half of the memory above a hole in the guest's address space
+    #[arg(long)]
+    gap: bool,
+    /// What the memory is made of: memfd, huge (2 MiB pages), or a path on tmpfs or hugetlbfs
+    #[arg(long, default_value = "memfd", value_parser = backing)]
+    backing: Backing,
+    /// Take all memory from the system before the guest starts
+    #[arg(long)]
+    prepare: bool,
+    /// Number of virtual CPUs, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    vcpus: u16,
+    /// A virtual machine, or threads of this process
+    #[arg(long, value_enum, default_value = "kvm")]
+    guest: GuestKind,
+    /// How written pages are found [default: log for kvm, pagemap for process]
+    #[arg(long, value_enum)]
+    tracker: Option<Tracker>,
+    /// Memory that the guest writes [default: a quarter of the RAM]
+    #[arg(long, value_parser = bytes)]
+    working_set: Option<u64>,
+    /// Pages written a second by all vCPUs together; 0 for an idle guest
+    #[arg(long, default_value_t = 1000, conflicts_with = "flat_out")]
+    rate: u64,
+    /// Write as fast as possible
+    #[arg(long)]
+    flat_out: bool,
+    /// Order in which pages are written: uniform, sequential or hot-cold
+    #[arg(long, default_value = "uniform")]
+    pattern: Pattern,
+    /// Number that makes one run like another
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// What the memory holds at the start, in percent of its pages
+    #[arg(long, default_value = "zero=50,random=30,compressible=20")]
+    fill: Fill,
+    /// Network interface of the guest, as MAC@NETWORK; may be repeated
+    #[arg(long, value_parser = nic)]
+    nic: Vec<Nic>,
+    /// Processor feature that the guest is not given, such as avx2; may be repeated
+    #[arg(long, value_name = "FEATURE")]
+    without_cpuid: Vec<Feature>,
+    /// Attach socket of the Memlane daemon
+    #[arg(long, value_name = "SOCKET")]
+    attach: Option<PathBuf>,
+    /// Wait for a guest from another host instead of starting one
+    #[arg(long, requires = "attach")]
+    incoming: bool,
+    /// Socket to ask the guest's statistics from; must not exist
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum GuestKind {
+    Kvm,
+    Process,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Tracker {
+    Log,
+    Ring,
+    Pagemap,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    match run(flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("memlane-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: Flags) -> anyhow::Result<()> {
+    let control = flags.control.clone();
+    let config = flags.config()?;
+    let (incoming, socket) = (config.incoming, config.attach.clone());
+    let vmm = GuestVmm::new(config).map_err(anyhow::Error::msg)?;
+    let observer = Arc::new(vmm.observer());
+    let vmm = Arc::new(Mutex::new(vmm));
+    let (quit, quits) = channel();
+    if let Some(path) = &control {
+        control::serve(path, Arc::clone(&vmm), Arc::clone(&observer), quit.clone())
+            .with_context(|| format!("cannot make the control socket {}", path.display()))?;
+    }
+    let ended = (|| {
+        if !incoming {
+            start(&vmm)?;
+        }
+        let attachment = socket.map(|socket| {
+            let standing = if incoming { Standing::Incoming } else { Standing::Running };
+            attach::serve(attach::Options { socket, standing, refusal_is_final: false }, vmm)
+        });
+        let mut attachment = attachment.transpose().context("cannot attach")?;
+        loop {
+            match quits.recv_timeout(Duration::ZERO) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            if let Some(failure) = observer.failure(Duration::from_millis(50)) {
+                bail!("{failure}");
+            }
+            if attachment.as_ref().is_some_and(attach::Attachment::is_finished)
+                && let Some(ended) = attachment.take().map(attach::Attachment::wait)
+            {
+                match ended {
+                    Ended::Discarded => tracing::info!("the guest runs elsewhere"),
+                    Ended::Stopped => {}
+                    Ended::Refused(reason) => bail!("the daemon refused this VMM: {reason}"),
+                }
+                return Ok(());
+            }
+        }
+    })();
+    if let Some(path) = control {
+        // It may have been removed by whoever asked for it.
+        let _ = std::fs::remove_file(path);
+    }
+    ended
+}
+
+fn start(vmm: &Mutex<GuestVmm>) -> anyhow::Result<()> {
+    let mut vmm = vmm.lock().expect("nobody else has had the lock yet");
+    vmm.resume().map_err(|error| anyhow::anyhow!("cannot start the guest: {error}"))?;
+    tracing::info!(name = %vmm.shape().name, "the guest runs");
+    Ok(())
+}
+
+impl Flags {
+    fn config(self) -> anyhow::Result<Config> {
+        let kvm = self.guest == GuestKind::Kvm;
+        let tracker = match self.tracker {
+            Some(Tracker::Log) => TrackerKind::Log,
+            Some(Tracker::Ring) => TrackerKind::Ring,
+            Some(Tracker::Pagemap) => TrackerKind::Pagemap,
+            None if kvm => TrackerKind::Log,
+            None => TrackerKind::Pagemap,
+        };
+        if self.nic.len() > MAX_NICS {
+            bail!("a guest can have {MAX_NICS} network interfaces, not {}", self.nic.len());
+        }
+        let working_set = self.working_set.unwrap_or(self.ram / 4);
+        if !working_set.is_multiple_of(PAGE_SIZE) {
+            bail!("the working set must be whole pages of 4KiB");
+        }
+        let workload = Workload {
+            seed: self.seed,
+            pattern: self.pattern,
+            rate: if self.flat_out { Rate::FlatOut } else { Rate::PagesPerSecond(self.rate) },
+            working_set_pages: working_set / PAGE_SIZE,
+            fill: self.fill,
+        };
+        Ok(Config {
+            name: self.name,
+            ram_bytes: self.ram,
+            gap: self.gap,
+            backing: self.backing,
+            prepare: self.prepare,
+            vcpus: self.vcpus,
+            kvm,
+            tracker,
+            workload,
+            nics: self.nic,
+            without: self.without_cpuid,
+            incoming: self.incoming,
+            attach: self.attach,
+        })
+    }
+}
+
+/// A number of bytes: digits and an optional unit, such as `256MiB`.
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let shift = match &text[digits..] {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        unit => return Err(format!("unknown unit {unit:?}; use KiB, MiB or GiB")),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| "a number of bytes is needed, such as 256MiB")?;
+    number.checked_mul(1 << shift).ok_or_else(|| "this is more than 64 bits can tell".into())
+}
+
+fn backing(text: &str) -> Result<Backing, String> {
+    match text {
+        "memfd" => Ok(Backing::Memfd),
+        "huge" => Ok(Backing::HugeMemfd),
+        path if path.contains('/') => Ok(Backing::File(path.into())),
+        _ => Err("use memfd, huge, or a path with a slash in it".into()),
+    }
+}
+
+/// An interface, such as `52:54:00:12:34:56@br0`.
+fn nic(text: &str) -> Result<Nic, String> {
+    let (address, network) = text.split_once('@').ok_or("write MAC@NETWORK, such as 52:54:00:12:34:56@br0")?;
+    let mut mac = [0; 6];
+    let mut parts = address.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2 && !part.starts_with('+'));
+        *byte = part
+            .and_then(|part| u8::from_str_radix(part, 16).ok())
+            .ok_or_else(|| format!("{address:?} is no MAC address"))?;
+    }
+    if parts.next().is_some() {
+        return Err(format!("{address:?} is no MAC address"));
+    }
+    Ok(Nic { mac, network: Label::from_str(network).map_err(|error| error.to_string())? })
+}

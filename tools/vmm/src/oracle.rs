@@ -1,0 +1,273 @@
+//! [`Oracle`]: knows from the workload alone what every byte of a guest's RAM must be.
+//!
+//! No second copy of RAM is kept: only the working set has a model, into which the steps are
+//! replayed; all other pages are computed as they are compared.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::PAGE_SIZE;
+use serde::{Deserialize, Serialize};
+
+use crate::guest::{Layout, SYSTEM_PAGES};
+use crate::workload::{SLOTS, Stepper, Workload};
+
+/// Differences that a report lists.
+const LISTED: usize = 16;
+/// Pages that a thread compares at a time.
+const PIECE_PAGES: u64 = 16 << 10;
+
+type Page = [u64; SLOTS];
+
+/// What RAM must hold after a number of steps.
+pub struct Oracle {
+    layout: Layout,
+    workload: Workload,
+    image: BTreeMap<u64, Page>,
+    stops_anywhere: bool,
+    model: Vec<u64>,
+    steppers: Vec<Stepper>,
+}
+
+/// Whether RAM is what it must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// It is, all of it.
+    pub equal: bool,
+    /// Pages of RAM, all of which were compared; holes in its file were taken as zeros.
+    pub pages: u64,
+    /// Steps that all vCPUs have done.
+    pub steps: u64,
+    /// Pages that are not what they must be.
+    pub wrong_pages: u64,
+    /// The first of them.
+    pub differences: Vec<Difference>,
+}
+
+/// A page that is not what it must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// Its number.
+    pub page: u64,
+    /// Its guest physical address.
+    pub address: u64,
+    /// What it belongs to.
+    pub part: String,
+    /// The first byte that differs, counted in the page; bytes are compared by eight.
+    pub offset: u64,
+    /// What should be there.
+    pub expected: u64,
+    /// What is there.
+    pub found: u64,
+}
+
+impl Oracle {
+    /// For a guest that may be stopped between a step's write and its count if `stops_anywhere`.
+    pub fn new(
+        layout: &Layout,
+        workload: &Workload,
+        image: BTreeMap<u64, Page>,
+        stops_anywhere: bool,
+    ) -> Self {
+        Self {
+            layout: layout.clone(),
+            workload: workload.clone(),
+            image,
+            stops_anywhere,
+            model: Vec::new(),
+            steppers: Vec::new(),
+        }
+    }
+
+    /// Replays up to these step counts, one for each vCPU. Only the steps since the last call
+    /// cost time, unless a count goes back.
+    pub fn advance(&mut self, steps: &[u64]) {
+        let back = self.steppers.iter().zip(steps).any(|(stepper, steps)| stepper.done() > *steps);
+        if self.model.is_empty() || back {
+            self.begin();
+        }
+        let each = (self.steppers[0].pages() as usize) * SLOTS;
+        std::thread::scope(|scope| {
+            for ((stepper, steps), part) in
+                self.steppers.iter_mut().zip(steps).zip(self.model.chunks_mut(each))
+            {
+                scope.spawn(move || {
+                    while stepper.done() < *steps {
+                        let step = stepper.next();
+                        part[step.page as usize * SLOTS + step.slot] = step.value;
+                    }
+                });
+            }
+        });
+    }
+
+    /// Compares all of RAM, of a guest that stands still, with the model.
+    pub fn compare(&self, ram: &GuestRam) -> std::io::Result<Report> {
+        let data = ram.data_extents(0..ram.pages())?;
+        let pieces = pieces(ram.pages(), &data);
+        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        let work = || {
+            let mut wrong = Wrong::default();
+            while let Some((pages, is_data)) = pieces.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                self.compare_piece(ram, pages.clone(), *is_data, &mut wrong);
+            }
+            wrong
+        };
+        let mut wrong = Wrong::default();
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            for worker in workers {
+                wrong.merge(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+        });
+        wrong.listed.sort_by_key(|difference| difference.page);
+        wrong.listed.truncate(LISTED);
+        Ok(Report {
+            equal: wrong.pages == 0,
+            pages: ram.pages(),
+            steps: self.steppers.iter().map(Stepper::done).sum(),
+            wrong_pages: wrong.pages,
+            differences: wrong.listed,
+        })
+    }
+
+    /// Puts the model back before the first step.
+    fn begin(&mut self) {
+        let working_set = self.layout.working_set();
+        self.model = vec![0; (working_set.end - working_set.start) as usize * SLOTS];
+        for (page, slots) in working_set.zip(self.model.as_chunks_mut::<SLOTS>().0) {
+            self.workload.fill.write(self.workload.seed, page, slots);
+        }
+        let vcpus = self.layout.vcpus();
+        self.steppers = (0..vcpus).map(|vcpu| self.workload.stepper(vcpu, vcpus)).collect();
+    }
+
+    fn compare_piece(&self, ram: &GuestRam, pages: Range<u64>, is_data: bool, wrong: &mut Wrong) {
+        let (mut expected, mut found) = ([0; SLOTS], [0; SLOTS]);
+        for slice in ram.slices(pages) {
+            let numbers = slice.first_page..slice.first_page + slice.len as u64 / PAGE_SIZE;
+            for (index, page) in numbers.enumerate() {
+                if !self.expect(page, &mut expected) {
+                    continue;
+                }
+                if is_data {
+                    let at = slice.ptr.wrapping_add(index * PAGE_SIZE as usize).cast::<u64>();
+                    // SAFETY: the page lies within the slice, which lives as long as the RAM is
+                    // borrowed; the guest that could write it stands still.
+                    unsafe { at.copy_to_nonoverlapping(found.as_mut_ptr(), SLOTS) };
+                }
+                if expected != found && !self.is_next_step(page, &mut expected, &found) {
+                    wrong.note(self, page, &expected, &found);
+                }
+            }
+        }
+    }
+
+    /// What a page must hold; false for a page that the model does not know.
+    fn expect(&self, page: u64, into: &mut Page) -> bool {
+        let working_set = self.layout.working_set();
+        if page < SYSTEM_PAGES {
+            *into = self.image.get(&page).copied().unwrap_or([0; SLOTS]);
+            return (0..self.layout.vcpus()).all(|vcpu| !self.layout.block(vcpu).contains(&page));
+        }
+        if working_set.contains(&page) {
+            let at = (page - working_set.start) as usize * SLOTS;
+            into.copy_from_slice(&self.model[at..at + SLOTS]);
+        } else {
+            self.workload.fill.write(self.workload.seed, page, into);
+        }
+        true
+    }
+
+    /// Whether the page is as it must be if its vCPU has written the next step too, which a
+    /// virtual machine may have done without having counted it.
+    fn is_next_step(&self, page: u64, expected: &mut Page, found: &Page) -> bool {
+        let Some(vcpu) = self.writer(page).filter(|_| self.stops_anywhere) else { return false };
+        let step = self.steppers[usize::from(vcpu)].clone().next();
+        if self.layout.part(vcpu).start + step.page != page {
+            return false;
+        }
+        let counted = std::mem::replace(&mut expected[step.slot], step.value);
+        if expected == found {
+            return true;
+        }
+        expected[step.slot] = counted;
+        false
+    }
+
+    fn writer(&self, page: u64) -> Option<u16> {
+        (0..self.layout.vcpus()).find(|vcpu| self.layout.part(*vcpu).contains(&page))
+    }
+
+    fn name(&self, page: u64) -> String {
+        match self.writer(page) {
+            Some(vcpu) => format!("the working set of vCPU {vcpu}"),
+            None if page < SYSTEM_PAGES => "code and page tables".into(),
+            None => "pages that are never written".into(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Wrong {
+    pages: u64,
+    listed: Vec<Difference>,
+}
+
+impl Wrong {
+    fn note(&mut self, oracle: &Oracle, page: u64, expected: &Page, found: &Page) {
+        self.pages += 1;
+        let slot = expected.iter().zip(found).position(|(expected, found)| expected != found);
+        let (Some(slot), true) = (slot, self.listed.len() < LISTED) else { return };
+        self.listed.push(Difference {
+            page,
+            address: oracle.layout.address_of(page),
+            part: oracle.name(page),
+            offset: slot as u64 * 8,
+            expected: expected[slot],
+            found: found[slot],
+        });
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.listed.extend(other.listed);
+    }
+}
+
+/// All pages in pieces, each with whether it is data or a hole.
+fn pieces(pages: u64, data: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
+    let mut pieces = Vec::new();
+    let mut add = |range: Range<u64>, is_data| {
+        let starts = range.clone().step_by(PIECE_PAGES as usize);
+        pieces.extend(starts.map(|start| (start..(start + PIECE_PAGES).min(range.end), is_data)));
+    };
+    let mut at = 0;
+    for extent in data {
+        add(at..extent.start, false);
+        add(extent.clone(), true);
+        at = extent.end;
+    }
+    add(at..pages, false);
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_every_page_once() {
+        let pieces = pieces(100_000, &[0..10, 20..60_000, 99_999..100_000]);
+        let mut at = 0;
+        for (range, is_data) in &pieces {
+            assert_eq!(range.start, at);
+            assert_eq!(*is_data, range.start < 10 || (20..60_000).contains(&range.start) || range.start == 99_999);
+            at = range.end;
+        }
+        assert_eq!(at, 100_000);
+    }
+}
