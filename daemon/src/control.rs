@@ -61,8 +61,7 @@ async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Resu
             if let Some(message) = answer(host, &hello.host, migration, message).await {
                 let reason = String::new();
                 link.send(&Control::Handover { migration, message, nanoseconds: 0, reason }).await?;
-                // Let the other side close, so that nothing of the answer is lost.
-                let _ = tokio::time::timeout(PATIENCE, link.receive()).await;
+                link.until_closed().await;
             }
         }
         other => return Err(LinkError::Unexpected { expected: "an offer", found: other.name() }),

@@ -127,6 +127,13 @@ impl Link {
         self.messages.recv().await.unwrap_or(Err(LinkError::Closed))
     }
 
+    /// Waits, for a few seconds, until the other side closes the connection: whoever closes
+    /// first may take its own last words back.
+    pub async fn until_closed(&mut self) {
+        let closed = async { while self.receive().await.is_ok() {} };
+        let _ = timeout(GREETING, closed).await;
+    }
+
     /// Sends a message.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
         self.sender().send(message).await
@@ -199,9 +206,14 @@ async fn read(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError
         let message = read_message(&link.stream).await;
         link.shared.last_heard.set(Instant::now());
         let answer = match message {
-            Ok(Control::Ping(number)) => link.send(&Control::Pong(number)).await,
+            Ok(Control::Ping(number)) => {
+                // Where this fails, reading does too, but not before the other side's last words.
+                let _ = link.send(&Control::Pong(number)).await;
+                Ok(())
+            }
             Ok(Control::Pong(number)) => {
-                if let Some((_, at)) = link.shared.pinged_at.borrow_mut().take_if(|(sent, _)| *sent == number) {
+                if let Some((_, at)) = link.shared.pinged_at.borrow_mut().take_if(|(sent, _)| *sent == number)
+                {
                     link.shared.round_trip.set(Some(at.elapsed()));
                 }
                 Ok(())

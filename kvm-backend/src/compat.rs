@@ -37,7 +37,11 @@ pub fn describe_host(kvm: &Kvm, program: &Program, without: &[Feature]) -> Resul
     let entries = CpuId::from_entries(&cpuid).map_err(|_| StateError::TooMany("CPUID entries"))?;
     vcpu.set_cpuid2(&entries).map_err(kvm_error("set CPUID (KVM_SET_CPUID2)"))?;
     let host = Capabilities::probe(kvm, &vm, &vcpu, irqchip)?;
-    Ok(machine(program, &host, pit, host.tsc_khz, &cpuid))
+    // What a vCPU really has, read back as for a guest: some KVMs show more than they were given.
+    let shown = vcpu.get_cpuid2(MAX_CPUID_ENTRIES).map_err(kvm_error("read CPUID (KVM_GET_CPUID2)"))?;
+    let mut shown = shown.as_slice().to_vec();
+    shown.iter_mut().for_each(|entry| without.iter().for_each(|feature| feature.hide(entry)));
+    Ok(machine(program, &host, pit, host.tsc_khz, &shown))
 }
 
 /// Describes the guest whose first vCPU is `vcpu`, of which `host` was

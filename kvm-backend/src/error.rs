@@ -100,7 +100,7 @@ pub enum TrackError {
         limit: u64,
     },
     /// A dirty ring of a size that cannot be.
-    #[error("a dirty ring of {entries} entries: the number must be a power of two from 1024 to {limit}")]
+    #[error("a dirty ring of {entries} entries: the number must be a power of two from 4096 to {limit}")]
     RingSize {
         /// Entries asked for.
         entries: u32,
@@ -111,7 +111,7 @@ pub enum TrackError {
     #[error("KVM left {left} of the collected dirty-ring entries unreset")]
     RingStuck {
         /// Entries that were collected and not reset.
-        left: u64,
+        left: u32,
     },
 }
 

@@ -177,8 +177,9 @@ impl Convergence {
                 before.saturating_sub(forecast.total()) < before.mul_f64(DISAPPOINTING_SHARE)
             });
             let gain = forecast.total().saturating_sub(forecast_after_another.total());
-            let worthwhile =
-                gain > WORTHWHILE && gain > forecast.total().mul_f64(WORTHWHILE_SHARE) && next_duration < CHEAP;
+            let worthwhile = gain > WORTHWHILE
+                && gain > forecast.total().mul_f64(WORTHWHILE_SHARE)
+                && next_duration < CHEAP;
             if worthwhile && !disappointed && !last {
                 self.to_be_shortened = Some(forecast.total());
                 Decision::Continue
@@ -229,7 +230,9 @@ impl fmt::Display for Why {
             );
         }
         match self.reason {
-            Reason::TooManyRounds => write!(f, "the guest does not fit into its pause after {round} rounds: ")?,
+            Reason::TooManyRounds => {
+                write!(f, "the guest does not fit into its pause after {round} rounds: ")?
+            }
             _ => write!(f, "rounds have stopped shrinking (round {round}): ")?,
         }
         write!(f, "it dirties {}", Rate(dirty_bytes_per_second))?;

@@ -119,7 +119,7 @@ pub enum Event {
     /// cannot be saved or loaded, a VMM refused to be paused or relinquished, or the source's
     /// VMM, not yet relinquished, lost its connection to the daemon (and so resumes by itself).
     Failed,
-    /// The VMM's process has ended. A relinquished or incoming VMM that merely lost its
+    /// The VMM's process has ended, and what it said before has been told. A relinquished or incoming VMM that merely lost its
     /// connection is not gone: it attaches again, and is told again what it has not answered.
     VmmGone,
     /// [`Action::Journal`] is durable.
@@ -239,14 +239,8 @@ pub struct WrongRecord {
 pub struct UnknownRecord(pub String);
 
 impl Record {
-    const ALL: [Self; 6] = [
-        Self::Committed,
-        Self::Finished,
-        Self::TakenBack,
-        Self::Prepared,
-        Self::Running,
-        Self::Declined,
-    ];
+    const ALL: [Self; 6] =
+        [Self::Committed, Self::Finished, Self::TakenBack, Self::Prepared, Self::Running, Self::Declined];
 
     /// The word that stands for it in the journal; [`FromStr`] reads it back.
     pub fn as_str(self) -> &'static str {

@@ -23,7 +23,8 @@ const BUDGETS: [Budget; 3] = [
 #[test]
 fn never_two_owners_and_never_none_for_good() {
     for budget in BUDGETS {
-        let explored = check(World::new(budget, Fault::None)).unwrap_or_else(|violation| panic!("{violation}"));
+        let explored =
+            check(World::new(budget, Fault::None)).unwrap_or_else(|violation| panic!("{violation}"));
         println!("{budget:?}: {explored}");
         assert!(explored.ran_at_source > 0 && explored.ran_at_destination > 0);
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::control::{Accept, Control, MAX_DIGESTS, Offer};
 use tokio::sync::mpsc;
@@ -47,7 +48,7 @@ struct Run {
 }
 
 /// Answers an offer, and takes the guest if it can come.
-pub async fn run(host: Rc<Host>, peer: memlane_protocol::wire::Label, link: Link, offer: Offer) {
+pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let name = offer.shape.name.clone();
     let guest = match preflight::receive(&host, &offer) {
         Ok(guest) => guest,
@@ -57,6 +58,7 @@ pub async fn run(host: Rc<Host>, peer: memlane_protocol::wire::Label, link: Link
                 crate::metrics::refused(refusal.what.name());
             }
             let _ = link.send(&Control::Refuse(refusals)).await;
+            link.until_closed().await;
             return;
         }
     };

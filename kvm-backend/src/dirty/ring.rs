@@ -44,8 +44,8 @@ const DIRTY: u32 = 1 << 0;
 const COLLECTED: u32 = 1 << 1;
 
 /// Entries of the smallest ring. More than KVM can append between two entries into the guest
-/// (130, when it emulates), so that an overflow never passes over a whole ring.
-const LEAST_ENTRIES: u32 = 1024;
+/// when it emulates instructions, so that an overflow never passes over a whole ring.
+const LEAST_ENTRIES: u32 = 4096;
 
 /// Turns without progress after which resetting is given up. A reset ends early when a signal
 /// is pending, so a turn or two without progress are no fault.
@@ -56,7 +56,7 @@ const RESET_TURNS: u32 = 100;
 pub struct RingSize(u32);
 
 /// Gives each vCPU that will be made a dirty ring of `entries` entries: a power of two from
-/// 1024 up to what KVM allows.
+/// 4096 up to what KVM allows.
 ///
 /// Must come before the first vCPU is made. Fails with [`TrackError::RingSize`] for a number
 /// that KVM does not allow. A virtual machine with rings has no dirty log.
@@ -229,43 +229,56 @@ impl Shared {
                 pending.insert(page);
             }
         };
-        rings.iter_mut().for_each(|ring| ring.collect(note));
-        if !rings.iter().any(Ring::has_overflowed) {
-            return self.reset_all(rings);
+        // One at a time, as KVM says only in sum how many entries it has reset.
+        for ring in rings.iter_mut() {
+            ring.collect(note);
+            if ring.has_overflowed() || !self.reset(ring)? {
+                return self.recover(rings, pending, *on);
+            }
         }
+        Ok(())
+    }
+
+    /// Sets rings right of which one has overflowed: entries were lost, so all pages are
+    /// protected anew, and count as written.
+    fn recover(&self, rings: &mut [Ring], pending: &PageSet, on: bool) -> Result<(), TrackError> {
         tracing::warn!("a vCPU wrote on beyond the end of its dirty ring; all pages count as written");
-        // While KVM appends nothing, what it resets can be counted.
+        // So that nothing is appended while entries are handed back unseen.
         self.append(false)?;
-        rings.iter_mut().for_each(|ring| ring.collect(note));
-        rings.iter_mut().for_each(Ring::hand_back_all);
-        self.reset_all(rings)?;
-        if *on {
+        for ring in rings {
+            ring.collect(|_, _| {});
+            if ring.has_overflowed() {
+                ring.hand_back_all();
+            }
+            if !self.reset(ring)? {
+                return Err(TrackError::RingStuck { left: ring.unreset() });
+            }
+        }
+        if on {
             self.append(true)?;
         }
         pending.insert_range(0..pending.pages());
         Ok(())
     }
 
-    /// Has KVM reset all entries that were collected.
-    fn reset_all(&self, rings: &mut [Ring]) -> Result<(), TrackError> {
-        let mut left: u64 = rings.iter().map(|ring| u64::from(ring.unreset)).sum();
+    /// Has KVM reset what was collected of this ring; false if it does not get to the end.
+    fn reset(&self, ring: &mut Ring) -> Result<bool, TrackError> {
         let mut idle_turns = 0;
-        while left != 0 {
-            match u64::from(self.reset()?) {
-                0 if idle_turns == RESET_TURNS => return Err(TrackError::RingStuck { left }),
+        while ring.unreset() != 0 {
+            match self.reset_rings()? {
+                0 if idle_turns == RESET_TURNS => return Ok(false),
                 0 => idle_turns += 1,
                 done => {
-                    left = left.saturating_sub(done);
+                    ring.reset = ring.reset.wrapping_add(done.min(ring.unreset()));
                     idle_turns = 0;
                 }
             }
         }
-        rings.iter_mut().for_each(|ring| ring.unreset = 0);
-        Ok(())
+        Ok(true)
     }
 
     /// How many entries KVM has reset. It stops early when a signal is pending.
-    fn reset(&self) -> Result<u32, TrackError> {
+    fn reset_rings(&self) -> Result<u32, TrackError> {
         const RESET: u32 = opcode::none(KVMIO as u8, 0xc7);
         // SAFETY: `self.vm` keeps the descriptor open while it is borrowed.
         let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
@@ -289,12 +302,12 @@ impl Shared {
 struct Ring {
     entries: NonNull<Entry>,
     size: RingSize,
-    /// How many entries were ever passed; its low bits say where the next one is.
+    /// Number of the next entry to collect; its low bits say where it is.
     next: u32,
-    /// Entries collected that KVM has not reset yet.
-    unreset: u32,
-    /// After an overflow: KVM counts entries at `next` that it has reset already. Where it
-    /// goes on shows when it has appended something.
+    /// Number of the next entry that KVM will reset, as `reset_index` in KVM.
+    reset: u32,
+    /// After an overflow: KVM counts entries from `next` on that were handed back already. Up
+    /// to where, shows when it has appended one.
     adrift: bool,
 }
 
@@ -329,7 +342,7 @@ impl Ring {
             )?
         };
         let entries = NonNull::new(entries.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { entries, size, next: 0, unreset: 0, adrift: false })
+        Ok(Self { entries, size, next: 0, reset: 0, adrift: false })
     }
 
     /// Calls `found` with slot and offset of each published entry and hands the entry back.
@@ -337,7 +350,7 @@ impl Ring {
         if self.adrift {
             self.catch_up();
         }
-        while self.unreset < self.size.0 {
+        while self.unreset() < self.size.0 {
             let entry = self.entry(self.next);
             // Slot and offset are valid once KVM has published the entry, and KVM may
             // overwrite them once it is handed back.
@@ -347,22 +360,24 @@ impl Ring {
             found(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
             entry.flags.store(COLLECTED, Ordering::Release);
             self.next = self.next.wrapping_add(1);
-            self.unreset += 1;
         }
     }
 
     /// Whether every entry was in use at once. KVM keeps some free, so it went too far then,
     /// and has overwritten entries or is about to.
     fn has_overflowed(&self) -> bool {
-        self.unreset == self.size.0
+        self.unreset() == self.size.0
     }
 
-    /// Hands back, in a ring that has overflowed, what KVM wrote over collected entries.
+    /// Entries collected that KVM has not reset yet.
+    fn unreset(&self) -> u32 {
+        self.next.wrapping_sub(self.reset)
+    }
+
+    /// Hands back every entry of a ring that has overflowed, as KVM wrote over collected ones.
     fn hand_back_all(&mut self) {
-        if self.has_overflowed() {
-            (0..self.size.0).for_each(|at| self.entry(at).flags.store(COLLECTED, Ordering::Release));
-            self.adrift = true;
-        }
+        (0..self.size.0).for_each(|at| self.entry(at).flags.store(COLLECTED, Ordering::Release));
+        self.adrift = true;
     }
 
     /// Finds where KVM goes on after an overflow, and hands back the entries up to there.
@@ -378,7 +393,6 @@ impl Ring {
                 break;
             }
             self.next = self.next.wrapping_add(1);
-            self.unreset += 1;
         }
         self.adrift = false;
     }

@@ -160,7 +160,9 @@ fn the_reason_has_the_figures_and_the_remedy() {
          is 300 ms: raise the downtime limit above that, add ports, or try when the guest writes less"
     );
     let unknown = Why { reason: Reason::TooManyRounds, bandwidth: None, downtime: Duration::MAX, ..why };
-    assert!(unknown.to_string().contains("delivered nothing; with 310.0 MB left the pause would take more than"));
+    assert!(
+        unknown.to_string().contains("delivered nothing; with 310.0 MB left the pause would take more than")
+    );
 }
 
 #[test]
@@ -182,7 +184,10 @@ fn a_predictor_learns_terms_and_margin() {
         predictor.learn(&predicted, &actual);
     }
     let forecast = predictor.forecast(0, &now);
-    assert_eq!((forecast.save, forecast.load, forecast.journal, forecast.resume), (2 * MS, 3 * MS, MS, 2 * MS));
+    assert_eq!(
+        (forecast.save, forecast.load, forecast.journal, forecast.resume),
+        (2 * MS, 3 * MS, MS, 2 * MS)
+    );
     assert_eq!(forecast.margin, 3 * MS, "forecasts that are right need little");
 
     // Now every other pause takes 40 ms longer than foreseen.

@@ -90,9 +90,7 @@ impl Source {
             (Pausing { ready: true }, Event::Sent) | (Paused, Heard(Message::Ready)) => {
                 self.go(Relinquishing, [Action::Relinquish])
             }
-            (Relinquishing, Event::Relinquished) => {
-                self.go(Committing, [Action::Journal(Record::Committed)])
-            }
+            (Relinquishing, Event::Relinquished) => self.go(Committing, [Action::Journal(Record::Committed)]),
 
             // Before the commit every failure is the same failure.
             (Offering | Copying | Pausing { .. } | Paused | Relinquishing, failure) => match failure {
@@ -116,7 +114,9 @@ impl Source {
                 self.go(Committed, [Action::Send(Message::Commit)])
             }
             (Committed, Heard(Message::Running)) => self.go(Finishing, [Action::Journal(Record::Finished)]),
-            (Committed, Heard(Message::Declined)) => self.go(TakingBack, [Action::Journal(Record::TakenBack)]),
+            (Committed, Heard(Message::Declined)) => {
+                self.go(TakingBack, [Action::Journal(Record::TakenBack)])
+            }
 
             (Finishing, Event::Journalled(Record::Finished)) => self.go(
                 Discarding,
@@ -133,9 +133,7 @@ impl Source {
             // would be resumed.
             (Discarding, Event::Discarded | Event::VmmGone) => self.go(Gone, [Action::Forget]),
 
-            (Returning(outcome), Event::Resumed) => {
-                self.go(Kept, [Action::Forget, Action::Report(outcome)])
-            }
+            (Returning(outcome), Event::Resumed) => self.go(Kept, [Action::Forget, Action::Report(outcome)]),
             (Returning(outcome), Event::ResumeFailed) => self.go(Stuck(outcome), []),
             (Stuck(outcome), Event::Tick) => self.go(Returning(outcome), [Action::Resume]),
             (Returning(_) | Stuck(_), Event::VmmGone) => {

@@ -153,6 +153,31 @@ fn a_vmm_that_vanishes_while_starting_may_have_run() {
 }
 
 #[test]
+fn a_vmm_that_ends_before_it_was_told_to_run_never_ran() {
+    let to_starting = [
+        Event::Accepted,
+        Event::Loaded,
+        Event::Journalled(Record::Prepared),
+        Event::Message(Message::Commit),
+    ];
+    for length in 2..=to_starting.len() {
+        let mut destination = Destination::new();
+        for &event in &to_starting[..length] {
+            drop(destination.on(event));
+        }
+        assert_eq!(destination.on(Event::VmmGone), [Action::Journal(Record::Declined)]);
+        // What was still on its way to the journal changes nothing.
+        assert_eq!(destination.on(Event::Journalled(Record::Prepared)), []);
+        assert_eq!(destination.on(Event::Journalled(Record::Running)), []);
+        assert_eq!(
+            destination.on(Event::Journalled(Record::Declined)),
+            [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::TakenBack)]
+        );
+        assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
+    }
+}
+
+#[test]
 fn a_journal_that_refuses_is_tried_again() {
     let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
     assert_eq!(destination.on(Event::VmmGone), [Action::Journal(Record::Declined)]);

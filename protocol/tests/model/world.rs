@@ -1,6 +1,12 @@
 //! Two hosts and a network, as far as a handover can tell.
 
-use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
+
+mod host;
+mod steps;
+
+use host::{Half, Host, Vmm, bit};
+pub use steps::Step;
 
 /// How much may go wrong on one path. Loss, doubling and reordering of messages and lost
 /// connections are not counted: they may always happen.
@@ -42,101 +48,6 @@ pub enum Side {
     Destination,
 }
 
-/// One thing that happens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Step {
-    /// A message arrives, and may arrive again.
-    Deliver {
-        to: Side,
-        message: Message,
-    },
-    /// Whatever is on its way is lost.
-    LoseAll,
-    /// The journal gets to the next write.
-    Write {
-        at: Side,
-        fails: bool,
-    },
-    /// The VMM gets to the next command.
-    Obey {
-        at: Side,
-        fails: bool,
-    },
-    /// The daemon hears from its journal or VMM.
-    Hear {
-        at: Side,
-        event: Event,
-    },
-    /// The daemon notices something, or decides, by itself.
-    Local {
-        at: Side,
-        event: Event,
-    },
-    /// The source has sent the last pages and the state.
-    Capture,
-    /// The destination's VMM loads them.
-    Load {
-        fails: bool,
-    },
-    Crash(Side),
-    Restart(Side),
-    VmmEnds(Side),
-    /// The source's VMM loses its connection to a daemon that lives.
-    VmmDisconnects,
-    /// A paused VMM whose daemon went away resumes.
-    VmmResumesByItself,
-}
-
-impl Step {
-    /// Whether it needs no further trouble to happen.
-    pub fn is_fair(self) -> bool {
-        match self {
-            Self::LoseAll | Self::Crash(_) | Self::VmmEnds(_) | Self::VmmDisconnects => false,
-            Self::Write { fails, .. } | Self::Obey { fails, .. } | Self::Load { fails } => !fails,
-            Self::Local { event, .. } => event != Event::Cancel,
-            _ => true,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Vmm {
-    /// At the destination: waits for pages and state.
-    Incoming,
-    /// At the destination: has the state, waits for the word.
-    Loaded,
-    Running,
-    /// At the source: resumes by itself if its daemon goes away.
-    Paused,
-    /// At the source: waits for the word.
-    Relinquished,
-    Discarded,
-    Ended,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Half {
-    Source(Source),
-    Destination(Destination),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Host {
-    up: bool,
-    /// None: the daemon is down, or knows nothing of the migration.
-    half: Option<Half>,
-    journal: Option<Record>,
-    vmm: Vmm,
-    /// The VMM has lost its daemon and not acted on it yet.
-    orphaned: bool,
-    /// What has been asked of the journal and of the VMM, and what the daemon is to hear.
-    writes: Vec<Action>,
-    commands: Vec<Action>,
-    inbox: Vec<Event>,
-    /// Messages on their way to this host, one bit each.
-    arriving: u16,
-}
-
 /// A state of everything.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct World {
@@ -151,76 +62,6 @@ pub struct World {
     destination_ran: bool,
     /// `Running` was durable at the destination once.
     running_recorded: bool,
-}
-
-const MESSAGES: [Message; 9] = [
-    Message::Offer,
-    Message::Accept,
-    Message::Refuse,
-    Message::Ready,
-    Message::Commit,
-    Message::Running,
-    Message::Declined,
-    Message::Done,
-    Message::Abort,
-];
-
-impl Half {
-    fn on(&mut self, event: Event) -> Vec<Action> {
-        match self {
-            Self::Source(source) => source.on(event),
-            Self::Destination(destination) => destination.on(event),
-        }
-    }
-
-    fn phase(&self) -> Phase {
-        match self {
-            Self::Source(source) => source.phase(),
-            Self::Destination(destination) => destination.phase(),
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        match self {
-            Self::Source(source) => source.is_over(),
-            Self::Destination(destination) => destination.is_over(),
-        }
-    }
-}
-
-impl Host {
-    fn new(vmm: Vmm) -> Self {
-        Self {
-            up: true,
-            half: None,
-            journal: None,
-            vmm,
-            orphaned: false,
-            writes: Vec::new(),
-            commands: Vec::new(),
-            inbox: Vec::new(),
-            arriving: 0,
-        }
-    }
-
-    fn phase(&self) -> Option<Phase> {
-        self.half.map(|half| half.phase())
-    }
-
-    fn at_rest(&self) -> bool {
-        self.up
-            && self.half.is_none_or(|half| half.is_over())
-            && self.journal.is_none()
-            && self.writes.is_empty()
-            && self.commands.is_empty()
-            && self.inbox.is_empty()
-    }
-
-    fn hear(&mut self, event: Event) {
-        if self.up {
-            self.inbox.push(event);
-        }
-    }
 }
 
 impl World {
@@ -268,102 +109,6 @@ impl World {
             (Vmm::Ended, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) => Some(None),
             (Vmm::Discarded, Vmm::Ended) if self.running_recorded => Some(None),
             _ => None,
-        }
-    }
-
-    /// Everything that can happen next, and what comes of it.
-    pub fn steps(&self) -> Vec<(Step, Self)> {
-        let mut steps = Vec::new();
-        for side in [Side::Source, Side::Destination] {
-            self.host_steps(side, &mut steps);
-        }
-        self.guest_steps(&mut steps);
-        let mut after = Vec::with_capacity(steps.len());
-        for step in steps {
-            let mut world = self.clone();
-            world.take(step);
-            after.push((step, world));
-        }
-        after
-    }
-
-    fn host_steps(&self, at: Side, steps: &mut Vec<Step>) {
-        let host = self.host(at);
-        for (bit, message) in MESSAGES.into_iter().enumerate() {
-            if host.up && host.arriving >> bit & 1 == 1 {
-                steps.push(Step::Deliver { to: at, message });
-            }
-        }
-        if let Some(write) = host.writes.first() {
-            steps.push(Step::Write { at, fails: false });
-            if self.budget.journal > 0 && *write != Action::Forget {
-                steps.push(Step::Write { at, fails: true });
-            }
-        }
-        if let Some(command) = host.commands.first() {
-            steps.push(Step::Obey { at, fails: false });
-            let stands = matches!(host.vmm, Vmm::Loaded | Vmm::Paused | Vmm::Relinquished);
-            if self.budget.vmm > 0 && *command == Action::Resume && stands {
-                steps.push(Step::Obey { at, fails: true });
-            }
-        }
-        steps.extend(host.inbox.iter().map(|&event| Step::Hear { at, event }));
-        if host.half.is_some_and(|half| !half.is_over()) {
-            if self.fault != Fault::NeverRepeat {
-                steps.push(Step::Local { at, event: Event::Tick });
-            }
-            steps.push(Step::Local { at, event: Event::PeerLost });
-        }
-        if !host.up {
-            steps.push(Step::Restart(at));
-        } else if self.budget.crashes > 0 {
-            steps.push(Step::Crash(at));
-        }
-        if !matches!(host.vmm, Vmm::Discarded | Vmm::Ended) && self.budget.vmm > 0 {
-            steps.push(Step::VmmEnds(at));
-        }
-    }
-
-    fn guest_steps(&self, steps: &mut Vec<Step>) {
-        let (source, destination) = (&self.source, &self.destination);
-        if source.arriving | destination.arriving != 0 {
-            steps.push(Step::LoseAll);
-        }
-        if self.budget.cancel && source.half.is_some() {
-            steps.push(Step::Local { at: Side::Source, event: Event::Cancel });
-        }
-        match source.phase() {
-            Some(Phase::Copying) => {
-                steps.push(Step::Local { at: Side::Source, event: Event::SwitchOver });
-            }
-            Some(Phase::SwitchingOver) => {
-                let ready = source.vmm == Vmm::Paused
-                    || self.fault == Fault::SentBeforePause && source.vmm == Vmm::Running;
-                if ready && !self.captured {
-                    steps.push(Step::Capture);
-                }
-            }
-            _ => {}
-        }
-        match destination.phase() {
-            Some(Phase::Offering) => {
-                steps.push(Step::Local { at: Side::Destination, event: Event::Accepted });
-                steps.push(Step::Local { at: Side::Destination, event: Event::Refused });
-            }
-            Some(Phase::Copying) if self.captured && destination.vmm == Vmm::Incoming => {
-                steps.push(Step::Load { fails: false });
-                if self.budget.vmm > 0 {
-                    steps.push(Step::Load { fails: true });
-                }
-            }
-            _ => {}
-        }
-        if source.vmm == Vmm::Paused {
-            if source.orphaned {
-                steps.push(Step::VmmResumesByItself);
-            } else if source.up && self.budget.vmm > 0 {
-                steps.push(Step::VmmDisconnects);
-            }
         }
     }
 
@@ -468,6 +213,8 @@ impl World {
                 }
                 Action::Copy | Action::Report(_) => {}
             }
+            let host = self.host(at);
+            assert!(host.writes.len() + host.commands.len() < 12, "the same is asked for without end");
         }
     }
 
@@ -611,9 +358,4 @@ fn other(side: Side) -> Side {
         Side::Source => Side::Destination,
         Side::Destination => Side::Source,
     }
-}
-
-fn bit(message: Message) -> u16 {
-    let index = MESSAGES.iter().position(|&known| known == message);
-    1 << index.expect("every message is listed")
 }

@@ -33,10 +33,10 @@ Exit codes:
 #[command(name = "memlanectl", version, after_help = EXAMPLES, after_long_help = EXAMPLES)]
 pub struct Args {
     /// The daemon's API socket
-    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, display_order = 100, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
     /// Answer in JSON on stdout, one object or list a line
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 101)]
     pub json: bool,
     /// What to do.
     #[command(subcommand)]

@@ -77,7 +77,10 @@ impl Progress {
     /// Takes the bars away.
     pub fn finish(&mut self) {
         if let Self::Bars(bars) = self {
-            let _ = bars.all.clear();
+            // One by one: a bar that is dropped unfinished would draw itself once more.
+            for bar in bars.ports.values().chain([&bars.round, &bars.head]) {
+                bar.finish_and_clear();
+            }
         }
     }
 }
@@ -86,10 +89,10 @@ impl Bars {
     fn new() -> Self {
         let all = MultiProgress::new();
         let head = all.add(ProgressBar::new_spinner());
-        head.set_style(style("{spinner} {msg}"));
+        head.set_style(style("{spinner} {wide_msg}"));
         head.enable_steady_tick(Duration::from_millis(120));
         let round = all.add(ProgressBar::new(0));
-        round.set_style(style("  {prefix:<10} {bar:30} {msg}"));
+        round.set_style(style("  {prefix:<10} {bar:20} {wide_msg}"));
         Self { all, head, round, ports: BTreeMap::new() }
     }
 
@@ -106,7 +109,7 @@ impl Bars {
         for (name, port) in ports {
             let bar = self.ports.entry(name.to_owned()).or_insert_with(|| {
                 let bar = self.all.add(ProgressBar::new(0));
-                bar.set_style(style("  {prefix:<10} {bar:30} {msg}"));
+                bar.set_style(style("  {prefix:<10} {bar:20} {wide_msg}"));
                 bar.set_prefix(format!("port {name}"));
                 bar
             });

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
 use fake::Daemon;
-use memlaned::api::types::{CheckReport, Migration, Outcome, Phase};
+use memlaned::api::types::{CheckReport, Migration, Outcome};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -193,7 +193,7 @@ fn the_second_interrupt_leaves_and_the_migration_goes_on() {
     line.clear();
     err.read_line(&mut line).unwrap();
     assert!(line.contains("the migration goes on"), "{line}");
-    assert_eq!(daemon.phase_of("late1"), Some(Phase::Copying));
+    assert!(daemon.is_under_way("late1"));
 }
 
 #[test]

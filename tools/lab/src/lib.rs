@@ -16,6 +16,7 @@ mod network;
 mod process;
 mod rate;
 mod requirements;
+mod rig;
 mod wait;
 
 pub use cleanup::cleanup_on_signal;
@@ -25,4 +26,5 @@ pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
 pub use process::Process;
 pub use rate::Rate;
 pub use requirements::{Missing, Requirement, missing, skip, why_not};
+pub use rig::{Answer, Programs, Rig, RigOptions, Vmm};
 pub use wait::wait_for;

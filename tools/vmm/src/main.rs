@@ -237,7 +237,8 @@ fn backing(text: &str) -> Result<Backing, String> {
 
 /// An interface, such as `52:54:00:12:34:56@br0`.
 fn nic(text: &str) -> Result<Nic, String> {
-    let (address, network) = text.split_once('@').ok_or("write MAC@NETWORK, such as 52:54:00:12:34:56@br0")?;
+    let (address, network) =
+        text.split_once('@').ok_or("write MAC@NETWORK, such as 52:54:00:12:34:56@br0")?;
     let mut mac = [0; 6];
     let mut parts = address.split(':');
     for byte in &mut mac {

@@ -12,10 +12,12 @@ use memlane_protocol::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
 use crate::guest::{Layout, SYSTEM_PAGES};
-use crate::workload::{SLOTS, Stepper, Workload};
+use crate::workload::{SLOTS, Step, Stepper, Workload};
 
 /// Differences that a report lists.
 const LISTED: usize = 16;
+/// From this many steps for each slot of the working set on, replaying backwards is quicker.
+const MANY: u64 = 8;
 /// Pages that a thread compares at a time.
 const PIECE_PAGES: u64 = 16 << 10;
 
@@ -81,8 +83,8 @@ impl Oracle {
         }
     }
 
-    /// Replays up to these step counts, one for each vCPU. Only the steps since the last call
-    /// cost time, unless a count goes back.
+    /// Replays up to these step counts, one for each vCPU. What it costs is bounded by the size
+    /// of the working set, however many steps there are.
     pub fn advance(&mut self, steps: &[u64]) {
         let back = self.steppers.iter().zip(steps).any(|(stepper, steps)| stepper.done() > *steps);
         if self.model.is_empty() || back {
@@ -93,12 +95,7 @@ impl Oracle {
             for ((stepper, steps), part) in
                 self.steppers.iter_mut().zip(steps).zip(self.model.chunks_mut(each))
             {
-                scope.spawn(move || {
-                    while stepper.done() < *steps {
-                        let step = stepper.next();
-                        part[step.page as usize * SLOTS + step.slot] = step.value;
-                    }
-                });
+                scope.spawn(move || replay(stepper, *steps, part));
             }
         });
     }
@@ -111,7 +108,9 @@ impl Oracle {
         let next = std::sync::atomic::AtomicUsize::new(0);
         let work = || {
             let mut wrong = Wrong::default();
-            while let Some((pages, is_data)) = pieces.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+            while let Some((pages, is_data)) =
+                pieces.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+            {
                 self.compare_piece(ram, pages.clone(), *is_data, &mut wrong);
             }
             wrong
@@ -211,6 +210,32 @@ impl Oracle {
     }
 }
 
+/// Brings a part of the working set, and the stepper that it is the work of, to `steps`.
+fn replay(stepper: &mut Stepper, steps: u64, part: &mut [u64]) {
+    let place = |step: &Step| step.page as usize * SLOTS + step.slot;
+    let begin = stepper.done();
+    if steps - begin <= MANY * part.len() as u64 {
+        while stepper.done() < steps {
+            let step = stepper.next();
+            part[place(&step)] = step.value;
+        }
+        return;
+    }
+    // Only the last write to each slot counts: go backwards until every slot has had one.
+    let end = stepper.jump_to(steps);
+    let mut back = end.clone();
+    let mut written = vec![false; part.len()];
+    let mut left = part.len();
+    while left > 0 && back.done() > begin {
+        let step = back.back();
+        if !std::mem::replace(&mut written[place(&step)], true) {
+            part[place(&step)] = step.value;
+            left -= 1;
+        }
+    }
+    *stepper = end;
+}
+
 #[derive(Default)]
 struct Wrong {
     pages: u64,
@@ -258,6 +283,24 @@ fn pieces(pages: u64, data: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workload::{Fill, Pattern, Rate};
+
+    #[test]
+    fn replaying_backwards_gives_the_same() {
+        let fill = Fill { zero: 100, random: 0, compressible: 0 };
+        for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
+            let workload = Workload { seed: 3, pattern, rate: Rate::FlatOut, working_set_pages: 11, fill };
+            let (mut all, mut halves) = (vec![0; 11 * SLOTS], vec![0; 11 * SLOTS]);
+            let (mut one, mut two) = (workload.stepper(0, 1), workload.stepper(0, 1));
+            let steps = 100 * 11 * SLOTS as u64;
+            replay(&mut one, steps, &mut all);
+            for part in 1..=20 {
+                replay(&mut two, steps / 20 * part, &mut halves);
+            }
+            assert_eq!(one, two);
+            assert!(all == halves, "{pattern:?}");
+        }
+    }
 
     #[test]
     fn pieces_cover_every_page_once() {
@@ -265,7 +308,10 @@ mod tests {
         let mut at = 0;
         for (range, is_data) in &pieces {
             assert_eq!(range.start, at);
-            assert_eq!(*is_data, range.start < 10 || (20..60_000).contains(&range.start) || range.start == 99_999);
+            assert_eq!(
+                *is_data,
+                range.start < 10 || (20..60_000).contains(&range.start) || range.start == 99_999
+            );
             at = range.end;
         }
         assert_eq!(at, 100_000);

@@ -153,12 +153,8 @@ impl GuestVmm {
 
     /// A look at the guest.
     pub fn observer(&self) -> Observer {
-        let oracle = Oracle::new(
-            &self.layout,
-            &self.config.workload,
-            self.guest.image(),
-            self.guest.stops_anywhere(),
-        );
+        let oracle =
+            Oracle::new(&self.layout, &self.config.workload, self.guest.image(), self.guest.stops_anywhere());
         Observer {
             layout: self.layout.clone(),
             guest: Arc::clone(&self.guest),
@@ -290,7 +286,8 @@ impl Observer {
         let was_running = vmm.standing() == Standing::Running;
         vmm.pause().map_err(|error| error.to_string())?;
         oracle.advance(&steps(&self.ram, &self.layout));
-        let report = oracle.compare(&self.ram).map_err(|error| format!("cannot read the guest's memory: {error}"));
+        let report =
+            oracle.compare(&self.ram).map_err(|error| format!("cannot read the guest's memory: {error}"));
         if was_running {
             vmm.resume().map_err(|error| error.to_string())?;
         }
@@ -317,7 +314,12 @@ impl Standing {
 }
 
 /// Writes what is there before the first step. Pages of zeros are left as holes.
-fn write_memory(ram: &GuestRam, layout: &Layout, workload: &Workload, guest: &dyn Guest) -> Result<(), String> {
+fn write_memory(
+    ram: &GuestRam,
+    layout: &Layout,
+    workload: &Workload,
+    guest: &dyn Guest,
+) -> Result<(), String> {
     // A file that was there before may hold something.
     ram.punch(0..ram.pages()).map_err(|error| format!("cannot empty the guest's memory: {error}"))?;
     let image = guest.image();

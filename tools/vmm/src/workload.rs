@@ -116,6 +116,33 @@ impl Stepper {
         [self.random, self.done]
     }
 
+    /// A stepper as it will be when `done` steps are done, without doing them.
+    pub fn jump_to(&self, done: u64) -> Self {
+        // One step of the generator is a linear map over GF(2); its powers take few products.
+        let mut power = Linear::of(step);
+        let mut random = self.random;
+        let mut left = done.wrapping_sub(self.done);
+        while left != 0 {
+            if left & 1 == 1 {
+                random = power.apply(random);
+            }
+            left >>= 1;
+            power = power.squared();
+        }
+        let cursor = if self.pages == 0 { 0 } else { done % self.pages };
+        Self { random, done, cursor, ..self.clone() }
+    }
+
+    /// Undoes the last step, and tells what it was. There must be one.
+    pub fn back(&mut self) -> Step {
+        let value = self.random;
+        self.cursor = if self.cursor == 0 { self.pages - 1 } else { self.cursor - 1 };
+        self.done -= 1;
+        let step = self.place(value);
+        self.random = step_back(value);
+        step
+    }
+
     /// Number of steps done.
     pub fn done(&self) -> u64 {
         self.done
@@ -139,23 +166,63 @@ impl Stepper {
     /// Does the next step.
     #[expect(clippy::should_implement_trait, reason = "steps never end, so there is no Option")]
     pub fn next(&mut self) -> Step {
-        // xorshift64 (Marsaglia, "Xorshift RNGs", 2003).
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        let value = self.random;
+        self.random = step(self.random);
+        let place = self.place(self.random);
+        self.cursor = if self.cursor + 1 == self.pages { 0 } else { self.cursor + 1 };
+        self.done += 1;
+        place
+    }
+
+    /// Where a value goes, with the cursor as it is before the step.
+    fn place(&self, value: u64) -> Step {
         let upper = value >> 32;
         let page = if self.sequential {
-            let page = self.cursor;
-            self.cursor = if page + 1 == self.pages { 0 } else { page + 1 };
-            page
+            self.cursor
         } else if value >> 16 & 0xffff < self.hot_chance {
             (upper * self.hot_pages) >> 32
         } else {
             self.hot_pages + ((upper * (self.pages - self.hot_pages)) >> 32)
         };
-        self.done += 1;
         Step { page, slot: (value & (SLOTS as u64 - 1)) as usize, value }
+    }
+}
+
+/// xorshift64 (Marsaglia, "Xorshift RNGs", 2003).
+fn step(mut random: u64) -> u64 {
+    random ^= random << 13;
+    random ^= random >> 7;
+    random ^ random << 17
+}
+
+/// The inverse of [`step`]: shifts are undone from the last to the first, each by doubling.
+fn step_back(mut random: u64) -> u64 {
+    for shift in [17, 34] {
+        random ^= random << shift;
+    }
+    for shift in [7, 14, 28, 56] {
+        random ^= random >> shift;
+    }
+    for shift in [13, 26, 52] {
+        random ^= random << shift;
+    }
+    random
+}
+
+/// A linear map of 64 bits: what it makes of each.
+struct Linear([u64; 64]);
+
+impl Linear {
+    fn of(map: fn(u64) -> u64) -> Self {
+        Self(std::array::from_fn(|bit| map(1 << bit)))
+    }
+
+    fn apply(&self, value: u64) -> u64 {
+        let image = |bit: usize| if value >> bit & 1 == 1 { self.0[bit] } else { 0 };
+        (0..64).map(image).fold(0, std::ops::BitXor::bitxor)
+    }
+
+    fn squared(&self) -> Self {
+        Self(std::array::from_fn(|bit| self.apply(self.0[bit])))
     }
 }
 
@@ -279,6 +346,21 @@ mod tests {
             assert_eq!(resumed.next(), stepper.next());
         }
         assert_eq!(workload(Pattern::Uniform).stepper(0, 1).at([0, 5]), None);
+    }
+
+    #[test]
+    fn steps_can_be_skipped_and_undone() {
+        for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
+            let fresh = workload(pattern).stepper(0, 3);
+            let mut stepper = fresh.clone();
+            let steps: Vec<Step> = (0..5000).map(|_| stepper.next()).collect();
+            assert_eq!(fresh.jump_to(5000), stepper);
+            assert_eq!(fresh.jump_to(1234).jump_to(5000), stepper);
+            for step in steps.iter().rev() {
+                assert_eq!(stepper.back(), *step);
+            }
+            assert_eq!(stepper, fresh);
+        }
     }
 
     #[test]

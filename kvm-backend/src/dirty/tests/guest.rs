@@ -16,28 +16,31 @@ const CODE_ADDRESS: u64 = 0x1000;
 /// Page tables of long mode: PML4, PDPT, and a PD of 2 MiB pages, one after another.
 const TABLES_ADDRESS: u64 = 0x2000;
 
+/// Flags in which a user may use `out`: bit 1 is always set, bits 12 and 13 are the level.
+const IO_ALLOWED: u64 = 1 << 1 | 3 << 12;
+
 /// The mode that a vCPU runs in.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// 64 bits, with paging.
+    /// 64 bits, with paging, as a user: what every host can run by itself.
     Long,
-    /// 32 bits, without paging: some hosts can only emulate that.
+    /// 32 bits, without paging: what some hosts can only emulate.
     Protected,
 }
 
-/// The same in both modes. Counts in ebx and writes the count to random pages: at esi (any page of 8 MiB), and at
+/// The same in both modes. Counts in ebx and writes the count to random pages: at esi (any page of 32 MiB), and at
 /// 0x20000 to 0x3ffff. Every 256 turns it leaves by `out`.
 #[rustfmt::skip]
 const CODE: [u8; 52] = [
     0x69, 0xc0, 0x0d, 0x66, 0x19, 0x00, // again: imul eax, eax, 1664525
     0x05, 0x5f, 0xf3, 0x6e, 0x3c,       // add eax, 1013904223
     0x89, 0xc7,                         // mov edi, eax
-    0xc1, 0xef, 0x08,                   // shr edi, 8
-    0x81, 0xe7, 0x00, 0xf0, 0x7f, 0x00, // and edi, 0x7ff000
+    0xc1, 0xef, 0x04,                   // shr edi, 4
+    0x81, 0xe7, 0x00, 0xf0, 0xff, 0x01, // and edi, 0x1fff000
     0xff, 0xc3,                         // inc ebx
     0x89, 0x1c, 0x3e,                   // mov [esi + edi], ebx
     0x89, 0xc7,                         // mov edi, eax
-    0xc1, 0xef, 0x04,                   // shr edi, 4
+    0xc1, 0xef, 0x08,                   // shr edi, 8
     0x81, 0xe7, 0x00, 0xf0, 0x01, 0x00, // and edi, 0x1f000
     0x89, 0x9f, 0x00, 0x00, 0x02, 0x00, // mov [edi + 0x20000], ebx
     0x84, 0xdb,                         // test bl, bl
@@ -64,11 +67,11 @@ impl Guest {
         // SAFETY: `vm` is dropped before `ram`, or with the process.
         let slots = unsafe { ram.register(&vm, 0) }.unwrap();
         ram.memory().write_slice(&CODE, GuestAddress(CODE_ADDRESS)).unwrap();
-        for (table, entry) in [(0, TABLES_ADDRESS + 0x1003), (0x1000, TABLES_ADDRESS + 0x2003)] {
+        for (table, entry) in [(0, TABLES_ADDRESS + 0x1027), (0x1000, TABLES_ADDRESS + 0x2027)] {
             ram.memory().write_obj(entry, GuestAddress(TABLES_ADDRESS + table)).unwrap();
         }
-        for index in 0..16u64 {
-            let (large, address) = (index << 21 | 0x83, TABLES_ADDRESS + 0x2000 + index * 8);
+        for index in 0..24u64 {
+            let (large, address) = (index << 21 | 0xe7, TABLES_ADDRESS + 0x2000 + index * 8);
             ram.memory().write_obj(large, GuestAddress(address)).unwrap();
         }
         Some(Self { vm, ram, slots, vcpus: Vec::new() })
@@ -85,13 +88,15 @@ impl Guest {
             (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
             sregs.cr0 |= 1;
             if mode == Mode::Long {
-                (sregs.cs.l, sregs.cs.db) = (1, 0);
+                let user = |selector, segment| kvm_segment { selector, dpl: 3, ..segment };
+                sregs.cs = kvm_segment { l: 1, db: 0, ..user(0x33, sregs.cs) };
+                (sregs.ds, sregs.es, sregs.ss) = (user(0x2b, data), user(0x2b, data), user(0x2b, data));
                 (sregs.cr3, sregs.cr4, sregs.efer) = (TABLES_ADDRESS, 1 << 5, 1 << 8 | 1 << 10);
                 sregs.cr0 |= 1 << 31;
             }
             vcpu.set_sregs(&sregs).unwrap();
             let mut regs = vcpu.get_regs().unwrap();
-            (regs.rip, regs.rflags, regs.rax, regs.rbx) = (CODE_ADDRESS, 2, id + 1, 0);
+            (regs.rip, regs.rflags, regs.rax, regs.rbx) = (CODE_ADDRESS, IO_ALLOWED, id + 1, 0);
             regs.rsi = self.ram.regions()[1].address + 8 * id;
             vcpu.set_regs(&regs).unwrap();
             made(&vcpu);

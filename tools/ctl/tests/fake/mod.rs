@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -19,13 +19,13 @@ use tokio::time::sleep;
 /// A daemon on a socket of its own.
 pub struct Daemon {
     directory: TempDir,
-    end_preflight: std::sync::Arc<Notify>,
+    end_preflight: Arc<Notify>,
     preflight: mpsc::Receiver<()>,
 }
 
 struct Fake {
     migrations: RefCell<Vec<watch::Sender<Migration>>>,
-    end_preflight: std::sync::Arc<Notify>,
+    end_preflight: Arc<Notify>,
     preflight: mpsc::Sender<()>,
 }
 
@@ -33,7 +33,7 @@ impl Daemon {
     /// Starts it on a thread that lives as long as the test's process.
     pub fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (socket, end_preflight) = (directory.path().join("api.sock"), std::sync::Arc::new(Notify::new()));
+        let (socket, end_preflight) = (directory.path().join("api.sock"), Arc::new(Notify::new()));
         let (sender, preflight) = mpsc::channel();
         let (bound, is_bound) = mpsc::channel();
         let notify = end_preflight.clone();
@@ -57,11 +57,12 @@ impl Daemon {
         self.directory.path().join("api.sock")
     }
 
-    /// What the latest migration of a guest is doing, asked as anyone would.
-    pub fn phase_of(&self, guest: &str) -> Option<Phase> {
+    /// Whether the latest migration of a guest has not ended, asked as anyone would.
+    pub fn is_under_way(&self, guest: &str) -> bool {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let migrations = runtime.block_on(Client::new(self.socket()).migrations()).unwrap();
-        migrations.iter().rev().find(|migration| migration.guest == guest).map(|migration| migration.phase)
+        let latest = migrations.iter().rev().find(|migration| migration.guest == guest).unwrap();
+        latest.outcome.is_none()
     }
 
     /// Waits until the preflight of `slow1` has begun.

@@ -1,5 +1,5 @@
-//! The guest's program. It runs in 64-bit mode with interrupts off, without a stack, and at
-//! whatever address it is copied to.
+//! The guest's program. It runs in 64-bit mode at privilege level 3 with interrupts off, without a
+//! stack, and at whatever address it is copied to.
 //!
 //! It does what [`Stepper`](crate::workload::Stepper) does and reports what
 //! [`ControlBlock`] describes. Registers:

@@ -82,7 +82,8 @@ impl KvmGuest {
         for (index, vcpu) in (0..).zip(&vcpus) {
             set_cpuid(vcpu, &cpuid, index)?;
         }
-        let host = Capabilities::probe(&kvm, &vm, &vcpus[0], irqchip).map_err(failed("tell what it can restore"))?;
+        let host =
+            Capabilities::probe(&kvm, &vm, &vcpus[0], irqchip).map_err(failed("tell what it can restore"))?;
         let machine = match options.incoming {
             true => compat::describe_host(&kvm, &options.program, &options.without),
             false => {
@@ -108,7 +109,8 @@ impl KvmGuest {
                 Box::new(PagemapTracker::new(Arc::clone(ram)).map_err(failed("track pages"))?)
             }
             _ => Box::new(
-                LogTracker::new(Arc::clone(&vm), Arc::clone(ram), slots).map_err(failed("use the dirty log"))?,
+                LogTracker::new(Arc::clone(&vm), Arc::clone(ram), slots)
+                    .map_err(failed("use the dirty log"))?,
             ),
         };
 
@@ -154,7 +156,8 @@ impl KvmGuest {
     fn learn_clock(&self) -> Result<(), String> {
         let vcpu = lock(&self.vcpus[0]);
         let khz = vcpu.get_tsc_khz().map_err(failed("tell the TSC's frequency"))?;
-        let offset = tsc_offset(&vcpu).ok_or("this KVM does not tell the offset of the guest's TSC (Linux 5.16)")?;
+        let offset =
+            tsc_offset(&vcpu).ok_or("this KVM does not tell the offset of the guest's TSC (Linux 5.16)")?;
         self.clock.set(offset, khz);
         Ok(())
     }
@@ -251,7 +254,8 @@ fn set_registers(vcpu: &VcpuFd, layout: &Layout, index: u16) -> Result<(), Strin
     vcpu.set_sregs(&long_mode::special_registers(fresh)).map_err(failed("set special registers"))?;
     vcpu.set_regs(&long_mode::registers(layout, index)).map_err(failed("set registers"))?;
     // All but the first would wait for a start-up interrupt.
-    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(failed("make a vCPU runnable"))
+    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
+        .map_err(failed("make a vCPU runnable"))
 }
 
 fn failed<E: std::fmt::Display>(doing: &'static str) -> impl Fn(E) -> String {

@@ -200,9 +200,14 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        for (ram, vcpus, pages) in
-            [(4 << 20, 0, 9), (4 << 20, 9, 9), (3 << 20, 1, 9), (2 << 20, 1, 9), (4 << 20, 2, 1), (4 << 20, 1, 513)]
-        {
+        for (ram, vcpus, pages) in [
+            (4 << 20, 0, 9),
+            (4 << 20, 9, 9),
+            (3 << 20, 1, 9),
+            (2 << 20, 1, 9),
+            (4 << 20, 2, 1),
+            (4 << 20, 1, 513),
+        ] {
             assert!(layout(ram, false, vcpus, pages).is_err(), "{ram} {vcpus} {pages}");
         }
         assert!(layout(512 << 30, false, 1, 9).is_err());

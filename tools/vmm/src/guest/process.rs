@@ -216,8 +216,7 @@ impl Progress {
             last = now;
         }
         if self.left == 0 {
-            let credit =
-                block.credit.load(Ordering::Relaxed) + block.per_period.load(Ordering::Relaxed);
+            let credit = block.credit.load(Ordering::Relaxed) + block.per_period.load(Ordering::Relaxed);
             block.credit.store(credit & u64::from(u32::MAX), Ordering::Relaxed);
             self.left = credit >> 32;
         }

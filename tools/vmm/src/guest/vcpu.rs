@@ -15,8 +15,8 @@ use memlane_kvm::vcpu::complete_io;
 use rustix::io::Errno;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::code::SLEEP_PORT;
 use super::clock::TscClock;
+use super::code::SLEEP_PORT;
 use super::{ControlBlock, Layout};
 use crate::gate::Gate;
 
@@ -98,7 +98,10 @@ impl Vcpu {
                     return Err(format!("the guest crashed (triple fault){}", place(vcpu)));
                 }
                 Ok(VcpuExit::FailEntry(reason, _)) => {
-                    return Err(format!("the processor refused to run the guest, reason {reason:#x}{}", place(vcpu)));
+                    return Err(format!(
+                        "the processor refused to run the guest, reason {reason:#x}{}",
+                        place(vcpu)
+                    ));
                 }
                 Ok(other) => {
                     let exit = format!("{other:?}");

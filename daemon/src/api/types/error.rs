@@ -1,0 +1,76 @@
+//! Errors.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What the API answers when it cannot do as it was told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// What kind of error it is, for programs.
+    pub code: ErrorCode,
+    /// What went wrong and what can be done, for people.
+    pub message: String,
+}
+
+/// Kinds of errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// No such route (404).
+    UnknownRoute,
+    /// The route exists, but not for this method (405).
+    UnknownMethod,
+    /// No guest of this name is attached (404).
+    UnknownGuest,
+    /// No peer of this name is configured (404).
+    UnknownHost,
+    /// No migration of this identity is remembered (404).
+    UnknownMigration,
+    /// The guest is already being moved (409).
+    AlreadyMoving,
+    /// The preflight found a reason not to move the guest (409).
+    Refused,
+    /// The migration cannot be cancelled any more (409).
+    TooLate,
+    /// The request is not understood, or a value is out of range (400).
+    Invalid,
+    /// The body is too large (413).
+    TooLarge,
+    /// The request did not arrive in time (408).
+    Slow,
+    /// The daemon cannot do it now (503).
+    Unavailable,
+    /// The daemon failed (500).
+    Internal,
+}
+
+/// The body of every answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ApiError,
+}
+
+impl ApiError {
+    /// An error of this kind.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+impl ErrorCode {
+    /// The status of the HTTP answer.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::UnknownRoute | Self::UnknownGuest | Self::UnknownHost | Self::UnknownMigration => 404,
+            Self::UnknownMethod => 405,
+            Self::Slow => 408,
+            Self::AlreadyMoving | Self::Refused | Self::TooLate => 409,
+            Self::TooLarge => 413,
+            Self::Internal => 500,
+            Self::Unavailable => 503,
+        }
+    }
+}

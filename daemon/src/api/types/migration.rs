@@ -1,0 +1,259 @@
+//! How a migration goes.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Identity of a migration on both hosts: 32 hexadecimal digits.
+pub type MigrationName = String;
+
+/// One migration, under way or ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Migration {
+    /// Identity, the same on both hosts.
+    pub id: MigrationName,
+    /// Name of the guest.
+    pub guest: String,
+    /// Name of the destination.
+    pub host: String,
+    /// Which half of it this daemon does.
+    pub role: Role,
+    /// What is being done now.
+    pub phase: Phase,
+    /// How it ended; `null` while it is under way.
+    pub outcome: Option<Outcome>,
+    /// Why it ended so, or what it waits for.
+    pub reason: Option<String>,
+    /// Name of the host where the guest runs; `null` while it stands still.
+    pub guest_runs_at: Option<String>,
+    /// When the order was taken, in seconds since 1970-01-01T00:00:00Z.
+    pub started_at_unix_seconds: f64,
+    /// From the order to the end, or until now.
+    pub total_seconds: f64,
+    /// Longest pause allowed.
+    pub downtime_limit_seconds: f64,
+    /// From the guest's last instruction at the source to its first at the destination, as
+    /// measured between the daemons.
+    pub downtime_seconds: Option<f64>,
+    /// What the pause would take now, or was expected to take when it began.
+    pub downtime_predicted_seconds: Option<f64>,
+    /// The terms of that prediction.
+    pub forecast: Option<Forecast>,
+    /// Whether digests of all RAM were equal at both ends; `null` where they were not compared.
+    pub digest_verified: Option<bool>,
+    /// Pages of the guest.
+    pub pages_total: u64,
+    /// Pages yet to be sent in this round.
+    pub pages_remaining: u64,
+    /// Bytes on the wire, headers included.
+    pub bytes_sent: u64,
+    /// Pages sent with their contents; a page sent twice counts twice.
+    pub pages_sent: u64,
+    /// Pages sent as zeroes, without contents.
+    pub zero_pages: u64,
+    /// Pages sent as holes, without being read.
+    pub hole_pages: u64,
+    /// What all lanes deliver together, measured lately.
+    pub bandwidth_bytes_per_second: f64,
+    /// Rounds so far; the last one may be under way.
+    pub rounds: Vec<Round>,
+    /// Lanes, on all ports.
+    pub lanes: Vec<Lane>,
+    /// Time that it took to begin to track the guest's writes.
+    pub tracking_start_seconds: Option<f64>,
+    /// Bytes of the VMM's state, without RAM.
+    pub vmm_state_bytes: Option<u64>,
+    /// Time that the VMM took to save its state.
+    pub save_seconds: Option<f64>,
+    /// Time that the destination's VMM took to load it.
+    pub load_seconds: Option<f64>,
+}
+
+/// Which half of a migration a daemon does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It sends the guest.
+    #[default]
+    Source,
+    /// It takes the guest.
+    Destination,
+}
+
+/// What a migration is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Finds out whether the guest can move.
+    #[default]
+    Preflight,
+    /// Opens lanes, begins to track writes.
+    Preparing,
+    /// Sends pages while the guest runs.
+    Copying,
+    /// The guest stands still: the last pages and the VMM's state are sent.
+    SwitchingOver,
+    /// The guest belongs to the destination, which starts it.
+    Committing,
+    /// Ended; see the outcome.
+    Ended,
+}
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Completed,
+    /// The guest runs on at the source.
+    Failed,
+    /// Cancelled by an operator: the guest runs on at the source.
+    Cancelled,
+    /// It never began.
+    Refused,
+}
+
+/// The terms of a predicted downtime; they add up to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Forecast {
+    /// Sending the pages that remain.
+    pub remaining_seconds: f64,
+    /// Round trips between the daemons.
+    pub round_trip_seconds: f64,
+    /// Saving, sending and loading the VMM's state.
+    pub state_seconds: f64,
+    /// Letting the vCPUs go.
+    pub resume_seconds: f64,
+    /// Comparing digests, where that was ordered.
+    pub verify_seconds: f64,
+    /// What earlier predictions were short by.
+    pub margin_seconds: f64,
+}
+
+/// One pass of pre-copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Round {
+    /// Its number, from 1.
+    pub round: u32,
+    /// Pages that were dirty when it began.
+    pub pages: u64,
+    /// Bytes that it put on the wire.
+    pub bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Pages that the guest wrote meanwhile.
+    pub dirtied_pages: u64,
+}
+
+/// One TCP stream of a migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Lane {
+    /// Name of the port that it is bound to.
+    pub port: String,
+    /// Its number within the migration.
+    pub lane: u16,
+    /// Address and port here.
+    pub local: String,
+    /// Address and port at the other host.
+    pub remote: String,
+    /// Bytes that it carried.
+    pub bytes: u64,
+    /// Bytes of these that the network card read from the guest's memory.
+    pub zero_copy_bytes: u64,
+    /// Bytes of these that the kernel copied.
+    pub copied_bytes: u64,
+    /// What it delivers, measured lately.
+    pub bytes_per_second: f64,
+    /// How it is.
+    pub state: LaneState,
+}
+
+/// How a lane is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LaneState {
+    /// Being connected.
+    #[default]
+    Connecting,
+    /// Carries pages.
+    Up,
+    /// Lost; the other lanes carry its share.
+    Lost,
+    /// Closed in good order.
+    Closed,
+}
+
+impl Migration {
+    /// A migration of which nothing is done yet.
+    pub fn new(id: impl Into<MigrationName>, guest: impl Into<String>, host: impl Into<String>) -> Self {
+        Self {
+            id: id.into(),
+            guest: guest.into(),
+            host: host.into(),
+            role: Role::default(),
+            phase: Phase::default(),
+            outcome: None,
+            reason: None,
+            guest_runs_at: None,
+            started_at_unix_seconds: 0.0,
+            total_seconds: 0.0,
+            downtime_limit_seconds: 0.0,
+            downtime_seconds: None,
+            downtime_predicted_seconds: None,
+            forecast: None,
+            digest_verified: None,
+            pages_total: 0,
+            pages_remaining: 0,
+            bytes_sent: 0,
+            pages_sent: 0,
+            zero_pages: 0,
+            hole_pages: 0,
+            bandwidth_bytes_per_second: 0.0,
+            rounds: Vec::new(),
+            lanes: Vec::new(),
+            tracking_start_seconds: None,
+            vmm_state_bytes: None,
+            save_seconds: None,
+            load_seconds: None,
+        }
+    }
+}
+
+impl Outcome {
+    /// As it stands in JSON and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+impl Phase {
+    /// For people.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Preflight => "preflight",
+            Self::Preparing => "preparing",
+            Self::Copying => "copying",
+            Self::SwitchingOver => "switching over",
+            Self::Committing => "committing",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}

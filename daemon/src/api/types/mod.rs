@@ -1,0 +1,12 @@
+//! What the API says and takes, shared by the daemon, `memlanectl` and whoever writes a client in
+//! Rust. Field names carry their units; a field that is `null` is not known (yet).
+
+mod error;
+mod host;
+mod migration;
+mod order;
+
+pub use error::{ApiError, ErrorBody, ErrorCode};
+pub use host::{GuestInfo, NicInfo, PeerInfo, PortInfo, Standing, Status};
+pub use migration::{Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Role, Round};
+pub use order::{CheckReport, Estimate, Finding, Order, PortCheck, Severity};

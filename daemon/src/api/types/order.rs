@@ -1,0 +1,97 @@
+//! What is ordered, and what a dry run of it finds.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// An order: move this guest to that host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// Name of the guest.
+    pub guest: String,
+    /// Name of the destination, one of the peers.
+    pub host: String,
+    /// Longest pause that the guest may see; default: the daemon's `limits.downtime`.
+    #[serde(default)]
+    pub downtime_limit_seconds: Option<f64>,
+    /// The order is refused where the ports cannot deliver this; default: the daemon's
+    /// `limits.min_bandwidth`.
+    #[serde(default)]
+    pub min_bandwidth_bits_per_second: Option<u64>,
+    /// Compare digests of all RAM at both ends before the guest is handed over. The guest
+    /// stands still meanwhile, so the limit applies to the rest of the pause only.
+    #[serde(default)]
+    pub verify: bool,
+    /// Rounds after which the order fails if the pause would still be too long; default: the
+    /// daemon's `limits.max_rounds`.
+    #[serde(default)]
+    pub max_rounds: Option<u32>,
+}
+
+/// What a dry run of an order found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CheckReport {
+    /// Whether the order would be accepted: no finding is `refused`.
+    pub ok: bool,
+    /// Name of the guest.
+    pub guest: String,
+    /// Name of the destination.
+    pub host: String,
+    /// What was looked at, in order.
+    pub findings: Vec<Finding>,
+    /// Pairs of ports, ours and the destination's.
+    pub ports: Vec<PortCheck>,
+    /// What the move would take.
+    pub estimate: Estimate,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What was looked at, in a word or two: `memory`, `cpuid`, `port a`.
+    pub what: String,
+    /// What was found.
+    pub detail: String,
+    /// What the operator can do about it.
+    pub remedy: Option<String>,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// As it should be.
+    Ok,
+    /// The order would run, but not as well as it could.
+    Warning,
+    /// The order would be refused.
+    Refused,
+}
+
+/// Whether a port of this host reaches its counterpart.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PortCheck {
+    /// Name of the port here.
+    pub port: String,
+    /// Name of the port at the destination.
+    pub peer_port: String,
+    /// Whether a connection could be made.
+    pub reachable: bool,
+    /// Round trip of the connection.
+    pub round_trip_seconds: Option<f64>,
+}
+
+/// What a move would take.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Estimate {
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Bytes of RAM that are not holes.
+    pub data_bytes: u64,
+    /// What the ports deliver together, if they have been measured or their speed is known.
+    pub bytes_per_second: Option<f64>,
+    /// Time for one pass over the data.
+    pub seconds: Option<f64>,
+}

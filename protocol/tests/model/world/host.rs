@@ -1,0 +1,116 @@
+//! One host: a daemon with its half of the handover, a journal and a VMM.
+
+use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Vmm {
+    /// At the destination: waits for pages and state.
+    Incoming,
+    /// At the destination: has the state, waits for the word.
+    Loaded,
+    Running,
+    /// At the source: resumes by itself if its daemon goes away.
+    Paused,
+    /// At the source: waits for the word.
+    Relinquished,
+    Discarded,
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Half {
+    Source(Source),
+    Destination(Destination),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Host {
+    pub up: bool,
+    /// None: the daemon is down, or knows nothing of the migration.
+    pub half: Option<Half>,
+    pub journal: Option<Record>,
+    pub vmm: Vmm,
+    /// The VMM has lost its daemon and not acted on it yet.
+    pub orphaned: bool,
+    /// What has been asked of the journal and of the VMM, and what the daemon is to hear.
+    pub writes: Vec<Action>,
+    pub commands: Vec<Action>,
+    pub inbox: Vec<Event>,
+    /// Messages on their way to this host, one bit each.
+    pub arriving: u16,
+}
+
+impl Half {
+    pub fn on(&mut self, event: Event) -> Vec<Action> {
+        match self {
+            Self::Source(source) => source.on(event),
+            Self::Destination(destination) => destination.on(event),
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        match self {
+            Self::Source(source) => source.phase(),
+            Self::Destination(destination) => destination.phase(),
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        match self {
+            Self::Source(source) => source.is_over(),
+            Self::Destination(destination) => destination.is_over(),
+        }
+    }
+}
+
+impl Host {
+    pub fn new(vmm: Vmm) -> Self {
+        Self {
+            up: true,
+            half: None,
+            journal: None,
+            vmm,
+            orphaned: false,
+            writes: Vec::new(),
+            commands: Vec::new(),
+            inbox: Vec::new(),
+            arriving: 0,
+        }
+    }
+
+    pub fn phase(&self) -> Option<Phase> {
+        self.half.map(|half| half.phase())
+    }
+
+    pub fn at_rest(&self) -> bool {
+        self.up
+            && self.half.is_none_or(|half| half.is_over())
+            && self.journal.is_none()
+            && self.writes.is_empty()
+            && self.commands.is_empty()
+            && self.inbox.is_empty()
+    }
+
+    pub fn hear(&mut self, event: Event) {
+        if self.up {
+            self.inbox.push(event);
+        }
+    }
+}
+/// In the order of their bits in [`Host::arriving`].
+pub const MESSAGES: [Message; 9] = [
+    Message::Offer,
+    Message::Accept,
+    Message::Refuse,
+    Message::Ready,
+    Message::Commit,
+    Message::Running,
+    Message::Declined,
+    Message::Done,
+    Message::Abort,
+];
+
+pub fn bit(message: Message) -> u16 {
+    let index = MESSAGES.iter().position(|&known| known == message);
+    1 << index.expect("every message is listed")
+}

@@ -1,0 +1,349 @@
+//! Memlane itself in a lab: a daemon on each host, guests attached to them, and orders.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::host::Host;
+use crate::lab::{HostId, Lab, LabOptions};
+use crate::process::Process;
+use crate::wait::wait_for;
+
+/// Longest wait for a daemon or a VMM to come up, on a machine that is busy with other things.
+const START: Duration = Duration::from_secs(60);
+/// Longest wait for an answer of a VMM: it may have to replay a long run.
+const ANSWER: Duration = Duration::from_secs(300);
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    directory: PathBuf,
+}
+
+/// Two hosts with a daemon each.
+#[derive(Debug)]
+pub struct Rig {
+    programs: Programs,
+    /// Keys to add to both configurations, before their tables.
+    keys: String,
+    /// Tables to add to both configurations.
+    tables: String,
+    speed: Option<String>,
+    daemons: [Option<Process>; 2],
+    started: u32,
+    // Dropped last, after everything that runs in it.
+    lab: Lab,
+}
+
+/// What is to be different from host to host, or from the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct RigOptions {
+    /// The hosts and their ports.
+    pub lab: LabOptions,
+    /// Keys to add to both configurations, before their tables.
+    pub keys: String,
+    /// Tables to add to both configurations, such as `[limits]`.
+    pub tables: String,
+}
+
+/// A running `memlane-vmm`.
+#[derive(Debug)]
+pub struct Vmm {
+    process: Process,
+    control: PathBuf,
+}
+
+/// What `memlanectl` said.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its exit code.
+    pub code: i32,
+    /// Lines of JSON on stdout.
+    pub json: Vec<Value>,
+    /// Everything else that it said, for messages.
+    pub text: String,
+}
+
+impl Programs {
+    /// Builds `memlaned`, `memlanectl` and `memlane-vmm` with cargo, unless they are up to date.
+    ///
+    /// # Errors
+    ///
+    /// If cargo fails.
+    pub fn build(release: bool) -> Result<Self> {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut command = Command::new(cargo);
+        command.current_dir(&workspace).args(["build", "--quiet", "--locked"]);
+        command.args(["--package", "memlaned", "--package", "memlanectl", "--package", "memlane-vmm"]);
+        if release {
+            command.arg("--release");
+        }
+        ensure!(command.status().context("running cargo build")?.success(), "cargo build failed");
+        let target = match std::env::var_os("CARGO_TARGET_DIR") {
+            Some(target) => workspace.join(target),
+            None => workspace.join("target"),
+        };
+        let directory = target.join(if release { "release" } else { "debug" });
+        let directory = directory.canonicalize().context("looking for what cargo has built")?;
+        Ok(Self { directory })
+    }
+
+    fn path(&self, program: &str) -> PathBuf {
+        self.directory.join(program)
+    }
+}
+
+impl Rig {
+    /// Makes the hosts and starts both daemons.
+    ///
+    /// # Errors
+    ///
+    /// If the lab cannot be made, or a daemon does not come up.
+    pub fn new(programs: &Programs, options: RigOptions) -> Result<Self> {
+        let RigOptions { lab, keys, tables } = options;
+        let speed = lab.port_rate.map(|rate| format!("{}bit", rate.bits_per_second()));
+        let lab = Lab::new(lab)?;
+        let (programs, daemons) = (programs.clone(), [None, None]);
+        let mut rig = Self { programs, keys, tables, speed, daemons, started: 0, lab };
+        for id in [HostId::A, HostId::B] {
+            rig.write_config(id, "")?;
+            rig.start_daemon(id)?;
+        }
+        Ok(rig)
+    }
+
+    /// The hosts.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The daemon of a host.
+    ///
+    /// # Panics
+    ///
+    /// If it has been stopped.
+    pub fn daemon(&mut self, id: HostId) -> &mut Process {
+        self.daemons[id as usize].as_mut().expect("the daemon has been started")
+    }
+
+    /// Where a host's daemon listens for orders.
+    pub fn api_socket(&self, id: HostId) -> PathBuf {
+        self.lab.host(id).directory().join("api.sock")
+    }
+
+    /// A host's configuration file.
+    pub fn config_file(&self, id: HostId) -> PathBuf {
+        self.lab.host(id).directory().join("memlaned.toml")
+    }
+
+    /// Writes a host's configuration anew, with `more` at its end. For the next start.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn write_config(&self, id: HostId, more: &str) -> Result<()> {
+        let other = if id == HostId::A { HostId::B } else { HostId::A };
+        let text = self.config(self.lab.host(id), self.lab.host(other)) + more;
+        let file = self.config_file(id);
+        std::fs::write(&file, text).with_context(|| format!("writing {}", file.display()))
+    }
+
+    fn config(&self, host: &Host, peer: &Host) -> String {
+        let directory = host.directory().display();
+        let mut text = format!(
+            "insecure = true\nhost = \"{name}\"\ncontrol = \"{control}\"\n\
+             api_socket = \"{directory}/api.sock\"\nattach_socket = \"{directory}/attach.sock\"\n\
+             journal = \"{directory}/journal\"\nmetrics = \"127.0.0.1:9410\"\n{keys}\n\
+             [[peer]]\nname = \"{peer}\"\ncontrol = \"{peer_control}\"\n",
+            name = host.name(),
+            control = host.control_address(),
+            keys = self.keys,
+            peer = peer.name(),
+            peer_control = peer.control_address(),
+        );
+        for port in host.ports() {
+            let (interface, address) = (&port.interface, port.address);
+            text += &format!(
+                "[[port]]\nname = \"{interface}\"\ninterface = \"{interface}\"\naddress = \"{address}\"\n"
+            );
+            if let Some(speed) = &self.speed {
+                text += &format!("speed = \"{speed}\"\n");
+            }
+        }
+        if let Some(bridge) = host.bridge() {
+            text += &format!("[[network]]\nname = \"lan\"\nbridge = \"{}\"\n", bridge.interface);
+        }
+        text + &self.tables
+    }
+
+    /// Starts a host's daemon; one that runs is killed first.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up; the end of its log is in the error.
+    pub fn start_daemon(&mut self, id: HostId) -> Result<()> {
+        self.stop_daemon(id)?;
+        let (host, file) = (self.lab.host(id), self.config_file(id));
+        let mut command = host.command(self.programs.path("memlaned"));
+        command.arg("--config").arg(file);
+        let mut daemon = host.spawn("memlaned", command)?;
+        let socket = self.api_socket(id);
+        let up = wait_for("the daemon", START, || {
+            (!daemon.is_running() || UnixStream::connect(&socket).is_ok()).then_some(())
+        });
+        up.with_context(|| daemon.log_tail())?;
+        ensure!(daemon.is_running(), "memlaned has ended:\n{}", daemon.log_tail());
+        self.daemons[id as usize] = Some(daemon);
+        Ok(())
+    }
+
+    /// Kills a host's daemon (SIGKILL), as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be killed.
+    pub fn stop_daemon(&mut self, id: HostId) -> Result<()> {
+        if let Some(mut daemon) = self.daemons[id as usize].take() {
+            daemon.kill()?;
+        }
+        Ok(())
+    }
+
+    /// Starts a VMM on a host with `arguments` besides those that attach it, and waits until
+    /// the daemon knows its guest.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up; the end of its log is in the error.
+    pub fn start_vmm(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<Vmm> {
+        let mut vmm = self.start_vmm_unattended(id, name, arguments)?;
+        let attached = wait_for("the guest", START, || {
+            let guests = self.ctl(id, &["guests"]).ok()?;
+            let known = guests.json.iter().any(|list| {
+                list.as_array().is_some_and(|guests| guests.iter().any(|guest| guest["name"] == name))
+            });
+            (known || !vmm.process.is_running()).then_some(())
+        });
+        attached.with_context(|| vmm.process.log_tail())?;
+        ensure!(vmm.process.is_running(), "memlane-vmm has ended:\n{}", vmm.process.log_tail());
+        Ok(vmm)
+    }
+
+    /// As [`Rig::start_vmm`], but returns at once.
+    ///
+    /// # Errors
+    ///
+    /// If the program cannot be started.
+    pub fn start_vmm_unattended(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<Vmm> {
+        self.started += 1;
+        let host = self.lab.host(id);
+        let control = host.directory().join(format!("vmm{}.sock", self.started));
+        let mut command = host.command(self.programs.path("memlane-vmm"));
+        command.args(["--name", name]).arg("--attach").arg(host.directory().join("attach.sock"));
+        command.arg("--control").arg(&control).args(arguments);
+        let process = host.spawn(&format!("vmm{}", self.started), command)?;
+        Ok(Vmm { process, control })
+    }
+
+    /// A `memlanectl` command for a host's daemon.
+    pub fn ctl_command(&self, id: HostId, arguments: &[&str]) -> Command {
+        let mut command = self.lab.host(id).command(self.programs.path("memlanectl"));
+        command.arg("--socket").arg(self.api_socket(id)).args(arguments);
+        command
+    }
+
+    /// Runs `memlanectl --json` against a host's daemon.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be run, or is killed. Its own failures are in the answer's code.
+    pub fn ctl(&self, id: HostId, arguments: &[&str]) -> Result<Answer> {
+        let mut command = self.ctl_command(id, &["--json"]);
+        let Output { status, stdout, stderr } =
+            command.args(arguments).output().context("running memlanectl")?;
+        let stdout = String::from_utf8_lossy(&stdout);
+        let json = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let text = format!("{stdout}{}", String::from_utf8_lossy(&stderr));
+        Ok(Answer { code: status.code().context("memlanectl was killed")?, json, text })
+    }
+}
+
+impl Answer {
+    /// The last object.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn last(&self) -> Result<&Value> {
+        self.json.last().with_context(|| format!("memlanectl printed no JSON: {}", self.text))
+    }
+}
+
+impl Vmm {
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// How the guest is doing.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer.
+    pub fn stats(&mut self) -> Result<Value> {
+        self.ask("stats")
+    }
+
+    /// Forgets the stalls so far.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer.
+    pub fn reset_stalls(&mut self) -> Result<()> {
+        self.ask("reset-stalls").map(drop)
+    }
+
+    /// Compares all of the guest's RAM with the model.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer.
+    pub fn verify(&mut self) -> Result<Value> {
+        self.ask("verify")
+    }
+
+    /// Ends the VMM.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn quit(mut self) -> Result<()> {
+        self.ask("quit")?;
+        ensure!(self.process.wait_timeout(START)?.is_some(), "memlane-vmm does not end");
+        Ok(())
+    }
+
+    fn ask(&mut self, what: &str) -> Result<Value> {
+        let asked = || -> Result<Value> {
+            let mut stream =
+                wait_for("the VMM's control socket", START, || UnixStream::connect(&self.control).ok())?;
+            stream.set_read_timeout(Some(ANSWER))?;
+            stream.write_all(format!("{{\"do\":\"{what}\"}}\n").as_bytes())?;
+            let mut line = String::new();
+            BufReader::new(stream).read_line(&mut line)?;
+            let mut answer: Value = serde_json::from_str(&line).context("the VMM's answer is no JSON")?;
+            match answer.get("error") {
+                Some(error) => bail!("{error}"),
+                None => Ok(answer["ok"].take()),
+            }
+        };
+        let failed = || format!("asking {} for {what}", self.process.name());
+        asked().with_context(failed).map_err(|error| error.context(self.process.log_tail()))
+    }
+}
