@@ -10,7 +10,7 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
@@ -196,6 +196,25 @@ fn events_tell_what_changes_and_end_with_the_outcome() {
         // One that has ended is told at once.
         let mut events = client.events("00ff").await.unwrap();
         assert!(events.next().await.unwrap().unwrap().outcome.is_some());
+    });
+}
+
+#[test]
+fn prometheus_reads_metrics_over_tcp_and_nothing_else() {
+    with_server(|fake, _| async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::task::spawn_local(server::serve_metrics(listener, fake));
+        for (path, status) in [("/metrics", 200), ("/v1/status", 404), ("/v1/migrations/00ff", 404)] {
+            let stream = TcpStream::connect(address).await.unwrap();
+            let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+            tokio::spawn(connection);
+            let request = Request::builder().uri(path).body(Full::new(Bytes::new())).unwrap();
+            let answer = sender.send_request(request).await.unwrap();
+            assert_eq!(answer.status().as_u16(), status, "{path}");
+            let body = answer.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body == "memlane_guests 1\n", status == 200, "{path}: {body:?}");
+        }
     });
 }
 

@@ -42,10 +42,10 @@ pub struct Sender {
     /// Number of the last frame that the destination has.
     acknowledged: u64,
     /// Sent or being sent, oldest first, not yet acknowledged.
-    window: VecDeque<Box<Slot>>,
+    window: VecDeque<Slot>,
     /// Acknowledged, but the kernel may still look at them.
-    lingering: Vec<Box<Slot>>,
-    spare: Vec<Box<Slot>>,
+    lingering: Vec<Slot>,
+    spare: Vec<Slot>,
     window_bytes: u64,
     /// The newest frame of the window is still being handed to the kernel.
     sending: bool,
@@ -190,8 +190,8 @@ impl Sender {
         } else {
             opcode::SendMsg::new(fd, message).flags(flags).build()
         };
-        // SAFETY: head, table and message stay in their boxed slot until the frame is both
-        // acknowledged and released by the kernel; guest memory outlives the lane; and the
+        // SAFETY: the message and its head lie on the heap and are left alone until the frame is
+        // both acknowledged and released by the kernel; guest memory outlives the lane; and the
         // socket is shut down and the ring dropped before any of them.
         unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
             .map_err(LaneError::io("submit a frame"))?;
@@ -267,7 +267,8 @@ impl Sender {
     fn retire(&mut self) {
         let handed_over = self.sequence - u64::from(self.sending);
         let done = self.acknowledged.min(handed_over);
-        while let Some(slot) = self.window.pop_front_if(|slot| slot.sequence <= done) {
+        while self.window.front().is_some_and(|slot| slot.sequence <= done) {
+            let slot = self.window.pop_front().expect("the front was there");
             for run in &slot.runs {
                 let pages = run.pages.end - run.pages.start;
                 match run.content {
@@ -305,8 +306,8 @@ impl Sender {
 }
 
 impl Slot {
-    fn new() -> Box<Self> {
-        Box::new(Self {
+    fn new() -> Self {
+        Self {
             sequence: 0,
             runs: Vec::with_capacity(MAX_RUNS),
             head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
@@ -314,7 +315,7 @@ impl Slot {
             payload_bytes: 0,
             zero_copy: false,
             notifications: 0,
-        })
+        }
     }
 }
 

@@ -17,8 +17,10 @@ pub struct LaneStats {
     pub zero_copy_bytes: AtomicU64,
     /// Payload bytes that the kernel copied.
     pub copied_bytes: AtomicU64,
-    /// The lane has ended.
+    /// The lane has ended,
     pub ended: AtomicBool,
+    /// and not in good order.
+    pub lost: AtomicBool,
 }
 
 impl LaneStats {

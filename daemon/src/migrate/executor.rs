@@ -198,7 +198,7 @@ impl Executor {
             let _ = reply.send(message);
             return None;
         }
-        let Some(word) = self.word(message) else { return None };
+        let word = self.word(message)?;
         if let Some(link) = &self.link {
             // A broken link is noticed by whoever listens to it.
             let _ = link.send(&word).await;

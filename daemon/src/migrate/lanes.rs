@@ -106,7 +106,10 @@ impl Lanes {
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             match work(thread_stats.clone(), thread_socket) {
                 LaneError::HungUp => info!(port = %port_name, lane = number, %remote, "lane closed"),
-                error => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
+                error => {
+                    warn!(port = %port_name, lane = number, %remote, %error, "lane lost");
+                    thread_stats.lost.store(true, Ordering::Release);
+                }
             }
             thread_stats.ended.store(true, Ordering::Release);
             running.send_modify(|running| *running -= 1);
@@ -122,11 +125,15 @@ impl Lanes {
         self.lanes.push(Lane { port, number, local, remote, socket, stats, counted, meter, rate });
     }
 
-    /// Ends all connections; returns when no thread touches guest memory any more.
-    pub async fn close(&self) {
+    /// Ends all connections at once; what it returns is done when no thread touches guest
+    /// memory any more.
+    pub fn close(&self) -> impl Future<Output = ()> + use<> {
         self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
-        // The sender is our own, so the wait cannot fail.
-        let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
+        let mut running = self.running.subscribe();
+        async move {
+            // The last thread drops the last sender, and then there is nothing to wait for.
+            let _ = running.wait_for(|running| *running == 0).await;
+        }
     }
 
     /// Whether every lane has ended.
@@ -188,7 +195,11 @@ impl Drop for Lanes {
 impl Lane {
     fn view(&self) -> LaneView {
         let stats = &self.stats;
-        let ended = stats.ended.load(Ordering::Acquire);
+        let state = match (stats.ended.load(Ordering::Acquire), stats.lost.load(Ordering::Acquire)) {
+            (false, _) => LaneState::Up,
+            (true, false) => LaneState::Closed,
+            (true, true) => LaneState::Lost,
+        };
         LaneView {
             port: self.port.to_string(),
             lane: self.number,
@@ -198,7 +209,7 @@ impl Lane {
             zero_copy_bytes: stats.zero_copy_bytes.load(Ordering::Relaxed),
             copied_bytes: stats.copied_bytes.load(Ordering::Relaxed),
             bytes_per_second: self.rate,
-            state: if ended { LaneState::Lost } else { LaneState::Up },
+            state,
         }
     }
 

@@ -1,5 +1,6 @@
 //! What is found out before anything moves, on both hosts.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use memlane_kvm::compat;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::attach::{MigrationId, Standing};
-use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
+use memlane_protocol::wire::control::{Control, MAX_REFUSALS, Offer, Port, Refusal, Respect};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
 use super::lanes::LaneEnd;
@@ -327,7 +328,20 @@ pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
         let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
         refusals.push(refusal(Respect::Port, reason));
     }
-    if refusals.is_empty() { Ok(guest) } else { Err(refusals) }
+    if refusals.is_empty() { Ok(guest) } else { Err(shorten(refusals)) }
+}
+
+/// What fits into one answer: a VMM of another kind may differ in hundreds of registers.
+fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
+    if refusals.len() > MAX_REFUSALS {
+        // One of each respect first, so that the cut leaves something of all of them.
+        let mut seen = HashSet::new();
+        refusals.sort_by_key(|refusal| !seen.insert(refusal.what));
+        let left_out = refusals.len() - (MAX_REFUSALS - 1);
+        refusals.truncate(MAX_REFUSALS - 1);
+        refusals.push(Refusal { what: Respect::Machine, reason: format!("and {left_out} more") });
+    }
+    refusals
 }
 
 /// Why this host's memory does not do, if it does not.

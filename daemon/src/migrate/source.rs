@@ -150,7 +150,8 @@ impl Run {
                 self.stage = None;
             }
         }
-        self.copying.lanes.borrow().close().await;
+        let closed = self.copying.lanes.borrow().close();
+        closed.await;
     }
 
     /// Starts a stage, or reports the end.

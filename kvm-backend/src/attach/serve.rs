@@ -120,6 +120,7 @@ impl Attached {
         let mut wait = BACK_OFF.0;
         let mut last_error = String::new();
         loop {
+            self.run_on();
             let mut welcomed = false;
             let ended = self.attach_once(&mut welcomed);
             self.run_on();

@@ -42,6 +42,9 @@ pub(super) struct Session<'a> {
     all_armed: bool,
 }
 
+/// A packet's bytes and descriptors.
+type Packet = (Vec<u8>, Vec<OwnedFd>);
+
 /// What a request gives: two values, and a descriptor for the daemon.
 type Outcome = Result<([u64; 2], Option<OwnedFd>), VmmError>;
 
@@ -204,8 +207,7 @@ impl<'a> Session<'a> {
 
     fn pause(&mut self) -> Result<(), VmmError> {
         self.ownership.pausing();
-        let mut vmm = self.lock();
-        vmm.pause()
+        self.lock().pause()
     }
 
     fn send(&self, message: &FromVmm, descriptor: Option<&OwnedFd>) -> Result<(), AttachError> {
@@ -215,7 +217,7 @@ impl<'a> Session<'a> {
     }
 
     /// The next packet; `None` when asked to stop.
-    fn receive(&self, patience: Option<Duration>) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, AttachError> {
+    fn receive(&self, patience: Option<Duration>) -> Result<Option<Packet>, AttachError> {
         let mut ready =
             [PollFd::new(&self.socket, PollFlags::IN), PollFd::from_borrowed_fd(self.stop, PollFlags::IN)];
         let deadline = patience.map(|patience| Timespec::try_from(patience).unwrap_or_default());

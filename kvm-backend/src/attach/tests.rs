@@ -1,1 +1,443 @@
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use memlane_protocol::wire::attach::{
+    FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, Standing, ToVmm, VERSIONS,
+};
+use memlane_protocol::wire::machine::{Machine, TrackerKind};
+use memlane_protocol::{PAGE_SIZE, PageSet};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::*;
+use crate::dirty::TrackError;
+use crate::packet;
+use crate::ram::Backing;
+use crate::shared::SharedWords;
+
+const PAGES: u64 = 8;
+const MIGRATION: [u8; 16] = [7; 16];
+
+/// A VMM without a guest, which notes what was asked of it.
+struct Fake {
+    ram: Arc<GuestRam>,
+    tracker: FakeTracker,
+    running: bool,
+    discarded: bool,
+    state: Vec<u8>,
+    phases: Vec<TrackingPhase>,
+    fails: Option<&'static str>,
+}
+
+#[derive(Default)]
+struct FakeTracker {
+    on: bool,
+    armed: u64,
+}
+
+impl DirtyTracker for FakeTracker {
+    fn kind(&self) -> TrackerKind {
+        TrackerKind::Log
+    }
+
+    fn start(&mut self) -> Result<(), TrackError> {
+        self.on = true;
+        Ok(())
+    }
+
+    fn arm(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
+        if pages.end > PAGES {
+            return Err(TrackError::Range { pages, limit: PAGES });
+        }
+        self.armed += pages.end - pages.start;
+        Ok(())
+    }
+
+    fn armed(&self) -> u64 {
+        self.armed
+    }
+
+    fn harvest(&mut self, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
+        Ok(into.insert_range(2..5))
+    }
+
+    fn stop(&mut self) -> Result<(), TrackError> {
+        (self.on, self.armed) = (false, 0);
+        Ok(())
+    }
+}
+
+impl Fake {
+    fn outcome(&self, what: &str) -> Result<(), VmmError> {
+        if self.fails == Some(what) { Err(format!("cannot {what}").into()) } else { Ok(()) }
+    }
+}
+
+impl Vmm for Fake {
+    fn shape(&self) -> GuestShape {
+        GuestShape {
+            name: "web1".parse().unwrap(),
+            tracker: TrackerKind::Log,
+            machine: Machine {
+                vmm: "fake".parse().unwrap(),
+                state_version: 1,
+                vcpus: 1,
+                features: 0,
+                tsc_khz: 0,
+                xcr0: 0,
+                xsave_bytes: 0,
+                cpuid: Vec::new(),
+                msrs: Vec::new(),
+            },
+            regions: self.ram.regions().to_vec(),
+            nics: Vec::new(),
+        }
+    }
+
+    fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    fn tracker(&mut self) -> &mut dyn DirtyTracker {
+        &mut self.tracker
+    }
+
+    fn pause(&mut self) -> Result<(), VmmError> {
+        self.running = false;
+        self.outcome("pause")
+    }
+
+    fn resume(&mut self) -> Result<(), VmmError> {
+        self.outcome("resume")?;
+        self.running = true;
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, VmmError> {
+        self.outcome("save")?;
+        Ok(self.state.clone())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), VmmError> {
+        self.outcome("load")?;
+        self.state = state.to_vec();
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        self.discarded = true;
+    }
+
+    fn tracking_changed(&mut self, phase: TrackingPhase) {
+        self.phases.push(phase);
+    }
+}
+
+/// A daemon's attach socket, and the VMM that is kept attached to it.
+struct Bench {
+    listener: OwnedFd,
+    vmm: Arc<Mutex<Fake>>,
+    attachment: Option<Attachment>,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(standing: Standing) -> Self {
+        Self::with(standing, false)
+    }
+
+    fn with(standing: Standing, refusal_is_final: bool) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("attach.sock");
+        let listener =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+        rustix::net::listen(&listener, 4).unwrap();
+        let layout = [(0, 4 * PAGE_SIZE), (1 << 20, 4 * PAGE_SIZE)];
+        let vmm = Arc::new(Mutex::new(Fake {
+            ram: Arc::new(GuestRam::create(&layout, &Backing::Memfd).unwrap()),
+            tracker: FakeTracker::default(),
+            running: standing == Standing::Running,
+            discarded: false,
+            state: b"registers".to_vec(),
+            phases: Vec::new(),
+            fails: None,
+        }));
+        let attachment = Some(serve(Options { socket, standing, refusal_is_final }, vmm.clone()).unwrap());
+        Self { listener, vmm, attachment, _directory: directory }
+    }
+
+    /// Takes the next connection and its greeting.
+    fn accept(&self) -> (Daemon, Hello) {
+        wait_for(self.listener.as_fd());
+        let daemon = Daemon(rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap());
+        let (message, descriptors) = daemon.receive().expect("a greeting");
+        let FromVmm::Hello(hello) = message else { panic!("{message:?}") };
+        assert_eq!((hello.oldest, hello.newest), VERSIONS);
+        let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
+        assert_eq!(GuestRam::map(regions).unwrap().pages(), PAGES);
+        (daemon, hello)
+    }
+
+    fn welcome(&self) -> (Daemon, Hello) {
+        let (daemon, hello) = self.accept();
+        daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
+        (daemon, hello)
+    }
+
+    fn is_running(&self) -> bool {
+        self.vmm.lock().unwrap().running
+    }
+
+    fn ended(&mut self) -> Ended {
+        self.attachment.take().unwrap().wait()
+    }
+}
+
+/// The daemon's end of a connection.
+struct Daemon(OwnedFd);
+
+impl Daemon {
+    fn send(&self, message: &ToVmm, descriptors: &[BorrowedFd<'_>]) {
+        packet::send(&self.0, &message.encode(), descriptors).unwrap();
+    }
+
+    /// The next message, or `None` where the VMM has closed the connection.
+    fn receive(&self) -> Option<(FromVmm, Vec<OwnedFd>)> {
+        wait_for(self.0.as_fd());
+        let mut buffer = vec![0; MAX_PACKET_BYTES];
+        match packet::recv(&self.0, &mut buffer) {
+            Ok((0, _)) | Err(_) => None,
+            Ok((len, descriptors)) => Some((FromVmm::decode(&buffer[..len]).unwrap(), descriptors)),
+        }
+    }
+
+    fn ask_with(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> (Result<[u64; 2], String>, Vec<OwnedFd>) {
+        let id = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_nsec as u32;
+        self.send(&ToVmm::Request { id, request }, descriptors);
+        let (message, descriptors) = self.receive().expect("a reply");
+        let FromVmm::Reply(Reply { id: replied, outcome }) = message else { panic!("{message:?}") };
+        assert_eq!(replied, id);
+        (outcome, descriptors)
+    }
+
+    fn ask(&self, request: Request) -> Result<[u64; 2], String> {
+        let (outcome, descriptors) = self.ask_with(request, &[]);
+        assert!(descriptors.is_empty());
+        outcome
+    }
+
+    fn refused(&self, request: Request, part: &str) {
+        let reason = self.ask(request).unwrap_err();
+        assert!(reason.contains(part), "{request:?}: {reason}");
+    }
+}
+
+fn wait_for(fd: BorrowedFd<'_>) {
+    let mut ready = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let patience = Timespec::try_from(Duration::from_secs(20)).unwrap();
+    let found = rustix::io::retry_on_intr(|| rustix::event::poll(&mut ready, Some(&patience))).unwrap();
+    assert_eq!(found, 1, "nothing came");
+}
+
+fn memfd(bytes: &[u8]) -> File {
+    let file = File::from(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.write_all_at(bytes, 0).unwrap();
+    file
+}
+
+#[test]
+fn a_guest_is_tracked_saved_and_given_up() {
+    let mut bench = Bench::new(Standing::Running);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!((hello.standing, hello.migration), (Standing::Running, [0; 16]));
+    daemon.refused(Request::Harvest, "not been started");
+    let (outcome, descriptors) = daemon.ask_with(Request::StartTracking, &[]);
+    assert_eq!(outcome, Ok([0, 0]));
+    let words = SharedWords::map(&descriptors[0], PageSet::words_needed(PAGES)).unwrap();
+    let dirty = PageSet::over(PAGES, words).unwrap();
+    daemon.refused(Request::StartTracking, "already");
+    daemon.refused(Request::Arm { first: 4, pages: 5 }, "lie outside");
+    daemon.refused(Request::Arm { first: u64::MAX, pages: 1 }, "beyond");
+    daemon.ask(Request::Arm { first: 0, pages: 5 }).unwrap();
+    daemon.ask(Request::Arm { first: 5, pages: 3 }).unwrap();
+    assert_eq!(daemon.ask(Request::Harvest).unwrap()[1], 3);
+    assert_eq!(dirty.next_run(0, PAGES), Some(2..5));
+    assert_eq!(bench.vmm.lock().unwrap().phases, [TrackingPhase::Started, TrackingPhase::Armed]);
+
+    daemon.refused(Request::Save, "paused first");
+    daemon.refused(Request::Relinquish { migration: MIGRATION }, "paused first");
+    daemon.refused(Request::Discard, "not relinquished");
+    let paused_at = daemon.ask(Request::Pause).unwrap()[0];
+    assert!(paused_at > 0 && !bench.is_running());
+    let (outcome, descriptors) = daemon.ask_with(Request::Save, &[]);
+    let mut state = String::new();
+    File::from(descriptors.into_iter().next().unwrap()).read_to_string(&mut state).unwrap();
+    assert_eq!((outcome.unwrap()[0], state.as_str()), (9, "registers"));
+    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+
+    // The daemon goes away: tracking ends, and the guest stays paused.
+    drop(daemon);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!((hello.standing, hello.migration), (Standing::Relinquished, MIGRATION));
+    assert!(!bench.is_running() && !bench.vmm.lock().unwrap().tracker.on);
+    assert_eq!(bench.vmm.lock().unwrap().phases.last(), Some(&TrackingPhase::Stopped));
+    daemon.refused(Request::StartTracking, "given up");
+    daemon.refused(Request::Relinquish { migration: [8; 16] }, "another migration");
+    daemon.ask(Request::Discard).unwrap();
+    assert!(matches!(bench.ended(), Ended::Discarded));
+    assert!(bench.vmm.lock().unwrap().discarded && !bench.is_running());
+}
+
+#[test]
+fn a_guest_that_was_given_up_runs_again_only_when_told() {
+    let bench = Bench::new(Standing::Running);
+    let (daemon, _) = bench.welcome();
+    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+    daemon.ask(Request::Resume).unwrap();
+    assert!(bench.is_running());
+    drop(daemon);
+    let (_daemon, hello) = bench.welcome();
+    assert_eq!((hello.standing, hello.migration), (Standing::Running, [0; 16]));
+}
+
+#[test]
+fn a_paused_guest_runs_on_without_its_daemon() {
+    let bench = Bench::new(Standing::Running);
+    let (daemon, _) = bench.welcome();
+    daemon.ask_with(Request::StartTracking, &[]).0.unwrap();
+    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(Request::Pause).unwrap();
+    drop(daemon);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!(hello.standing, Standing::Running);
+    assert!(bench.is_running() && !bench.vmm.lock().unwrap().tracker.on);
+
+    // A pause that fails half way is undone too, and so is one whose undoing fails at first.
+    bench.vmm.lock().unwrap().fails = Some("pause");
+    daemon.refused(Request::Pause, "cannot pause");
+    assert!(!bench.is_running());
+    bench.vmm.lock().unwrap().fails = Some("resume");
+    drop(daemon);
+    let (daemon, _) = bench.welcome();
+    assert!(!bench.is_running());
+    bench.vmm.lock().unwrap().fails = None;
+    drop(daemon);
+    bench.welcome();
+    assert!(bench.is_running());
+}
+
+#[test]
+fn ending_the_attachment_lets_a_paused_guest_run() {
+    let mut bench = Bench::new(Standing::Running);
+    let (daemon, _) = bench.welcome();
+    daemon.ask(Request::Pause).unwrap();
+    assert!(matches!(bench.attachment.take().unwrap().stop(), Ended::Stopped));
+    assert!(bench.is_running() && daemon.receive().is_none());
+}
+
+#[test]
+fn an_awaited_guest_arrives_and_runs_when_told() {
+    let bench = Bench::new(Standing::Incoming);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!(hello.standing, Standing::Incoming);
+    for request in [Request::Resume, Request::Pause, Request::Save, Request::StartTracking] {
+        daemon.refused(request, "no guest has arrived");
+    }
+    let state = memfd(b"arrived");
+    let load = Request::Load { bytes: 7 };
+    daemon.refused(load, "0 descriptors came with it instead of 1");
+    let (two, _) = daemon.ask_with(load, &[state.as_fd(), state.as_fd()]);
+    assert!(two.unwrap_err().contains("2 descriptors"));
+    let (short, _) = daemon.ask_with(Request::Load { bytes: 8 }, &[state.as_fd()]);
+    assert!(short.unwrap_err().contains("7 bytes, not 8"));
+    let (pipe, _end) = rustix::pipe::pipe().unwrap();
+    let (no_file, _) = daemon.ask_with(load, &[pipe.as_fd()]);
+    assert!(no_file.unwrap_err().contains("no memfd"));
+    bench.vmm.lock().unwrap().fails = Some("load");
+    assert_eq!(daemon.ask_with(load, &[state.as_fd()]).0, Err("cannot load".into()));
+    bench.vmm.lock().unwrap().fails = None;
+
+    // Lost before anything is loaded: it is awaited as before.
+    drop(daemon);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!(hello.standing, Standing::Incoming);
+    daemon.ask_with(load, &[state.as_fd()]).0.unwrap();
+    assert_eq!(bench.vmm.lock().unwrap().state, b"arrived");
+    let (again, _) = daemon.ask_with(load, &[state.as_fd()]);
+    assert!(again.unwrap_err().contains("has not run yet"));
+    daemon.refused(Request::Prepare { migration: [0; 16] }, "all zeros");
+    daemon.ask(Request::Prepare { migration: MIGRATION }).unwrap();
+    drop(daemon);
+    let (daemon, hello) = bench.welcome();
+    assert_eq!((hello.standing, hello.migration), (Standing::Loaded, MIGRATION));
+    assert!(!bench.is_running());
+    daemon.ask(Request::Resume).unwrap();
+    assert!(bench.is_running());
+    drop(daemon);
+    assert_eq!(bench.welcome().1.standing, Standing::Running);
+}
+
+#[test]
+fn daemons_that_make_no_sense_are_left_and_tried_again() {
+    let bench = Bench::new(Standing::Running);
+    let greetings: [&[u8]; 4] = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        &[0; MAX_PACKET_BYTES + 1],
+        &ToVmm::Welcome { version: VERSIONS.1 + 1 }.encode(),
+        &ToVmm::Request { id: 1, request: Request::Pause }.encode(),
+    ];
+    for greeting in greetings {
+        let (daemon, _) = bench.accept();
+        packet::send(&daemon.0, greeting, &[]).unwrap();
+        assert!(daemon.receive().is_none());
+    }
+    let (daemon, _) = bench.accept();
+    daemon.send(&ToVmm::Refused { reason: "the name is taken".into() }, &[]);
+    assert!(daemon.receive().is_none());
+
+    // Descriptors that no request asked for are refused with it, and do not pile up.
+    let (daemon, _) = bench.welcome();
+    let (reply, _) = daemon.ask_with(Request::Pause, &[daemon.0.as_fd()]);
+    assert!(reply.unwrap_err().contains("1 descriptors") && bench.is_running());
+    // Nonsense in the middle counts as a lost connection.
+    daemon.ask(Request::Pause).unwrap();
+    daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
+    assert!(daemon.receive().is_none());
+    bench.welcome();
+    assert!(bench.is_running());
+}
+
+#[test]
+fn a_refusal_is_final_where_the_caller_says_so() {
+    let mut bench = Bench::with(Standing::Running, true);
+    let (daemon, _) = bench.accept();
+    daemon.send(&ToVmm::Refused { reason: "no room".into() }, &[]);
+    assert!(matches!(bench.ended(), Ended::Refused(reason) if reason == "no room"));
+}
+
+#[test]
+fn no_daemon_is_no_error_but_a_wrong_standing_is() {
+    let vmm = Bench::new(Standing::Running).vmm.clone();
+    let options = |standing| Options {
+        socket: PathBuf::from("/nonexistent/attach.sock"),
+        standing,
+        refusal_is_final: true,
+    };
+    let attachment = serve(options(Standing::Running), vmm.clone()).unwrap();
+    assert!(!attachment.is_finished());
+    drop(attachment);
+    assert!(serve(options(Standing::Loaded), vmm).is_err());
+}

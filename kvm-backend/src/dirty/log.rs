@@ -116,6 +116,7 @@ impl DirtyTracker for LogTracker {
     fn start(&mut self) -> Result<(), TrackError> {
         if !self.started {
             self.armed.clear();
+            self.ram.marks().clear();
             self.log(true).inspect_err(|_| {
                 // Best effort: the error that matters is the first.
                 let _ = self.log(false);

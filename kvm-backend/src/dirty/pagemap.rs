@@ -23,9 +23,9 @@ use crate::ram::GuestRam;
 use crate::shared::SharedWords;
 use crate::userfault::{Faults, Userfault, UserfaultError, WRITE_PROTECT_ASYNC};
 
-/// Pages protected in one call (16 MiB): KVM drops its own mappings of the whole range, and a
+/// Pages protected in one call (4 MiB): KVM drops its own mappings of the whole range, and a
 /// vCPU that faults there has to wait.
-const PIECE_PAGES: u64 = 4096;
+const PIECE_PAGES: u64 = 1024;
 
 /// Written pages no further apart than this are protected again in one call. A call costs
 /// about as much as KVM's mapping some tens of clean pages anew.
@@ -178,6 +178,7 @@ impl DirtyTracker for PagemapTracker {
     fn start(&mut self) -> Result<(), TrackError> {
         if self.userfault.is_none() {
             self.armed.clear();
+            self.ram.marks().clear();
             let userfault = open_userfault()?;
             // Closing it on an early return takes back what is registered by then.
             for (_, piece) in self.ram.pieces(0..self.ram.pages()) {

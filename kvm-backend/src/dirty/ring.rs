@@ -159,6 +159,7 @@ impl DirtyTracker for RingTracker {
     fn start(&mut self) -> Result<(), TrackError> {
         if !self.started {
             self.armed.clear();
+            self.handle.0.ram.marks().clear();
             self.switch(true).inspect_err(|_| {
                 // Best effort: the error that matters is the first.
                 let _ = self.switch(false);

@@ -403,7 +403,8 @@ fn decode_state(reader: &mut Reader<'_>) -> Result<Control, WireError> {
     }
     let bytes = reader.bytes("piece of a state", count, MAX_STATE_CHUNK_BYTES)?;
     if offset > total || count > total - offset {
-        return Err(WireError::TooLarge { what: "end of a piece of state", found: offset, limit: total });
+        let found = offset.saturating_add(count);
+        return Err(WireError::TooLarge { what: "end of a piece of state", found, limit: total });
     }
     let (found, computed) = (raw.checksum.get(), crc32c::crc32c(bytes));
     if found != computed {

@@ -81,7 +81,7 @@ impl Run {
 /// Returns the payload's length in bytes.
 ///
 /// # Panics
-/// If the runs break the limits above, which the sender keeps.
+/// If the runs break the limits above or one is empty; the sender keeps them.
 pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Option<u32>) -> u64 {
     let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
     assert!(runs.len() <= MAX_RUNS && payload_bytes <= MAX_PAYLOAD_BYTES, "frame over its limits");
@@ -98,11 +98,13 @@ pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Opt
         },
     );
     for run in runs {
+        let pages = run.pages.end.saturating_sub(run.pages.start);
+        assert!((1..=MAX_ZERO_PAGES).contains(&pages), "run over its limits");
         put(
             out,
             &RawRun {
                 first: run.pages.start.into(),
-                pages: ((run.pages.end - run.pages.start) as u32).into(),
+                pages: (pages as u32).into(),
                 content: match run.content {
                     Content::Data => DATA,
                     Content::Zero => ZERO,

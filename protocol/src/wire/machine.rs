@@ -216,7 +216,7 @@ impl GuestShape {
                 xcr0: raw.xcr0.get(),
                 xsave_bytes: raw.xsave_bytes.get(),
                 cpuid: cpuid.to_vec(),
-                msrs: msrs.iter().map(|msr| msr.get()).collect(),
+                msrs: check_msrs(msrs)?,
             },
             regions: check_regions(regions)?,
             nics: nics
@@ -242,6 +242,17 @@ impl TrackerKind {
             .into_iter()
             .find(|kind| *kind as u8 == number)
             .ok_or(WireError::Unknown { what: "dirty tracker", found: number.into() })
+    }
+}
+
+/// Each MSR once and in ascending order, so that a list can be searched.
+fn check_msrs(raw: &[U32]) -> Result<Vec<u32>, WireError> {
+    let msrs: Vec<u32> = raw.iter().map(|msr| msr.get()).collect();
+    match msrs.windows(2).find(|pair| pair[0] >= pair[1]) {
+        Some(pair) => {
+            Err(WireError::Value { what: "the next MSR of an ascending list", found: pair[1].into() })
+        }
+        None => Ok(msrs),
     }
 }
 

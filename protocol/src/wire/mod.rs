@@ -170,3 +170,6 @@ pub(crate) fn put_text(out: &mut Vec<u8>, text: &str) {
     }
     out.extend_from_slice(&text.as_bytes()[..end]);
 }
+
+#[cfg(test)]
+mod tests;

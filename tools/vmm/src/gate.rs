@@ -1,5 +1,6 @@
 //! [`Gate`]: how all vCPU threads are brought to stand still, and let go.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -61,10 +62,13 @@ impl Gate {
         }
     }
 
-    /// For a thread: it ends, because of a failure if `failure` says so.
-    pub fn leave(&self, failure: Option<String>) {
+    /// For a thread: runs `work`, which ends because of a failure if it says so, or panics. After
+    /// that nobody waits for the thread any more.
+    pub fn leave_after(&self, work: impl FnOnce() -> Option<String>) {
+        let result = catch_unwind(AssertUnwindSafe(work));
         let mut state = self.lock();
         state.threads -= 1;
+        let failure = result.unwrap_or_else(|_| Some("a vCPU's thread panicked".into()));
         state.failure = state.failure.take().or(failure);
         self.changed.notify_all();
     }

@@ -183,7 +183,7 @@ impl Flags {
         if self.nic.len() > MAX_NICS {
             bail!("a guest can have {MAX_NICS} network interfaces, not {}", self.nic.len());
         }
-        let working_set = self.working_set.unwrap_or(self.ram / 4);
+        let working_set = self.working_set.unwrap_or(self.ram / 4 / PAGE_SIZE * PAGE_SIZE);
         if !working_set.is_multiple_of(PAGE_SIZE) {
             bail!("the working set must be whole pages of 4KiB");
         }

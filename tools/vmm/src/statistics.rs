@@ -98,7 +98,8 @@ impl Notes {
     pub fn look_for_tracking_stall(&mut self, ram: &GuestRam, layout: &Layout, now: &Reading) {
         let (Some(start), end) = self.tracking else { return };
         let end = end.unwrap_or(u64::MAX);
-        let overlap = |stall: &StallSeen| stall.realtime_ns < end && stall.realtime_ns + stall.ns > start;
+        let overlap =
+            |stall: &StallSeen| stall.realtime_ns < end && stall.realtime_ns.saturating_add(stall.ns) > start;
         let longest = blocks(ram, layout)
             .flat_map(|(vcpu, block)| remembered(vcpu, block, 0, now))
             .filter(overlap)
@@ -174,7 +175,7 @@ fn remembered<'a>(
         StallSeen {
             vcpu,
             realtime_ns: now.realtime.saturating_sub(age),
-            monotonic_ns: now.monotonic as i64 - age as i64,
+            monotonic_ns: now.monotonic.cast_signed().saturating_sub_unsigned(age),
             ns: now.nanoseconds(slot.ticks.load(Ordering::Relaxed)),
         }
     })

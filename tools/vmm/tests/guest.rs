@@ -1,10 +1,11 @@
 //! Guests of both kinds run, are compared with the model, and move from one VMM to another
 //! within this process.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memlane_kvm::attach::{TrackingPhase, Vmm};
 use memlane_kvm::compat;
@@ -13,6 +14,7 @@ use memlane_kvm::shared::SharedWords;
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use memlane_vmm::control::{self, Client};
+use memlane_vmm::guest::{ControlBlock, Layout};
 use memlane_vmm::vmm::{Config, GuestVmm, Standing};
 use memlane_vmm::workload::{Fill, Pattern, Rate, Workload};
 
@@ -58,9 +60,24 @@ fn vmm(test: &str, config: Config) -> Option<GuestVmm> {
     }
 }
 
+/// Lets the guest run for a time.
 fn run_for(vmm: &mut GuestVmm, milliseconds: u64) {
     vmm.resume().unwrap();
     sleep(Duration::from_millis(milliseconds));
+    vmm.pause().unwrap();
+}
+
+/// Lets the guest run for a time, and until every vCPU has done steps, however busy the host is.
+fn run_on(vmm: &mut GuestVmm, milliseconds: u64) {
+    let observer = vmm.observer();
+    let before = observer.stats().steps;
+    let since = Instant::now();
+    vmm.resume().unwrap();
+    sleep(Duration::from_millis(milliseconds));
+    while observer.stats().steps.iter().zip(&before).any(|(now, before)| now <= before) {
+        assert!(since.elapsed() < Duration::from_secs(30), "a vCPU does nothing");
+        sleep(Duration::from_millis(1));
+    }
     vmm.pause().unwrap();
 }
 
@@ -87,10 +104,10 @@ fn the_guest_does_what_the_model_says() {
                     // Across the hole, with the gap: it is in the middle of RAM.
                     config.workload = Workload { pattern, rate, working_set_pages: 6000, ..config.workload };
                     let Some(mut vmm) = vmm(&what, config) else { continue };
-                    run_for(&mut vmm, 40);
+                    run_on(&mut vmm, 40);
                     let (mut vmm, steps) = assert_equal(vmm, &what);
                     assert!(steps > 0, "{what}");
-                    run_for(&mut vmm, 20);
+                    run_on(&mut vmm, 20);
                     let (_, more) = assert_equal(vmm, &what);
                     assert!(more > steps, "{what}");
                 }
@@ -154,15 +171,15 @@ fn guests_move_with_every_tracker() {
                 continue;
             };
             assert_eq!(compat::check(&source.shape(), &destination.shape()), [], "{what}");
+            run_on(&mut source, 10);
             source.resume().unwrap();
-            sleep(Duration::from_millis(20));
             migrate(&mut source, &mut destination);
             let (source, before) = assert_equal(source, &what);
             let (mut destination, arrived) = assert_equal(destination, &what);
             assert_eq!(before, arrived, "{what}");
             assert_eq!(destination.standing(), Standing::Loaded);
 
-            run_for(&mut destination, 30);
+            run_on(&mut destination, 30);
             let (destination, after) = assert_equal(destination, &what);
             assert!(after > before, "{what}: the guest must go on");
             let stats = destination.observer().stats();
@@ -239,6 +256,38 @@ fn the_vmm_keeps_its_guest_in_order() {
         here.discard();
         assert!(here.resume().unwrap_err().to_string().contains("given up"));
     }
+}
+
+#[test]
+fn reports_that_make_no_sense_do_no_harm() {
+    for kvm in [true, false] {
+        let Some(mut vmm) = vmm("reports_that_make_no_sense_do_no_harm", config(kvm)) else { continue };
+        run_for(&mut vmm, 10);
+        // Whatever the guest, or a destination's peer, wrote into what the guest reports.
+        for value in [u64::MAX, 1 << 63, 0] {
+            let block = ControlBlock::of(vmm.ram(), &layout(), 0);
+            for field in [&block.credit, &block.deadline, &block.stalls, &block.longest, &block.steps] {
+                field.store(value, Ordering::Relaxed);
+            }
+            block.histogram[63].store(value, Ordering::Relaxed);
+            block.ring.iter().for_each(|stall| {
+                stall.begin.store(value, Ordering::Relaxed);
+                stall.ticks.store(value, Ordering::Relaxed);
+            });
+            let observer = vmm.observer();
+            observer.stats();
+            vmm.tracking_changed(TrackingPhase::Started);
+            run_for(&mut vmm, 5);
+            vmm.tracking_changed(TrackingPhase::Armed);
+            observer.stats();
+            vmm.save().unwrap();
+        }
+    }
+}
+
+fn layout() -> Layout {
+    let config = config(true);
+    Layout::new(config.ram_bytes, config.gap, config.vcpus, &config.workload).unwrap()
 }
 
 #[test]

@@ -1,2 +1,42 @@
-//! See the package description.
-fn main() {}
+//! The project's own commands: `cargo xtask demo` and `cargo xtask test`.
+
+mod demo;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Move a running guest between two hosts, and prove that nothing was lost
+    ///
+    /// Builds the programs, makes two hosts out of network namespaces with a daemon in each,
+    /// starts a guest that writes its memory all the time, and moves it. Needs root.
+    Demo(demo::Options),
+    /// Install what the tests need, check everything, run all tests, and say what was skipped
+    Test,
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test => test::run(),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

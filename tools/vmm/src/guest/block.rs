@@ -126,6 +126,6 @@ impl ControlBlock {
         slot.ticks.store(ticks, Ordering::Relaxed);
         self.histogram[ticks.max(1).ilog2() as usize].fetch_add(1, Ordering::Relaxed);
         self.longest.fetch_max(ticks, Ordering::Relaxed);
-        self.stalls.store(number + 1, Ordering::Release);
+        self.stalls.store(number.wrapping_add(1), Ordering::Release);
     }
 }

@@ -20,8 +20,9 @@ use super::{Guest, Layout, long_mode};
 use crate::gate::Gate;
 use crate::workload::SLOTS;
 
-/// Entries of each vCPU's dirty ring.
-const RING_ENTRIES: u32 = 4096;
+/// Entries of each vCPU's dirty ring: a ring that is full stops its vCPU, so it has room for what
+/// a vCPU writes between two harvests (256 MiB), and takes 1 MiB.
+const RING_ENTRIES: u32 = 1 << 16;
 
 /// How a virtual machine is made.
 #[derive(Clone, Debug)]

@@ -23,6 +23,8 @@ use crate::workload::{SLOTS, Stepper, Workload};
 
 /// The guest's clock ticks in nanoseconds.
 pub const KHZ: u32 = 1_000_000;
+/// A thread looks at the clock after this long, whatever its deadline.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// Steps between two looks at the gate.
 const BURST: u64 = 64;
 
@@ -89,13 +91,15 @@ impl ProcessGuest {
                 let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
                 let block = ControlBlock::of(&ram, &layout, vcpu);
                 let part = Part::new(&ram, &layout, vcpu);
-                while gate.pass() {
-                    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                    while gate.is_open() {
-                        progress.run(block, &part, &gate, &clock);
+                gate.leave_after(|| {
+                    while gate.pass() {
+                        let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                        while gate.is_open() {
+                            progress.run(block, &part, &gate, &clock);
+                        }
                     }
-                }
-                gate.leave(None);
+                    None
+                });
             };
             let thread = std::thread::Builder::new().name(format!("vcpu{vcpu}")).spawn(run);
             guest.threads.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
@@ -191,32 +195,36 @@ impl ProcessClock {
 }
 
 impl Progress {
-    /// Does a few steps, or sleeps. The same as the guest code does, piece by piece.
+    /// Does a few steps, or sleeps. The same as the guest code does, piece by piece; like there,
+    /// no number that comes with a moved guest can do worse than be wrong.
     fn run(&mut self, block: &ControlBlock, part: &Part<'_>, gate: &Gate, clock: &ProcessClock) {
         let threshold = block.threshold.load(Ordering::Relaxed);
         let period = block.period.load(Ordering::Relaxed);
         let mut last = *self.last.get_or_insert_with(|| clock.now());
         if self.left == 0 && period != 0 {
             if self.deadline <= last {
-                self.deadline = (self.deadline + period).max(last);
+                self.deadline = self.deadline.saturating_add(period).max(last);
                 block.deadline.store(self.deadline, Ordering::Relaxed);
             }
             let mut now = clock.now();
             if now < self.deadline {
-                gate.sleep_until(Instant::now() + Duration::from_nanos(self.deadline - now));
+                gate.sleep_until(
+                    Instant::now() + Duration::from_nanos(self.deadline - now).min(LONGEST_SLEEP),
+                );
                 now = clock.now();
                 if now < self.deadline {
                     return; // the gate was closed meanwhile; sleep on after it opens
                 }
             }
-            let late = now - self.deadline;
+            let late = now.saturating_sub(self.deadline);
             if late >= threshold {
                 block.note_stall(self.deadline, late);
             }
             last = now;
         }
         if self.left == 0 {
-            let credit = block.credit.load(Ordering::Relaxed) + block.per_period.load(Ordering::Relaxed);
+            let credit =
+                block.credit.load(Ordering::Relaxed).wrapping_add(block.per_period.load(Ordering::Relaxed));
             block.credit.store(credit & u64::from(u32::MAX), Ordering::Relaxed);
             self.left = credit >> 32;
         }
@@ -226,8 +234,9 @@ impl Progress {
             block.steps.store(self.stepper.done(), Ordering::Relaxed);
             self.left -= 1;
             let now = clock.now();
-            if now - last >= threshold {
-                block.note_stall(last, now - last);
+            let gap = now.saturating_sub(last);
+            if gap >= threshold {
+                block.note_stall(last, gap);
             }
             last = now;
         }

@@ -63,17 +63,19 @@ impl Vcpu {
             // and nothing is wrong if it does.
             let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
             let fd = Arc::clone(&self.fd);
-            IMMEDIATE_EXIT.set(&raw mut lock(&fd).get_kvm_run().immediate_exit);
-            let failure = loop {
-                if !self.gate.pass() {
-                    break None;
+            self.gate.leave_after(|| {
+                IMMEDIATE_EXIT.set(&raw mut lock(&fd).get_kvm_run().immediate_exit);
+                loop {
+                    if !self.gate.pass() {
+                        break None;
+                    }
+                    if let Err(failure) = self.run(&mut lock(&fd)) {
+                        break Some(format!("vCPU {}: {failure}", self.index));
+                    }
                 }
-                if let Err(failure) = self.run(&mut lock(&fd)) {
-                    break Some(format!("vCPU {}: {failure}", self.index));
-                }
-            };
+            });
+            // This thread's hold on the vCPU ends here.
             IMMEDIATE_EXIT.set(null_mut());
-            self.gate.leave(failure);
         })
     }
 

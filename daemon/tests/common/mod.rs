@@ -1,0 +1,235 @@
+//! What the end-to-end tests share: two hosts with daemons, guests that move between them, and
+//! the proof that a guest has come to no harm.
+
+#![allow(dead_code, unused_imports, reason = "every test binary uses its own part of it")]
+
+mod peer;
+mod tap;
+
+use std::process::{Child, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use memlane_lab::{
+    Answer, HostId, LabOptions, Process, Programs, Requirement, Rig, RigOptions, Vmm, skip, wait_for,
+};
+use memlaned::api::client::Client;
+use memlaned::api::types::Migration;
+use rustix::process::{Pid, Signal, kill_process};
+
+pub use peer::{Lane, Peer, connect, greet, hello, host_a, lane_address, welcome};
+pub use tap::Tap;
+
+/// What most guests are made of: small, and busy enough to dirty pages in every round.
+pub const GUEST: &str = "--ram 64MiB --working-set 8MiB --rate 2000 --vcpus 1";
+/// Longest wait for anything, on a machine that is busy with other things.
+pub const LONG: Duration = Duration::from_secs(60);
+/// A peer that says nothing for so long is gone: short, since several tests wait for it.
+pub const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
+
+/// Two hosts with a daemon each. Only one test has its stage at a time.
+pub struct Stage {
+    pub rig: Rig,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// `memlanectl` at work.
+pub struct Order(Child);
+
+impl Stage {
+    /// `None`, with a line that says why, where something that it needs is missing.
+    pub fn new(test: &str, lab: LabOptions) -> Option<Self> {
+        static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+        static ALONE: Mutex<()> = Mutex::new(());
+        if skip(test, Requirement::LAB_WITH_KVM) {
+            return None;
+        }
+        // A test that failed leaves nothing behind that could disturb the next one.
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let programs = PROGRAMS.get_or_init(|| Programs::build(false).unwrap());
+        let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
+        Some(Self { rig: Rig::new(programs, options).unwrap(), _alone: alone })
+    }
+
+    /// As [`Stage::new`] with one port, and with a tap on the control connections.
+    pub fn tapped(test: &str, lab: LabOptions) -> Option<(Self, Tap)> {
+        let mut stage = Self::new(test, lab)?;
+        let tap = Tap::install(&mut stage);
+        Some((stage, tap))
+    }
+
+    /// A guest that runs on host A.
+    pub fn guest(&mut self, name: &str) -> Vmm {
+        self.rig.start_vmm(HostId::A, name, &words(GUEST)).unwrap()
+    }
+
+    /// A VMM on host B that waits for a guest like [`Stage::guest`].
+    pub fn receiver(&mut self, name: &str) -> Vmm {
+        self.rig.start_vmm(HostId::B, name, &words(&format!("{GUEST} --incoming"))).unwrap()
+    }
+
+    /// Orders guest `name` to move to host B, and waits for the end.
+    pub fn migrate(&self, name: &str, more: &[&str]) -> Answer {
+        self.rig.ctl(HostId::A, &order(name, more)).unwrap()
+    }
+
+    /// Orders guest `name` to move to host B.
+    pub fn begin(&self, name: &str, more: &[&str]) -> Order {
+        let mut command = self.rig.ctl_command(HostId::A, &["--json"]);
+        command.args(order(name, more)).stdin(Stdio::null());
+        Order(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// Waits until a daemon's latest migration of guest `name` is as wanted.
+    pub fn wait_until(&self, id: HostId, name: &str, what: &str, is: impl Fn(&Migration) -> bool) -> Migration {
+        let latest = || self.migrations(id).into_iter().rfind(|migration| migration.guest == name);
+        let found = wait_for(what, LONG, || latest().filter(|migration| is(migration)));
+        found.unwrap_or_else(|error| panic!("{error}: {:#?}", latest()))
+    }
+
+    /// Waits until the latest migration of guest `name` has ended on both hosts.
+    pub fn wait_for_end(&self, name: &str) {
+        for id in [HostId::A, HostId::B] {
+            self.wait_until(id, name, "the end of a migration", |migration| migration.outcome.is_some());
+        }
+    }
+
+    fn migrations(&self, id: HostId) -> Vec<Migration> {
+        let client = Client::new(self.rig.api_socket(id));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(client.migrations()).unwrap_or_default()
+    }
+
+    /// Waits until a daemon says that guest `name` is `standing`.
+    pub fn wait_for_standing(&self, id: HostId, name: &str, standing: &str) {
+        let guests = || self.rig.ctl(id, &["guests"]).ok().map(|answer| answer.text).unwrap_or_default();
+        let found = wait_for("a guest's standing", LONG, || {
+            let guests: serde_json::Value = serde_json::from_str(guests().lines().next()?).ok()?;
+            let guest = guests.as_array()?.iter().find(|guest| guest["name"] == name)?.clone();
+            (guest["standing"] == standing).then_some(())
+        });
+        found.unwrap_or_else(|error| panic!("{name} is not {standing}: {error}: {}", guests()));
+    }
+
+    /// The guest does its work on host A as if nothing had happened.
+    pub fn assert_runs_on(&self, name: &str, vmm: &mut Vmm) {
+        self.wait_for_standing(HostId::A, name, "running");
+        assert_runs(vmm);
+    }
+
+    /// Guest `name` moves to the VMM that waits for it, whole. Where an attempt has failed before,
+    /// this shows too that its memory is tracked no more: a VMM that tracks refuses to begin to.
+    pub fn assert_moves(&self, name: &str, there: &mut Vmm) {
+        self.wait_for_standing(HostId::A, name, "running");
+        self.wait_for_standing(HostId::B, name, "incoming");
+        let answer = self.migrate(name, &["--verify"]);
+        assert_eq!(answer.code, 0, "{}", answer.text);
+        assert_runs(there);
+        self.wait_for_end(name);
+    }
+
+    /// Both a dry run and an order are refused, and both say `why`.
+    pub fn assert_refused(&self, name: &str, more: &[&str], why: &[&str]) {
+        for command in ["check", "migrate"] {
+            let mut words = order(name, more);
+            words[0] = command;
+            let answer = self.rig.ctl(HostId::A, &words).unwrap();
+            assert_eq!(answer.code, 3, "{command}: {}", answer.text);
+            for why in why {
+                assert!(answer.text.contains(why), "{command} does not say {why:?}: {}", answer.text);
+            }
+        }
+    }
+
+    /// Changes a host's configuration, and starts its daemon with it.
+    pub fn reconfigure(&mut self, id: HostId, change: impl FnOnce(String) -> String) {
+        let file = self.rig.config_file(id);
+        let before = std::fs::read_to_string(&file).unwrap();
+        let after = change(before.clone());
+        assert_ne!(before, after, "the change found nothing to change");
+        std::fs::write(&file, after).unwrap();
+        self.rig.start_daemon(id).unwrap();
+    }
+
+    /// Everything that a host's daemon has logged.
+    pub fn log(&mut self, id: HostId) -> String {
+        std::fs::read_to_string(self.rig.daemon(id).log()).unwrap()
+    }
+
+    /// Waits until a host's daemon has logged `text`.
+    pub fn wait_for_log(&mut self, id: HostId, text: &str) {
+        let found = wait_for("a line in the log", LONG, || self.log(id).contains(text).then_some(()));
+        found.unwrap_or_else(|error| panic!("{error}: {text:?} is not in {}", self.log(id)));
+    }
+}
+
+impl Order {
+    /// Waits for its end.
+    pub fn end(self) -> Answer {
+        let output = self.0.wait_with_output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let json = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let text = format!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
+        Answer { code: output.status.code().unwrap(), json, text }
+    }
+
+    /// Ends it with exit code `code`; what it says has all of `why`.
+    pub fn expect(self, code: i32, why: &[&str]) -> Answer {
+        let answer = self.end();
+        assert_eq!(answer.code, code, "{}", answer.text);
+        for why in why {
+            assert!(answer.text.contains(why), "{why:?} is not said: {}", answer.text);
+        }
+        answer
+    }
+
+    /// Sends a signal to `memlanectl`.
+    pub fn signal(&self, signal: Signal) {
+        send_signal(self.0.id(), signal);
+    }
+}
+
+/// The guest makes progress, and its memory is what it ought to be.
+pub fn assert_runs(vmm: &mut Vmm) {
+    let before = vmm.stats().unwrap();
+    assert_eq!(before["standing"], "running", "{before}");
+    wait_for("the guest to go on", LONG, || {
+        (vmm.stats().unwrap()["steps"] != before["steps"]).then_some(())
+    })
+    .unwrap();
+    let report = vmm.verify().unwrap();
+    assert_eq!(report["equal"], true, "{report}");
+}
+
+/// Waits until a process has ended by itself.
+pub fn wait_for_exit(process: &mut Process) {
+    let ended = process.wait_timeout(LONG).unwrap();
+    assert!(ended.is_some(), "{} has not ended: {}", process.name(), process.log_tail());
+}
+
+/// Sends a signal to a process of the rig.
+pub fn signal(process: &Process, signal: Signal) {
+    send_signal(process.pid(), signal);
+}
+
+fn send_signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("no process has the number 0");
+    kill_process(pid, signal).unwrap();
+}
+
+/// Arguments from a line.
+pub fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Limits that noise cannot break, unless `more` names others.
+fn order<'a>(name: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut words = vec!["migrate", name, "host-b"];
+    for (flag, value) in [("--downtime-limit", "60s"), ("--min-bandwidth", "1mbit")] {
+        if !more.contains(&flag) {
+            words.extend([flag, value]);
+        }
+    }
+    words.extend(more);
+    words
+}

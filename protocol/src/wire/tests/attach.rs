@@ -1,0 +1,72 @@
+//! Kinds and limits of the packets between daemon and VMM.
+
+use crate::wire::WireError;
+use crate::wire::attach::{
+    FromVmm, Hello, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, Standing, ToVmm,
+};
+
+use super::machine::{largest_shape, shape};
+
+/// Where the fields of a packet lie: magic, kind, reserved, number; then the VMM's hello.
+const KIND: usize = 4;
+const BODY: usize = 12;
+const STANDING: usize = BODY + 4;
+
+#[test]
+fn the_largest_guest_fits_into_a_packet() {
+    let hello = FromVmm::Hello(Hello { shape: largest_shape(), ..hello() });
+    let bytes = hello.encode();
+    assert!(bytes.len() <= MAX_PACKET_BYTES, "{} bytes", bytes.len());
+    assert_eq!(FromVmm::decode(&bytes), Ok(hello));
+}
+
+#[test]
+fn a_wrong_magic_names_both() {
+    let wrong = WireError::Magic { what: "attach packet", expected: *b"MLAT", found: *b"mlat" };
+    let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
+    bytes[..4].copy_from_slice(b"mlat");
+    assert_eq!(ToVmm::decode(&bytes), Err(wrong.clone()));
+    assert_eq!(FromVmm::decode(&bytes), Err(wrong));
+}
+
+#[test]
+fn unknown_kinds_are_named() {
+    let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
+    for kind in [0, 4, 15, 18, 31, 43, u16::MAX] {
+        bytes[KIND..KIND + 2].copy_from_slice(&kind.to_le_bytes());
+        let unknown = |what| WireError::Unknown { what, found: kind.into() };
+        assert_eq!(ToVmm::decode(&bytes), Err(unknown("request to a VMM")));
+        assert_eq!(FromVmm::decode(&bytes), Err(unknown("packet from a VMM")));
+    }
+}
+
+#[test]
+fn a_packet_for_the_other_side_is_unknown() {
+    let reply = FromVmm::Reply(Reply { id: 1, outcome: Ok([0; 2]) }).encode();
+    assert!(matches!(ToVmm::decode(&reply), Err(WireError::Unknown { found: 2, .. })));
+    let welcome = ToVmm::Welcome { version: 1 }.encode();
+    assert!(matches!(FromVmm::decode(&welcome), Err(WireError::Unknown { found: 16, .. })));
+}
+
+#[test]
+fn an_unknown_standing_is_named() {
+    for standing in [0, 5, u8::MAX] {
+        let mut bytes = FromVmm::Hello(hello()).encode();
+        bytes[STANDING] = standing;
+        let unknown = WireError::Unknown { what: "standing of a guest", found: standing.into() };
+        assert_eq!(FromVmm::decode(&bytes), Err(unknown));
+    }
+}
+
+#[test]
+fn a_state_over_the_limit_is_not_loaded() {
+    let load = |bytes| ToVmm::Request { id: 1, request: Request::Load { bytes } };
+    assert_eq!(ToVmm::decode(&load(MAX_STATE_BYTES).encode()), Ok(load(MAX_STATE_BYTES)));
+    let (found, limit) = (MAX_STATE_BYTES + 1, MAX_STATE_BYTES);
+    let what = "length of a state";
+    assert_eq!(ToVmm::decode(&load(found).encode()), Err(WireError::TooLarge { what, found, limit }));
+}
+
+fn hello() -> Hello {
+    Hello { oldest: 1, newest: 1, standing: Standing::Running, migration: [0; 16], shape: shape() }
+}
