@@ -90,10 +90,11 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
         let what = what.to_owned();
         move |source| DaemonError::Listen { address, what, source }
     };
-    let control = port::listen(config.control).map_err(failed(config.control, "control"))?;
+    let control = port::listen(config.control).await.map_err(failed(config.control, "control"))?;
     for port in &config.ports {
         let address = SocketAddr::new(port.address, config.lane_port);
-        let listener = port::listen(address).map_err(failed(address, &format!("port {}", port.name)))?;
+        let listener =
+            port::listen(address).await.map_err(failed(address, &format!("port {}", port.name)))?;
         tokio::task::spawn_local(port::serve(listener, port.name.clone(), host.rendezvous.clone()));
     }
     let backend = Rc::new(HostBackend(host.clone()));

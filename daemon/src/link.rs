@@ -4,6 +4,7 @@
 //! the configured silence that the other side is gone, whatever this side is busy with.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::rc::Rc;
@@ -21,6 +22,8 @@ use tokio_uring::net::TcpStream;
 
 /// Longest time for connecting and for each half of the greeting.
 const GREETING: Duration = Duration::from_secs(3);
+/// Pings whose round trips are remembered.
+const ROUND_TRIPS: usize = 8;
 /// Messages read ahead of whoever deals with them.
 const READ_AHEAD: usize = 16;
 
@@ -85,7 +88,8 @@ struct Shared {
     writing: Mutex<()>,
     last_heard: Cell<Instant>,
     pinged_at: RefCell<Option<(u64, Instant)>>,
-    round_trip: Cell<Option<Duration>>,
+    /// Of the last pings, oldest first.
+    round_trips: RefCell<VecDeque<Duration>>,
 }
 
 impl Link {
@@ -113,7 +117,7 @@ impl Link {
             writing: Mutex::new(()),
             last_heard: Cell::new(Instant::now()),
             pinged_at: RefCell::new(None),
-            round_trip: Cell::new(None),
+            round_trips: RefCell::default(),
         });
         let (sender, messages) = mpsc::channel(READ_AHEAD);
         let link = LinkSender { stream: stream.clone(), shared: shared.clone() };
@@ -143,11 +147,6 @@ impl Link {
     pub fn sender(&self) -> LinkSender {
         LinkSender { stream: self.stream.clone(), shared: self.shared.clone() }
     }
-
-    /// The round trip of the last ping, once there was one.
-    pub fn round_trip(&self) -> Option<Duration> {
-        self.shared.round_trip.get()
-    }
 }
 
 impl Drop for Link {
@@ -165,6 +164,22 @@ impl LinkSender {
         let _one_at_a_time = self.shared.writing.lock().await;
         self.stream.write_all(bytes).await.0?;
         Ok(())
+    }
+
+    /// The shortest round trip of the last pings, once there was one: what the network takes,
+    /// without what one of the daemons happened to be busy with.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.shared.round_trips.borrow().iter().min().copied()
+    }
+}
+
+impl Shared {
+    fn note_round_trip(&self, took: Duration) {
+        let mut last = self.round_trips.borrow_mut();
+        if last.len() == ROUND_TRIPS {
+            last.pop_front();
+        }
+        last.push_back(took);
     }
 }
 
@@ -214,7 +229,7 @@ async fn read(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError
             Ok(Control::Pong(number)) => {
                 if let Some((_, at)) = link.shared.pinged_at.borrow_mut().take_if(|(sent, _)| *sent == number)
                 {
-                    link.shared.round_trip.set(Some(at.elapsed()));
+                    link.shared.note_round_trip(at.elapsed());
                 }
                 Ok(())
             }

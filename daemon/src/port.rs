@@ -77,8 +77,23 @@ impl Rendezvous {
     }
 }
 
-/// Binds the listener of a port.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+/// Binds a listener, if need be as soon as a daemon that was killed has let go of the address:
+/// the kernel closes the sockets that an io_uring waits for a moment after the process's end.
+pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    const LOOK: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                tokio::time::sleep(LOOK).await;
+            }
+            bound => return bound,
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;

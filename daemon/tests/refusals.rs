@@ -22,7 +22,11 @@ fn orders_that_make_no_sense() {
     for command in ["check", "migrate"] {
         let answer = stage.rig.ctl(HostId::A, &[command, "web1", "host-x"]).unwrap();
         assert_eq!(answer.code, 3, "{}", answer.text);
-        assert!(answer.text.contains("host-x is no peer of this host (there are: host-b)"), "{}", answer.text);
+        assert!(
+            answer.text.contains("host-x is no peer of this host (there are: host-b)"),
+            "{}",
+            answer.text
+        );
         assert!(answer.text.contains("add it as [[peer]]"), "{}", answer.text);
 
         // From the host where a VMM only waits for it.
@@ -30,9 +34,10 @@ fn orders_that_make_no_sense() {
         assert_eq!(answer.code, 3, "{}", answer.text);
         assert!(answer.text.contains("guest web1 does not run here"), "{}", answer.text);
 
-        let answer = stage.rig.ctl(HostId::A, &[command, "web1", "host-b", "--downtime-limit", "0s"]).unwrap();
+        let answer =
+            stage.rig.ctl(HostId::A, &[command, "web1", "host-b", "--downtime-limit", "0s"]).unwrap();
         assert_eq!(answer.code, 2, "{command}: {}", answer.text);
-        assert!(answer.text.contains("above 0"), "{}", answer.text);
+        assert!(answer.text.contains("give it 0.001 to 60"), "{}", answer.text);
     }
 
     // Already moving: seen from the source, and from the destination.
@@ -93,7 +98,11 @@ fn a_destination_that_lacks_something() {
 
     // What is changed on host B, what both commands then say, and how it is changed back.
     let lacks = [
-        (LIMITS.to_owned(), format!("{LIMITS}memory_reserve = \"900TiB\"\n"), &["memory", "memory_reserve"][..]),
+        (
+            LIMITS.to_owned(),
+            format!("{LIMITS}memory_reserve = \"900TiB\"\n"),
+            &["memory", "memory_reserve"][..],
+        ),
         ("name = \"port0\"".into(), "name = \"port9\"".into(), &["port0", "no port of this name"]),
         ("name = \"lan\"".into(), "name = \"wan\"".into(), &["network lan is not configured", "[[network]]"]),
         ("bridge = \"br0\"".into(), "bridge = \"br9\"".into(), &["bridge br9", "bring it up"]),
@@ -124,7 +133,8 @@ fn a_destination_that_lacks_something() {
 
 #[test]
 fn a_destination_whose_vmm_is_another_machine() {
-    let Some(mut stage) = Stage::new("a_destination_whose_vmm_is_another_machine", LabOptions::default()) else {
+    let Some(mut stage) = Stage::new("a_destination_whose_vmm_is_another_machine", LabOptions::default())
+    else {
         return;
     };
     let mut guest = stage.guest("web1");
@@ -138,7 +148,8 @@ fn a_destination_whose_vmm_is_another_machine() {
     ];
     for (arguments, why) in others {
         let Some(arguments) = arguments else { continue };
-        let there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{arguments} --incoming"))).unwrap();
+        let there =
+            stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{arguments} --incoming"))).unwrap();
         stage.assert_refused("web1", &[], &["machine", why]);
         there.quit().unwrap();
         wait_for("the VMM to be gone", common::LONG, || {

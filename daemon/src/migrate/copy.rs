@@ -74,8 +74,8 @@ pub struct Copying {
     pub bandwidth: RefCell<Bandwidth>,
     /// Forecasts for this kind of VMM.
     pub predictor: Rc<RefCell<Predictor>>,
-    /// Round trip of the control connection.
-    pub round_trip: Cell<Duration>,
+    /// Round trip between the ports, before the first ping of the control connection.
+    pub round_trip: Duration,
     /// What the order allows.
     pub policy: Policy,
     /// Compare digests in the pause.
@@ -142,7 +142,7 @@ impl Copying {
     fn decide(&self, convergence: &mut Convergence, round: &Round) -> Result<bool, CopyError> {
         let now = Conditions {
             bandwidth: self.bandwidth.borrow().bytes_per_second(),
-            round_trip: self.round_trip.get(),
+            round_trip: self.link.round_trip().unwrap_or(self.round_trip),
             // Comparing is for those who have the time: the limit bounds the rest of the pause.
             verify: Duration::ZERO,
         };

@@ -336,7 +336,7 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
     if refusals.len() > MAX_REFUSALS {
         // One of each respect first, so that the cut leaves something of all of them.
         let mut seen = HashSet::new();
-        refusals.sort_by_key(|refusal| !seen.insert(refusal.what));
+        refusals.sort_by_cached_key(|refusal| !seen.insert(refusal.what));
         let left_out = refusals.len() - (MAX_REFUSALS - 1);
         refusals.truncate(MAX_REFUSALS - 1);
         refusals.push(Refusal { what: Respect::Machine, reason: format!("and {left_out} more") });

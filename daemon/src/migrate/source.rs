@@ -101,7 +101,7 @@ impl Run {
             answers: Mutex::new(answers_arriving),
             bandwidth: RefCell::new(Bandwidth::new()),
             predictor: host.predictor(&guest.shape.machine.vmm),
-            round_trip: Cell::new(plan.link.round_trip().unwrap_or(plan.round_trip)),
+            round_trip: plan.round_trip,
             policy: wishes.policy,
             verify: wishes.verify,
             forecast: Cell::default(),

@@ -81,7 +81,13 @@ impl Stage {
     }
 
     /// Waits until a daemon's latest migration of guest `name` is as wanted.
-    pub fn wait_until(&self, id: HostId, name: &str, what: &str, is: impl Fn(&Migration) -> bool) -> Migration {
+    pub fn wait_until(
+        &self,
+        id: HostId,
+        name: &str,
+        what: &str,
+        is: impl Fn(&Migration) -> bool,
+    ) -> Migration {
         let latest = || self.migrations(id).into_iter().rfind(|migration| migration.guest == name);
         let found = wait_for(what, LONG, || latest().filter(|migration| is(migration)));
         found.unwrap_or_else(|error| panic!("{error}: {:#?}", latest()))
@@ -193,10 +199,8 @@ impl Order {
 pub fn assert_runs(vmm: &mut Vmm) {
     let before = vmm.stats().unwrap();
     assert_eq!(before["standing"], "running", "{before}");
-    wait_for("the guest to go on", LONG, || {
-        (vmm.stats().unwrap()["steps"] != before["steps"]).then_some(())
-    })
-    .unwrap();
+    wait_for("the guest to go on", LONG, || (vmm.stats().unwrap()["steps"] != before["steps"]).then_some(()))
+        .unwrap();
     let report = vmm.verify().unwrap();
     assert_eq!(report["equal"], true, "{report}");
 }

@@ -42,7 +42,9 @@ impl Peer {
             while let Ok(message) = read_message(&mut reading) {
                 let passed = match message {
                     Control::Ping(_) if quiet.load(Ordering::Relaxed) => Ok(()),
-                    Control::Ping(number) => reading.write_all(&Control::Pong(number).encode()).map_err(|_| ()),
+                    Control::Ping(number) => {
+                        reading.write_all(&Control::Pong(number).encode()).map_err(|_| ())
+                    }
                     Control::Pong(_) => Ok(()),
                     other => sender.send(other).map_err(|_| ()),
                 };

@@ -148,7 +148,10 @@ fn this_host_can_run_what_it_describes() {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
-            eprintln!("SKIPPED this_host_can_run_what_it_describes: no /dev/kvm ({error})");
+            memlane_lab::say_skipped(
+                "this_host_can_run_what_it_describes",
+                &format!("no /dev/kvm ({error})"),
+            );
             return;
         }
     };
@@ -164,7 +167,7 @@ fn this_host_can_run_what_it_describes() {
             without != host.machine
         })
     else {
-        eprintln!("SKIPPED hiding a feature: the host has neither avx2 nor sse4_2");
+        memlane_lab::say_skipped("hiding a feature", "the host has neither avx2 nor sse4_2");
         return;
     };
     let narrow = GuestShape { machine: describe_host(&kvm, &program, &[feature]).unwrap(), ..shape() };

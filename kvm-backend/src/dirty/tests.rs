@@ -3,9 +3,10 @@
 mod guest;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use memlane_lab::HugePages;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -20,36 +21,7 @@ const HUGE_PAGES: [(u64, u64); 2] = [(0, 2 << 20), (16 << 20, 32 << 20)];
 const VMM_PAGE: u64 = 200;
 
 fn skipped(name: &str, reason: impl std::fmt::Display) {
-    eprintln!("SKIPPED {name}: {reason}");
-}
-
-/// 2 MiB pages for one test at a time, given back when it is over.
-struct HugePages {
-    before: u64,
-    _turn: MutexGuard<'static, ()>,
-}
-
-const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(count: u64) -> Result<Self, String> {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = || std::fs::read_to_string(NR_HUGEPAGES).ok()?.trim().parse::<u64>().ok();
-        let before = number().ok_or("no huge pages on this system")?;
-        std::fs::write(NR_HUGEPAGES, (before + count).to_string()).map_err(|error| error.to_string())?;
-        let pages = Self { before, _turn: turn };
-        match number() {
-            Some(now) if now >= before + count => Ok(pages),
-            _ => Err("not enough free memory for huge pages".into()),
-        }
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(NR_HUGEPAGES, self.before.to_string());
-    }
+    memlane_lab::say_skipped(name, &reason.to_string());
 }
 
 fn shared_set(pages: u64) -> PageSet<SharedWords> {

@@ -18,7 +18,7 @@ impl Machine {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
-                eprintln!("SKIPPED {test}: no /dev/kvm ({error})");
+                memlane_lab::say_skipped(test, &format!("no /dev/kvm ({error})"));
                 return None;
             }
         };

@@ -25,6 +25,6 @@ pub use huge_pages::HugePages;
 pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
 pub use process::Process;
 pub use rate::Rate;
-pub use requirements::{Missing, Requirement, missing, skip, why_not};
+pub use requirements::{Missing, Requirement, missing, say_skipped, skip, why_not};
 pub use rig::{Answer, Programs, Rig, RigOptions, Vmm};
 pub use wait::wait_for;

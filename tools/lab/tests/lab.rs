@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use memlane_lab::{Host, HostId, HugePages, Lab, LabOptions, Rate, Requirement, skip, wait_for};
+use memlane_lab::{Host, HostId, HugePages, Lab, LabOptions, Rate, Requirement, say_skipped, skip, wait_for};
 
 /// Long enough for a busy machine: it only bounds a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -180,7 +180,7 @@ fn huge_pages_are_given_back() {
     }
     let pool = || std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").ok();
     let Some(before) = pool() else {
-        eprintln!("SKIPPED huge_pages_are_given_back: no pool of 2 MiB pages here");
+        say_skipped("huge_pages_are_given_back", "no pool of 2 MiB pages here");
         return;
     };
     match HugePages::reserve(2) {
@@ -188,7 +188,7 @@ fn huge_pages_are_given_back() {
             assert_ne!(pool().as_ref(), Some(&before));
             drop(pages);
         }
-        Err(error) => eprintln!("SKIPPED huge_pages_are_given_back: {error:#}"),
+        Err(error) => say_skipped("huge_pages_are_given_back", &format!("{error:#}")),
     }
     assert_eq!(pool(), Some(before));
 }

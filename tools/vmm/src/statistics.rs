@@ -37,7 +37,8 @@ pub struct Stats {
     pub steps: Vec<u64>,
     /// Steps a second of all vCPUs since the request before this one; 0 in the first.
     pub steps_per_second: f64,
-    /// The longest stall since stalls were reset, in nanoseconds; 0 if there was none of 50 µs.
+    /// The longest stall since stalls were reset, in nanoseconds; 0 if there was none of
+    /// 50 µs (flat out) or 250 µs (of a guest that sleeps).
     pub longest_stall_ns: u64,
     /// How many stalls since then: each entry counts those of `at_least_ns` up to twice that.
     pub histogram: Vec<Bucket>,

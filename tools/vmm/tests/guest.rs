@@ -47,13 +47,13 @@ fn config(kvm: bool) -> Config {
 /// The VMM, unless this machine lacks what it needs.
 fn vmm(test: &str, config: Config) -> Option<GuestVmm> {
     if config.kvm && !std::path::Path::new("/dev/kvm").exists() {
-        eprintln!("SKIPPED {test}: no /dev/kvm");
+        memlane_lab::say_skipped(test, "no /dev/kvm");
         return None;
     }
     match GuestVmm::new(config) {
         Ok(vmm) => Some(vmm),
         Err(error) if error.contains("is not to be had here") => {
-            eprintln!("SKIPPED {test}: {error}");
+            memlane_lab::say_skipped(test, &error.to_string());
             None
         }
         Err(error) => panic!("{test}: {error}"),
@@ -301,7 +301,7 @@ fn a_narrower_processor_is_told_apart() {
         (!reasons.is_empty()).then_some((feature.to_owned(), reasons))
     };
     let Some((feature, reasons)) = ["avx2", "sse4_2"].into_iter().find_map(has) else {
-        eprintln!("SKIPPED {test}: the host has neither avx2 nor sse4_2");
+        memlane_lab::say_skipped(test, "the host has neither avx2 nor sse4_2");
         return;
     };
     assert_eq!(reasons.len(), 1, "{reasons:?}");
@@ -358,7 +358,7 @@ fn every_backing_will_do() {
     let directory = match tempfile::tempdir_in("/dev/shm") {
         Ok(directory) => directory,
         Err(error) => {
-            eprintln!("SKIPPED every_backing_will_do: no /dev/shm ({error})");
+            memlane_lab::say_skipped("every_backing_will_do", &format!("no /dev/shm ({error})"));
             return;
         }
     };
@@ -377,6 +377,6 @@ fn every_backing_will_do() {
             run_for(&mut vmm, 10);
             assert_equal(vmm, "huge pages");
         }
-        Err(error) => eprintln!("SKIPPED huge pages: {error}"),
+        Err(error) => memlane_lab::say_skipped("huge pages", &error.to_string()),
     }
 }

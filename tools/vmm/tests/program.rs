@@ -59,7 +59,7 @@ fn it_runs_until_it_is_told_to_quit() {
             let output = child.wait_with_output().unwrap();
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(text.contains("is not to be had here"), "{text}");
-            eprintln!("SKIPPED it_runs_until_it_is_told_to_quit: {text}");
+            memlane_lab::say_skipped("it_runs_until_it_is_told_to_quit", &text.to_string());
             return;
         }
         assert!(since.elapsed() < Duration::from_secs(60), "the control socket does not appear");

@@ -1,5 +1,7 @@
 //! What a guest's description may not say.
 
+use proptest::prelude::*;
+
 use super::Codec;
 use crate::wire::WireError;
 use crate::wire::machine::{
@@ -65,6 +67,33 @@ pub fn largest_shape() -> GuestShape {
         nics: vec![nic; MAX_NICS],
         ..shape
     }
+}
+
+proptest! {
+    /// Numbers that are nearly right, against the rules in plain words.
+    #[test]
+    fn regions_are_aligned_ascending_and_apart(regions in prop::collection::vec(near_region(), 0..4)) {
+        let aligned = regions.iter().all(|region| {
+            let page = u64::from(region.page_bytes);
+            region.address % page == 0 && region.bytes % page == 0 && region.offset % page == 0
+        });
+        let apart = regions.windows(2).all(|pair| pair[0].address + pair[0].bytes <= pair[1].address);
+        let some = !regions.is_empty() && regions.iter().all(|region| region.bytes > 0);
+        prop_assert_eq!(read(regions).is_ok(), aligned && apart && some);
+    }
+}
+
+/// A region among the first MiBs, most often of whole pages.
+fn near_region() -> impl Strategy<Value = Region> {
+    let bytes = |most: u64| {
+        prop_oneof![
+            20 => (0..=most).prop_map(|huge| huge << 21),
+            4 => (0..=most << 9).prop_map(|small| small << 12),
+            1 => 0..=most << 21,
+        ]
+    };
+    (bytes(12), bytes(3), bytes(1), prop::sample::select(vec![SMALL, HUGE]))
+        .prop_map(|(address, bytes, offset, page_bytes)| Region { address, bytes, page_bytes, offset })
 }
 
 #[test]

@@ -12,8 +12,11 @@ use crate::workload::{Rate, Workload};
 pub const BLOCK_PAGES: u64 = 2;
 /// Stalls that a block remembers.
 pub const RING: usize = 256;
-/// Shorter gaps are no stalls: an interrupt on the host takes this long at times.
+/// Shorter gaps between two steps are no stalls: an interrupt on the host takes this long at times.
 pub const STALL_NS: u64 = 50_000;
+/// Sleeps that last longer than asked for by less than this are no stalls: to wake a thread takes
+/// up to about 0.1 ms, a thousand times a second, and would drive real stalls out of the ring.
+pub const LATE_NS: u64 = 250_000;
 /// Time between two looks at the clock of a guest that is not flat out.
 const PERIOD_NS: u64 = 1_000_000;
 /// Steps in `1 << 32` units, before a flat-out guest looks at its parameters again.
@@ -93,12 +96,12 @@ impl ControlBlock {
         let stepper = workload.stepper(vcpu, layout.vcpus());
         let (hot_pages, hot_chance) = stepper.hot();
         let ticks = |ns: u64| ns * u64::from(khz) / 1_000_000;
-        let (per_period, period) = match workload.rate {
-            Rate::FlatOut => (FLAT_OUT, 0),
+        let (per_period, period, threshold) = match workload.rate {
+            Rate::FlatOut => (FLAT_OUT, 0, ticks(STALL_NS)),
             Rate::PagesPerSecond(pages) => {
                 let each = (u128::from(pages) << 32) / u128::from(layout.vcpus());
                 let each = each * u128::from(PERIOD_NS) / 1_000_000_000;
-                (u64::try_from(each).unwrap_or(FLAT_OUT), ticks(PERIOD_NS))
+                (u64::try_from(each).unwrap_or(FLAT_OUT), ticks(PERIOD_NS), ticks(LATE_NS))
             }
         };
         for (field, value) in [
@@ -111,7 +114,7 @@ impl ControlBlock {
             (&self.sequential, u64::from(stepper.is_sequential())),
             (&self.per_period, per_period),
             (&self.period, period),
-            (&self.threshold, ticks(STALL_NS)),
+            (&self.threshold, threshold),
             (&self.random, stepper.position()[0]),
         ] {
             field.store(value, Ordering::Relaxed);

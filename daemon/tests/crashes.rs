@@ -1,0 +1,226 @@
+//! Daemons and VMMs that are killed in each phase of a migration. Before the commit the guest
+//! runs on at its source, and a second attempt succeeds; after it the guest runs at the
+//! destination, as soon as both daemons are back.
+
+mod common;
+
+use common::{Stage, Tap, assert_runs, signal, wait_for_exit};
+use memlane_lab::{HostId, LabOptions, wait_for};
+use memlane_protocol::handover::Message;
+use memlane_protocol::wire::control::Control;
+use rustix::process::Signal;
+
+/// A point of the protocol at which everything can be held up.
+struct Point {
+    name: &'static str,
+    /// Who says the word.
+    from: HostId,
+    is: fn(&Control) -> bool,
+}
+
+const OFFERING: Point =
+    Point { name: "offering", from: HostId::A, is: |message| matches!(message, Control::Offer(_)) };
+/// All pages but those written lately are on their way; the guest runs.
+const COPYING: Point =
+    Point { name: "copying", from: HostId::B, is: |message| matches!(message, Control::HolesDone) };
+/// The guest stands still, and both sides look at its memory.
+const COMPARING: Point =
+    Point { name: "comparing", from: HostId::B, is: |message| matches!(message, Control::Digests { .. }) };
+/// All pages are there, the VMM's state is not.
+const SWITCHING_OVER: Point =
+    Point { name: "switching-over", from: HostId::A, is: |message| matches!(message, Control::State { .. }) };
+/// The destination has all it needs, and the source does not know.
+const READY: Point = Point { name: "ready", from: HostId::B, is: |message| is_word(message, Message::Ready) };
+/// The source has given the guest up, and the destination does not know.
+const COMMITTED: Point =
+    Point { name: "committed", from: HostId::A, is: |message| is_word(message, Message::Commit) };
+/// The guest runs at the destination, and the source does not know.
+const RUNNING: Point =
+    Point { name: "running", from: HostId::B, is: |message| is_word(message, Message::Running) };
+/// The source has ended it, and the destination does not know.
+const DONE: Point = Point { name: "done", from: HostId::A, is: |message| is_word(message, Message::Done) };
+
+const BEFORE_COMMIT: [Point; 5] = [OFFERING, COPYING, COMPARING, SWITCHING_OVER, READY];
+
+fn is_word(message: &Control, word: Message) -> bool {
+    matches!(message, Control::Handover { message, .. } if *message == word)
+}
+
+/// Orders the guest named after the point to move, and returns when it is held up there.
+fn begin(stage: &Stage, tap: &Tap, point: &Point) -> common::Order {
+    tap.hold(point.from, point.is);
+    let order = stage.begin(point.name, &["--verify"]);
+    tap.wait();
+    order
+}
+
+#[test]
+fn the_destination_daemon_is_killed_before_the_commit() {
+    let test = "the_destination_daemon_is_killed_before_the_commit";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    for point in BEFORE_COMMIT {
+        eprintln!("{}", point.name);
+        let mut guest = stage.guest(point.name);
+        let mut there = stage.receiver(point.name);
+        let order = begin(&stage, &tap, &point);
+        stage.rig.stop_daemon(HostId::B).unwrap();
+        tap.lose();
+        // Refused (3): nothing had begun. Failed (4): the guest runs on at its source.
+        order.expect(if point.name == OFFERING.name { 3 } else { 4 }, &["host"]);
+        stage.assert_runs_on(point.name, &mut guest);
+
+        stage.rig.start_daemon(HostId::B).unwrap();
+        if point.name == READY.name {
+            // It holds a guest that the source has taken back: it must never run.
+            wait_for_exit(there.process());
+            there = stage.receiver(point.name);
+        }
+        stage.assert_moves(point.name, &mut there);
+        wait_for_exit(guest.process());
+    }
+}
+
+#[test]
+fn the_source_daemon_is_killed_before_the_commit() {
+    let test = "the_source_daemon_is_killed_before_the_commit";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    for point in BEFORE_COMMIT {
+        eprintln!("{}", point.name);
+        let mut guest = stage.guest(point.name);
+        let mut there = stage.receiver(point.name);
+        let order = begin(&stage, &tap, &point);
+        stage.rig.stop_daemon(HostId::A).unwrap();
+        tap.lose();
+        order.expect(6, &["memlaned"]);
+        // With no daemon there, the VMM lets its guest run on by itself.
+        wait_for("the guest to run on", common::LONG, || {
+            (guest.stats().unwrap()["standing"] == "running").then_some(())
+        })
+        .unwrap();
+        assert_runs(&mut guest);
+
+        stage.rig.start_daemon(HostId::A).unwrap();
+        if point.name == READY.name {
+            wait_for_exit(there.process());
+            there = stage.receiver(point.name);
+        }
+        stage.assert_moves(point.name, &mut there);
+        wait_for_exit(guest.process());
+    }
+}
+
+#[test]
+fn a_daemon_is_killed_after_the_commit() {
+    let test = "a_daemon_is_killed_after_the_commit";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    for (id, point) in [
+        (HostId::A, COMMITTED),
+        (HostId::A, RUNNING),
+        (HostId::A, DONE),
+        (HostId::B, COMMITTED),
+        (HostId::B, RUNNING),
+        (HostId::B, DONE),
+    ] {
+        eprintln!("{} {id:?}", point.name);
+        let mut guest = stage.guest(point.name);
+        let mut there = stage.receiver(point.name);
+        let order = begin(&stage, &tap, &point);
+        assert_ne!(guest.stats().unwrap()["standing"], "running", "two owners");
+        stage.rig.stop_daemon(id).unwrap();
+        tap.lose();
+        stage.rig.start_daemon(id).unwrap();
+        let answer = order.end();
+        assert_eq!(answer.code, if id == HostId::A { 6 } else { 0 }, "{}", answer.text);
+        stage.wait_for_standing(HostId::B, point.name, "running");
+        assert_runs(&mut there);
+        wait_for_exit(guest.process());
+        there.quit().unwrap();
+    }
+}
+
+#[test]
+fn the_destination_vmm_is_killed() {
+    let test = "the_destination_vmm_is_killed";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    for point in [COPYING, COMPARING, SWITCHING_OVER, READY, COMMITTED] {
+        eprintln!("{}", point.name);
+        let mut guest = stage.guest(point.name);
+        let mut there = stage.receiver(point.name);
+        let order = begin(&stage, &tap, &point);
+        there.process().kill().unwrap();
+        tap.release();
+        order.expect(4, &["gone"]);
+        stage.assert_runs_on(point.name, &mut guest);
+        let mut there = stage.receiver(point.name);
+        stage.assert_moves(point.name, &mut there);
+        wait_for_exit(guest.process());
+    }
+}
+
+#[test]
+fn the_source_vmm_is_killed() {
+    let test = "the_source_vmm_is_killed";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    for point in [COPYING, COMPARING, SWITCHING_OVER, READY] {
+        eprintln!("{}", point.name);
+        let mut guest = stage.guest(point.name);
+        let mut there = stage.receiver(point.name);
+        let order = begin(&stage, &tap, &point);
+        guest.process().kill().unwrap();
+        tap.release();
+        let answer = order.expect(4, &["the guest's VMM is gone"]);
+        assert!(answer.last().unwrap()["guest_runs_at"].is_null(), "{}", answer.text);
+        // The destination is free for another guest of that name.
+        stage.wait_until(HostId::B, point.name, "the end there", |migration| migration.outcome.is_some());
+        if point.name == READY.name {
+            wait_for_exit(there.process());
+            there = stage.receiver(point.name);
+        }
+        let mut guest = stage.guest(point.name);
+        stage.assert_moves(point.name, &mut there);
+        wait_for_exit(guest.process());
+    }
+
+    // Given up already: the destination has all of it.
+    let mut guest = stage.guest(COMMITTED.name);
+    let mut there = stage.receiver(COMMITTED.name);
+    let order = begin(&stage, &tap, &COMMITTED);
+    guest.process().kill().unwrap();
+    tap.release();
+    order.expect(0, &[]);
+    assert_runs(&mut there);
+}
+
+/// Whoever hangs instead of dying is given up too, by the silence or by the downtime limit.
+#[test]
+fn the_other_side_hangs() {
+    let Some((mut stage, tap)) = Stage::tapped("the_other_side_hangs", LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    for point in [COPYING, SWITCHING_OVER] {
+        eprintln!("{}: the destination daemon", point.name);
+        tap.hold(point.from, point.is);
+        let order = stage.begin("web1", &[]);
+        tap.wait();
+        signal(stage.rig.daemon(HostId::B), Signal::STOP);
+        order.expect(4, &["has not answered"]);
+        stage.assert_runs_on("web1", &mut guest);
+        tap.lose();
+        signal(stage.rig.daemon(HostId::B), Signal::CONT);
+        stage.wait_for_end("web1");
+    }
+
+    eprintln!("the destination VMM, in the pause");
+    tap.hold(HostId::A, SWITCHING_OVER.is);
+    let order = stage.begin("web1", &["--downtime-limit", "5s"]);
+    tap.wait();
+    signal(there.process(), Signal::STOP);
+    tap.release();
+    order.expect(4, &["downtime limit"]);
+    stage.assert_runs_on("web1", &mut guest);
+    signal(there.process(), Signal::CONT);
+    // It has loaded a guest that must never run.
+    wait_for_exit(there.process());
+    let mut there = stage.receiver("web1");
+    stage.assert_moves("web1", &mut there);
+}
