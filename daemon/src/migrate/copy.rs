@@ -72,6 +72,8 @@ pub struct Copying {
     pub answers: Mutex<mpsc::Receiver<Control>>,
     /// What the lanes deliver.
     pub bandwidth: RefCell<Bandwidth>,
+    /// When it was measured last in this round, and what had been acknowledged by then.
+    pub sampled: Cell<Option<(Instant, u64)>>,
     /// Forecasts for this kind of VMM.
     pub predictor: Rc<RefCell<Predictor>>,
     /// Round trip between the ports, before the first ping of the control connection.
@@ -104,6 +106,7 @@ impl Copying {
         self.start_tracking().await?;
         for number in 1.. {
             let started = Instant::now();
+            self.begin_sample();
             let bytes_before = self.lanes.borrow().wire_bytes();
             let pages_before = self.lanes.borrow().pages();
             let pages = if number == 1 { self.guest.ram.pages() } else { self.outbound.dirty.count() };
@@ -115,6 +118,7 @@ impl Copying {
                 self.first_round().await?;
             }
             self.until_all_claimed().await?;
+            self.sample();
             let dirtied_pages = self.guest.driver.harvest(&self.outbound.dirty).await?;
             let duration = started.elapsed();
             let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
@@ -259,24 +263,30 @@ impl Copying {
         if self.lanes.borrow().all_ended() { Err(CopyError::NoLanes) } else { Ok(()) }
     }
 
-    /// Measures bandwidth while there is something to send, and shows progress.
-    pub async fn keep_measuring(&self) -> ! {
+    /// Measures bandwidth and shows progress, now and then.
+    async fn keep_measuring(&self) -> ! {
         let mut ticker = tokio::time::interval(LOOK);
-        let (mut before, mut bytes_before) = (Instant::now(), self.lanes.borrow().acked_bytes());
-        let mut was_busy = false;
         for tick in 0u64.. {
             ticker.tick().await;
-            let bytes = self.lanes.borrow().acked_bytes();
-            let busy = !self.outbound.all_acknowledged();
-            if was_busy {
-                self.bandwidth.borrow_mut().record(bytes - bytes_before, before.elapsed());
-            }
-            (was_busy, before, bytes_before) = (busy, Instant::now(), bytes);
+            self.sample();
             if tick % 5 == 0 {
                 self.show();
             }
         }
         unreachable!("the loop has no end")
+    }
+
+    /// From here on the lanes are busy with a round.
+    fn begin_sample(&self) {
+        self.sampled.set(Some((Instant::now(), self.lanes.borrow().acked_bytes())));
+    }
+
+    /// Adds what was acknowledged since the last sample of this round.
+    fn sample(&self) {
+        let Some((before, bytes_before)) = self.sampled.get() else { return };
+        let bytes = self.lanes.borrow().acked_bytes();
+        self.bandwidth.borrow_mut().record(bytes - bytes_before, before.elapsed());
+        self.sampled.set(Some((Instant::now(), bytes)));
     }
 
     /// Brings what everyone sees up to date.

@@ -100,6 +100,7 @@ impl Run {
             link: plan.link.sender(),
             answers: Mutex::new(answers_arriving),
             bandwidth: RefCell::new(Bandwidth::new()),
+            sampled: Cell::default(),
             predictor: host.predictor(&guest.shape.machine.vmm),
             round_trip: plan.round_trip,
             policy: wishes.policy,
