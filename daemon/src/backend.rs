@@ -25,9 +25,6 @@ use crate::migrate::preflight::{self, Findings, Request};
 use crate::migrate::source::{self, Wishes};
 use crate::port::{holds, interface_state};
 
-/// Longest downtime limit that an order may name.
-const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
-
 /// The host, as the API sees it.
 pub struct HostBackend(pub Rc<Host>);
 
@@ -88,7 +85,7 @@ impl Backend for HostBackend {
 
     async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
         let (guest, peer) = self.parties(&order)?;
-        let wishes = self.wishes(&order)?;
+        let wishes = self.wishes(&order);
         let request = self.request(&order, false);
         // Taken before anything is awaited, so that no second order can take the guest too.
         guest.migration.replace(Some(request.migration));
@@ -180,24 +177,12 @@ impl HostBackend {
         Request { migration: random_id(), check_only, min_bandwidth }
     }
 
-    fn wishes(&self, order: &Order) -> Result<Wishes, ApiError> {
+    /// The API has seen to it that numbers are in range.
+    fn wishes(&self, order: &Order) -> Wishes {
         let limits = &self.0.config.limits;
-        let downtime_limit = match order.downtime_limit_seconds {
-            None => limits.downtime,
-            Some(seconds) => Duration::try_from_secs_f64(seconds)
-                .ok()
-                .filter(|limit| !limit.is_zero() && *limit <= LONGEST_LIMIT)
-                .ok_or_else(|| {
-                    let text =
-                        format!("a downtime limit of {seconds} s is not allowed: above 0, at most 3600");
-                    ApiError::new(ErrorCode::Invalid, text)
-                })?,
-        };
+        let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
         let max_rounds = order.max_rounds.unwrap_or(limits.max_rounds);
-        if max_rounds == 0 {
-            return Err(ApiError::new(ErrorCode::Invalid, "max_rounds must be at least 1"));
-        }
-        Ok(Wishes { policy: Policy { downtime_limit, max_rounds }, verify: order.verify })
+        Wishes { policy: Policy { downtime_limit, max_rounds }, verify: order.verify }
     }
 }
 

@@ -106,7 +106,7 @@ impl Link {
             Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(stream, silence)),
             Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(LinkError::Silent(GREETING)),
+            Err(_) => Err(given_up(&stream)),
         }
     }
 
@@ -205,7 +205,15 @@ pub async fn answer_greeting(
         stream.write_all(answer.encode()).await.0?;
         Ok(matches!(answer, Answer::Welcome { .. }).then_some(hello))
     };
-    timeout(GREETING, greeting).await.unwrap_or(Err(LinkError::Silent(GREETING)))
+    let answered = timeout(GREETING, greeting).await;
+    answered.unwrap_or_else(|_| Err(given_up(stream)))
+}
+
+/// Ends a connection whose greeting took too long: a read that is still under way would keep it
+/// open for as long as the other side says nothing.
+fn given_up(stream: &TcpStream) -> LinkError {
+    let _ = stream.shutdown(Shutdown::Both);
+    LinkError::Silent(GREETING)
 }
 
 async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {

@@ -41,6 +41,17 @@ fn cancelled_while_switching_over() {
     let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
+    // By Ctrl-C.
+    tap.hold(HostId::B, |message| *message == Control::HolesDone);
+    let order = stage.begin("web1", &[]);
+    tap.wait();
+    stage.wait_until(HostId::A, "web1", "copying", |migration| migration.phase == Phase::Copying);
+    order.signal(Signal::INT);
+    order.expect(5, &[]);
+    tap.release();
+    stage.wait_for_end("web1");
+    stage.assert_runs_on("web1", &mut guest);
+
     for held in [
         |message: &Control| *message == Control::Verify,
         |message: &Control| matches!(message, Control::State { .. }),
@@ -57,17 +68,6 @@ fn cancelled_while_switching_over() {
         stage.wait_for_end("web1");
         stage.assert_runs_on("web1", &mut guest);
     }
-
-    // By Ctrl-C.
-    tap.hold(HostId::B, |message| *message == Control::HolesDone);
-    let order = stage.begin("web1", &[]);
-    tap.wait();
-    stage.wait_until(HostId::A, "web1", "copying", |migration| migration.phase == Phase::Copying);
-    order.signal(Signal::INT);
-    tap.release();
-    order.expect(5, &[]);
-    stage.wait_for_end("web1");
-    stage.assert_runs_on("web1", &mut guest);
 
     // Too late: the guest is the destination's.
     let is_commit = |message: &Control| matches!(message, Control::Handover { message: Message::Commit, .. });

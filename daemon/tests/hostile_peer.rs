@@ -76,9 +76,7 @@ fn versions_and_names() {
 
 #[test]
 fn nonsense_on_the_control_port() {
-    let Some((mut stage, tap)) = Stage::tapped("nonsense_on_the_control_port", LabOptions::default()) else {
-        return;
-    };
+    let Some(mut stage) = Stage::new("nonsense_on_the_control_port", LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
 
@@ -147,7 +145,7 @@ fn nonsense_on_the_control_port() {
     }
 
     // After an offer that was accepted.
-    let offer = captured(&stage, &tap);
+    let offer = captured(&mut stage);
     let pages: u64 = offer.shape.regions.iter().map(|region| region.bytes).sum::<u64>() / PAGE as u64;
     let holes = |first: u64, end: u64| Control::Holes(std::iter::once(first..end).collect());
     let too_late = Control::State { total: 4, offset: 2, bytes: vec![1, 2] };
@@ -189,10 +187,10 @@ fn nonsense_on_the_control_port() {
 
 #[test]
 fn nonsense_on_a_lane() {
-    let Some((mut stage, tap)) = Stage::tapped("nonsense_on_a_lane", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::new("nonsense_on_a_lane", LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
-    let offer = captured(&stage, &tap);
+    let offer = captured(&mut stage);
     let pages: u64 = offer.shape.regions.iter().map(|region| region.bytes).sum::<u64>() / PAGE as u64;
 
     let frame = |sequence: u64, run: Run, checksum: Option<u32>| {
@@ -363,7 +361,7 @@ impl FakeDestination {
             }
             let peer = Peer::over(stream);
             // There are also words about the migration before, on connections of their own.
-            if let Control::Offer(offer) = peer.receive() {
+            if let Some(Control::Offer(offer)) = peer.hear() {
                 break (peer, offer);
             }
         };
@@ -411,11 +409,16 @@ impl FakeDestination {
 }
 
 /// The offer that host A's daemon makes, to be made by hand.
-fn captured(stage: &Stage, tap: &Tap) -> Offer {
+fn captured(stage: &mut Stage) -> Offer {
+    let tap = Tap::install(stage);
+    stage.wait_for_standing(HostId::A, "web1", "running");
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
     let answer = stage.rig.ctl(HostId::A, &["check", "web1", "host-b"]).unwrap();
     assert_eq!(answer.code, 0, "{}", answer.text);
-    let mut offer = tap.offer().unwrap();
+    let mut offer = tap.offer().expect("an offer has passed the tap");
     (offer.check_only, offer.migration) = (false, OURS);
+    tap.remove(stage);
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
     offer
 }
 

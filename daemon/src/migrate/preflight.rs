@@ -227,8 +227,11 @@ async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings) ->
         findings.ports.push(check);
     }
     if pairs.is_empty() {
-        let detail = "no port of this host reaches its counterpart at the destination".to_owned();
-        let remedy = "see the findings for each port, and `memlanectl ports` on both hosts";
+        let of_ports = findings.findings.iter().filter(|finding| finding.severity == Severity::Warning);
+        let why: Vec<String> =
+            of_ports.map(|finding| format!("{}: {}", finding.what, finding.detail)).collect();
+        let detail = format!("no port reaches its counterpart at the destination ({})", why.join("; "));
+        let remedy = "see `memlanectl ports` on both hosts";
         findings.add(Severity::Refused, Respect::Port.name(), detail, Some(remedy));
     }
     pairs

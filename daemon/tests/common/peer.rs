@@ -66,6 +66,11 @@ impl Peer {
         self.messages.recv_timeout(LONG).expect("the daemon has something to say")
     }
 
+    /// The next message that is no ping; `None` if the daemon hangs up first.
+    pub fn hear(&self) -> Option<Control> {
+        self.messages.recv_timeout(LONG).ok()
+    }
+
     /// Answers no more pings.
     pub fn fall_silent(&self) {
         self.silent.store(true, Ordering::Relaxed);

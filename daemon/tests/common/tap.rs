@@ -56,11 +56,17 @@ impl Tap {
             };
             stage.rig.lab().host(HostId::B).run_in(serve).unwrap();
         }
-        for (id, peer, port) in [(HostId::A, b, PORTS[0]), (HostId::B, a, PORTS[1])] {
-            let (direct, tapped) = (format!("control = \"{peer}\""), format!("control = \"{b}:{port}\""));
+        for (id, direct, tapped) in peers(stage) {
             stage.reconfigure(id, |text| text.replace(&direct, &tapped));
         }
         Self(shared)
+    }
+
+    /// Lets the daemons talk without a tap again; starts them anew.
+    pub fn remove(self, stage: &mut Stage) {
+        for (id, direct, tapped) in peers(stage) {
+            stage.reconfigure(id, |text| text.replace(&tapped, &direct));
+        }
     }
 
     /// Holds back what host `from` says, from the first message on that `matches`.
@@ -83,6 +89,7 @@ impl Tap {
             // Who should hear it may be gone.
             let _ = (&*stream).write_all(&bytes);
         }
+        self.0.changed.notify_all();
     }
 
     /// Loses what is held back, as a network does, and lets pass all that follows.
@@ -90,12 +97,20 @@ impl Tap {
         let mut state = self.0.lock();
         state.rule = None;
         state.held.clear();
+        self.0.changed.notify_all();
     }
 
     /// The last offer that passed.
     pub fn offer(&self) -> Option<Offer> {
         self.0.lock().offer.clone()
     }
+}
+
+/// Of each host how it knows its peer, directly and through the tap.
+fn peers(stage: &Stage) -> [(HostId, String, String); 2] {
+    let [a, b] = [HostId::A, HostId::B].map(|id| stage.rig.lab().host(id).control_address());
+    [(HostId::A, b, PORTS[0]), (HostId::B, a, PORTS[1])]
+        .map(|(id, peer, port)| (id, format!("control = \"{peer}\""), format!("control = \"{b}:{port}\"")))
 }
 
 impl Drop for Tap {
@@ -181,6 +196,10 @@ fn forward(from: HostId, source: &TcpStream, to: &Arc<TcpStream>, shared: &Share
             break error;
         }
     };
+    // Last words that are held back are heard before the end.
+    let state = shared.lock();
+    let of_this = |state: &mut State| state.held.iter().any(|(held, _)| Arc::ptr_eq(held, to));
+    drop(shared.changed.wait_timeout_while(state, LONG, of_this));
     hang_up(source, to);
     Err(error)
 }

@@ -5,33 +5,29 @@
 //! offers a guest, the destination accepts or says why not, and so on; who owns the guest is
 //! settled by the [`handover`](crate::handover) words that [`Control::Handover`] carries.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+mod offer;
+
 use std::ops::Range;
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::attach::{MAX_STATE_BYTES, MigrationId};
-use super::hello::Token;
-use super::machine::GuestShape;
-use super::text::RawLabel;
-use super::{Label, Reader, WireError, put, put_text};
+use super::{Reader, WireError, put, put_text};
 use crate::handover::Message;
+
+pub use offer::{Accept, MAX_PORTS, MAX_REFUSALS, Offer, Port, Refusal, Respect};
 
 /// Bytes of a message's header.
 pub const HEADER_BYTES: usize = size_of::<RawHeader>();
 /// Bytes of the longest body.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
-/// Ports that one host may offer for a migration.
-pub const MAX_PORTS: usize = 64;
 /// Ranges in one [`Control::Holes`].
 pub const MAX_RANGES: usize = 32 << 10;
 /// Digests in one [`Control::Digests`].
 pub const MAX_DIGESTS: usize = 32 << 10;
 /// Bytes of state in one [`Control::State`].
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
-/// Reasons in one [`Control::Refuse`].
-pub const MAX_REFUSALS: usize = 64;
 /// Bytes of memory under one digest.
 pub const DIGEST_CHUNK_BYTES: u64 = 2 << 20;
 
@@ -90,97 +86,6 @@ pub enum Control {
     },
 }
 
-/// A guest that wants to move.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Offer {
-    /// Names the migration from here on.
-    pub migration: MigrationId,
-    /// Only asks; nothing is to be held.
-    pub check_only: bool,
-    /// Bytes of RAM that hold data (the rest are holes).
-    pub data_bytes: u64,
-    /// The guest.
-    pub shape: GuestShape,
-}
-
-/// What the destination holds ready.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Accept {
-    /// What each lane must say to be let in.
-    pub token: Token,
-    /// Where lanes may connect.
-    pub ports: Vec<Port>,
-}
-
-/// A port of the destination.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Port {
-    /// Its name there.
-    pub name: Label,
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// Lanes that it would take.
-    pub lanes: u16,
-}
-
-/// Why a guest cannot come.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// In which respect.
-    pub what: Respect,
-    /// What is wrong and what to do about it.
-    pub reason: String,
-}
-
-/// In which respect a destination refuses a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Respect {
-    /// No VMM waits for this guest.
-    Receiver = 1,
-    /// Processor, interrupt controller or clock differ.
-    Machine = 2,
-    /// Memory is missing, or laid out otherwise.
-    Memory = 3,
-    /// No port can be used.
-    Port = 4,
-    /// A network of the guest is not there.
-    Network = 5,
-    /// The guest is moving already, or is here already.
-    Busy = 6,
-    /// The ports cannot carry what is asked.
-    Bandwidth = 7,
-    /// Something else is wrong at the destination.
-    Host = 8,
-}
-
-impl Respect {
-    const ALL: [Self; 8] = [
-        Self::Receiver,
-        Self::Machine,
-        Self::Memory,
-        Self::Port,
-        Self::Network,
-        Self::Busy,
-        Self::Bandwidth,
-        Self::Host,
-    ];
-
-    /// One word for logs, metrics and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Receiver => "receiver",
-            Self::Machine => "machine",
-            Self::Memory => "memory",
-            Self::Port => "port",
-            Self::Network => "network",
-            Self::Busy => "busy",
-            Self::Bandwidth => "bandwidth",
-            Self::Host => "host",
-        }
-    }
-}
-
 /// Reads a header, [`HEADER_BYTES`] long: kind, and length of the body.
 pub fn decode_header(bytes: &[u8]) -> Result<(u16, usize), WireError> {
     let mut reader = Reader::new(bytes);
@@ -211,35 +116,15 @@ impl Control {
     fn encode_body(&self, out: &mut Vec<u8>) -> u16 {
         match self {
             Self::Offer(offer) => {
-                put(
-                    out,
-                    &RawOffer {
-                        migration: offer.migration,
-                        check_only: offer.check_only.into(),
-                        reserved: [0; 7],
-                        data_bytes: offer.data_bytes.into(),
-                    },
-                );
-                offer.shape.encode(out);
+                offer.encode(out);
                 kind::OFFER
             }
             Self::Accept(accept) => {
-                put(out, &accept.token);
-                put(out, &U16::new(accept.ports.len() as u16));
-                for port in &accept.ports {
-                    put(out, &RawPort::from(port));
-                }
+                accept.encode(out);
                 kind::ACCEPT
             }
             Self::Refuse(refusals) => {
-                put(out, &U16::new(refusals.len() as u16));
-                for refusal in refusals {
-                    let mut text = Vec::new();
-                    put_text(&mut text, &refusal.reason);
-                    let bytes = U16::new(text.len() as u16);
-                    put(out, &RawRefusal { what: refusal.what as u8, reserved: 0, bytes });
-                    out.extend_from_slice(&text);
-                }
+                offer::encode_refusals(refusals, out);
                 kind::REFUSE
             }
             Self::Ping(number) => {
@@ -303,23 +188,9 @@ impl Control {
     pub fn decode(kind: u16, body: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(body);
         let message = match kind {
-            kind::OFFER => {
-                let raw: &RawOffer = reader.take("offer")?;
-                Self::Offer(Offer {
-                    migration: raw.migration,
-                    check_only: raw.check_only != 0,
-                    data_bytes: raw.data_bytes.get(),
-                    shape: GuestShape::decode(&mut reader)?,
-                })
-            }
-            kind::ACCEPT => {
-                let token = *reader.take("lane token")?;
-                let count = reader.take::<U16>("count of ports")?.get();
-                let ports = reader.list::<RawPort>("count of ports", count.into(), MAX_PORTS)?;
-                let ports = ports.iter().map(RawPort::port).collect::<Result<_, _>>()?;
-                Self::Accept(Accept { token, ports })
-            }
-            kind::REFUSE => Self::Refuse(decode_refusals(&mut reader)?),
+            kind::OFFER => Self::Offer(Offer::decode(&mut reader)?),
+            kind::ACCEPT => Self::Accept(Accept::decode(&mut reader)?),
+            kind::REFUSE => Self::Refuse(offer::decode_refusals(&mut reader)?),
             kind::PING => Self::Ping(reader.take::<U64>("ping")?.get()),
             kind::PONG => Self::Pong(reader.take::<U64>("pong")?.get()),
             kind::HOLES => {
@@ -377,24 +248,6 @@ impl Control {
     }
 }
 
-fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, WireError> {
-    let count = usize::from(reader.take::<U16>("count of refusals")?.get());
-    if count > MAX_REFUSALS {
-        let (found, limit) = (count as u64, MAX_REFUSALS as u64);
-        return Err(WireError::TooLarge { what: "count of refusals", found, limit });
-    }
-    let mut refusals = Vec::with_capacity(count);
-    for _ in 0..count {
-        let raw: &RawRefusal = reader.take("refusal")?;
-        let unknown = WireError::Unknown { what: "respect of a refusal", found: raw.what.into() };
-        let what = Respect::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
-        let text = reader.bytes("reason of a refusal", raw.bytes.get().into(), super::MAX_TEXT_BYTES)?;
-        let reason = Reader::new(text).text("reason of a refusal")?;
-        refusals.push(Refusal { what, reason });
-    }
-    Ok(refusals)
-}
-
 fn decode_state(reader: &mut Reader<'_>) -> Result<Control, WireError> {
     let raw: &RawState = reader.take("state")?;
     let (total, offset, count) = (raw.total.get(), raw.offset.get(), u64::from(raw.bytes.get()));
@@ -448,64 +301,12 @@ fn message_of(number: u8) -> Option<Message> {
     WORDS.iter().find(|(found, _)| *found == number).map(|(_, word)| *word)
 }
 
-impl From<&Port> for RawPort {
-    fn from(port: &Port) -> Self {
-        let address = match port.address.ip() {
-            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-            IpAddr::V6(v6) => v6,
-        };
-        Self {
-            name: port.name.raw(),
-            address: address.octets(),
-            port: port.address.port().into(),
-            lanes: port.lanes.into(),
-        }
-    }
-}
-
-impl RawPort {
-    fn port(&self) -> Result<Port, WireError> {
-        let address = Ipv6Addr::from(self.address).to_canonical();
-        Ok(Port {
-            name: self.name.label()?,
-            address: SocketAddr::new(address, self.port.get()),
-            lanes: self.lanes.get(),
-        })
-    }
-}
-
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawHeader {
     kind: U16,
     reserved: U16,
     bytes: U32,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RawOffer {
-    migration: MigrationId,
-    check_only: u8,
-    reserved: [u8; 7],
-    data_bytes: U64,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RawPort {
-    name: RawLabel,
-    address: [u8; 16],
-    port: U16,
-    lanes: U16,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RawRefusal {
-    what: u8,
-    reserved: u8,
-    bytes: U16,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]

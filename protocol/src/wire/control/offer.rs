@@ -1,0 +1,231 @@
+//! Offering a guest, and the answers to that.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use zerocopy::byteorder::little_endian::{U16, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::wire::attach::MigrationId;
+use crate::wire::hello::Token;
+use crate::wire::machine::GuestShape;
+use crate::wire::text::RawLabel;
+use crate::wire::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
+
+/// Ports that one host may offer for a migration.
+pub const MAX_PORTS: usize = 64;
+/// Reasons for one refusal of a guest.
+pub const MAX_REFUSALS: usize = 64;
+
+/// A guest that wants to move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Names the migration from here on.
+    pub migration: MigrationId,
+    /// Only asks; nothing is to be held.
+    pub check_only: bool,
+    /// Bytes of RAM that hold data (the rest are holes).
+    pub data_bytes: u64,
+    /// The guest.
+    pub shape: GuestShape,
+}
+
+/// What the destination holds ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accept {
+    /// What each lane must say to be let in.
+    pub token: Token,
+    /// Where lanes may connect.
+    pub ports: Vec<Port>,
+}
+
+/// A port of the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its name there.
+    pub name: Label,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Lanes that it would take.
+    pub lanes: u16,
+}
+
+/// Why a guest cannot come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// In which respect.
+    pub what: Respect,
+    /// What is wrong and what to do about it.
+    pub reason: String,
+}
+
+/// In which respect a destination refuses a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Respect {
+    /// No VMM waits for this guest.
+    Receiver = 1,
+    /// Processor, interrupt controller or clock differ.
+    Machine = 2,
+    /// Memory is missing, or laid out otherwise.
+    Memory = 3,
+    /// No port can be used.
+    Port = 4,
+    /// A network of the guest is not there.
+    Network = 5,
+    /// The guest is moving already, or is here already.
+    Busy = 6,
+    /// The ports cannot carry what is asked.
+    Bandwidth = 7,
+    /// Something else is wrong at the destination.
+    Host = 8,
+}
+
+impl Respect {
+    const ALL: [Self; 8] = [
+        Self::Receiver,
+        Self::Machine,
+        Self::Memory,
+        Self::Port,
+        Self::Network,
+        Self::Busy,
+        Self::Bandwidth,
+        Self::Host,
+    ];
+
+    /// One word for logs, metrics and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Receiver => "receiver",
+            Self::Machine => "machine",
+            Self::Memory => "memory",
+            Self::Port => "port",
+            Self::Network => "network",
+            Self::Busy => "busy",
+            Self::Bandwidth => "bandwidth",
+            Self::Host => "host",
+        }
+    }
+}
+
+impl Offer {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        put(
+            out,
+            &RawOffer {
+                migration: self.migration,
+                check_only: self.check_only.into(),
+                reserved: [0; 7],
+                data_bytes: self.data_bytes.into(),
+            },
+        );
+        self.shape.encode(out);
+    }
+
+    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        let raw: &RawOffer = reader.take("offer")?;
+        Ok(Self {
+            migration: raw.migration,
+            check_only: raw.check_only != 0,
+            data_bytes: raw.data_bytes.get(),
+            shape: GuestShape::decode(reader)?,
+        })
+    }
+}
+
+impl Accept {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        put(out, &self.token);
+        put(out, &U16::new(self.ports.len() as u16));
+        for port in &self.ports {
+            put(out, &RawPort::from(port));
+        }
+    }
+
+    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        let token = *reader.take("lane token")?;
+        let count = reader.take::<U16>("count of ports")?.get();
+        let ports = reader.list::<RawPort>("count of ports", count.into(), MAX_PORTS)?;
+        let ports = ports.iter().map(RawPort::port).collect::<Result<_, _>>()?;
+        Ok(Self { token, ports })
+    }
+}
+
+pub(super) fn encode_refusals(refusals: &[Refusal], out: &mut Vec<u8>) {
+    put(out, &U16::new(refusals.len() as u16));
+    for refusal in refusals {
+        let mut text = Vec::new();
+        put_text(&mut text, &refusal.reason);
+        let bytes = U16::new(text.len() as u16);
+        put(out, &RawRefusal { what: refusal.what as u8, reserved: 0, bytes });
+        out.extend_from_slice(&text);
+    }
+}
+
+pub(super) fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, WireError> {
+    let count = usize::from(reader.take::<U16>("count of refusals")?.get());
+    if count > MAX_REFUSALS {
+        let (found, limit) = (count as u64, MAX_REFUSALS as u64);
+        return Err(WireError::TooLarge { what: "count of refusals", found, limit });
+    }
+    let mut refusals = Vec::with_capacity(count);
+    for _ in 0..count {
+        let raw: &RawRefusal = reader.take("refusal")?;
+        let unknown = WireError::Unknown { what: "respect of a refusal", found: raw.what.into() };
+        let what = Respect::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
+        let text = reader.bytes("reason of a refusal", raw.bytes.get().into(), MAX_TEXT_BYTES)?;
+        let reason = Reader::new(text).text("reason of a refusal")?;
+        refusals.push(Refusal { what, reason });
+    }
+    Ok(refusals)
+}
+
+impl From<&Port> for RawPort {
+    fn from(port: &Port) -> Self {
+        let address = match port.address.ip() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        Self {
+            name: port.name.raw(),
+            address: address.octets(),
+            port: port.address.port().into(),
+            lanes: port.lanes.into(),
+        }
+    }
+}
+
+impl RawPort {
+    fn port(&self) -> Result<Port, WireError> {
+        let address = Ipv6Addr::from(self.address).to_canonical();
+        Ok(Port {
+            name: self.name.label()?,
+            address: SocketAddr::new(address, self.port.get()),
+            lanes: self.lanes.get(),
+        })
+    }
+}
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawOffer {
+    migration: MigrationId,
+    check_only: u8,
+    reserved: [u8; 7],
+    data_bytes: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawPort {
+    name: RawLabel,
+    address: [u8; 16],
+    port: U16,
+    lanes: U16,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawRefusal {
+    what: u8,
+    reserved: u8,
+    bytes: U16,
+}
