@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use memlane_protocol::convergence::Policy;
+use memlane_protocol::handover::Record;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::hello;
@@ -19,6 +20,7 @@ use crate::config::PortConfig;
 use crate::guest::Guest;
 use crate::hex;
 use crate::host::{Host, random_id};
+use crate::journal::Entry;
 use crate::metrics;
 use crate::migrate::Ticket;
 use crate::migrate::preflight::{self, Findings, Request};
@@ -99,15 +101,21 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::Refused, findings.reasons()));
         };
         let host = self.0.clone();
-        let names = (&host.config.host, &peer);
-        let (ticket, words) = Ticket::new(request.migration, &guest.shape.name, names, Role::Source);
+        let entry = Entry {
+            migration: request.migration,
+            guest: guest.shape.name.clone(),
+            peer,
+            record: Record::Committed,
+            vmm: guest.process.identity(),
+        };
+        let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Source);
         ticket.update(|progress| {
             progress.pages_total = guest.shape.pages();
             progress.downtime_limit_seconds = wishes.policy.downtime_limit.as_secs_f64();
         });
         host.add(ticket.clone());
         let first = ticket.progress.borrow().clone();
-        tokio::task::spawn_local(source::run(host.clone(), guest, (ticket, words), plan, wishes));
+        tokio::task::spawn_local(source::run(host.clone(), guest, entry, (ticket, arrivals), plan, wishes));
         Ok(first)
     }
 
@@ -219,6 +227,6 @@ fn guest_info(guest: &Guest) -> GuestInfo {
         tracker: guest.shape.tracker.name().to_owned(),
         standing,
         nics: nics.map(|nic| NicInfo { mac: mac(&nic.mac), network: nic.network.to_string() }).collect(),
-        pid: Some(guest.pid),
+        pid: Some(guest.process.identity().pid),
     }
 }

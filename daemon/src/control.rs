@@ -90,11 +90,17 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
 /// What this host has to say to a word about a migration.
 async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
     if let Some(ticket) = host.migration(&migration).filter(|ticket| ticket.peer == *peer)
-        && !ticket.words.is_closed()
+        && ticket.is_live()
     {
         let (reply, answer) = oneshot::channel();
-        ticket.words.send(Word { message, reply }).await.ok()?;
-        return tokio::time::timeout(PATIENCE, answer).await.ok()?.ok();
+        let asked = async {
+            ticket.words.send(Word { message, reply }).await.ok()?;
+            answer.await.ok()
+        };
+        return tokio::time::timeout(PATIENCE, asked).await.ok()?;
+    }
+    if host.journal.known(&migration).is_some() {
+        return None; // it is remembered, and its half will answer when it is asked again
     }
     match message {
         Message::Ready | Message::Running | Message::Declined => Source::answer_unknown(message),

@@ -59,11 +59,12 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (journal, unfinished) = Journal::open(&config.journal).await?;
-    let host = Host::new(config, journal, unfinished);
+    let host = Host::new(config, journal);
+    // Before anybody can ask about them.
+    recover::all(&host, unfinished);
     listen(&host).await?;
     tokio::task::spawn_local(metrics::upkeep());
     tokio::task::spawn_local(systemd::watchdog());
-    tokio::task::spawn_local(recover::without_guests(host.clone()));
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
     info!(host = %name, peers, ports, version = env!("CARGO_PKG_VERSION"), "ready");
     warn!("traffic between daemons, guests' memory included, is not encrypted (insecure = true)");
@@ -83,9 +84,6 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
 
 async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
     let config = &host.config;
-    let path = config.attach_socket.clone();
-    let attach = attach_socket::bind(&path).map_err(|source| DaemonError::Attach { path, source })?;
-    let api = server::bind(&config.api_socket)?;
     let failed = |address, what: &str| {
         let what = what.to_owned();
         move |source| DaemonError::Listen { address, what, source }
@@ -97,6 +95,10 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
             port::listen(address).await.map_err(failed(address, &format!("port {}", port.name)))?;
         tokio::task::spawn_local(port::serve(listener, port.name.clone(), host.rendezvous.clone()));
     }
+    // Last, so that whoever finds these sockets finds everything.
+    let path = config.attach_socket.clone();
+    let attach = attach_socket::bind(&path).map_err(|source| DaemonError::Attach { path, source })?;
+    let api = server::bind(&config.api_socket)?;
     let backend = Rc::new(HostBackend(host.clone()));
     if let Some(address) = config.metrics {
         let listener = tokio::net::TcpListener::bind(address).await.map_err(failed(address, "metrics"))?;

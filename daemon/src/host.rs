@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use crate::config::{Config, PeerConfig};
 use crate::guest::Guest;
-use crate::journal::{Entry, Journal};
+use crate::journal::Journal;
 use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::migrate::{Ticket, preflight, recover};
@@ -39,13 +39,11 @@ pub struct Host {
     migrations: RefCell<Vec<Rc<Ticket>>>,
     /// Forecasts, by the kind of VMM.
     predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
-    /// What the journal held when the daemon started and no VMM has come back for yet.
-    unfinished: RefCell<Vec<Entry>>,
 }
 
 impl Host {
     /// A host without guests.
-    pub fn new(config: Config, journal: Journal, unfinished: Vec<Entry>) -> Rc<Self> {
+    pub fn new(config: Config, journal: Journal) -> Rc<Self> {
         Rc::new(Self {
             config,
             journal,
@@ -55,7 +53,6 @@ impl Host {
             guests: RefCell::default(),
             migrations: RefCell::default(),
             predictors: RefCell::default(),
-            unfinished: unfinished.into(),
         })
     }
 
@@ -72,30 +69,36 @@ impl Host {
     /// A VMM has attached; it stays until its connection ends.
     pub fn guest_attached(self: &Rc<Self>, guest: Rc<Guest>) {
         let name = guest.shape.name.clone();
+        if self.guest(&name).is_some() {
+            warn!(guest = %name, "two VMMs came with one name; the second is sent away");
+            return guest.driver.hang_up();
+        }
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
         let host = self.clone();
         let attached = guest.clone();
         tokio::task::spawn_local(async move {
             attached.driver.gone().await;
-            info!(guest = %name, pid = attached.pid, "a VMM is gone");
+            info!(guest = %name, pid = attached.process.identity().pid, "a VMM is gone");
             let mut guests = host.guests.borrow_mut();
             if guests.get(&name).is_some_and(|other| Rc::ptr_eq(other, &attached)) {
                 guests.remove(&name);
             }
             metrics::guests(guests.len());
         });
-        if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
-            let entry = self.take_unfinished(|entry| Some(entry.migration) == *guest.migration.borrow());
-            tokio::task::spawn_local(recover::with_guest(self.clone(), guest, entry));
+        let migrations = self.migrations();
+        let mut live = migrations.iter().filter(|ticket| ticket.is_live());
+        let identity = guest.process.identity();
+        let of_guest =
+            |ticket: &&Rc<Ticket>| ticket.vmm == identity || *guest.migration.borrow() == Some(ticket.id);
+        if let Some(ticket) = live.find(of_guest) {
+            // A migration that works on it already, and waits for it or is about to.
+            guest.migration.replace(Some(ticket.id));
+            let (ticket, guest) = (ticket.clone(), guest.clone());
+            tokio::task::spawn_local(async move { ticket.returns.send(guest).await });
+        } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
+            tokio::task::spawn_local(recover::unknown(self.clone(), guest));
         }
-    }
-
-    /// Takes migrations out of what the journal held when the daemon started.
-    pub fn take_unfinished(&self, which: impl Fn(&Entry) -> bool) -> Option<Entry> {
-        let mut unfinished = self.unfinished.borrow_mut();
-        let index = unfinished.iter().position(which)?;
-        Some(unfinished.swap_remove(index))
     }
 
     /// A peer by its name.

@@ -15,7 +15,7 @@ use memlane_protocol::wire::hello::{
     ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
 };
 use memlane_protocol::wire::{Label, WireError};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
@@ -26,6 +26,8 @@ const GREETING: Duration = Duration::from_secs(3);
 const ROUND_TRIPS: usize = 8;
 /// Messages read ahead of whoever deals with them.
 const READ_AHEAD: usize = 16;
+/// Messages that wait to be written.
+const WRITE_AHEAD: usize = 16;
 
 /// Why a link could not be made, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -84,13 +86,16 @@ pub struct LinkSender {
 }
 
 struct Shared {
-    /// One message at a time.
-    writing: Mutex<()>,
+    /// Messages go through one task, so that none is torn when whoever sends it gives up waiting.
+    outgoing: mpsc::Sender<Outgoing>,
     last_heard: Cell<Instant>,
     pinged_at: RefCell<Option<(u64, Instant)>>,
     /// Of the last pings, oldest first.
     round_trips: RefCell<VecDeque<Duration>>,
 }
+
+/// A message on its way out, and where to tell that it is gone.
+type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 
 impl Link {
     /// Connects to a peer and settles the version.
@@ -113,17 +118,19 @@ impl Link {
     /// A link over a connection whose greeting is done.
     pub fn over(stream: TcpStream, silence: Duration) -> Self {
         let stream = Rc::new(stream);
+        let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
         let shared = Rc::new(Shared {
-            writing: Mutex::new(()),
+            outgoing,
             last_heard: Cell::new(Instant::now()),
             pinged_at: RefCell::new(None),
             round_trips: RefCell::default(),
         });
         let (sender, messages) = mpsc::channel(READ_AHEAD);
         let link = LinkSender { stream: stream.clone(), shared: shared.clone() };
+        let writer = tokio::task::spawn_local(write(stream.clone(), to_write));
         let reader = tokio::task::spawn_local(read(link.clone(), sender.clone()));
         let watcher = tokio::task::spawn_local(watch(link, sender, silence));
-        Self { stream, shared, messages, tasks: vec![reader, watcher] }
+        Self { stream, shared, messages, tasks: vec![writer, reader, watcher] }
     }
 
     /// The next message that is no ping.
@@ -160,9 +167,10 @@ impl Drop for Link {
 impl LinkSender {
     /// Sends a message.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
-        let bytes = message.encode();
-        let _one_at_a_time = self.shared.writing.lock().await;
-        self.stream.write_all(bytes).await.0?;
+        let (written, done) = oneshot::channel();
+        let closed = |_| LinkError::Closed;
+        self.shared.outgoing.send((message.encode(), written)).await.map_err(closed)?;
+        done.await.map_err(|_| LinkError::Closed)??;
         Ok(())
     }
 
@@ -221,6 +229,14 @@ async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {
     let mut bytes = read_exactly(stream, ANSWER_BYTES).await?;
     bytes.extend(read_exactly(stream, Answer::text_bytes(&bytes)?).await?);
     Ok(Answer::decode(&bytes)?)
+}
+
+/// Writes messages, each whole, in the order in which they come.
+async fn write(stream: Rc<TcpStream>, mut outgoing: mpsc::Receiver<Outgoing>) {
+    while let Some((bytes, written)) = outgoing.recv().await {
+        // Whoever sent it may have given up waiting.
+        let _ = written.send(stream.write_all(bytes).await.0);
+    }
 }
 
 /// Reads messages, deals with pings, and passes on the rest until the connection ends.

@@ -17,7 +17,7 @@ pub fn make_way(path: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     if !kind.is_socket() {
-        return Err(io::Error::other("there is something else than a socket at this path"));
+        return Err(io::Error::other("what is there is no socket; remove it, or configure another path"));
     }
     let dead = match UnixStream::connect(path) {
         Ok(_) => false,
@@ -25,7 +25,7 @@ pub fn make_way(path: &Path) -> io::Result<()> {
         Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
     };
     if !dead {
-        return Err(io::Error::other("another daemon listens there; stop it first"));
+        return Err(io::Error::other("another daemon listens there; stop it, or configure another path"));
     }
     std::fs::remove_file(path)
 }
@@ -47,7 +47,7 @@ mod tests {
         make_way(&path).unwrap();
         assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
-        assert!(make_way(&path).is_err());
+        assert!(make_way(&path).unwrap_err().to_string().contains("is no socket"));
         assert!(path.exists());
     }
 }

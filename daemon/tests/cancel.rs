@@ -69,6 +69,10 @@ fn cancelled_while_switching_over() {
         stage.assert_runs_on("web1", &mut guest);
     }
 
+    // What the last one has loaded there must never run.
+    common::wait_for_exit(there.process());
+    let mut there = stage.receiver("web1");
+
     // Too late: the guest is the destination's.
     let is_commit = |message: &Control| matches!(message, Control::Handover { message: Message::Commit, .. });
     tap.hold(HostId::A, is_commit);

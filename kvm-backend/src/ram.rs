@@ -5,6 +5,7 @@
 //! gaps in the guest's address space have no numbers.
 
 mod backing;
+mod known;
 mod marks;
 
 use std::fs::File;
@@ -23,6 +24,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use self::known::KnownData;
+
 pub use backing::Backing;
 pub use marks::Marks;
 
@@ -38,6 +41,7 @@ pub struct GuestRam {
     regions: Vec<Region>,
     mapped: Vec<Mapped>,
     marks: Arc<PageSet>,
+    data: KnownData,
     sealed: bool,
 }
 
@@ -124,7 +128,7 @@ impl GuestRam {
         }
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
-        Ok(Self { memory, regions: shape, mapped, marks, sealed })
+        Ok(Self { memory, regions: shape, mapped, marks, data: KnownData::default(), sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -189,33 +193,50 @@ impl GuestRam {
 
     /// The runs within `pages` that may hold something other than zeros (`SEEK_DATA`); all of
     /// them where the file cannot tell, as on hugetlbfs.
+    ///
+    /// Pages that another process has punched may be among them if they lie inside a run that
+    /// was found earlier. They read as zeros, and reading them allocates them again.
     pub fn data_extents(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut extents: Vec<Range<u64>> = Vec::new();
         for (index, piece) in self.pieces(pages) {
-            let (file, mut at) = self.file_range(index, &piece);
-            let (begin, end) = (at, at + (piece.end - piece.start) * PAGE_SIZE);
-            // Every turn moves `at` on, whatever the other users of the file do meanwhile.
-            while at < end {
-                let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-                    Ok(data) if data < end => data.max(at),
-                    Ok(_) | Err(Errno::NXIO) => break,
-                    Err(error) => return Err(error.into()),
-                };
-                let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
-                    Ok(hole) => hole.clamp(data + 1, end),
-                    Err(Errno::NXIO) => end,
-                    Err(error) => return Err(error.into()),
-                };
-                let first = piece.start + (data - begin) / PAGE_SIZE;
-                let last = piece.start + (hole - begin).div_ceil(PAGE_SIZE);
+            let mut at = piece.start;
+            while let Some(extent) = self.next_extent(index, at..piece.end)? {
+                at = extent.end;
                 match extents.last_mut() {
-                    Some(extent) if extent.end >= first => extent.end = last,
-                    _ => extents.push(first..last),
+                    Some(last) if last.end >= extent.start => last.end = extent.end,
+                    _ => extents.push(extent),
                 }
-                at = begin + (last - piece.start) * PAGE_SIZE;
             }
         }
         Ok(extents)
+    }
+
+    /// The first run of data within `piece` of region `index`. It is never empty, whatever the
+    /// other users of the file do meanwhile.
+    fn next_extent(&self, index: usize, piece: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        if piece.is_empty() {
+            return Ok(None);
+        }
+        if let Some(end) = self.data.end_of_run(piece.start) {
+            return Ok(Some(piece.start..end.min(piece.end)));
+        }
+        let (file, begin) = self.file_range(index, &piece);
+        let end = begin + (piece.end - piece.start) * PAGE_SIZE;
+        let data = match rustix::fs::seek(file, SeekFrom::Data(begin)) {
+            Ok(data) if data < end => data.max(begin),
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let first = piece.start + (data - begin) / PAGE_SIZE;
+        let region_end = self.mapped[index].pages.end;
+        let last = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+            Ok(hole) => piece.start + hole.saturating_sub(begin).div_ceil(PAGE_SIZE),
+            Err(Errno::NXIO) => region_end,
+            Err(error) => return Err(error.into()),
+        };
+        let run = first..last.clamp(first + 1, region_end);
+        self.data.note(run.clone());
+        Ok(Some(first..run.end.min(piece.end)))
     }
 
     /// Makes `pages` zero and gives back what they took (`FALLOC_FL_PUNCH_HOLE`). Of a 2 MiB
@@ -226,6 +247,7 @@ impl GuestRam {
             let (file, offset) = self.file_range(index, &piece);
             let bytes = (piece.end - piece.start) * PAGE_SIZE;
             rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, flags, offset, bytes))?;
+            self.data.forget(&piece);
         }
         Ok(())
     }

@@ -122,6 +122,10 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
     }
 
     /// Whether the set holds nothing.
+    ///
+    /// Exact while nobody takes pages out. A page that is added while another thread empties the
+    /// same word may be missed until that thread has put the summary right again: who must not
+    /// miss it makes sure that all who take are done.
     pub fn is_empty(&self) -> bool {
         self.marked_words(0..self.pages).all(|word| self.load(word) == 0)
     }
@@ -143,16 +147,18 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
 
     /// The first run of pages at or after `from`, of at most `most` pages.
     pub fn next_run(&self, from: u64, most: u64) -> Option<Range<u64>> {
-        let word =
-            self.marked_words(from..self.pages).find(|&word| self.load(word) & !below(from, word) != 0)?;
-        let first = word * WORD + u64::from((self.load(word) & !below(from, word)).trailing_zeros());
-        // The bit may have been taken since it was found; then the run is the page alone.
-        let mut end = first + 1;
+        let marked = self.marked_words(from..self.pages);
+        let (word, bits) =
+            marked.map(|word| (word, self.load(word) & !below(from, word))).find(|(_, bits)| *bits != 0)?;
+        let start = bits.trailing_zeros();
+        let first = word * WORD + u64::from(start);
         let limit = first.saturating_add(most.max(1)).min(self.pages);
-        while end < limit {
-            let ones = u64::from((self.load(end / WORD) >> (end % WORD)).trailing_ones());
+        // Of this word, what was seen at the first look: its bits may have been taken since.
+        let mut end = first + u64::from((bits >> start).trailing_ones());
+        while end.is_multiple_of(WORD) && end < limit {
+            let ones = u64::from(self.load(end / WORD).trailing_ones());
             end += ones;
-            if ones == 0 || !end.is_multiple_of(WORD) {
+            if ones == 0 {
                 break;
             }
         }
@@ -247,7 +253,9 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
     /// Clears `mask` in `word` and, if that empties it, its summary bit; returns what was set.
     fn take(&self, word: u64, mask: u64) -> u64 {
         let old = self.leaf(word).fetch_and(!mask, Ordering::AcqRel);
-        if old & !mask == 0 {
+        // Bits that came since are a reason to leave the mark; those that come between this look
+        // and the clearing are hidden until the mark is back.
+        if old & !mask == 0 && self.leaf(word).load(Ordering::Acquire) == 0 {
             let bit = 1 << (word % WORD);
             self.summary(word).fetch_and(!bit, Ordering::AcqRel);
             if self.leaf(word).load(Ordering::Acquire) != 0 {

@@ -3,8 +3,7 @@
 use std::convert::Infallible;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream as BlockingUnixStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,49 +22,25 @@ use tokio::time::sleep;
 
 use super::Backend;
 use super::routes::{self, Answer, REQUEST_TIMEOUT};
+use crate::unix_socket;
 
 /// Connections served at once; more wait to be accepted.
 pub const MAX_CONNECTIONS: usize = 128;
 
-/// Why there is no API.
+/// There is no API.
 #[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// Someone answers on the socket.
-    #[error("another daemon answers on {}; stop it, or configure another api_socket", socket.display())]
-    InUse {
-        /// The socket.
-        socket: PathBuf,
-    },
-    /// Something else stands in the socket's place.
-    #[error("{} is no socket; remove it, or configure another api_socket", socket.display())]
-    NotASocket {
-        /// Its path.
-        socket: PathBuf,
-    },
-    /// The system refused it.
-    #[error("cannot open the socket {} of the API: {error}", socket.display())]
-    Io {
-        /// The socket.
-        socket: PathBuf,
-        /// Why.
-        error: io::Error,
-    },
+#[error("cannot open the socket {} of the API: {error}", socket.display())]
+pub struct ServerError {
+    /// The socket.
+    pub socket: PathBuf,
+    /// Why.
+    pub error: io::Error,
 }
 
 /// Opens the API's socket for its owner and group. One that a dead daemon left is replaced.
 pub fn bind(socket: &Path) -> Result<UnixListener, ServerError> {
-    let failed = |error| ServerError::Io { socket: socket.to_owned(), error };
-    match fs::symlink_metadata(socket) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(ServerError::NotASocket { socket: socket.to_owned() });
-        }
-        Ok(_) if BlockingUnixStream::connect(socket).is_ok() => {
-            return Err(ServerError::InUse { socket: socket.to_owned() });
-        }
-        Ok(_) => fs::remove_file(socket).map_err(failed)?,
-    }
+    let failed = |error| ServerError { socket: socket.to_owned(), error };
+    unix_socket::make_way(socket).map_err(failed)?;
     let listener = UnixListener::bind(socket).map_err(failed)?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o660)).map_err(failed)?;
     Ok(listener)

@@ -261,13 +261,13 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
     let listener = server::bind(&stale).unwrap();
     let error = server::bind(&stale).unwrap_err().to_string();
-    assert!(error.contains("another daemon answers"), "{error}");
+    assert!(error.contains("another daemon listens"), "{error}");
     drop(listener);
     let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
     let error = server::bind(&file).unwrap_err().to_string();
     assert!(error.contains("is no socket"), "{error}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
-    let error = server::bind(&directory.path().join("no/such/directory")).unwrap_err().to_string();
+    let error = server::bind(&file.join("below")).unwrap_err().to_string();
     assert!(error.contains("cannot open the socket"), "{error}");
 }

@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use super::attached::{receive, send};
-use super::{Attached, Guest};
+use super::{Attached, Guest, Process};
 use crate::host::Host;
 
 /// Longest time that a VMM may take to introduce itself.
@@ -78,6 +78,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     let broken = |error: io::Error| format!("its connection broke: {error}");
     let user = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| broken(error.into()))?;
     let pid = user.pid.as_raw_nonzero().get() as u32;
+    let process = Rc::new(Process::running(pid));
     let socket = watch(socket).map_err(broken)?;
     let introduced = async {
         let uid = user.uid.as_raw();
@@ -108,7 +109,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
         driver: Rc::new(Attached::new(socket, ram.pages())),
         shape,
         ram,
-        pid,
+        process,
         standing: standing.into(),
         tracked: false.into(),
         migration: migration.into(),

@@ -162,6 +162,11 @@ impl Driver for Attached {
         // The sender lives as long as the reading task, which sets it last.
         let _ = self.connection.gone.subscribe().wait_for(|gone| *gone).await;
     }
+
+    fn hang_up(&self) {
+        crate::port::hang_up(self.socket.get_ref());
+        self.connection.gone.send_replace(true);
+    }
 }
 
 impl Drop for Attached {

@@ -2,6 +2,7 @@
 
 pub mod attach_socket;
 mod attached;
+mod process;
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -17,12 +18,13 @@ use memlane_protocol::wire::attach::{MigrationId, Standing};
 use memlane_protocol::wire::machine::GuestShape;
 
 pub use attached::Attached;
+pub use process::Process;
 
 /// Why a VMM did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
-    /// The VMM's process has ended, or it closed its connection.
-    #[error("the VMM is gone")]
+    /// The VMM closed its connection, or its process has ended.
+    #[error("the connection to the VMM is lost")]
     Gone,
     /// The VMM did not answer in time.
     #[error("the VMM did not answer to `{request}` within {after:.0?}")]
@@ -88,8 +90,10 @@ pub trait Driver {
     async fn prepare(&self, migration: MigrationId) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.
     async fn discard(&self) -> Result<(), DriverError>;
-    /// Returns once the VMM is gone.
+    /// Returns once the connection to the VMM is lost.
     async fn gone(&self);
+    /// Ends the connection: the VMM then does what its own rules say.
+    fn hang_up(&self);
 }
 
 /// A guest whose VMM is attached.
@@ -101,7 +105,7 @@ pub struct Guest {
     /// How its VMM is handled.
     pub driver: Rc<dyn Driver>,
     /// Process of the VMM.
-    pub pid: u32,
+    pub process: Rc<Process>,
     /// What it is doing.
     pub standing: Cell<Standing>,
     /// Its writes are being tracked.

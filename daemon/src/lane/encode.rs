@@ -13,8 +13,11 @@ use super::zero::is_zero;
 /// Claims pages for one frame, at or after `cursor` and then from the start, until the frame
 /// is full or nothing is left. Moves `cursor` behind what it took, so that each lane walks
 /// through memory in order.
+///
+/// Each call is one of the claims that [`Outbound::settle`] has to be told the end of.
 pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     runs.clear();
+    outbound.claims.fetch_add(1, Ordering::SeqCst);
     let mut room = outbound.frame_bytes.load(Ordering::Relaxed) / PAGE_SIZE;
     let mut wrapped = false;
     while room > 0 && runs.len() < MAX_RUNS {

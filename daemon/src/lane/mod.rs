@@ -15,14 +15,14 @@ mod zero;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::WireError;
-use memlane_protocol::wire::frame::MAX_PAYLOAD_BYTES;
+use memlane_protocol::wire::frame::{MAX_PAYLOAD_BYTES, Run};
 use tokio::sync::Notify;
 
 pub use receive::Receiver;
@@ -71,7 +71,8 @@ pub struct Outbound {
     pub ram: Arc<GuestRam>,
     /// Pages to send.
     pub dirty: PageSet,
-    /// Pages sent and not yet acknowledged; nobody claims them meanwhile.
+    /// Pages sent and not yet acknowledged, or lost with their lane and not yet
+    /// [taken back](Outbound::take_back); nobody claims them meanwhile.
     pub in_flight: PageSet,
     /// Set while the guest stands still: frames then carry a checksum.
     pub still: AtomicBool,
@@ -79,6 +80,13 @@ pub struct Outbound {
     pub bell: Notify,
     /// Most bytes in one frame; less where little is left, so that all lanes get some of it.
     frame_bytes: AtomicU64,
+    /// Claims that have begun: grows before a lane looks at `dirty`.
+    claims: AtomicU64,
+    /// Claims that are over: grows after the last change to `dirty` and `in_flight` that the
+    /// claim, its frame's acknowledgement, or the frame's return brought about.
+    settled: AtomicU64,
+    /// The frames that each lost lane left unacknowledged, by the lane's number.
+    orphans: Mutex<Vec<(u16, Vec<Run>)>>,
     /// Rung by the migration when there is work again: one eventfd a lane.
     wakers: Vec<OwnedFd>,
 }
@@ -95,6 +103,9 @@ impl Outbound {
             still: AtomicBool::new(false),
             bell: Notify::new(),
             frame_bytes: AtomicU64::new(MAX_PAYLOAD_BYTES),
+            claims: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            orphans: Mutex::default(),
             wakers,
             ram,
         })
@@ -105,15 +116,73 @@ impl Outbound {
         const SMALLEST: u64 = 64 << 10;
         let share = pages * memlane_protocol::PAGE_SIZE / (2 * self.wakers.len().max(1) as u64);
         self.frame_bytes.store(share.clamp(SMALLEST, MAX_PAYLOAD_BYTES), Ordering::Relaxed);
-        for waker in &self.wakers {
-            // An eventfd that is already rung refuses nothing but a counter overflow.
-            let _ = rustix::io::write(waker, &1u64.to_ne_bytes());
-        }
+        (0..self.wakers.len()).for_each(|lane| self.ring(lane));
     }
 
-    /// Whether all pages handed out so far have been acknowledged.
+    /// Whether all pages handed out so far have been acknowledged and none is left. Pages that
+    /// the caller has put into `dirty` itself are seen, and so are those that other threads put
+    /// there if the caller has waited for them.
+    ///
+    /// Looking at the sets alone would not do: pages move between them, and a set is looked
+    /// through word by word. That as many claims were settled as had begun says that no lane had
+    /// pages, nor moved any, at the moment between the two looks; that none has begun after the
+    /// set was looked through says that the set stood still.
     pub fn all_acknowledged(&self) -> bool {
-        self.dirty.is_empty() && self.in_flight.is_empty()
+        let settled = self.settled.load(Ordering::SeqCst);
+        let claims = self.claims.load(Ordering::SeqCst);
+        settled == claims && self.dirty.is_empty() && self.claims.load(Ordering::SeqCst) == claims
+    }
+
+    /// Lost lanes whose unacknowledged pages wait to be [taken back](Self::take_back).
+    pub fn orphaned_lanes(&self) -> Vec<u16> {
+        let mut lanes: Vec<u16> = self.orphans().iter().map(|(lane, _)| *lane).collect();
+        lanes.sort_unstable();
+        lanes.dedup();
+        lanes
+    }
+
+    /// Makes dirty again what lost lane number `lane` left unacknowledged, for other lanes to take.
+    ///
+    /// Only once the destination has closed its end of that lane: until then bytes that have
+    /// arrived there may be written to memory late, over newer ones that another lane brought.
+    pub fn take_back(&self, lane: u16) {
+        let mut frames = Vec::new();
+        self.orphans().retain_mut(|(number, runs)| {
+            let kept = *number != lane;
+            if !kept {
+                frames.push(std::mem::take(runs));
+            }
+            kept
+        });
+        for run in frames.iter().flatten() {
+            self.dirty.insert_range(run.pages.clone());
+            self.in_flight.remove_range(run.pages.clone());
+        }
+        self.settle(frames.len() as u64);
+        self.wake(self.dirty.count());
+    }
+
+    /// Keeps the frames of a lane that has ended until they are taken back.
+    fn orphan(&self, lane: u16, frames: impl Iterator<Item = Vec<Run>>) {
+        self.orphans().extend(frames.map(|runs| (lane, runs)));
+        self.bell.notify_one();
+    }
+
+    /// So many claims are over: they found nothing, or their pages have been acknowledged or are
+    /// dirty again.
+    fn settle(&self, claims: u64) {
+        self.settled.fetch_add(claims, Ordering::SeqCst);
+    }
+
+    /// Wakes one lane.
+    fn ring(&self, lane: usize) {
+        // An eventfd that is already rung refuses nothing but a counter overflow.
+        let _ = rustix::io::write(&self.wakers[lane], &1u64.to_ne_bytes());
+    }
+
+    fn orphans(&self) -> MutexGuard<'_, Vec<(u16, Vec<Run>)>> {
+        // The list is whole whenever somebody may panic.
+        self.orphans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -122,3 +191,6 @@ pub struct Inbound {
     /// The memory that the guest will have.
     pub ram: Arc<GuestRam>,
 }
+
+#[cfg(test)]
+mod tests;

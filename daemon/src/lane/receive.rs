@@ -1,9 +1,9 @@
 //! The receiving end of a lane.
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use io_uring::{opcode, types};
@@ -15,28 +15,26 @@ use memlane_protocol::wire::frame::{
 
 use super::encode::checksum;
 use super::message::Message;
-use super::ring::Ring;
+use super::ring::{Held, Ring};
 use super::zero::is_zero;
 use super::{Inbound, LaneError, LaneStats};
-
-/// A run of zeros at least this long is given back to the kernel rather than looked at.
-const PUNCH_PAGES: u64 = 512;
 
 const READ: u64 = 1;
 const ACK: u64 = 2;
 
 /// Receives pages of one migration from one connection.
 pub struct Receiver {
+    /// First, so that it goes before all that its operations point to.
+    ring: Ring,
     inbound: Arc<Inbound>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
-    ring: Ring,
-    head: Box<[u8; FRAME_HEADER_BYTES]>,
-    table: Box<[u8; MAX_RUNS * RUN_BYTES]>,
+    head: Box<[u8]>,
+    table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
     sequence: u64,
-    ack: Box<[u8; ACK_BYTES]>,
+    ack: Box<[u8]>,
     acking: bool,
 }
 
@@ -52,12 +50,12 @@ impl Receiver {
             stats,
             socket,
             ring: Ring::new(8).map_err(LaneError::io("set up io_uring"))?,
-            head: Box::new([0; FRAME_HEADER_BYTES]),
-            table: Box::new([0; MAX_RUNS * RUN_BYTES]),
+            head: vec![0; FRAME_HEADER_BYTES].into(),
+            table: vec![0; MAX_RUNS * RUN_BYTES].into(),
             message: Message::new(),
             runs: Vec::with_capacity(MAX_RUNS),
             sequence: 0,
-            ack: Box::new([0; ACK_BYTES]),
+            ack: vec![0; ACK_BYTES].into(),
             acking: false,
         })
     }
@@ -66,8 +64,6 @@ impl Receiver {
     pub fn run(mut self) -> LaneError {
         loop {
             if let Err(error) = self.receive_frame() {
-                let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
-                self.stats.ended.store(true, Ordering::Release);
                 return error;
             }
         }
@@ -110,8 +106,8 @@ impl Receiver {
                 .flags(libc::MSG_WAITALL as u32)
                 .build()
                 .user_data(READ);
-            // SAFETY: the buffers are boxed in `self` or guest memory, both of which outlive the
-            // ring, and nothing else touches them until the operation completes below.
+            // SAFETY: the buffers are boxed in `self`, or guest memory that `inbound` keeps
+            // mapped. Nothing else touches them until the operation completes, below or in `drop`.
             unsafe { self.ring.push(&entry) }.map_err(LaneError::io("receive pages"))?;
             match self.wait_for(READ)? {
                 0 => return Err(LaneError::HungUp),
@@ -125,11 +121,12 @@ impl Receiver {
         if self.acking {
             self.wait_for(ACK)?;
         }
-        *self.ack = Ack { sequence: self.sequence }.encode();
+        self.ack.copy_from_slice(&Ack { sequence: self.sequence }.encode());
         let fd = types::Fd(self.socket.as_raw_fd());
         let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
         let entry = opcode::Send::new(fd, self.ack.as_ptr(), ACK_BYTES as u32).flags(flags).build();
-        // SAFETY: the acknowledgement is boxed and not written again until this send completes.
+        // SAFETY: the acknowledgement is boxed, and neither written again nor dropped until this
+        // send completes.
         unsafe { self.ring.push(&entry.user_data(ACK)) }.map_err(LaneError::io("acknowledge"))?;
         self.acking = true;
         Ok(())
@@ -171,11 +168,22 @@ impl Receiver {
     }
 }
 
+impl Drop for Receiver {
+    /// Ends the connection, and lets go of memory only when the kernel has: an acknowledgement
+    /// may have failed while pages were being received.
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        if self.ring.drain() != Held::Nothing {
+            // The ring is broken: the kernel may yet write to all of it.
+            let message = mem::replace(&mut self.message, Message::new());
+            let buffers = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
+            mem::forget((self.inbound.clone(), message, buffers));
+        }
+    }
+}
+
 /// Makes a run of pages zero, without bringing memory into being where there is none.
 fn make_zero(inbound: &Inbound, run: &Run) -> io::Result<()> {
-    if run.pages.end - run.pages.start >= PUNCH_PAGES {
-        return inbound.ram.punch(run.pages.clone());
-    }
     for extent in inbound.ram.data_extents(run.pages.clone())? {
         for slice in inbound.ram.slices(extent) {
             for offset in (0..slice.len).step_by(PAGE_SIZE as usize) {

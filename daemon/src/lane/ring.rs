@@ -1,7 +1,7 @@
 //! One lane's io_uring: submit, wait, complete.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, squeue};
@@ -9,6 +9,21 @@ use io_uring::{IoUring, cqueue, squeue};
 /// An io_uring that only its own thread uses.
 pub struct Ring {
     ring: IoUring,
+    /// Operations whose result has not been seen.
+    operations: usize,
+    /// Zero-copy sends whose result has been seen, but not that their pages are free.
+    notifications: usize,
+}
+
+/// What the kernel may still use of all that operations pointed to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Nothing.
+    Nothing,
+    /// The bytes of zero-copy sends, whose pages it has pinned.
+    SentBytes,
+    /// Everything.
+    All,
 }
 
 /// What the kernel says of one operation.
@@ -27,7 +42,7 @@ impl Ring {
     /// Makes a ring with room for `entries` operations at once. Call on the thread that uses it.
     pub fn new(entries: u32) -> io::Result<Self> {
         let ring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(entries)?;
-        Ok(Self { ring })
+        Ok(Self { ring, operations: 0, notifications: 0 })
     }
 
     /// Queues an operation.
@@ -39,6 +54,7 @@ impl Ring {
         loop {
             // SAFETY: passed on to the caller.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                self.operations += 1;
                 return Ok(());
             }
             self.ring.submit()?;
@@ -70,6 +86,61 @@ impl Ring {
             (None, Ok(count)) => Ok(count),
             (None, Err(_)) => Err(io::Error::from_raw_os_error(-result)),
         };
-        Some(Completion { operation: entry.user_data(), result, more: cqueue::more(flags), released })
+        let more = cqueue::more(flags);
+        match released {
+            Some(_) => self.notifications -= 1,
+            None => {
+                self.operations -= 1;
+                self.notifications += usize::from(more);
+            }
+        }
+        Some(Completion { operation: entry.user_data(), result, more, released })
+    }
+
+    /// Passes over completions until nothing is under way any more, or for a moment. The caller
+    /// has seen to it that all operations come to an end; but the pages of a zero-copy send stay
+    /// in use for as long as TCP tries to get them across, which nobody can wait for.
+    pub fn drain(&mut self) -> Held {
+        const LONGEST: Duration = Duration::from_secs(1);
+        const RETRY: Duration = Duration::from_millis(10);
+        let deadline = Instant::now() + LONGEST;
+        loop {
+            while self.completed().is_some() {}
+            let left = deadline.saturating_duration_since(Instant::now());
+            match (self.operations, self.notifications) {
+                (0, 0) => return Held::Nothing,
+                (0, _) if left.is_zero() => return Held::SentBytes,
+                (_, _) if left.is_zero() => return Held::All,
+                _ => {}
+            }
+            if self.wait(left).is_err() {
+                std::thread::sleep(RETRY);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use io_uring::{opcode, types};
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    #[test]
+    fn drains_what_ends_and_tells_what_does_not() {
+        let (event, mut value) = (eventfd(0, EventfdFlags::empty()).unwrap(), Box::new(0u64));
+        let mut ring = Ring::new(8).unwrap();
+        assert_eq!(ring.drain(), Held::Nothing);
+        let pointer: *mut u64 = &mut *value;
+        let entry = opcode::Read::new(types::Fd(event.as_raw_fd()), pointer.cast(), 8).build();
+        // SAFETY: the value is boxed and lives until the ring has been drained below.
+        unsafe { ring.push(&entry) }.unwrap();
+        assert_eq!(ring.drain(), Held::All);
+        rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+        assert_eq!(ring.drain(), Held::Nothing);
+        assert_eq!(*value, 1);
     }
 }

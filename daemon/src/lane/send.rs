@@ -1,9 +1,9 @@
 //! The sending end of a lane.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
@@ -12,11 +12,13 @@ use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES,
 use super::encode::{claim_frame, encode_frame};
 use super::evidence::Evidence;
 use super::message::Message;
-use super::ring::{Completion, Ring};
+use super::ring::{Completion, Held, Ring};
 use super::{LaneError, LaneStats, Outbound};
 
 /// Bytes of pages on their way and not yet acknowledged.
 const WINDOW_BYTES: u64 = 4 << 20;
+/// Frames on their way and not yet acknowledged: those that only tell of zeros have no bytes.
+const WINDOW_FRAMES: usize = 64;
 /// Acknowledgements read at once.
 const ACKS_AT_ONCE: usize = 64;
 /// How often a lane looks at the clock when nothing else happens.
@@ -29,12 +31,14 @@ const FRAMES: u64 = 2;
 
 /// Sends pages of one migration over one connection.
 pub struct Sender {
+    /// First, so that it goes before all that its operations point to.
+    ring: Ring,
     outbound: Arc<Outbound>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
     lane: usize,
+    number: u16,
     silence: Duration,
-    ring: Ring,
     evidence: Evidence,
     cursor: u64,
     /// Number of the newest frame.
@@ -50,7 +54,9 @@ pub struct Sender {
     /// The newest frame of the window is still being handed to the kernel.
     sending: bool,
     wake_value: Box<u64>,
-    acks: Box<AckBuffer>,
+    acks: Box<[u8]>,
+    /// Bytes in `acks`.
+    acks_filled: usize,
     last_ack: Instant,
 }
 
@@ -66,18 +72,14 @@ struct Slot {
     notifications: u32,
 }
 
-struct AckBuffer {
-    bytes: [u8; ACK_BYTES * ACKS_AT_ONCE],
-    filled: usize,
-}
-
 impl Sender {
-    /// For lane number `lane` of `outbound`, over `socket`. To be made on its own thread.
+    /// For the lane at index `lane` of `outbound` that both ends know as `number`, over
+    /// `socket`. To be made on its own thread.
     pub fn new(
         outbound: Arc<Outbound>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
-        lane: usize,
+        (lane, number): (usize, u16),
         silence: Duration,
     ) -> Result<Self, LaneError> {
         let pages = outbound.ram.pages();
@@ -90,6 +92,7 @@ impl Sender {
             stats,
             socket,
             lane,
+            number,
             silence,
             evidence: Evidence::new(),
             sequence: 0,
@@ -100,27 +103,16 @@ impl Sender {
             window_bytes: 0,
             sending: false,
             wake_value: Box::new(0),
-            acks: Box::new(AckBuffer { bytes: [0; ACK_BYTES * ACKS_AT_ONCE], filled: 0 }),
+            acks: vec![0; ACK_BYTES * ACKS_AT_ONCE].into(),
+            acks_filled: 0,
             last_ack: Instant::now(),
         })
     }
 
     /// Sends whatever can be claimed until the connection ends. What was not acknowledged by
-    /// then is dirty again, for other lanes to take.
+    /// then waits to be [taken back](Outbound::take_back).
     pub fn run(mut self) -> LaneError {
-        let error = self.serve();
-        // The kernel lets go of the messages once the connection is dead and the ring is gone.
-        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
-        for slot in &self.window {
-            for run in &slot.runs {
-                self.outbound.dirty.insert_range(run.pages.clone());
-                self.outbound.in_flight.remove_range(run.pages.clone());
-            }
-        }
-        self.stats.ended.store(true, Ordering::Release);
-        self.outbound.wake(self.outbound.dirty.count());
-        self.outbound.bell.notify_one();
-        error
+        self.serve()
     }
 
     fn serve(&mut self) -> LaneError {
@@ -137,7 +129,7 @@ impl Sender {
 
     /// Fills the window, waits for something to happen, and deals with it.
     fn turn(&mut self) -> Result<(), LaneError> {
-        if !self.sending && self.window_bytes < WINDOW_BYTES {
+        if !self.sending && self.window_bytes < WINDOW_BYTES && self.window.len() < WINDOW_FRAMES {
             self.send_next()?;
         }
         self.ring.wait(HEARTBEAT).map_err(LaneError::io("wait for the lane's io_uring"))?;
@@ -162,6 +154,7 @@ impl Sender {
         claim_frame(&self.outbound, &mut self.cursor, &mut slot.runs);
         if slot.runs.is_empty() {
             self.spare.push(slot);
+            self.outbound.settle(1);
             self.outbound.bell.notify_one();
             return Ok(());
         }
@@ -190,9 +183,10 @@ impl Sender {
         } else {
             opcode::SendMsg::new(fd, message).flags(flags).build()
         };
-        // SAFETY: the message and its head lie on the heap and are left alone until the frame is
-        // both acknowledged and released by the kernel; guest memory outlives the lane; and the
-        // socket is shut down and the ring dropped before any of them.
+        // SAFETY: the message and its head lie on the heap and are left alone until the send is
+        // complete, the frame acknowledged, and its pages released by the kernel. `outbound`
+        // keeps guest memory mapped. When the lane ends earlier, `drop` waits for the same, or
+        // gives up the memory for good.
         unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
             .map_err(LaneError::io("submit a frame"))?;
         self.sending = true;
@@ -245,11 +239,11 @@ impl Sender {
     fn take_acks(&mut self, completion: Completion) -> Result<(), LaneError> {
         match completion.result {
             Ok(0) => return Err(LaneError::HungUp),
-            Ok(count) => self.acks.filled += count as usize,
+            Ok(count) => self.acks_filled += count as usize,
             Err(error) => return Err(LaneError::io("read acknowledgements")(error)),
         }
-        let whole = self.acks.filled / ACK_BYTES * ACK_BYTES;
-        for bytes in self.acks.bytes[..whole].chunks_exact(ACK_BYTES) {
+        let whole = self.acks_filled / ACK_BYTES * ACK_BYTES;
+        for bytes in self.acks[..whole].chunks_exact(ACK_BYTES) {
             let found = Ack::decode(bytes)?.sequence;
             if found > self.sequence {
                 return Err(LaneError::Sequence { expected: self.sequence, found });
@@ -257,8 +251,8 @@ impl Sender {
             self.acknowledged = self.acknowledged.max(found);
             self.last_ack = Instant::now();
         }
-        self.acks.bytes.copy_within(whole..self.acks.filled, 0);
-        self.acks.filled -= whole;
+        self.acks.copy_within(whole..self.acks_filled, 0);
+        self.acks_filled -= whole;
         self.retire();
         self.listen_for_acks()
     }
@@ -277,6 +271,7 @@ impl Sender {
                 }
                 self.outbound.in_flight.remove_range(run.pages.clone());
             }
+            self.outbound.settle(1);
             self.window_bytes -= slot.payload_bytes;
             LaneStats::add(&self.stats.acked_bytes, slot.payload_bytes);
             let rest = if slot.notifications == 0 { &mut self.spare } else { &mut self.lingering };
@@ -291,17 +286,41 @@ impl Sender {
         let waker = types::Fd(self.outbound.wakers[self.lane].as_raw_fd());
         let value: *mut u64 = &mut *self.wake_value;
         let entry = opcode::Read::new(waker, value.cast(), size_of::<u64>() as u32).build();
-        // SAFETY: the value is boxed and lives until the ring is gone; nobody reads it.
+        // SAFETY: the value is boxed, nobody reads it, and `drop` keeps it until this completes.
         unsafe { self.ring.push(&entry.user_data(WAKE)) }.map_err(LaneError::io("wait to be woken"))
     }
 
     fn listen_for_acks(&mut self) -> Result<(), LaneError> {
-        let free = &mut self.acks.bytes[self.acks.filled..];
+        let free = &mut self.acks[self.acks_filled..];
         let fd = types::Fd(self.socket.as_raw_fd());
         let entry = opcode::Recv::new(fd, free.as_mut_ptr(), free.len() as u32).build();
-        // SAFETY: the buffer is boxed, lives until the ring is gone, and this part of it is not
-        // touched until the operation completes.
+        // SAFETY: the buffer is boxed, this part of it is not touched until the operation
+        // completes, and `drop` keeps it until then.
         unsafe { self.ring.push(&entry.user_data(ACKS)) }.map_err(LaneError::io("read acknowledgements"))
+    }
+}
+
+impl Drop for Sender {
+    /// Ends the connection, leaves what was not acknowledged to the migration, and lets go of
+    /// memory only when the kernel has.
+    fn drop(&mut self) {
+        // These two end every operation that is under way.
+        let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        self.outbound.ring(self.lane);
+        let frames = self.window.iter_mut().map(|slot| mem::take(&mut slot.runs));
+        self.outbound.orphan(self.number, frames);
+        let held = self.ring.drain();
+        if held != Held::Nothing {
+            // TCP goes on trying to deliver these frames, perhaps for minutes. The kernel has
+            // pinned the pages, but that does not keep the allocator from handing out the heads
+            // again, and then somebody else's bytes would go out as a table of runs.
+            mem::forget((mem::take(&mut self.window), mem::take(&mut self.lingering)));
+        }
+        if held == Held::All {
+            // The ring is broken: the kernel may yet read guest memory and write to the buffers.
+            let buffers = (mem::take(&mut self.acks), mem::take(&mut self.wake_value));
+            mem::forget((self.outbound.clone(), buffers));
+        }
     }
 }
 

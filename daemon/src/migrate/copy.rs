@@ -2,6 +2,7 @@
 //! until the pause fits the limit.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -29,6 +30,8 @@ const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
 const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 /// How often progress is looked at, and how long a ring of the bell may be missed.
 const LOOK: Duration = Duration::from_millis(20);
+/// Longest wait for an answer of the destination, besides its work.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// Why copying ended without success.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +91,14 @@ pub struct Copying {
     pub paused_at: Cell<Option<Instant>>,
     /// See `paused_at`.
     pub save_time: Cell<Duration>,
+    /// Digests are being compared.
+    pub comparing: Cell<bool>,
+    /// Messages about holes that were sent,
+    pub holes_sent: Cell<u64>,
+    /// and those that the destination has dealt with.
+    pub holes_made: Cell<u64>,
+    /// Lanes of which the destination was told that they are lost.
+    pub lanes_lost: RefCell<BTreeSet<u16>>,
     /// Time that comparing digests took, which the limit does not bound.
     pub verify_time: Cell<Duration>,
 }
@@ -193,7 +204,7 @@ impl Copying {
     /// so a page that comes into being later is noticed as written.
     async fn first_round(&self) -> Result<(), CopyError> {
         let pages = self.guest.ram.pages();
-        let (mut hole_messages, mut holes) = (0, Vec::new());
+        let mut holes = Vec::new();
         for first in (0..pages).step_by(PIECE_PAGES as usize) {
             let piece = first..(first + PIECE_PAGES).min(pages);
             self.guest.driver.arm(piece.clone()).await?;
@@ -207,7 +218,7 @@ impl Copying {
             }
             add_hole(&mut holes, hole_from..piece.end);
             if holes.len() >= MAX_RANGES / 2 {
-                hole_messages += self.send_holes(&mut holes).await?;
+                self.send_holes(&mut holes).await?;
             }
             if fresh > 0 {
                 self.outbound.wake(pages - piece.start);
@@ -216,36 +227,58 @@ impl Copying {
                 self.wait_for_lanes().await?;
             }
         }
-        hole_messages += self.send_holes(&mut holes).await?;
+        self.send_holes(&mut holes).await?;
         // A hole must be a hole there before the page behind it can be sent as data.
-        for _ in 0..hole_messages {
-            match self.answer().await? {
-                Control::HolesDone => {}
-                _ => return Err(CopyError::Protocol("something else than the end of its holes")),
+        let until = Instant::now() + self.patience();
+        while self.holes_made.get() < self.holes_sent.get() {
+            self.wait_for_lanes().await?;
+            if Instant::now() > until {
+                return Err(CopyError::Protocol("no word that holes are made"));
             }
         }
         Ok(())
     }
 
-    async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<usize, CopyError> {
+    /// The destination has dealt with one message about holes.
+    pub fn holes_made(&self) {
+        self.holes_made.set(self.holes_made.get() + 1);
+        self.outbound.bell.notify_one();
+    }
+
+    /// The destination writes nothing of this lane any more: the others send what it had.
+    pub fn take_back(&self, lane: u16) {
+        self.outbound.take_back(lane);
+        self.outbound.wake(self.outbound.dirty.count());
+    }
+
+    /// How long to wait for the destination when it may have to go through all of memory.
+    fn patience(&self) -> Duration {
+        /// Slower than this, in bytes per second, nobody goes through memory.
+        const SLOWEST: u64 = 128 << 20;
+        ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
+    }
+
+    async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
         let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
         if pages == 0 {
-            return Ok(0);
+            return Ok(());
         }
         metrics::pages_sent(PageKind::Hole, pages);
         self.ticket.update(|progress| progress.hole_pages += pages);
-        let mut messages = 0;
         for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
             self.link.send(&Control::Holes(ranges.to_vec())).await?;
-            messages += 1;
+            self.holes_sent.set(self.holes_sent.get() + 1);
         }
-        Ok(messages)
+        Ok(())
     }
 
-    /// The destination's next answer.
+    /// The destination's next answer, for which it may have to go through all of memory.
     pub async fn answer(&self) -> Result<Control, CopyError> {
-        let answer = self.answers.lock().await.recv().await;
-        answer.ok_or(CopyError::Link(LinkError::Closed))
+        let mut answers = self.answers.lock().await;
+        match tokio::time::timeout(self.patience(), answers.recv()).await {
+            Ok(answer) => answer.ok_or(CopyError::Link(LinkError::Closed)),
+            Err(_) => Err(CopyError::Protocol("nothing where an answer was due")),
+        }
     }
 
     /// Returns when every page of this round is in some lane's hands. Those that are still on
@@ -260,7 +293,14 @@ impl Copying {
     /// Returns when a lane has something to tell, or after a moment.
     pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
         let _ = tokio::time::timeout(LOOK, self.outbound.bell.notified()).await;
-        if self.lanes.borrow().all_ended() { Err(CopyError::NoLanes) } else { Ok(()) }
+        for lane in self.outbound.orphaned_lanes() {
+            // Bytes of a lost lane may still lie in some buffer: its pages are not sent again
+            // before the destination has closed it too.
+            if self.lanes_lost.borrow_mut().insert(lane) {
+                self.link.send(&Control::LaneLost(lane)).await?;
+            }
+        }
+        if self.lanes.borrow().all_ended() { Err(no_lanes().await) } else { Ok(()) }
     }
 
     /// Measures bandwidth and shows progress, now and then.
@@ -305,6 +345,13 @@ impl Copying {
             };
         });
     }
+}
+
+/// A destination that gives up closes its lanes before it says why: leaves it a moment for that.
+async fn no_lanes() -> CopyError {
+    const LAST_WORDS: Duration = Duration::from_millis(200);
+    tokio::time::sleep(LAST_WORDS).await;
+    CopyError::NoLanes
 }
 
 fn add_hole(holes: &mut Vec<Range<u64>>, hole: Range<u64>) {

@@ -1,11 +1,9 @@
 //! The half that is given the guest.
 
 use std::collections::VecDeque;
-use std::future::pending;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
 use memlane_protocol::wire::Label;
@@ -15,20 +13,18 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::digest::digest_all;
-use super::executor::Executor;
+use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
 use super::lanes::{LaneEnd, Lanes};
-use super::{Ticket, Word, preflight};
+use super::{Arrivals, Ticket, preflight};
 use crate::announce::announce;
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView, Role, Round as RoundView};
-use crate::guest::Guest;
+use crate::guest::{DriverError, Guest};
 use crate::host::Host;
 use crate::journal::Entry;
 use crate::lane::Inbound;
 use crate::link::{Link, LinkError};
 use crate::port::ArrivedLane;
 
-/// How often what has not been answered is asked again, and progress is shown.
-const TICK: Duration = Duration::from_secs(1);
 /// Lanes that a source may open.
 const MOST_LANES: usize = 256;
 
@@ -38,13 +34,13 @@ struct Run {
     ticket: Rc<Ticket>,
     guest: Rc<Guest>,
     lanes: Lanes,
+    lanes_started: usize,
     inbound: Arc<Inbound>,
     arriving: mpsc::Receiver<ArrivedLane>,
-    words: mpsc::Receiver<Word>,
     /// The state, as far as it has come.
     state: Vec<u8>,
+    /// The VMM was told to load, and has not said that it did not.
     loaded: bool,
-    guest_gone: bool,
 }
 
 /// Answers an offer, and takes the guest if it can come.
@@ -67,34 +63,41 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let arriving = host.rendezvous.await_lanes(token, MOST_LANES);
     if let Err(error) = link.send(&accept).await {
         info!(guest = %name, %peer, %error, "the source went away");
+        guest.migration.borrow_mut().take_if(|migration| *migration == offer.migration);
         return;
     }
     if offer.check_only {
-        return;
+        return link.until_closed().await;
     }
-    guest.migration.replace(Some(offer.migration));
-    let (ticket, words) = Ticket::new(offer.migration, &name, (&host.config.host, &peer), Role::Destination);
+    let vmm = guest.process.identity();
+    let record = Record::Prepared;
+    let entry = Entry { migration: offer.migration, guest: name.clone(), peer: peer.clone(), record, vmm };
+    let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Destination);
     ticket.update(|progress| {
         progress.pages_total = guest.shape.pages();
         progress.phase = PhaseView::Copying;
     });
     host.add(ticket.clone());
     info!(guest = %name, %peer, "a guest is coming");
-    let entry = Entry { migration: offer.migration, guest: name, peer, record: Record::Prepared };
     let inbound = Arc::new(Inbound { ram: guest.ram.clone() });
     let lanes = Lanes::new(host.traffic.clone());
     let run = Run {
-        executor: Executor::new(host, entry, Some(guest.clone()), Some(link)),
+        executor: Executor::new(
+            host,
+            entry,
+            Vmm::Attached(guest.clone()),
+            Some(link),
+            (ticket.clone(), arrivals),
+        ),
         machine: Destination::new(),
         ticket,
         guest: guest.clone(),
         lanes,
+        lanes_started: 0,
         inbound,
         arriving,
-        words,
         state: Vec::new(),
         loaded: false,
-        guest_gone: false,
     };
     run.drive().await;
 }
@@ -114,7 +117,11 @@ impl Run {
             if self.gives_up_at(event) {
                 self.abandon().await;
             }
-            let left = self.executor.feed(&mut self.machine, event).await;
+            let actions = self.machine.on(event);
+            let left = self.executor.carry_out(&mut self.machine, actions).await;
+            if event == Event::PeerLost {
+                events.push_back(Event::Tick); // what is in doubt is asked about at once
+            }
             for action in left {
                 if let Action::Report(outcome) = action {
                     self.report(outcome);
@@ -134,12 +141,12 @@ impl Run {
 
     /// Waits for whatever happens next; `None` if it does not concern the handover.
     async fn next_event(&mut self) -> Option<Event> {
-        let guest = (!self.guest_gone).then(|| self.guest.clone());
-        let receiving = self.machine.phase() == Phase::Copying;
+        let receiving = self.machine.phase() == Phase::Copying && self.lanes_started < MOST_LANES;
+        let Arrivals { words, returns } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message).await,
-            Some(word) = self.words.recv() => {
+            Some(word) = words.recv() => {
                 self.executor.reply = Some(word.reply);
                 Some(Event::Message(word.message))
             }
@@ -147,11 +154,7 @@ impl Run {
                 self.start(lane);
                 None
             }
-            () = gone(guest) => {
-                self.guest_gone = true;
-                self.executor.blame("the VMM that was to run the guest is gone");
-                Some(Event::VmmGone)
-            }
+            news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = tokio::time::sleep(TICK) => {
                 self.show();
                 Some(Event::Tick)
@@ -161,6 +164,7 @@ impl Run {
 
     fn start(&mut self, lane: ArrivedLane) {
         let ArrivedLane { port, lane: number, socket, remote } = lane;
+        self.lanes_started += 1;
         let local = self.executor.host.port_address(&port);
         self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
     }
@@ -207,6 +211,10 @@ impl Run {
                         progress.rounds.remove(0);
                     }
                 });
+            }
+            Control::LaneLost(lane) => {
+                self.lanes.close_lane(lane).await;
+                self.answer(Control::LaneClosed(lane)).await?;
             }
             Control::Holes(holes) => {
                 self.make_holes(holes).await?;
@@ -261,13 +269,13 @@ impl Run {
         self.lanes.close().await;
         self.show();
         let driver = &self.guest.driver;
-        let loading = async {
-            let took = driver.load(&self.state).await?;
-            self.loaded = true;
-            driver.prepare(self.ticket.id).await?;
-            Ok::<_, crate::guest::DriverError>(took)
-        };
-        let took = loading.await.map_err(|error| error.to_string())?;
+        self.loaded = true;
+        let loaded = driver.load(&self.state).await;
+        if let Err(DriverError::Failed { .. }) = loaded {
+            self.loaded = false;
+        }
+        let took = loaded.map_err(|error| error.to_string())?;
+        driver.prepare(self.ticket.id).await.map_err(|error| error.to_string())?;
         self.guest.standing.set(Standing::Loaded);
         self.executor.load_time = took;
         self.ticket.update(|progress| {
@@ -292,8 +300,8 @@ impl Run {
     /// given back, and discarding it would only make somebody start it again.
     async fn abandon(&mut self) {
         self.lanes.close().await;
-        if !self.loaded && !self.guest_gone {
-            self.executor.guest = None;
+        if !self.loaded && self.executor.guest().is_some() {
+            self.executor.vmm = Vmm::Released;
             let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
             let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
             if let Ok(Err(error)) = punched {
@@ -329,19 +337,5 @@ impl Run {
 pub fn arrived(host: &Host, guest: &Guest) {
     for (bridge, macs) in host.bridges_of(&guest.shape.nics) {
         tokio::task::spawn_local(announce(guest.shape.name.to_string(), bridge, macs));
-    }
-}
-
-async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
-    match link {
-        Some(link) => link.receive().await,
-        None => pending().await,
-    }
-}
-
-async fn gone(guest: Option<Rc<Guest>>) {
-    match guest {
-        Some(guest) => guest.driver.gone().await,
-        None => pending().await,
     }
 }

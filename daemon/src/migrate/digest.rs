@@ -1,5 +1,6 @@
 //! Digests of all RAM, to prove that both ends hold the same.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
@@ -23,35 +24,46 @@ pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<u128>> {
         (0..CHUNK_PAGES).for_each(|_| hash.update(&zeros));
         hash.digest128()
     };
-    let share = chunks.div_ceil(THREADS).max(1);
-    let parts: Vec<_> = (0..THREADS).map(|part| part * share..((part + 1) * share).min(chunks)).collect();
+    let share = chunks.div_ceil(THREADS).max(1) * CHUNK_PAGES;
     thread::scope(|scope| {
-        let workers: Vec<_> = parts
-            .into_iter()
-            .map(|part| {
-                let zeros = &zeros;
-                scope.spawn(move || part.map(|chunk| digest(ram, chunk, zeros, zero_chunk)).collect())
-            })
+        let workers: Vec<_> = (0..THREADS)
+            .map(|part| (part * share).min(ram.pages())..((part + 1) * share).min(ram.pages()))
+            .map(|pages| scope.spawn(|| digest_share(ram, pages, &zeros, zero_chunk)))
             .collect();
         let mut digests = Vec::with_capacity(chunks as usize);
         for worker in workers {
-            let part: std::io::Result<Vec<u128>> = worker.join().expect("digesting does not panic");
-            digests.extend(part?);
+            digests.extend(worker.join().expect("digesting does not panic")?);
         }
         Ok(digests)
     })
 }
 
-fn digest(ram: &GuestRam, chunk: u64, zeros: &[u8], zero_chunk: u128) -> std::io::Result<u128> {
-    let first = chunk * CHUNK_PAGES;
-    let end = (first + CHUNK_PAGES).min(ram.pages());
-    let data = ram.data_extents(first..end)?;
-    if data.is_empty() && end - first == CHUNK_PAGES {
-        return Ok(zero_chunk);
+/// The digests of `pages`, which begin with a chunk.
+fn digest_share(
+    ram: &GuestRam,
+    pages: Range<u64>,
+    zeros: &[u8],
+    zero_chunk: u128,
+) -> std::io::Result<Vec<u128>> {
+    let extents = ram.data_extents(pages.clone())?;
+    let mut rest = extents.as_slice();
+    let mut digests = Vec::new();
+    for first in pages.clone().step_by(CHUNK_PAGES as usize) {
+        let chunk = first..(first + CHUNK_PAGES).min(pages.end);
+        rest = &rest[rest.partition_point(|extent| extent.end <= chunk.start)..];
+        let data = &rest[..rest.partition_point(|extent| extent.start < chunk.end)];
+        let whole = chunk.end - chunk.start == CHUNK_PAGES;
+        digests.push(if data.is_empty() && whole { zero_chunk } else { digest(ram, chunk, data, zeros) });
     }
+    Ok(digests)
+}
+
+/// The digest of `chunk`, of which `data` covers all that is not zero.
+fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) -> u128 {
     let mut hash = Xxh3::new();
-    let mut next = first;
+    let mut next = chunk.start;
     for extent in data {
+        let extent = extent.start.max(chunk.start)..extent.end.min(chunk.end);
         (next..extent.start).for_each(|_| hash.update(zeros));
         next = extent.end;
         for slice in ram.slices(extent) {
@@ -60,8 +72,8 @@ fn digest(ram: &GuestRam, chunk: u64, zeros: &[u8], zero_chunk: u128) -> std::io
             hash.update(unsafe { std::slice::from_raw_parts(slice.ptr, slice.len) });
         }
     }
-    (next..end).for_each(|_| hash.update(zeros));
-    Ok(hash.digest128())
+    (next..chunk.end).for_each(|_| hash.update(zeros));
+    hash.digest128()
 }
 
 /// Says where two lists of digests differ, or nothing if they do not.

@@ -1,19 +1,24 @@
 //! Carries out what a half of the handover orders.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
+use std::future::pending;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Source};
 use memlane_protocol::wire::control::Control;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
-use crate::guest::{DriverError, Guest};
+use super::{Arrivals, Ticket, Word};
+use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
 use crate::journal::Entry;
-use crate::link::Link;
+use crate::link::{Link, LinkError};
 
+/// How often what has not been answered is asked again.
+pub const TICK: Duration = Duration::from_secs(1);
 /// Longest wait for the answer to a word that is sent over a connection of its own.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -45,16 +50,42 @@ impl Half for Destination {
     }
 }
 
+/// The VMM, as far as it can be reached.
+pub enum Vmm {
+    /// It is attached.
+    Attached(Rc<Guest>),
+    /// Its connection is lost, but it lives, and will attach again.
+    Away(Rc<Process>),
+    /// Its process has ended.
+    Ended,
+    /// The half is done with it: it waits for another guest.
+    Released,
+}
+
+/// What happened to the VMM.
+pub enum VmmNews {
+    /// Its connection is lost.
+    Lost(Rc<Process>),
+    /// It attached again.
+    Back(Rc<Guest>),
+    /// Its process has ended.
+    Ended,
+}
+
 /// What a half acts on: the guest here, the journal, and the other host.
 pub struct Executor {
     /// This host.
     pub host: Rc<Host>,
     /// The migration, as the journal names it.
     pub entry: Entry,
-    /// The guest's VMM, if it is attached.
-    pub guest: Option<Rc<Guest>>,
+    /// The guest's VMM.
+    pub vmm: Vmm,
     /// The migration's own connection, while it lasts.
     pub link: Option<Link>,
+    /// How others on this host see the migration.
+    pub ticket: Rc<Ticket>,
+    /// What others on this host have for the migration.
+    pub arrivals: Arrivals,
     /// Where the answer to the word being dealt with goes, if it came another way.
     pub reply: Option<oneshot::Sender<Message>>,
     /// Why things went as they did, for the operator.
@@ -65,24 +96,69 @@ pub struct Executor {
     pub load_time: Duration,
     /// Time that resuming took.
     pub resume_time: Duration,
+    /// What the VMM was told and has not answered, because its connection was lost.
+    unanswered: Option<Action>,
     /// The migration has started the guest here.
-    pub resumed: bool,
+    resumed: bool,
+    /// A word is on its way over a connection of its own.
+    exchanging: Rc<Cell<bool>>,
 }
 
 impl Executor {
-    /// For a migration of `guest`.
-    pub fn new(host: Rc<Host>, entry: Entry, guest: Option<Rc<Guest>>, link: Option<Link>) -> Self {
+    /// For a migration of the guest in `vmm`.
+    pub fn new(
+        host: Rc<Host>,
+        entry: Entry,
+        vmm: Vmm,
+        link: Option<Link>,
+        (ticket, arrivals): (Rc<Ticket>, Arrivals),
+    ) -> Self {
         Self {
             host,
             entry,
-            guest,
+            vmm,
             link,
+            ticket,
+            arrivals,
             reply: None,
             reason: None,
             journal_time: Duration::ZERO,
             load_time: Duration::ZERO,
             resume_time: Duration::ZERO,
+            unanswered: None,
             resumed: false,
+            exchanging: Rc::default(),
+        }
+    }
+
+    /// The guest, while its VMM is attached.
+    pub fn guest(&self) -> Option<&Rc<Guest>> {
+        match &self.vmm {
+            Vmm::Attached(guest) => Some(guest),
+            _ => None,
+        }
+    }
+
+    /// Takes in what happened to the VMM, and says what that means for the half.
+    pub async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
+        match news {
+            VmmNews::Lost(process) => {
+                info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
+                self.blame("the connection to the guest's VMM was lost");
+                self.vmm = Vmm::Away(process);
+                Some(Event::Failed)
+            }
+            VmmNews::Ended => {
+                self.blame("the guest's VMM is gone");
+                self.vmm = Vmm::Ended;
+                Some(Event::VmmGone)
+            }
+            VmmNews::Back(guest) => {
+                info!(guest = %self.entry.guest, "the VMM is back");
+                self.vmm = Vmm::Attached(guest);
+                let action = self.unanswered.take()?;
+                self.perform(action).await
+            }
         }
     }
 
@@ -91,15 +167,8 @@ impl Executor {
         self.reason.get_or_insert_with(|| reason.to_string());
     }
 
-    /// Feeds `event` to `half` and does what it says, and so on until nothing is left to do.
+    /// Does what `half` said, tells it what came of that, and so on until nothing is left to do.
     /// Returns what only the half's own task can do: copy, pause and report.
-    pub async fn feed<H: Half>(&mut self, half: &mut H, event: Event) -> Vec<Action> {
-        debug!(guest = %self.entry.guest, ?event, "handover");
-        let actions = half.on(event);
-        self.carry_out(half, actions).await
-    }
-
-    /// Does what a half said, as [`feed`](Self::feed) does.
     pub async fn carry_out<H: Half>(&mut self, half: &mut H, actions: Vec<Action>) -> Vec<Action> {
         let mut left = Vec::new();
         let mut actions = VecDeque::from(actions);
@@ -138,21 +207,7 @@ impl Executor {
                     warn!(guest = %self.entry.guest, %failure, "cannot tidy up the journal");
                 }
             }
-            Action::Relinquish => {
-                let asked = match self.guest.clone() {
-                    Some(guest) => guest.driver.relinquish(self.entry.migration).await,
-                    None => Err(DriverError::Gone),
-                };
-                return Some(self.outcome(asked, Event::Relinquished, Event::Failed));
-            }
-            Action::Resume => return Some(self.resume().await),
-            Action::Discard => {
-                let asked = match self.guest.clone() {
-                    Some(guest) => guest.driver.discard().await,
-                    None => Ok(()),
-                };
-                return Some(self.outcome(asked, Event::Discarded, Event::VmmGone));
-            }
+            Action::Relinquish | Action::Resume | Action::Discard => return self.tell_vmm(action).await,
             Action::Copy | Action::Pause | Action::Report(_) => {
                 unreachable!("these are left to the half that has them")
             }
@@ -160,35 +215,62 @@ impl Executor {
         None
     }
 
-    async fn resume(&mut self) -> Event {
-        if self.resumed {
-            return Event::Resumed;
-        }
-        let started = Instant::now();
-        let asked = match self.guest.clone() {
-            Some(guest) => guest.driver.resume().await,
-            None => Err(DriverError::Gone),
+    /// Tells the VMM to relinquish, resume or end.
+    async fn tell_vmm(&mut self, action: Action) -> Option<Event> {
+        let done = match action {
+            Action::Relinquish => Event::Relinquished,
+            Action::Resume if self.resumed => return Some(Event::Resumed),
+            Action::Resume => Event::Resumed,
+            _ => Event::Discarded,
         };
-        self.resume_time = started.elapsed();
-        self.resumed = asked.is_ok();
-        if let Some(guest) = self.guest.clone().filter(|guest| guest.tracked.take())
-            && let Err(failure) = guest.driver.stop_tracking().await
-        {
-            warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
-        }
-        self.outcome(asked, Event::Resumed, Event::ResumeFailed)
-    }
-
-    fn outcome(&mut self, asked: Result<(), DriverError>, done: Event, failed: Event) -> Event {
-        match asked {
-            Ok(()) => done,
+        let guest = match &self.vmm {
+            Vmm::Attached(guest) => guest.clone(),
+            Vmm::Away(_) => return self.leave_unanswered(action),
+            Vmm::Ended => return Some(Event::VmmGone),
+            Vmm::Released => return Some(done),
+        };
+        let started = Instant::now();
+        let told = match action {
+            Action::Relinquish => guest.driver.relinquish(self.entry.migration).await,
+            Action::Resume => guest.driver.resume().await,
+            _ => guest.driver.discard().await,
+        };
+        match told {
+            Ok(()) => {}
+            Err(failure @ DriverError::Failed { .. }) if action != Action::Discard => {
+                warn!(guest = %self.entry.guest, %failure, "the VMM did not do as it was told");
+                self.blame(failure);
+                return Some(if action == Action::Resume { Event::ResumeFailed } else { Event::Failed });
+            }
             Err(failure) => {
-                warn!(guest = %self.entry.guest, %failure, "the VMM did not do as it was asked");
-                self.blame(&failure);
-                // A VMM that does not answer may or may not have done it.
-                if matches!(failure, DriverError::Failed { .. }) { failed } else { Event::VmmGone }
+                // It may or may not have done it. Without its daemon it keeps to its own rules,
+                // and says how it stands when it is back.
+                warn!(guest = %self.entry.guest, %failure, "the VMM did not answer");
+                self.blame(failure);
+                guest.driver.hang_up();
+                return self.leave_unanswered(action);
             }
         }
+        if action == Action::Resume {
+            self.resume_time = started.elapsed();
+            self.resumed = true;
+            if guest.tracked.take()
+                && let Err(failure) = guest.driver.stop_tracking().await
+            {
+                warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
+            }
+        }
+        Some(done)
+    }
+
+    /// The VMM is told again when it is back; only whether it relinquished is not worth waiting
+    /// for, since a VMM that has not resumes by itself.
+    fn leave_unanswered(&mut self, action: Action) -> Option<Event> {
+        if action == Action::Relinquish {
+            return Some(Event::Failed);
+        }
+        self.unanswered = Some(action);
+        None
     }
 
     /// Sends a word where the other half will hear it: as the answer to its own, over the
@@ -204,25 +286,33 @@ impl Executor {
             let _ = link.send(&word).await;
             return None;
         }
-        match self.exchange(&word).await {
-            Ok(answer) => answer.map(Event::Message),
-            Err(failure) => {
-                info!(guest = %self.entry.guest, peer = %self.entry.peer, %failure, "cannot reach the other host");
-                None
-            }
-        }
+        self.exchange(word);
+        None
     }
 
-    async fn exchange(&self, word: &Control) -> Result<Option<Message>, crate::link::LinkError> {
-        let Some(mut link) = self.host.connect(&self.entry.peer).await? else { return Ok(None) };
-        link.send(word).await?;
-        match tokio::time::timeout(ANSWER, link.receive()).await {
-            Ok(Ok(Control::Handover { migration, message, .. })) if migration == self.entry.migration => {
-                Ok(Some(message))
-            }
-            Ok(Err(failure)) => Err(failure),
-            _ => Ok(None),
+    /// Sends a word over a connection of its own; the answer arrives as others' words do.
+    fn exchange(&self, word: Control) {
+        if self.exchanging.replace(true) {
+            return; // the one before has not been answered, and is repeated
         }
+        let (host, entry, ticket) = (self.host.clone(), self.entry.clone(), self.ticket.clone());
+        let exchanging = self.exchanging.clone();
+        tokio::task::spawn_local(async move {
+            match ask(&host, &entry, &word).await {
+                Ok(Some(message)) => {
+                    // Nobody waits for the answer to an answer.
+                    let (reply, _) = oneshot::channel();
+                    let _ = ticket.words.send(Word { message, reply }).await;
+                }
+                Ok(None) => {
+                    debug!(guest = %entry.guest, peer = %entry.peer, "the other host has no answer yet")
+                }
+                Err(failure) => {
+                    info!(guest = %entry.guest, peer = %entry.peer, %failure, "cannot reach the other host");
+                }
+            }
+            exchanging.set(false);
+        });
     }
 
     fn word(&self, message: Message) -> Option<Control> {
@@ -239,5 +329,52 @@ impl Executor {
             nanoseconds: time.as_nanos() as u64,
             reason: self.reason.clone().unwrap_or_default(),
         })
+    }
+}
+
+/// Asks the other host, over a connection of its own.
+async fn ask(host: &Host, entry: &Entry, word: &Control) -> Result<Option<Message>, LinkError> {
+    let Some(mut link) = host.connect(&entry.peer).await? else {
+        warn!(peer = %entry.peer, "no peer of this name is configured, and a handover with it is in doubt");
+        return Ok(None);
+    };
+    link.send(word).await?;
+    match tokio::time::timeout(ANSWER, link.receive()).await {
+        Ok(Ok(Control::Handover { migration, message, .. })) if migration == entry.migration => {
+            Ok(Some(message))
+        }
+        Ok(Err(LinkError::Closed)) | Err(_) | Ok(Ok(_)) => Ok(None),
+        Ok(Err(failure)) => Err(failure),
+    }
+}
+
+/// What happens next to a VMM; to be awaited again and again. `returns` brings VMMs that have
+/// attached again.
+pub async fn vmm_news(vmm: &Vmm, returns: &mut mpsc::Receiver<Rc<Guest>>) -> VmmNews {
+    /// A process that ends closes its connections a little earlier.
+    const ENDING: Duration = Duration::from_millis(200);
+    match vmm {
+        Vmm::Attached(guest) => {
+            guest.driver.gone().await;
+            match tokio::time::timeout(ENDING, guest.process.ended()).await {
+                Ok(()) => VmmNews::Ended,
+                Err(_) => VmmNews::Lost(guest.process.clone()),
+            }
+        }
+        Vmm::Away(process) => {
+            tokio::select! {
+                Some(guest) = returns.recv() => VmmNews::Back(guest),
+                () = process.ended() => VmmNews::Ended,
+            }
+        }
+        Vmm::Ended | Vmm::Released => pending().await,
+    }
+}
+
+/// The next message of a link, while there is one.
+pub async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
+    match link {
+        Some(link) => link.receive().await,
+        None => pending().await,
     }
 }

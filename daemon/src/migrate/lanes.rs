@@ -1,5 +1,6 @@
 //! The lanes of one migration: their threads, and what they have done so far.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -20,6 +21,8 @@ use crate::port::{Traffic, hang_up};
 pub struct Lanes {
     lanes: Vec<Lane>,
     running: watch::Sender<usize>,
+    /// Numbers of lanes that no connection may bring back.
+    closed: BTreeSet<u16>,
     seen: Seen,
     traffic: Rc<Traffic>,
 }
@@ -71,20 +74,25 @@ impl Lanes {
     /// No lanes yet; what they carry is added to `traffic`.
     pub fn new(traffic: Rc<Traffic>) -> Self {
         let seen = Seen { at: Instant::now(), wire_bytes: Vec::new() };
-        Self { lanes: Vec::new(), running: watch::Sender::new(0), seen, traffic }
+        let (lanes, running, closed) = (Vec::new(), watch::Sender::new(0), BTreeSet::new());
+        Self { lanes, running, closed, seen, traffic }
     }
 
     /// Starts a lane that sends from `outbound`.
     pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
-        let (outbound, index) = (outbound.clone(), self.lanes.len());
-        self.start(end, move |stats, socket| match Sender::new(outbound, stats, socket, index, silence) {
+        let (outbound, lane) = (outbound.clone(), (self.lanes.len(), end.number));
+        self.start(end, move |stats, socket| match Sender::new(outbound, stats, socket, lane, silence) {
             Ok(sender) => sender.run(),
             Err(error) => error,
         });
     }
 
-    /// Starts a lane that receives into `inbound`.
+    /// Starts a lane that receives into `inbound`; not if its number has been
+    /// [closed](Self::close_lane).
     pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<Inbound>) {
+        if self.closed.contains(&end.number) {
+            return;
+        }
         let inbound = inbound.clone();
         self.start(end, move |stats, socket| match Receiver::new(inbound, stats, socket) {
             Ok(receiver) => receiver.run(),
@@ -99,25 +107,24 @@ impl Lanes {
     ) {
         let LaneEnd { port, number, local, remote, socket } = end;
         let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
-        let (thread_socket, thread_stats, running) = (socket.clone(), stats.clone(), self.running.clone());
+        let (thread_socket, thread_stats) = (socket.clone(), stats.clone());
+        let ending = Ending { stats: stats.clone(), running: self.running.clone() };
         let name = format!("lane-{port}-{number}");
         let port_name = port.clone();
         self.running.send_modify(|running| *running += 1);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            match work(thread_stats.clone(), thread_socket) {
-                LaneError::HungUp => info!(port = %port_name, lane = number, %remote, "lane closed"),
-                error => {
-                    warn!(port = %port_name, lane = number, %remote, %error, "lane lost");
-                    thread_stats.lost.store(true, Ordering::Release);
-                }
+            let error = work(thread_stats, thread_socket);
+            let lost = !matches!(error, LaneError::HungUp);
+            ending.stats.lost.store(lost, Ordering::Release);
+            // Before the log, which may be slow: a guest that stands still may wait for this.
+            drop(ending);
+            match lost {
+                true => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
+                false => info!(port = %port_name, lane = number, %remote, "lane closed"),
             }
-            thread_stats.ended.store(true, Ordering::Release);
-            running.send_modify(|running| *running -= 1);
         });
         if let Err(error) = thread {
             warn!(%port, lane = number, %error, "cannot start a thread for a lane");
-            stats.ended.store(true, Ordering::Release);
-            self.running.send_modify(|running| *running -= 1);
         }
         let (counted, rate) = (Counted::default(), 0.0);
         self.seen.wire_bytes.push(0);
@@ -133,6 +140,25 @@ impl Lanes {
         async move {
             // The last thread drops the last sender, and then there is nothing to wait for.
             let _ = running.wait_for(|running| *running == 0).await;
+        }
+    }
+
+    /// Ends the connection of lane number `number`, for good; what it returns is done when that
+    /// lane's thread touches guest memory no more. At once if there is no such lane.
+    pub fn close_lane(&mut self, number: u16) -> impl Future<Output = ()> + use<> {
+        self.closed.insert(number);
+        let lanes = self.lanes.iter().filter(|lane| lane.number == number);
+        let ending: Vec<Arc<LaneStats>> = lanes
+            .map(|lane| {
+                hang_up(&lane.socket);
+                lane.stats.clone()
+            })
+            .collect();
+        let mut running = self.running.subscribe();
+        async move {
+            let ended = |_: &usize| ending.iter().all(|stats| stats.ended.load(Ordering::Acquire));
+            // As in `close`.
+            let _ = running.wait_for(ended).await;
         }
     }
 
@@ -192,6 +218,22 @@ impl Drop for Lanes {
     }
 }
 
+/// Says that a lane has ended, even if its thread panics or cannot be started.
+struct Ending {
+    stats: Arc<LaneStats>,
+    running: watch::Sender<usize>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.stats.lost.store(true, Ordering::Release);
+        }
+        self.stats.ended.store(true, Ordering::Release);
+        self.running.send_modify(|running| *running -= 1);
+    }
+}
+
 impl Lane {
     fn view(&self) -> LaneView {
         let stats = &self.stats;
@@ -233,5 +275,49 @@ impl Lane {
         self.meter.bandwidth(self.rate);
         metrics::pages_sent(PageKind::Data, fresh(&stats.data_pages, &mut counted.data_pages));
         metrics::pages_sent(PageKind::Zero, fresh(&stats.zero_pages, &mut counted.zero_pages));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lane(number: u16) -> (LaneEnd, OwnedFd) {
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (socket, peer) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            flags,
+            None,
+        )
+        .unwrap();
+        let port = "p0".parse().unwrap();
+        let (local, remote) = ("here".to_owned(), "[::1]:1".parse().unwrap());
+        (LaneEnd { port, number, local, remote, socket }, peer)
+    }
+
+    /// Works until it is hung up on.
+    fn until_hung_up(_: Arc<LaneStats>, socket: Arc<OwnedFd>) -> LaneError {
+        let _ = rustix::io::read(&*socket, &mut [0; 1]);
+        LaneError::HungUp
+    }
+
+    #[tokio::test]
+    async fn closes_one_lane_and_counts_one_that_panics() {
+        let mut lanes = Lanes::new(Rc::default());
+        let ((first, _peer), (second, _other_peer), (third, _third_peer)) = (lane(0), lane(1), lane(2));
+        lanes.start(first, until_hung_up);
+        lanes.start(second, until_hung_up);
+        lanes.start(third, |_, _| panic!("on purpose"));
+        lanes.close_lane(2).await;
+        lanes.close_lane(0).await;
+        lanes.close_lane(7).await;
+        let state = |lanes: &Lanes, index: usize| lanes.lanes[index].view().state;
+        assert_eq!(state(&lanes, 0), LaneState::Closed);
+        assert_eq!(state(&lanes, 1), LaneState::Up);
+        assert_eq!(state(&lanes, 2), LaneState::Lost);
+        assert!(!lanes.all_ended());
+        lanes.close().await;
+        assert!(lanes.all_ended());
     }
 }

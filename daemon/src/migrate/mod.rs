@@ -23,6 +23,8 @@ use memlane_protocol::wire::attach::MigrationId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::api::types::{Migration, Outcome, Phase, Role};
+use crate::guest::Guest;
+use crate::journal::{Entry, VmmIdentity};
 
 /// A migration as everyone else on this host sees it.
 pub struct Ticket {
@@ -40,7 +42,19 @@ pub struct Ticket {
     pub cancellable: std::cell::Cell<bool>,
     /// Words of the handover that came over another connection than the migration's own.
     pub words: mpsc::Sender<Word>,
+    /// The guest's VMM, when it attaches again.
+    pub returns: mpsc::Sender<Rc<Guest>>,
+    /// The process of the guest's VMM.
+    pub vmm: VmmIdentity,
     started: Instant,
+}
+
+/// Where a migration receives what others on this host have for it.
+pub struct Arrivals {
+    /// See [`Ticket::words`].
+    pub words: mpsc::Receiver<Word>,
+    /// See [`Ticket::returns`].
+    pub returns: mpsc::Receiver<Rc<Guest>>,
 }
 
 /// A word of the handover that came over a connection of its own, and where the answer goes.
@@ -52,33 +66,32 @@ pub struct Word {
 }
 
 impl Ticket {
-    /// For a migration that begins now, together with where its words arrive.
-    pub fn new(
-        id: MigrationId,
-        guest: &Label,
-        (here, peer): (&Label, &Label),
-        role: Role,
-    ) -> (Rc<Self>, mpsc::Receiver<Word>) {
-        const WORDS_WAITING: usize = 4;
-        let (words, arriving) = mpsc::channel(WORDS_WAITING);
+    /// For a migration that begins now, together with what arrives for it.
+    pub fn new(entry: &Entry, here: &Label, role: Role) -> (Rc<Self>, Arrivals) {
+        const WAITING: usize = 4;
+        let Entry { migration: id, guest, peer, vmm, .. } = entry;
+        let (words, words_arriving) = mpsc::channel(WAITING);
+        let (returns, returning) = mpsc::channel(WAITING);
         let destination = if role == Role::Source { peer } else { here };
-        let mut progress = Migration::new(crate::hex::encode(&id), guest.as_str(), destination.as_str());
+        let mut progress = Migration::new(crate::hex::encode(id), guest.as_str(), destination.as_str());
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         progress.role = role;
         progress.started_at_unix_seconds = now.map_or(0.0, |since| since.as_secs_f64());
         let source = if role == Role::Source { here } else { peer };
         progress.guest_runs_at = Some(source.to_string());
         let ticket = Self {
-            id,
+            id: *id,
             guest: guest.clone(),
             peer: peer.clone(),
             progress: watch::Sender::new(progress),
             cancelled: watch::Sender::new(false),
             cancellable: (role == Role::Source).into(),
             words,
+            returns,
+            vmm: *vmm,
             started: Instant::now(),
         };
-        (Rc::new(ticket), arriving)
+        (Rc::new(ticket), Arrivals { words: words_arriving, returns: returning })
     }
 
     /// Changes what everyone sees.
@@ -101,7 +114,12 @@ impl Ticket {
         });
     }
 
-    /// Whether it has ended.
+    /// Whether its half still works on it.
+    pub fn is_live(&self) -> bool {
+        !self.words.is_closed()
+    }
+
+    /// Whether it has ended, as far as the operator is concerned.
     pub fn is_over(&self) -> bool {
         self.progress.borrow().outcome.is_some()
     }

@@ -30,6 +30,11 @@ impl Copying {
         let (saved, sent) = tokio::join!(self.guest.driver.save(), self.until_all_acknowledged());
         let saved = saved?;
         sent?;
+        // What device models wrote while they came to rest and saved themselves.
+        if self.guest.driver.harvest(&self.outbound.dirty).await? > 0 {
+            self.outbound.wake(self.outbound.dirty.count());
+            self.until_all_acknowledged().await?;
+        }
         self.save_time.set(pause_time + saved.took);
         if self.verify {
             self.compare().await?;
@@ -47,6 +52,7 @@ impl Copying {
     /// Compares digests of all RAM at both ends.
     async fn compare(&self) -> Result<(), CopyError> {
         let started = Instant::now();
+        self.comparing.set(true);
         self.link.send(&Control::Verify).await?;
         let ram = self.guest.ram.clone();
         let digesting = tokio::task::spawn_blocking(move || digest_all(&ram));
@@ -64,6 +70,7 @@ impl Copying {
         let here = digesting.await.expect("digesting does not panic").map_err(CopyError::Memory)?;
         let difference = difference(&self.guest.ram, &here, &there);
         self.verify_time.set(started.elapsed());
+        self.comparing.set(false);
         self.ticket.update(|progress| progress.digest_verified = Some(difference.is_none()));
         match difference {
             Some(difference) => Err(CopyError::Unequal(difference)),

@@ -295,7 +295,8 @@ async fn open_lanes(
     lanes
 }
 
-/// Whether an offered guest can come: the VMM that waits for it, or everything that is wrong.
+/// Whether an offered guest can come: the VMM that waits for it, which the migration then has
+/// for itself, or everything that is wrong.
 pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
     let name = &offer.shape.name;
     let refusal = |what, reason: String| Refusal { what, reason };
@@ -331,7 +332,14 @@ pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
         let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
         refusals.push(refusal(Respect::Port, reason));
     }
-    if refusals.is_empty() { Ok(guest) } else { Err(shorten(refusals)) }
+    if !refusals.is_empty() {
+        return Err(shorten(refusals));
+    }
+    if !offer.check_only {
+        // Taken before anything is awaited, so that no second offer can take it too.
+        guest.migration.replace(Some(offer.migration));
+    }
+    Ok(guest)
 }
 
 /// What fits into one answer: a VMM of another kind may differ in hundreds of registers.

@@ -6,6 +6,7 @@ use std::future::{Future, pending};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::bandwidth::Bandwidth;
@@ -16,10 +17,10 @@ use tokio::sync::{Mutex, mpsc};
 use tracing::{info, warn};
 
 use super::copy::{CopyError, Copying};
-use super::executor::Executor;
+use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
 use super::lanes::Lanes;
 use super::preflight::Plan;
-use super::{Ticket, Word};
+use super::{Arrivals, Ticket};
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView};
 use crate::guest::Guest;
 use crate::host::Host;
@@ -27,8 +28,6 @@ use crate::journal::Entry;
 use crate::lane::Outbound;
 use crate::link::LinkError;
 
-/// How often what has not been answered is asked again.
-const TICK: Duration = Duration::from_secs(1);
 /// Answers of the destination that wait to be dealt with.
 const ANSWERS_WAITING: usize = 16;
 
@@ -52,22 +51,21 @@ struct Run {
     stage: Option<Stage>,
     /// Takes what the destination says to the stage that waits for it.
     answers: mpsc::Sender<Control>,
-    words: mpsc::Receiver<Word>,
     /// What the destination measured: loading, resuming.
     remote_times: (Duration, Duration),
     downtime: Option<Duration>,
-    guest_gone: bool,
 }
 
 /// Moves `guest` as planned, to the end.
 pub async fn run(
     host: Rc<Host>,
     guest: Rc<Guest>,
-    (ticket, words): (Rc<Ticket>, mpsc::Receiver<Word>),
+    entry: Entry,
+    (ticket, arrivals): (Rc<Ticket>, Arrivals),
     plan: Plan,
     wishes: Wishes,
 ) {
-    match Run::prepare(host.clone(), guest.clone(), ticket.clone(), words, plan, wishes) {
+    match Run::prepare(host.clone(), guest.clone(), entry, (ticket.clone(), arrivals), plan, wishes) {
         Ok(run) => run.drive().await,
         Err(error) => {
             let reason = format!("cannot prepare the lanes: {error}");
@@ -81,8 +79,8 @@ impl Run {
     fn prepare(
         host: Rc<Host>,
         guest: Rc<Guest>,
-        ticket: Rc<Ticket>,
-        words: mpsc::Receiver<Word>,
+        entry: Entry,
+        (ticket, arrivals): (Rc<Ticket>, Arrivals),
         plan: Plan,
         wishes: Wishes,
     ) -> std::io::Result<Self> {
@@ -108,24 +106,23 @@ impl Run {
             forecast: Cell::default(),
             paused_at: Cell::default(),
             save_time: Cell::default(),
+            comparing: Cell::default(),
             verify_time: Cell::default(),
+            holes_sent: Cell::default(),
+            holes_made: Cell::default(),
+            lanes_lost: RefCell::default(),
         });
-        // The record is only a place for those to come: nothing is journalled before the commit.
-        let record = memlane_protocol::handover::Record::Committed;
-        let (id, name) = (ticket.id, guest.shape.name.clone());
-        let entry = Entry { migration: id, guest: name, peer: ticket.peer.clone(), record };
         let (machine, _offer) = Source::new();
+        let for_executor = (ticket.clone(), arrivals);
         Ok(Self {
-            executor: Executor::new(host, entry, Some(guest), Some(plan.link)),
+            executor: Executor::new(host, entry, Vmm::Attached(guest), Some(plan.link), for_executor),
             machine,
             ticket,
             copying,
             stage: None,
             answers,
-            words,
             remote_times: Default::default(),
             downtime: None,
-            guest_gone: false,
         })
     }
 
@@ -141,18 +138,31 @@ impl Run {
                 },
             };
             self.note(event);
-            let left = self.executor.feed(&mut self.machine, event).await;
+            let actions = self.machine.on(event);
+            if !matches!(self.machine.phase(), Phase::Copying | Phase::SwitchingOver) {
+                self.end_stage();
+            }
+            let left = self.executor.carry_out(&mut self.machine, actions).await;
+            if event == Event::PeerLost {
+                events.push_back(Event::Tick); // what is in doubt is asked about at once
+            }
             self.ticket.cancellable.set(self.machine.can_cancel());
             for action in left {
                 self.begin(action).await;
             }
             self.show_phase();
-            if !matches!(self.machine.phase(), Phase::Copying | Phase::SwitchingOver) {
-                self.stage = None;
-            }
         }
         let closed = self.copying.lanes.borrow().close();
         closed.await;
+    }
+
+    /// Copies no more. A stage may be waiting for the VMM, which could not be asked anything
+    /// else meanwhile; and before the guest runs again, no lane must read its memory.
+    fn end_stage(&mut self) {
+        if self.stage.take().is_some() {
+            drop(self.copying.lanes.borrow().close());
+            self.copying.outbound.still.store(false, Ordering::Release);
+        }
     }
 
     /// Starts a stage, or reports the end.
@@ -174,11 +184,11 @@ impl Run {
     async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.deadline();
         let mut cancelled = self.ticket.cancelled.subscribe();
-        let guest = self.executor.guest.clone().filter(|_| !self.guest_gone);
+        let Arrivals { words, returns } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message),
-            Some(word) = self.words.recv() => {
+            Some(word) = words.recv() => {
                 self.executor.reply = Some(word.reply);
                 Some(Event::Message(word.message))
             }
@@ -194,11 +204,7 @@ impl Run {
                 self.executor.blame("cancelled by the operator");
                 Some(Event::Cancel)
             }
-            () = gone(guest) => {
-                self.guest_gone = true;
-                self.executor.blame("the guest's VMM is gone");
-                Some(Event::VmmGone)
-            }
+            news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = until(deadline) => {
                 let limit = self.copying.policy.downtime_limit;
                 self.executor.blame(format!(
@@ -232,14 +238,20 @@ impl Run {
                 }
                 Some(Event::Message(message))
             }
-            Control::HolesDone | Control::Digests { .. } if self.stage.is_some() => {
-                match self.answers.try_send(message) {
-                    Ok(()) => None,
-                    Err(_) => Some(self.peer_lost("the destination answers more than it was asked".into())),
-                }
+            Control::LaneClosed(lane) => {
+                self.copying.take_back(lane);
+                None
             }
+            Control::HolesDone => {
+                self.copying.holes_made();
+                None
+            }
+            Control::Digests { .. } if self.stage.is_some() => match self.answers.try_send(message) {
+                Ok(()) => None,
+                Err(_) => Some(self.peer_lost("the destination answers more than it was asked".into())),
+            },
             // Of a stage that has ended meanwhile.
-            Control::HolesDone | Control::Digests { .. } => None,
+            Control::Digests { .. } => None,
             other => Some(self.peer_lost(format!("the destination sent `{}` out of turn", other.name()))),
         }
     }
@@ -255,9 +267,8 @@ impl Run {
         let limit = self.copying.policy.downtime_limit;
         let paused_at =
             self.copying.paused_at.get().filter(|_| self.machine.phase() == Phase::SwitchingOver)?;
-        // While digests are compared there is no telling how long that takes.
-        let comparing = self.copying.verify && self.copying.verify_time.get().is_zero();
-        (!comparing).then(|| paused_at + self.copying.verify_time.get() + limit)
+        // Comparing digests has a bound of its own, by the size of memory.
+        (!self.copying.comparing.get()).then(|| paused_at + self.copying.verify_time.get() + limit)
     }
 
     /// Takes the time as soon as the destination says that the guest runs.
@@ -283,10 +294,10 @@ impl Run {
         let measured = Measured {
             downtime: downtime.saturating_sub(self.copying.verify_time.get()),
             save: self.copying.save_time.get(),
-            load: self.remote_times.0,
+            load: self.remote_times.0.min(downtime),
             // The destination writes two records, this host one.
             journal: self.executor.journal_time * 3,
-            resume: self.remote_times.1,
+            resume: self.remote_times.1.min(downtime),
         };
         crate::metrics::downtime(measured.downtime, forecast.total());
         self.copying.predictor.borrow_mut().learn(&forecast, &measured);
@@ -322,23 +333,9 @@ impl Run {
     }
 }
 
-async fn receive(link: &mut Option<crate::link::Link>) -> Result<Control, LinkError> {
-    match link {
-        Some(link) => link.receive().await,
-        None => pending().await,
-    }
-}
-
 async fn work(stage: &mut Option<Stage>) -> Result<Event, CopyError> {
     match stage {
         Some(stage) => stage.await,
-        None => pending().await,
-    }
-}
-
-async fn gone(guest: Option<Rc<Guest>>) {
-    match guest {
-        Some(guest) => guest.driver.gone().await,
         None => pending().await,
     }
 }

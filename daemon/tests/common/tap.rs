@@ -75,6 +75,7 @@ impl Tap {
     }
 
     /// Waits until a message is held back.
+    #[track_caller]
     pub fn wait(&self) {
         let waited = self.0.changed.wait_timeout_while(self.0.lock(), LONG, |state| state.held.is_empty());
         let (state, _) = waited.unwrap();

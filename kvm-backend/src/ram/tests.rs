@@ -89,6 +89,26 @@ fn holes_are_found_and_made() {
 }
 
 #[test]
+fn pieces_of_a_long_run_are_found_and_holes_of_others_when_one_begins_anew() {
+    let ram = GuestRam::create(&[(0, MIB), (4 * MIB, MIB)], &Backing::Memfd).unwrap();
+    ram.prepare(10..500).unwrap();
+    let by_pieces = || {
+        let extents = (0..512).step_by(32).flat_map(|at| ram.data_extents(at..at + 32).unwrap());
+        extents.map(|extent| extent.end - extent.start).sum::<u64>()
+    };
+    assert_eq!(by_pieces(), 490);
+    // Another process: its holes are not told to this one.
+    let fds = ram.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    let other = GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap();
+    other.punch(100..110).unwrap();
+    assert!(ram.data_extents(96..128).unwrap().contains(&(96..128)));
+    assert_eq!(by_pieces(), 480);
+    assert_eq!(ram.data_extents(96..128).unwrap(), [96..100, 110..128]);
+    ram.punch(112..500).unwrap();
+    assert_eq!(ram.data_extents(96..512).unwrap(), [96..100, 110..112]);
+}
+
+#[test]
 fn files_back_memory_too() {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let ram = GuestRam::create(&LAYOUT, &Backing::File(directory.path().to_owned())).unwrap();

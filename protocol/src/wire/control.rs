@@ -48,6 +48,10 @@ pub enum Control {
     Holes(Vec<Range<u64>>),
     /// Destination: all holes received so far are zero here as well.
     HolesDone,
+    /// Source: this lane is lost here. What it may still hold must not be written any more.
+    LaneLost(u16),
+    /// Destination: the lane of this number is closed, and nothing of it is written any more.
+    LaneClosed(u16),
     /// Source: a round begins, with this many pages to send.
     Round {
         /// Its number, from 1.
@@ -143,6 +147,14 @@ impl Control {
                 kind::HOLES
             }
             Self::HolesDone => kind::HOLES_DONE,
+            Self::LaneLost(lane) => {
+                put(out, &U16::new(*lane));
+                kind::LANE_LOST
+            }
+            Self::LaneClosed(lane) => {
+                put(out, &U16::new(*lane));
+                kind::LANE_CLOSED
+            }
             Self::Round { round, pages } => {
                 put(out, &RawRound { round: (*round).into(), pages: (*pages).into() });
                 kind::ROUND
@@ -199,6 +211,8 @@ impl Control {
                 Self::Holes(ranges.iter().map(|[start, end]| start.get()..end.get()).collect())
             }
             kind::HOLES_DONE => Self::HolesDone,
+            kind::LANE_LOST => Self::LaneLost(reader.take::<U16>("number of a lane")?.get()),
+            kind::LANE_CLOSED => Self::LaneClosed(reader.take::<U16>("number of a lane")?.get()),
             kind::ROUND => {
                 let raw: &RawRound = reader.take("round")?;
                 Self::Round { round: raw.round.get(), pages: raw.pages.get() }
@@ -239,6 +253,8 @@ impl Control {
             Self::Pong(_) => "pong",
             Self::Holes(_) => "holes",
             Self::HolesDone => "holes done",
+            Self::LaneLost(_) => "lane lost",
+            Self::LaneClosed(_) => "lane closed",
             Self::Round { .. } => "round",
             Self::Verify => "verify",
             Self::Digests { .. } => "digests",
@@ -279,7 +295,9 @@ mod kind {
     pub const DIGESTS: u16 = 10;
     pub const STATE: u16 = 11;
     pub const HANDOVER: u16 = 12;
-    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=HANDOVER;
+    pub const LANE_LOST: u16 = 13;
+    pub const LANE_CLOSED: u16 = 14;
+    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANE_CLOSED;
 }
 
 /// Words of the handover by their number on the wire. Offer, Accept and Refuse are not among

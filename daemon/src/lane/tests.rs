@@ -1,0 +1,111 @@
+//! What a source may believe of its lanes, with real sockets and without.
+
+use std::net::{TcpListener, TcpStream};
+use std::time::Instant;
+
+use memlane_kvm::ram::Backing;
+use memlane_protocol::PAGE_SIZE;
+
+use super::encode::claim_frame;
+use super::*;
+
+const PAGES: u64 = 2000;
+/// Longest wait for what will happen.
+const LONG: Duration = Duration::from_secs(30);
+
+fn ram() -> Arc<GuestRam> {
+    Arc::new(GuestRam::create(&[(0, PAGES * PAGE_SIZE)], &Backing::Memfd).unwrap())
+}
+
+/// Every third page says its number; the others are zero.
+fn fill(ram: &GuestRam) {
+    for page in (0..PAGES).step_by(3) {
+        for slice in ram.slices(page..page + 1) {
+            // SAFETY: within the slice, which nobody else uses.
+            unsafe { slice.ptr.cast::<u64>().write(page + 1) };
+        }
+    }
+}
+
+fn first_word(ram: &GuestRam, page: u64) -> u64 {
+    let slice = ram.slices(page..page + 1).next().unwrap();
+    // SAFETY: within the slice, which nobody writes any more.
+    unsafe { slice.ptr.cast::<u64>().read() }
+}
+
+fn connection() -> (OwnedFd, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (near.into(), listener.accept().unwrap().0.into())
+}
+
+fn until(done: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < LONG, "it never happens");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn knows_of_pages_in_hand_and_of_orphans() {
+    let outbound = Outbound::new(ram(), 1).unwrap();
+    let (mut cursor, mut runs) = (0, Vec::new());
+    assert!(outbound.all_acknowledged());
+    claim_frame(&outbound, &mut cursor, &mut runs);
+    assert!(runs.is_empty() && !outbound.all_acknowledged(), "a claim is open");
+    outbound.settle(1);
+    assert!(outbound.all_acknowledged());
+
+    outbound.dirty.insert_range(10..20);
+    assert!(!outbound.all_acknowledged());
+    claim_frame(&outbound, &mut cursor, &mut runs);
+    assert!(outbound.dirty.is_empty() && !outbound.all_acknowledged(), "a frame is on its way");
+    outbound.orphan(7, [runs].into_iter());
+    assert_eq!(outbound.orphaned_lanes(), [7]);
+    outbound.take_back(6);
+    assert!(outbound.dirty.is_empty() && outbound.in_flight.count() == 10);
+    outbound.take_back(7);
+    assert!(outbound.orphaned_lanes().is_empty() && outbound.in_flight.is_empty());
+    assert_eq!(outbound.dirty.next_run(0, u64::MAX), Some(10..20));
+    assert!(!outbound.all_acknowledged());
+}
+
+/// The first lane's peer closes without a word; the second brings everything across.
+#[test]
+fn a_lost_lane_leaves_its_pages_to_the_others() {
+    let (here, there) = (ram(), ram());
+    fill(&here);
+    let outbound = Arc::new(Outbound::new(here, 2).unwrap());
+    let inbound = Arc::new(Inbound { ram: there.clone() });
+    let send = |lane: (usize, u16), socket: Arc<OwnedFd>| {
+        let outbound = outbound.clone();
+        std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
+    };
+    outbound.dirty.insert_range(0..PAGES);
+
+    let (near, far) = connection();
+    let lost = send((0, 3), near.into());
+    until(|| !outbound.in_flight.is_empty());
+    drop(far);
+    lost.join().unwrap();
+    assert_eq!(outbound.orphaned_lanes(), [3]);
+
+    let (near, far) = connection();
+    let near = Arc::new(near);
+    let receiver =
+        std::thread::spawn(move || Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run());
+    let sender = send((1, 4), near.clone());
+    until(|| outbound.dirty.is_empty());
+    assert!(!outbound.all_acknowledged(), "the lost lane's pages are not there");
+    outbound.take_back(3);
+    until(|| outbound.all_acknowledged());
+    assert!(outbound.in_flight.is_empty());
+    for page in 0..PAGES {
+        assert_eq!(first_word(&there, page), if page % 3 == 0 { page + 1 } else { 0 }, "page {page}");
+    }
+    crate::port::hang_up(&*near);
+    assert!(matches!(sender.join().unwrap(), LaneError::HungUp));
+    assert!(matches!(receiver.join().unwrap(), LaneError::HungUp));
+    assert!(outbound.orphaned_lanes().is_empty());
+}
