@@ -1,8 +1,8 @@
 //! Moving a guest: the daemon's part, which does what `memlane_protocol` decides.
 //!
-//! [`source`] and [`destination`] are the two halves of a migration. Both let an
-//! [`Executor`](executor::Executor) carry out what their half of the handover orders;
-//! [`copy`] and [`pause`] are what the source does before and in the switchover.
+//! [`source`] and [`destination`] are the two halves of a migration. Both let an executor
+//! (`executor`) carry out what their half of the handover orders; `copy` and `pause` are what
+//! the source does before and in the switchover.
 
 mod copy;
 pub mod destination;
