@@ -110,6 +110,9 @@ impl Link {
         match timeout(GREETING, greet(&stream, &hello)).await {
             Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(stream, silence)),
             Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
+            // A daemon that ends just now is as good as none.
+            Ok(Err(LinkError::Io(source))) => Err(refused(source)),
+            Ok(Err(LinkError::Closed)) => Err(refused(io::ErrorKind::ConnectionReset.into())),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(given_up(&stream)),
         }

@@ -104,6 +104,9 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await.map_err(broken)?;
     let Hello { standing, migration, shape, .. } = hello;
     info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
+    if !ram.is_sealed() {
+        warn!(guest = %shape.name, "its memory is a file that cannot be sealed; a VMM that cuts it ends this daemon");
+    }
     let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
     let guest = Rc::new(Guest {
         driver: Rc::new(Attached::new(socket, ram.pages())),

@@ -238,6 +238,8 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
     if bytes > MAX_STATE_BYTES {
         return Err(invalid(format!("its state has {bytes} bytes, at most {MAX_STATE_BYTES} are allowed")));
     }
+    // Only memory can be sealed: a file of some file system might keep this thread waiting.
+    rustix::fs::fcntl_get_seals(&fd).map_err(|_| invalid("its state is not in a memfd".into()))?;
     let mut file = std::fs::File::from(fd);
     file.seek(SeekFrom::Start(0))?;
     let mut state = Vec::new();

@@ -372,7 +372,10 @@ fn every_backing_will_do() {
             assert_equal(vmm, "file");
         }
     }
-    match GuestVmm::new(Config { backing: Backing::HugeMemfd, ..config(true) }) {
+    let huge = Config { backing: Backing::HugeMemfd, ..config(true) };
+    // Without them, making the guest fails and says so.
+    let _pages = memlane_lab::HugePages::reserve(huge.ram_bytes >> 21);
+    match GuestVmm::new(huge) {
         Ok(mut vmm) => {
             run_for(&mut vmm, 10);
             assert_equal(vmm, "huge pages");
