@@ -137,6 +137,7 @@ impl Run {
         }
         self.lanes.close().await;
         self.guest.migration.borrow_mut().take_if(|migration| *migration == self.ticket.id);
+        self.executor.release();
     }
 
     /// Waits for whatever happens next; `None` if it does not concern the handover.

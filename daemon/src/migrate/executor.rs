@@ -162,6 +162,18 @@ impl Executor {
         }
     }
 
+    /// The migration is over: the guest is free for another.
+    pub fn release(&mut self) {
+        if let Vmm::Attached(guest) = &self.vmm {
+            guest.migration.borrow_mut().take_if(|migration| *migration == self.entry.migration);
+        }
+        self.arrivals.returns.close();
+        while let Ok(guest) = self.arrivals.returns.try_recv() {
+            // It came too late to be told anything: it attaches again, and is judged anew.
+            guest.driver.hang_up();
+        }
+    }
+
     /// Keeps the first reason that is given.
     pub fn blame(&mut self, reason: impl ToString) {
         self.reason.get_or_insert_with(|| reason.to_string());

@@ -94,9 +94,7 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
             left = executor.carry_out(&mut half, actions).await;
         }
     }
-    if let Some(guest) = executor.guest() {
-        guest.migration.take();
-    }
+    executor.release();
     executor.reason.take()
 }
 

@@ -154,15 +154,15 @@ impl Run {
         }
         let closed = self.copying.lanes.borrow().close();
         closed.await;
+        self.executor.release();
     }
 
     /// Copies no more. A stage may be waiting for the VMM, which could not be asked anything
     /// else meanwhile; and before the guest runs again, no lane must read its memory.
     fn end_stage(&mut self) {
-        if self.stage.take().is_some() {
-            drop(self.copying.lanes.borrow().close());
-            self.copying.outbound.still.store(false, Ordering::Release);
-        }
+        self.stage = None;
+        drop(self.copying.lanes.borrow().close());
+        self.copying.outbound.still.store(false, Ordering::Release);
     }
 
     /// Starts a stage, or reports the end.
