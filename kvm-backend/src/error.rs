@@ -88,6 +88,9 @@ pub enum TrackError {
         /// What the reader can do.
         advice: &'static str,
     },
+    /// The process that was tracked from outside has ended, or no longer maps the guest's memory.
+    #[error("the VMM no longer maps the guest's memory: it has ended, or let go of it")]
+    Gone,
     /// Something was asked of a tracker that is not started.
     #[error("tracking has not been started")]
     NotStarted,

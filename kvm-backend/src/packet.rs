@@ -21,6 +21,12 @@ pub const MAX_DESCRIPTORS: usize = MAX_REGIONS;
 /// Errors are the socket's, `WouldBlock` among them; with more than [`MAX_DESCRIPTORS`]
 /// descriptors or no bytes `InvalidInput`. A peer that is gone is `BrokenPipe`, without a signal.
 pub fn send<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_some(socket, bytes, descriptors).map(drop)
+}
+
+/// The same on a stream socket, which may take only the first bytes: returns how many. The
+/// descriptors are gone with them.
+pub fn send_some<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if descriptors.len() > MAX_DESCRIPTORS || bytes.is_empty() {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -30,10 +36,8 @@ pub fn send<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) 
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let socket = socket.as_fd();
-    rustix::io::retry_on_intr(|| {
-        rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
-    })?;
-    Ok(())
+    let send = || rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL);
+    Ok(rustix::io::retry_on_intr(send)?)
 }
 
 /// Receives one packet into `buffer`: its length, and its descriptors, which close on exec.

@@ -5,8 +5,10 @@
 //! gaps in the guest's address space have no numbers.
 
 mod backing;
+mod extents;
 mod known;
 mod marks;
+mod zero;
 
 use std::fs::File;
 use std::io;
@@ -18,8 +20,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use memlane_protocol::wire::machine::{MAX_RAM_BYTES, MAX_REGIONS, Region};
 use memlane_protocol::{PAGE_SIZE, PageSet};
-use rustix::fs::{FallocateFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::fs::FallocateFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -28,6 +29,7 @@ use self::known::KnownData;
 
 pub use backing::Backing;
 pub use marks::Marks;
+pub use zero::is_zero;
 
 pub use crate::error::RamError;
 
@@ -189,54 +191,6 @@ impl GuestRam {
     pub fn region_of(&self, page: u64) -> Option<usize> {
         let index = self.mapped.partition_point(|mapped| mapped.pages.end <= page);
         (index < self.mapped.len()).then_some(index)
-    }
-
-    /// The runs within `pages` that may hold something other than zeros (`SEEK_DATA`); all of
-    /// them where the file cannot tell, as on hugetlbfs.
-    ///
-    /// Pages that another process has punched may be among them if they lie inside a run that
-    /// was found earlier. They read as zeros, and reading them allocates them again.
-    pub fn data_extents(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        let mut extents: Vec<Range<u64>> = Vec::new();
-        for (index, piece) in self.pieces(pages) {
-            let mut at = piece.start;
-            while let Some(extent) = self.next_extent(index, at..piece.end)? {
-                at = extent.end;
-                match extents.last_mut() {
-                    Some(last) if last.end >= extent.start => last.end = extent.end,
-                    _ => extents.push(extent),
-                }
-            }
-        }
-        Ok(extents)
-    }
-
-    /// The first run of data within `piece` of region `index`. It is never empty, whatever the
-    /// other users of the file do meanwhile.
-    fn next_extent(&self, index: usize, piece: Range<u64>) -> io::Result<Option<Range<u64>>> {
-        if piece.is_empty() {
-            return Ok(None);
-        }
-        if let Some(end) = self.data.end_of_run(piece.start) {
-            return Ok(Some(piece.start..end.min(piece.end)));
-        }
-        let (file, begin) = self.file_range(index, &piece);
-        let end = begin + (piece.end - piece.start) * PAGE_SIZE;
-        let data = match rustix::fs::seek(file, SeekFrom::Data(begin)) {
-            Ok(data) if data < end => data.max(begin),
-            Ok(_) | Err(Errno::NXIO) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let first = piece.start + (data - begin) / PAGE_SIZE;
-        let region_end = self.mapped[index].pages.end;
-        let last = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
-            Ok(hole) => piece.start + hole.saturating_sub(begin).div_ceil(PAGE_SIZE),
-            Err(Errno::NXIO) => region_end,
-            Err(error) => return Err(error.into()),
-        };
-        let run = first..last.clamp(first + 1, region_end);
-        self.data.note(run.clone());
-        Ok(Some(first..run.end.min(piece.end)))
     }
 
     /// Makes `pages` zero and gives back what they took (`FALLOC_FL_PUNCH_HOLE`). Of a 2 MiB

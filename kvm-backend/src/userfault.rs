@@ -36,11 +36,11 @@ pub enum Faults {
     Both,
 }
 
-/// A userfaultfd of this process.
+/// A userfaultfd, of this process or of one that handed it over.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
-/// Why a userfaultfd could not be opened.
+/// Why a userfaultfd could not be opened or used.
 #[derive(Debug, thiserror::Error)]
 pub enum UserfaultError {
     /// This process may not.
@@ -49,7 +49,10 @@ pub enum UserfaultError {
          or the process CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd to 1"
     )]
     Permission,
-    /// The kernel has none, or not with these features.
+    /// The descriptor is something else.
+    #[error("the descriptor is no userfaultfd")]
+    Kind,
+    /// The kernel has none, or not with these features; or it was set up before.
     #[error(
         "userfaultfd with features {features:#x}: {source}; the features asked for need Linux 6.7 or newer"
     )]
@@ -69,14 +72,24 @@ impl Userfault {
             Errno::PERM | Errno::ACCESS => UserfaultError::Permission,
             other => UserfaultError::Features { features, source: other.into() },
         })?;
+        Self::from_fd(fd, features)
+    }
+
+    /// Takes a userfaultfd that another process made and left as it was, and asks for these
+    /// `UFFD_FEATURE_*`. It acts on the memory of the process that made it, whoever holds it.
+    ///
+    /// Fails on a descriptor of any other kind, and on one that was set up before.
+    pub fn from_fd(fd: OwnedFd, features: u64) -> Result<Self, UserfaultError> {
         let mut api = uffdio_api { api: UFFD_API.into(), features, ioctls: 0 };
         // SAFETY: the argument is of the ioctl's type.
-        unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) }
-            .map_err(|error| UserfaultError::Features { features, source: error.into() })?;
+        unsafe { ioctl(&fd, Updater::<UFFDIO_API, _>::new(&mut api)) }.map_err(|error| match error {
+            Errno::NOTTY => UserfaultError::Kind,
+            other => UserfaultError::Features { features, source: other.into() },
+        })?;
         Ok(Self(fd))
     }
 
-    /// Registers whole pages of a mapping of this process for `faults`.
+    /// Registers whole pages of a mapping of its process for `faults`.
     pub fn register(&self, addresses: Range<u64>, faults: Faults) -> io::Result<()> {
         let mode = match faults {
             Faults::Missing => UFFDIO_REGISTER_MODE_MISSING,
@@ -119,7 +132,8 @@ impl AsFd for Userfault {
     }
 }
 
-fn open() -> Result<OwnedFd, Errno> {
+/// A userfaultfd that nothing was asked of yet.
+pub(crate) fn open() -> Result<OwnedFd, Errno> {
     const NEW: u32 = opcode::none(USERFAULTFD_IOC as u8, 0);
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     match rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
@@ -137,4 +151,24 @@ fn open() -> Result<OwnedFd, Errno> {
 
 fn range(addresses: Range<u64>) -> uffdio_range {
     uffdio_range { start: addresses.start, len: addresses.end.saturating_sub(addresses.start) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_a_fresh_userfaultfd_and_nothing_else() {
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        assert!(matches!(Userfault::from_fd(pipe, WRITE_PROTECT_ASYNC), Err(UserfaultError::Kind)));
+        let fd = match open() {
+            Ok(fd) => fd,
+            Err(error) => return memlane_lab::say_skipped("taking a userfaultfd", &error.to_string()),
+        };
+        let copy = fd.try_clone().unwrap();
+        let userfault = Userfault::from_fd(fd, WRITE_PROTECT_ASYNC).unwrap();
+        let again = Userfault::from_fd(copy, WRITE_PROTECT_ASYNC);
+        assert!(matches!(again, Err(UserfaultError::Features { .. })), "{again:?}");
+        drop(userfault);
+    }
 }

@@ -3,12 +3,11 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use memlane_kvm::ram::GuestRam;
+use memlane_kvm::ram::{GuestRam, is_zero};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{Content, MAX_RUNS, Run, encode_head};
 
 use super::Outbound;
-use super::zero::is_zero;
 
 /// Claims pages for one frame, at or after `cursor` and then from the start, until the frame
 /// is full or nothing is left. Moves `cursor` behind what it took, so that each lane walks
@@ -32,7 +31,11 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
         };
         *cursor = pages.end;
         room -= pages.end - pages.start;
-        sort_out_zeros(&outbound.ram, pages, runs);
+        if outbound.sparse.load(Ordering::Relaxed) {
+            sort_out_holes(&outbound.ram, pages, runs);
+        } else {
+            sort_out_zeros(&outbound.ram, pages, runs);
+        }
     }
 }
 
@@ -53,18 +56,36 @@ pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
     })
 }
 
+/// Splits `pages` into runs of holes, with data, and of zeros.
+fn sort_out_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
+    // If the file cannot be asked, reading still tells what the pages hold.
+    let extents = ram.extents_now(pages.clone()).unwrap_or_else(|_| vec![pages.clone()]);
+    let mut hole_from = pages.start;
+    for extent in extents {
+        add(runs, hole_from..extent.start, Content::Hole);
+        hole_from = extent.end;
+        sort_out_zeros(ram, extent, runs);
+    }
+    add(runs, hole_from..pages.end, Content::Hole);
+}
+
 /// Splits `pages` into runs with data and runs of zeros.
 fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     for slice in ram.slices(pages) {
         for index in 0..slice.len as u64 / PAGE_SIZE {
             // SAFETY: inside the slice, which is mapped as long as `ram` lives.
             let zero = unsafe { is_zero(slice.ptr.add((index * PAGE_SIZE) as usize)) };
-            let content = if zero { Content::Zero } else { Content::Data };
             let page = slice.first_page + index;
-            match runs.last_mut() {
-                Some(last) if last.content == content && last.pages.end == page => last.pages.end += 1,
-                _ => runs.push(Run { pages: page..page + 1, content }),
-            }
+            add(runs, page..page + 1, if zero { Content::Zero } else { Content::Data });
         }
+    }
+}
+
+/// Adds pages behind the last run, or to it.
+fn add(runs: &mut Vec<Run>, pages: Range<u64>, content: Content) {
+    match runs.last_mut() {
+        _ if pages.is_empty() => {}
+        Some(last) if last.content == content && last.pages.end == pages.start => last.pages.end = pages.end,
+        _ => runs.push(Run { pages, content }),
     }
 }

@@ -11,7 +11,6 @@ mod receive;
 mod ring;
 mod send;
 mod stats;
-mod zero;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -76,6 +75,9 @@ pub struct Outbound {
     pub in_flight: PageSet,
     /// Set while the guest stands still: frames then carry a checksum.
     pub still: AtomicBool,
+    /// Set where pages to send may be holes in memory: lanes then look for them before they read,
+    /// since reading a hole takes memory for it, and send them as holes.
+    pub sparse: AtomicBool,
     /// Rung when a lane finds nothing to claim, has nothing in flight, or ends.
     pub bell: Notify,
     /// Most bytes in one frame; less where little is left, so that all lanes get some of it.
@@ -101,6 +103,7 @@ impl Outbound {
             dirty: PageSet::new(ram.pages()),
             in_flight: PageSet::new(ram.pages()),
             still: AtomicBool::new(false),
+            sparse: AtomicBool::new(false),
             bell: Notify::new(),
             frame_bytes: AtomicU64::new(MAX_PAYLOAD_BYTES),
             claims: AtomicU64::new(0),

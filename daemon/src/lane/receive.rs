@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{opcode, types};
+use memlane_kvm::ram::is_zero;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{
@@ -16,7 +17,6 @@ use memlane_protocol::wire::frame::{
 use super::encode::checksum;
 use super::message::Message;
 use super::ring::{Held, Ring};
-use super::zero::is_zero;
 use super::{Inbound, LaneError, LaneStats};
 
 const READ: u64 = 1;
@@ -90,8 +90,14 @@ impl Receiver {
                 return Err(WireError::Checksum { what: "frame", found, computed }.into());
             }
         }
-        for run in self.runs.iter().filter(|run| run.content == Content::Zero) {
-            make_zero(&self.inbound, run).map_err(LaneError::io("make pages zero"))?;
+        for run in &self.runs {
+            match run.content {
+                Content::Data => Ok(()),
+                Content::Zero => make_zero(&self.inbound, run).map_err(LaneError::io("make pages zero")),
+                Content::Hole => {
+                    self.inbound.ram.punch(run.pages.clone()).map_err(LaneError::io("give pages back"))
+                }
+            }?;
         }
         self.sequence = expected;
         self.count(&frame);
@@ -163,7 +169,7 @@ impl Receiver {
         LaneStats::add(&self.stats.wire_bytes, bytes);
         LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
         LaneStats::add(&self.stats.data_pages, frame.payload_bytes / PAGE_SIZE);
-        let zeros = self.runs.iter().filter(|run| run.content == Content::Zero);
+        let zeros = self.runs.iter().filter(|run| run.content != Content::Data);
         LaneStats::add(&self.stats.zero_pages, zeros.map(|run| run.pages.end - run.pages.start).sum());
     }
 }

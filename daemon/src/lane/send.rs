@@ -267,7 +267,7 @@ impl Sender {
                 let pages = run.pages.end - run.pages.start;
                 match run.content {
                     Content::Data => LaneStats::add(&self.stats.data_pages, pages),
-                    Content::Zero => LaneStats::add(&self.stats.zero_pages, pages),
+                    Content::Zero | Content::Hole => LaneStats::add(&self.stats.zero_pages, pages),
                 }
                 self.outbound.in_flight.remove_range(run.pages.clone());
             }

@@ -11,7 +11,7 @@ pub struct LaneStats {
     pub wire_bytes: AtomicU64,
     /// Pages whose bytes travelled.
     pub data_pages: AtomicU64,
-    /// Pages that travelled as a descriptor.
+    /// Pages that travelled as a descriptor: zeros and holes.
     pub zero_pages: AtomicU64,
     /// Payload bytes that the kernel sent without copying them.
     pub zero_copy_bytes: AtomicU64,

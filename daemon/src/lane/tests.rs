@@ -19,12 +19,13 @@ fn ram() -> Arc<GuestRam> {
 
 /// Every third page says its number; the others are zero.
 fn fill(ram: &GuestRam) {
-    for page in (0..PAGES).step_by(3) {
-        for slice in ram.slices(page..page + 1) {
-            // SAFETY: within the slice, which nobody else uses.
-            unsafe { slice.ptr.cast::<u64>().write(page + 1) };
-        }
-    }
+    (0..PAGES).step_by(3).for_each(|page| fill_page(ram, page));
+}
+
+fn fill_page(ram: &GuestRam, page: u64) {
+    let slice = ram.slices(page..page + 1).next().unwrap();
+    // SAFETY: within the slice, which nobody else uses.
+    unsafe { slice.ptr.cast::<u64>().write(page + 1) };
 }
 
 fn first_word(ram: &GuestRam, page: u64) -> u64 {
@@ -108,4 +109,59 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     assert!(matches!(sender.join().unwrap(), LaneError::HungUp));
     assert!(matches!(receiver.join().unwrap(), LaneError::HungUp));
     assert!(outbound.orphaned_lanes().is_empty());
+}
+
+/// Sends what is dirty over one lane and waits until it is there.
+fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
+    let (near, far) = connection();
+    let near = Arc::new(near);
+    let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
+    std::thread::scope(|scope| {
+        let inbound = Arc::new(Inbound { ram: there.clone() });
+        scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
+        scope
+            .spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), (0, 0), LONG).unwrap().run());
+        until(|| outbound.all_acknowledged());
+        crate::port::hang_up(&*near);
+    });
+    (sent, received)
+}
+
+fn held_pages(ram: &GuestRam) -> u64 {
+    let blocks = ram.descriptors().into_iter().map(|fd| rustix::fs::fstat(fd).unwrap().st_blocks as u64);
+    blocks.sum::<u64>() * 512 / PAGE_SIZE
+}
+
+#[test]
+fn pages_that_were_emptied_are_given_back_at_both_ends() {
+    let (here, there) = (ram(), ram());
+    fill(&here);
+    let outbound = Arc::new(Outbound::new(here.clone(), 1).unwrap());
+    outbound.dirty.insert_range(0..PAGES);
+    carry(&outbound, &there);
+    assert_eq!(held_pages(&here), PAGES, "reading fills holes");
+    assert_eq!(held_pages(&there), PAGES.div_ceil(3));
+
+    // Another process: its holes are not told to this one. A page among them is written again.
+    let fds = here.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    let other = GuestRam::map(here.regions().iter().copied().zip(fds).collect()).unwrap();
+    other.punch(300..1500).unwrap();
+    fill_page(&other, 601);
+    outbound.sparse.store(true, Ordering::Relaxed);
+    outbound.dirty.insert_range(290..1510);
+    let (sent, received) = carry(&outbound, &there);
+    for stats in [sent, received] {
+        // Of those around the holes, every third holds something.
+        assert_eq!(stats.data_pages.load(Ordering::Relaxed), 8);
+        assert_eq!(stats.zero_pages.load(Ordering::Relaxed), 1212);
+    }
+    for page in 0..PAGES {
+        let emptied = (300..1500).contains(&page);
+        let word = if page == 601 || (page % 3 == 0 && !emptied) { page + 1 } else { 0 };
+        // A hole is not read: it would be none any more.
+        let hole = there.extents_now(page..page + 1).unwrap().is_empty();
+        assert_eq!(if hole { 0 } else { first_word(&there, page) }, word, "page {page}");
+    }
+    assert_eq!(held_pages(&here), PAGES - 1200 + 1);
+    assert_eq!(held_pages(&there), PAGES.div_ceil(3) - 400 + 1);
 }

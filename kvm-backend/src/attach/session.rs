@@ -119,7 +119,12 @@ impl<'a> Session<'a> {
 
     /// Carries a request out, if it is in order and carries the descriptors that it should.
     fn serve(&mut self, request: &Request, mut descriptors: Vec<OwnedFd>) -> Outcome {
-        let due = usize::from(matches!(request, Request::Load { .. }));
+        let due = match request {
+            Request::Load { .. } => 1,
+            // Refused below, whatever came with it.
+            Request::OpenUserfault => descriptors.len(),
+            _ => 0,
+        };
         if descriptors.len() != due {
             return Err(format!("{} descriptors came with it instead of {due}", descriptors.len()).into());
         }
@@ -161,6 +166,7 @@ impl<'a> Session<'a> {
                 ([elapsed(), 0], None)
             }
             Request::Relinquish { .. } | Request::Prepare { .. } | Request::Discard => ([0; 2], None),
+            Request::OpenUserfault => return Err("this VMM tracks writes itself".into()),
         };
         self.ownership.done(request);
         Ok(outcome)

@@ -412,6 +412,10 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
     let (daemon, _) = bench.welcome();
     let (reply, _) = daemon.ask_with(Request::Pause, &[daemon.0.as_fd()]);
     assert!(reply.unwrap_err().contains("1 descriptors") && bench.is_running());
+    // What only a shim does is refused as well, with and without a descriptor.
+    daemon.refused(Request::OpenUserfault, "tracks writes itself");
+    let (reply, _) = daemon.ask_with(Request::OpenUserfault, &[daemon.0.as_fd()]);
+    assert!(reply.unwrap_err().contains("tracks writes itself"));
     // Nonsense in the middle counts as a lost connection.
     daemon.ask(Request::Pause).unwrap();
     daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);

@@ -1,18 +1,24 @@
 //! Finding the pages that a running guest writes.
 //!
-//! Three trackers behind one trait: [`LogTracker`] reads KVM's dirty bitmap, [`RingTracker`]
-//! KVM's dirty rings, and [`PagemapTracker`] the page tables, over userfaultfd write protection.
+//! Three trackers behind one trait, for the process that runs the guest: [`LogTracker`] reads
+//! KVM's dirty bitmap, [`RingTracker`] KVM's dirty rings, and [`PagemapTracker`] the page tables,
+//! over userfaultfd write protection. [`ForeignTracker`] reads the page tables of a process that
+//! lent its descriptors and does nothing else for it.
 
 mod armed;
+pub mod foreign;
 pub mod log;
 pub mod pagemap;
+mod punches;
 pub mod ring;
+mod scan;
 
 use std::ops::Range;
 
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::machine::TrackerKind;
 
+pub use foreign::{ForeignTracker, Harvest};
 pub use log::LogTracker;
 pub use pagemap::PagemapTracker;
 pub use ring::{RingHandle, RingSize, RingTracker};

@@ -9,35 +9,19 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use linux_raw_sys::general::{
-    PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, page_region, pm_scan_arg,
-};
 use memlane_protocol::wire::machine::TrackerKind;
 use memlane_protocol::{PAGE_SIZE, PageSet};
-use rustix::io::Errno;
-use rustix::ioctl::{ioctl, opcode};
 
+use super::scan::{PIECE_PAGES, PagemapScan, Pieces, Query};
 use super::{Armed, DirtyTracker, TrackError};
-use crate::ioctl::Answering;
 use crate::ram::GuestRam;
 use crate::shared::SharedWords;
 use crate::userfault::{Faults, Userfault, UserfaultError, WRITE_PROTECT_ASYNC};
 
-/// Pages protected in one call (4 MiB): KVM drops its own mappings of the whole range, and a
-/// vCPU that faults there has to wait.
-const PIECE_PAGES: u64 = 1024;
-
-/// Written pages no further apart than this are protected again in one call. A call costs
-/// about as much as KVM's mapping some tens of clean pages anew.
-const MERGE_PAGES: u64 = 32;
-
-/// Runs of pages that one scan can return.
-const SCAN_RUNS: usize = 512;
-
 /// Finds dirty pages by `PAGEMAP_SCAN`, in the process that runs the guest.
 pub struct PagemapTracker {
     ram: Arc<GuestRam>,
-    pagemap: File,
+    pagemap: PagemapScan,
     armed: Armed,
     /// Open while tracking is on.
     userfault: Option<Userfault>,
@@ -53,7 +37,7 @@ impl PagemapTracker {
             File::open("/proc/self/pagemap").map_err(TrackError::kernel("opening /proc/self/pagemap"))?;
         open_userfault()?;
         let armed = Armed::new(ram.pages());
-        Ok(Self { ram, pagemap, armed, userfault: None })
+        Ok(Self { ram, pagemap: PagemapScan::new(pagemap), armed, userfault: None })
     }
 
     /// `pages`, which lie in one region, grown to whole backing pages.
@@ -80,93 +64,17 @@ impl PagemapTracker {
             run.start + (address.clamp(addresses.start, addresses.end) - addresses.start) / PAGE_SIZE
         };
         let mut new = 0;
-        // Protecting makes KVM drop its mappings of all that is scanned, clean pages too. So
-        // look first, without protecting, and then protect around what was found.
-        let mut merged: Option<Range<u64>> = None;
-        self.scan(addresses.clone(), 0, |written| match &mut merged {
-            Some(last)
-                if written.start.saturating_sub(last.end) <= MERGE_PAGES * PAGE_SIZE
-                    && written.end - last.start <= PIECE_PAGES * PAGE_SIZE =>
-            {
-                last.end = written.end;
-                Ok(())
-            }
-            last => match last.replace(written) {
-                Some(complete) => self.protect_written(complete, |found| {
-                    new += into.insert_range(page(found.start)..page(found.end))
-                }),
-                None => Ok(()),
-            },
+        let mut take = |piece: Range<u64>| {
+            self.pagemap.protect(piece, Query::WRITTEN, |found| {
+                new += into.insert_range(page(found.addresses.start)..page(found.addresses.end));
+            })
+        };
+        let mut pieces = Pieces::default();
+        self.pagemap.scan(addresses.clone(), Query::WRITTEN, |found| {
+            pieces.add(found.addresses).map_or(Ok(()), &mut take)
         })?;
-        if let Some(last) = merged {
-            self.protect_written(last, |found| new += into.insert_range(page(found.start)..page(found.end)))?;
-        }
+        pieces.end().map_or(Ok(()), take)?;
         Ok(new)
-    }
-
-    /// Protects what is written in `addresses`; calls `found` with what was protected.
-    fn protect_written(
-        &self,
-        addresses: Range<u64>,
-        mut found: impl FnMut(Range<u64>),
-    ) -> Result<(), TrackError> {
-        let mut from = addresses.start;
-        while from < addresses.end {
-            let end = addresses.end.min(from.saturating_add(PIECE_PAGES * PAGE_SIZE));
-            let flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC;
-            self.scan(from..end, flags, |written| {
-                found(written);
-                Ok(())
-            })?;
-            from = end;
-        }
-        Ok(())
-    }
-
-    /// Calls `found` with each run of written pages in `addresses`, in order.
-    fn scan(
-        &self,
-        addresses: Range<u64>,
-        flags: u32,
-        mut found: impl FnMut(Range<u64>) -> Result<(), TrackError>,
-    ) -> Result<(), TrackError> {
-        const SCAN: u32 = opcode::read_write::<pm_scan_arg>(b'f', 16);
-        let mut runs = [page_region { start: 0, end: 0, categories: 0 }; SCAN_RUNS];
-        let mut from = addresses.start;
-        while from < addresses.end {
-            let mut argument = pm_scan_arg {
-                size: size_of::<pm_scan_arg>() as u64,
-                flags: flags.into(),
-                start: from,
-                end: addresses.end,
-                walk_end: 0,
-                vec: runs.as_mut_ptr() as u64,
-                vec_len: runs.len() as u64,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: PAGE_IS_WRITTEN.into(),
-                category_anyof_mask: 0,
-                return_mask: PAGE_IS_WRITTEN.into(),
-            };
-            // SAFETY: the argument is of the ioctl's type, and `vec` has room for `vec_len` runs.
-            let filled =
-                match unsafe { ioctl(&self.pagemap, Answering::<SCAN>::new((&raw mut argument).cast())) } {
-                    Ok(filled) => filled,
-                    Err(Errno::INTR) => continue,
-                    Err(error) => {
-                        return Err(TrackError::kernel("scanning for written pages (PAGEMAP_SCAN)")(error));
-                    }
-                };
-            for run in runs.iter().take(usize::try_from(filled).unwrap_or(0)) {
-                found(run.start..run.end)?;
-            }
-            if argument.walk_end <= from {
-                let stuck = std::io::Error::other("the scan stands still");
-                return Err(TrackError::kernel("scanning for written pages (PAGEMAP_SCAN)")(stuck));
-            }
-            from = argument.walk_end;
-        }
-        Ok(())
     }
 }
 
@@ -249,7 +157,7 @@ fn open_userfault() -> Result<Userfault, TrackError> {
         what: "asynchronous write protection by userfaultfd",
         advice: match error {
             UserfaultError::Permission => "grant it, or use the dirty log or ring of KVM",
-            UserfaultError::Features { .. } => "use the dirty log or ring of KVM",
+            UserfaultError::Features { .. } | UserfaultError::Kind => "use the dirty log or ring of KVM",
         },
         source: std::io::Error::other(error),
     })

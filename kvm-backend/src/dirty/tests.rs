@@ -1,6 +1,8 @@
 //! Each tracker against real writers: what would be migrated must equal what was written.
 
+mod foreign;
 mod guest;
+mod other;
 
 use std::ops::Range;
 use std::sync::Arc;

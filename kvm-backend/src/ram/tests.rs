@@ -102,6 +102,9 @@ fn pieces_of_a_long_run_are_found_and_holes_of_others_when_one_begins_anew() {
     let other = GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap();
     other.punch(100..110).unwrap();
     assert!(ram.data_extents(96..128).unwrap().contains(&(96..128)));
+    assert_eq!(ram.extents_now(0..128).unwrap(), [10..100, 110..128]);
+    assert_eq!(ram.extents_now(100..9999).unwrap().len(), 1);
+    assert_eq!(ram.extents_now(100..110).unwrap(), []);
     assert_eq!(by_pieces(), 480);
     assert_eq!(ram.data_extents(96..128).unwrap(), [96..100, 110..128]);
     ram.punch(112..500).unwrap();

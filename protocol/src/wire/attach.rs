@@ -4,6 +4,10 @@
 //! (`SCM_RIGHTS`). The daemon answers [`ToVmm::Welcome`] or [`ToVmm::Refused`], and from then
 //! on sends one [`Request`] at a time; the VMM answers each with one [`Reply`]. A VMM whose
 //! daemon went away connects again and says in which [`Standing`] it is.
+//!
+//! A VMM that knows nothing of this has a shim in its process, which says [`FromVmm::Shim`] in
+//! place of the hello, and is asked for [`Request::OpenUserfault`] alone. Whose shim it is, the
+//! daemon asks the kernel (`SO_PEERCRED`).
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -28,6 +32,13 @@ pub type MigrationId = [u8; 16];
 pub enum FromVmm {
     /// First packet. Carries one descriptor for each region.
     Hello(Hello),
+    /// First packet of a shim. Carries no descriptors.
+    Shim {
+        /// Oldest version that it speaks.
+        oldest: u16,
+        /// Newest version that it speaks.
+        newest: u16,
+    },
     /// Answer to the request with the same number.
     Reply(Reply),
 }
@@ -136,6 +147,12 @@ pub enum Request {
     },
     /// The guest runs elsewhere, or will never run here: end.
     Discard,
+    /// Of a shim alone: open a userfaultfd of its process. The request carries an open
+    /// `/dev/userfaultfd` to make it with, since only opening that needs rights, or no
+    /// descriptor where the daemon may not open it; then the process's own rights count. The
+    /// reply carries the userfaultfd, on which nothing was done yet, `/proc/self/pagemap` and
+    /// `/proc/self/maps`. Values: 0, 0.
+    OpenUserfault,
 }
 
 impl FromVmm {
@@ -156,6 +173,10 @@ impl FromVmm {
                     },
                 );
                 hello.shape.encode(&mut out);
+            }
+            Self::Shim { oldest, newest } => {
+                put_header(&mut out, kind::SHIM, 0);
+                put(&mut out, &[U16::new(*oldest), U16::new(*newest)]);
             }
             Self::Reply(Reply { id, outcome: Ok(values) }) => {
                 put_header(&mut out, kind::DONE, *id);
@@ -183,6 +204,10 @@ impl FromVmm {
                     migration: raw.migration,
                     shape: GuestShape::decode(&mut reader)?,
                 })
+            }
+            kind::SHIM => {
+                let [oldest, newest] = reader.take::<[U16; 2]>("versions of a shim")?.map(U16::get);
+                Self::Shim { oldest, newest }
             }
             kind::DONE => {
                 let values: &[U64; 2] = reader.take("values of a reply")?;
@@ -255,6 +280,7 @@ impl ToVmm {
             kind::RELINQUISH => Request::Relinquish { migration: *reader.take("identity of a migration")? },
             kind::PREPARE => Request::Prepare { migration: *reader.take("identity of a migration")? },
             kind::DISCARD => Request::Discard,
+            kind::OPEN_USERFAULT => Request::OpenUserfault,
             other => return Err(WireError::Unknown { what: "request to a VMM", found: other.into() }),
         };
         reader.end()?;
@@ -277,6 +303,7 @@ impl Request {
             Self::Relinquish { .. } => "relinquish",
             Self::Prepare { .. } => "prepare",
             Self::Discard => "discard",
+            Self::OpenUserfault => "open userfaultfd",
         }
     }
 
@@ -293,6 +320,7 @@ impl Request {
             Self::Relinquish { .. } => kind::RELINQUISH,
             Self::Prepare { .. } => kind::PREPARE,
             Self::Discard => kind::DISCARD,
+            Self::OpenUserfault => kind::OPEN_USERFAULT,
         }
     }
 }
@@ -310,6 +338,7 @@ mod kind {
     pub const HELLO: u16 = 1;
     pub const DONE: u16 = 2;
     pub const FAILED: u16 = 3;
+    pub const SHIM: u16 = 4;
     pub const WELCOME: u16 = 16;
     pub const REFUSED: u16 = 17;
     pub const START_TRACKING: u16 = 32;
@@ -323,6 +352,7 @@ mod kind {
     pub const RELINQUISH: u16 = 40;
     pub const PREPARE: u16 = 41;
     pub const DISCARD: u16 = 42;
+    pub const OPEN_USERFAULT: u16 = 43;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

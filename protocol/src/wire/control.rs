@@ -6,6 +6,7 @@
 //! settled by the [`handover`](crate::handover) words that [`Control::Handover`] carries.
 
 mod offer;
+mod qemu;
 
 use std::ops::Range;
 
@@ -17,6 +18,7 @@ use super::{Reader, WireError, put, put_text};
 use crate::handover::Message;
 
 pub use offer::{Accept, MAX_PORTS, MAX_REFUSALS, Offer, Port, Refusal, Respect};
+pub use qemu::{MAX_DEFINITION_BYTES, MAX_DISKS, MAX_NAME_BYTES, QemuGuest};
 
 /// Bytes of a message's header.
 pub const HEADER_BYTES: usize = size_of::<RawHeader>();

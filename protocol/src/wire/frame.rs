@@ -20,7 +20,7 @@ pub const RUN_BYTES: usize = size_of::<RawRun>();
 pub const MAX_RUNS: usize = 256;
 /// Bytes of pages in one frame.
 pub const MAX_PAYLOAD_BYTES: u64 = 1 << 20;
-/// Pages in one zero run: 1 GiB.
+/// Pages in one run without bytes: 1 GiB.
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
 /// Bytes of an acknowledgement.
 pub const ACK_BYTES: usize = size_of::<RawAck>();
@@ -44,6 +44,9 @@ pub enum Content {
     Data,
     /// They are zero, and no bytes follow.
     Zero,
+    /// They are zero and hold no memory at the source, so that they need none here either. No
+    /// bytes follow.
+    Hole,
 }
 
 /// A frame's header, checked.
@@ -72,7 +75,7 @@ impl Run {
     pub fn payload_bytes(&self) -> u64 {
         match self.content {
             Content::Data => (self.pages.end - self.pages.start) * PAGE_SIZE,
-            Content::Zero => 0,
+            Content::Zero | Content::Hole => 0,
         }
     }
 }
@@ -108,6 +111,7 @@ pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Opt
                 content: match run.content {
                     Content::Data => DATA,
                     Content::Zero => ZERO,
+                    Content::Hole => HOLE,
                 }
                 .into(),
             },
@@ -156,6 +160,7 @@ impl Frame {
             let (content, most) = match run.content.get() {
                 DATA => (Content::Data, MAX_PAYLOAD_BYTES / PAGE_SIZE),
                 ZERO => (Content::Zero, MAX_ZERO_PAGES),
+                HOLE => (Content::Hole, MAX_ZERO_PAGES),
                 other => return Err(WireError::Unknown { what: "content of a run", found: other }),
             };
             if count == 0 {
@@ -210,6 +215,7 @@ impl Ack {
 const HAS_CHECKSUM: u16 = 1;
 const DATA: u32 = 1;
 const ZERO: u32 = 2;
+const HOLE: u32 = 3;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use zerocopy::byteorder::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::qemu::QemuGuest;
 use crate::wire::attach::MigrationId;
 use crate::wire::hello::Token;
 use crate::wire::machine::GuestShape;
@@ -27,6 +28,8 @@ pub struct Offer {
     pub data_bytes: u64,
     /// The guest.
     pub shape: GuestShape,
+    /// What else there is to know of it if its VMM is stock QEMU.
+    pub qemu: Option<QemuGuest>,
 }
 
 /// What the destination holds ready.
@@ -78,10 +81,12 @@ pub enum Respect {
     Bandwidth = 7,
     /// Something else is wrong at the destination.
     Host = 8,
+    /// A disk of the guest is not there.
+    Disk = 9,
 }
 
 impl Respect {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Receiver,
         Self::Machine,
         Self::Memory,
@@ -90,6 +95,7 @@ impl Respect {
         Self::Busy,
         Self::Bandwidth,
         Self::Host,
+        Self::Disk,
     ];
 
     /// One word for logs, metrics and reports.
@@ -103,6 +109,7 @@ impl Respect {
             Self::Busy => "busy",
             Self::Bandwidth => "bandwidth",
             Self::Host => "host",
+            Self::Disk => "disk",
         }
     }
 }
@@ -114,11 +121,15 @@ impl Offer {
             &RawOffer {
                 migration: self.migration,
                 check_only: self.check_only.into(),
-                reserved: [0; 7],
+                qemu: self.qemu.is_some().into(),
+                reserved: [0; 6],
                 data_bytes: self.data_bytes.into(),
             },
         );
         self.shape.encode(out);
+        if let Some(qemu) = &self.qemu {
+            qemu.encode(out);
+        }
     }
 
     pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -128,6 +139,7 @@ impl Offer {
             check_only: raw.check_only != 0,
             data_bytes: raw.data_bytes.get(),
             shape: GuestShape::decode(reader)?,
+            qemu: (raw.qemu != 0).then(|| QemuGuest::decode(reader)).transpose()?,
         })
     }
 }
@@ -209,7 +221,8 @@ impl RawPort {
 struct RawOffer {
     migration: MigrationId,
     check_only: u8,
-    reserved: [u8; 7],
+    qemu: u8,
+    reserved: [u8; 6],
     data_bytes: U64,
 }
 

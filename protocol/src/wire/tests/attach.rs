@@ -32,7 +32,7 @@ fn a_wrong_magic_names_both() {
 #[test]
 fn unknown_kinds_are_named() {
     let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
-    for kind in [0, 4, 15, 18, 31, 43, u16::MAX] {
+    for kind in [0, 5, 15, 18, 31, 44, u16::MAX] {
         bytes[KIND..KIND + 2].copy_from_slice(&kind.to_le_bytes());
         let unknown = |what| WireError::Unknown { what, found: kind.into() };
         assert_eq!(ToVmm::decode(&bytes), Err(unknown("request to a VMM")));
@@ -46,6 +46,21 @@ fn a_packet_for_the_other_side_is_unknown() {
     assert!(matches!(ToVmm::decode(&reply), Err(WireError::Unknown { found: 2, .. })));
     let welcome = ToVmm::Welcome { version: 1 }.encode();
     assert!(matches!(FromVmm::decode(&welcome), Err(WireError::Unknown { found: 16, .. })));
+}
+
+/// The shim writes and reads these by hand, without this crate.
+#[test]
+fn a_shim_speaks_in_bytes_that_do_not_change() {
+    let shim = FromVmm::Shim { oldest: 1, newest: 0x0203 };
+    assert_eq!(shim.encode(), b"MLAT\x04\0\0\0\0\0\0\0\x01\0\x03\x02");
+    let done = FromVmm::Reply(Reply { id: 0x0102_0304, outcome: Ok([0; 2]) });
+    assert_eq!(done.encode(), [&b"MLAT\x02\0\0\0\x04\x03\x02\x01"[..], &[0; 16]].concat());
+    let failed = FromVmm::Reply(Reply { id: 5, outcome: Err("no".into()) });
+    assert_eq!(failed.encode(), b"MLAT\x03\0\0\0\x05\0\0\0no");
+    let welcome = ToVmm::Welcome { version: 1 };
+    assert_eq!(welcome.encode(), b"MLAT\x10\0\0\0\0\0\0\0\x01\0");
+    let open = ToVmm::Request { id: 0x0102_0304, request: Request::OpenUserfault };
+    assert_eq!(open.encode(), b"MLAT\x2b\0\0\0\x04\x03\x02\x01");
 }
 
 #[test]

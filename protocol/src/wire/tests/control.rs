@@ -7,8 +7,9 @@ use super::{Codec, strategies};
 use crate::handover::Message;
 use crate::wire::attach::MAX_STATE_BYTES;
 use crate::wire::control::{
-    Accept, Control, HEADER_BYTES, MAX_BODY_BYTES, MAX_DIGESTS, MAX_PORTS, MAX_RANGES, MAX_REFUSALS,
-    MAX_STATE_CHUNK_BYTES, Offer, Port, Refusal, Respect, decode_header,
+    Accept, Control, HEADER_BYTES, MAX_BODY_BYTES, MAX_DEFINITION_BYTES, MAX_DIGESTS, MAX_DISKS,
+    MAX_NAME_BYTES, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES, Offer, Port, QemuGuest,
+    Refusal, Respect, decode_header,
 };
 use crate::wire::{MAX_TEXT_BYTES, WireError};
 
@@ -60,8 +61,16 @@ fn the_largest_messages_fit_into_a_body() {
     let refusal = Refusal { what: Respect::Host, reason: "x".repeat(MAX_TEXT_BYTES) };
     let bytes = vec![7; MAX_STATE_CHUNK_BYTES];
     let shape = largest_shape();
+    let name = "n".repeat(MAX_NAME_BYTES);
+    let qemu = Some(QemuGuest {
+        machine: name.clone(),
+        cpu: name.clone(),
+        accelerator: name.clone(),
+        disks: vec![name; MAX_DISKS],
+        definition: "d".repeat(MAX_DEFINITION_BYTES),
+    });
     for message in [
-        Control::Offer(Offer { migration: [1; 16], check_only: true, data_bytes: u64::MAX, shape }),
+        Control::Offer(Offer { migration: [1; 16], check_only: true, data_bytes: u64::MAX, shape, qemu }),
         Control::Accept(Accept { token: [2; 16], ports: vec![port; MAX_PORTS] }),
         Control::Refuse(vec![refusal; MAX_REFUSALS]),
         Control::Holes((0..MAX_RANGES as u64).map(|page| page * 2..page * 2 + 1).collect()),
@@ -154,7 +163,7 @@ fn a_checksum_that_does_not_fit_shows_both() {
 
 #[test]
 fn an_unknown_respect_is_named() {
-    for what in [0, 9, u8::MAX] {
+    for what in [0, 10, u8::MAX] {
         let unknown = WireError::Unknown { what: "respect of a refusal", found: what.into() };
         assert_eq!(Control::decode(3, &[1, 0, what, 0, 0, 0]), Err(unknown));
     }

@@ -74,7 +74,7 @@ proptest! {
         pages in 0..1000u64,
         flags in 0..3u16,
         runs in prop::collection::vec(
-            (prop_oneof![0..1000u64, any::<u64>()], 0..300u32, 0..4u32),
+            (prop_oneof![0..1000u64, any::<u64>()], 0..300u32, 0..5u32),
             0..6,
         ),
         payload_pages in 0..300u32,
@@ -144,11 +144,11 @@ fn a_header_over_its_limits_is_refused() {
 
 #[test]
 fn a_run_has_pages_and_known_content() {
-    for content in [0, 3, u32::MAX] {
+    for content in [0, 4, u32::MAX] {
         let unknown = WireError::Unknown { what: "content of a run", found: content };
         assert_eq!(decode_one(entry(0, 1, content), 0), Err(unknown));
     }
-    for content in [1, 2] {
+    for content in [1, 2, 3] {
         let empty = WireError::Value { what: "the length of a run in pages", found: 0 };
         assert_eq!(decode_one(entry(0, 0, content), 0), Err(empty));
     }
@@ -156,7 +156,8 @@ fn a_run_has_pages_and_known_content() {
 
 #[test]
 fn a_run_is_not_over_its_limits() {
-    for (content, limit, bytes) in [(1, MAX_DATA_PAGES, MAX_PAYLOAD_BYTES), (2, MAX_ZERO_PAGES, 0)] {
+    let data = (1, MAX_DATA_PAGES, MAX_PAYLOAD_BYTES);
+    for (content, limit, bytes) in [data, (2, MAX_ZERO_PAGES, 0), (3, MAX_ZERO_PAGES, 0)] {
         assert_eq!(decode_one(entry(0, limit as u32, content), bytes), Ok(()));
         for found in [limit + 1, u32::MAX.into()] {
             let refused = WireError::TooLarge { what: "length of a run in pages", found, limit };
@@ -167,10 +168,12 @@ fn a_run_is_not_over_its_limits() {
 
 #[test]
 fn a_run_ends_within_the_guest() {
-    assert_eq!(decode_one(entry(PAGES - 2, 2, 2), 0), Ok(()));
-    for (first, found) in [(PAGES - 1, PAGES + 1), (PAGES, PAGES + 2), (u64::MAX, u64::MAX)] {
-        let refused = WireError::TooLarge { what: "end of a run of pages", found, limit: PAGES };
-        assert_eq!(decode_one(entry(first, 2, 2), 0), Err(refused));
+    for content in [2, 3] {
+        assert_eq!(decode_one(entry(PAGES - 2, 2, content), 0), Ok(()));
+        for (first, found) in [(PAGES - 1, PAGES + 1), (PAGES, PAGES + 2), (u64::MAX, u64::MAX)] {
+            let refused = WireError::TooLarge { what: "end of a run of pages", found, limit: PAGES };
+            assert_eq!(decode_one(entry(first, 2, content), 0), Err(refused));
+        }
     }
 }
 
@@ -195,7 +198,7 @@ fn too_much_data_is_not_encoded() {
 #[test]
 #[should_panic = "run over its limits"]
 fn too_many_zero_pages_are_not_encoded() {
-    let run = Run { pages: 0..MAX_ZERO_PAGES + 1, content: Content::Zero };
+    let run = Run { pages: 0..MAX_ZERO_PAGES + 1, content: Content::Hole };
     encode_head(&mut Vec::new(), 1, &[run], None);
 }
 

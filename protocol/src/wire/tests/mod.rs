@@ -218,6 +218,7 @@ impl Codec for FromVmm {
     fn heap_bytes(&self) -> usize {
         match self {
             Self::Hello(hello) => hello.shape.heap_bytes(),
+            Self::Shim { .. } => 0,
             Self::Reply(_) => self.open_text().map_or(0, str::len),
         }
     }

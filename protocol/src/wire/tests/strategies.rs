@@ -10,7 +10,7 @@ use crate::PAGE_SIZE;
 use crate::handover::Message;
 use crate::wire::Label;
 use crate::wire::attach::{self, FromVmm, MAX_STATE_BYTES, Reply, Request, Standing, ToVmm};
-use crate::wire::control::{Accept, Control, Offer, Port, Refusal, Respect};
+use crate::wire::control::{Accept, Control, Offer, Port, QemuGuest, Refusal, Respect};
 use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, Run};
 use crate::wire::hello::{Answer, Hello, Purpose};
 use crate::wire::machine::{CpuidEntry, GuestShape, MAX_VCPUS, Machine, Nic, Region, TrackerKind};
@@ -77,6 +77,7 @@ pub fn from_vmm() -> impl Strategy<Value = FromVmm> {
         hello.prop_map(|((oldest, newest), standing, migration, shape)| {
             FromVmm::Hello(attach::Hello { oldest, newest, standing, migration, shape })
         }),
+        versions().prop_map(|(oldest, newest)| FromVmm::Shim { oldest, newest }),
         reply.prop_map(|(id, outcome)| FromVmm::Reply(Reply { id, outcome })),
     ]
 }
@@ -102,6 +103,7 @@ fn request() -> impl Strategy<Value = Request> {
         any::<[u8; 16]>().prop_map(|migration| Request::Relinquish { migration }),
         any::<[u8; 16]>().prop_map(|migration| Request::Prepare { migration }),
         Just(Request::Discard),
+        Just(Request::OpenUserfault),
     ]
 }
 
@@ -152,8 +154,27 @@ pub fn control() -> impl Strategy<Value = Control> {
 }
 
 fn offer() -> impl Strategy<Value = Offer> {
-    (any::<[u8; 16]>(), any::<bool>(), any::<u64>(), guest_shape()).prop_map(
-        |(migration, check_only, data_bytes, shape)| Offer { migration, check_only, data_bytes, shape },
+    let qemu = prop::option::of(qemu_guest());
+    (any::<[u8; 16]>(), any::<bool>(), any::<u64>(), guest_shape(), qemu).prop_map(
+        |(migration, check_only, data_bytes, shape, qemu)| Offer {
+            migration,
+            check_only,
+            data_bytes,
+            shape,
+            qemu,
+        },
+    )
+}
+
+fn qemu_guest() -> impl Strategy<Value = QemuGuest> {
+    (text(), text(), text(), vec(text(), 0..4), text()).prop_map(
+        |(machine, cpu, accelerator, disks, definition)| QemuGuest {
+            machine,
+            cpu,
+            accelerator,
+            disks,
+            definition,
+        },
     )
 }
 
@@ -174,6 +195,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
         Respect::Busy,
         Respect::Bandwidth,
         Respect::Host,
+        Respect::Disk,
     ];
     (prop::sample::select(respects.to_vec()), text()).prop_map(|(what, reason)| Refusal { what, reason })
 }
@@ -206,17 +228,19 @@ pub fn ack() -> impl Strategy<Value = Ack> {
 
 /// Pages of a guest, and runs of a frame that fit into them and into the limits.
 pub fn frame() -> impl Strategy<Value = (u64, Vec<Run>)> {
-    let run = (any::<u64>(), 1..=MAX_ZERO_PAGES, any::<bool>());
+    let contents = prop::sample::select(vec![Content::Data, Content::Zero, Content::Hole]);
+    let run = (any::<u64>(), 1..=MAX_ZERO_PAGES, contents);
     (1..=1u64 << 34, vec(run, 0..=MAX_RUNS)).prop_map(|(pages, wanted)| {
         let mut room = MAX_PAYLOAD_BYTES / PAGE_SIZE;
-        let runs = wanted.into_iter().map(|(first, count, data)| {
-            if data && room > 0 {
+        let runs = wanted.into_iter().map(|(first, count, content)| {
+            if content == Content::Data && room > 0 {
                 // Few pages at a time, so that many runs share a frame.
                 let count = (count % 8 + 1).min(room).min(pages);
                 room -= count;
                 return Run { pages: place(first, count, pages), content: Content::Data };
             }
-            Run { pages: place(first, count.min(pages), pages), content: Content::Zero }
+            let content = if content == Content::Data { Content::Zero } else { content };
+            Run { pages: place(first, count.min(pages), pages), content }
         });
         (pages, runs.collect())
     })

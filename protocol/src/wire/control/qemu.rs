@@ -1,0 +1,67 @@
+//! What an offer says of a guest that runs in stock QEMU, besides its shape.
+
+use zerocopy::byteorder::little_endian::U32;
+
+use crate::wire::{Reader, WireError, put};
+
+/// Disks of one guest.
+pub const MAX_DISKS: usize = 64;
+/// Bytes of the path of a disk, and of the name of a machine type or CPU model.
+pub const MAX_NAME_BYTES: usize = 4096;
+/// Bytes of a guest file.
+pub const MAX_DEFINITION_BYTES: usize = 64 << 10;
+
+/// A guest in QEMU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QemuGuest {
+    /// Machine type with its version, such as `pc-q35-7.2`.
+    pub machine: String,
+    /// CPU model, such as `qemu64`.
+    pub cpu: String,
+    /// What runs the guest's code: `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Files and devices that hold its disks, which the destination must have under the same paths.
+    pub disks: Vec<String>,
+    /// The guest file from which it was started, and could be at the destination; empty for a guest
+    /// that others started.
+    pub definition: String,
+}
+
+impl QemuGuest {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        for name in [&self.machine, &self.cpu, &self.accelerator] {
+            put_long(out, name);
+        }
+        put(out, &U32::new(self.disks.len() as u32));
+        self.disks.iter().for_each(|disk| put_long(out, disk));
+        put_long(out, &self.definition);
+    }
+
+    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        let [machine, cpu, accelerator] = [
+            long(reader, "machine type of a guest", MAX_NAME_BYTES)?,
+            long(reader, "CPU model of a guest", MAX_NAME_BYTES)?,
+            long(reader, "accelerator of a guest", MAX_NAME_BYTES)?,
+        ];
+        let (found, limit) = (u64::from(reader.take::<U32>("count of disks")?.get()), MAX_DISKS as u64);
+        if found > limit {
+            return Err(WireError::TooLarge { what: "count of disks", found, limit });
+        }
+        let disks =
+            (0..found).map(|_| long(reader, "path of a disk", MAX_NAME_BYTES)).collect::<Result<_, _>>()?;
+        let definition = long(reader, "guest file", MAX_DEFINITION_BYTES)?;
+        Ok(Self { machine, cpu, accelerator, disks, definition })
+    }
+}
+
+/// Appends text with its length. Longer than a reader allows is a bug of whoever made it.
+fn put_long(out: &mut Vec<u8>, text: &str) {
+    put(out, &U32::new(text.len() as u32));
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn long(reader: &mut Reader<'_>, what: &'static str, limit: usize) -> Result<String, WireError> {
+    let bytes = reader.take::<U32>(what)?.get();
+    let text = reader.bytes(what, bytes.into(), limit)?;
+    String::from_utf8(text.to_vec()).map_err(|_| WireError::Text(what))
+}
