@@ -1,4 +1,4 @@
-//! Where VMMs attach their guests.
+//! Where VMMs attach their guests, and shims make themselves known.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -7,15 +7,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memlane_kvm::packet;
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::wire::attach::{FromVmm, Hello, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
 use memlane_protocol::wire::hello::common_version;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
 use super::attached::{receive, send};
-use super::{Attached, Guest, Process};
+use super::{Attached, Guest, Process, shim};
 use crate::host::Host;
 
 /// Longest time that a VMM may take to introduce itself.
@@ -50,7 +51,7 @@ pub async fn serve(listener: AsyncFd<OwnedFd>, host: Rc<Host>) {
                 let host = host.clone();
                 tokio::task::spawn_local(async move {
                     if let Err(error) = greet(socket, &host).await {
-                        warn!(error, "a VMM could not attach");
+                        warn!(error, "a VMM or a shim could not attach");
                     }
                     drop(permit);
                 });
@@ -74,6 +75,12 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
     }
 }
 
+/// Who has connected, and the version that is spoken.
+enum Introduced {
+    Vmm(Hello, Arc<GuestRam>, u16),
+    Shim(u16),
+}
+
 async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     let broken = |error: io::Error| format!("its connection broke: {error}");
     let user = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| broken(error.into()))?;
@@ -89,52 +96,52 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
             receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
         match FromVmm::decode(&packet) {
             Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host),
+            Ok(FromVmm::Shim { oldest, newest }) => {
+                let version = agree("shim", (oldest, newest))?;
+                host.shims.has_room(pid).then_some(Introduced::Shim(version)).ok_or_else(|| {
+                    format!("{} shims are connected already, which is all that there may be", shim::MOST)
+                })
+            }
             Ok(FromVmm::Reply(_)) => Err("it began with a reply instead of a hello".into()),
             Err(error) => Err(format!("its hello is not understood: {error}")),
         }
     };
     let introduced = tokio::time::timeout(GREETING, introduced).await;
-    let (hello, ram, version) = match introduced.unwrap_or_else(|_| Err("it did not say who it is".into())) {
+    let introduced = match introduced.unwrap_or_else(|_| Err("it did not say who it is".into())) {
         Ok(introduced) => introduced,
         Err(reason) => {
             let _ = send(&socket, &ToVmm::Refused { reason: reason.clone() }.encode(), &[]).await;
+            // A greeting left unread would reset the connection, and hide the reason behind that.
+            let _ = packet::recv(socket.get_ref(), &mut vec![0; MAX_PACKET_BYTES]);
             return Err(format!("process {pid}: {reason}"));
         }
     };
-    send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await.map_err(broken)?;
+    let (Introduced::Vmm(_, _, version) | Introduced::Shim(version)) = introduced;
+    let welcomed = send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await;
+    let Introduced::Vmm(hello, ram, _) = introduced else {
+        // Children of VMMs have one too, and come and go: one that is gone already is no news.
+        if welcomed.is_ok() {
+            host.shims.add(pid, socket);
+        }
+        return Ok(());
+    };
+    welcomed.map_err(broken)?;
     let Hello { standing, migration, shape, .. } = hello;
     info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
     if !ram.is_sealed() {
         warn!(guest = %shape.name, "its memory is a file that cannot be sealed; a VMM that cuts it ends this daemon");
     }
     let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
-    let guest = Rc::new(Guest {
-        driver: Rc::new(Attached::new(socket, ram.pages())),
-        shape,
-        ram,
-        process,
-        standing: standing.into(),
-        tracked: false.into(),
-        migration: migration.into(),
-    });
+    let driver = Rc::new(Attached::new(socket, ram.pages()));
+    let guest = Rc::new(Guest::new(shape, ram, driver, process, standing));
+    guest.migration.replace(migration);
     host.guest_attached(guest);
     Ok(())
 }
 
 /// Checks everything that a VMM said, and maps its guest's memory.
-fn introduce(
-    hello: Hello,
-    descriptors: Vec<OwnedFd>,
-    host: &Host,
-) -> Result<(Hello, Arc<GuestRam>, u16), String> {
-    let theirs = (hello.oldest, hello.newest);
-    let version = common_version(VERSIONS, theirs).ok_or_else(|| {
-        format!(
-            "the daemon speaks versions {} to {} of the attach protocol and the VMM speaks {} to {}; \
-             upgrade the older one",
-            VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
-        )
-    })?;
+fn introduce(hello: Hello, descriptors: Vec<OwnedFd>, host: &Host) -> Result<Introduced, String> {
+    let version = agree("VMM", (hello.oldest, hello.newest))?;
     let name = &hello.shape.name;
     if host.guest(name).is_some() {
         return Err(format!("a guest named {name} is attached already; give each its own name"));
@@ -145,5 +152,15 @@ fn introduce(
     }
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
-    Ok((hello, Arc::new(ram), version))
+    Ok(Introduced::Vmm(hello, Arc::new(ram), version))
+}
+
+fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {
+    common_version(VERSIONS, theirs).ok_or_else(|| {
+        format!(
+            "the daemon speaks versions {} to {} of the attach protocol and the {who} speaks {} to {}; \
+             upgrade the older one",
+            VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
+        )
+    })
 }

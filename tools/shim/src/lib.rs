@@ -1,0 +1,130 @@
+//! `libmemlane_shim.so`: lets the daemon watch the memory of a VMM that knows nothing of Memlane.
+//!
+//! Writes to shared memory are noticed in the page tables of whoever writes, and only the process
+//! itself can open a userfaultfd for its page tables. So this library is loaded into the VMM
+//! (`LD_PRELOAD`), connects to the daemon's attach socket, and when asked opens a userfaultfd and
+//! hands it over, with the `pagemap` and `maps` of the process. Everything else the daemon does
+//! through these descriptors. The library keeps no copies: when the daemon ends, the kernel lifts
+//! whatever protection there was, and the guest runs on. Any program with file-backed shared
+//! memory can be watched this way.
+//!
+//! `MEMLANE_ATTACH_SOCKET` names the socket. Where it is not set, nothing is done at all.
+//!
+//! # Manners in somebody else's process
+//!
+//! - Nothing of the program is replaced or called: the library exports no symbols, and lives in
+//!   one thread with all signals blocked, so that the program's handlers run where they always ran.
+//! - That thread has a **table of descriptors of its own**. A program that closes all descriptors
+//!   which it did not open, or counts on the numbers of the next ones, never meets those of the
+//!   shim, nor do its children.
+//! - It prints nothing and reports no failure but to the daemon. Where a seccomp filter forbids it
+//!   threads or sockets, it is simply not there, and the daemon tells the operator so.
+//! - The thread starts when the library is loaded. Later would be better still, since not every
+//!   process with this environment is a VMM; but no other moment is to be had without replacing
+//!   functions of the program. Children that load it too (a script that sets up a tap) make an
+//!   idle connection each, for as long as they run. The variable is not taken out of the
+//!   environment: wrappers such as numactl and scripts would then start their VMM without it.
+//! - A child that is forked and runs no other program has no such thread, as no thread but the
+//!   forking one survives. A VMM that goes to the background by itself (QEMU's `-daemonize`) so
+//!   loses its shim; start it in the foreground, as libvirt and systemd do.
+
+mod sys;
+mod wire;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{catch_unwind, set_hook};
+use std::thread;
+use std::time::Duration;
+
+use sys::{Address, SignalsBlocked, Socket};
+use wire::FromDaemon;
+
+/// Names the daemon's attach socket.
+const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
+/// Stack of the thread: some KiB are used, and glibc takes the program's thread-local variables
+/// out of it.
+const STACK_BYTES: usize = 128 << 10;
+/// First and longest wait between two connections.
+const WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+
+/// The dynamic linker calls what is listed in this section, before `main`.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static WHEN_LOADED: extern "C" fn() = when_loaded;
+
+extern "C" fn when_loaded() {
+    // Nothing here panics as far as is known; if it did, that must not reach the program.
+    let _ = catch_unwind(start);
+}
+
+fn start() {
+    let Some(path) = std::env::var_os(VARIABLE) else { return };
+    let Some(address) = Address::new(path.as_bytes()) else { return };
+    // Of this library's own copy of the standard library: a panic ends the thread without a word.
+    set_hook(Box::new(|_| {}));
+    // Before the thread starts, which inherits the mask: a signal could reach it at once.
+    let _blocked = SignalsBlocked::new();
+    // Without the thread there is no shim, which the daemon notices.
+    let thread = thread::Builder::new().name("memlane-shim".into()).stack_size(STACK_BYTES);
+    let _ = thread.spawn(move || stay_connected(&address));
+}
+
+fn stay_connected(address: &Address) {
+    if sys::leave_descriptor_table().is_err() {
+        return;
+    }
+    let mut wait = WAIT.0;
+    loop {
+        if let Ok(socket) = Socket::connect(address)
+            && serve(&socket)
+        {
+            wait = WAIT.0;
+        }
+        thread::sleep(wait);
+        wait = (wait * 2).min(WAIT.1);
+    }
+}
+
+/// Serves a connection to its end, and tells whether the daemon had welcomed it.
+fn serve(socket: &Socket) -> bool {
+    let mut welcomed = false;
+    let mut buffer = [0; wire::MAX_PACKET_BYTES];
+    if socket.send(&wire::shim(), None).is_err() {
+        return false;
+    }
+    // The end of the connection is an empty packet, which is no message.
+    while let Ok((packet, device)) = socket.receive(&mut buffer) {
+        let sent = match FromDaemon::read(packet) {
+            Some(FromDaemon::Welcome) => {
+                welcomed = true;
+                continue;
+            }
+            Some(FromDaemon::OpenUserfault { id }) if welcomed => match open(device) {
+                Ok(handles) => socket.send(&wire::done(id), Some(&handles)),
+                Err(reason) => socket.send(&wire::failed(id, &reason), None),
+            },
+            Some(FromDaemon::Unknown { id }) if welcomed => {
+                socket.send(&wire::failed(id, "the shim can open a userfaultfd and nothing else"), None)
+            }
+            _ => break,
+        };
+        if sent.is_err() {
+            break;
+        }
+    }
+    welcomed
+}
+
+/// A userfaultfd of this process, made with the daemon's `/dev/userfaultfd` where it lent it; the
+/// process's `pagemap`; its `maps`.
+fn open(device: Option<OwnedFd>) -> Result<[OwnedFd; 3], String> {
+    let userfault = match &device {
+        Some(device) => sys::userfaultfd_of(device.as_fd()),
+        None => sys::userfaultfd(),
+    };
+    let userfault = userfault.map_err(|error| format!("making a userfaultfd: {error}"))?;
+    let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
+    Ok([userfault, file("/proc/self/pagemap")?.into(), file("/proc/self/maps")?.into()])
+}

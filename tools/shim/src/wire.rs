@@ -1,0 +1,121 @@
+//! The few packets that a shim needs, by hand. The protocol is described in `memlane-protocol`
+//! (`wire::attach`), whose tests hold it to these bytes.
+//!
+//! A packet is a header of 12 bytes (magic, kind, 2 bytes of nothing, number) and a body.
+
+/// Bytes of the longest packet that a daemon sends to a shim: a refusal with its reason.
+pub const MAX_PACKET_BYTES: usize = HEADER_BYTES + MAX_TEXT_BYTES;
+
+const MAGIC: [u8; 4] = *b"MLAT";
+const HEADER_BYTES: usize = 12;
+const MAX_TEXT_BYTES: usize = 1024;
+/// The version of the protocol that this shim speaks.
+const VERSION: u16 = 1;
+
+const DONE: u16 = 2;
+const FAILED: u16 = 3;
+const SHIM: u16 = 4;
+const WELCOME: u16 = 16;
+/// Kinds from here on are requests.
+const FIRST_REQUEST: u16 = 32;
+const OPEN_USERFAULT: u16 = 43;
+
+/// What a daemon says.
+#[derive(Debug, PartialEq, Eq)]
+pub enum FromDaemon {
+    /// The shim is known now.
+    Welcome,
+    /// Open a userfaultfd.
+    OpenUserfault {
+        /// Number that the reply repeats.
+        id: u32,
+    },
+    /// A request that this shim does not know.
+    Unknown {
+        /// Number that the reply repeats.
+        id: u32,
+    },
+}
+
+impl FromDaemon {
+    /// Reads a packet. Refusals and packets of no sense are `None`: after either there is nothing
+    /// to be done but to hang up and try again later.
+    pub fn read(packet: &[u8]) -> Option<Self> {
+        let (header, body) = packet.split_first_chunk::<HEADER_BYTES>()?;
+        let [m0, m1, m2, m3, k0, k1, _, _, id @ ..] = *header;
+        if [m0, m1, m2, m3] != MAGIC {
+            return None;
+        }
+        let id = u32::from_le_bytes(id);
+        match u16::from_le_bytes([k0, k1]) {
+            WELCOME if *body == VERSION.to_le_bytes() => Some(Self::Welcome),
+            OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id }),
+            kind if kind >= FIRST_REQUEST => Some(Self::Unknown { id }),
+            _ => None,
+        }
+    }
+}
+
+/// The first packet of a shim, with the oldest and the newest version that it speaks.
+pub fn shim() -> Vec<u8> {
+    packet(SHIM, 0, &[VERSION.to_le_bytes(), VERSION.to_le_bytes()].concat())
+}
+
+/// Request `id` was carried out. Its two values mean nothing.
+pub fn done(id: u32) -> Vec<u8> {
+    packet(DONE, id, &[0; 16])
+}
+
+/// Request `id` was not carried out. A daemon reads reasons of up to 1024 bytes.
+pub fn failed(id: u32, reason: &str) -> Vec<u8> {
+    packet(FAILED, id, reason.as_bytes())
+}
+
+fn packet(kind: u16, id: u32, body: &[u8]) -> Vec<u8> {
+    [&MAGIC, &kind.to_le_bytes()[..], &[0; 2], &id.to_le_bytes(), body].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm};
+
+    use super::*;
+
+    #[test]
+    fn the_daemon_understands_the_shim() {
+        assert_eq!(FromVmm::decode(&shim()), Ok(FromVmm::Shim { oldest: VERSION, newest: VERSION }));
+        let reply = |id, outcome| Ok(FromVmm::Reply(Reply { id, outcome }));
+        assert_eq!(FromVmm::decode(&done(7)), reply(7, Ok([0; 2])));
+        assert_eq!(FromVmm::decode(&failed(u32::MAX, "nö")), reply(u32::MAX, Err("nö".into())));
+    }
+
+    #[test]
+    fn the_shim_understands_the_daemon() {
+        let read = |message: ToVmm| FromDaemon::read(&message.encode());
+        assert_eq!(read(ToVmm::Welcome { version: VERSION }), Some(FromDaemon::Welcome));
+        assert_eq!(read(ToVmm::Welcome { version: VERSION + 1 }), None);
+        let id = 0x0102_0304;
+        let open = ToVmm::Request { id, request: Request::OpenUserfault };
+        assert_eq!(read(open), Some(FromDaemon::OpenUserfault { id }));
+        let other = ToVmm::Request { id, request: Request::Pause };
+        assert_eq!(read(other), Some(FromDaemon::Unknown { id }));
+        let refused = ToVmm::Refused { reason: "x".repeat(MAX_TEXT_BYTES) }.encode();
+        assert_eq!((refused.len(), FromDaemon::read(&refused)), (MAX_PACKET_BYTES, None));
+    }
+
+    #[test]
+    fn nonsense_is_nothing() {
+        let open = ToVmm::Request { id: 1, request: Request::OpenUserfault }.encode();
+        for length in 0..open.len() {
+            assert_eq!(FromDaemon::read(&open[..length]), None, "{length} bytes");
+        }
+        for magic in [*b"mlat", *b"MLAN", [0; 4]] {
+            let bytes = [&magic, &open[4..]].concat();
+            assert_eq!(FromDaemon::read(&bytes), None);
+        }
+        for kind in [0, 1, DONE, FAILED, SHIM, 15, 18, 31] {
+            assert_eq!(FromDaemon::read(&packet(kind, 1, &[])), None, "kind {kind}");
+        }
+        assert_eq!(FromDaemon::read(&packet(WELCOME, 0, &[])), None);
+    }
+}

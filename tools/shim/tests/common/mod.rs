@@ -1,0 +1,77 @@
+//! What the tests share: the library as cargo has built it, a daemon, and the memory of a program
+//! as the daemon sees it.
+
+#![allow(dead_code, unused_imports, reason = "every test binary uses its own part of it")]
+
+mod daemon;
+mod memory;
+mod seccomp;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+pub use daemon::{Connection, Daemon, Handles};
+pub use memory::{Memory, RamFile};
+pub use seccomp::forbid;
+
+/// Longest wait for anything, on a machine that is busy with other things.
+pub const LONG: Duration = Duration::from_secs(60);
+/// What tells the shim where the daemon is.
+pub const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
+
+/// What cargo makes of this package.
+pub struct Built {
+    /// `libmemlane_shim.so`.
+    pub library: PathBuf,
+    /// The example program `writer`.
+    pub writer: PathBuf,
+}
+
+impl Built {
+    /// Builds what is not up to date. Where the files are, cargo knows best.
+    pub fn get() -> &'static Self {
+        static BUILT: OnceLock<Built> = OnceLock::new();
+        BUILT.get_or_init(|| {
+            let mut command = Command::new(env!("CARGO"));
+            command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--locked"]);
+            command.args(["--lib", "--example", "writer", "--message-format", "json"]);
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let text = String::from_utf8(output.stdout).unwrap();
+            let messages: Vec<serde_json::Value> =
+                text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let made = |target: &str, end: &str| {
+                let files = messages.iter().filter(|message| message["target"]["name"] == target);
+                let mut files =
+                    files.flat_map(|message| message["filenames"].as_array().into_iter().flatten());
+                let found = files.find_map(|file| file.as_str().filter(|file| file.ends_with(end)));
+                PathBuf::from(found.unwrap_or_else(|| panic!("cargo has built no {target}")))
+            };
+            Self { library: made("memlane_shim", ".so"), writer: made("writer", "writer") }
+        })
+    }
+}
+
+/// `command` with the shim in it, which looks for the daemon at `socket`.
+pub fn preload<'a>(command: &'a mut Command, socket: &Path) -> &'a mut Command {
+    command.env("LD_PRELOAD", &Built::get().library).env(VARIABLE, socket)
+}
+
+/// A program that is ended with the test.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Fails only if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,115 @@
+//! Stock QEMU with the shim in it.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{Daemon, LONG, Memory, RamFile, Running, preload};
+use memlane_lab::{say_skipped, wait_for};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// What libvirt forbids its QEMUs.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+const PAGES: u64 = (64 << 20) / 4096;
+
+/// QEMU's monitor.
+struct Qmp(BufReader<UnixStream>);
+
+impl Qmp {
+    fn connect(qemu: &mut Running, path: &Path) -> Self {
+        let stream = wait_for("QEMU's monitor", LONG, || {
+            assert_eq!(qemu.0.try_wait().unwrap(), None, "QEMU has ended");
+            UnixStream::connect(path).ok()
+        });
+        let stream = stream.unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let mut qmp = Self(BufReader::new(stream));
+        assert!(qmp.line().contains("QMP"));
+        qmp.execute("qmp_capabilities");
+        qmp
+    }
+
+    fn execute(&mut self, command: &str) {
+        writeln!(self.0.get_mut(), r#"{{"execute":"{command}"}}"#).unwrap();
+        loop {
+            let line = self.line();
+            assert!(!line.contains("\"error\""), "{command}: {line}");
+            if line.contains("\"return\"") {
+                return;
+            }
+        }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        line
+    }
+}
+
+fn is_here(test: &str) -> bool {
+    let here = Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !here {
+        say_skipped(test, &format!("{QEMU} is not in PATH (install qemu-system-x86)"));
+    }
+    here
+}
+
+/// The firmware, which runs as soon as QEMU does, writes pages; before, none are written.
+#[test]
+fn the_writes_of_a_guest_are_seen() {
+    let test = "the_writes_of_a_guest_are_seen";
+    if !is_here(test) {
+        return;
+    }
+    let device = match std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => device,
+        Err(error) => return say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}")),
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
+    let daemon = Daemon::new(&socket);
+    let ram = RamFile::new(PAGES);
+    let mut command = Command::new(QEMU);
+    command.args(["-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64M"]);
+    command.args(["-machine", "pc,memory-backend=ram", "-sandbox", SANDBOX, "-object"]);
+    command.arg(format!("memory-backend-file,id=ram,size=64M,share=on,mem-path={}", ram.path().display()));
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+    let mut qemu = Running(preload(&mut command, &socket).spawn().unwrap());
+    let connection = daemon.welcome(qemu.pid());
+    // The guest's memory is mapped by now.
+    let mut qmp = Qmp::connect(&mut qemu, &monitor);
+
+    let memory = Memory::find(connection.open_userfault(Some(&device)).unwrap(), &ram);
+    let _protection = memory.protect();
+    assert!(memory.written().is_empty());
+    qmp.execute("cont");
+    wait_for("a write of the firmware", LONG, || (!memory.written().is_empty()).then_some(())).unwrap();
+    qmp.execute("quit");
+    assert!(qemu.0.wait().unwrap().success());
+}
+
+/// To become another user, the C library of a program interrupts all of its threads.
+#[test]
+fn qemu_becomes_another_user() {
+    let test = "qemu_becomes_another_user";
+    if !is_here(test) {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return say_skipped(test, "not root (use sudo)");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
+    let daemon = Daemon::new(&socket);
+    let mut command = Command::new(QEMU);
+    command.args(["-machine", "none", "-display", "none", "-nodefaults", "-runas", "nobody"]);
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+    let mut qemu = Running(preload(&mut command, &socket).spawn().unwrap());
+    let _connection = daemon.welcome(qemu.pid());
+    Qmp::connect(&mut qemu, &monitor).execute("quit");
+    assert!(qemu.0.wait().unwrap().success());
+}
