@@ -1,23 +1,26 @@
 //! What the API answers: the host, put into its words.
 
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use memlane_protocol::convergence::Policy;
 use memlane_protocol::handover::Record;
-use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::hello;
+use memlane_protocol::wire::{BadLabel, Label};
 use tokio::sync::watch;
 
 use crate::api::Backend;
 use crate::api::types::{
-    ApiError, CheckReport, ErrorCode, GuestInfo, Migration, NicInfo, Order, PeerInfo, PortInfo, Role,
-    Standing as StandingView, Status,
+    ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, NicInfo, Order, PeerInfo,
+    PortInfo, Role, Standing as StandingView, Status,
 };
 use crate::config::PortConfig;
 use crate::guest::Guest;
+use crate::guest::qemu::definition::{Definition, DefinitionError};
+use crate::guest::qemu::{self, QemuError};
 use crate::hex;
 use crate::host::{Host, random_id};
 use crate::journal::Entry;
@@ -59,7 +62,35 @@ impl Backend for HostBackend {
     }
 
     fn guests(&self) -> Vec<GuestInfo> {
-        self.0.guests().iter().map(|guest| guest_info(guest)).collect()
+        self.0.guests().iter().map(|guest| guest_info(&self.0, guest)).collect()
+    }
+
+    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+        let Launch { definition, incoming } = launch;
+        let invalid = |error: DefinitionError| ApiError::new(ErrorCode::Invalid, error.to_string());
+        let definition = Definition::parse(Path::new("guest file"), &definition).map_err(invalid)?;
+        let name = definition.name.clone();
+        let launched = qemu::launch(&self.0, definition, incoming).await;
+        let guest = launched.map_err(|error| told(ErrorCode::CannotLaunch, "launch", &name, error))?;
+        Ok(guest_info(&self.0, &guest))
+    }
+
+    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+        let Attach { name, qmp, incoming } = attach;
+        let invalid = |error: BadLabel| ApiError::new(ErrorCode::Invalid, error.to_string());
+        let name: Label = name.parse().map_err(invalid)?;
+        let attached = qemu::attach(&self.0, name.clone(), qmp.into(), incoming).await;
+        let guest = attached.map_err(|error| told(ErrorCode::CannotAttach, "attach", &name, error))?;
+        Ok(guest_info(&self.0, &guest))
+    }
+
+    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+        let guest = self.guest(name)?;
+        // Before it is forgotten.
+        let info = guest_info(&self.0, &guest);
+        let name = &guest.shape.name;
+        qemu::detach(&self.0, name).map_err(|error| told(ErrorCode::CannotDetach, "detach", name, error))?;
+        Ok(info)
     }
 
     fn migrations(&self) -> Vec<Migration> {
@@ -151,16 +182,21 @@ impl HostBackend {
         found.ok_or_else(|| ApiError::new(ErrorCode::UnknownMigration, unknown()))
     }
 
-    /// The guest and the host that an order names, if the guest is free to move.
-    fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
+    fn guest(&self, name: &str) -> Result<Rc<Guest>, ApiError> {
         let host = &self.0;
-        let guest = order.guest.parse().ok().and_then(|name| host.guest(&name)).ok_or_else(|| {
+        name.parse().ok().and_then(|label| host.guest(&label)).ok_or_else(|| {
             let names: Vec<String> = host.guests().iter().map(|guest| guest.shape.name.to_string()).collect();
             let there =
                 if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
-            let text = format!("no guest named {} is attached to this daemon ({there})", order.guest);
+            let text = format!("no guest named {name} is attached to this daemon ({there})");
             ApiError::new(ErrorCode::UnknownGuest, text)
-        })?;
+        })
+    }
+
+    /// The guest and the host that an order names, if the guest is free to move.
+    fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
+        let host = &self.0;
+        let guest = self.guest(&order.guest)?;
         let peer = order.host.parse().ok().and_then(|name| host.peer(&name)).ok_or_else(|| {
             let names: Vec<String> = host.config.peers.iter().map(|peer| peer.name.to_string()).collect();
             let there =
@@ -209,7 +245,12 @@ fn port_info(host: &Host, port: &PortConfig) -> PortInfo {
     }
 }
 
-fn guest_info(guest: &Guest) -> GuestInfo {
+fn told(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiError {
+    let code = if matches!(error, QemuError::Moving(_)) { ErrorCode::AlreadyMoving } else { code };
+    ApiError::new(code, format!("cannot {doing} guest {name}: {error}"))
+}
+
+fn guest_info(host: &Host, guest: &Guest) -> GuestInfo {
     let standing = match guest.standing.get() {
         Standing::Running if guest.is_moving() => StandingView::Migrating,
         Standing::Running => StandingView::Running,
@@ -219,14 +260,18 @@ fn guest_info(guest: &Guest) -> GuestInfo {
     };
     let mac = |mac: &[u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
     let nics = guest.shape.nics.iter();
+    let qemu = guest.driver.qemu();
+    let record = qemu.and_then(|_| host.register.read(guest.shape.name.as_str()));
     GuestInfo {
         name: guest.shape.name.to_string(),
         vmm: guest.shape.machine.vmm.to_string(),
+        machine: qemu.map(|qemu| qemu.machine.clone()),
         vcpus: guest.shape.machine.vcpus,
         ram_bytes: guest.shape.ram_bytes(),
         tracker: guest.shape.tracker.name().to_owned(),
         standing,
         nics: nics.map(|nic| NicInfo { mac: mac(&nic.mac), network: nic.network.to_string() }).collect(),
         pid: Some(guest.process.identity().pid),
+        qmp: record.map(|record| record.qmp.display().to_string()),
     }
 }

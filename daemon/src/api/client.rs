@@ -10,13 +10,15 @@ use hyper::client::conn::http1;
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use memlane_protocol::wire::Label;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::types::{
-    ApiError, CheckReport, ErrorBody, GuestInfo, Migration, Order, PeerInfo, PortInfo, Status,
+    ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
+    PortInfo, Status,
 };
 
 /// Where the daemon listens unless its configuration says otherwise.
@@ -129,6 +131,24 @@ impl Client {
     /// `GET /v1/guests`
     pub async fn guests(&self) -> Result<Vec<GuestInfo>, ClientError> {
         self.get("/v1/guests").await
+    }
+
+    /// `POST /v1/guests/launch`: starts a QEMU guest.
+    pub async fn launch(&self, launch: &Launch) -> Result<GuestInfo, ClientError> {
+        self.ask(Method::POST, "/v1/guests/launch", Some(launch)).await
+    }
+
+    /// `POST /v1/guests/attach`: takes a QEMU guest that others started.
+    pub async fn attach(&self, attach: &Attach) -> Result<GuestInfo, ClientError> {
+        self.ask(Method::POST, "/v1/guests/attach", Some(attach)).await
+    }
+
+    /// `POST /v1/guests/{name}/detach`: lets go of a QEMU guest.
+    pub async fn detach(&self, name: &str) -> Result<GuestInfo, ClientError> {
+        let unknown =
+            |error| ApiError::new(ErrorCode::UnknownGuest, format!("no guest is called so: {error}"));
+        let name: Label = name.parse().map_err(unknown)?;
+        self.ask(Method::POST, &format!("/v1/guests/{name}/detach"), None::<&Order>).await
     }
 
     /// `GET /v1/migrations`
@@ -320,7 +340,7 @@ fn segment(id: &str) -> Result<&str, ClientError> {
     let fits = !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_alphanumeric());
     fits.then_some(id).ok_or_else(|| {
         let message = format!("{id:?} is no identity of a migration: 32 hexadecimal digits");
-        ApiError::new(super::types::ErrorCode::UnknownMigration, message).into()
+        ApiError::new(ErrorCode::UnknownMigration, message).into()
     })
 }
 

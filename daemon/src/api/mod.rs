@@ -3,6 +3,7 @@
 //! [`types`] is what it says, [`routes`] where, [`Backend`] who answers, [`server`] how the
 //! answers reach a socket and [`client`] how to ask from Rust.
 
+mod body;
 pub mod client;
 pub mod openapi;
 pub mod routes;
@@ -15,7 +16,7 @@ mod tests;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use types::{ApiError, CheckReport, GuestInfo, Migration, Order, PeerInfo, PortInfo, Status};
+use types::{ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo, Status};
 
 /// Who answers: the host.
 ///
@@ -31,6 +32,12 @@ pub trait Backend {
     fn peers(&self) -> Vec<PeerInfo>;
     /// Attached guests.
     fn guests(&self) -> Vec<GuestInfo>;
+    /// Starts a QEMU guest.
+    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError>;
+    /// Takes a QEMU guest that others started.
+    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError>;
+    /// Lets go of a QEMU guest, which goes on without the daemon; tells what it was.
+    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError>;
     /// Migrations under way and those that ended lately, the oldest first.
     fn migrations(&self) -> Vec<Migration>;
     /// One of them.

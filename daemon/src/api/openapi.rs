@@ -20,6 +20,9 @@ pub const COMMITTED: &str = include_str!("openapi.json");
         routes::ports,
         routes::peers,
         routes::guests,
+        routes::launch,
+        routes::attach,
+        routes::detach,
         routes::check,
         routes::migrations,
         routes::migrate,
@@ -31,6 +34,7 @@ pub const COMMITTED: &str = include_str!("openapi.json");
     ),
     tags(
         (name = "host", description = "What this host has"),
+        (name = "guests", description = "QEMU guests"),
         (name = "migrations", description = "Moving guests"),
     )
 )]
@@ -75,7 +79,7 @@ mod tests {
         for (path, methods) in description["paths"].as_object().unwrap() {
             for method in methods.as_object().unwrap().keys() {
                 let method: Method = method.to_uppercase().parse().unwrap();
-                let example = path.replace("{id}", "0123abcd");
+                let example = path.replace("{id}", "0123abcd").replace("{name}", "web1");
                 routes::find(&method, &example).unwrap_or_else(|error| panic!("{method} {path}: {error:?}"));
                 described.insert((method.to_string(), path.clone()));
             }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use http_body_util::channel::{Channel, Sender};
-use http_body_util::{BodyExt, Either, Full, Limited};
+use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, StatusCode};
@@ -13,15 +13,12 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::Backend;
 use super::types::{
-    ApiError, CheckReport, ErrorBody, ErrorCode, GuestInfo, Migration, Order, PeerInfo, PortInfo, Status,
+    ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
+    PortInfo, Status,
 };
+use super::{Backend, body};
 
-/// Bytes of the largest body of a request.
-pub const MAX_BODY_BYTES: usize = 64 << 10;
-/// A request that has not arrived after this long is given up.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events of one stream are at least so far apart; what changes between them is told once.
 pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 /// A comment on a stream without events: only a write notices that the reader went away.
@@ -29,12 +26,16 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
 
-/// What can be asked for: method, path, and what is called. `{id}` stands for any one segment.
-pub(super) const ROUTES: [(Method, &str, Call); 12] = [
+/// What can be asked for: method, path, and what is called. `{id}` or
+/// `{name}` stands for any one segment.
+pub(super) const ROUTES: [(Method, &str, Call); 15] = [
     (Method::GET, "/v1/status", Call::Status),
     (Method::GET, "/v1/ports", Call::Ports),
     (Method::GET, "/v1/peers", Call::Peers),
     (Method::GET, "/v1/guests", Call::Guests),
+    (Method::POST, "/v1/guests/launch", Call::Launch),
+    (Method::POST, "/v1/guests/attach", Call::Attach),
+    (Method::POST, "/v1/guests/{name}/detach", Call::Detach),
     (Method::POST, "/v1/check", Call::Check),
     (Method::GET, "/v1/migrations", Call::Migrations),
     (Method::POST, "/v1/migrations", Call::Migrate),
@@ -51,6 +52,9 @@ pub(super) enum Call {
     Ports,
     Peers,
     Guests,
+    Launch,
+    Attach,
+    Detach,
     Check,
     Migrations,
     Migrate,
@@ -88,7 +92,7 @@ pub(super) async fn answer_metrics<B>(
     })
 }
 
-/// Finds what is called, and the segment that stands for `{id}`.
+/// Finds what is called, and the segment that stands for `{id}` or `{name}`.
 pub(super) fn find<'p>(method: &Method, path: &'p str) -> Result<(Call, &'p str), Unrouted> {
     let mut allowed = Vec::new();
     for (of_route, template, call) in &ROUTES {
@@ -130,14 +134,14 @@ fn matches<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     loop {
         match (wanted.next(), found.next()) {
             (None, None) => return Some(id),
-            (Some("{id}"), Some(segment)) if !segment.is_empty() => id = segment,
+            (Some("{id}" | "{name}"), Some(segment)) if !segment.is_empty() => id = segment,
             (Some(wanted), Some(found)) if wanted == found => {}
             _ => return None,
         }
     }
 }
 
-async fn dispatch<B>(backend: Rc<dyn Backend>, call: Call, id: &str, body: B) -> Result<Answer, ApiError>
+async fn dispatch<B>(backend: Rc<dyn Backend>, call: Call, id: &str, sent: B) -> Result<Answer, ApiError>
 where
     B: Body,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -148,9 +152,12 @@ where
         Call::Ports => Ok(ports(host)),
         Call::Peers => Ok(peers(host)),
         Call::Guests => Ok(guests(host)),
-        Call::Check => check(backend, order(body).await?).await,
+        Call::Launch => launch(backend, body::read(sent).await?).await,
+        Call::Attach => attach(backend, body::read(sent).await?).await,
+        Call::Detach => detach(backend, id.to_owned()).await,
+        Call::Check => check(backend, body::read(sent).await?).await,
         Call::Migrations => Ok(migrations(host)),
-        Call::Migrate => migrate(backend, order(body).await?).await,
+        Call::Migrate => migrate(backend, body::read(sent).await?).await,
         Call::Migration => migration(host, id),
         Call::Cancel => cancel(host, id),
         Call::Events => events(host, id),
@@ -181,6 +188,49 @@ fn peers(backend: &dyn Backend) -> Answer {
 #[utoipa::path(get, path = "/v1/guests", tag = "host", responses((status = 200, body = [GuestInfo])))]
 fn guests(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.guests())
+}
+
+/// Starts a QEMU guest from a guest file. It runs, or waits for its arrival, when this answers.
+#[utoipa::path(
+    post, path = "/v1/guests/launch", tag = "guests", request_body = Launch,
+    responses(
+        (status = 201, description = "Started", body = GuestInfo),
+        (status = "4XX", description = "Nothing was left behind", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn launch(backend: Rc<dyn Backend>, launch: Launch) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.launch(launch).await }).await?;
+    Ok(json(StatusCode::CREATED, &guest))
+}
+
+/// Takes a QEMU guest that others started.
+#[utoipa::path(
+    post, path = "/v1/guests/attach", tag = "guests", request_body = Attach,
+    responses(
+        (status = 201, description = "Attached", body = GuestInfo),
+        (status = "4XX", description = "The QEMU is as it was", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn attach(backend: Rc<dyn Backend>, attach: Attach) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.attach(attach).await }).await?;
+    Ok(json(StatusCode::CREATED, &guest))
+}
+
+/// Lets go of a QEMU guest, launched or attached: it goes on without the daemon.
+#[utoipa::path(
+    post, path = "/v1/guests/{name}/detach", tag = "guests",
+    params(("name" = String, Path, description = "Name of the guest")),
+    responses(
+        (status = 200, description = "Let go; this is what it was", body = GuestInfo),
+        (status = "4XX", body = ErrorBody),
+        (status = "5XX", body = ErrorBody),
+    )
+)]
+async fn detach(backend: Rc<dyn Backend>, name: String) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.detach(&name).await }).await?;
+    Ok(json(StatusCode::OK, &guest))
 }
 
 /// Dry run of an order: all of its preflight, and nothing else.
@@ -274,44 +324,6 @@ fn openapi() -> Answer {
 )]
 fn metrics(backend: &dyn Backend) -> Answer {
     text("text/plain; version=0.0.4", backend.metrics())
-}
-
-/// Reads the body of an order.
-async fn order<B>(body: B) -> Result<Order, ApiError>
-where
-    B: Body,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let slow = |_| ApiError::new(ErrorCode::Slow, "the body of the request did not arrive in time");
-    let bytes =
-        match timeout(REQUEST_TIMEOUT, Limited::new(body, MAX_BODY_BYTES).collect()).await.map_err(slow)? {
-            Ok(body) => body.to_bytes(),
-            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-                let message = format!("the body of a request may have {MAX_BODY_BYTES} bytes at most");
-                return Err(ApiError::new(ErrorCode::TooLarge, message));
-            }
-            Err(error) => {
-                let message = format!("cannot read the body of the request: {error}");
-                return Err(ApiError::new(ErrorCode::Invalid, message));
-            }
-        };
-    let order: Order = serde_json::from_slice(&bytes).map_err(|error| {
-        ApiError::new(ErrorCode::Invalid, format!("the order is not understood: {error}"))
-    })?;
-    checked(order)
-}
-
-fn checked(order: Order) -> Result<Order, ApiError> {
-    let invalid = |message: String| Err(ApiError::new(ErrorCode::Invalid, message));
-    match order {
-        Order { downtime_limit_seconds: Some(limit), .. } if !(0.001..=60.0).contains(&limit) => {
-            invalid(format!("downtime_limit_seconds = {limit} is not allowed; give it 0.001 to 60"))
-        }
-        Order { max_rounds: Some(rounds), .. } if !(1..=1000).contains(&rounds) => {
-            invalid(format!("max_rounds = {rounds} is not allowed; give it 1 to 1000"))
-        }
-        order => Ok(order),
-    }
 }
 
 /// Runs what must not be left half done when the caller hangs up, which drops the answer's future.

@@ -21,7 +21,8 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::Backend;
-use super::routes::{self, Answer, REQUEST_TIMEOUT};
+use super::body::{MAX_BODY_BYTES, REQUEST_TIMEOUT};
+use super::routes::{self, Answer};
 use crate::unix_socket;
 
 /// Connections served at once; more wait to be accepted.
@@ -98,7 +99,7 @@ impl Connections {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(REQUEST_TIMEOUT)
-                .max_buf_size(routes::MAX_BODY_BYTES)
+                .max_buf_size(MAX_BODY_BYTES)
                 .serve_connection(stream, service_fn(answer))
                 .await;
             if let Err(error) = served {

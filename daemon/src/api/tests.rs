@@ -47,6 +47,24 @@ impl Backend for Fake {
     fn guests(&self) -> Vec<GuestInfo> {
         Vec::new()
     }
+    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+        match launch.definition.as_str() {
+            "" => Err(ApiError::new(ErrorCode::CannotLaunch, "there is no QEMU")),
+            name => Ok(guest(name, launch.incoming)),
+        }
+    }
+    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+        match attach.qmp.as_str() {
+            "/none" => Err(ApiError::new(ErrorCode::CannotAttach, "nobody listens")),
+            _ => Ok(guest(&attach.name, attach.incoming)),
+        }
+    }
+    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+        match name {
+            "linked" => Err(ApiError::new(ErrorCode::CannotDetach, "linked attached by itself")),
+            name => Ok(guest(name, false)),
+        }
+    }
     fn migrations(&self) -> Vec<Migration> {
         vec![self.migration.borrow().clone()]
     }
@@ -76,6 +94,21 @@ impl Backend for Fake {
     }
     fn metrics(&self) -> String {
         "memlane_guests 1\n".to_owned()
+    }
+}
+
+fn guest(name: &str, incoming: bool) -> GuestInfo {
+    GuestInfo {
+        name: name.to_owned(),
+        vmm: "qemu".to_owned(),
+        machine: Some("pc-q35-7.2".to_owned()),
+        vcpus: 1,
+        ram_bytes: 1 << 30,
+        tracker: "pagemap".to_owned(),
+        standing: if incoming { Standing::Incoming } else { Standing::Running },
+        nics: Vec::new(),
+        pid: Some(1),
+        qmp: Some("/run/memlane/guests/web1/qmp.sock".to_owned()),
     }
 }
 
@@ -119,6 +152,12 @@ fn every_call_of_the_client_is_answered() {
         assert_eq!(client.migrations().await.unwrap().len(), 1);
         assert_eq!(client.migration("00ff").await.unwrap().guest, "web1");
         assert_eq!(client.metrics().await.unwrap(), "memlane_guests 1\n");
+        // Control characters take six bytes each in JSON.
+        let longest = Launch { definition: "\u{1}".repeat(64 << 10), incoming: true };
+        assert_eq!(client.launch(&longest).await.unwrap().standing, Standing::Incoming);
+        let attach = Attach { name: "web1".to_owned(), qmp: "/run/qmp".to_owned(), incoming: false };
+        assert_eq!(client.attach(&attach).await.unwrap(), guest("web1", false));
+        assert_eq!(client.detach("a.b-c_1").await.unwrap(), guest("a.b-c_1", false));
         let order = Order {
             guest: "web1".to_owned(),
             host: "host-b".to_owned(),
@@ -149,12 +188,28 @@ fn errors_are_told_with_their_code_and_status() {
         assert_eq!(code(client.cancel("../status").await.unwrap_err()), ErrorCode::UnknownMigration);
         assert_eq!(code(client.events("0123").await.unwrap_err()), ErrorCode::UnknownMigration);
 
+        assert_eq!(code(client.launch(&Launch::default()).await.unwrap_err()), ErrorCode::CannotLaunch);
+        let attach = Attach { name: "web1".to_owned(), qmp: "/none".to_owned(), incoming: false };
+        assert_eq!(code(client.attach(&attach).await.unwrap_err()), ErrorCode::CannotAttach);
+        for bad in ["qmp.sock", "", "/a\0b", &"/".repeat(108)] {
+            let attach = Attach { qmp: bad.to_owned(), ..attach.clone() };
+            assert_eq!(code(client.attach(&attach).await.unwrap_err()), ErrorCode::Invalid, "{bad}");
+        }
+        let attach = Attach { name: "../web1".to_owned(), ..attach };
+        assert_eq!(code(client.attach(&attach).await.unwrap_err()), ErrorCode::Invalid);
+        assert_eq!(code(client.detach("linked").await.unwrap_err()), ErrorCode::CannotDetach);
+        assert_eq!(code(client.detach("../status").await.unwrap_err()), ErrorCode::UnknownGuest);
+
         let cases = [
             (Method::GET, "/", "", 404, "unknown_route"),
             (Method::GET, "/v1/migrations/", "", 404, "unknown_route"),
             (Method::GET, "/v1/migrations/00ff/events/1", "", 404, "unknown_route"),
             (Method::PUT, "/v1/migrations", "", 405, "unknown_method"),
             (Method::GET, "/v1/migrations/0123", "", 404, "unknown_migration"),
+            (Method::POST, "/v1/guests//detach", "", 404, "unknown_route"),
+            (Method::POST, "/v1/guests/launch", "{}", 400, "invalid"),
+            (Method::POST, "/v1/guests/launch", &" ".repeat(500_000), 413, "too_large"),
+            (Method::POST, "/v1/guests/attach", "{\"name\":\"a\",\"qmp\":\"/q\",\"x\":1}", 400, "invalid"),
             (Method::POST, "/v1/check", "", 400, "invalid"),
             (Method::POST, "/v1/check", "{\"guest\":\"web1\"}", 400, "invalid"),
             (Method::POST, "/v1/check", "{\"guest\":\"web1\",\"host\":\"b\",\"hots\":1}", 400, "invalid"),

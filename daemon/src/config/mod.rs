@@ -1,7 +1,8 @@
 //! The configuration: one TOML file, of which every mistake is told with its line, its key,
 //! what was found and what is allowed. `systemd/memlaned.toml` explains all keys.
 
-mod reader;
+mod error;
+pub(crate) mod reader;
 mod units;
 
 #[cfg(test)]
@@ -9,15 +10,15 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fs;
-use std::hash::Hash;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use memlane_protocol::wire::Label;
 
-use reader::{Source, Table, Value};
+use reader::{INTERFACE, NAME, Source, Table, Value, or, unique};
+
+pub use error::ConfigError;
 pub use units::{BadUnit, Rate, Size, Span};
 
 /// TCP port where peers connect, unless another is configured.
@@ -54,6 +55,8 @@ pub struct Config {
     pub networks: Vec<NetworkConfig>,
     /// Bounds on migrations.
     pub limits: Limits,
+    /// QEMU guests that this daemon starts.
+    pub guests: GuestsConfig,
 }
 
 /// `[[port]]`
@@ -78,6 +81,8 @@ pub struct PeerConfig {
     pub name: Label,
     /// Where its daemon awaits us. Calls of this peer must come from this address.
     pub control: SocketAddr,
+    /// Guests that it sends may bring a guest file, from which their QEMU is started here.
+    pub may_start_guests: bool,
 }
 
 /// `[[network]]`
@@ -104,91 +109,17 @@ pub struct Limits {
     pub memory_reserve: Size,
 }
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration {}: {error}", file.display())]
-    Read {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        error: io::Error,
-    },
-    /// The file is no TOML.
-    #[error("{}:{line}: this is no TOML: {message}", file.display())]
-    Syntax {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What the parser says.
-        message: String,
-    },
-    /// A key that does not exist.
-    #[error("{}:{line}: unknown key {key}; allowed here: {known}", file.display())]
-    Unknown {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key found.
-        key: String,
-        /// The keys that exist.
-        known: String,
-    },
-    /// A key without a default is not there.
-    #[error("{}:{line}: {key} is missing; give it {allowed}", file.display())]
-    Missing {
-        /// The file.
-        file: PathBuf,
-        /// The line of the table that lacks it.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What may stand there.
-        allowed: String,
-    },
-    /// A value that is not allowed.
-    #[error("{}:{line}: {key} = {found} is not allowed; give it {allowed}", file.display())]
-    Value {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What stands there.
-        found: String,
-        /// What may stand there.
-        allowed: String,
-    },
-    /// A value that must be unique.
-    #[error("{}:{line}: {key} = {found} stands on line {first} already; give each its own", file.display())]
-    Duplicate {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What stands there.
-        found: String,
-        /// The line where it stood first.
-        first: usize,
-    },
-    /// The file does not agree to plain TCP.
-    #[error(
-        "{}: insecure = {found}: traffic between daemons, guests' memory included, is not encrypted yet. \
-         Where only trusted hosts share the migration networks, write insecure = true; nothing else is allowed",
-        file.display()
-    )]
-    Insecure {
-        /// The file.
-        file: PathBuf,
-        /// What stands there.
-        found: &'static str,
-    },
+/// `[guests]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestsConfig {
+    /// Where each guest that was started has a folder with its QMP socket and its log.
+    pub directory: PathBuf,
+    /// Where their RAM lies, a file each: on tmpfs or hugetlbfs.
+    pub memory: PathBuf,
+    /// `libmemlane_shim.so`, which their QEMU is started with.
+    pub shim: PathBuf,
+    /// Programs that a guest file may name. Without any, no guest is started.
+    pub qemu: Vec<PathBuf>,
 }
 
 impl Config {
@@ -220,10 +151,22 @@ impl Config {
             peers: peers(&mut table, &host)?,
             networks: networks(&mut table)?,
             limits: limits(&mut table)?,
+            guests: guests(&mut table)?,
             host,
         };
         table.finish()?;
         Ok(config)
+    }
+}
+
+impl Default for GuestsConfig {
+    fn default() -> Self {
+        Self {
+            directory: "/run/memlane/guests".into(),
+            memory: "/dev/shm/memlane".into(),
+            shim: "/usr/lib/memlane/libmemlane_shim.so".into(),
+            qemu: vec!["/usr/bin/qemu-system-x86_64".into()],
+        }
     }
 }
 
@@ -239,18 +182,8 @@ impl Default for Limits {
     }
 }
 
-const NAME: &str = "a name of 1 to 63 characters of A-Z a-z 0-9 . _ -, beginning with a letter or digit";
+const PROGRAMS: &str = "a list of paths that begin with /, such as [\"/usr/bin/qemu-system-x86_64\"]";
 const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
-const INTERFACE: &str = "the name of a network interface: 1 to 15 characters without spaces and slashes";
-
-fn or<'t, T>(
-    value: Option<Value<'t>>,
-    default: T,
-    read: impl FnOnce(&Value<'t>) -> Result<T, ConfigError>,
-) -> Result<T, ConfigError> {
-    value.map_or(Ok(default), |value| read(&value))
-}
-
 fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
     let found = match table.take("insecure") {
         None => "(missing)",
@@ -263,7 +196,7 @@ fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
 fn host(table: &mut Table<'_>) -> Result<Label, ConfigError> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     match table.take("host") {
-        Some(value) => value.parse(NAME),
+        Some(value) => value.label(),
         None => match name.parse() {
             Ok(label) => Ok(label),
             Err(_) => {
@@ -321,8 +254,8 @@ fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, ConfigError> {
         let allowed = "the numeric address of one interface, such as \"192.0.2.11\"";
         let address = table.need("address", allowed)?;
         let port = PortConfig {
-            name: unique(&mut names, &name, name.parse(NAME)?)?,
-            interface: table.take("interface").map(|value| interface(&value)).transpose()?,
+            name: unique(&mut names, &name, name.label()?)?,
+            interface: table.take("interface").map(|value| value.interface()).transpose()?,
             address: unique(&mut addresses, &address, address.parse::<IpAddr>(allowed)?)?,
             speed: table.take("speed").map(|value| value.parse(Rate::ALLOWED)).transpose()?,
             lanes: or(table.take("lanes"), 1, |value| {
@@ -344,8 +277,9 @@ fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, ConfigE
         let name = table.need("name", NAME)?;
         let control = table.need("control", "the \"ADDRESS:PORT\" of its control connection")?;
         let peer = PeerConfig {
-            name: unique(&mut names, &name, name.parse(NAME)?)?,
+            name: unique(&mut names, &name, name.label()?)?,
             control: unique(&mut addresses, &control, address(&control, Some(CONTROL_PORT))?)?,
+            may_start_guests: or(table.take("may_start_guests"), false, |value| value.boolean())?,
         };
         if peer.name == *host {
             return Err(name.wrong("the name of another host; this is our own"));
@@ -361,13 +295,29 @@ fn networks(table: &mut Table<'_>) -> Result<Vec<NetworkConfig>, ConfigError> {
     let read = |mut table: Table<'_>| {
         let name = table.need("name", NAME)?;
         let network = NetworkConfig {
-            name: unique(&mut names, &name, name.parse(NAME)?)?,
-            bridge: interface(&table.need("bridge", INTERFACE)?)?,
+            name: unique(&mut names, &name, name.label()?)?,
+            bridge: table.need("bridge", INTERFACE)?.interface()?,
         };
         table.finish()?;
         Ok(network)
     };
     table.tables("network")?.into_iter().map(read).collect()
+}
+
+fn guests(table: &mut Table<'_>) -> Result<GuestsConfig, ConfigError> {
+    let default = GuestsConfig::default();
+    let Some(mut table) = table.table("guests")? else { return Ok(default) };
+    let guests = GuestsConfig {
+        directory: or(table.take("directory"), default.directory, |value| value.path())?,
+        memory: or(table.take("memory"), default.memory, |value| value.path())?,
+        shim: or(table.take("shim"), default.shim, |value| value.path())?,
+        qemu: match table.take("qemu") {
+            Some(value) => value.list(PROGRAMS)?.iter().map(Value::path).collect::<Result<_, _>>()?,
+            None => default.qemu,
+        },
+    };
+    table.finish()?;
+    Ok(guests)
 }
 
 fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
@@ -393,24 +343,4 @@ fn span(value: &Value<'_>, from_ms: u64, to_ms: u64) -> Result<Duration, ConfigE
     let allowed = format!("{}, from {} to {}", Span::ALLOWED, Span(from), Span(to));
     let Span(found) = value.parse(&allowed)?;
     if (from..=to).contains(&found) { Ok(found) } else { Err(value.wrong(allowed)) }
-}
-
-fn interface(value: &Value<'_>) -> Result<String, ConfigError> {
-    let name = value.text(INTERFACE)?;
-    // dev_valid_name() in the kernel's net/core/dev.c.
-    let valid = (1..16).contains(&name.len())
-        && !matches!(name, "." | "..")
-        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
-    if valid { Ok(name.to_owned()) } else { Err(value.wrong(INTERFACE)) }
-}
-
-fn unique<T: Clone + Eq + Hash>(
-    seen: &mut HashMap<T, usize>,
-    value: &Value<'_>,
-    parsed: T,
-) -> Result<T, ConfigError> {
-    match seen.insert(parsed.clone(), value.line()) {
-        None => Ok(parsed),
-        Some(first) => Err(value.twice(first)),
-    }
 }

@@ -1,25 +1,35 @@
 //! A TOML table that is taken apart key by key, so that every complaint can name the file, the
 //! line, the key, what stands there and what may stand there.
 
+use std::collections::HashMap;
 use std::fmt::Display;
+use std::hash::Hash;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use memlane_protocol::wire::Label;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::ConfigError;
 
+/// What a name may be.
+pub(crate) const NAME: &str =
+    "a name of 1 to 63 characters of A-Z a-z 0-9 . _ -, beginning with a letter or digit";
+/// What a network interface may be called.
+pub(crate) const INTERFACE: &str =
+    "the name of a network interface: 1 to 15 characters without spaces and slashes";
+
 /// A file being read.
 #[derive(Clone, Copy)]
-pub(super) struct Source<'t> {
+pub(crate) struct Source<'t> {
     pub file: &'t Path,
     pub text: &'t str,
 }
 
 /// A table of which keys are taken until [`Table::finish`] finds none left.
-pub(super) struct Table<'t> {
+pub(crate) struct Table<'t> {
     source: Source<'t>,
     name: &'static str,
     line: usize,
@@ -28,7 +38,7 @@ pub(super) struct Table<'t> {
 }
 
 /// What stands at a key.
-pub(super) struct Value<'t> {
+pub(crate) struct Value<'t> {
     source: Source<'t>,
     key: String,
     line: usize,
@@ -174,6 +184,21 @@ impl<'t> Value<'t> {
         self.text(allowed)?.parse().map_err(|_| self.wrong(allowed))
     }
 
+    /// The name of a guest, host, port or network.
+    pub fn label(&self) -> Result<Label, ConfigError> {
+        self.parse(NAME)
+    }
+
+    /// The name of a network interface.
+    pub fn interface(&self) -> Result<String, ConfigError> {
+        let name = self.text(INTERFACE)?;
+        // dev_valid_name() in the kernel's net/core/dev.c.
+        let valid = (1..16).contains(&name.len())
+            && !matches!(name, "." | "..")
+            && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
+        if valid { Ok(name.to_owned()) } else { Err(self.wrong(INTERFACE)) }
+    }
+
     /// A path from the root.
     pub fn path(&self) -> Result<PathBuf, ConfigError> {
         let allowed = "a path that begins with /";
@@ -198,5 +223,26 @@ impl<'t> Value<'t> {
             }
             _ => Err(self.wrong("a table")),
         }
+    }
+}
+
+/// What a value says, or the default where there is none.
+pub(crate) fn or<'t, T>(
+    value: Option<Value<'t>>,
+    default: T,
+    read: impl FnOnce(&Value<'t>) -> Result<T, ConfigError>,
+) -> Result<T, ConfigError> {
+    value.map_or(Ok(default), |value| read(&value))
+}
+
+/// Refuses what stood on an earlier line; `seen` remembers lines.
+pub(crate) fn unique<T: Clone + Eq + Hash>(
+    seen: &mut HashMap<T, usize>,
+    value: &Value<'_>,
+    parsed: T,
+) -> Result<T, ConfigError> {
+    match seen.insert(parsed.clone(), value.line()) {
+        None => Ok(parsed),
+        Some(first) => Err(value.twice(first)),
     }
 }

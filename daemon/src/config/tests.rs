@@ -32,6 +32,7 @@ fn one_key_is_enough() {
     assert!(config.attach_users.contains(&0));
     assert!(config.attach_users.contains(&rustix::process::geteuid().as_raw()));
     assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.guests, GuestsConfig::default());
     assert!(config.ports.is_empty() && config.peers.is_empty() && config.networks.is_empty());
 }
 
@@ -61,6 +62,7 @@ fn all_keys_are_read() {
         [[peer]]
         name = "host-c"
         control = "[fd00::3]:7500"
+        may_start_guests = true
         [[network]]
         name = "lan"
         bridge = "br0"
@@ -70,6 +72,11 @@ fn all_keys_are_read() {
         max_rounds = 7
         silence = "2s"
         memory_reserve = "1GiB"
+        [guests]
+        directory = "/tmp/guests"
+        memory = "/dev/hugepages/memlane"
+        shim = "/opt/memlane/libmemlane_shim.so"
+        qemu = ["/opt/qemu/bin/qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"]
     "#);
     assert_eq!(config.host.as_str(), "host-a");
     assert_eq!(config.metrics, Some("127.0.0.1:9410".parse().unwrap()));
@@ -88,7 +95,17 @@ fn all_keys_are_read() {
     assert_eq!((config.ports[1].lanes, config.ports[1].speed), (1, None));
     assert_eq!(config.peers[0].control, "10.0.0.2:7410".parse().unwrap());
     assert_eq!(config.peers[1].control, "[fd00::3]:7500".parse().unwrap());
+    assert_eq!((config.peers[0].may_start_guests, config.peers[1].may_start_guests), (false, true));
     assert_eq!(config.networks[0].bridge, "br0");
+    assert_eq!(
+        config.guests,
+        GuestsConfig {
+            directory: "/tmp/guests".into(),
+            memory: "/dev/hugepages/memlane".into(),
+            shim: "/opt/memlane/libmemlane_shim.so".into(),
+            qemu: vec!["/opt/qemu/bin/qemu-system-x86_64".into(), "/usr/bin/qemu-system-x86_64".into()],
+        }
+    );
     assert_eq!(
         config.limits,
         Limits {
@@ -173,6 +190,18 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
             "\"br/0\"",
             "1 to 15",
         ),
+        (
+            "[[peer]]\nname = \"b\"\ncontrol = \"10.0.0.1\"\nmay_start_guests = 1".to_owned(),
+            5,
+            "peer.may_start_guests",
+            "1",
+            "true or false",
+        ),
+        ("[guests]\ndirectory = \"guests\"".to_owned(), 3, "guests.directory", "\"guests\"", "begins with /"),
+        ("[guests]\nmemory = 5".to_owned(), 3, "guests.memory", "5", "begins with /"),
+        ("[guests]\nshim = \"x.so\"".to_owned(), 3, "guests.shim", "\"x.so\"", "begins with /"),
+        ("[guests]\nqemu = \"/q\"".to_owned(), 3, "guests.qemu", "\"/q\"", "a list of paths"),
+        ("[guests]\nqemu = [\"/q\",\n\"q\"]".to_owned(), 4, "guests.qemu", "\"q\"", "begins with /"),
         ("limits = 5".to_owned(), 2, "limits", "5", "a table"),
         ("[limits]\ndowntime = \"300\"".to_owned(), 3, "limits.downtime", "\"300\"", "\"300ms\""),
         ("[limits]\ndowntime = \"0s\"".to_owned(), 3, "limits.downtime", "\"0s\"", "from 1ms to 1min"),

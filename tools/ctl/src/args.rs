@@ -16,15 +16,50 @@ Examples:
   memlanectl --json migrate web1 host-b | jq .downtime_seconds
   memlanectl watch                               watch what is under way
   memlanectl cancel web1                         the guest stays where it runs
+  memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
+  memlanectl attach --qmp /run/web1.qmp --name web1
 
 Exit codes:
   0  done; of migrate and watch: the guest runs at the destination
   1  another error
   2  the command line or a value in it is wrong
-  3  refused: nothing was begun (check and migrate), or too late (cancel)
+  3  refused: nothing was begun, or too late (cancel)
   4  failed: the guest runs on at its source
   5  cancelled: the guest runs on at its source
   6  no daemon answers, or it went away";
+
+const GUEST_FILE: &str = r#"A guest file:
+  name = "web1"
+  memory = "2GiB"
+  prealloc = false                          # true takes all RAM from the host at the start
+  qemu = "/usr/bin/qemu-system-x86_64"      # one that guests.qemu of the daemon's configuration allows
+  arguments = ["-machine", "q35", "-accel", "kvm", "-smp", "2", "-drive", "file=/srv/web1,if=virtio"]
+
+  [[nic]]                                   # up to 16, or none
+  mac = "52:54:00:4d:4c:01"
+  tap = "tap-web1"
+  network = "lan"                           # a [[network]] of the daemon's configuration
+  vhost = false                             # true lets vhost-net carry its packets
+
+prealloc, qemu and vhost may be left out where they are as above. The daemon adds the name, RAM,
+monitor and NICs, so -m, -name, -mem-path, -machine memory-backend=, -incoming, -daemonize and -S
+are refused among the arguments. Paths are those of the daemon's host. The tap must be there, open
+to the daemon's user and joined to its bridge:
+  ip tuntap add tap-web1 mode tap user memlane
+  ip link set tap-web1 master br0 up
+
+A host that the guest moves to starts its QEMU from the same file if may_start_guests of this
+host stands in its configuration; otherwise give it the file: memlanectl launch web1.toml --incoming"#;
+
+const ATTACH: &str = "\
+The QEMU must have been started with
+  all its RAM in files: -object memory-backend-file,id=ram0,share=on,size=2G,mem-path=/dev/shm/web1
+                        -machine memory-backend=ram0
+  a QMP socket that nobody else is connected to: -qmp unix:/run/web1.qmp,server=on,wait=off
+  and, in its environment: LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so
+                           MEMLANE_ATTACH_SOCKET=/run/memlane/attach.sock
+by a user that attach_users in the daemon's configuration names. What it lacks is told. One that
+waits (--incoming) needs the arguments of the QEMU that the guest comes from, ids included.";
 
 /// Move running guests to other hosts.
 ///
@@ -52,6 +87,39 @@ pub enum Command {
     Ports,
     /// Show the guests attached to the daemon
     Guests,
+    /// Start a QEMU guest from a guest file
+    ///
+    /// The guest runs, or with --incoming waits to arrive from another host, when this returns.
+    /// It outlives the daemon, and is found again by one that starts anew.
+    #[command(after_long_help = GUEST_FILE)]
+    Launch {
+        /// The guest file, read here and given to the daemon
+        file: PathBuf,
+        /// Wait for the guest to arrive from another host
+        #[arg(long)]
+        incoming: bool,
+    },
+    /// Take a QEMU guest that others started
+    #[command(after_long_help = ATTACH)]
+    Attach {
+        /// Socket of its QEMU's monitor
+        #[arg(long, value_name = "SOCK")]
+        qmp: PathBuf,
+        /// Name that the guest is to have here, and at the hosts that it moves to
+        #[arg(long)]
+        name: String,
+        /// Its QEMU was started with -incoming defer and waits for the guest
+        #[arg(long)]
+        incoming: bool,
+    },
+    /// Let go of a QEMU guest, launched or attached
+    ///
+    /// It goes on without the daemon, which can be told to take it again: memlanectl attach.
+    /// One that is being moved is not let go.
+    Detach {
+        /// Name of the guest
+        name: String,
+    },
     /// Find out whether a guest could move, and how fast; moves nothing
     Check(OrderArgs),
     /// Move a guest to another host and watch until it has ended
@@ -123,10 +191,26 @@ impl OrderArgs {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use memlaned::guest::qemu::definition::Definition;
 
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_guest_file_in_the_help_is_one() {
+        let indented =
+            GUEST_FILE.lines().skip(1).take_while(|line| line.is_empty() || line.starts_with("  "));
+        let text: String = indented.map(|line| format!("{line}\n")).collect();
+        let definition = Definition::parse("help".as_ref(), &text).unwrap();
+        assert_eq!((definition.name.as_str(), definition.nics.len()), ("web1", 1));
+        // What the help calls the defaults are the defaults.
+        let kept =
+            |line: &&str| !["prealloc", "qemu", "vhost"].iter().any(|key| line.trim().starts_with(key));
+        let shorter: String = text.lines().filter(kept).map(|line| format!("{line}\n")).collect();
+        let default = Definition::parse("help".as_ref(), &shorter).unwrap();
+        assert_eq!(Definition { text, ..default }, definition);
     }
 
     #[test]

@@ -46,6 +46,9 @@ impl Exit {
             | ErrorCode::UnknownHost
             | ErrorCode::AlreadyMoving
             | ErrorCode::Refused
+            | ErrorCode::CannotLaunch
+            | ErrorCode::CannotAttach
+            | ErrorCode::CannotDetach
             | ErrorCode::TooLate => Self::Refused,
             _ => Self::Other,
         }

@@ -2,6 +2,7 @@
 
 mod args;
 mod exit;
+mod guests;
 mod orders;
 mod progress;
 mod show;
@@ -43,6 +44,13 @@ async fn run(args: &Args) -> Result<Exit, Error> {
         }
         Command::Ports => list(args, client.ports().await?, show::ports),
         Command::Guests => list(args, client.guests().await?, show::guests),
+        Command::Launch { file, incoming } => {
+            return guests::launch(&client, file, *incoming, args.json).await;
+        }
+        Command::Attach { qmp, name, incoming } => {
+            return guests::attach(&client, qmp, name, *incoming, args.json).await;
+        }
+        Command::Detach { name } => return guests::detach(&client, name, args.json).await,
         Command::Check(order) => {
             let report = client.check(&order.to_order()).await?;
             if args.json {

@@ -61,20 +61,43 @@ pub fn guests(guests: &[GuestInfo]) -> String {
     if guests.is_empty() {
         return "no guests are attached".to_owned();
     }
+    // Where no guest is in QEMU, these columns would have nothing to say.
+    let in_qemu = guests.iter().any(|guest| guest.machine.is_some() || guest.qmp.is_some());
+    let dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let rows = guests.iter().map(|guest| {
         let networks: Vec<&str> = guest.nics.iter().map(|nic| nic.network.as_str()).collect();
-        vec![
+        let mut row = vec![
             guest.name.clone(),
             guest.standing.to_string(),
             guest.vcpus.to_string(),
             units::bytes(guest.ram_bytes),
             guest.tracker.clone(),
             guest.vmm.clone(),
-            guest.pid.map_or("-".to_owned(), |pid| pid.to_string()),
-            if networks.is_empty() { "-".to_owned() } else { networks.join(",") },
-        ]
+            dash(guest.pid.map(|pid| pid.to_string())),
+            dash((!networks.is_empty()).then(|| networks.join(","))),
+        ];
+        if in_qemu {
+            row.extend([dash(guest.machine.clone()), dash(guest.qmp.clone())]);
+        }
+        row
     });
-    table(&["guest", "standing", ">vcpus", ">ram", "tracker", "vmm", ">pid", "networks"], rows)
+    let mut titles = vec!["guest", "standing", ">vcpus", ">ram", "tracker", "vmm", ">pid", "networks"];
+    if in_qemu {
+        titles.extend(["machine", "qmp"]);
+    }
+    table(&titles, rows)
+}
+
+/// The process that runs a guest, as lines below its name.
+pub fn vmm(guest: &GuestInfo) -> String {
+    let of = |machine: &String| format!(" of machine type {machine}");
+    let machine = guest.machine.as_ref().map_or(String::new(), of);
+    let pid = guest.pid.map_or("unknown".to_owned(), |pid| pid.to_string());
+    let mut text = format!("  process  {pid} ({}{machine}, {})", guest.vmm, units::bytes(guest.ram_bytes));
+    if let Some(qmp) = &guest.qmp {
+        text.push_str(&format!("\n  monitor  {qmp}"));
+    }
+    text
 }
 
 /// What a dry run found.

@@ -65,6 +65,76 @@ fn status_ports_and_guests_are_shown() {
 }
 
 #[test]
+fn a_qemu_guest_is_launched_and_let_go() {
+    let daemon = Daemon::start();
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &[u8]| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.into_os_string().into_string().unwrap()
+    };
+    let qemu1 = file("qemu1.toml", b"name = \"qemu1\"\n");
+    let (code, out, err) = run(&daemon, &format!("launch {qemu1}"));
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(
+        out,
+        "qemu1 runs\n  process  4711 (qemu of machine type pc-q35-7.2, 1.00 GiB)\n  \
+         monitor  /run/memlane/guests/qemu1/qmp.sock\n"
+    );
+    let (_, out, _) = run(&daemon, "guests");
+    assert!(out.contains("MACHINE     QMP\n") && out.contains("pc-q35-7.2  /run/memlane/guests/"), "{out}");
+    let (code, out, _) = run(&daemon, "detach qemu1");
+    assert_eq!(code, 0);
+    assert!(out.starts_with("qemu1 was let go and goes on without the daemon\n  process  4711 "), "{out}");
+    let (_, out, _) = run(&daemon, "guests");
+    assert!(!out.contains("MACHINE"), "{out}");
+
+    let (code, out, _) = run(&daemon, &format!("launch {qemu1} --incoming --json"));
+    assert_eq!((code, json(&out)["standing"].as_str()), (0, Some("incoming")));
+    let (code, out, _) = run(&daemon, &format!("launch {}", file("web1.toml", b"name = \"web1\"\n")));
+    assert_eq!((code, out.as_str()), (3, ""));
+    let (code, _, err) = run(&daemon, &format!("launch {}", file("bad.toml", b"")));
+    assert_eq!((code, err.as_str()), (2, "memlanectl: guest file:1: name is missing\n"));
+    let long = file("long.toml", &b"#".repeat((64 << 10) + 1));
+    let missing = "/no/such/web1.toml";
+    for (file, why) in [
+        (&long, "more than 65536 bytes"),
+        (&file("bytes", b"\xff"), "UTF-8"),
+        (&missing.to_owned(), "No such"),
+    ] {
+        let (code, _, err) = run(&daemon, &format!("launch {file}"));
+        assert_eq!(code, 2, "{err}");
+        assert!(err.contains(&format!("cannot read the guest file {file}: ")) && err.contains(why), "{err}");
+    }
+}
+
+#[test]
+fn a_qemu_guest_of_others_is_attached_and_let_go() {
+    let daemon = Daemon::start();
+    let (code, out, _) = run(&daemon, "attach --qmp web2.qmp --name web2");
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(code, 0);
+    assert!(out.starts_with("web2 is attached\n"), "{out}");
+    assert!(out.contains(&format!("  monitor  {}/web2.qmp\n", here.display())), "{out}");
+    let (code, out, _) = run(&daemon, "attach --qmp /run/web3.qmp --name web3 --incoming");
+    assert_eq!(code, 0);
+    assert!(out.starts_with("web3 waits to arrive from another host\n"), "{out}");
+    let (code, out, _) = run(&daemon, "detach web2 --json");
+    assert_eq!((code, json(&out)["name"].as_str()), (0, Some("web2")));
+
+    let (code, out, err) = run(&daemon, "attach --qmp /run/web1.qmp --name web1 --json");
+    assert_eq!((code, err.as_str()), (3, "memlanectl: there is a guest web1\n"));
+    assert_eq!(json(&out)["error"]["code"], "cannot_attach");
+    assert_eq!(run(&daemon, "attach --qmp /run/web1.qmp --name ../web1").0, 2);
+    assert_eq!(run(&daemon, "attach --name web1").0, 2);
+    for (name, why) in [("web1", "attached by itself"), ("web2", "no guest web2"), ("a/b", "no guest")] {
+        let (code, _, err) = run(&daemon, &format!("detach {name}"));
+        assert_eq!(code, 3, "{err}");
+        assert!(err.contains(why), "{err}");
+    }
+}
+
+#[test]
 fn check_tells_what_was_found() {
     let daemon = Daemon::start();
     let (code, out, _) = run(&daemon, "check web1 host-b");
@@ -222,5 +292,20 @@ fn help_gets_one_going() {
         ["memlanectl migrate web1 host-b", "Exit codes:", "refused", "cancelled", "/run/memlane/api.sock"]
     {
         assert!(out.contains(part), "{part}\n{out}");
+    }
+}
+
+#[test]
+fn help_of_launch_and_attach_shows_what_they_need() {
+    for (command, parts) in [
+        ("launch", ["memory = \"2GiB\"", "[[nic]]", "ip tuntap add", "may_start_guests"]),
+        ("attach", ["share=on", "LD_PRELOAD=", "MEMLANE_ATTACH_SOCKET=", "attach_users"]),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_memlanectl")).args([command, "--help"]).output();
+        let (code, out, _) = of_output(output.unwrap());
+        assert_eq!(code, 0);
+        for part in parts {
+            assert!(out.contains(part), "{part}\n{out}");
+        }
     }
 }

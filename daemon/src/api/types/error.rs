@@ -31,6 +31,12 @@ pub enum ErrorCode {
     AlreadyMoving,
     /// The preflight found a reason not to move the guest (409).
     Refused,
+    /// No QEMU could be started from the guest file; none was left behind (409).
+    CannotLaunch,
+    /// The QEMU cannot be attached; it is as it was (409).
+    CannotAttach,
+    /// The guest is none that can be let go (409).
+    CannotDetach,
     /// The migration cannot be cancelled any more (409).
     TooLate,
     /// The request is not understood, or a value is out of range (400).
@@ -67,7 +73,12 @@ impl ErrorCode {
             Self::UnknownRoute | Self::UnknownGuest | Self::UnknownHost | Self::UnknownMigration => 404,
             Self::UnknownMethod => 405,
             Self::Slow => 408,
-            Self::AlreadyMoving | Self::Refused | Self::TooLate => 409,
+            Self::AlreadyMoving
+            | Self::Refused
+            | Self::CannotLaunch
+            | Self::CannotAttach
+            | Self::CannotDetach
+            | Self::TooLate => 409,
             Self::TooLarge => 413,
             Self::Internal => 500,
             Self::Unavailable => 503,

@@ -65,6 +65,8 @@ pub struct GuestInfo {
     pub name: String,
     /// Program that runs it.
     pub vmm: String,
+    /// Machine type that its QEMU gives it, such as `pc-q35-7.2`; `null` of other VMMs.
+    pub machine: Option<String>,
     /// Number of virtual CPUs.
     pub vcpus: u16,
     /// Bytes of RAM.
@@ -77,6 +79,8 @@ pub struct GuestInfo {
     pub nics: Vec<NicInfo>,
     /// Process of the VMM.
     pub pid: Option<u32>,
+    /// Socket of its QEMU's monitor; `null` of other VMMs.
+    pub qmp: Option<String>,
 }
 
 /// A guest's network interface.

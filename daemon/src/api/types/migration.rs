@@ -36,6 +36,11 @@ pub struct Migration {
     /// From the guest's last instruction at the source to its first at the destination, as
     /// measured between the daemons.
     pub downtime_seconds: Option<f64>,
+    /// When the guest's last vCPU stood still at the source, as its VMM tells it, in seconds since
+    /// 1970-01-01T00:00:00Z by the source's clock.
+    pub stopped_at_seconds: Option<f64>,
+    /// When the guest ran again at the destination, as its VMM tells it, by the destination's clock.
+    pub resumed_at_seconds: Option<f64>,
     /// What the pause would take now, or was expected to take when it began.
     pub downtime_predicted_seconds: Option<f64>,
     /// The terms of that prediction.
@@ -200,6 +205,8 @@ impl Migration {
             total_seconds: 0.0,
             downtime_limit_seconds: 0.0,
             downtime_seconds: None,
+            stopped_at_seconds: None,
+            resumed_at_seconds: None,
             downtime_predicted_seconds: None,
             forecast: None,
             digest_verified: None,

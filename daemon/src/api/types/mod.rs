@@ -2,11 +2,13 @@
 //! Rust. Field names carry their units; a field that is `null` is not known (yet).
 
 mod error;
+mod guest;
 mod host;
 mod migration;
 mod order;
 
 pub use error::{ApiError, ErrorBody, ErrorCode};
+pub use guest::{Attach, Launch};
 pub use host::{GuestInfo, NicInfo, PeerInfo, PortInfo, Standing, Status};
 pub use migration::{Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Role, Round};
 pub use order::{CheckReport, Estimate, Finding, Order, PortCheck, Severity};

@@ -24,6 +24,7 @@ pub struct Daemon {
 }
 
 struct Fake {
+    guests: RefCell<Vec<GuestInfo>>,
     migrations: RefCell<Vec<watch::Sender<Migration>>>,
     end_preflight: Arc<Notify>,
     preflight: mpsc::Sender<()>,
@@ -43,7 +44,8 @@ impl Daemon {
                 let mut web0 = Migration::new(format!("{:032x}", 0xaaaa), "web0", "host-b");
                 web0.phase = Phase::Copying;
                 let migrations = RefCell::new(vec![watch::Sender::new(web0)]);
-                let fake = Fake { migrations, end_preflight: notify, preflight: sender };
+                let guests = RefCell::new(vec![guest("web1")]);
+                let fake = Fake { guests, migrations, end_preflight: notify, preflight: sender };
                 let listener = server::bind(&socket).unwrap();
                 bound.send(()).unwrap();
                 server::serve(listener, Rc::new(fake)).await;
@@ -76,7 +78,35 @@ impl Daemon {
     }
 }
 
+fn guest(name: &str) -> GuestInfo {
+    GuestInfo {
+        name: name.to_owned(),
+        vmm: "memlane-vmm".to_owned(),
+        machine: None,
+        vcpus: 2,
+        ram_bytes: 1 << 30,
+        tracker: "ring".to_owned(),
+        standing: Standing::Running,
+        nics: Vec::new(),
+        pid: Some(4711),
+        qmp: None,
+    }
+}
+
 impl Fake {
+    fn take(&self, name: &str, qmp: &str, incoming: bool) -> GuestInfo {
+        let guest = GuestInfo {
+            vmm: "qemu".to_owned(),
+            machine: Some("pc-q35-7.2".to_owned()),
+            tracker: "pagemap".to_owned(),
+            standing: if incoming { Standing::Incoming } else { Standing::Running },
+            qmp: Some(qmp.to_owned()),
+            ..guest(name)
+        };
+        self.guests.borrow_mut().push(guest.clone());
+        guest
+    }
+
     fn find(&self, id: &str) -> Result<watch::Sender<Migration>, ApiError> {
         let unknown = || ApiError::new(ErrorCode::UnknownMigration, format!("no migration {id}"));
         let migrations = self.migrations.borrow();
@@ -134,16 +164,31 @@ impl Backend for Fake {
         vec![PeerInfo { name: "host-b".to_owned(), control: "10.0.0.2:7410".to_owned() }]
     }
     fn guests(&self) -> Vec<GuestInfo> {
-        vec![GuestInfo {
-            name: "web1".to_owned(),
-            vmm: "memlane-vmm".to_owned(),
-            vcpus: 2,
-            ram_bytes: 1 << 30,
-            tracker: "ring".to_owned(),
-            standing: Standing::Running,
-            nics: Vec::new(),
-            pid: Some(4711),
-        }]
+        self.guests.borrow().clone()
+    }
+    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+        match launch.definition.as_str() {
+            "name = \"web1\"\n" => Err(ApiError::new(ErrorCode::CannotLaunch, "there is a guest web1")),
+            "name = \"qemu1\"\n" => {
+                Ok(self.take("qemu1", "/run/memlane/guests/qemu1/qmp.sock", launch.incoming))
+            }
+            _ => Err(ApiError::new(ErrorCode::Invalid, "guest file:1: name is missing")),
+        }
+    }
+    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+        match attach.name.as_str() {
+            "web1" => Err(ApiError::new(ErrorCode::CannotAttach, "there is a guest web1")),
+            name => Ok(self.take(name, &attach.qmp, attach.incoming)),
+        }
+    }
+    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+        let mut guests = self.guests.borrow_mut();
+        let unknown = || ApiError::new(ErrorCode::UnknownGuest, format!("no guest {name} is attached"));
+        let found = guests.iter().position(|guest| guest.name == name).ok_or_else(unknown)?;
+        match guests[found].qmp {
+            Some(_) => Ok(guests.remove(found)),
+            None => Err(ApiError::new(ErrorCode::CannotDetach, format!("{name} attached by itself"))),
+        }
     }
     fn migrations(&self) -> Vec<Migration> {
         self.migrations.borrow().iter().map(|migration| migration.borrow().clone()).collect()

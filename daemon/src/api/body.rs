@@ -1,0 +1,91 @@
+//! Bodies of requests: read within bounds of size and time, and checked.
+
+use std::time::Duration;
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
+
+use super::types::{ApiError, Attach, ErrorCode, Launch, Order};
+
+/// Bytes of the largest body of a request, but for those that bring a guest file.
+pub const MAX_BODY_BYTES: usize = 64 << 10;
+/// Bytes of the largest body that brings a guest file, of which JSON may write each byte as `\u001f`.
+pub const MAX_LAUNCH_BYTES: usize = MAX_BODY_BYTES + 6 * MAX_DEFINITION_BYTES;
+/// A request that has not arrived after this long is given up.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a request may bring.
+pub(super) trait Content: DeserializeOwned {
+    /// Bytes that it may have.
+    const MAX_BYTES: usize = MAX_BODY_BYTES;
+
+    /// What is out of range in it and what is allowed, if anything is.
+    fn complaint(&self) -> Option<String>;
+}
+
+impl Content for Order {
+    fn complaint(&self) -> Option<String> {
+        match self {
+            Order { downtime_limit_seconds: Some(limit), .. } if !(0.001..=60.0).contains(limit) => {
+                Some(format!("downtime_limit_seconds = {limit} is not allowed; give it 0.001 to 60"))
+            }
+            Order { max_rounds: Some(rounds), .. } if !(1..=1000).contains(rounds) => {
+                Some(format!("max_rounds = {rounds} is not allowed; give it 1 to 1000"))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Content for Launch {
+    const MAX_BYTES: usize = MAX_LAUNCH_BYTES;
+
+    /// Whoever starts the guest reads its definition.
+    fn complaint(&self) -> Option<String> {
+        None
+    }
+}
+
+impl Content for Attach {
+    fn complaint(&self) -> Option<String> {
+        let Attach { name, qmp, .. } = self;
+        if let Err(error) = name.parse::<Label>() {
+            return Some(format!("name is not allowed: {error}"));
+        }
+        // sun_path, less the NUL at its end: unix(7).
+        let fits = qmp.starts_with('/') && qmp.len() < 108 && !qmp.contains('\0');
+        let found: String = qmp.chars().take(120).collect();
+        let allowed = "a path that begins with /, of at most 107 bytes";
+        (!fits).then(|| format!("qmp = {found:?} is not allowed; give it {allowed}"))
+    }
+}
+
+/// Reads the body of a request.
+pub(super) async fn read<T, B>(body: B) -> Result<T, ApiError>
+where
+    T: Content,
+    B: Body,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let slow = |_| ApiError::new(ErrorCode::Slow, "the body of the request did not arrive in time");
+    let invalid = |message: String| ApiError::new(ErrorCode::Invalid, message);
+    let whole = Limited::new(body, T::MAX_BYTES).collect();
+    let bytes = match timeout(REQUEST_TIMEOUT, whole).await.map_err(slow)? {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => {
+            let message = format!("the body of this request may have {} bytes at most", T::MAX_BYTES);
+            return Err(ApiError::new(ErrorCode::TooLarge, message));
+        }
+        Err(error) => return Err(invalid(format!("cannot read the body of the request: {error}"))),
+    };
+    let content: T = serde_json::from_slice(&bytes)
+        .map_err(|error| invalid(format!("the body of the request is not understood: {error}")))?;
+    match content.complaint() {
+        None => Ok(content),
+        Some(complaint) => Err(invalid(complaint)),
+    }
+}

@@ -1,0 +1,68 @@
+//! Commands that start QEMU guests, take them and let them go.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
+use memlaned::api::client::Client;
+use memlaned::api::types::{Attach, ErrorCode, GuestInfo, Launch, Standing};
+
+use crate::exit::{Error, Exit};
+use crate::{json, show};
+
+/// Starts a guest from a guest file.
+pub async fn launch(client: &Client, file: &Path, incoming: bool, as_json: bool) -> Result<Exit, Error> {
+    let definition = read(file).map_err(|error| {
+        Error::Command(ErrorCode::Invalid, format!("cannot read the guest file {}: {error}", file.display()))
+    })?;
+    let guest = client.launch(&Launch { definition, incoming }).await?;
+    tell(&guest, if guest.standing == Standing::Incoming { WAITS } else { "runs" }, as_json);
+    Ok(Exit::Completed)
+}
+
+/// Takes a guest that others started.
+pub async fn attach(
+    client: &Client,
+    qmp: &Path,
+    name: &str,
+    incoming: bool,
+    as_json: bool,
+) -> Result<Exit, Error> {
+    let invalid = |why: String| {
+        Error::Command(ErrorCode::Invalid, format!("cannot use --qmp {}: {why}", qmp.display()))
+    };
+    // The daemon has a working directory of its own.
+    let absolute = std::path::absolute(qmp).map_err(|error| invalid(error.to_string()))?;
+    let qmp = absolute.to_str().ok_or_else(|| invalid("the path is not UTF-8".to_owned()))?;
+    let order = Attach { name: name.to_owned(), qmp: qmp.to_owned(), incoming };
+    let guest = client.attach(&order).await?;
+    tell(&guest, if guest.standing == Standing::Incoming { WAITS } else { "is attached" }, as_json);
+    Ok(Exit::Completed)
+}
+
+/// Lets go of a guest.
+pub async fn detach(client: &Client, name: &str, as_json: bool) -> Result<Exit, Error> {
+    let guest = client.detach(name).await?;
+    tell(&guest, "was let go and goes on without the daemon", as_json);
+    Ok(Exit::Completed)
+}
+
+const WAITS: &str = "waits to arrive from another host";
+
+fn tell(guest: &GuestInfo, what: &str, as_json: bool) {
+    match as_json {
+        true => json(guest),
+        false => show::line(&format!("{} {what}\n{}", guest.name, show::vmm(guest))),
+    }
+}
+
+/// Reads no more than the daemon would take.
+fn read(file: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(file)?.take(MAX_DEFINITION_BYTES as u64 + 1).read_to_string(&mut text)?;
+    match text.len() <= MAX_DEFINITION_BYTES {
+        true => Ok(text),
+        false => Err(io::Error::other(format!("it has more than {MAX_DEFINITION_BYTES} bytes; is it one?"))),
+    }
+}
