@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use crate::api::server;
 use crate::backend::HostBackend;
 use crate::config::Config;
-use crate::guest::attach_socket;
+use crate::guest::{attach_socket, qemu};
 use crate::host::Host;
 use crate::journal::{Journal, JournalError};
 use crate::migrate::recover;
@@ -63,6 +63,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     // Before anybody can ask about them.
     recover::all(&host, unfinished);
     listen(&host).await?;
+    qemu::resume_keeping(&host);
     tokio::task::spawn_local(metrics::upkeep());
     tokio::task::spawn_local(systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());

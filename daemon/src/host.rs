@@ -14,6 +14,8 @@ use tracing::{info, warn};
 
 use crate::config::{Config, PeerConfig};
 use crate::guest::Guest;
+use crate::guest::qemu::{Keepers, Register};
+use crate::guest::shim::Shims;
 use crate::journal::Journal;
 use crate::link::{Link, LinkError};
 use crate::metrics;
@@ -33,6 +35,12 @@ pub struct Host {
     pub rendezvous: Rc<Rendezvous>,
     /// What its ports have carried.
     pub traffic: Rc<Traffic>,
+    /// Shims in VMMs that know nothing of Memlane.
+    pub shims: Rc<Shims>,
+    /// QEMUs that are kept to.
+    pub keepers: Keepers,
+    /// What is remembered of them.
+    pub register: Register,
     /// When it started.
     pub started: Instant,
     guests: RefCell<BTreeMap<Label, Rc<Guest>>>,
@@ -44,11 +52,15 @@ pub struct Host {
 impl Host {
     /// A host without guests.
     pub fn new(config: Config, journal: Journal) -> Rc<Self> {
+        let register = Register::beside(&config.journal);
         Rc::new(Self {
             config,
             journal,
             rendezvous: Rc::default(),
             traffic: Rc::default(),
+            shims: Rc::default(),
+            keepers: Keepers::default(),
+            register,
             started: Instant::now(),
             guests: RefCell::default(),
             migrations: RefCell::default(),

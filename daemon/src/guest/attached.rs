@@ -6,7 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use memlane_kvm::packet;
@@ -19,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
 use tracing::warn;
 
-use super::{Driver, DriverError, SavedState};
+use super::{Driver, DriverError, Harvest, SavedState};
 
 /// Longest time that a VMM may take for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,7 +63,8 @@ impl Attached {
         self.ask_with(request, &[]).await
     }
 
-    async fn ask_with(
+    /// Asks one thing; gives the reply's values and descriptors.
+    pub(super) async fn ask_with(
         &self,
         request: Request,
         descriptors: &[BorrowedFd<'_>],
@@ -107,14 +108,14 @@ impl Driver for Attached {
         self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(drop)
     }
 
-    async fn harvest(&self, into: &PageSet) -> Result<u64, DriverError> {
+    async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         self.ask(Request::Harvest).await?;
         let harvested = self.harvested.borrow().clone();
         let Some(harvested) = harvested else {
             let reason = "tracking has not been started".into();
             return Err(DriverError::Failed { request: "harvest", reason });
         };
-        Ok(harvested.drain_into(0..self.pages, into))
+        Ok(Harvest { new: harvested.drain_into(0..self.pages, into), holes: false })
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {
@@ -122,12 +123,13 @@ impl Driver for Attached {
         self.ask(Request::StopTracking).await.map(drop)
     }
 
-    async fn pause(&self) -> Result<(), DriverError> {
-        self.ask(Request::Pause).await.map(drop)
+    async fn pause(&self) -> Result<Instant, DriverError> {
+        let asked = Instant::now();
+        self.ask(Request::Pause).await.map(|_| asked)
     }
 
-    async fn resume(&self) -> Result<(), DriverError> {
-        self.ask(Request::Resume).await.map(drop)
+    async fn resume(&self) -> Result<Option<Duration>, DriverError> {
+        self.ask(Request::Resume).await.map(|_| None)
     }
 
     async fn save(&self) -> Result<SavedState, DriverError> {
@@ -219,7 +221,7 @@ async fn read_replies(socket: Rc<AsyncFd<OwnedFd>>, connection: Rc<Connection>) 
                     let _ = sender.send((outcome, descriptors));
                 }
             }
-            Ok((FromVmm::Hello(_), _)) => {
+            Ok((FromVmm::Hello(_) | FromVmm::Shim { .. }, _)) => {
                 warn!("a VMM said hello twice; it is taken for gone");
                 break;
             }

@@ -3,21 +3,25 @@
 pub mod attach_socket;
 mod attached;
 mod process;
+pub mod qemu;
+pub mod shim;
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::wire::machine::GuestShape;
 
 pub use attached::Attached;
+pub use memlane_kvm::dirty::Harvest;
 pub use process::Process;
 
 /// Why a VMM did not do as it was asked.
@@ -64,6 +68,24 @@ pub struct SavedState {
     pub took: Duration,
 }
 
+/// Something that is in the way of moving a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// In which respect, one word.
+    pub what: &'static str,
+    /// What is wrong.
+    pub detail: String,
+    /// What to do about it, where `detail` does not say.
+    pub remedy: Option<String>,
+}
+
+impl Obstacle {
+    /// An obstacle in this respect.
+    pub fn new(what: &'static str, detail: String, remedy: Option<String>) -> Self {
+        Self { what, detail, remedy }
+    }
+}
+
 /// What every kind of VMM can be asked. One request is under way at a time; others wait.
 #[async_trait(?Send)]
 pub trait Driver {
@@ -71,15 +93,16 @@ pub trait Driver {
     async fn start_tracking(&self) -> Result<(), DriverError>;
     /// Notices writes to these pages from now on.
     async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError>;
-    /// Adds all pages written since they were armed or last harvested to `into`; returns how
+    /// Adds all pages written since they were armed or last harvested to `into`; tells how
     /// many are new there.
-    async fn harvest(&self, into: &PageSet) -> Result<u64, DriverError>;
+    async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;
     /// Tracks no more.
     async fn stop_tracking(&self) -> Result<(), DriverError>;
-    /// Stops all vCPUs.
-    async fn pause(&self) -> Result<(), DriverError>;
-    /// Lets the vCPUs run.
-    async fn resume(&self) -> Result<(), DriverError>;
+    /// Stops all vCPUs; returns the moment from which the guest may have stood still.
+    async fn pause(&self) -> Result<Instant, DriverError>;
+    /// Lets the vCPUs run, if they do not; returns since when they do, as Unix time, where the
+    /// VMM tells that.
+    async fn resume(&self) -> Result<Option<Duration>, DriverError>;
     /// Saves everything but RAM. The guest is paused.
     async fn save(&self) -> Result<SavedState, DriverError>;
     /// Loads what [`Driver::save`] gave at another host; returns the time that it took.
@@ -94,6 +117,19 @@ pub trait Driver {
     async fn gone(&self);
     /// Ends the connection: the VMM then does what its own rules say.
     fn hang_up(&self);
+    /// Whether saving takes hold of more than memory, such as disks, so that it is begun only when
+    /// nothing else is left to do.
+    fn saves_last(&self) -> bool {
+        false
+    }
+    /// What forbids to move the guest away, as far as can be known beforehand.
+    async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
+        Ok(Vec::new())
+    }
+    /// What there is to know of the VMM if it is stock QEMU.
+    fn qemu(&self) -> Option<&QemuGuest> {
+        None
+    }
 }
 
 /// A guest whose VMM is attached.
@@ -112,9 +148,24 @@ pub struct Guest {
     pub tracked: Cell<bool>,
     /// The migration that it takes part in, or (relinquished, loaded) took part in.
     pub migration: RefCell<Option<MigrationId>>,
+    /// The daemon started its VMM for a migration, and has no use for it without.
+    pub summoned: Cell<bool>,
 }
 
 impl Guest {
+    /// A guest that takes part in no migration.
+    pub fn new(
+        shape: GuestShape,
+        ram: Arc<GuestRam>,
+        driver: Rc<dyn Driver>,
+        process: Rc<Process>,
+        standing: Standing,
+    ) -> Self {
+        let (standing, migration) = (Cell::new(standing), RefCell::default());
+        let (tracked, summoned) = (Cell::default(), Cell::default());
+        Self { shape, ram, driver, process, standing, tracked, migration, summoned }
+    }
+
     /// Whether a migration of it is under way here.
     pub fn is_moving(&self) -> bool {
         self.migration.borrow().is_some()

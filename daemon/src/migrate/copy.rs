@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::bandwidth::Bandwidth;
 use memlane_protocol::convergence::{Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round};
@@ -130,7 +132,7 @@ impl Copying {
             }
             self.until_all_claimed().await?;
             self.sample();
-            let dirtied_pages = self.guest.driver.harvest(&self.outbound.dirty).await?;
+            let dirtied_pages = self.harvest().await?;
             let duration = started.elapsed();
             let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
             self.outbound.wake(remaining);
@@ -200,6 +202,16 @@ impl Copying {
         Ok(())
     }
 
+    /// Makes dirty what was written since it was armed or last harvested; returns how many pages
+    /// are new.
+    pub async fn harvest(&self) -> Result<u64, CopyError> {
+        let found = self.guest.driver.harvest(&self.outbound.dirty).await?;
+        if found.holes {
+            self.outbound.sparse.store(true, Ordering::Release);
+        }
+        Ok(found.new)
+    }
+
     /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
     /// so a page that comes into being later is noticed as written.
     async fn first_round(&self) -> Result<(), CopyError> {
@@ -208,7 +220,7 @@ impl Copying {
         for first in (0..pages).step_by(PIECE_PAGES as usize) {
             let piece = first..(first + PIECE_PAGES).min(pages);
             self.guest.driver.arm(piece.clone()).await?;
-            let data = self.guest.ram.data_extents(piece.clone()).map_err(CopyError::Memory)?;
+            let data = data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?;
             let mut fresh = 0;
             let mut hole_from = piece.start;
             for extent in data {
@@ -345,6 +357,14 @@ impl Copying {
             };
         });
     }
+}
+
+/// What of `pages` may hold something. On a thread of its own: looking for the end of a long run
+/// of data takes the kernel long.
+pub async fn data_extents(ram: &Arc<GuestRam>, pages: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
+    let ram = ram.clone();
+    let look = tokio::task::spawn_blocking(move || ram.data_extents(pages));
+    look.await.expect("looking does not panic")
 }
 
 /// A destination that gives up closes its lanes before it says why: leaves it a moment for that.

@@ -46,7 +46,7 @@ struct Run {
 /// Answers an offer, and takes the guest if it can come.
 pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let name = offer.shape.name.clone();
-    let guest = match preflight::receive(&host, &offer) {
+    let guest = match preflight::receive(&host, &peer, &offer).await {
         Ok(guest) => guest,
         Err(refusals) => {
             for refusal in &refusals {
@@ -63,11 +63,11 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let arriving = host.rendezvous.await_lanes(token, MOST_LANES);
     if let Err(error) = link.send(&accept).await {
         info!(guest = %name, %peer, %error, "the source went away");
-        guest.migration.borrow_mut().take_if(|migration| *migration == offer.migration);
-        return;
+        return preflight::release(&guest, &offer).await;
     }
     if offer.check_only {
-        return link.until_closed().await;
+        link.until_closed().await;
+        return preflight::release(&guest, &offer).await;
     }
     let vmm = guest.process.identity();
     let record = Record::Prepared;
@@ -297,11 +297,11 @@ impl Run {
         fatal && self.machine.phase() == Phase::Copying
     }
 
-    /// Leaves the VMM waiting for another try if nothing was loaded into it: its memory is
-    /// given back, and discarding it would only make somebody start it again.
+    /// Leaves a VMM that others started waiting for another try if nothing was loaded into it: its
+    /// memory is given back, and discarding it would only make somebody start it again.
     async fn abandon(&mut self) {
         self.lanes.close().await;
-        if !self.loaded && self.executor.guest().is_some() {
+        if !self.loaded && !self.guest.summoned.get() && self.executor.guest().is_some() {
             self.executor.vmm = Vmm::Released;
             let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
             let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
@@ -336,6 +336,8 @@ impl Run {
 
 /// Announces a guest that has begun to run on this host.
 pub fn arrived(host: &Host, guest: &Guest) {
+    guest.summoned.set(false);
+    host.register.note_arrival(guest.shape.name.as_str());
     for (bridge, macs) in host.bridges_of(&guest.shape.nics) {
         tokio::task::spawn_local(announce(guest.shape.name.to_string(), bridge, macs));
     }

@@ -11,7 +11,7 @@ use memlane_protocol::wire::control::Control;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
-use super::{Arrivals, Ticket, Word};
+use super::{Arrivals, Ticket, Word, unix_seconds};
 use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
 use crate::journal::Entry;
@@ -244,7 +244,7 @@ impl Executor {
         let started = Instant::now();
         let told = match action {
             Action::Relinquish => guest.driver.relinquish(self.entry.migration).await,
-            Action::Resume => guest.driver.resume().await,
+            Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
             _ => guest.driver.discard().await,
         };
         match told {
@@ -273,6 +273,12 @@ impl Executor {
             }
         }
         Some(done)
+    }
+
+    /// The guest runs here: since when, if its VMM told that.
+    fn note_running(&self, since: Option<Duration>) {
+        let since = since.map_or_else(unix_seconds, |since| since.as_secs_f64());
+        self.ticket.update(|progress| progress.resumed_at_seconds = Some(since));
     }
 
     /// The VMM is told again when it is back; only whether it relinquished is not worth waiting

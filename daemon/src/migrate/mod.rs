@@ -124,3 +124,8 @@ impl Ticket {
         self.progress.borrow().outcome.is_some()
     }
 }
+
+/// Now, in seconds of Unix time.
+fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}

@@ -8,6 +8,7 @@ use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
 
 use super::copy::{CopyError, Copying};
 use super::digest::{difference, digest_all};
+use super::unix_seconds;
 use crate::api::types::Phase;
 use crate::guest::SavedState;
 
@@ -19,19 +20,26 @@ impl Copying {
             progress.phase = Phase::SwitchingOver;
             progress.guest_runs_at = None;
         });
-        let started = Instant::now();
-        self.paused_at.set(Some(started));
-        self.guest.driver.pause().await?;
-        let pause_time = started.elapsed();
+        self.paused_at.set(Some(Instant::now()));
+        let paused_at = self.guest.driver.pause().await?;
+        self.paused_at.set(Some(paused_at));
+        let pause_time = paused_at.elapsed();
+        let stopped_at = unix_seconds() - pause_time.as_secs_f64();
+        self.ticket.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
         self.outbound.still.store(true, Ordering::Release);
-        self.guest.driver.harvest(&self.outbound.dirty).await?;
+        self.harvest().await?;
         self.outbound.wake(self.outbound.dirty.count());
-        // The VMM saves its state while the lanes send the last pages.
-        let (saved, sent) = tokio::join!(self.guest.driver.save(), self.until_all_acknowledged());
-        let saved = saved?;
-        sent?;
+        let saved = if self.guest.driver.saves_last() {
+            self.until_all_acknowledged().await?;
+            self.guest.driver.save().await?
+        } else {
+            // The VMM saves its state while the lanes send the last pages.
+            let (saved, sent) = tokio::join!(self.guest.driver.save(), self.until_all_acknowledged());
+            sent?;
+            saved?
+        };
         // What device models wrote while they came to rest and saved themselves.
-        if self.guest.driver.harvest(&self.outbound.dirty).await? > 0 {
+        if self.harvest().await? > 0 {
             self.outbound.wake(self.outbound.dirty.count());
             self.until_all_acknowledged().await?;
         }

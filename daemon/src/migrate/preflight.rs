@@ -1,6 +1,7 @@
 //! What is found out before anything moves, on both hosts.
 
 mod receive;
+mod summon;
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
+use super::copy::data_extents;
 use super::lanes::LaneEnd;
 use crate::api::types::{Estimate, Finding, PortCheck, Severity};
 use crate::config::{PortConfig, Rate};
@@ -18,10 +20,10 @@ use crate::host::Host;
 use crate::link::Link;
 use crate::port;
 
-pub use receive::{offered_ports, receive};
+pub use receive::{offered_ports, receive, release};
 
-/// Longest wait for the destination's answer to an offer.
-const ANSWER: Duration = Duration::from_secs(10);
+/// Longest wait for the destination's answer to an offer: it may have to start a VMM first.
+const ANSWER: Duration = Duration::from_secs(60);
 /// Streams over one pair of ports.
 const MOST_LANES: u16 = crate::config::MAX_LANES as u16;
 
@@ -73,12 +75,17 @@ pub async fn send(
     request: Request,
     findings: &mut Findings,
 ) -> Option<Plan> {
-    findings.estimate = estimate(guest);
+    findings.estimate = estimate(guest).await;
+    look_at_source(guest, findings).await;
+    if findings.refused() && !request.check_only {
+        return None;
+    }
     let offer = Offer {
         migration: request.migration,
         check_only: request.check_only,
         data_bytes: findings.estimate.data_bytes,
         shape: guest.shape.clone(),
+        qemu: guest.driver.qemu().cloned(),
     };
     let (link, token, ports) = ask(host, peer, offer, findings).await?;
     let pairs = try_ports(host, &ports, findings).await;
@@ -115,8 +122,20 @@ impl Findings {
     }
 }
 
-fn estimate(guest: &Guest) -> Estimate {
-    let extents = guest.ram.data_extents(0..guest.ram.pages()).unwrap_or_default();
+/// What is in the way on this host.
+async fn look_at_source(guest: &Guest, findings: &mut Findings) {
+    match guest.driver.obstacles().await {
+        Ok(obstacles) => {
+            for obstacle in obstacles {
+                findings.add(Severity::Refused, obstacle.what, obstacle.detail, obstacle.remedy.as_deref());
+            }
+        }
+        Err(error) => findings.add(Severity::Refused, "vmm", error.to_string(), Some("look at its log")),
+    }
+}
+
+async fn estimate(guest: &Guest) -> Estimate {
+    let extents = data_extents(&guest.ram, 0..guest.ram.pages()).await.unwrap_or_default();
     let data_pages: u64 = extents.iter().map(|extent| extent.end - extent.start).sum();
     Estimate {
         ram_bytes: guest.shape.ram_bytes(),

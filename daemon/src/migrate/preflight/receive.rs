@@ -6,39 +6,74 @@ use std::rc::Rc;
 
 use memlane_kvm::compat;
 use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Port, Refusal, Respect};
+use tracing::warn;
 
-use crate::guest::Guest;
+use super::summon;
+use crate::guest::{Guest, qemu};
 use crate::host::Host;
 use crate::port;
 
 /// Whether an offered guest can come: the VMM that waits for it, which the migration then has
-/// for itself, or everything that is wrong.
-pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
+/// for itself, or everything that is wrong. A guest in QEMU may bring what its QEMU here is
+/// started from.
+pub async fn receive(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
     let name = &offer.shape.name;
-    let refusal = |what, reason: String| Refusal { what, reason };
+    let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
     let guest = match host.guest(name) {
-        None => {
-            let reason =
-                format!("no VMM waits for a guest named {name}; start one with --incoming and that name");
-            return Err(vec![refusal(Respect::Receiver, reason)]);
-        }
         Some(guest) if guest.is_moving() => {
-            let reason = format!("guest {name} is moving already; wait until that has ended");
-            return Err(vec![refusal(Respect::Busy, reason)]);
+            return refused(
+                Respect::Busy,
+                format!("guest {name} is moving already; wait until that has ended"),
+            );
         }
         Some(guest) if guest.standing.get() != Standing::Incoming => {
-            let reason = format!("a guest named {name} is here already; names must be unique");
-            return Err(vec![refusal(Respect::Busy, reason)]);
+            return refused(
+                Respect::Busy,
+                format!("a guest named {name} is here already; names must be unique"),
+            );
         }
         Some(guest) => guest,
+        None => match summon::summon(host, peer, offer).await {
+            Ok(guest) => guest,
+            Err(refusals) => return Err(shorten(refusals)),
+        },
     };
+    if !offer.check_only || guest.summoned.get() {
+        // Taken before anything else is awaited, so that no second offer can take it too.
+        guest.migration.replace(Some(offer.migration));
+    }
+    let refusals = judge(host, offer, &guest);
+    if refusals.is_empty() {
+        return Ok(guest);
+    }
+    release(&guest, offer).await;
+    Err(shorten(refusals))
+}
+
+/// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
+pub async fn release(guest: &Guest, offer: &Offer) {
+    if guest.summoned.get()
+        && let Err(error) = guest.driver.discard().await
+    {
+        warn!(guest = %guest.shape.name, %error, "cannot end the VMM that was started for a guest");
+    }
+    guest.migration.borrow_mut().take_if(|migration| *migration == offer.migration);
+}
+
+/// Compares what is offered with what waits for it, and with this host.
+fn judge(host: &Host, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
+    let refusal = |what, reason: String| Refusal { what, reason };
     let mut refusals = Vec::new();
     for reason in compat::check(&offer.shape, &guest.shape) {
         refusals.push(refusal(Respect::Machine, reason.to_string()));
     }
-    if let Some(reason) = memory_missing(host, offer, &guest) {
+    if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
+        refusals.extend(qemu::differences(theirs, ours));
+    }
+    if let Some(reason) = memory_missing(host, offer, guest) {
         refusals.push(refusal(Respect::Memory, reason));
     }
     for nic in &offer.shape.nics {
@@ -50,14 +85,7 @@ pub fn receive(host: &Host, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
         let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
         refusals.push(refusal(Respect::Port, reason));
     }
-    if !refusals.is_empty() {
-        return Err(shorten(refusals));
-    }
-    if !offer.check_only {
-        // Taken before anything is awaited, so that no second offer can take it too.
-        guest.migration.replace(Some(offer.migration));
-    }
-    Ok(guest)
+    refusals
 }
 
 /// What fits into one answer: a VMM of another kind may differ in hundreds of registers.

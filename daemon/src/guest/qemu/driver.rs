@@ -1,0 +1,317 @@
+//! The driver for stock QEMU: QMP for the guest, userfaultfd and page tables for its writes.
+//!
+//! QEMU's own migration carries the state of its devices, and nothing else: RAM that is shared
+//! memory is left out (`x-ignore-shared`). It stops before devices (`pause-before-switchover`),
+//! which is when the guest stands still, and goes on when the last page is at the destination.
+//! Up to then a cancelled migration lets the guest run again; afterwards (`postmigrate`) QEMU
+//! does not run it by itself.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::PageSet;
+use memlane_protocol::wire::attach::{MAX_STATE_BYTES, MigrationId};
+use memlane_protocol::wire::control::QemuGuest;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+use tracing::warn;
+
+use super::inspect::{Facts, MemoryFile};
+use super::qmp::Qmp;
+use super::register::Record;
+use super::tracking::Tracking;
+use super::{launch, obstacles};
+use crate::guest::shim::Shims;
+use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState};
+
+/// Name of the descriptor over which QEMU's state travels.
+const CHANNEL: &str = "memlane";
+/// Longest wait for a step of QEMU's own migration.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Capabilities of QEMU's migration at the source, beyond what it has by itself.
+const SOURCE: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
+/// The same at the destination. Disks are taken (and locked) only when the guest is to run.
+const DESTINATION: [&str; 3] = ["x-ignore-shared", "late-block-activate", "events"];
+
+/// A QEMU and the guest in it.
+pub struct Qemu {
+    qmp: Rc<Qmp>,
+    guest: QemuGuest,
+    ram: Arc<GuestRam>,
+    files: Vec<MemoryFile>,
+    process: Rc<Process>,
+    shims: Rc<Shims>,
+    /// Where its output goes, if this daemon started it.
+    log: Option<PathBuf>,
+    /// A guest comes here, or has come and not yet run.
+    incoming: Cell<bool>,
+    tracking: RefCell<Option<Rc<Tracking>>>,
+    /// Reads what QEMU's migration writes.
+    state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
+}
+
+impl Qemu {
+    /// Drives the QEMU at the other end of `qmp`, whose guest has been looked at.
+    pub fn new(qmp: Qmp, facts: Facts, process: Rc<Process>, shims: Rc<Shims>, record: &Record) -> Self {
+        let Facts { qemu, ram, files, .. } = facts;
+        let (qmp, incoming) = (Rc::new(qmp), Cell::new(record.incoming));
+        let log = record.definition.as_ref().map(|_| launch::log_of(&record.qmp));
+        let (tracking, state) = (RefCell::default(), RefCell::default());
+        Self { qmp, guest: qemu, ram, files, process, shims, log, incoming, tracking, state }
+    }
+
+    /// What QEMU said last, or where to look for that.
+    fn last_words(&self) -> String {
+        match &self.log {
+            Some(log) => format!("QEMU says: {}", launch::tail(log)),
+            None => "see QEMU's log".to_owned(),
+        }
+    }
+
+    async fn set_up(&self, capabilities: &[&str], on: bool) -> Result<(), DriverError> {
+        let capabilities: Vec<_> =
+            capabilities.iter().map(|name| json!({ "capability": name, "state": on })).collect();
+        let arguments = json!({ "capabilities": capabilities });
+        self.qmp.execute("migrate-set-capabilities", arguments).await.map(drop)
+    }
+
+    /// Gives QEMU one end of a connection; returns ours.
+    async fn channel(&self) -> Result<UnixStream, DriverError> {
+        let failed = |error: io::Error| DriverError::Failed { request: "getfd", reason: error.to_string() };
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        self.qmp.give(CHANNEL, OwnedFd::from(theirs).as_fd()).await?;
+        UnixStream::from_std(ours).map_err(failed)
+    }
+
+    /// Ends a migration of QEMU's own that is under way; the guest then runs again.
+    async fn cancel(&self) -> Result<(), DriverError> {
+        const OVER: [&str; 5] = ["", "none", "completed", "cancelled", "failed"];
+        let until = Instant::now() + PATIENCE;
+        let mut asked = false;
+        loop {
+            let state = self.qmp.migration().await?;
+            if OVER.contains(&state.as_str()) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                return Err(DriverError::Slow { request: "migrate_cancel", after: PATIENCE });
+            }
+            if !std::mem::replace(&mut asked, true) {
+                self.qmp.execute("migrate_cancel", json!({})).await?;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
+        let reason = || "tracking has not been started".to_owned();
+        self.tracking.borrow().clone().ok_or_else(|| DriverError::Failed { request, reason: reason() })
+    }
+}
+
+#[async_trait(?Send)]
+impl Driver for Qemu {
+    async fn start_tracking(&self) -> Result<(), DriverError> {
+        self.set_up(&SOURCE, true).await?;
+        // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
+        let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
+        self.qmp.execute("migrate-set-parameters", most).await?;
+        let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
+        let handles = self.shims.open_userfault(self.qmp.pid()).await;
+        let handles = handles.map_err(|error| failed(error.to_string()))?;
+        let tracking = Tracking::start(self.ram.clone(), &self.files, handles).map_err(failed)?;
+        *self.tracking.borrow_mut() = Some(Rc::new(tracking));
+        Ok(())
+    }
+
+    async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError> {
+        self.tracking("arm")?.arm(pages).await
+    }
+
+    async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+        self.tracking("harvest")?.harvest(into).await
+    }
+
+    async fn stop_tracking(&self) -> Result<(), DriverError> {
+        *self.tracking.borrow_mut() = None;
+        // Whoever migrates it with QEMU's own means next finds these as they were.
+        self.set_up(&SOURCE, false).await
+    }
+
+    async fn pause(&self) -> Result<Instant, DriverError> {
+        let asked = Instant::now();
+        let channel = self.channel().await?;
+        self.qmp.expect_migration();
+        self.qmp.execute("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        *self.state.borrow_mut() = Some(tokio::task::spawn_local(read_state(channel)));
+        let states = ["pre-switchover", "completed", "failed", "cancelled"];
+        match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
+            "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
+            other => {
+                let reason = format!("its own migration is {other}; {}", self.last_words());
+                Err(DriverError::Failed { request: "pause", reason })
+            }
+        }
+    }
+
+    async fn resume(&self) -> Result<Option<Duration>, DriverError> {
+        self.state.borrow_mut().take().inspect(JoinHandle::abort);
+        if !self.incoming.get() {
+            self.cancel().await?;
+        }
+        if self.qmp.status().await? != "running" {
+            self.qmp.execute("cont", json!({})).await?;
+        }
+        let status = self.qmp.status().await?;
+        if status != "running" {
+            let reason = format!("its status is {status}");
+            return Err(DriverError::Failed { request: "cont", reason });
+        }
+        if self.incoming.take() {
+            let qmp = self.qmp.clone();
+            tokio::task::spawn_local(async move { announce(&qmp).await });
+        }
+        Ok(self.qmp.resumed())
+    }
+
+    async fn save(&self) -> Result<SavedState, DriverError> {
+        let started = Instant::now();
+        let failed = |reason: String| DriverError::Failed { request: "save", reason };
+        self.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).await?;
+        let states = ["completed", "failed", "cancelled"];
+        let state = self.qmp.migration_reaches(&states, "save", PATIENCE).await?;
+        let reading = self.state.borrow_mut().take();
+        let reading = reading.ok_or_else(|| failed("the guest was not paused".into()))?;
+        if state != "completed" {
+            reading.abort();
+            return Err(failed(format!("its own migration is {state}; {}", self.last_words())));
+        }
+        let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
+        let bytes = tokio::time::timeout(PATIENCE, reading).await.map_err(late)?;
+        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        Ok(SavedState { bytes, took: started.elapsed() })
+    }
+
+    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+        let started = Instant::now();
+        self.set_up(&DESTINATION, true).await?;
+        // It is announced when it runs here, not before.
+        self.qmp.execute("migrate-set-parameters", json!({ "announce-rounds": 0 })).await?;
+        // While a guest is awaited this means: do not run it by yourself.
+        self.qmp.execute("stop", json!({})).await?;
+        let mut channel = self.channel().await?;
+        self.qmp.expect_migration();
+        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        let write = async {
+            // A QEMU that does not like what it reads says so below, by its end.
+            let _ = channel.write_all(state).await;
+            let _ = channel.shutdown().await;
+            std::future::pending::<()>().await;
+        };
+        let states = ["completed", "failed"];
+        let loaded = tokio::select! {
+            state = self.qmp.migration_reaches(&states, "load", PATIENCE) => state,
+            () = write => unreachable!("it waits for the other"),
+        };
+        // What it has loaded in part it must never run: none of these is a plain failure.
+        let broken = |what: String| {
+            let reason = format!("{what}; {}", self.last_words());
+            DriverError::Broken { request: "load", reason }
+        };
+        match loaded {
+            Ok(state) if state == "completed" => {}
+            Ok(state) => return Err(broken(format!("its own migration is {state}"))),
+            Err(DriverError::Gone) => return Err(broken("it ended".into())),
+            Err(error) => return Err(error),
+        }
+        let status = self.qmp.status().await?;
+        if status != "paused" {
+            return Err(broken(format!("its status is {status}")));
+        }
+        Ok(started.elapsed())
+    }
+
+    async fn relinquish(&self, _: MigrationId) -> Result<(), DriverError> {
+        match self.qmp.status().await?.as_str() {
+            "postmigrate" => Ok(()),
+            status => {
+                let reason = format!("its status is {status}, not postmigrate");
+                Err(DriverError::Failed { request: "relinquish", reason })
+            }
+        }
+    }
+
+    async fn prepare(&self, _: MigrationId) -> Result<(), DriverError> {
+        // That a guest is loaded shows in QEMU's status, and whose it is in this daemon's journal.
+        Ok(())
+    }
+
+    async fn discard(&self) -> Result<(), DriverError> {
+        match self.qmp.execute("quit", json!({})).await {
+            Ok(_) | Err(DriverError::Gone) => {}
+            Err(error) => warn!(%error, "QEMU does not quit by itself"),
+        }
+        match tokio::time::timeout(PATIENCE, self.process.ended()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(DriverError::Slow { request: "quit", after: PATIENCE }),
+        }
+    }
+
+    async fn gone(&self) {
+        self.qmp.gone().await;
+    }
+
+    fn hang_up(&self) {
+        self.qmp.hang_up();
+    }
+
+    fn saves_last(&self) -> bool {
+        // With its devices QEMU gives up its disks, which another process may then take.
+        true
+    }
+
+    async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
+        obstacles::find(&self.qmp, &self.shims).await
+    }
+
+    fn qemu(&self) -> Option<&QemuGuest> {
+        Some(&self.guest)
+    }
+}
+
+/// Has QEMU tell the network where the guest is, in its own words and the guest's.
+async fn announce(qmp: &Qmp) {
+    // Milliseconds; as QEMU does by itself after a migration of its own.
+    let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = qmp.execute("announce-self", times).await {
+        warn!(%error, "QEMU does not announce its guest; the daemon did");
+    }
+}
+
+async fn read_state(channel: UnixStream) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    channel.take(MAX_STATE_BYTES + 1).read_to_end(&mut bytes).await?;
+    if bytes.len() as u64 > MAX_STATE_BYTES {
+        let text = format!("the state of its devices has more than {MAX_STATE_BYTES} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(bytes)
+}
+
+/// The instant of a Unix time that has just been.
+fn ago(time: Option<Duration>) -> Option<Instant> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.checked_sub(time?)?;
+    Instant::now().checked_sub(since)
+}

@@ -1,0 +1,259 @@
+//! Keeping to the QEMUs of this host: whoever attaches by itself comes back by itself, but to a
+//! QEMU the daemon has to go.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Child;
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use serde_json::json;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::QemuError;
+use super::definition::Definition;
+use super::driver::Qemu;
+use super::inspect::inspect;
+use super::launch::Started;
+use super::qmp::Qmp;
+use super::register::Record;
+use crate::guest::{DriverError, Guest, Process};
+use crate::host::Host;
+
+/// How often a QEMU is looked for whose monitor does not answer.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Longest wait for the QEMU of a guest that has just left to be gone.
+const LEAVING: Duration = Duration::from_secs(5);
+
+/// The QEMUs that are kept, by the names of their guests.
+#[derive(Default)]
+pub struct Keepers(RefCell<BTreeMap<Label, watch::Sender<bool>>>);
+
+/// A name that nobody else can take meanwhile.
+pub struct Place {
+    host: Rc<Host>,
+    name: Label,
+    /// True once nobody is to keep to the QEMU any more.
+    let_go: watch::Receiver<bool>,
+}
+
+impl Keepers {
+    /// Lets go of a QEMU.
+    pub fn let_go(&self, name: &Label) {
+        if let Some(keeper) = self.0.borrow().get(name) {
+            keeper.send_replace(true);
+        }
+    }
+
+    fn has(&self, name: &Label) -> bool {
+        self.0.borrow().contains_key(name)
+    }
+}
+
+/// Takes up what was kept before the daemon ended.
+pub fn resume_keeping(host: &Rc<Host>) {
+    for record in host.register.all() {
+        let Ok(name) = record.name.parse::<Label>() else { continue };
+        let place = Place::new(host, name);
+        tokio::task::spawn_local(place.stay(record, None, None));
+    }
+}
+
+impl Place {
+    /// Takes the name of a guest, unless there is one of that name. One that is just leaving is
+    /// waited for.
+    pub async fn take(host: &Rc<Host>, name: &Label) -> Result<Self, QemuError> {
+        let until = tokio::time::Instant::now() + LEAVING;
+        while host.keepers.has(name) || host.guest(name).is_some() {
+            if !is_leaving(host, name).await || tokio::time::Instant::now() > until {
+                return Err(QemuError::NameTaken(name.clone()));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(Self::new(host, name.clone()))
+    }
+
+    fn new(host: &Rc<Host>, name: Label) -> Self {
+        let sender = watch::Sender::new(false);
+        let let_go = sender.subscribe();
+        host.keepers.0.borrow_mut().insert(name.clone(), sender);
+        Self { host: host.clone(), name, let_go }
+    }
+
+    /// Takes in the guest of a QEMU that this daemon has started, and keeps to it.
+    pub async fn keep_started(self, started: Started, record: Record) -> Result<Rc<Guest>, QemuError> {
+        let mut child = started.child;
+        match self.take_in(&record, true).await {
+            Ok((guest, record)) => {
+                info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
+                self.host.guest_attached(guest.clone());
+                tokio::task::spawn_local(self.stay(record, Some(guest.clone()), child));
+                Ok(guest)
+            }
+            Err(error) => {
+                if let Some(child) = &mut child {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+                record.remove_files();
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes in the guest of a QEMU that others started, and keeps to it.
+    pub async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
+        let (guest, record) = self.take_in(&record, true).await?;
+        self.host.guest_attached(guest.clone());
+        tokio::task::spawn_local(self.stay(record, Some(guest.clone()), None));
+        Ok(guest)
+    }
+
+    /// Connects to the QEMU, looks at its guest, and writes down what must be remembered. `fresh` if
+    /// the daemon has not had it before.
+    async fn take_in(&self, record: &Record, fresh: bool) -> Result<(Rc<Guest>, Record), QemuError> {
+        let host = &self.host;
+        let qmp = Qmp::connect(&record.qmp).await?;
+        if !host.config.attach_users.contains(&qmp.user()) {
+            return Err(QemuError::User { user: qmp.user() });
+        }
+        let (status, migration) = (qmp.status().await?, qmp.migration().await?);
+        if fresh {
+            agree(record.incoming, &status, &migration, listens(&qmp).await?)?;
+        }
+        let definition =
+            record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
+        let definition = definition.transpose()?;
+        let facts = inspect(&qmp, &self.name, definition.as_ref(), &host.config.networks).await?;
+        let process = Rc::new(Process::running(qmp.pid()));
+        let mut record = record.clone();
+        // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
+        record.incoming &= status != "running";
+        (record.pid, record.started) = (process.identity().pid, process.identity().started);
+        host.register.write(&record)?;
+        let standing = match (status.as_str(), record.incoming) {
+            ("inmigrate", _) => Standing::Incoming,
+            ("paused", true) => Standing::Loaded,
+            // A daemon before this one was about to move it.
+            ("postmigrate" | "finish-migrate", _) => Standing::Relinquished,
+            (_, false) if is_migrating(&migration) => Standing::Relinquished,
+            _ => Standing::Running,
+        };
+        let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
+        let shims = host.shims.clone();
+        let driver = Qemu::new(qmp, facts, process.clone(), shims, &record);
+        let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
+        Ok((Rc::new(guest), record))
+    }
+
+    /// Keeps to a QEMU, whose guest is attached if it is given, until it ends or is let go of.
+    async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, mut child: Option<Child>) {
+        let mut told = false;
+        loop {
+            let process = Process::remembered(record.identity());
+            if let Some(guest) = guest.take() {
+                told = false;
+                tokio::select! {
+                    () = guest.driver.gone() => {}
+                    _ = self.let_go.wait_for(|let_go| *let_go) => {
+                        guest.driver.hang_up();
+                        self.host.register.remove(&record.name);
+                        info!(guest = %self.name, "let go of a QEMU");
+                        return;
+                    }
+                }
+            }
+            // A QEMU that has not been seen since the daemon started may be none any more.
+            if tokio::time::timeout(AGAIN, process.ended()).await.is_ok() {
+                info!(guest = %self.name, pid = record.pid, "QEMU has ended");
+                if let Some(child) = &mut child {
+                    let _ = child.wait();
+                }
+                record.remove_files();
+                self.host.register.remove(&record.name);
+                return;
+            }
+            // It may have been changed: a guest has arrived.
+            record = self.host.register.read(&record.name).unwrap_or(record);
+            match self.take_in(&record, false).await {
+                Ok((again, new)) => {
+                    self.host.guest_attached(again.clone());
+                    (guest, record) = (Some(again), new);
+                }
+                Err(error) if !told => {
+                    told = true;
+                    warn!(guest = %self.name, %error, "cannot take up a QEMU again; trying on");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.host.keepers.0.borrow_mut().remove(&self.name);
+    }
+}
+
+/// Whether a guest is about to be none of this host's.
+async fn is_leaving(host: &Host, name: &Label) -> bool {
+    let Some(guest) = host.guest(name) else { return true };
+    guest.is_moving() || tokio::time::timeout(Duration::ZERO, guest.process.ended()).await.is_ok()
+}
+
+/// Whether QEMU migrates by its own means.
+fn is_migrating(migration: &str) -> bool {
+    !matches!(migration, "" | "none" | "completed" | "failed" | "cancelled")
+}
+
+/// Whether QEMU awaits a migration at an address of its own, and so none that it would be told of.
+async fn listens(qmp: &Qmp) -> Result<bool, DriverError> {
+    let migration = qmp.execute("query-migrate", json!({})).await?;
+    Ok(migration["socket-address"].is_array())
+}
+
+/// Whether the QEMU is in the state that the operator says.
+fn agree(incoming: bool, status: &str, migration: &str, listens: bool) -> Result<(), QemuError> {
+    let reason = match (incoming, status) {
+        (true, "inmigrate") if !listens && !is_migrating(migration) => return Ok(()),
+        (true, "inmigrate") => "QEMU listens for a migration of its own; start it with -incoming defer",
+        (true, _) => "QEMU does not wait for a guest; start it with -incoming defer",
+        (false, "inmigrate") => "QEMU waits for a guest to arrive; say so with --incoming",
+        (false, _) if is_migrating(migration) => {
+            "QEMU migrates the guest by itself; wait until that has ended"
+        }
+        (false, "postmigrate") => "QEMU has migrated the guest by itself: it runs elsewhere",
+        (false, _) => return Ok(()),
+    };
+    Err(QemuError::Standing(reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_operator_says_is_compared_with_what_qemu_says() {
+        for (incoming, status, migration) in
+            [(true, "inmigrate", ""), (false, "running", ""), (false, "paused", "completed")]
+        {
+            assert!(agree(incoming, status, migration, false).is_ok());
+        }
+        for (incoming, status, migration, listens, text) in [
+            (true, "inmigrate", "setup", false, "-incoming defer"),
+            (true, "inmigrate", "", true, "-incoming defer"),
+            (true, "running", "", false, "-incoming defer"),
+            (false, "inmigrate", "", false, "--incoming"),
+            (false, "running", "active", false, "by itself"),
+            (false, "postmigrate", "completed", false, "elsewhere"),
+        ] {
+            let told = agree(incoming, status, migration, listens).unwrap_err().to_string();
+            assert!(told.contains(text), "{told}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Starting QEMU.
+
+use std::ffi::OsString;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+use super::QemuError;
+use super::definition::{Definition, Paths};
+use super::register::paths;
+use crate::host::Host;
+
+/// A QEMU that is starting is looked at so often.
+const LOOK: Duration = Duration::from_millis(5);
+/// Longest wait for its monitor: it may have to take all RAM from the host first.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of its log that are told when it fails.
+const TAIL_BYTES: usize = 1000;
+
+/// A QEMU whose monitor can be connected to.
+pub struct Started {
+    /// Where its output goes.
+    pub log: PathBuf,
+    /// The process, unless systemd has it: somebody must collect it when it ends.
+    pub child: Option<Child>,
+}
+
+/// Starts the QEMU of a guest, and waits for its monitor.
+pub async fn start(host: &Host, definition: &Definition, incoming: bool) -> Result<Started, QemuError> {
+    let guests = &host.config.guests;
+    for nic in &definition.nics {
+        if !Path::new("/sys/class/net").join(&nic.tap).exists() {
+            return Err(QemuError::Missing(format!(
+                "tap {0} of guest {1} is not there; make it with `ip tuntap add {0} mode tap`, join it to the bridge \
+                 of network {2} and bring it up, or change nic.tap in the guest file",
+                nic.tap, definition.name, nic.network
+            )));
+        }
+    }
+    let paths = paths(guests, &definition.name);
+    let log = log_of(&paths.qmp);
+    prepare(&paths).map_err(|(doing, path, source)| QemuError::Start { doing, path, source })?;
+    let output =
+        log_file(&log).map_err(|source| QemuError::Start { doing: "write to", path: log.clone(), source })?;
+    let arguments = definition.command_line(&paths, incoming);
+    let environment = [
+        ("LD_PRELOAD", guests.shim.clone().into_os_string()),
+        ("MEMLANE_ATTACH_SOCKET", host.config.attach_socket.clone().into_os_string()),
+    ];
+    if !guests.shim.exists() {
+        return Err(QemuError::Missing(format!(
+            "the shim {} is not there, without which the guest could not be moved; install it, or name it in \
+             guests.shim of the daemon's configuration",
+            guests.shim.display()
+        )));
+    }
+    let failed = |source| QemuError::Start { doing: "start", path: definition.qemu.clone(), source };
+    let mut started = if systemd_runs() {
+        run_as_unit(definition, &arguments, &environment, &log).await?;
+        Started { log, child: None }
+    } else {
+        let child = run_as_session(&definition.qemu, &arguments, &environment, output).map_err(failed)?;
+        Started { log, child: Some(child) }
+    };
+    let up = tokio::select! {
+        () = greets(&paths.qmp) => true,
+        () = ends(started.child.as_mut()) => false,
+        () = tokio::time::sleep(PATIENCE) => false,
+    };
+    if !up {
+        if let Some(child) = &mut started.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = std::fs::remove_file(&paths.memory);
+        return Err(QemuError::Ended(tail(&started.log)));
+    }
+    Ok(started)
+}
+
+/// The log of the QEMU that has its monitor at `qmp`.
+pub fn log_of(qmp: &Path) -> PathBuf {
+    qmp.with_file_name("qemu.log")
+}
+
+/// The last lines of QEMU's log.
+pub fn tail(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(TAIL_BYTES)..]).into_owned();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = &lines[lines.len().saturating_sub(4)..];
+    if last.is_empty() { format!("it says nothing in {}", log.display()) } else { last.join("; ") }
+}
+
+/// Makes the directories, and removes what an earlier QEMU of this name has left.
+fn prepare(paths: &Paths) -> Result<(), (&'static str, PathBuf, io::Error)> {
+    for path in [&paths.memory, &paths.qmp] {
+        let directory = path.parent().expect("a file in a directory");
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.and_then(|()| is_ours(directory))
+            .map_err(|error| ("use the directory", directory.to_owned(), error))?;
+    }
+    crate::unix_socket::make_way(&paths.qmp).map_err(|error| ("use the socket", paths.qmp.clone(), error))?;
+    match std::fs::remove_file(&paths.memory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(("remove the old memory", paths.memory.clone(), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Others may have made a directory of this name before us, where everybody may make some.
+fn is_ours(directory: &Path) -> io::Result<()> {
+    let metadata = std::fs::symlink_metadata(directory)?;
+    if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other("others can write to it; remove it, or name another in [guests] of the configuration"))
+}
+
+fn log_file(log: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(log)
+}
+
+/// Returns once QEMU's monitor answers. QEMU makes the socket long before: it then takes its RAM and makes the
+/// devices, which lasts, or ends over them.
+async fn greets(qmp: &Path) {
+    loop {
+        if let Ok(mut monitor) = UnixStream::connect(qmp).await
+            && monitor.read_u8().await.is_ok()
+        {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Returns once the process has ended; never if there is none to look at.
+async fn ends(child: Option<&mut Child>) {
+    let Some(child) = child else { return std::future::pending().await };
+    while matches!(child.try_wait(), Ok(None)) {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn systemd_runs() -> bool {
+    // sd_booted(3)
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// A transient unit, which has a cgroup of its own and is not ended with the daemon's: of the
+/// system where the daemon is root, else of its user's own manager, which needs nobody's leave.
+async fn run_as_unit(
+    definition: &Definition,
+    arguments: &[OsString],
+    environment: &[(&str, OsString)],
+    log: &Path,
+) -> Result<(), QemuError> {
+    let mut command = Command::new("systemd-run");
+    let user = rustix::process::geteuid();
+    if !user.is_root() {
+        command.arg("--user").env("XDG_RUNTIME_DIR", format!("/run/user/{}", user.as_raw()));
+    }
+    command.args(["--quiet", "--collect", &format!("--unit=memlane-guest-{}", definition.name)]);
+    for stream in ["StandardOutput", "StandardError"] {
+        command.arg(format!("--property={stream}=append:{}", log.display()));
+    }
+    for (name, value) in environment {
+        let mut setting = OsString::from(format!("--setenv={name}="));
+        setting.push(value);
+        command.arg(setting);
+    }
+    // systemd would put variables of its own in the place of names after `$`.
+    let arguments = arguments.iter().map(|argument| {
+        let bytes = argument.as_bytes().split(|byte| *byte == b'$').collect::<Vec<_>>();
+        OsString::from_vec(bytes.join(&b"$$"[..]))
+    });
+    command.arg("--").arg(&definition.qemu).args(arguments).stdin(Stdio::null());
+    let failed = |source| QemuError::Start { doing: "run", path: "systemd-run".into(), source };
+    let run = tokio::task::spawn_blocking(move || command.output());
+    let output = run.await.expect("running a command does not panic").map_err(failed)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(QemuError::Ended(format!(
+        "systemd-run: {text}; unless the daemon runs as root, its user must be one that lingers \
+         (`loginctl enable-linger`)"
+    )))
+}
+
+/// A session of its own, which the daemon's end does not concern.
+fn run_as_session(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(&str, OsString)],
+    output: File,
+) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command.args(arguments).envs(environment.iter().cloned()).current_dir("/");
+    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+    // SAFETY: two system calls, which are all right between fork and exec; nothing is allocated.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            // What the daemon may (announce guests) is not for QEMU.
+            rustix::thread::clear_ambient_capability_set()?;
+            Ok(())
+        });
+    }
+    let child = command.spawn()?;
+    // The daemon is the last that the kernel ends for want of memory; its guests are not.
+    let _ = std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
+    Ok(child)
+}

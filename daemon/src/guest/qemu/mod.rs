@@ -1,0 +1,182 @@
+//! Stock QEMU: guests whose VMM knows nothing of Memlane.
+//!
+//! A QEMU does not attach itself: the daemon starts it from a [guest file](definition), or is
+//! told where its monitor is, and from then on keeps to it (`keeper`): across lost connections, and,
+//! through a [register](register) on disk, across the daemon's own end.
+
+pub mod definition;
+mod driver;
+mod inspect;
+mod keeper;
+mod launch;
+mod obstacles;
+mod qmp;
+mod register;
+mod tracking;
+
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use memlane_kvm::ram::RamError;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::control::{QemuGuest, Refusal, Respect};
+
+use crate::guest::{DriverError, Guest};
+use crate::host::Host;
+use definition::{Definition, DefinitionError};
+use register::{Record, RegisterError};
+
+pub use keeper::{Keepers, resume_keeping};
+pub use register::Register;
+
+/// Why a guest in QEMU cannot be taken in or started.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    /// There is a guest of this name.
+    #[error("a guest named {0} is here already; names are unique on a host")]
+    NameTaken(Label),
+    /// There is no such QEMU.
+    #[error("no guest named {0} in a QEMU is here; see `memlanectl guests`")]
+    Unknown(Label),
+    /// It is being moved.
+    #[error("guest {0} is being moved; wait until that has ended, or cancel it")]
+    Moving(Label),
+    /// Its monitor.
+    #[error(transparent)]
+    Connect(#[from] qmp::ConnectError),
+    /// It does not do as it is asked.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The user it runs as.
+    #[error(
+        "QEMU runs as user {user}, who may not attach guests; add that user to attach_users in the daemon's \
+         configuration"
+    )]
+    User {
+        /// Its user id.
+        user: u32,
+    },
+    /// Its version.
+    #[error("QEMU {} is too old to be moved; install {}.{} or newer", dotted(found), oldest[0], oldest[1])]
+    TooOld {
+        /// Its version.
+        found: [u32; 3],
+        /// The oldest that would do.
+        oldest: [u32; 3],
+    },
+    /// Its memory is not behind memory back ends.
+    #[error(
+        "QEMU has {found} memory back ends, and 1 to {limit} can be moved; see QEMU's -object memory-backend-file"
+    )]
+    NoMemory {
+        /// How many it has.
+        found: usize,
+        /// How many it may have.
+        limit: usize,
+    },
+    /// Its memory cannot be shared.
+    #[error(
+        "memory {id} of the guest ({kind}{}) cannot be seen by the daemon; start QEMU with -object \
+         memory-backend-file,id=mem,share=on,size=SIZE,mem-path=/dev/shm/NAME -machine memory-backend=mem",
+        if *share { "" } else { ", share=off" }
+    )]
+    PrivateMemory {
+        /// Name of the back end.
+        id: String,
+        /// Its type.
+        kind: String,
+        /// Whether it is shared.
+        share: bool,
+    },
+    /// Its memory cannot be opened.
+    #[error("cannot use {} as the guest's memory: {source}", path.display())]
+    MemoryFile {
+        /// The file, as QEMU names it.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its memory is of a kind that cannot be moved.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Whether it waits for a guest is not as was said.
+    #[error("{0}")]
+    Standing(&'static str),
+    /// The guest file.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    /// Something that the guest file names is not on this host.
+    #[error("{0}")]
+    Missing(String),
+    /// QEMU cannot be started.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Start {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It ended as soon as it had begun.
+    #[error("QEMU did not start: {0}")]
+    Ended(String),
+    /// What must be remembered cannot be written down.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+}
+
+/// Starts a guest from its file; one that waits for a guest to arrive if `incoming`.
+pub async fn launch(host: &Rc<Host>, definition: Definition, incoming: bool) -> Result<Rc<Guest>, QemuError> {
+    definition.permitted_by(&host.config.guests)?;
+    let place = keeper::Place::take(host, &definition.name).await?;
+    let started = launch::start(host, &definition, incoming).await?;
+    place.keep_started(started, Record::launched(&definition, incoming, &host.config.guests)).await
+}
+
+/// Takes in the guest of a QEMU that others started, with its monitor at `qmp`.
+pub async fn attach(
+    host: &Rc<Host>,
+    name: Label,
+    qmp: PathBuf,
+    incoming: bool,
+) -> Result<Rc<Guest>, QemuError> {
+    let place = keeper::Place::take(host, &name).await?;
+    place.keep(Record::attached(name, qmp, incoming)).await
+}
+
+/// Lets go of a QEMU; its guest runs on.
+pub fn detach(host: &Host, name: &Label) -> Result<Rc<Guest>, QemuError> {
+    let guest = host.guest(name).filter(|guest| guest.driver.qemu().is_some());
+    let guest = guest.ok_or_else(|| QemuError::Unknown(name.clone()))?;
+    if guest.is_moving() {
+        return Err(QemuError::Moving(name.clone()));
+    }
+    host.keepers.let_go(name);
+    Ok(guest)
+}
+
+/// Everything in which a waiting QEMU differs from the one that its guest comes from.
+pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
+    let pairs = [
+        ("machine type", "-machine", &guest.machine, &waiting.machine),
+        ("CPU model", "-cpu", &guest.cpu, &waiting.cpu),
+        ("accelerator", "-accel", &guest.accelerator, &waiting.accelerator),
+    ];
+    let differing = pairs.into_iter().filter(|(_, _, ours, theirs)| ours != theirs);
+    differing
+        .map(|(what, option, ours, theirs)| Refusal {
+            what: Respect::Machine,
+            reason: format!(
+                "the guest has {what} {ours}, and the QEMU that waits for it {theirs}; start that one with \
+                 {option} {ours}"
+            ),
+        })
+        .collect()
+}
+
+fn dotted(version: &[u32; 3]) -> String {
+    let [major, minor, micro] = version;
+    format!("{major}.{minor}.{micro}")
+}

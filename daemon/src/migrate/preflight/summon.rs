@@ -1,0 +1,79 @@
+//! Starting the QEMU that receives a guest, from the guest file that came with the offer.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::control::{Offer, Refusal, Respect};
+
+use crate::guest::Guest;
+use crate::guest::qemu::definition::Definition;
+use crate::guest::qemu::{self, QemuError};
+use crate::host::Host;
+
+/// Starts a QEMU that waits for the guest, if the guest brings what that takes and this host
+/// lets the peer do so.
+pub async fn summon(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<Guest>, Vec<Refusal>> {
+    let name = &offer.shape.name;
+    let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
+    let Some(brought) = offer.qemu.as_ref().filter(|qemu| !qemu.definition.is_empty()) else {
+        let how = match offer.qemu {
+            Some(_) => "start a QEMU with -incoming defer and take it in with `memlanectl attach --incoming`",
+            None => "start one with --incoming and that name",
+        };
+        return refused(Respect::Receiver, format!("no VMM waits for a guest named {name}; {how}"));
+    };
+    if !host.peer(peer).is_some_and(|peer| peer.may_start_guests) {
+        let reason = format!(
+            "no VMM waits for a guest named {name}, and {peer} may not have one started here; set may_start_guests \
+             = true for [[peer]] {peer}, or start it with `memlanectl launch --incoming`"
+        );
+        return refused(Respect::Receiver, reason);
+    }
+    let file = format!("the guest file from {peer}");
+    let definition = match Definition::parse(Path::new(&file), &brought.definition) {
+        Ok(definition) if definition.name == *name => definition,
+        Ok(definition) => {
+            let reason = format!("the guest file that came with guest {name} is that of {}", definition.name);
+            return refused(Respect::Receiver, reason);
+        }
+        Err(error) => return refused(Respect::Receiver, error.to_string()),
+    };
+    let disks: Vec<Refusal> =
+        brought.disks.iter().filter(|disk| !Path::new(disk).exists()).map(missing).collect();
+    if !disks.is_empty() {
+        return Err(disks);
+    }
+    match qemu::launch(host, definition, true).await {
+        Ok(guest) => {
+            guest.summoned.set(true);
+            Ok(guest)
+        }
+        Err(error) => Err(vec![refusal(error)]),
+    }
+}
+
+fn missing(disk: &String) -> Refusal {
+    let reason = format!(
+        "disk {disk} is not there; disks do not travel: put it on storage that both hosts have under this path \
+         (-drive file={disk})"
+    );
+    Refusal { what: Respect::Disk, reason }
+}
+
+fn refusal(error: QemuError) -> Refusal {
+    let text = error.to_string();
+    let (what, remedy) = match &error {
+        QemuError::Missing(_) if text.starts_with("tap") => (Respect::Network, ""),
+        QemuError::Ended(_) if text.contains("unsupported machine type") => (
+            Respect::Machine,
+            "; install a newer QEMU there, or give the guest a machine type that both have (-machine)",
+        ),
+        QemuError::Ended(_) if text.contains("CPU model") => {
+            (Respect::Machine, "; give the guest a CPU model that QEMU has on both hosts (-cpu)")
+        }
+        QemuError::NameTaken(_) => (Respect::Busy, ""),
+        _ => (Respect::Receiver, ""),
+    };
+    Refusal { what, reason: format!("{text}{remedy}") }
+}
