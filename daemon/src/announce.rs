@@ -19,9 +19,10 @@ const LONGEST_GAP: Duration = Duration::from_millis(550);
 
 const ETH_P_RARP: u16 = 0x8035;
 
-/// Announces `macs` on `bridge`; returns when the last frame is sent. A bridge that is not
-/// there is logged, since nothing can be done about it: the guest runs already.
-pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
+/// Announces `macs` on `bridge`: the first frames are sent when this returns, the others by a
+/// task of their own. A bridge that is not there is logged, since nothing can be done about it:
+/// the guest is this host's already.
+pub fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
     let socket = match open(&bridge) {
         Ok(socket) => socket,
         Err(error) => {
@@ -29,20 +30,24 @@ pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
             return;
         }
     };
-    let mut gap = FIRST_GAP;
-    for round in 0..ROUNDS {
-        if round > 0 {
-            tokio::time::sleep(gap).await;
-            gap = (gap + GAP_STEP).min(LONGEST_GAP);
-        }
+    let send = move |guest: &str| {
         for mac in &macs {
             match rustix::net::send(&socket, &frame(mac), rustix::net::SendFlags::empty()) {
                 Ok(_) => crate::metrics::announced(1),
-                Err(error) => warn!(guest, bridge, %error, "cannot send an announcement"),
+                Err(error) => warn!(guest, %error, "cannot send an announcement"),
             }
         }
-    }
-    info!(guest, bridge, addresses = macs.len(), rounds = ROUNDS, "announced the guest's new place");
+    };
+    send(&guest);
+    tokio::task::spawn_local(async move {
+        let mut gap = FIRST_GAP;
+        for _ in 1..ROUNDS {
+            tokio::time::sleep(gap).await;
+            gap = (gap + GAP_STEP).min(LONGEST_GAP);
+            send(&guest);
+        }
+        info!(guest, bridge, rounds = ROUNDS, "announced the guest's new place");
+    });
 }
 
 /// A RARP request (RFC 903) by which `mac` asks for its own protocol address, padded to the

@@ -2,12 +2,10 @@
 
 mod common;
 
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use common::{GUEST, LONG, Stage, words};
-use memlane_lab::{HostId, LabOptions, Rate};
+use memlane_lab::{Capture, HostId, LabOptions, Rate};
 use memlaned::announce::frame;
 use memlaned::api::types::LaneState;
 
@@ -67,57 +65,24 @@ fn switches_are_told_where_the_guest_is() {
     let guest = format!("{GUEST} --nic 52:54:00:12:34:56@lan");
     let _source = stage.rig.start_vmm(HostId::A, "web1", &words(&guest)).unwrap();
     let mut there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{guest} --incoming"))).unwrap();
-    let sockets = [HostId::A, HostId::B].map(|id| {
+    let captures = [HostId::A, HostId::B].map(|id| {
         let host = stage.rig.lab().host(id);
-        host.run_in(|| observe(&host.bridge().unwrap().observer)).unwrap().unwrap()
+        host.run_in(|| Capture::open(&host.bridge().unwrap().observer)).unwrap().unwrap()
     });
     stage.assert_moves("web1", &mut there);
+
+    let received = |id: HostId| captures[id as usize].next_from(MAC, Duration::from_secs(1)).unwrap();
 
     let deadline = Instant::now() + LONG;
     let mut seen = 0;
     while seen < 5 && Instant::now() < deadline {
-        if let Some(found) = receive(&sockets[1]) {
-            assert_eq!(found, frame(&MAC));
+        if let Some(found) = received(HostId::B) {
+            assert_eq!(found.bytes, frame(&MAC));
             seen += 1;
         }
     }
     assert_eq!(seen, 5);
     // No more than these, and none where the guest was.
-    assert_eq!(receive(&sockets[1]), None);
-    assert_eq!(receive(&sockets[0]), None);
-}
-
-/// A socket that sees every RARP frame that arrives at an interface.
-fn observe(interface: &str) -> io::Result<OwnedFd> {
-    const ETH_P_RARP: u16 = 0x8035;
-    let name = std::ffi::CString::new(interface)?;
-    let checked = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
-    // SAFETY: the name ends in NUL.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    let (kind, protocol) = (libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(ETH_P_RARP.to_be()));
-    // SAFETY: a plain system call; its result is checked before it is owned.
-    let fd = checked(unsafe { libc::socket(libc::AF_PACKET, kind, protocol) })?;
-    // SAFETY: just opened, and owned by nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: an address of zeros is a valid one to fill in.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = ETH_P_RARP.to_be();
-    address.sll_ifindex = index as i32;
-    let length = size_of::<libc::sockaddr_ll>() as u32;
-    // SAFETY: the address is of the length given.
-    checked(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
-    rustix::net::sockopt::set_socket_timeout(
-        &socket,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(Duration::from_secs(1)),
-    )?;
-    Ok(socket)
-}
-
-/// The next frame within a second.
-fn receive(socket: &OwnedFd) -> Option<[u8; 60]> {
-    let mut bytes = [0; 60];
-    let (count, _) = rustix::net::recv(socket, &mut bytes[..], rustix::net::RecvFlags::empty()).ok()?;
-    (count == bytes.len()).then_some(bytes)
+    assert_eq!(received(HostId::B), None);
+    assert_eq!(received(HostId::A), None);
 }

@@ -77,7 +77,7 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 
 /// Who has connected, and the version that is spoken.
 enum Introduced {
-    Vmm(Hello, Arc<GuestRam>, u16),
+    Vmm(Box<Hello>, Arc<GuestRam>, u16),
     Shim(u16),
 }
 
@@ -126,7 +126,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
         return Ok(());
     };
     welcomed.map_err(broken)?;
-    let Hello { standing, migration, shape, .. } = hello;
+    let Hello { standing, migration, shape, .. } = *hello;
     info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
     if !ram.is_sealed() {
         warn!(guest = %shape.name, "its memory is a file that cannot be sealed; a VMM that cuts it ends this daemon");
@@ -152,7 +152,7 @@ fn introduce(hello: Hello, descriptors: Vec<OwnedFd>, host: &Host) -> Result<Int
     }
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
-    Ok(Introduced::Vmm(hello, Arc::new(ram), version))
+    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), version))
 }
 
 fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {

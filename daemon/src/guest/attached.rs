@@ -104,8 +104,8 @@ impl Driver for Attached {
         Ok(())
     }
 
-    async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError> {
-        self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(drop)
+    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(|_| None)
     }
 
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {

@@ -28,7 +28,7 @@ pub use process::Process;
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
     /// The VMM closed its connection, or its process has ended.
-    #[error("the connection to the VMM is lost")]
+    #[error("the VMM is gone, or the connection to it is lost")]
     Gone,
     /// The VMM did not answer in time.
     #[error("the VMM did not answer to `{request}` within {after:.0?}")]
@@ -91,8 +91,9 @@ impl Obstacle {
 pub trait Driver {
     /// Begins to track writes, with nothing armed yet. No vCPU is stopped.
     async fn start_tracking(&self) -> Result<(), DriverError>;
-    /// Notices writes to these pages from now on.
-    async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError>;
+    /// Notices writes to these pages from now on. Returns what of them may hold something, where
+    /// that had to be found out for it: of the rest, whatever comes into being is noticed as written.
+    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError>;
     /// Adds all pages written since they were armed or last harvested to `into`; tells how
     /// many are new there.
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;

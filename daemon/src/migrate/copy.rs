@@ -219,8 +219,10 @@ impl Copying {
         let mut holes = Vec::new();
         for first in (0..pages).step_by(PIECE_PAGES as usize) {
             let piece = first..(first + PIECE_PAGES).min(pages);
-            self.guest.driver.arm(piece.clone()).await?;
-            let data = data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?;
+            let data = match self.guest.driver.arm(piece.clone()).await? {
+                Some(data) => data,
+                None => data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?,
+            };
             let mut fresh = 0;
             let mut hole_from = piece.start;
             for extent in data {

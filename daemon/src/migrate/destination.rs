@@ -16,7 +16,6 @@ use super::digest::digest_all;
 use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
 use super::lanes::{LaneEnd, Lanes};
 use super::{Arrivals, Ticket, preflight};
-use crate::announce::announce;
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView, Role, Round as RoundView};
 use crate::guest::{DriverError, Guest};
 use crate::host::Host;
@@ -334,11 +333,8 @@ impl Run {
     }
 }
 
-/// Announces a guest that has begun to run on this host.
+/// Notes that a guest has begun to run on this host.
 pub fn arrived(host: &Host, guest: &Guest) {
     guest.summoned.set(false);
     host.register.note_arrival(guest.shape.name.as_str());
-    for (bridge, macs) in host.bridges_of(&guest.shape.nics) {
-        tokio::task::spawn_local(announce(guest.shape.name.to_string(), bridge, macs));
-    }
 }

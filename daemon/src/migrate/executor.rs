@@ -6,12 +6,14 @@ use std::future::pending;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use memlane_protocol::handover::{Action, Destination, Event, Message, Source};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
 use memlane_protocol::wire::control::Control;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
 use super::{Arrivals, Ticket, Word, unix_seconds};
+use crate::announce::announce;
+use crate::api::types::Role;
 use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
 use crate::journal::Entry;
@@ -241,6 +243,9 @@ impl Executor {
             Vmm::Ended => return Some(Event::VmmGone),
             Vmm::Released => return Some(done),
         };
+        if action == Action::Resume {
+            self.announce(&guest);
+        }
         let started = Instant::now();
         let told = match action {
             Action::Relinquish => guest.driver.relinquish(self.entry.migration).await,
@@ -258,7 +263,10 @@ impl Executor {
                 // It may or may not have done it. Without its daemon it keeps to its own rules,
                 // and says how it stands when it is back.
                 warn!(guest = %self.entry.guest, %failure, "the VMM did not answer");
-                self.blame(failure);
+                // What has become of one that is gone is about to be known better.
+                if !matches!(failure, DriverError::Gone) {
+                    self.blame(failure);
+                }
                 guest.driver.hang_up();
                 return self.leave_unanswered(action);
             }
@@ -273,6 +281,17 @@ impl Executor {
             }
         }
         Some(done)
+    }
+
+    /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
+    /// and at a source that takes it back from one that may have told them already.
+    fn announce(&self, guest: &Guest) {
+        let arrives = self.ticket.progress.borrow().role == Role::Destination;
+        if arrives || self.entry.record == Record::TakenBack {
+            for (bridge, macs) in self.host.bridges_of(&guest.shape.nics) {
+                announce(guest.shape.name.to_string(), bridge, macs);
+            }
+        }
     }
 
     /// The guest runs here: since when, if its VMM told that.

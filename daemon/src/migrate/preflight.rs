@@ -85,7 +85,7 @@ pub async fn send(
         check_only: request.check_only,
         data_bytes: findings.estimate.data_bytes,
         shape: guest.shape.clone(),
-        qemu: guest.driver.qemu().cloned(),
+        qemu: guest.driver.qemu().cloned().map(Box::new),
     };
     let (link, token, ports) = ask(host, peer, offer, findings).await?;
     let pairs = try_ports(host, &ports, findings).await;

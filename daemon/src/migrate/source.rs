@@ -22,7 +22,7 @@ use super::lanes::Lanes;
 use super::preflight::Plan;
 use super::{Arrivals, Ticket};
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView};
-use crate::guest::Guest;
+use crate::guest::{DriverError, Guest};
 use crate::host::Host;
 use crate::journal::Entry;
 use crate::lane::Outbound;
@@ -196,7 +196,10 @@ impl Run {
                 self.stage = None;
                 Some(result.unwrap_or_else(|error| {
                     warn!(guest = %self.ticket.guest, %error, "the migration fails");
-                    self.executor.blame(error);
+                    // What has become of a VMM that is gone is about to be known better.
+                    if !matches!(error, CopyError::Driver(DriverError::Gone)) {
+                        self.executor.blame(error);
+                    }
                     Event::Failed
                 }))
             }

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unused_imports, reason = "every test binary uses its own part of it")]
 
+mod linux;
 mod peer;
 mod tap;
 
@@ -17,6 +18,7 @@ use memlaned::api::client::Client;
 use memlaned::api::types::Migration;
 use rustix::process::{Pid, Signal, kill_process};
 
+pub use linux::{Linux, Monitor};
 pub use peer::{Lane, Peer, connect, greet, hello, host_a, lane_address, welcome};
 pub use tap::Tap;
 
@@ -39,15 +41,20 @@ pub struct Order(Child);
 impl Stage {
     /// `None`, with a line that says why, where something that it needs is missing.
     pub fn new(test: &str, lab: LabOptions) -> Option<Self> {
+        let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
+        Self::with(test, Requirement::LAB_WITH_KVM, options)
+    }
+
+    /// `None`, with a line that says why, where something of `requirements` is missing.
+    pub fn with(test: &str, requirements: &[Requirement], options: RigOptions) -> Option<Self> {
         static PROGRAMS: OnceLock<Programs> = OnceLock::new();
         static ALONE: Mutex<()> = Mutex::new(());
-        if skip(test, Requirement::LAB_WITH_KVM) {
+        if skip(test, requirements) {
             return None;
         }
         // A test that failed leaves nothing behind that could disturb the next one.
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let programs = PROGRAMS.get_or_init(|| Programs::build(false).unwrap());
-        let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
         Some(Self { rig: Rig::new(programs, options).unwrap(), _alone: alone })
     }
 

@@ -21,6 +21,7 @@ pub struct Host {
     ports: Vec<Port>,
     bridge: Option<Bridge>,
     directory: PathBuf,
+    memory_directory: PathBuf,
 }
 
 /// An interface that is lent to migration traffic.
@@ -55,8 +56,9 @@ impl Host {
         ports: Vec<Port>,
         bridge: Option<Bridge>,
         directory: PathBuf,
+        memory_directory: PathBuf,
     ) -> Self {
-        Self { name, namespace, control_address, ports, bridge, directory }
+        Self { name, namespace, control_address, ports, bridge, directory, memory_directory }
     }
 
     /// `host-a` or `host-b`.
@@ -93,6 +95,22 @@ impl Host {
     /// with the lab.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// A directory on tmpfs for guests' memory. It goes with the lab.
+    pub fn memory_directory(&self) -> &Path {
+        &self.memory_directory
+    }
+
+    /// Makes a tap for a guest, joined to the bridge. It stays when the guest's VMM has ended, as an operator's would.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses, or the lab was made without bridges.
+    pub fn add_tap(&self, name: &str) -> Result<()> {
+        let bridge = self.bridge().context("a tap needs a lab with bridges")?;
+        network::add_tap(self.namespace(), name)?;
+        network::enslave(self.namespace(), name, &bridge.interface)
     }
 
     /// A command that runs `program` inside this host.

@@ -8,8 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cleanup::Registration;
 use crate::host::{Bridge, Host, Port};
-use crate::namespace::{self, Namespace};
+use crate::lan::Lan;
+use crate::namespace::{self, MEMORY, Namespace};
 use crate::network;
+use crate::process;
 use crate::rate::Rate;
 use crate::requirements::{Requirement, why_not};
 
@@ -32,11 +34,13 @@ pub struct LabOptions {
     pub mtu: u32,
     /// Whether each host has a bridge with an observer port, as a host has for its guests.
     pub bridge: bool,
+    /// Whether a switch joins the hosts' bridges, with a client on it: see [`Lan`]. Brings the bridges along.
+    pub switch: bool,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { ports: 1, port_rate: None, mtu: 9000, bridge: false }
+        Self { ports: 1, port_rate: None, mtu: 9000, bridge: false, switch: false }
     }
 }
 
@@ -70,6 +74,7 @@ impl HostId {
 #[derive(Debug)]
 pub struct Lab {
     hosts: [Host; 2],
+    lan: Option<Lan>,
     // After `hosts`: fields are dropped in order, and a host's open namespace should not outlive its name by long.
     _cleanup: Registration,
 }
@@ -93,11 +98,14 @@ impl Lab {
             .tempdir()
             .context("creating the directory of a lab")?
             .keep();
+        let memory = Path::new(MEMORY).join(format!("{id}-memory"));
         let names = [HostId::A, HostId::B].map(|host| format!("{id}-{}", host.letter()));
+        let lan_names = ["switch", "client"].map(|name| format!("{id}-{name}"));
         // Registered before anything is made, so that an error or a signal half way leaves nothing.
         let cleanup = Registration::new({
-            let (names, directory) = (names.clone(), directory.clone());
-            move || remove(&names, &directory)
+            let names: Vec<String> = names.iter().chain(&lan_names).cloned().collect();
+            let (directory, memory) = (directory.clone(), memory.clone());
+            move || remove(&names, &directory, &memory)
         });
         ensure!(
             directory.as_os_str().len() <= MAX_DIRECTORY_BYTES,
@@ -111,11 +119,21 @@ impl Lab {
         for port in &ports {
             network::join(&names, port, options.mtu)?;
         }
+        let namespaces = [a.clone(), b.clone()];
+        let places = [directory.as_path(), &memory];
         let hosts = [
-            make_host(HostId::A, a, &ports, &directory, &options)?,
-            make_host(HostId::B, b, &ports, &directory, &options)?,
+            make_host(HostId::A, a, &ports, places, &options)?,
+            make_host(HostId::B, b, &ports, places, &options)?,
         ];
-        Ok(Self { hosts, _cleanup: cleanup })
+        let lan = match options.switch {
+            true => Some(Lan::create(
+                lan_names.each_ref().map(String::as_str),
+                namespaces.each_ref(),
+                &Bridge::default().interface,
+            )?),
+            false => None,
+        };
+        Ok(Self { hosts, lan, _cleanup: cleanup })
     }
 
     /// One of the hosts.
@@ -126,6 +144,15 @@ impl Lab {
     /// Both hosts, A first.
     pub fn hosts(&self) -> &[Host; 2] {
         &self.hosts
+    }
+
+    /// The guests' network.
+    ///
+    /// # Panics
+    ///
+    /// If the lab was made without a switch.
+    pub fn lan(&self) -> &Lan {
+        self.lan.as_ref().expect("the lab was asked for a switch")
     }
 
     /// Sets what port `index` carries in both directions; `None` lifts the limit.
@@ -152,7 +179,7 @@ fn make_host(
     id: HostId,
     namespace: Namespace,
     ports: &[String],
-    directory: &Path,
+    places: [&Path; 2],
     options: &LabOptions,
 ) -> Result<Host> {
     namespace.run_in(network::disable_ipv6)?.context("turning IPv6 off in a namespace")?;
@@ -165,15 +192,17 @@ fn make_host(
     }
     network::bring_up(namespace.name(), &links)?;
 
-    let bridge = options.bridge.then(Bridge::default);
+    let bridge = (options.bridge || options.switch).then(Bridge::default);
     if let Some(bridge) = &bridge {
         network::add_bridge(namespace.name(), bridge)?;
     }
 
-    let directory = directory.join(id.letter());
-    std::fs::create_dir(&directory).with_context(|| format!("creating {}", directory.display()))?;
+    let [directory, memory] = places.map(|place| place.join(id.letter()));
+    for directory in [&directory, &memory] {
+        std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+    }
     let name = format!("host-{}", id.letter());
-    let host = Host::new(name, namespace, id.address(0), host_ports, bridge, directory);
+    let host = Host::new(name, namespace, id.address(0), host_ports, bridge, directory, memory);
     if options.port_rate.is_some() {
         for index in 0..ports.len() {
             host.set_port_rate(index, options.port_rate)?;
@@ -182,10 +211,13 @@ fn make_host(
     Ok(host)
 }
 
-fn remove(names: &[String], directory: &Path) {
+fn remove(names: &[String], directory: &Path, memory: &Path) {
     for name in names {
         namespace::remove(name);
     }
-    // Best effort: this also runs where the directory was never made, and the next sweep tries again.
-    let _ = std::fs::remove_dir_all(directory);
+    process::kill_all_naming(memory);
+    for directory in [directory, memory] {
+        // Best effort: this also runs where a directory was never made, and the next sweep tries again.
+        let _ = std::fs::remove_dir_all(directory);
+    }
 }

@@ -7,24 +7,35 @@
 //! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
 //! SIGTERM once [`cleanup_on_signal`] was called, and otherwise with the next lab that anybody makes.
 
+mod capture;
 mod cleanup;
+mod client;
 mod host;
 mod huge_pages;
 mod lab;
+mod lan;
+pub mod linux;
 mod namespace;
 mod network;
 mod process;
+mod programs;
 mod rate;
 mod requirements;
 mod rig;
+mod size;
 mod wait;
 
+pub use capture::{Capture, Frame};
 pub use cleanup::cleanup_on_signal;
+pub use client::{Counters, Session, tell_guest};
 pub use host::{Bridge, Host, Port};
 pub use huge_pages::HugePages;
 pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
+pub use lan::Lan;
 pub use process::Process;
+pub use programs::Programs;
 pub use rate::Rate;
-pub use requirements::{Missing, Requirement, missing, say_skipped, skip, why_not};
-pub use rig::{Answer, Programs, Rig, RigOptions, Vmm};
+pub use requirements::{Missing, QEMU, Requirement, missing, say_skipped, skip, why_not};
+pub use rig::{Answer, Rig, RigOptions, Vmm};
+pub use size::Size;
 pub use wait::wait_for;

@@ -15,9 +15,13 @@ use rustix::process::{Pid, Signal};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::network;
+use crate::process;
 
 /// Where iproute2 keeps named namespaces; see ip-netns(8).
 const DIRECTORY: &str = "/run/netns";
+
+/// Where labs have directories for guests' memory: a tmpfs on every Linux.
+pub(crate) const MEMORY: &str = "/dev/shm";
 
 /// A network namespace, held open.
 #[derive(Debug, Clone)]
@@ -92,14 +96,19 @@ pub(crate) fn sweep() {
     for name in entries(Path::new(DIRECTORY)).filter(|name| is_stale(name)) {
         remove(&name);
     }
-    let temporary = std::env::temp_dir();
-    for name in entries(&temporary).filter(|name| is_stale(name)) {
-        let path = temporary.join(name);
-        // Anybody may make a directory of that name in /tmp: leave what is not ours.
-        let own = fs::symlink_metadata(&path)
-            .is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw());
-        if own {
-            let _ = fs::remove_dir_all(&path);
+    for parent in [std::env::temp_dir(), PathBuf::from(MEMORY)] {
+        for name in entries(&parent).filter(|name| is_stale(name)) {
+            let path = parent.join(name);
+            // Anybody may make a directory of that name in there: leave what is not ours.
+            let own = fs::symlink_metadata(&path).is_ok_and(|metadata| {
+                metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw()
+            });
+            if own {
+                if parent == Path::new(MEMORY) {
+                    process::kill_all_naming(&path);
+                }
+                let _ = fs::remove_dir_all(&path);
+            }
         }
     }
 }

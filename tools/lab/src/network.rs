@@ -38,6 +38,36 @@ pub(crate) fn bring_up(namespace: &str, links: &[(&str, Ipv4Addr)]) -> Result<()
     batch("ip", &["-netns", namespace], &lines)
 }
 
+/// Makes a bridge that is nothing but a switch.
+pub(crate) fn add_switch(namespace: &str, name: &str) -> Result<()> {
+    let lines = format!("link add {name} type bridge mcast_snooping 0\nlink set {name} up\n");
+    batch("ip", &["-netns", namespace], &lines)
+}
+
+/// Gives a switch a port; the other end of its cable is `interface` in the namespace `other`.
+pub(crate) fn add_switch_port(
+    namespace: &str,
+    switch: &str,
+    port: &str,
+    other: &str,
+    interface: &str,
+) -> Result<()> {
+    let lines = format!("link add {port} type veth peer name {interface} netns {other}\n");
+    batch("ip", &["-netns", namespace], &lines)?;
+    enslave(namespace, port, switch)
+}
+
+/// Makes `interface` a port of `bridge`, and brings it up.
+pub(crate) fn enslave(namespace: &str, interface: &str, bridge: &str) -> Result<()> {
+    let lines = format!("link set {interface} master {bridge}\nlink set {interface} up\n");
+    batch("ip", &["-netns", namespace], &lines)
+}
+
+/// Makes a tap that stays when nobody has it open.
+pub(crate) fn add_tap(namespace: &str, name: &str) -> Result<()> {
+    ip(&["-netns", namespace, "tuntap", "add", "dev", name, "mode", "tap"])
+}
+
 /// Makes the bridge and its observer. The other end of the observer is a port of the bridge, so whatever the bridge
 /// floods arrives there, as at a switch.
 pub(crate) fn add_bridge(namespace: &str, bridge: &Bridge) -> Result<()> {

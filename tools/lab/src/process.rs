@@ -1,6 +1,6 @@
 //! Programs that a lab runs.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -120,6 +120,22 @@ impl Drop for Process {
     fn drop(&mut self) {
         // Fails only if the process has ended.
         let _ = self.kill();
+    }
+}
+
+/// Kills every program that has `directory` among its arguments. What a daemon starts outlives it, and a service
+/// manager may even have put it outside of the lab's namespaces.
+pub(crate) fn kill_all_naming(directory: &Path) {
+    let own = rustix::process::getpid();
+    let needle = directory.as_os_str().as_encoded_bytes();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?));
+        let Some(pid) = pid.filter(|pid| *pid != own) else { continue };
+        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if arguments.windows(needle.len()).any(|window| window == needle) {
+            // Fails only if it has ended meanwhile.
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
     }
 }
 

@@ -4,7 +4,11 @@ use std::fmt;
 use std::io::Write;
 use std::path::Path;
 
+use crate::linux::Kernel;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// The QEMU that is used.
+pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// Something that a lab, or what runs in it, needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +21,10 @@ pub enum Requirement {
     Tc,
     /// A usable /dev/kvm.
     Kvm,
+    /// [`QEMU`].
+    Qemu,
+    /// A kernel for Linux guests, unpacked already.
+    Kernel,
 }
 
 impl Requirement {
@@ -25,6 +33,9 @@ impl Requirement {
 
     /// What a lab with KVM guests needs.
     pub const LAB_WITH_KVM: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Kvm];
+
+    /// What a lab with QEMU guests that run Linux needs.
+    pub const LAB_WITH_LINUX: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu, Self::Kernel];
 }
 
 /// A requirement that is not met. Displayed, it says what to do.
@@ -78,6 +89,12 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Ip => in_path("ip"),
         Requirement::Tc => in_path("tc"),
         Requirement::Kvm => kvm(),
+        Requirement::Qemu if Path::new(QEMU).exists() => None,
+        Requirement::Qemu => Some(format!("there is no {QEMU} (install qemu-system-x86)")),
+        Requirement::Kernel if Kernel::present().is_some() => None,
+        Requirement::Kernel => {
+            Some("no kernel for Linux guests is unpacked (`cargo xtask test` does it)".into())
+        }
     }
 }
 

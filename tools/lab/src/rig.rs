@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -11,19 +11,16 @@ use serde_json::Value;
 
 use crate::host::Host;
 use crate::lab::{HostId, Lab, LabOptions};
+use crate::linux::LinuxGuest;
 use crate::process::Process;
+use crate::programs::Programs;
+use crate::requirements::QEMU;
 use crate::wait::wait_for;
 
 /// Longest wait for a daemon or a VMM to come up, on a machine that is busy with other things.
 const START: Duration = Duration::from_secs(60);
 /// Longest wait for an answer of a VMM: it may have to replay a long run.
 const ANSWER: Duration = Duration::from_secs(300);
-
-/// Where the programs are.
-#[derive(Clone, Debug)]
-pub struct Programs {
-    directory: PathBuf,
-}
 
 /// Two hosts with a daemon each.
 #[derive(Debug)]
@@ -33,6 +30,7 @@ pub struct Rig {
     keys: String,
     /// Tables to add to both configurations.
     tables: String,
+    may_start_guests: bool,
     speed: Option<String>,
     daemons: [Option<Process>; 2],
     started: u32,
@@ -49,6 +47,8 @@ pub struct RigOptions {
     pub keys: String,
     /// Tables to add to both configurations, such as `[limits]`.
     pub tables: String,
+    /// Whether each daemon starts QEMU for guests that the other one sends.
+    pub may_start_guests: bool,
 }
 
 /// A running `memlane-vmm`.
@@ -69,36 +69,6 @@ pub struct Answer {
     pub text: String,
 }
 
-impl Programs {
-    /// Builds `memlaned`, `memlanectl` and `memlane-vmm` with cargo, unless they are up to date.
-    ///
-    /// # Errors
-    ///
-    /// If cargo fails.
-    pub fn build(release: bool) -> Result<Self> {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        let mut command = Command::new(cargo);
-        command.current_dir(&workspace).args(["build", "--quiet", "--locked"]);
-        command.args(["--package", "memlaned", "--package", "memlanectl", "--package", "memlane-vmm"]);
-        if release {
-            command.arg("--release");
-        }
-        ensure!(command.status().context("running cargo build")?.success(), "cargo build failed");
-        let target = match std::env::var_os("CARGO_TARGET_DIR") {
-            Some(target) => workspace.join(target),
-            None => workspace.join("target"),
-        };
-        let directory = target.join(if release { "release" } else { "debug" });
-        let directory = directory.canonicalize().context("looking for what cargo has built")?;
-        Ok(Self { directory })
-    }
-
-    fn path(&self, program: &str) -> PathBuf {
-        self.directory.join(program)
-    }
-}
-
 impl Rig {
     /// Makes the hosts and starts both daemons.
     ///
@@ -106,11 +76,11 @@ impl Rig {
     ///
     /// If the lab cannot be made, or a daemon does not come up.
     pub fn new(programs: &Programs, options: RigOptions) -> Result<Self> {
-        let RigOptions { lab, keys, tables } = options;
+        let RigOptions { lab, keys, tables, may_start_guests } = options;
         let speed = lab.port_rate.map(|rate| format!("{}bit", rate.bits_per_second()));
         let lab = Lab::new(lab)?;
         let (programs, daemons) = (programs.clone(), [None, None]);
-        let mut rig = Self { programs, keys, tables, speed, daemons, started: 0, lab };
+        let mut rig = Self { programs, keys, tables, may_start_guests, speed, daemons, started: 0, lab };
         for id in [HostId::A, HostId::B] {
             rig.write_config(id, "")?;
             rig.start_daemon(id)?;
@@ -160,10 +130,16 @@ impl Rig {
             "insecure = true\nhost = \"{name}\"\ncontrol = \"{control}\"\n\
              api_socket = \"{directory}/api.sock\"\nattach_socket = \"{directory}/attach.sock\"\n\
              journal = \"{directory}/journal\"\nmetrics = \"127.0.0.1:9410\"\n{keys}\n\
-             [[peer]]\nname = \"{peer}\"\ncontrol = \"{peer_control}\"\n",
+             [guests]\ndirectory = \"{directory}/guests\"\nmemory = \"{memory}\"\nshim = \"{shim}\"\n\
+             qemu = [\"{QEMU}\"]\n\
+             [[peer]]\nname = \"{peer}\"\ncontrol = \"{peer_control}\"\n\
+             may_start_guests = {may_start_guests}\n",
             name = host.name(),
             control = host.control_address(),
             keys = self.keys,
+            memory = host.memory_directory().display(),
+            shim = self.programs.shim().display(),
+            may_start_guests = self.may_start_guests,
             peer = peer.name(),
             peer_control = peer.control_address(),
         );
@@ -224,10 +200,7 @@ impl Rig {
     pub fn start_vmm(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<Vmm> {
         let mut vmm = self.start_vmm_unattended(id, name, arguments)?;
         let attached = wait_for("the guest", START, || {
-            let guests = self.ctl(id, &["guests"]).ok()?;
-            let known = guests.json.iter().any(|list| {
-                list.as_array().is_some_and(|guests| guests.iter().any(|guest| guest["name"] == name))
-            });
+            let known = self.guest(id, name).is_ok_and(|guest| guest.is_some());
             (known || !vmm.process.is_running()).then_some(())
         });
         attached.with_context(|| vmm.process.log_tail())?;
@@ -249,6 +222,32 @@ impl Rig {
         command.arg("--control").arg(&control).args(arguments);
         let process = host.spawn(&format!("vmm{}", self.started), command)?;
         Ok(Vmm { process, control })
+    }
+
+    /// Makes what a Linux guest needs on both hosts, a tap on each, and writes its guest file, whose path is returned.
+    ///
+    /// # Errors
+    ///
+    /// If the taps are there already, or the file cannot be written.
+    pub fn prepare_linux(&self, guest: &LinuxGuest) -> Result<PathBuf> {
+        for host in self.lab.hosts() {
+            host.add_tap(&guest.tap)?;
+        }
+        let file = self.lab.host(HostId::A).directory().join(format!("{}.toml", guest.name));
+        std::fs::write(&file, guest.file()).with_context(|| format!("writing {}", file.display()))?;
+        Ok(file)
+    }
+
+    /// What a host's daemon says about a guest; `None` if it does not know it.
+    ///
+    /// # Errors
+    ///
+    /// If the daemon does not answer.
+    pub fn guest(&self, id: HostId, name: &str) -> Result<Option<Value>> {
+        let answer = self.ctl(id, &["guests"])?;
+        let guests =
+            answer.last()?.as_array().with_context(|| format!("no list of guests: {}", answer.text))?;
+        Ok(guests.iter().find(|guest| guest["name"] == name).cloned())
     }
 
     /// A `memlanectl` command for a host's daemon.

@@ -4,10 +4,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use memlane_lab::linux::Kernel;
 use memlane_lab::{Requirement, missing};
 
-/// Debian's package of `ip` and `tc`.
-const PACKAGE: &str = "iproute2";
+/// Debian's packages of what tests need.
+const PACKAGES: &[(Requirement, &str)] =
+    &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Qemu, "qemu-system-x86")];
 
 #[derive(Default)]
 struct Tally {
@@ -36,18 +38,31 @@ pub fn run() -> Result<bool> {
 /// Installs what is missing, where that can be done; tests that still lack something say so.
 fn install() {
     let lacking = |requirement| !missing(&[requirement]).is_empty();
-    if lacking(Requirement::Root) || !(lacking(Requirement::Ip) || lacking(Requirement::Tc)) {
+    if lacking(Requirement::Root) {
         return;
     }
-    println!("== installing {PACKAGE}");
-    for arguments in [&["update", "-q"][..], &["install", "-qy", "--no-install-recommends", PACKAGE]] {
-        match Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").status() {
-            Ok(status) if status.success() => {}
-            Ok(status) => println!("apt-get ended with {status}; going on without"),
-            Err(error) => {
-                println!("cannot run apt-get ({error}); install {PACKAGE} by hand; going on without")
-            }
+    let mut packages: Vec<&str> =
+        PACKAGES.iter().filter(|(need, _)| lacking(*need)).map(|(_, package)| *package).collect();
+    packages.dedup();
+    if !packages.is_empty() {
+        println!("== installing {}", packages.join(" "));
+        apt_get(&["update", "-q"]);
+        apt_get(&[&["install", "-qy", "--no-install-recommends"], &packages[..]].concat());
+    }
+    if lacking(Requirement::Kernel) {
+        println!("== fetching a kernel for Linux guests");
+        match Kernel::obtain() {
+            Ok(kernel) => println!("Linux {}", kernel.release()),
+            Err(error) => println!("{error:#}; going on without"),
         }
+    }
+}
+
+fn apt_get(arguments: &[&str]) {
+    match Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => println!("apt-get ended with {status}; going on without"),
+        Err(error) => println!("cannot run apt-get ({error}); do it by hand; going on without"),
     }
 }
 

@@ -135,8 +135,8 @@ impl Driver for Qemu {
         Ok(())
     }
 
-    async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError> {
-        self.tracking("arm")?.arm(pages).await
+    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.tracking("arm")?.arm(pages).await.map(Some)
     }
 
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
@@ -170,7 +170,15 @@ impl Driver for Qemu {
         if !self.incoming.get() {
             self.cancel().await?;
         }
-        if self.qmp.status().await? != "running" {
+        let status = match self.qmp.status().await {
+            // Nobody has told it to run yet, and by itself it does not: this much is certain of a
+            // guest that has arrived.
+            Err(error) if self.incoming.get() => {
+                return Err(DriverError::Failed { request: "resume", reason: error.to_string() });
+            }
+            status => status?,
+        };
+        if status != "running" {
             self.qmp.execute("cont", json!({})).await?;
         }
         let status = self.qmp.status().await?;

@@ -147,6 +147,7 @@ impl Place {
         let shims = host.shims.clone();
         let driver = Qemu::new(qmp, facts, process.clone(), shims, &record);
         let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
+        guest.summoned.set(record.summoned);
         Ok((Rc::new(guest), record))
     }
 
@@ -180,6 +181,12 @@ impl Place {
             // It may have been changed: a guest has arrived.
             record = self.host.register.read(&record.name).unwrap_or(record);
             match self.take_in(&record, false).await {
+                Ok((again, _)) if self.is_useless(&again) => {
+                    info!(guest = %self.name, "ending a QEMU whose guest does not come any more");
+                    if let Err(error) = again.driver.discard().await {
+                        warn!(guest = %self.name, %error, "cannot end a QEMU; trying on");
+                    }
+                }
                 Ok((again, new)) => {
                     self.host.guest_attached(again.clone());
                     (guest, record) = (Some(again), new);
@@ -191,6 +198,14 @@ impl Place {
                 Err(_) => {}
             }
         }
+    }
+
+    /// Whether it was started for a migration that nobody works on any more.
+    fn is_useless(&self, guest: &Guest) -> bool {
+        let migrations = self.host.migrations();
+        let mut live = migrations.iter().filter(|ticket| ticket.is_live());
+        let awaited = live.any(|ticket| ticket.vmm == guest.process.identity());
+        guest.summoned.get() && guest.standing.get() == Standing::Incoming && !awaited
     }
 }
 

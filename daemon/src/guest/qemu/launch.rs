@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::QemuError;
@@ -33,7 +33,7 @@ pub struct Started {
     pub child: Option<Child>,
 }
 
-/// Starts the QEMU of a guest, and waits for its monitor.
+/// Starts the QEMU of a guest, and waits until its monitor answers.
 pub async fn start(host: &Host, definition: &Definition, incoming: bool) -> Result<Started, QemuError> {
     let guests = &host.config.guests;
     for nic in &definition.nics {
@@ -71,7 +71,7 @@ pub async fn start(host: &Host, definition: &Definition, incoming: bool) -> Resu
         Started { log, child: Some(child) }
     };
     let up = tokio::select! {
-        () = greets(&paths.qmp) => true,
+        () = answers(&paths.qmp) => true,
         () = ends(started.child.as_mut()) => false,
         () = tokio::time::sleep(PATIENCE) => false,
     };
@@ -123,24 +123,36 @@ fn is_ours(directory: &Path) -> io::Result<()> {
     if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0 {
         return Ok(());
     }
-    Err(io::Error::other("others can write to it; remove it, or name another in [guests] of the configuration"))
+    Err(io::Error::other(
+        "others can write to it; remove it, or name another in [guests] of the configuration",
+    ))
 }
 
 fn log_file(log: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(log)
 }
 
-/// Returns once QEMU's monitor answers. QEMU makes the socket long before: it then takes its RAM and makes the
-/// devices, which lasts, or ends over them.
-async fn greets(qmp: &Path) {
+/// Returns once QEMU answers. A thread of it greets long before: then it takes its RAM and makes the devices,
+/// which may last, and may be its end.
+async fn answers(qmp: &Path) {
     loop {
-        if let Ok(mut monitor) = UnixStream::connect(qmp).await
-            && monitor.read_u8().await.is_ok()
+        if let Ok(monitor) = UnixStream::connect(qmp).await
+            && ask(monitor).await.is_ok()
         {
             return;
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Reads the greeting and the answer to the first command that a monitor takes.
+async fn ask(mut monitor: UnixStream) -> io::Result<()> {
+    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").await?;
+    let mut lines = BufReader::new(monitor).lines();
+    for _ in 0..2 {
+        lines.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    }
+    Ok(())
 }
 
 /// Returns once the process has ended; never if there is none to look at.

@@ -129,10 +129,21 @@ pub enum QemuError {
 
 /// Starts a guest from its file; one that waits for a guest to arrive if `incoming`.
 pub async fn launch(host: &Rc<Host>, definition: Definition, incoming: bool) -> Result<Rc<Guest>, QemuError> {
+    let record = Record::launched(&definition, incoming, &host.config.guests);
+    start(host, definition, record).await
+}
+
+/// Starts what a guest that has been offered is to arrive in, which ends if it does not.
+pub async fn summon(host: &Rc<Host>, definition: Definition) -> Result<Rc<Guest>, QemuError> {
+    let record = Record::launched(&definition, true, &host.config.guests);
+    start(host, definition, Record { summoned: true, ..record }).await
+}
+
+async fn start(host: &Rc<Host>, definition: Definition, record: Record) -> Result<Rc<Guest>, QemuError> {
     definition.permitted_by(&host.config.guests)?;
     let place = keeper::Place::take(host, &definition.name).await?;
-    let started = launch::start(host, &definition, incoming).await?;
-    place.keep_started(started, Record::launched(&definition, incoming, &host.config.guests)).await
+    let started = launch::start(host, &definition, record.incoming).await?;
+    place.keep_started(started, record).await
 }
 
 /// Takes in the guest of a QEMU that others started, with its monitor at `qmp`.

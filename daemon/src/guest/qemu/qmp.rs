@@ -75,10 +75,13 @@ pub struct Qmp {
     version: [u32; 3],
 }
 
+/// Takes the answer to the command of this number.
+type Waiting = (u64, oneshot::Sender<Result<Value, String>>);
+
 /// What the reading task tells.
 struct News {
-    /// Takes the answer to the command of this number.
-    waiting: RefCell<Option<(u64, oneshot::Sender<Result<Value, String>>)>>,
+    /// Whoever waits for an answer.
+    waiting: RefCell<Option<Waiting>>,
     /// State of QEMU's own migration, by its last event.
     migration: watch::Sender<String>,
     /// When the guest stood still last, and ran again: Unix time.

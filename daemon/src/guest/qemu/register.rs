@@ -39,6 +39,9 @@ pub struct Record {
     pub qmp: PathBuf,
     /// It waits for a guest to arrive, or has one that has not run yet.
     pub incoming: bool,
+    /// It was started for a migration, and is of no use without.
+    #[serde(default)]
+    pub summoned: bool,
     /// The guest file, if this daemon started it.
     pub definition: Option<String>,
     /// What goes when it ends, if this daemon started it: its RAM and its monitor's socket.
@@ -56,6 +59,7 @@ impl Record {
             started: 0,
             qmp: qmp.clone(),
             incoming,
+            summoned: false,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
         }
@@ -64,7 +68,7 @@ impl Record {
     /// Of a QEMU that others started.
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
-        Self { name, pid: 0, started: 0, qmp, incoming, definition: None, files: Vec::new() }
+        Self { name, pid: 0, started: 0, qmp, incoming, summoned: false, definition: None, files: Vec::new() }
     }
 
     /// The process.
@@ -114,7 +118,7 @@ impl Register {
     /// The guest that was awaited has arrived, and runs: what becomes of it is its operator's affair.
     pub fn note_arrival(&self, name: &str) {
         let Some(record) = self.read(name) else { return };
-        if let Err(error) = self.write(&Record { incoming: false, ..record }) {
+        if let Err(error) = self.write(&Record { incoming: false, summoned: false, ..record }) {
             warn!(guest = name, %error, "cannot remember that a guest has arrived");
         }
     }

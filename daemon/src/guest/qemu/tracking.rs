@@ -37,8 +37,8 @@ impl Tracking {
     }
 
     /// See [`Driver::arm`](crate::guest::Driver::arm).
-    pub async fn arm(&self, pages: Range<u64>) -> Result<(), DriverError> {
-        self.work("arm", move |tracker, _| tracker.arm(pages).map(drop)).await
+    pub async fn arm(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
+        self.work("arm", move |tracker, _| tracker.arm(pages)).await
     }
 
     /// See [`Driver::harvest`](crate::guest::Driver::harvest).

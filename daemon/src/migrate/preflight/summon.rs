@@ -44,13 +44,7 @@ pub async fn summon(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<G
     if !disks.is_empty() {
         return Err(disks);
     }
-    match qemu::launch(host, definition, true).await {
-        Ok(guest) => {
-            guest.summoned.set(true);
-            Ok(guest)
-        }
-        Err(error) => Err(vec![refusal(error)]),
-    }
+    qemu::summon(host, definition).await.map_err(|error| vec![refusal(error)])
 }
 
 fn missing(disk: &String) -> Refusal {

@@ -29,7 +29,7 @@ pub struct Offer {
     /// The guest.
     pub shape: GuestShape,
     /// What else there is to know of it if its VMM is stock QEMU.
-    pub qemu: Option<QemuGuest>,
+    pub qemu: Option<Box<QemuGuest>>,
 }
 
 /// What the destination holds ready.
@@ -139,7 +139,7 @@ impl Offer {
             check_only: raw.check_only != 0,
             data_bytes: raw.data_bytes.get(),
             shape: GuestShape::decode(reader)?,
-            qemu: (raw.qemu != 0).then(|| QemuGuest::decode(reader)).transpose()?,
+            qemu: (raw.qemu != 0).then(|| QemuGuest::decode(reader).map(Box::new)).transpose()?,
         })
     }
 }

@@ -62,13 +62,13 @@ fn the_largest_messages_fit_into_a_body() {
     let bytes = vec![7; MAX_STATE_CHUNK_BYTES];
     let shape = largest_shape();
     let name = "n".repeat(MAX_NAME_BYTES);
-    let qemu = Some(QemuGuest {
+    let qemu = Some(Box::new(QemuGuest {
         machine: name.clone(),
         cpu: name.clone(),
         accelerator: name.clone(),
         disks: vec![name; MAX_DISKS],
         definition: "d".repeat(MAX_DEFINITION_BYTES),
-    });
+    }));
     for message in [
         Control::Offer(Offer { migration: [1; 16], check_only: true, data_bytes: u64::MAX, shape, qemu }),
         Control::Accept(Accept { token: [2; 16], ports: vec![port; MAX_PORTS] }),

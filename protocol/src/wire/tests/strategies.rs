@@ -161,7 +161,7 @@ fn offer() -> impl Strategy<Value = Offer> {
             check_only,
             data_bytes,
             shape,
-            qemu,
+            qemu: qemu.map(Box::new),
         },
     )
 }

@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::format::{binary, seconds, thousands, time};
+
 /// One move.
 pub struct Leg {
     /// Its number, from 1.
@@ -14,6 +16,8 @@ pub struct Leg {
     pub stats: Value,
     /// How its memory compares with the model.
     pub oracle: Value,
+    /// What else is to be told: an object whose keys are added to those of the move.
+    pub more: Value,
 }
 
 /// The whole demo.
@@ -30,8 +34,14 @@ pub struct Demo {
 
 impl Leg {
     /// Whether the guest arrived whole.
-    pub fn is_good(&self) -> bool {
+    pub fn is_whole(&self) -> bool {
         self.migration["outcome"] == "completed" && self.oracle["equal"] == true
+    }
+
+    /// Whether it did, and all those to whom it matters know where it is.
+    pub fn is_good(&self) -> bool {
+        let holds = |key: &str| self.more.get(key).is_none_or(|value| value == true);
+        self.is_whole() && holds("tcp_session_survived") && holds("switch_learned_port")
     }
 
     fn json(&self) -> Value {
@@ -64,6 +74,9 @@ impl Leg {
             "load_seconds",
         ] {
             leg[key] = migration[key].clone();
+        }
+        for (key, value) in self.more.as_object().into_iter().flatten() {
+            leg[key] = value.clone();
         }
         leg
     }
@@ -115,17 +128,22 @@ impl Demo {
     fn write(&self, text: &mut String) -> std::fmt::Result {
         let (leg, guest) = (self.last(), &self.guest);
         let migration = &leg.migration;
-        let kind = if guest["kind"] == "kvm" { "a KVM guest" } else { "a process" };
+        let kind = match guest["kind"].as_str() {
+            Some("kvm") => "a KVM guest",
+            Some("linux") => "a Linux guest of QEMU",
+            _ => "a process",
+        };
         let vcpus = guest["vcpus"].as_u64().unwrap_or(0);
         let writes = match guest["dirty_rate"].as_u64() {
             Some(0) => "idle".to_owned(),
             Some(rate) => format!("writing {} pages a second", thousands(rate)),
             None => "writing as fast as it can".to_owned(),
         };
+        let accelerator = guest["accelerator"].as_str().map(|name| format!(" ({name})")).unwrap_or_default();
         writeln!(text)?;
         writeln!(
             text,
-            "  {} · {kind} of {} with {vcpus} vCPU{}, {writes}, tracked by {}",
+            "  {} · {kind}{accelerator} of {} with {vcpus} vCPU{}, {writes}, tracked by {}",
             guest["name"].as_str().unwrap_or_default(),
             binary(self.ram_bytes()),
             if vcpus == 1 { "" } else { "s" },
@@ -155,13 +173,17 @@ impl Demo {
             value("downtime_predicted_seconds"),
             self.limit,
         )?;
-        let stall = |key: &str| seconds(&leg.stats[key]).as_f64().map_or("—".to_owned(), time);
-        writeln!(
-            text,
-            "  its own clock says {} at the longest, and {} when its writes began to be tracked",
-            stall("longest_stall_ns"),
-            stall("tracking_stall_ns"),
-        )?;
+        match leg.more.is_object() {
+            true => write_client(text, &leg.more)?,
+            false => {
+                let stall = |key: &str| seconds(&leg.stats[key]).as_f64().map_or("—".to_owned(), time);
+                let (longest, tracking) = (stall("longest_stall_ns"), stall("tracking_stall_ns"));
+                writeln!(
+                    text,
+                    "  its own clock says {longest} at the longest, and {tracking} when its writes began to be tracked"
+                )?;
+            }
+        }
         if self.legs.len() > 1 {
             let mut pauses: Vec<f64> =
                 self.legs.iter().filter_map(|leg| leg.migration["downtime_seconds"].as_f64()).collect();
@@ -180,16 +202,25 @@ impl Demo {
 
     fn write_proof(&self, text: &mut String, leg: &Leg) -> std::fmt::Result {
         writeln!(text)?;
-        let pages = leg.oracle["pages"].as_u64().unwrap_or(0);
-        let steps = leg.oracle["steps"].as_u64().unwrap_or(0);
-        let (pages, steps) = (thousands(pages), thousands(steps));
-        if leg.oracle["equal"] == true {
-            writeln!(
+        let number = |key: &str| thousands(leg.oracle[key].as_u64().unwrap_or(0));
+        match (leg.oracle["equal"] == true, leg.more.get("guest_checks")) {
+            (true, None) => writeln!(
                 text,
-                "  ✔ {pages} pages equal the model after {steps} writes, some of them made on arrival"
-            )?;
-        } else {
-            writeln!(text, "  ✘ memory differs from the model: {}", leg.oracle["differences"])?;
+                "  ✔ {} pages equal the model after {} writes, some of them made on arrival",
+                number("pages"),
+                number("steps"),
+            )?,
+            (false, None) => {
+                writeln!(text, "  ✘ memory differs from the model: {}", leg.oracle["differences"])?;
+            }
+            (true, Some(_)) => writeln!(
+                text,
+                "  ✔ the guest checked pages {} times during and after the move, each of its {} at least once: \
+                 none was wrong",
+                number("checks"),
+                number("pages"),
+            )?,
+            (false, Some(checks)) => writeln!(text, "  ✘ the guest found its memory wrong: {checks}")?,
         }
         match self.digest_verified() {
             Some(true) => writeln!(text, "  ✔ digests of all memory were equal at both ends in the pause"),
@@ -222,6 +253,22 @@ fn write_rounds(text: &mut String, migration: &Value) -> std::fmt::Result {
     )
 }
 
+/// What the client and the switch of a Linux guest saw.
+fn write_client(text: &mut String, more: &Value) -> std::fmt::Result {
+    let value = |key: &str| more[key].as_f64().map_or("—".to_owned(), time);
+    writeln!(
+        text,
+        "  {} passed from QEMU's pause here to its first instruction there, for {} of state",
+        value("qemu_pause_to_run_seconds"),
+        more["qemu_state_bytes"].as_u64().map_or("—".to_owned(), binary),
+    )?;
+    let survived = if more["tcp_session_survived"] == true { "lives on" } else { "was lost" };
+    let gap = value("client_longest_gap_seconds");
+    writeln!(text, "  its client waited {gap} for an answer at the longest, and the connection {survived}")?;
+    let learned = if more["switch_learned_port"] == true { "learned" } else { "did not learn" };
+    writeln!(text, "  the switch {learned} its new port by RARP, before it said anything there")
+}
+
 fn write_lanes(text: &mut String, migration: &Value, total: f64) -> std::fmt::Result {
     const WIDTH: f64 = 24.0;
     let lanes: Vec<&Value> = migration["lanes"].as_array().into_iter().flatten().collect();
@@ -241,49 +288,9 @@ fn write_lanes(text: &mut String, migration: &Value, total: f64) -> std::fmt::Re
     Ok(())
 }
 
-/// Nanoseconds as seconds; `null` stays `null`.
-fn seconds(nanoseconds: &Value) -> Value {
-    nanoseconds.as_f64().map_or(Value::Null, |nanoseconds| json!(nanoseconds / 1e9))
-}
-
-fn time(seconds: f64) -> String {
-    match seconds {
-        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
-        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
-        s => format!("{s:.2} s"),
-    }
-}
-
-fn binary(bytes: u64) -> String {
-    match bytes {
-        b if b >= 1 << 30 => format!("{:.2} GiB", b as f64 / (1u64 << 30) as f64),
-        b if b >= 1 << 20 => format!("{:.1} MiB", b as f64 / (1u64 << 20) as f64),
-        b => format!("{:.1} KiB", b as f64 / 1024.0),
-    }
-}
-
-fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_easy_to_read() {
-        assert_eq!([0, 999, 1000, 1_234_567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
-        assert_eq!([0.000_05, 0.0123, 1.5].map(time), ["50 µs", "12.3 ms", "1.50 s"]);
-        assert_eq!([512, 3 << 20, 3 << 29].map(binary), ["0.5 KiB", "3.0 MiB", "1.50 GiB"]);
-    }
 
     #[test]
     fn a_move_that_lost_something_is_not_good() {
@@ -292,6 +299,7 @@ mod tests {
             migration: json!({"outcome": "completed", "pages_total": 256}),
             stats: json!({"longest_stall_ns": 5_000_000}),
             oracle: json!({"equal": equal, "pages": 256, "steps": 10}),
+            more: Value::Null,
         };
         let demo = |leg, proof| Demo { guest: json!({}), legs: vec![leg], proof, limit: "300ms".into() };
         let equal = json!({"outcome": "completed", "digest_verified": true});
@@ -302,5 +310,27 @@ mod tests {
         assert_eq!(json["guest_longest_stall_seconds"], 0.005);
         assert_eq!(json["tracking_stall_seconds"], Value::Null);
         assert_eq!(json["guest"]["ram_bytes"], 1 << 20);
+    }
+
+    #[test]
+    fn a_linux_guest_must_keep_its_connection_and_be_found_by_the_switch() {
+        let demo = |survived: bool, learned: bool| {
+            let leg = Leg {
+                number: 1,
+                migration: json!({"outcome": "completed", "pages_total": 256}),
+                stats: Value::Null,
+                oracle: json!({"equal": true}),
+                more: json!({
+                    "tcp_session_survived": survived,
+                    "switch_learned_port": learned,
+                    "guest_checks": {"passes": 9, "failures": 0},
+                }),
+            };
+            Demo { guest: json!({"kind": "linux"}), legs: vec![leg], proof: None, limit: "300ms".into() }
+        };
+        assert!(demo(true, true).is_good());
+        assert!(!demo(false, true).is_good() && !demo(true, false).is_good());
+        assert_eq!(demo(true, false).json()["switch_learned_port"], false);
+        assert!(demo(true, false).text().contains("did not learn"));
     }
 }

@@ -1,0 +1,170 @@
+//! A real Linux in stock QEMU, on a network with a client that talks to it all the time.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
+use memlane_lab::{Answer, Counters, HostId, LabOptions, Requirement, RigOptions, Session};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::{LIMITS, LONG, Stage, Tap, send_signal};
+
+/// The guest boots on an emulated processor.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// A Linux guest and its client.
+pub struct Linux {
+    /// What it is made of.
+    pub guest: LinuxGuest,
+    /// The client's connection, since the guest booted last.
+    pub session: Session,
+    /// The guest's answers when it was looked at last.
+    seen: Counters,
+}
+
+impl Stage {
+    /// As [`Stage::new`], for guests in QEMU.
+    pub fn for_linux(test: &str, lab: LabOptions) -> Option<Self> {
+        let lab = LabOptions { switch: true, ..lab };
+        let options =
+            RigOptions { lab, tables: LIMITS.into(), may_start_guests: true, ..RigOptions::default() };
+        Self::with(test, Requirement::LAB_WITH_LINUX, options)
+    }
+
+    /// As [`Stage::tapped`], for guests in QEMU.
+    pub fn tapped_for_linux(test: &str) -> Option<(Self, Tap)> {
+        let mut stage = Self::for_linux(test, LabOptions::default())?;
+        let tap = Tap::install(&mut stage);
+        Some((stage, tap))
+    }
+
+    /// A Linux guest, 256 MiB with 32 MiB in use, changed by `change`, that runs on host A.
+    pub fn linux(&self, change: impl FnOnce(&mut LinuxGuest)) -> Linux {
+        let kernel = Kernel::obtain().unwrap();
+        let directory = self.rig.lab().host(HostId::A).directory();
+        let initramfs = Initramfs::build(&directory.join("initramfs"), &kernel).unwrap();
+        let console = directory.join("console.log");
+        let mut guest = LinuxGuest::new(kernel, initramfs, Accelerator::Tcg, console);
+        (guest.ram, guest.working_set) = ("256MiB".parse().unwrap(), "32MiB".parse().unwrap());
+        change(&mut guest);
+        let file = self.rig.prepare_linux(&guest).unwrap();
+        self.launch(HostId::A, file.to_str().unwrap());
+        let session = Session::open(self.rig.lab().lan(), guest.address, BOOT).unwrap();
+        let seen = session.hear(LONG).unwrap();
+        Linux { guest, session, seen }
+    }
+
+    /// Starts the guest of a guest file.
+    pub fn launch(&self, id: HostId, file: &str) -> Answer {
+        let answer = self.rig.ctl(id, &["launch", file]).unwrap();
+        assert_eq!(answer.code, 0, "{}", answer.text);
+        answer
+    }
+
+    /// Orders guest `name` to move from host `from` to the other, and waits for the end.
+    pub fn migrate_from(&self, from: HostId, name: &str, more: &[&str]) -> Answer {
+        let to = if from == HostId::A { "host-b" } else { "host-a" };
+        let mut words = vec!["migrate", name, to, "--downtime-limit", "60s", "--min-bandwidth", "1mbit"];
+        words.extend(more);
+        self.rig.ctl(from, &words).unwrap()
+    }
+
+    /// The process of a guest's QEMU.
+    pub fn qemu(&self, id: HostId, name: &str) -> u32 {
+        let guest = self.rig.guest(id, name).unwrap().unwrap_or_else(|| panic!("{name} is not there"));
+        guest["pid"].as_u64().unwrap() as u32
+    }
+
+    /// Kills a guest's QEMU, and waits until its daemon has noticed.
+    pub fn kill_qemu(&self, id: HostId, name: &str) {
+        send_signal(self.qemu(id, name), Signal::KILL);
+        self.wait_for_absence(id, name);
+    }
+
+    /// Waits until a host's daemon knows no guest of this name.
+    pub fn wait_for_absence(&self, id: HostId, name: &str) {
+        let absent = || self.rig.guest(id, name).unwrap().is_none().then_some(());
+        memlane_lab::wait_for("a guest's end", LONG, absent).unwrap();
+    }
+}
+
+impl Linux {
+    /// The guest answers on the connection that it has had all the time, goes on with its work, and has found all
+    /// its memory as it ought to be.
+    #[track_caller]
+    pub fn assert_runs(&mut self) {
+        let now = self.session.hear(LONG).unwrap();
+        assert_eq!(now.failures, 0, "the guest found its memory changed: {now:?}");
+        assert_eq!(now.boot_id, self.seen.boot_id, "the guest has booted again");
+        let goes_on = || {
+            let later = self.session.hear(LONG).ok()?;
+            (later.passes > now.passes && later.uptime > now.uptime).then_some(later)
+        };
+        self.seen = memlane_lab::wait_for("the guest to check its memory", LONG, goes_on).unwrap();
+        assert_eq!(self.seen.failures, 0, "the guest found its memory changed: {:?}", self.seen);
+    }
+
+    /// Has the guest check all of its memory.
+    pub fn assert_whole(&self, stage: &Stage) {
+        let checked = Counters::ask(stage.rig.lab().lan(), self.guest.address, "check").unwrap();
+        assert_eq!(checked.failures, 0, "{checked:?}");
+    }
+
+    /// The guest moves from host `from` to the other, whole.
+    #[track_caller]
+    pub fn assert_moves(&mut self, stage: &Stage, from: HostId) -> Value {
+        let answer = stage.migrate_from(from, &self.guest.name, &["--verify"]);
+        assert_eq!(answer.code, 0, "{}", answer.text);
+        self.assert_runs();
+        stage.wait_for_absence(from, &self.guest.name);
+        stage.wait_for_end(&self.guest.name);
+        answer.last().unwrap().clone()
+    }
+
+    /// The guest has booted again: its client has to connect anew.
+    pub fn assert_booted_again(&mut self, stage: &Stage) {
+        let before = self.seen.boot_id.clone();
+        let opened = memlane_lab::wait_for("the guest to boot again", BOOT, || {
+            let session = Session::open(stage.rig.lab().lan(), self.guest.address, BOOT).ok()?;
+            let seen = session.hear(LONG).ok()?;
+            (seen.boot_id != before).then_some((session, seen))
+        });
+        (self.session, self.seen) = opened.unwrap();
+        self.assert_runs();
+    }
+}
+
+/// A QMP monitor of a QEMU, besides the daemon's.
+pub struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    pub fn connect(path: &std::path::Path) -> Self {
+        let stream = memlane_lab::wait_for("a monitor", LONG, || UnixStream::connect(path).ok()).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let mut monitor = Self(BufReader::new(stream));
+        assert!(monitor.line()["QMP"].is_object());
+        monitor.run("qmp_capabilities", json!({}));
+        monitor
+    }
+
+    /// Runs a command, and returns what it returns.
+    pub fn run(&mut self, command: &str, arguments: Value) -> Value {
+        let line = json!({ "execute": command, "arguments": arguments });
+        self.0.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+        loop {
+            let mut answer = self.line();
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if answer.get("return").is_some() {
+                return answer["return"].take();
+            }
+        }
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+}

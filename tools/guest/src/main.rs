@@ -1,0 +1,40 @@
+//! `/init` of a Linux guest that is moved about: it writes and checks its memory all the time, and tells a client
+//! over TCP how that goes.
+//!
+//! It is linked statically and is the only program in its initramfs. What it shall do stands on the kernel's
+//! command line: see [`options`].
+
+mod boot;
+mod check;
+mod options;
+mod pattern;
+mod service;
+
+use std::convert::Infallible;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use check::Checkers;
+use options::Options;
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("memlane-guest: this is the first program of a guest (/init), not one for a host");
+        return ExitCode::FAILURE;
+    }
+    let Err(error) = run();
+    println!("memlane-guest: {error}");
+    // Process 1 must not end: the kernel would panic, boot again, and so on for ever.
+    boot::power_off()
+}
+
+fn run() -> Result<Infallible, String> {
+    boot::mount()?;
+    let options = Options::read()?;
+    boot::load_modules()?;
+    boot::bring_up(options.address, options.prefix)?;
+    let checkers = Arc::new(Checkers::start(&options)?);
+    let boot_id = boot::boot_id()?;
+    println!("memlane-guest: ready at {}, boot {boot_id}", options.address);
+    service::serve(checkers, boot_id)
+}

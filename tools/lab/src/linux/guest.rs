@@ -1,0 +1,168 @@
+//! What a Linux guest is made of, and how that is told to QEMU and to Memlane.
+
+use std::fmt;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use super::{Initramfs, Kernel};
+use crate::lan::Lan;
+use crate::size::Size;
+
+/// A boot on an emulated processor takes seconds: what nobody needs here is left out.
+const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on \
+                                 tsc=reliable no_timer_check cryptomgr.notests audit=0";
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor, by way of /dev/kvm.
+    Kvm,
+    /// QEMU itself, which translates them.
+    Tcg,
+}
+
+/// A Linux guest under QEMU.
+#[derive(Debug, Clone)]
+pub struct LinuxGuest {
+    /// Its name.
+    pub name: String,
+    /// The kernel that it boots.
+    pub kernel: Kernel,
+    /// What it boots into.
+    pub initramfs: Initramfs,
+    /// What executes its instructions.
+    pub accelerator: Accelerator,
+    /// Virtual processors; as many threads write and check memory.
+    pub vcpus: u16,
+    /// Its RAM.
+    pub ram: Size,
+    /// Whether QEMU takes all of the RAM from the system when it starts.
+    pub prealloc: bool,
+    /// Memory that the threads write. All the rest is only touched by Linux itself.
+    pub working_set: Size,
+    /// Pages that they write a second, all together.
+    pub rate: u64,
+    /// Hardware address of its network interface.
+    pub mac: [u8; 6],
+    /// The tap that the interface is plugged into, on either host.
+    pub tap: String,
+    /// Address of the interface.
+    pub address: Ipv4Addr,
+    /// The file that has what the guest prints on its console, wherever it runs.
+    pub console: PathBuf,
+    /// Whether the kernel carries its packets (vhost-net), and not QEMU.
+    pub vhost: bool,
+    /// Further arguments for QEMU.
+    pub arguments: Vec<String>,
+}
+
+impl Accelerator {
+    /// KVM where a stock Linux can be expected to boot under it, else TCG, and why.
+    pub fn choose() -> (Self, &'static str) {
+        let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+            (Self::Tcg, "/dev/kvm cannot be opened")
+        } else if !processor.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
+            // There are such machines: their KVM does without the processor's help, and only so much of its work.
+            (
+                Self::Tcg,
+                "the processor has neither vmx nor svm, and no stock Linux boots under a KVM without them",
+            )
+        } else {
+            (Self::Kvm, "/dev/kvm is there")
+        }
+    }
+
+    /// As in QEMU's `-accel`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl LinuxGuest {
+    /// A guest called `web1` with one vCPU, 512 MiB of RAM, and a quarter of it in use.
+    pub fn new(kernel: Kernel, initramfs: Initramfs, accelerator: Accelerator, console: PathBuf) -> Self {
+        Self {
+            name: "web1".into(),
+            kernel,
+            initramfs,
+            accelerator,
+            vcpus: 1,
+            ram: Size::from_mib(512),
+            prealloc: false,
+            working_set: Size::from_mib(128),
+            rate: 2000,
+            mac: [0x52, 0x54, 0, 0x4d, 0x4c, 1],
+            tap: "tap-web1".into(),
+            address: Lan::GUEST,
+            console,
+            vhost: false,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// The hardware address as it is written.
+    pub fn mac_text(&self) -> String {
+        self.mac.map(|byte| format!("{byte:02x}")).join(":")
+    }
+
+    /// Arguments for QEMU, without those for name, RAM, network and monitor, which are whoever's who starts it.
+    pub fn qemu_arguments(&self) -> Vec<String> {
+        let processor = match self.accelerator {
+            Accelerator::Kvm => "host",
+            // An old model has less to emulate.
+            Accelerator::Tcg => "Nehalem",
+        };
+        // Appended to, since two QEMUs have it open when the guest moves.
+        let console = format!("file,id=console,path={},append=on", self.console.display());
+        let (kernel, initramfs) = (self.kernel.image().display(), self.initramfs.file().display());
+        let pairs = [
+            ("-machine", "q35".to_owned()),
+            ("-accel", self.accelerator.to_string()),
+            ("-cpu", processor.to_owned()),
+            ("-smp", self.vcpus.to_string()),
+            ("-display", "none".to_owned()),
+            ("-chardev", console),
+            ("-serial", "chardev:console".to_owned()),
+            ("-kernel", kernel.to_string()),
+            ("-initrd", initramfs.to_string()),
+            ("-append", self.command_line()),
+        ];
+        let mut arguments = vec!["-nodefaults".to_owned(), "-no-user-config".to_owned()];
+        arguments.extend(pairs.into_iter().flat_map(|(option, value)| [option.to_owned(), value]));
+        arguments.extend(self.arguments.iter().cloned());
+        arguments
+    }
+
+    /// The guest file for `memlanectl launch`.
+    pub fn file(&self) -> String {
+        let Self { name, ram, prealloc, tap, vhost, .. } = self;
+        // JSON's strings are TOML's basic strings.
+        let arguments = serde_json::Value::from(self.qemu_arguments());
+        format!(
+            "name = \"{name}\"\nmemory = \"{ram}\"\nprealloc = {prealloc}\narguments = {arguments}\n\
+             [[nic]]\nmac = \"{mac}\"\ntap = \"{tap}\"\nnetwork = \"lan\"\nvhost = {vhost}\n",
+            mac = self.mac_text(),
+        )
+    }
+
+    fn command_line(&self) -> String {
+        let Self { vcpus, rate, address, .. } = self;
+        format!(
+            "{KERNEL_PARAMETERS} memlane.address={address}/{prefix} memlane.memory={memory} \
+             memlane.checkers={vcpus} memlane.rate={rate}",
+            prefix = Lan::PREFIX,
+            memory = self.working_set.bytes(),
+        )
+    }
+}

@@ -1,0 +1,10 @@
+//! A Linux for QEMU guests: Debian's cloud kernel, and an initramfs of `memlane-guest` with the modules it needs.
+
+mod cpio;
+mod guest;
+mod initramfs;
+mod kernel;
+
+pub use guest::{Accelerator, LinuxGuest};
+pub use initramfs::Initramfs;
+pub use kernel::Kernel;

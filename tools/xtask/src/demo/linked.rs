@@ -1,0 +1,126 @@
+//! Guests of `memlane-vmm`, which links Memlane: their memory is compared with a model.
+
+use anyhow::Result;
+use memlane_lab::{HostId, Rig, Vmm};
+use serde_json::{Value, json};
+
+use super::report::{Demo, Leg};
+use super::{GUEST, Guest, Options, PROOF_LIMIT, RUN_ON, WARM_UP, other};
+
+/// The guest's network interface, which is announced after each move.
+const NIC: &str = "52:54:00:4d:4c:01@lan";
+/// Pages that the guest writes a second.
+const DIRTY_RATE: u64 = 10_000;
+
+impl Options {
+    /// Starts a VMM with a guest, and moves it.
+    pub fn move_linked_guest(&self, rig: &mut Rig) -> Result<Demo> {
+        let mut at = HostId::A;
+        let mut vmm = rig.start_vmm(at, GUEST, &self.vmm_arguments(false))?;
+        std::thread::sleep(WARM_UP);
+        let count = self.moves(1);
+        let mut legs = Vec::new();
+        for number in 1..=count {
+            let leg;
+            (leg, vmm) = self.leg(rig, at, vmm, (number, count))?;
+            let whole = leg.is_whole();
+            legs.push(leg);
+            if !whole {
+                break;
+            }
+            at = other(at);
+        }
+        let mut proof = None;
+        let moved = legs.last().is_some_and(Leg::is_whole);
+        if moved && !self.verify {
+            self.say("once more, comparing digests of all memory in the pause");
+            proof = Some(self.prove(rig, at)?);
+        }
+        drop(vmm);
+        Ok(Demo { guest: self.guest_shape(), legs, proof, limit: self.downtime_limit.clone() })
+    }
+
+    /// Moves the guest from `at` to the other host; returns what was seen, and the VMM in which
+    /// the guest is now.
+    fn leg(&self, rig: &mut Rig, at: HostId, mut vmm: Vmm, (number, of): (u32, u32)) -> Result<(Leg, Vmm)> {
+        let to = other(at);
+        let mut next = rig.start_vmm(to, GUEST, &self.vmm_arguments(true))?;
+        vmm.reset_stalls()?;
+        let destination = rig.lab().host(to).name().to_owned();
+        if of > 1 {
+            self.say(&format!("move {number} of {of}, to {destination}"));
+        }
+        let migration = self.order(rig, at, &self.migrate(&destination))?;
+        if migration["outcome"] != "completed" {
+            return Ok((
+                Leg { number, migration, stats: Value::Null, oracle: Value::Null, more: Value::Null },
+                vmm,
+            ));
+        }
+        let stats = next.stats()?;
+        std::thread::sleep(if number == of { RUN_ON } else { RUN_ON / 5 });
+        let oracle = next.verify()?;
+        Ok((Leg { number, migration, stats, oracle, more: Value::Null }, next))
+    }
+
+    /// One more move, with `--verify`.
+    fn prove(&self, rig: &mut Rig, at: HostId) -> Result<Value> {
+        let to = other(at);
+        let _next = rig.start_vmm(to, GUEST, &self.vmm_arguments(true))?;
+        let destination = rig.lab().host(to).name().to_owned();
+        let arguments = ["migrate", GUEST, &destination, "--downtime-limit", PROOF_LIMIT, "--verify"];
+        rig.ctl(at, &arguments)?.last().cloned()
+    }
+
+    fn vmm_arguments(&self, incoming: bool) -> Vec<String> {
+        let ram = self.ram.to_string();
+        let mut arguments: Vec<String> = ["--ram", &ram, "--nic", NIC].map(str::to_owned).into();
+        arguments.extend(["--vcpus".into(), self.vcpus.to_string()]);
+        if let Some(backing) = &self.backing {
+            arguments.extend(["--backing".into(), backing.clone()]);
+        }
+        if self.flat_out {
+            arguments.push("--flat-out".into());
+        } else {
+            arguments.extend(["--rate".into(), self.dirty_rate.unwrap_or(DIRTY_RATE).to_string()]);
+        }
+        if let Some(working_set) = self.working_set {
+            arguments.extend(["--working-set".into(), working_set.to_string()]);
+        }
+        if let Some(tracker) = self.tracker {
+            let name = format!("{tracker:?}").to_lowercase();
+            arguments.extend(["--tracker".into(), name]);
+        }
+        if self.guest == Guest::Process {
+            arguments.extend(["--guest".into(), "process".into()]);
+        }
+        if self.gap {
+            arguments.push("--gap".into());
+        }
+        if incoming {
+            arguments.push("--incoming".into());
+            if self.prepared {
+                arguments.push("--prepare".into());
+            }
+        }
+        arguments
+    }
+
+    fn guest_shape(&self) -> Value {
+        let kvm = self.guest == Guest::Kvm;
+        let tracker = match self.tracker {
+            Some(tracker) => format!("{tracker:?}").to_lowercase(),
+            None if kvm => "log".to_owned(),
+            None => "pagemap".to_owned(),
+        };
+        let dirty_rate = self.dirty_rate.unwrap_or(DIRTY_RATE);
+        json!({
+            "name": GUEST,
+            "vmm": "memlane-vmm",
+            "kind": if kvm { "kvm" } else { "process" },
+            "vcpus": self.vcpus,
+            "tracker": tracker,
+            "dirty_rate": if self.flat_out { "flat out".into() } else { Value::from(dirty_rate) },
+        })
+    }
+}
