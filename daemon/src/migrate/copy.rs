@@ -297,8 +297,22 @@ impl Copying {
 
     /// Returns when every page of this round is in some lane's hands. Those that are still on
     /// their way do not hold up the next round.
+    ///
+    /// A round that has nothing to claim ends when nothing is on its way either: it would else be
+    /// over in no time, and tell nothing about how fast pages are written and sent.
     async fn until_all_claimed(&self) -> Result<(), CopyError> {
+        if self.outbound.dirty.is_empty() {
+            return self.until_all_acknowledged().await;
+        }
         while !self.outbound.dirty.is_empty() {
+            self.wait_for_lanes().await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when the destination has every page that there was to send.
+    pub async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
+        while !self.outbound.all_acknowledged() {
             self.wait_for_lanes().await?;
         }
         Ok(())

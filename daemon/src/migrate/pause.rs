@@ -50,13 +50,6 @@ impl Copying {
         self.send_state(&saved).await
     }
 
-    async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
-        while !self.outbound.all_acknowledged() {
-            self.wait_for_lanes().await?;
-        }
-        Ok(())
-    }
-
     /// Compares digests of all RAM at both ends.
     async fn compare(&self) -> Result<(), CopyError> {
         let started = Instant::now();

@@ -23,7 +23,7 @@ use crate::port;
 pub use receive::{offered_ports, receive, release};
 
 /// Longest wait for the destination's answer to an offer: it may have to start a VMM first.
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER: Duration = Duration::from_secs(90);
 /// Streams over one pair of ports.
 const MOST_LANES: u16 = crate::config::MAX_LANES as u16;
 

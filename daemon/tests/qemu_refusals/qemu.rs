@@ -1,0 +1,162 @@
+//! QEMUs that a test starts by itself, and guest files for those that a daemon starts.
+
+use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use memlane_lab::{Answer, Host, HostId, LabOptions, Process, QEMU, Requirement, RigOptions, wait_for};
+use serde_json::{Value, json};
+
+use crate::common::{LIMITS, LONG, Monitor, Stage, words};
+
+/// What every guest has, of a machine type and a processor that all QEMUs from 7.2 on know by these names.
+pub const SMALL: &str =
+    "-accel tcg -nodefaults -no-user-config -display none -machine pc-q35-7.2 -cpu Nehalem";
+/// A user without any rights.
+pub const NOBODY: u32 = 65534;
+/// Runs the program that follows as [`NOBODY`], and still ends with whoever started it.
+pub const AS_NOBODY: &[&str] =
+    &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig=KILL"];
+
+const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+
+/// Two hosts with a daemon each; `None` where something is missing.
+pub fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<Stage> {
+    let lab = LabOptions { bridge: true, ..LabOptions::default() };
+    let (keys, tables) = (keys.to_owned(), LIMITS.to_owned());
+    Stage::with(test, NEEDS, RigOptions { lab, keys, tables, may_start_guests })
+}
+
+/// A QEMU with two monitors: one for the daemon, and one for the test.
+pub struct Qemu {
+    _process: Process,
+    pub qmp: PathBuf,
+    ours: PathBuf,
+}
+
+impl Qemu {
+    /// Starts one as the README says: with the shim, and its RAM in a file.
+    pub fn start(host: &Host, name: &str, arguments: &str) -> Self {
+        let arguments = format!("{} {arguments}", ram(host, name, 64));
+        let mut command = host.command(QEMU);
+        command.env("LD_PRELOAD", shim());
+        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+        Self::spawn(host, name, command, &arguments)
+    }
+
+    /// Starts one without the shim, and with only the RAM that is among its `arguments`.
+    pub fn start_bare(host: &Host, name: &str, arguments: &str) -> Self {
+        Self::spawn(host, name, host.command(QEMU), arguments)
+    }
+
+    /// Starts one without the shim, as [`NOBODY`].
+    pub fn start_as_nobody(host: &Host, name: &str) -> Self {
+        open_to_nobody(host);
+        let mut command = host.command(AS_NOBODY[0]);
+        command.args(&AS_NOBODY[1..]).arg(QEMU);
+        Self::spawn(host, name, command, &ram(host, name, 64))
+    }
+
+    fn spawn(host: &Host, name: &str, mut command: Command, arguments: &str) -> Self {
+        let monitor = |kind: &str| host.directory().join(format!("{name}.{kind}"));
+        let (qmp, ours) = (monitor("qmp"), monitor("ours"));
+        command.args(words(SMALL)).args(words(arguments));
+        for socket in [&qmp, &ours] {
+            // Of another one by this name.
+            let _ = fs::remove_file(socket);
+            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        }
+        let mut process = host.spawn(name, command).unwrap();
+        wait_for("QEMU", LONG, || (answers(&ours) || !process.is_running()).then_some(())).unwrap();
+        assert!(process.is_running(), "QEMU has ended: {}", process.log_tail());
+        Self { _process: process, qmp, ours }
+    }
+
+    /// Runs a command of the monitor.
+    pub fn run(&self, command: &str) -> Value {
+        Monitor::connect(&self.ours).run(command, json!({}))
+    }
+
+    /// Has the daemon of a host take it.
+    pub fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> Answer {
+        attach(stage, id, name, &self.qmp, more)
+    }
+
+    /// Its guest runs.
+    pub fn assert_runs(&self) {
+        assert_eq!(self.run("query-status")["status"], "running");
+    }
+}
+
+/// Whether QEMU has made all its devices: one that cannot greets nevertheless.
+fn answers(monitor: &Path) -> bool {
+    let Ok(mut monitor) = UnixStream::connect(monitor) else { return false };
+    let asked = monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
+    asked.is_ok() && BufReader::new(monitor).lines().map_while(Result::ok).take(2).count() == 2
+}
+
+/// RAM in a file that the daemon can see.
+pub fn ram(host: &Host, name: &str, mib: u32) -> String {
+    let file = ram_file(host, name);
+    format!(
+        "-m {mib}M -object memory-backend-file,id=memlane-ram,share=on,size={mib}M,mem-path={file} \
+         -machine memory-backend=memlane-ram"
+    )
+}
+
+/// Where a guest's RAM may lie.
+pub fn ram_file(host: &Host, name: &str) -> String {
+    host.memory_directory().join(format!("{name}.by-hand")).display().to_string()
+}
+
+/// Has the daemon of a host take the QEMU whose monitor is there.
+pub fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) -> Answer {
+    let mut words = vec!["attach", "--name", name, "--qmp", qmp.to_str().unwrap()];
+    words.extend(more);
+    stage.rig.ctl(id, &words).unwrap()
+}
+
+/// Writes a guest file; `more` are further keys and tables of it.
+pub fn guest_file(host: &Host, name: &str, arguments: &str, more: &str) -> String {
+    let arguments = serde_json::Value::from(words(&format!("{SMALL} {arguments}")));
+    let text = format!("name = \"{name}\"\nmemory = \"64MiB\"\narguments = {arguments}\n{more}\n");
+    let file = host.directory().join(format!("{name}.toml"));
+    fs::write(&file, text).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+/// An answer that is a refusal, and says all of `why`.
+#[track_caller]
+pub fn assert_says_no(answer: &Answer, why: &[&str]) {
+    assert_eq!(answer.code, 3, "{}", answer.text);
+    for why in why {
+        assert!(answer.text.contains(why), "{why:?} is not said: {}", answer.text);
+    }
+}
+
+/// Guest `web1`, whose move was refused before, moves to host B.
+#[track_caller]
+pub fn assert_moves(stage: &Stage) {
+    stage.wait_for_standing(HostId::A, "web1", "running");
+    let answer = stage.migrate("web1", &["--verify"]);
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    stage.wait_for_standing(HostId::B, "web1", "running");
+    stage.wait_for_end("web1");
+}
+
+/// Lets [`NOBODY`] make files where programs of this host make theirs. Labs are for root only otherwise.
+pub fn open_to_nobody(host: &Host) {
+    for directory in [host.directory(), host.memory_directory()] {
+        let parent = directory.parent().unwrap();
+        fs::set_permissions(parent, Permissions::from_mode(0o711)).unwrap();
+        std::os::unix::fs::chown(directory, Some(NOBODY), None).unwrap();
+    }
+}
+
+/// The shim, which is built beside the daemon.
+pub fn shim() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_memlaned")).with_file_name("libmemlane_shim.so")
+}
