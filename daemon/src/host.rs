@@ -40,7 +40,7 @@ pub struct Host {
     /// QEMUs that are kept to.
     pub keepers: Keepers,
     /// What is remembered of them.
-    pub register: Register,
+    pub register: Rc<Register>,
     /// When it started.
     pub started: Instant,
     guests: RefCell<BTreeMap<Label, Rc<Guest>>>,
@@ -52,7 +52,7 @@ pub struct Host {
 impl Host {
     /// A host without guests.
     pub fn new(config: Config, journal: Journal) -> Rc<Self> {
-        let register = Register::beside(&config.journal);
+        let register = Rc::new(Register::beside(&config.journal));
         Rc::new(Self {
             config,
             journal,

@@ -123,6 +123,10 @@ pub trait Driver {
     fn saves_last(&self) -> bool {
         false
     }
+    /// Whether the VMM still waits for a guest, and nobody else is about to give it one.
+    async fn awaits(&self) -> Result<bool, DriverError> {
+        Ok(true)
+    }
     /// What forbids to move the guest away, as far as can be known beforehand.
     async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
         Ok(Vec::new())

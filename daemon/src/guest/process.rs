@@ -3,7 +3,7 @@
 use std::future::pending;
 use std::os::fd::OwnedFd;
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
 use crate::journal::VmmIdentity;
@@ -33,6 +33,14 @@ impl Process {
     /// Which process it is, or was.
     pub fn identity(&self) -> VmmIdentity {
         self.identity
+    }
+
+    /// Kills it, if it runs.
+    pub fn kill(&self) {
+        if let Some(pidfd) = &self.pidfd {
+            // It may have ended meanwhile.
+            let _ = pidfd_send_signal(pidfd.get_ref(), Signal::KILL);
+        }
     }
 
     /// Returns once it has ended.

@@ -322,9 +322,11 @@ impl Run {
         info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
         match outcome {
             Outcome::Completed => {
-                self.guest.standing.set(Standing::Running);
-                self.guest.migration.take();
-                arrived(&self.executor.host, &self.guest);
+                // Its VMM may have attached again since.
+                let guest = self.executor.guest().unwrap_or(&self.guest);
+                guest.standing.set(Standing::Running);
+                guest.migration.take();
+                arrived(&self.executor.host, guest);
                 self.ticket.end(OutcomeView::Completed, None, Some(here));
             }
             Outcome::VmmGone => self.ticket.end(OutcomeView::Failed, reason, None),

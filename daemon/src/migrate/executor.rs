@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
+use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::control::Control;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
@@ -274,6 +275,7 @@ impl Executor {
         if action == Action::Resume {
             self.resume_time = started.elapsed();
             self.resumed = true;
+            guest.standing.set(Standing::Running);
             if guest.tracked.take()
                 && let Err(failure) = guest.driver.stop_tracking().await
             {

@@ -47,6 +47,14 @@ fn memory_that_others_write_or_nobody_watches() {
     );
     devices.assert_runs();
 
+    let disk = host.directory().join("direct.img");
+    fs::write(&disk, [0; 1 << 16]).unwrap();
+    let disk = format!("-drive file={},format=raw,if=none,id=d0,cache.direct=on", disk.display());
+    let direct = Qemu::start(host, "direct", &format!("{disk} -device virtio-blk-pci,drive=d0"));
+    take(&stage, &direct, "direct");
+    stage.assert_refused("direct", &[], &["direct.img", "bypasses the page cache", "cache.direct=off"]);
+    direct.assert_runs();
+
     let stopped = Qemu::start(host, "web1", "");
     stopped.run("stop");
     take(&stage, &stopped, "web1");

@@ -28,21 +28,18 @@ use tracing::warn;
 
 use super::inspect::{Facts, MemoryFile};
 use super::qmp::Qmp;
-use super::register::Record;
+use super::register::{Record, Register};
+use super::settings::Settings;
 use super::tracking::Tracking;
-use super::{launch, obstacles};
+use super::{keeper, launch, obstacles};
 use crate::guest::shim::Shims;
 use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState};
+use crate::host::Host;
 
 /// Name of the descriptor over which QEMU's state travels.
 const CHANNEL: &str = "memlane";
 /// Longest wait for a step of QEMU's own migration.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Capabilities of QEMU's migration at the source, beyond what it has by itself.
-const SOURCE: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
-/// The same at the destination. Disks are taken (and locked) only when the guest is to run.
-const DESTINATION: [&str; 3] = ["x-ignore-shared", "late-block-activate", "events"];
-
 /// A QEMU and the guest in it.
 pub struct Qemu {
     qmp: Rc<Qmp>,
@@ -53,8 +50,15 @@ pub struct Qemu {
     shims: Rc<Shims>,
     /// Where its output goes, if this daemon started it.
     log: Option<PathBuf>,
+    /// Whether its migration is this daemon's doing, for the next daemon to know.
+    register: Rc<Register>,
+    name: String,
     /// A guest comes here, or has come and not yet run.
     incoming: Cell<bool>,
+    /// A guest has come here, and nobody has told it to run yet.
+    loaded: Cell<bool>,
+    /// What to restore when the migration is over.
+    settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
     /// Reads what QEMU's migration writes.
     state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
@@ -62,12 +66,24 @@ pub struct Qemu {
 
 impl Qemu {
     /// Drives the QEMU at the other end of `qmp`, whose guest has been looked at.
-    pub fn new(qmp: Qmp, facts: Facts, process: Rc<Process>, shims: Rc<Shims>, record: &Record) -> Self {
+    pub fn new(qmp: Qmp, facts: Facts, process: Rc<Process>, host: &Host, record: &Record) -> Self {
         let Facts { qemu, ram, files, .. } = facts;
-        let (qmp, incoming) = (Rc::new(qmp), Cell::new(record.incoming));
-        let log = record.definition.as_ref().map(|_| launch::log_of(&record.qmp));
-        let (tracking, state) = (RefCell::default(), RefCell::default());
-        Self { qmp, guest: qemu, ram, files, process, shims, log, incoming, tracking, state }
+        Self {
+            qmp: Rc::new(qmp),
+            guest: qemu,
+            ram,
+            files,
+            process,
+            shims: host.shims.clone(),
+            log: record.definition.as_ref().map(|_| launch::log_of(&record.qmp)),
+            register: host.register.clone(),
+            name: record.name.clone(),
+            incoming: Cell::new(record.incoming),
+            loaded: Cell::default(),
+            settings: RefCell::default(),
+            tracking: RefCell::default(),
+            state: RefCell::default(),
+        }
     }
 
     /// What QEMU said last, or where to look for that.
@@ -76,13 +92,6 @@ impl Qemu {
             Some(log) => format!("QEMU says: {}", launch::tail(log)),
             None => "see QEMU's log".to_owned(),
         }
-    }
-
-    async fn set_up(&self, capabilities: &[&str], on: bool) -> Result<(), DriverError> {
-        let capabilities: Vec<_> =
-            capabilities.iter().map(|name| json!({ "capability": name, "state": on })).collect();
-        let arguments = json!({ "capabilities": capabilities });
-        self.qmp.execute("migrate-set-capabilities", arguments).await.map(drop)
     }
 
     /// Gives QEMU one end of a connection; returns ours.
@@ -123,10 +132,9 @@ impl Qemu {
 #[async_trait(?Send)]
 impl Driver for Qemu {
     async fn start_tracking(&self) -> Result<(), DriverError> {
-        self.set_up(&SOURCE, true).await?;
-        // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
-        let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
-        self.qmp.execute("migrate-set-parameters", most).await?;
+        self.register.note_migration(&self.name, true);
+        let settings = Settings::of_source(&self.qmp).await?;
+        self.settings.replace(Some(settings));
         let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
         let handles = self.shims.open_userfault(self.qmp.pid()).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
@@ -144,9 +152,14 @@ impl Driver for Qemu {
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {
-        *self.tracking.borrow_mut() = None;
-        // Whoever migrates it with QEMU's own means next finds these as they were.
-        self.set_up(&SOURCE, false).await
+        let tracking = self.tracking.take();
+        // Lifting the protection takes the kernel a walk through all page tables.
+        let lift =
+            tracking.and_then(Rc::into_inner).map(|tracking| tokio::task::spawn_blocking(|| drop(tracking)));
+        if let Some(lift) = lift {
+            lift.await.expect("dropping does not panic");
+        }
+        Ok(())
     }
 
     async fn pause(&self) -> Result<Instant, DriverError> {
@@ -171,24 +184,29 @@ impl Driver for Qemu {
             self.cancel().await?;
         }
         let status = match self.qmp.status().await {
-            // Nobody has told it to run yet, and by itself it does not: this much is certain of a
-            // guest that has arrived.
-            Err(error) if self.incoming.get() => {
+            // Nobody has told it to run yet, and by itself it does not: so much is certain.
+            Err(error) if self.loaded.get() => {
                 return Err(DriverError::Failed { request: "resume", reason: error.to_string() });
             }
             status => status?,
         };
-        if status != "running" {
+        self.loaded.set(false);
+        // A guest that stands still for reasons of its own (it was suspended, its disk is full) is
+        // left to its operator; that it was told to run and then stopped is no failure either.
+        if matches!(status.as_str(), "postmigrate" | "finish-migrate")
+            || self.incoming.get() && status != "running"
+        {
             self.qmp.execute("cont", json!({})).await?;
         }
-        let status = self.qmp.status().await?;
-        if status != "running" {
-            let reason = format!("its status is {status}");
-            return Err(DriverError::Failed { request: "cont", reason });
-        }
+        let (qmp, settings) = (self.qmp.clone(), self.settings.take().unwrap_or_default());
         if self.incoming.take() {
-            let qmp = self.qmp.clone();
-            tokio::task::spawn_local(async move { announce(&qmp).await });
+            tokio::task::spawn_local(async move {
+                announce(&qmp).await;
+                tidy(&qmp, settings).await;
+            });
+        } else {
+            tidy(&qmp, settings).await;
+            self.register.note_migration(&self.name, false);
         }
         Ok(self.qmp.resumed())
     }
@@ -214,9 +232,9 @@ impl Driver for Qemu {
 
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
         let started = Instant::now();
-        self.set_up(&DESTINATION, true).await?;
-        // It is announced when it runs here, not before.
-        self.qmp.execute("migrate-set-parameters", json!({ "announce-rounds": 0 })).await?;
+        self.register.note_migration(&self.name, true);
+        let settings = Settings::of_destination(&self.qmp).await?;
+        self.settings.replace(Some(settings));
         // While a guest is awaited this means: do not run it by yourself.
         self.qmp.execute("stop", json!({})).await?;
         let mut channel = self.channel().await?;
@@ -248,6 +266,7 @@ impl Driver for Qemu {
         if status != "paused" {
             return Err(broken(format!("its status is {status}")));
         }
+        self.loaded.set(true);
         Ok(started.elapsed())
     }
 
@@ -271,9 +290,14 @@ impl Driver for Qemu {
             Ok(_) | Err(DriverError::Gone) => {}
             Err(error) => warn!(%error, "QEMU does not quit by itself"),
         }
+        if tokio::time::timeout(PATIENCE, self.process.ended()).await.is_ok() {
+            return Ok(());
+        }
+        warn!(pid = self.process.identity().pid, "QEMU does not quit; it is killed");
+        self.process.kill();
         match tokio::time::timeout(PATIENCE, self.process.ended()).await {
             Ok(()) => Ok(()),
-            Err(_) => Err(DriverError::Slow { request: "quit", after: PATIENCE }),
+            Err(_) => Err(DriverError::Slow { request: "quit", after: 2 * PATIENCE }),
         }
     }
 
@@ -288,6 +312,11 @@ impl Driver for Qemu {
     fn saves_last(&self) -> bool {
         // With its devices QEMU gives up its disks, which another process may then take.
         true
+    }
+
+    async fn awaits(&self) -> Result<bool, DriverError> {
+        let (status, migration) = (self.qmp.status().await?, self.qmp.migration().await?);
+        Ok(status == "inmigrate" && !keeper::is_migrating(&migration))
     }
 
     async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
@@ -305,6 +334,13 @@ async fn announce(qmp: &Qmp) {
     let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
     if let Err(error) = qmp.execute("announce-self", times).await {
         warn!(%error, "QEMU does not announce its guest; the daemon did");
+    }
+}
+
+/// Leaves QEMU's own migration as it was found.
+async fn tidy(qmp: &Qmp, settings: Settings) {
+    if let Err(error) = settings.restore(qmp).await {
+        warn!(%error, "cannot restore QEMU's settings for its own migration; x-ignore-shared may be on");
     }
 }
 

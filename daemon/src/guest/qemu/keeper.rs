@@ -86,19 +86,15 @@ impl Place {
 
     /// Takes in the guest of a QEMU that this daemon has started, and keeps to it.
     pub async fn keep_started(self, started: Started, record: Record) -> Result<Rc<Guest>, QemuError> {
-        let mut child = started.child;
         match self.take_in(&record, true).await {
             Ok((guest, record)) => {
                 info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
                 self.host.guest_attached(guest.clone());
-                tokio::task::spawn_local(self.stay(record, Some(guest.clone()), child));
+                tokio::task::spawn_local(self.stay(record, Some(guest.clone()), Some(started.child)));
                 Ok(guest)
             }
             Err(error) => {
-                if let Some(child) = &mut child {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                }
+                started.end();
                 record.remove_files();
                 Err(error)
             }
@@ -122,6 +118,18 @@ impl Place {
             return Err(QemuError::User { user: qmp.user() });
         }
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
+        if qmp.pid() == 0 {
+            return Err(QemuError::Standing(
+                "QEMU's process cannot be seen from here: it is in a pid namespace of others",
+            ));
+        }
+        let by_itself =
+            status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
+        if !fresh && !record.migrating && by_itself {
+            return Err(QemuError::Standing(
+                "QEMU was told to migrate by others; once that is settled, `memlanectl detach` it and attach it again",
+            ));
+        }
         if fresh {
             agree(record.incoming, &status, &migration, listens(&qmp).await?)?;
         }
@@ -133,6 +141,7 @@ impl Place {
         let mut record = record.clone();
         // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
         record.incoming &= status != "running";
+        record.migrating &= status != "running" || is_migrating(&migration);
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
         host.register.write(&record)?;
         let standing = match (status.as_str(), record.incoming) {
@@ -144,37 +153,44 @@ impl Place {
             _ => Standing::Running,
         };
         let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
-        let shims = host.shims.clone();
-        let driver = Qemu::new(qmp, facts, process.clone(), shims, &record);
+        let driver = Qemu::new(qmp, facts, process.clone(), host, &record);
         let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
         guest.summoned.set(record.summoned);
         Ok((Rc::new(guest), record))
     }
 
     /// Keeps to a QEMU, whose guest is attached if it is given, until it ends or is let go of.
-    async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, mut child: Option<Child>) {
+    async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, child: Option<Child>) {
         let mut told = false;
+        // A guest that stood still when the daemon ended has waited long enough.
+        let mut patience = Duration::ZERO;
         loop {
             let process = Process::remembered(record.identity());
-            if let Some(guest) = guest.take() {
-                told = false;
-                tokio::select! {
-                    () = guest.driver.gone() => {}
-                    _ = self.let_go.wait_for(|let_go| *let_go) => {
-                        guest.driver.hang_up();
-                        self.host.register.remove(&record.name);
-                        info!(guest = %self.name, "let go of a QEMU");
-                        return;
-                    }
+            let gone = async {
+                if let Some(guest) = guest.take() {
+                    told = false;
+                    guest.driver.gone().await;
                 }
-            }
-            // A QEMU that has not been seen since the daemon started may be none any more.
-            if tokio::time::timeout(AGAIN, process.ended()).await.is_ok() {
+                // A QEMU that has not been seen since the daemon started may be none any more.
+                tokio::time::timeout(std::mem::replace(&mut patience, AGAIN), process.ended()).await.is_ok()
+            };
+            let ended = tokio::select! {
+                ended = gone => Some(ended),
+                _ = self.let_go.wait_for(|let_go| *let_go) => None,
+            };
+            let Some(ended) = ended else {
+                self.host.register.remove(&record.name);
+                info!(guest = %self.name, "let go of a QEMU");
+                if let Some(guest) = self.host.guest(&self.name) {
+                    guest.driver.hang_up();
+                }
+                drop(self);
+                process.ended().await;
+                return tidy_up(child, record).await;
+            };
+            if ended {
                 info!(guest = %self.name, pid = record.pid, "QEMU has ended");
-                if let Some(child) = &mut child {
-                    let _ = child.wait();
-                }
-                record.remove_files();
+                tidy_up(child, record.clone()).await;
                 self.host.register.remove(&record.name);
                 return;
             }
@@ -215,6 +231,17 @@ impl Drop for Place {
     }
 }
 
+/// Collects a QEMU that has ended, and gives back its memory, which may take the kernel long.
+async fn tidy_up(child: Option<Child>, record: Record) {
+    let tidy = move || {
+        if let Some(mut child) = child {
+            let _ = child.wait();
+        }
+        record.remove_files();
+    };
+    tokio::task::spawn_blocking(tidy).await.expect("removing files does not panic");
+}
+
 /// Whether a guest is about to be none of this host's.
 async fn is_leaving(host: &Host, name: &Label) -> bool {
     let Some(guest) = host.guest(name) else { return true };
@@ -222,7 +249,7 @@ async fn is_leaving(host: &Host, name: &Label) -> bool {
 }
 
 /// Whether QEMU migrates by its own means.
-fn is_migrating(migration: &str) -> bool {
+pub fn is_migrating(migration: &str) -> bool {
     !matches!(migration, "" | "none" | "completed" | "failed" | "cancelled")
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Seek};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use memlane_protocol::wire::Label;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tracing::debug;
 
 use super::QemuError;
 use super::definition::{Definition, Paths};
@@ -23,14 +25,27 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Longest wait for its monitor: it may have to take all RAM from the host first.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of its log that are told when it fails.
-const TAIL_BYTES: usize = 1000;
+const TAIL_BYTES: u64 = 1000;
 
 /// A QEMU whose monitor can be connected to.
 pub struct Started {
     /// Where its output goes.
     pub log: PathBuf,
-    /// The process, unless systemd has it: somebody must collect it when it ends.
-    pub child: Option<Child>,
+    /// The process, or what waits for systemd's unit to end: somebody must collect it when it ends.
+    pub child: Child,
+    unit: Option<String>,
+}
+
+impl Started {
+    /// Ends it: it was started in vain.
+    pub fn end(mut self) {
+        if let Some(unit) = &self.unit {
+            let stopped = manager("systemctl").args(["stop", unit]).status();
+            debug!(unit, ?stopped, "stopping a unit");
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// Starts the QEMU of a guest, and waits until its monitor answers.
@@ -64,24 +79,22 @@ pub async fn start(host: &Host, definition: &Definition, incoming: bool) -> Resu
     }
     let failed = |source| QemuError::Start { doing: "start", path: definition.qemu.clone(), source };
     let mut started = if systemd_runs() {
-        run_as_unit(definition, &arguments, &environment, &log).await?;
-        Started { log, child: None }
+        let child = run_as_unit(definition, &arguments, &environment, (&log, output)).map_err(failed)?;
+        Started { log, child, unit: Some(unit(&definition.name)) }
     } else {
         let child = run_as_session(&definition.qemu, &arguments, &environment, output).map_err(failed)?;
-        Started { log, child: Some(child) }
+        Started { log, child, unit: None }
     };
     let up = tokio::select! {
         () = answers(&paths.qmp) => true,
-        () = ends(started.child.as_mut()) => false,
+        () = ends(&mut started.child) => false,
         () = tokio::time::sleep(PATIENCE) => false,
     };
     if !up {
-        if let Some(child) = &mut started.child {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let words = tail(&started.log);
+        started.end();
         let _ = std::fs::remove_file(&paths.memory);
-        return Err(QemuError::Ended(tail(&started.log)));
+        return Err(QemuError::Ended(words));
     }
     Ok(started)
 }
@@ -93,8 +106,16 @@ pub fn log_of(qmp: &Path) -> PathBuf {
 
 /// The last lines of QEMU's log.
 pub fn tail(log: &Path) -> String {
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(TAIL_BYTES)..]).into_owned();
+    let read = || {
+        let mut file = File::open(log)?;
+        let length = file.metadata()?.len();
+        // Some guests write their console there.
+        file.seek(io::SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
+        let mut text = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut text)?;
+        io::Result::Ok(text)
+    };
+    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(4)..];
     if last.is_empty() { format!("it says nothing in {}", log.display()) } else { last.join("; ") }
@@ -155,9 +176,8 @@ async fn ask(mut monitor: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns once the process has ended; never if there is none to look at.
-async fn ends(child: Option<&mut Child>) {
-    let Some(child) = child else { return std::future::pending().await };
+/// Returns once the process has ended.
+async fn ends(child: &mut Child) {
     while matches!(child.try_wait(), Ok(None)) {
         tokio::time::sleep(LOOK).await;
     }
@@ -169,19 +189,16 @@ fn systemd_runs() -> bool {
 }
 
 /// A transient unit, which has a cgroup of its own and is not ended with the daemon's: of the
-/// system where the daemon is root, else of its user's own manager, which needs nobody's leave.
-async fn run_as_unit(
+/// system where the daemon is root, else of its user's own manager, which needs nobody's leave (but
+/// whose user must linger). Returns what waits for its end.
+fn run_as_unit(
     definition: &Definition,
     arguments: &[OsString],
     environment: &[(&str, OsString)],
-    log: &Path,
-) -> Result<(), QemuError> {
-    let mut command = Command::new("systemd-run");
-    let user = rustix::process::geteuid();
-    if !user.is_root() {
-        command.arg("--user").env("XDG_RUNTIME_DIR", format!("/run/user/{}", user.as_raw()));
-    }
-    command.args(["--quiet", "--collect", &format!("--unit=memlane-guest-{}", definition.name)]);
+    (log, output): (&Path, File),
+) -> io::Result<Child> {
+    let mut command = manager("systemd-run");
+    command.args(["--quiet", "--collect", "--wait", &format!("--unit={}", unit(&definition.name))]);
     for stream in ["StandardOutput", "StandardError"] {
         command.arg(format!("--property={stream}=append:{}", log.display()));
     }
@@ -195,18 +212,22 @@ async fn run_as_unit(
         let bytes = argument.as_bytes().split(|byte| *byte == b'$').collect::<Vec<_>>();
         OsString::from_vec(bytes.join(&b"$$"[..]))
     });
-    command.arg("--").arg(&definition.qemu).args(arguments).stdin(Stdio::null());
-    let failed = |source| QemuError::Start { doing: "run", path: "systemd-run".into(), source };
-    let run = tokio::task::spawn_blocking(move || command.output());
-    let output = run.await.expect("running a command does not panic").map_err(failed)?;
-    if output.status.success() {
-        return Ok(());
+    command.arg("--").arg(&definition.qemu).args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(output).spawn()
+}
+
+fn unit(name: &Label) -> String {
+    format!("memlane-guest-{name}.service")
+}
+
+/// A program that talks to the daemon user's service manager.
+fn manager(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let user = rustix::process::geteuid();
+    if !user.is_root() {
+        command.arg("--user").env("XDG_RUNTIME_DIR", format!("/run/user/{}", user.as_raw()));
     }
-    let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(QemuError::Ended(format!(
-        "systemd-run: {text}; unless the daemon runs as root, its user must be one that lingers \
-         (`loginctl enable-linger`)"
-    )))
+    command
 }
 
 /// A session of its own, which the daemon's end does not concern.

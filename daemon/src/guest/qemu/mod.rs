@@ -12,6 +12,7 @@ mod launch;
 mod obstacles;
 mod qmp;
 mod register;
+mod settings;
 mod tracking;
 
 use std::io;
@@ -160,12 +161,12 @@ pub async fn attach(
 /// Lets go of a QEMU; its guest runs on.
 pub fn detach(host: &Host, name: &Label) -> Result<Rc<Guest>, QemuError> {
     let guest = host.guest(name).filter(|guest| guest.driver.qemu().is_some());
-    let guest = guest.ok_or_else(|| QemuError::Unknown(name.clone()))?;
-    if guest.is_moving() {
+    if guest.as_ref().is_some_and(|guest| guest.is_moving()) {
         return Err(QemuError::Moving(name.clone()));
     }
+    // One that cannot be reached is not kept to any more either.
     host.keepers.let_go(name);
-    Ok(guest)
+    guest.ok_or_else(|| QemuError::Unknown(name.clone()))
 }
 
 /// Everything in which a waiting QEMU differs from the one that its guest comes from.

@@ -20,6 +20,7 @@ pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Obstacle>, DriverError
     found.extend(kernel(&rustix::system::uname().release().to_string_lossy()));
     found.extend(status(&qmp.status().await?));
     found.extend(devices(qmp).await?);
+    found.extend(disks(qmp).await?);
     found.extend(blockers(qmp).await?);
     // Last, since it is asked of QEMU itself, and costs a descriptor: can its writes be tracked?
     shims.wait_for(qmp.pid(), CONNECTING).await;
@@ -71,13 +72,42 @@ async fn devices(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
 
 fn bypassing(device: &Value) -> Option<Obstacle> {
     let kind = device["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
-    if !["vfio-", "vhost-user-", "vhost-vdpa-"].iter().any(|prefix| kind.starts_with(prefix)) {
+    const PREFIXES: [&str; 6] =
+        ["vfio-", "vhost-user-", "vhost-vdpa-", "vhost-scsi-", "scsi-block", "scsi-generic"];
+    if !PREFIXES.iter().any(|prefix| kind.starts_with(prefix)) {
         return None;
     }
     let name = device["name"].as_str().unwrap_or_default();
     let detail = format!("device {name} ({kind}) writes guest memory where nobody sees it");
     let remedy = format!("remove -device {kind}, or unplug it (device_del {name}) for the time of the move");
     Some(Obstacle::new("device", detail, Some(remedy)))
+}
+
+/// Disks that are read past the page cache: the device writes guest memory when it is done, long
+/// after the write was noticed, and the page may have been sent in between.
+async fn disks(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
+    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
+    let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
+    Ok(nodes.iter().filter_map(direct).collect())
+}
+
+fn direct(node: &Value) -> Option<Obstacle> {
+    let driver = node["drv"].as_str().unwrap_or_default();
+    let bypasses = driver.starts_with("nvme") || driver.starts_with("virtio-blk-");
+    if !bypasses && node["cache"]["direct"] != true {
+        return None;
+    }
+    let name = node["node-name"].as_str().unwrap_or_default();
+    let file = node["file"].as_str().unwrap_or_default();
+    let detail = format!(
+        "disk {file} (node {name}, {driver}) bypasses the page cache: its device writes guest memory where nobody \
+         sees it"
+    );
+    let remedy = match bypasses {
+        true => "use another -blockdev driver for it than one that drives the device by itself",
+        false => "use -drive cache=writeback (cache.direct=off in -blockdev)",
+    };
+    Some(Obstacle::new("disk", detail, Some(remedy.to_owned())))
 }
 
 /// What QEMU itself says against any migration.
@@ -117,5 +147,13 @@ mod tests {
             assert!(bypassing(&device(kind)).is_none(), "{kind}");
         }
         assert!(bypassing(&json!({ "name": "type", "type": "string" })).is_none());
+    }
+
+    #[test]
+    fn disks_past_the_page_cache_are_named() {
+        let node = |driver: &str, direct: bool| json!({ "node-name": "n0", "drv": driver, "file": "/srv/a.img", "cache": { "direct": direct } });
+        assert!(direct(&node("file", false)).is_none() && direct(&node("qcow2", false)).is_none());
+        assert!(direct(&node("file", true)).unwrap().remedy.unwrap().contains("cache.direct=off"));
+        assert!(direct(&node("nvme", false)).unwrap().detail.contains("/srv/a.img"));
     }
 }

@@ -39,6 +39,9 @@ pub struct Record {
     pub qmp: PathBuf,
     /// It waits for a guest to arrive, or has one that has not run yet.
     pub incoming: bool,
+    /// A migration of QEMU's own is this daemon's doing.
+    #[serde(default)]
+    pub migrating: bool,
     /// It was started for a migration, and is of no use without.
     #[serde(default)]
     pub summoned: bool,
@@ -59,6 +62,7 @@ impl Record {
             started: 0,
             qmp: qmp.clone(),
             incoming,
+            migrating: false,
             summoned: false,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
@@ -68,7 +72,9 @@ impl Record {
     /// Of a QEMU that others started.
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
-        Self { name, pid: 0, started: 0, qmp, incoming, summoned: false, definition: None, files: Vec::new() }
+        let (pid, started, migrating, summoned) = (0, 0, false, false);
+        let (definition, files) = (None, Vec::new());
+        Self { name, pid, started, qmp, incoming, migrating, summoned, definition, files }
     }
 
     /// The process.
@@ -117,9 +123,22 @@ impl Register {
 
     /// The guest that was awaited has arrived, and runs: what becomes of it is its operator's affair.
     pub fn note_arrival(&self, name: &str) {
-        let Some(record) = self.read(name) else { return };
-        if let Err(error) = self.write(&Record { incoming: false, summoned: false, ..record }) {
-            warn!(guest = name, %error, "cannot remember that a guest has arrived");
+        self.change(name, |record| {
+            (record.incoming, record.summoned, record.migrating) = (false, false, false);
+        });
+    }
+
+    /// QEMU migrates, or does not any more, because this daemon has told it to. What it does without
+    /// that is its operator's affair.
+    pub fn note_migration(&self, name: &str, migrating: bool) {
+        self.change(name, |record| record.migrating = migrating);
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(&mut Record)) {
+        let Some(mut record) = self.read(name) else { return };
+        change(&mut record);
+        if let Err(error) = self.write(&record) {
+            warn!(guest = name, %error, "cannot remember how a guest in QEMU stands");
         }
     }
 

@@ -41,11 +41,13 @@ pub async fn receive(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<
             Err(refusals) => return Err(shorten(refusals)),
         },
     };
-    if !offer.check_only || guest.summoned.get() {
-        // Taken before anything else is awaited, so that no second offer can take it too.
-        guest.migration.replace(Some(offer.migration));
+    // Taken before anything else is awaited, so that no second offer can take it too.
+    guest.migration.replace(Some(offer.migration));
+    let mut refusals = judge(host, offer, &guest);
+    if !matches!(guest.driver.awaits().await, Ok(true)) {
+        let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
+        refusals.push(Refusal { what: Respect::Receiver, reason });
     }
-    let refusals = judge(host, offer, &guest);
     if refusals.is_empty() {
         return Ok(guest);
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{Offer, Refusal, Respect};
@@ -10,6 +11,9 @@ use crate::guest::Guest;
 use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::{self, QemuError};
 use crate::host::Host;
+
+/// Longest time that storage may take to say whether a disk is there.
+const STORAGE: Duration = Duration::from_secs(5);
 
 /// Starts a QEMU that waits for the guest, if the guest brings what that takes and this host
 /// lets the peer do so.
@@ -39,20 +43,31 @@ pub async fn summon(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<G
         }
         Err(error) => return refused(Respect::Receiver, error.to_string()),
     };
-    let disks: Vec<Refusal> =
-        brought.disks.iter().filter(|disk| !Path::new(disk).exists()).map(missing).collect();
+    let disks = missing(brought.disks.clone()).await;
     if !disks.is_empty() {
         return Err(disks);
     }
     qemu::summon(host, definition).await.map_err(|error| vec![refusal(error)])
 }
 
-fn missing(disk: &String) -> Refusal {
-    let reason = format!(
-        "disk {disk} is not there; disks do not travel: put it on storage that both hosts have under this path \
-         (-drive file={disk})"
-    );
-    Refusal { what: Respect::Disk, reason }
+/// The disks that are not here. They may be on storage that does not answer at all.
+async fn missing(disks: Vec<String>) -> Vec<Refusal> {
+    let look = tokio::task::spawn_blocking(move || {
+        disks.into_iter().filter(|disk| !Path::new(disk).exists()).collect::<Vec<_>>()
+    });
+    let refuse = |reason| Refusal { what: Respect::Disk, reason };
+    let Ok(looked) = tokio::time::timeout(STORAGE, look).await else {
+        return vec![refuse(format!(
+            "the guest's disks cannot be looked at within {STORAGE:.0?}; see its storage"
+        ))];
+    };
+    let reason = |disk: String| {
+        format!(
+            "disk {disk} is not there; disks do not travel: put it on storage that both hosts have under this path \
+             (-drive file={disk})"
+        )
+    };
+    looked.expect("looking does not panic").into_iter().map(|disk| refuse(reason(disk))).collect()
 }
 
 fn refusal(error: QemuError) -> Refusal {
