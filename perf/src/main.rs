@@ -2,15 +2,15 @@
 
 use std::fmt::Display;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use memlane_lab::{Lab, LabOptions, Rate};
-use memlane_perf::Size;
+use memlane_lab::{Lab, LabOptions, Programs, Rate, Requirement, Size, why_not};
 use memlane_perf::memory::{self, MemoryState};
+use memlane_perf::qemu::{self, QemuOptions};
 use memlane_perf::raw::{self, RawOptions};
 use serde::Serialize;
 
-/// Measures Memlane against the limits of the machine that it runs on.
+/// Measures Memlane against the limits of the machine that it runs on, and against QEMU.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -31,6 +31,8 @@ enum Command {
         #[arg(long, default_value = "1GiB")]
         bytes: Size,
     },
+    /// Memlane beside QEMU's own migration: one Linux guest, moved in turn by each (needs root)
+    Qemu(QemuOptions),
 }
 
 #[derive(Args)]
@@ -63,14 +65,27 @@ fn main() -> Result<()> {
                 ..LabOptions::default()
             })?;
             let options = RawOptions {
-                bytes: args.bytes.bytes(),
+                bytes: in_memory(args.bytes)?,
                 connections_per_port: args.connections_per_port,
                 destination: args.memory,
             };
             print(&raw::measure(&lab, &options)?, cli.json)
         }
-        Command::Memcpy { bytes } => print(&memory::measure_memcpy(bytes.bytes())?, cli.json),
+        Command::Memcpy { bytes } => print(&memory::measure_memcpy(in_memory(bytes)?)?, cli.json),
+        Command::Qemu(options) => {
+            if let Some(missing) = why_not(&[Requirement::LAB, &[Requirement::Qemu]].concat()) {
+                bail!("cannot compare with QEMU: {missing}");
+            }
+            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
+            let programs = Programs::build(true)?;
+            print(&qemu::measure(&programs, &options)?, cli.json)
+        }
     }
+}
+
+/// A size that this process can have.
+fn in_memory(size: Size) -> Result<usize> {
+    usize::try_from(size.bytes()).with_context(|| format!("{size} are too many for an address space"))
 }
 
 fn print(report: &(impl Display + Serialize), json: bool) -> Result<()> {

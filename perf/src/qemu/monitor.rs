@@ -1,0 +1,180 @@
+//! The harness's own connection with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
+//!
+//! QEMU tells its events to every monitor, so this one also hears what happens to a guest that a daemon moves.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use memlane_lab::wait_for;
+use serde_json::{Value, json};
+
+/// Longest wait for a QEMU that starts: it may take all RAM from the host first.
+const START: Duration = Duration::from_secs(60);
+/// Longest wait for the answer to a command.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// A connection with a QEMU's monitor.
+pub(super) struct Monitor {
+    stream: BufReader<UnixStream>,
+    /// What has been read of a line whose end has not come yet.
+    line: Vec<u8>,
+    events: VecDeque<Event>,
+}
+
+/// Something that happened to a QEMU.
+#[derive(Debug)]
+pub(super) struct Event {
+    name: String,
+    /// What belongs to it.
+    pub(super) data: Value,
+    /// When, by QEMU's own account: seconds since 1970-01-01T00:00:00Z.
+    pub(super) at: f64,
+}
+
+impl Monitor {
+    /// Connects as soon as there is something to connect to.
+    pub(super) fn connect(socket: &Path) -> Result<Self> {
+        let stream =
+            wait_for("QEMU's monitor", START, || UnixStream::connect(socket).ok()).with_context(|| {
+                format!("connecting to {}: has QEMU ended? See its log beside it", socket.display())
+            })?;
+        let mut monitor = Self { stream: BufReader::new(stream), line: Vec::new(), events: VecDeque::new() };
+        let greeting = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
+        ensure!(greeting["QMP"].is_object(), "{} is no QMP monitor: it says {greeting}", socket.display());
+        monitor.execute("qmp_capabilities", json!({}))?;
+        Ok(monitor)
+    }
+
+    /// Gives a command and returns its answer.
+    pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let order = json!({ "execute": command, "arguments": arguments });
+        let failed = || format!("QEMU's {command}");
+        self.stream.get_mut().write_all(format!("{order}\n").as_bytes()).with_context(failed)?;
+        let until = Instant::now() + ANSWER;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let mut message =
+                self.next(left).with_context(failed)?.with_context(|| format!("no answer to {order}"))?;
+            if let Some(event) = Event::of(&message) {
+                self.events.push_back(event);
+            } else if let Some(error) = message.get("error") {
+                bail!("QEMU refuses {order}: {}", error["desc"].as_str().unwrap_or("it does not say why"));
+            } else {
+                return Ok(message["return"].take());
+            }
+        }
+    }
+
+    /// The oldest event of a name that was not returned yet; `None` if there is none within `timeout`.
+    pub(super) fn event(&mut self, name: &str, timeout: Duration) -> Result<Option<Event>> {
+        if let Some(index) = self.events.iter().position(|event| event.name == name) {
+            return Ok(self.events.remove(index));
+        }
+        let until = Instant::now() + timeout;
+        while let Some(message) = self.next(until.saturating_duration_since(Instant::now()))? {
+            match Event::of(&message) {
+                Some(event) if event.name == name => return Ok(Some(event)),
+                Some(event) => self.events.push_back(event),
+                None => bail!("QEMU answers what was not asked: {message}"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Forgets what has happened so far.
+    pub(super) fn forget_events(&mut self) -> Result<()> {
+        // An answer comes after all events before it.
+        self.execute("query-status", json!({}))?;
+        self.events.clear();
+        Ok(())
+    }
+
+    /// The next line; `None` if it does not come within `timeout`.
+    fn next(&mut self, timeout: Duration) -> Result<Option<Value>> {
+        // A timeout of 0 would be none at all.
+        self.stream.get_ref().set_read_timeout(Some(timeout.max(Duration::from_millis(1))))?;
+        match self.stream.read_until(b'\n', &mut self.line) {
+            Ok(_) if self.line.ends_with(b"\n") => {
+                let line = std::mem::take(&mut self.line);
+                let line = String::from_utf8_lossy(&line);
+                serde_json::from_str(&line).map(Some).with_context(|| format!("QEMU's monitor says {line:?}"))
+            }
+            Ok(_) => Err(anyhow!("QEMU has ended")),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
+            Err(error) => Err(error).context("reading from QEMU's monitor"),
+        }
+    }
+}
+
+impl Event {
+    fn of(message: &Value) -> Option<Self> {
+        let time = &message["timestamp"];
+        Some(Self {
+            name: message["event"].as_str()?.to_owned(),
+            data: message["data"].clone(),
+            at: time["seconds"].as_f64()? + time["microseconds"].as_f64()? / 1e6,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A monitor at whose other end a script says `lines`, each after a line was heard.
+    fn monitor(lines: &'static [&'static str]) -> Result<Monitor> {
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("qmp");
+        let listener = UnixListener::bind(&socket)?;
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a connection");
+            let mut heard = BufReader::new(stream.try_clone().expect("a descriptor"));
+            stream.write_all(b"{\"QMP\": {}}\r\n").expect("a listener");
+            for line in lines {
+                heard.read_line(&mut String::new()).expect("a command");
+                stream.write_all(format!("{line}\n").as_bytes()).expect("a listener");
+            }
+        });
+        Monitor::connect(&socket)
+    }
+
+    const STOP: &str = r#"{"event": "STOP", "timestamp": {"seconds": 7, "microseconds": 250000}}"#;
+
+    #[test]
+    fn events_may_come_before_an_answer_and_in_any_order() {
+        const LINES: &[&str] = &[
+            r#"{"return": {}}"#,
+            concat!(
+                r#"{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}"#,
+                "\n",
+                r#"{"event": "STOP", "timestamp": {"seconds": 7, "microseconds": 250000}}"#,
+                "\n",
+                r#"{"return": {"status": "paused"}}"#
+            ),
+            STOP,
+        ];
+        let mut monitor = monitor(LINES).expect("a monitor");
+        let answer = monitor.execute("query-status", json!({})).expect("an answer");
+        assert_eq!(answer["status"], "paused");
+        let stop = monitor.event("STOP", Duration::ZERO).expect("a monitor").expect("a stop");
+        assert_eq!(stop.at, 7.25);
+        assert!(monitor.event("STOP", Duration::ZERO).expect("a monitor").is_none());
+        assert!(monitor.event("RESUME", Duration::ZERO).expect("a monitor").is_some());
+    }
+
+    #[test]
+    fn refusals_and_ends_are_errors() {
+        let mut refusing =
+            monitor(&[r#"{"return": {}}"#, r#"{"error": {"desc": "no such thing"}}"#]).expect("a monitor");
+        let error = refusing.execute("fly", json!({})).expect_err("a refusal");
+        assert!(error.to_string().contains("no such thing"), "{error}");
+        let error = refusing.event("STOP", ANSWER).expect_err("the other end has gone");
+        assert!(error.to_string().contains("ended"), "{error}");
+    }
+}

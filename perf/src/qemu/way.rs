@@ -1,0 +1,160 @@
+//! The ways to move a guest, and what each needs to be started.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use memlane_lab::linux::LinuxGuest;
+use memlane_lab::{Host, HostId, Process, QEMU, Rig, wait_for};
+use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
+use serde_json::{Value, json};
+
+use super::monitor::Monitor;
+use super::{DOWNTIME_LIMIT, PATIENCE, cpu};
+
+/// How long a QEMU is watched whose guest does not answer.
+const WATCH: Duration = Duration::from_secs(2);
+
+/// How a guest is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Way {
+    /// By the daemons.
+    Memlane,
+    /// By QEMU, over one connection.
+    Plain,
+    /// By QEMU, over so many more connections.
+    Multifd(u8),
+}
+
+/// One end of a move: a QEMU that runs the guest or waits for it.
+pub(super) struct End {
+    /// Its process.
+    pub(super) pid: u32,
+    /// The harness's own monitor of it.
+    pub(super) monitor: Monitor,
+    /// What killing it takes, unless a daemon has started it.
+    process: Option<Process>,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memlane => f.pad("memlane"),
+            Self::Plain => f.pad("plain"),
+            Self::Multifd(channels) => f.pad(&format!("multifd{channels}")),
+        }
+    }
+}
+
+impl Way {
+    /// Starts a QEMU, in every way with the same command line but for paths: by a daemon, or for QEMU's own migration
+    /// by the harness, and then maybe with `anonymous` memory. It is one that waits for the guest on host B.
+    pub(super) fn start(self, rig: &Rig, guest: &LinuxGuest, anonymous: bool, id: HostId) -> Result<End> {
+        let host = rig.lab().host(id);
+        let socket = host.directory().join("harness.qmp");
+        let monitor = format!("unix:{},server=on,wait=off", socket.display());
+        let mut guest = guest.clone();
+        guest.arguments.extend(["-qmp".to_owned(), monitor]);
+        let incoming = id == HostId::B;
+        let (pid, process) = match self {
+            Self::Memlane => (launch(rig, &guest, id, incoming)?, None),
+            Self::Plain | Self::Multifd(_) => {
+                let process = spawn(host, &guest, anonymous, incoming)?;
+                (process.pid(), Some(process))
+            }
+        };
+        let monitor = Monitor::connect(&socket).with_context(|| match &process {
+            Some(process) => process.log_tail(),
+            None => format!("a QEMU that the daemon of {} has started", host.name()),
+        })?;
+        Ok(End { pid, monitor, process })
+    }
+}
+
+impl End {
+    /// What the QEMU says that it does, and whether the guest's processor is busy.
+    pub(super) fn doing(&mut self) -> Result<String> {
+        let used = cpu::of_process(self.pid)?;
+        std::thread::sleep(WATCH);
+        let cpus = (cpu::of_process(self.pid)? - used) / WATCH.as_secs_f64();
+        let status = self.monitor.execute("query-status", json!({}))?;
+        Ok(format!("its QEMU says {} and keeps {cpus:.1} processors busy", status["status"]))
+    }
+
+    /// Ends the QEMU if it still runs, and waits until it and its memory are gone.
+    pub(super) fn quit(mut self, rig: &Rig, guest: &LinuxGuest, id: HostId) -> Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.kill()?;
+            return remove(&paths(rig.lab().host(id), guest).memory);
+        }
+        // Says nothing where the QEMU of a guest that has left is gone already.
+        let _ = self.monitor.execute("quit", json!({}));
+        wait_for("QEMU's end", PATIENCE, || cpu::of_process(self.pid).is_err().then_some(()))?;
+        wait_for("the daemon's notice of it", PATIENCE, || {
+            rig.guest(id, &guest.name).is_ok_and(|guest| guest.is_none()).then_some(())
+        })
+    }
+}
+
+/// Prepares one end for QEMU's own migration, which shall be as fast as it can.
+pub(super) fn set_up(monitor: &mut Monitor, way: Way) -> Result<()> {
+    let capability = |name: &str| json!({ "capability": name, "state": true });
+    let mut capabilities = vec![capability("events")];
+    let downtime = DOWNTIME_LIMIT.as_millis() as u64;
+    let mut parameters = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": downtime });
+    if let Way::Multifd(channels) = way {
+        capabilities.push(capability("multifd"));
+        parameters["multifd-channels"] = Value::from(channels);
+    }
+    monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+    monitor.execute("migrate-set-parameters", parameters).map(drop)
+}
+
+/// Has the daemon start a QEMU; returns its process.
+fn launch(rig: &Rig, guest: &LinuxGuest, id: HostId, incoming: bool) -> Result<u32> {
+    let file = rig.lab().host(id).directory().join(format!("{}.toml", guest.name));
+    fs::write(&file, guest.file()).with_context(|| format!("writing {}", file.display()))?;
+    let mut order = vec!["launch", file.to_str().context("a path that is no UTF-8")?];
+    order.extend(incoming.then_some("--incoming"));
+    let answer = rig.ctl(id, &order)?;
+    ensure!(answer.code == 0, "the guest cannot be launched: {}", answer.text.trim());
+    let pid = answer.last()?["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+    pid.with_context(|| format!("no process of QEMU in {}", answer.text.trim()))
+}
+
+/// Starts a QEMU as a daemon would, without the shim.
+fn spawn(host: &Host, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Result<Process> {
+    let paths = paths(host, guest);
+    remove(&paths.memory)?;
+    let definition = Definition::parse(Path::new("the guest file"), &guest.file())?;
+    let mut command = host.command(QEMU);
+    for argument in definition.command_line(&paths, incoming) {
+        let is_memory = argument.to_string_lossy().starts_with("memory-backend-file,");
+        command.arg(if anonymous && is_memory { anonymous_memory(guest).into() } else { argument });
+    }
+    host.spawn("qemu", command)
+}
+
+/// What QEMU gives a guest whose memory nobody else is to see.
+fn anonymous_memory(guest: &LinuxGuest) -> String {
+    let prealloc = if guest.prealloc { "on" } else { "off" };
+    format!("memory-backend-ram,id={BACKEND},size={},prealloc={prealloc}", guest.ram.bytes())
+}
+
+fn paths(host: &Host, guest: &LinuxGuest) -> Paths {
+    Paths {
+        memory: host.memory_directory().join(format!("{}.baseline", guest.name)),
+        qmp: host.directory().join("qmp"),
+    }
+}
+
+fn remove(file: &Path) -> Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", file.display()))
+        }
+        _ => Ok(()),
+    }
+}
