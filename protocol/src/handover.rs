@@ -40,7 +40,8 @@
 //! Daemons may crash and come back while VMMs live on, so both VMMs have a part in this:
 //!
 //! - at the source, a paused VMM that loses its daemon resumes by itself, *unless* it has
-//!   been relinquished: then it waits for the daemon to come back and say;
+//!   been relinquished: then it waits for the daemon to come back and say (stock QEMU, which
+//!   does not know of daemons, always waits);
 //! - at the destination, an incoming VMM never runs before it is told to.
 //!
 //! # What the daemon must do

@@ -77,7 +77,12 @@ impl Qemu {
 
     /// Runs a command of the monitor.
     pub fn run(&self, command: &str) -> Value {
-        Monitor::connect(&self.ours).run(command, json!({}))
+        self.run_with(command, json!({}))
+    }
+
+    /// Runs a command of the monitor, with arguments.
+    pub fn run_with(&self, command: &str, arguments: Value) -> Value {
+        Monitor::connect(&self.ours).run(command, arguments)
     }
 
     /// Has the daemon of a host take it.

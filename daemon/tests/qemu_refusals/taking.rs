@@ -2,9 +2,10 @@
 
 use std::os::unix::net::UnixStream;
 
-use memlane_lab::HostId;
+use memlane_lab::{HostId, wait_for};
+use serde_json::json;
 
-use crate::common::Stage;
+use crate::common::{LONG, Stage};
 use crate::impostor;
 use crate::qemu::{Qemu, assert_says_no, attach, guest_file, ram_file, stage};
 
@@ -148,4 +149,24 @@ fn assert_taken(stage: &Stage, qemu: &Qemu) {
     assert_eq!(answer.code, 0, "{}", answer.text);
     stage.wait_for_standing(HostId::A, "web1", "running");
     qemu.assert_runs();
+}
+
+/// Its copy may run elsewhere: a daemon that finds it so must not let it run.
+#[test]
+fn a_guest_that_qemu_has_moved_by_itself() {
+    let Some(mut stage) = stage("a_guest_that_qemu_has_moved_by_itself", false, "") else { return };
+    let qemu = Qemu::start(stage.rig.lab().host(HostId::A), "web1", "");
+    let answer = qemu.attach(&stage, HostId::A, "web1", &[]);
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    qemu.run_with("migrate", json!({ "uri": "exec:cat > /dev/null" }));
+    let status = || qemu.run("query-status")["status"].as_str().unwrap().to_owned();
+    wait_for("the end of QEMU's own migration", LONG, || (status() == "postmigrate").then_some(())).unwrap();
+    stage.assert_refused("web1", &[], &["postmigrate", "QEMU has migrated it by itself"]);
+    stage.rig.start_daemon(HostId::A).unwrap();
+    stage.wait_for_log(HostId::A, "told to migrate by others");
+    assert_eq!(status(), "postmigrate");
+    assert!(stage.rig.guest(HostId::A, "web1").unwrap().is_none());
+    // Its operator settles it.
+    qemu.run("cont");
+    stage.wait_for_standing(HostId::A, "web1", "running");
 }
