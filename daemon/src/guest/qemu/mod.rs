@@ -2,7 +2,7 @@
 //!
 //! A QEMU does not attach itself: the daemon starts it from a [guest file](definition), or is
 //! told where its monitor is, and from then on keeps to it (`keeper`): across lost connections, and,
-//! through a [register](register) on disk, across the daemon's own end.
+//! through a register on disk, across the daemon's own end.
 
 pub mod definition;
 mod driver;
