@@ -5,7 +5,8 @@ mod common;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use common::{LONG, Linux, Monitor, Stage};
+use common::{LONG, Linux, Stage};
+use memlane_lab::qmp::Monitor;
 use memlane_lab::{Counters, HostId, LabOptions, Lan, Rate, tell_guest, wait_for};
 use serde_json::json;
 
@@ -71,7 +72,7 @@ fn memory_given_back_is_given_back_at_the_destination() {
         let chardev = format!("unix:{},server=on,wait=off", monitor.display());
         guest.arguments = ["-device", "virtio-balloon-pci", "-qmp", &chardev].map(str::to_owned).into();
     });
-    let mut monitor = Monitor::connect(&monitor);
+    let mut monitor = Monitor::connect(&monitor).unwrap();
     // Memory that the guest has used, and uses no more.
     Counters::ask(stage.rig.lab().lan(), linux.guest.address, "churn 96M").unwrap();
     let before = held(&stage, HostId::A, &linux);
@@ -79,9 +80,9 @@ fn memory_given_back_is_given_back_at_the_destination() {
     // It is given back while it is on its way: part of it has been sent by then.
     let order = stage.begin("web1", &["--verify"]);
     stage.wait_until(HostId::A, "web1", "some pages sent", |migration| migration.bytes_sent > 16 << 20);
-    monitor.run("balloon", json!({ "value": 128u64 << 20 }));
+    monitor.execute("balloon", json!({ "value": 128u64 << 20 })).unwrap();
     wait_for("the balloon", LONG, || {
-        let actual = monitor.run("query-balloon", json!({}))["actual"].as_u64();
+        let actual = monitor.execute("query-balloon", json!({})).unwrap()["actual"].as_u64();
         (actual == Some(128 << 20)).then_some(())
     })
     .unwrap();

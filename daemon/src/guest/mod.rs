@@ -106,6 +106,12 @@ pub trait Driver {
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
     /// Saves everything but RAM. The guest is paused.
     async fn save(&self) -> Result<SavedState, DriverError>;
+    /// Prepares the VMM to be given a guest, so that nothing is left for the guest's pause but to load it.
+    async fn get_ready(&self) -> Result<(), DriverError> {
+        Ok(())
+    }
+    /// Undoes [`Driver::get_ready`]: no guest comes after all, and nothing was loaded.
+    async fn stand_down(&self) {}
     /// Loads what [`Driver::save`] gave at another host; returns the time that it took.
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.

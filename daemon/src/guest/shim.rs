@@ -135,11 +135,6 @@ impl Shims {
         }
     }
 
-    /// Whether there is a shim in process `pid`.
-    pub fn is_connected(&self, pid: u32) -> bool {
-        self.connected.borrow().contains_key(&pid)
-    }
-
     /// Waits for the shim in process `pid`, at most for `patience`; whether it is there.
     pub async fn wait_for(&self, pid: u32, patience: Duration) -> bool {
         let mut connected = self.connected.subscribe();

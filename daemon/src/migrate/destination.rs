@@ -302,6 +302,7 @@ impl Run {
         self.lanes.close().await;
         if !self.loaded && !self.guest.summoned.get() && self.executor.guest().is_some() {
             self.executor.vmm = Vmm::Released;
+            self.guest.driver.stand_down().await;
             let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
             let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
             if let Ok(Err(error)) = punched {

@@ -74,9 +74,8 @@ impl Ticket {
         let (returns, returning) = mpsc::channel(WAITING);
         let destination = if role == Role::Source { peer } else { here };
         let mut progress = Migration::new(crate::hex::encode(id), guest.as_str(), destination.as_str());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         progress.role = role;
-        progress.started_at_unix_seconds = now.map_or(0.0, |since| since.as_secs_f64());
+        progress.started_at_unix_seconds = unix_seconds();
         let source = if role == Role::Source { here } else { peer };
         progress.guest_runs_at = Some(source.to_string());
         let ticket = Self {

@@ -1,13 +1,11 @@
 //! A real Linux in stock QEMU, on a network with a client that talks to it all the time.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::{Answer, Counters, HostId, LabOptions, Requirement, RigOptions, Session};
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{LIMITS, LONG, Stage, Tap, send_signal};
 
@@ -133,38 +131,5 @@ impl Linux {
         });
         (self.session, self.seen) = opened.unwrap();
         self.assert_runs();
-    }
-}
-
-/// A QMP monitor of a QEMU, besides the daemon's.
-pub struct Monitor(BufReader<UnixStream>);
-
-impl Monitor {
-    pub fn connect(path: &std::path::Path) -> Self {
-        let stream = memlane_lab::wait_for("a monitor", LONG, || UnixStream::connect(path).ok()).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
-        let mut monitor = Self(BufReader::new(stream));
-        assert!(monitor.line()["QMP"].is_object());
-        monitor.run("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    /// Runs a command, and returns what it returns.
-    pub fn run(&mut self, command: &str, arguments: Value) -> Value {
-        let line = json!({ "execute": command, "arguments": arguments });
-        self.0.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
-        loop {
-            let mut answer = self.line();
-            assert!(answer.get("error").is_none(), "{command}: {answer}");
-            if answer.get("return").is_some() {
-                return answer["return"].take();
-            }
-        }
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
     }
 }

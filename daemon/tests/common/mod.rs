@@ -18,7 +18,7 @@ use memlaned::api::client::Client;
 use memlaned::api::types::Migration;
 use rustix::process::{Pid, Signal, kill_process};
 
-pub use linux::{Linux, Monitor};
+pub use linux::Linux;
 pub use peer::{Lane, Peer, connect, greet, hello, host_a, lane_address, welcome};
 pub use tap::Tap;
 

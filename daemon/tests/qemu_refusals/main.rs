@@ -10,5 +10,6 @@ mod daemon;
 mod destination;
 mod impostor;
 mod qemu;
+mod settings;
 mod source;
 mod taking;

@@ -1,16 +1,15 @@
 //! QEMUs that a test starts by itself, and guest files for those that a daemon starts.
 
 use std::fs::{self, Permissions};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use memlane_lab::{Answer, Host, HostId, LabOptions, Process, QEMU, Requirement, RigOptions, wait_for};
+use memlane_lab::qmp::Monitor;
+use memlane_lab::{Answer, Host, HostId, LabOptions, Process, QEMU, Requirement, RigOptions};
 use serde_json::{Value, json};
 
-use crate::common::{LIMITS, LONG, Monitor, Stage, words};
+use crate::common::{LIMITS, Stage, words};
 
 /// What every guest has, of a machine type and a processor that all QEMUs from 7.2 on know by these names.
 pub const SMALL: &str =
@@ -70,8 +69,10 @@ impl Qemu {
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         }
         let mut process = host.spawn(name, command).unwrap();
-        wait_for("QEMU", LONG, || (answers(&ours) || !process.is_running()).then_some(())).unwrap();
-        assert!(process.is_running(), "QEMU has ended: {}", process.log_tail());
+        // It greets before it has made all its devices, and answers afterwards.
+        if let Err(error) = Monitor::connect_while(&ours, || process.is_running()) {
+            panic!("{error:#}; {}", process.log_tail());
+        }
         Self { _process: process, qmp, ours }
     }
 
@@ -82,7 +83,7 @@ impl Qemu {
 
     /// Runs a command of the monitor, with arguments.
     pub fn run_with(&self, command: &str, arguments: Value) -> Value {
-        Monitor::connect(&self.ours).run(command, arguments)
+        Monitor::connect(&self.ours).unwrap().execute(command, arguments).unwrap()
     }
 
     /// Has the daemon of a host take it.
@@ -94,13 +95,6 @@ impl Qemu {
     pub fn assert_runs(&self) {
         assert_eq!(self.run("query-status")["status"], "running");
     }
-}
-
-/// Whether QEMU has made all its devices: one that cannot greets nevertheless.
-fn answers(monitor: &Path) -> bool {
-    let Ok(mut monitor) = UnixStream::connect(monitor) else { return false };
-    let asked = monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
-    asked.is_ok() && BufReader::new(monitor).lines().map_while(Result::ok).take(2).count() == 2
 }
 
 /// RAM in a file that the daemon can see.

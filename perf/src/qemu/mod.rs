@@ -10,7 +10,6 @@
 //!   packets, less what all of these used in the same time before the order, when the guest did the same.
 
 mod cpu;
-mod monitor;
 mod moves;
 mod report;
 mod way;

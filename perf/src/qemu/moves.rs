@@ -5,11 +5,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::linux::LinuxGuest;
+use memlane_lab::qmp::Monitor;
 use memlane_lab::{Counters, HostId, Rig, Session, wait_for};
 use serde_json::{Value, json};
 
 use super::cpu;
-use super::monitor::Monitor;
 use super::report::{Parts, Run};
 use super::way::{End, Way, set_up};
 use super::{DOWNTIME_LIMIT, PATIENCE};

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::linux::LinuxGuest;
+use memlane_lab::qmp::Monitor;
 use memlane_lab::{Host, HostId, Process, QEMU, Rig, wait_for};
 use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
 use serde_json::{Value, json};
 
-use super::monitor::Monitor;
 use super::{DOWNTIME_LIMIT, PATIENCE, cpu};
 
 /// How long a QEMU is watched whose guest does not answer.

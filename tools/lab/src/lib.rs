@@ -19,6 +19,7 @@ mod namespace;
 mod network;
 mod process;
 mod programs;
+pub mod qmp;
 mod rate;
 mod requirements;
 mod rig;

@@ -2,52 +2,22 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{Daemon, LONG, Memory, RamFile, Running, preload};
+use memlane_lab::qmp::Monitor;
 use memlane_lab::{say_skipped, wait_for};
+use serde_json::json;
 
 const QEMU: &str = "qemu-system-x86_64";
 /// What libvirt forbids its QEMUs.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 const PAGES: u64 = (64 << 20) / 4096;
 
-/// QEMU's monitor.
-struct Qmp(BufReader<UnixStream>);
-
-impl Qmp {
-    fn connect(qemu: &mut Running, path: &Path) -> Self {
-        let stream = wait_for("QEMU's monitor", LONG, || {
-            assert_eq!(qemu.0.try_wait().unwrap(), None, "QEMU has ended");
-            UnixStream::connect(path).ok()
-        });
-        let stream = stream.unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
-        let mut qmp = Self(BufReader::new(stream));
-        assert!(qmp.line().contains("QMP"));
-        qmp.execute("qmp_capabilities");
-        qmp
-    }
-
-    fn execute(&mut self, command: &str) {
-        writeln!(self.0.get_mut(), r#"{{"execute":"{command}"}}"#).unwrap();
-        loop {
-            let line = self.line();
-            assert!(!line.contains("\"error\""), "{command}: {line}");
-            if line.contains("\"return\"") {
-                return;
-            }
-        }
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        line
-    }
+/// Connects to the monitor of a QEMU that has just been started.
+fn monitor_of(qemu: &mut Running, socket: &Path) -> Monitor {
+    Monitor::connect_while(socket, || matches!(qemu.0.try_wait(), Ok(None))).unwrap()
 }
 
 fn is_here(test: &str) -> bool {
@@ -81,14 +51,14 @@ fn the_writes_of_a_guest_are_seen() {
     let mut qemu = Running(preload(&mut command, &socket).spawn().unwrap());
     let connection = daemon.welcome(qemu.pid());
     // The guest's memory is mapped by now.
-    let mut qmp = Qmp::connect(&mut qemu, &monitor);
+    let mut monitor = monitor_of(&mut qemu, &monitor);
 
     let memory = Memory::find(connection.open_userfault(Some(&device)).unwrap(), &ram);
     let _protection = memory.protect();
     assert!(memory.written().is_empty());
-    qmp.execute("cont");
+    monitor.execute("cont", json!({})).unwrap();
     wait_for("a write of the firmware", LONG, || (!memory.written().is_empty()).then_some(())).unwrap();
-    qmp.execute("quit");
+    monitor.execute("quit", json!({})).unwrap();
     assert!(qemu.0.wait().unwrap().success());
 }
 
@@ -110,6 +80,6 @@ fn qemu_becomes_another_user() {
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
     let mut qemu = Running(preload(&mut command, &socket).spawn().unwrap());
     let _connection = daemon.welcome(qemu.pid());
-    Qmp::connect(&mut qemu, &monitor).execute("quit");
+    monitor_of(&mut qemu, &monitor).execute("quit", json!({})).unwrap();
     assert!(qemu.0.wait().unwrap().success());
 }

@@ -278,15 +278,16 @@ fn nics(table: &mut Table<'_>) -> Result<Vec<DefinedNic>, ConfigError> {
 const MAC: &str = "a unicast hardware address, such as \"52:54:00:4d:4c:01\"";
 
 fn mac_address(value: &Value<'_>) -> Result<[u8; 6], ConfigError> {
-    let text = value.text(MAC)?;
+    unicast_mac(value.text(MAC)?).ok_or_else(|| value.wrong(MAC))
+}
+
+/// Reads a hardware address, such as 52:54:00:4d:4c:01; `None` if it is none that a NIC may have.
+pub(super) fn unicast_mac(text: &str) -> Option<[u8; 6]> {
     let byte = |part: &str| {
         // from_str_radix() would take a sign as well.
         let digits = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
         digits.then(|| u8::from_str_radix(part, 16).ok()).flatten()
     };
-    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
-    bytes
-        .and_then(|bytes| <[u8; 6]>::try_from(bytes).ok())
-        .filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
-        .ok_or_else(|| value.wrong(MAC))
+    let bytes: Vec<u8> = text.split(':').map(byte).collect::<Option<_>>()?;
+    <[u8; 6]>::try_from(bytes).ok().filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
 }

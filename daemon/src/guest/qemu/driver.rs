@@ -27,11 +27,11 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::inspect::{Facts, MemoryFile};
-use super::qmp::Qmp;
+use super::qmp::{Qmp, is_migrating};
 use super::register::{Record, Register};
-use super::settings::Settings;
+use super::settings::{self, Settings};
 use super::tracking::Tracking;
-use super::{keeper, launch, obstacles};
+use super::{launch, obstacles};
 use crate::guest::shim::Shims;
 use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState};
 use crate::host::Host;
@@ -40,6 +40,7 @@ use crate::host::Host;
 const CHANNEL: &str = "memlane";
 /// Longest wait for a step of QEMU's own migration.
 const PATIENCE: Duration = Duration::from_secs(10);
+
 /// A QEMU and the guest in it.
 pub struct Qemu {
     qmp: Rc<Qmp>,
@@ -105,12 +106,10 @@ impl Qemu {
 
     /// Ends a migration of QEMU's own that is under way; the guest then runs again.
     async fn cancel(&self) -> Result<(), DriverError> {
-        const OVER: [&str; 5] = ["", "none", "completed", "cancelled", "failed"];
         let until = Instant::now() + PATIENCE;
         let mut asked = false;
         loop {
-            let state = self.qmp.migration().await?;
-            if OVER.contains(&state.as_str()) {
+            if !is_migrating(&self.qmp.migration().await?) {
                 return Ok(());
             }
             if Instant::now() > until {
@@ -123,6 +122,12 @@ impl Qemu {
         }
     }
 
+    /// Takes down what is to be restored when the migration is over.
+    async fn remember_settings(&self) -> Result<(), DriverError> {
+        self.settings.replace(Some(Settings::read(&self.qmp).await?));
+        Ok(())
+    }
+
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
         let reason = || "tracking has not been started".to_owned();
         self.tracking.borrow().clone().ok_or_else(|| DriverError::Failed { request, reason: reason() })
@@ -133,8 +138,8 @@ impl Qemu {
 impl Driver for Qemu {
     async fn start_tracking(&self) -> Result<(), DriverError> {
         self.register.note_migration(&self.name, true);
-        let settings = Settings::of_source(&self.qmp).await?;
-        self.settings.replace(Some(settings));
+        self.remember_settings().await?;
+        settings::prepare_source(&self.qmp).await?;
         let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
         let handles = self.shims.open_userfault(self.qmp.pid()).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
@@ -230,11 +235,21 @@ impl Driver for Qemu {
         Ok(SavedState { bytes, took: started.elapsed() })
     }
 
+    async fn get_ready(&self) -> Result<(), DriverError> {
+        self.remember_settings().await?;
+        settings::prepare_destination(&self.qmp).await
+    }
+
+    async fn stand_down(&self) {
+        if let Some(settings) = self.settings.take() {
+            tidy(&self.qmp, settings).await;
+            self.register.note_migration(&self.name, false);
+        }
+    }
+
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
         let started = Instant::now();
         self.register.note_migration(&self.name, true);
-        let settings = Settings::of_destination(&self.qmp).await?;
-        self.settings.replace(Some(settings));
         // While a guest is awaited this means: do not run it by yourself.
         self.qmp.execute("stop", json!({})).await?;
         let mut channel = self.channel().await?;
@@ -316,7 +331,7 @@ impl Driver for Qemu {
 
     async fn awaits(&self) -> Result<bool, DriverError> {
         let (status, migration) = (self.qmp.status().await?, self.qmp.migration().await?);
-        Ok(status == "inmigrate" && !keeper::is_migrating(&migration))
+        Ok(status == "inmigrate" && !is_migrating(&migration))
     }
 
     async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {

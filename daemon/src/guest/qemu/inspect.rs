@@ -11,13 +11,14 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{MAX_DISKS, MAX_NAME_BYTES, QemuGuest};
 use memlane_protocol::wire::machine::{
-    CpuidEntry, GuestShape, MAX_CPUID_ENTRIES, MAX_NICS, MAX_REGIONS, Machine, Nic, Region, TrackerKind,
+    CpuidEntry, GuestShape, MAX_CPUID_ENTRIES, MAX_NICS, MAX_RAM_BYTES, MAX_REGIONS, Machine, Nic, Region,
+    TrackerKind,
 };
 use serde_json::{Value, json};
 
 use super::QemuError;
-use super::definition::Definition;
-use super::qmp::Qmp;
+use super::definition::{Definition, unicast_mac};
+use super::qmp::{Qmp, items};
 use crate::config::NetworkConfig;
 use crate::guest::DriverError;
 
@@ -64,7 +65,7 @@ pub async fn inspect(
     let ram = Arc::new(GuestRam::map(regions)?);
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
-    let cpus = cpus.as_array().map(Vec::as_slice).unwrap_or_default();
+    let cpus = items(&cpus);
     let first = cpus.first().and_then(|cpu| cpu["qom-path"].as_str()).unwrap_or_default();
     let machine = Machine {
         vmm: "qemu".parse().expect("a label"),
@@ -108,15 +109,17 @@ pub async fn inspect(
 /// All RAM of the guest: one region for each memory back end, in order of their names.
 async fn memory(qmp: &Qmp) -> Result<(Vec<(Region, OwnedFd)>, Vec<MemoryFile>), QemuError> {
     let backends = qmp.execute("query-memdev", json!({})).await?;
-    let mut backends: Vec<&Value> = backends.as_array().map(|list| list.iter().collect()).unwrap_or_default();
+    let mut backends: Vec<&Value> = items(&backends).iter().collect();
     backends.sort_by_key(|backend| backend["id"].as_str().unwrap_or_default().to_owned());
     if backends.is_empty() || backends.len() > MAX_REGIONS {
         return Err(QemuError::NoMemory { found: backends.len(), limit: MAX_REGIONS });
     }
-    let (mut regions, mut files, mut address) = (Vec::new(), Vec::new(), 0);
+    let (mut regions, mut files, mut address) = (Vec::new(), Vec::new(), 0u64);
     for backend in backends {
         let id = backend["id"].as_str().unwrap_or_default();
         let bytes = backend["size"].as_u64().unwrap_or(0);
+        let end = address.checked_add(bytes).filter(|end| *end <= MAX_RAM_BYTES);
+        let end = end.ok_or_else(|| QemuError::TooMuchMemory { id: id.to_owned(), bytes })?;
         let path = format!("/objects/{id}");
         let get =
             |property: &'static str| qmp.execute("qom-get", json!({ "path": path, "property": property }));
@@ -130,7 +133,7 @@ async fn memory(qmp: &Qmp) -> Result<(Vec<(Region, OwnedFd)>, Vec<MemoryFile>), 
         let (file, page_bytes, memory) = open(&path, bytes, qmp.user())?;
         regions.push((Region { address, bytes, page_bytes, offset: 0 }, file));
         files.push(memory);
-        address += bytes;
+        address = end;
     }
     Ok((regions, files))
 }
@@ -164,7 +167,7 @@ async fn cpu_features(qmp: &Qmp, cpu: &str) -> Vec<CpuidEntry> {
     let words = qmp.execute("qom-get", json!({ "path": cpu, "property": "feature-words" })).await;
     let words = words.unwrap_or_default();
     let mut leaves: BTreeMap<(u32, u32), CpuidEntry> = BTreeMap::new();
-    for word in words.as_array().map(Vec::as_slice).unwrap_or_default().iter().take(MAX_CPUID_ENTRIES) {
+    for word in items(&words).iter().take(MAX_CPUID_ENTRIES) {
         let number = |key: &str| word[key].as_u64().and_then(|number| u32::try_from(number).ok());
         let (Some(function), Some(bits)) = (number("cpuid-input-eax"), number("features")) else { continue };
         let index = number("cpuid-input-ecx");
@@ -192,10 +195,9 @@ async fn cpu_features(qmp: &Qmp, cpu: &str) -> Vec<CpuidEntry> {
 /// Files and devices of this host that hold disks.
 async fn disks(qmp: &Qmp) -> Result<Vec<String>, DriverError> {
     let blocks = qmp.execute("query-block", json!({})).await?;
-    let blocks = blocks.as_array().map(Vec::as_slice).unwrap_or_default();
     let file = |block: &Value| block["inserted"]["image"]["filename"].as_str().map(bounded);
     // What is no path is on some server, which the destination reaches or not.
-    let paths = blocks.iter().filter_map(file).filter(|file| file.starts_with('/'));
+    let paths = items(&blocks).iter().filter_map(file).filter(|file| file.starts_with('/'));
     Ok(paths.take(MAX_DISKS).collect())
 }
 
@@ -206,7 +208,7 @@ fn nics(text: &str, networks: &[NetworkConfig]) -> Vec<Nic> {
     for line in text.lines() {
         let field = |key: &str| line.split([',', ' ']).find_map(|field| field.strip_prefix(key));
         if let Some(address) = field("macaddr=") {
-            mac = parse_mac(address);
+            mac = unicast_mac(address);
         }
         if let Some(tap) = field("ifname=")
             && let Some(mac) = mac.take()
@@ -224,12 +226,6 @@ fn network_of(tap: &str, networks: &[NetworkConfig]) -> Option<Label> {
     let master = std::fs::read_link(Path::new("/sys/class/net").join(tap).join("master")).ok()?;
     let bridge = master.file_name()?.to_str()?;
     networks.iter().find(|network| network.bridge == bridge).map(|network| network.name.clone())
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Vec<u8> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect::<Option<_>>()?;
-    bytes.try_into().ok()
 }
 
 fn without(mut text: String, suffix: &str) -> String {
@@ -258,9 +254,6 @@ mod tests {
         let text = "virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n \
                     \\ net0: index=0,type=tap,ifname=lo,script=no,downscript=no\r\n";
         assert_eq!(nics(text, &[]), []);
-        assert_eq!(parse_mac("52:54:00:12:34:56"), Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        assert_eq!(parse_mac("52:54:00:12:34"), None);
-        assert_eq!(parse_mac("52:54:00:12:34:5g"), None);
     }
 
     #[test]

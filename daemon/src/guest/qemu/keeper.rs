@@ -19,8 +19,9 @@ use super::definition::Definition;
 use super::driver::Qemu;
 use super::inspect::inspect;
 use super::launch::Started;
-use super::qmp::Qmp;
+use super::qmp::{Qmp, is_migrating};
 use super::register::Record;
+use super::settings::Settings;
 use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
 
@@ -129,6 +130,11 @@ impl Place {
             return Err(QemuError::Standing(
                 "QEMU was told to migrate by others; once that is settled, `memlanectl detach` it and attach it again",
             ));
+        }
+        // A guest was about to come or to leave, and no more came of it.
+        let prepared = status == "inmigrate" || record.migrating && status == "running";
+        if !fresh && prepared && !is_migrating(&migration) {
+            Settings::restore_lost(&qmp).await?;
         }
         if fresh {
             agree(record.incoming, &status, &migration, listens(&qmp).await?)?;
@@ -246,11 +252,6 @@ async fn tidy_up(child: Option<Child>, record: Record) {
 async fn is_leaving(host: &Host, name: &Label) -> bool {
     let Some(guest) = host.guest(name) else { return true };
     guest.is_moving() || tokio::time::timeout(Duration::ZERO, guest.process.ended()).await.is_ok()
-}
-
-/// Whether QEMU migrates by its own means.
-pub fn is_migrating(migration: &str) -> bool {
-    !matches!(migration, "" | "none" | "completed" | "failed" | "cancelled")
 }
 
 /// Whether QEMU awaits a migration at an address of its own, and so none that it would be told of.

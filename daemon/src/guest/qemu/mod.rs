@@ -22,6 +22,7 @@ use std::rc::Rc;
 use memlane_kvm::ram::RamError;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{QemuGuest, Refusal, Respect};
+use memlane_protocol::wire::machine::MAX_RAM_BYTES;
 
 use crate::guest::{DriverError, Guest};
 use crate::host::Host;
@@ -75,6 +76,16 @@ pub enum QemuError {
         found: usize,
         /// How many it may have.
         limit: usize,
+    },
+    /// Its memory is larger than any that can be moved.
+    #[error(
+        "with memory {id} of {bytes} bytes the guest has more RAM than can be moved, which is {MAX_RAM_BYTES} bytes"
+    )]
+    TooMuchMemory {
+        /// Name of the back end.
+        id: String,
+        /// Its length in bytes, by QEMU's account.
+        bytes: u64,
     },
     /// Its memory cannot be shared.
     #[error(

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::qmp::Qmp;
+use super::qmp::{Qmp, items};
 use crate::guest::shim::Shims;
 use crate::guest::{DriverError, Obstacle};
 
@@ -55,8 +55,7 @@ async fn devices(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
     let mut found = Vec::new();
     for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
         let list = qmp.execute("qom-list", json!({ "path": path })).await?;
-        let devices = list.as_array().map(Vec::as_slice).unwrap_or_default();
-        found.extend(devices.iter().filter_map(bypassing));
+        found.extend(items(&list).iter().filter_map(bypassing));
     }
     let networks = qmp.human("info network").await?;
     for kind in ["vhost-user", "vhost-vdpa"] {
@@ -87,8 +86,7 @@ fn bypassing(device: &Value) -> Option<Obstacle> {
 /// after the write was noticed, and the page may have been sent in between.
 async fn disks(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
-    let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
-    Ok(nodes.iter().filter_map(direct).collect())
+    Ok(items(&nodes).iter().filter_map(direct).collect())
 }
 
 fn direct(node: &Value) -> Option<Obstacle> {
@@ -113,13 +111,12 @@ fn direct(node: &Value) -> Option<Obstacle> {
 /// What QEMU itself says against any migration.
 async fn blockers(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
     let migration = qmp.execute("query-migrate", json!({})).await?;
-    let reasons = migration["blocked-reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
     let obstacle = |reason: &Value| {
         let detail = format!("QEMU cannot migrate: {}", reason.as_str().unwrap_or_default());
         let remedy = "remove the device or setting that it names".to_owned();
         Obstacle::new("device", detail, Some(remedy))
     };
-    Ok(reasons.iter().map(obstacle).collect())
+    Ok(items(&migration["blocked-reasons"]).iter().map(obstacle).collect())
 }
 
 #[cfg(test)]

@@ -269,6 +269,16 @@ impl Qmp {
     }
 }
 
+/// The items of a list that a command returned; none if it is no list.
+pub fn items(list: &Value) -> &[Value] {
+    list.as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+/// Whether QEMU migrates by its own means, by the state that [`Qmp::migration`] tells.
+pub fn is_migrating(state: &str) -> bool {
+    !matches!(state, "" | "none" | "completed" | "failed" | "cancelled")
+}
+
 impl Drop for Qmp {
     fn drop(&mut self) {
         crate::port::hang_up(self.writer.as_ref());

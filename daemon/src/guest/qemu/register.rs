@@ -29,7 +29,7 @@ pub struct Register(PathBuf);
 pub struct Record {
     /// Name of the guest.
     pub name: String,
-    /// Its process; 0 while that is not known.
+    /// Its process, from when the daemon takes its guest in.
     #[serde(default)]
     pub pid: u32,
     /// When that started, in clock ticks since the host booted.

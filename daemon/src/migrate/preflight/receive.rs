@@ -48,6 +48,13 @@ pub async fn receive(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<
         let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
         refusals.push(Refusal { what: Respect::Receiver, reason });
     }
+    if refusals.is_empty()
+        && !offer.check_only
+        && let Err(error) = guest.driver.get_ready().await
+    {
+        let reason = format!("the VMM named {name} cannot be made ready: {error}; look at its log there");
+        refusals.push(Refusal { what: Respect::Receiver, reason });
+    }
     if refusals.is_empty() {
         return Ok(guest);
     }
@@ -57,9 +64,9 @@ pub async fn receive(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<
 
 /// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
 pub async fn release(guest: &Guest, offer: &Offer) {
-    if guest.summoned.get()
-        && let Err(error) = guest.driver.discard().await
-    {
+    if !guest.summoned.get() {
+        guest.driver.stand_down().await;
+    } else if let Err(error) = guest.driver.discard().await {
         warn!(guest = %guest.shape.name, %error, "cannot end the VMM that was started for a guest");
     }
     guest.migration.borrow_mut().take_if(|migration| *migration == offer.migration);

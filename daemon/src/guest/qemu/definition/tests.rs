@@ -1,11 +1,9 @@
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
+use memlane_lab::qmp::Monitor;
 use memlane_lab::say_skipped;
 use proptest::prelude::*;
-use serde_json::Value as Json;
+use serde_json::json;
 
 use super::*;
 
@@ -122,6 +120,14 @@ fn every_complaint_names_line_key_and_remedy() {
     }
     assert!(complaint("memory = \"2GiB\"").contains("name is missing"));
     assert!(complaint("name = \"web1\"").contains("memory is missing"));
+}
+
+#[test]
+fn hardware_addresses_are_those_of_one_nic() {
+    assert_eq!(unicast_mac("52:54:00:12:34:56"), Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+    for wrong in ["", "52:54:00:12:34", "52:54:00:12:34:5g", "52:54:0:12:34:56", "+2:54:00:12:34:56"] {
+        assert_eq!(unicast_mac(wrong), None, "{wrong}");
+    }
 }
 
 #[test]
@@ -263,21 +269,9 @@ impl Qemu {
 
     /// Its run state, and the bytes of the shared backend that is its RAM.
     fn about(mut self) -> (String, u64) {
-        let mut monitor = self.connect();
-        let mut reader = BufReader::new(monitor.try_clone().unwrap());
-        let mut ask = |command: &str| -> Json {
-            writeln!(monitor, "{{\"execute\":\"{command}\"}}").unwrap();
-            loop {
-                let mut line = String::new();
-                assert!(reader.read_line(&mut line).unwrap() > 0, "QEMU closed its monitor");
-                let answer: Json = serde_json::from_str(&line).unwrap();
-                assert!(answer.get("error").is_none(), "{command}: {line}");
-                if let Some(value) = answer.get("return") {
-                    return value.clone();
-                }
-            }
-        };
-        ask("qmp_capabilities");
+        let mut monitor =
+            Monitor::connect_while(&self.paths.qmp, || matches!(self.process.try_wait(), Ok(None))).unwrap();
+        let mut ask = |command: &str| monitor.execute(command, json!({})).unwrap();
         assert_eq!(ask("query-name")["name"], "web1");
         let status = ask("query-status")["status"].as_str().unwrap().to_owned();
         let backends = ask("query-memdev");
@@ -287,20 +281,6 @@ impl Qemu {
         ask("quit");
         assert!(self.process.wait().unwrap().success());
         (status, base)
-    }
-
-    fn connect(&mut self) -> UnixStream {
-        let until = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Ok(stream) = UnixStream::connect(&self.paths.qmp) {
-                return stream;
-            }
-            if let Some(status) = self.process.try_wait().unwrap() {
-                panic!("QEMU ended: {status}");
-            }
-            assert!(Instant::now() < until, "QEMU opens no monitor");
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The harness's own connection with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
+//! A connection of our own with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
 //!
 //! QEMU tells its events to every monitor, so this one also hears what happens to a guest that a daemon moves.
 
@@ -9,16 +9,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use memlane_lab::wait_for;
 use serde_json::{Value, json};
+
+use crate::wait_for;
 
 /// Longest wait for a QEMU that starts: it may take all RAM from the host first.
 const START: Duration = Duration::from_secs(60);
 /// Longest wait for the answer to a command.
-const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(60);
 
-/// A connection with a QEMU's monitor.
-pub(super) struct Monitor {
+/// A connection with a QEMU's monitor, which talks to one client at a time.
+pub struct Monitor {
     stream: BufReader<UnixStream>,
     /// What has been read of a line whose end has not come yet.
     line: Vec<u8>,
@@ -27,21 +28,38 @@ pub(super) struct Monitor {
 
 /// Something that happened to a QEMU.
 #[derive(Debug)]
-pub(super) struct Event {
+pub struct Event {
     name: String,
     /// What belongs to it.
-    pub(super) data: Value,
+    pub data: Value,
     /// When, by QEMU's own account: seconds since 1970-01-01T00:00:00Z.
-    pub(super) at: f64,
+    pub at: f64,
 }
 
 impl Monitor {
     /// Connects as soon as there is something to connect to.
-    pub(super) fn connect(socket: &Path) -> Result<Self> {
-        let stream =
-            wait_for("QEMU's monitor", START, || UnixStream::connect(socket).ok()).with_context(|| {
-                format!("connecting to {}: has QEMU ended? See its log beside it", socket.display())
-            })?;
+    ///
+    /// # Errors
+    ///
+    /// If nothing listens for a minute, or what does is no monitor.
+    pub fn connect(socket: &Path) -> Result<Self> {
+        Self::connect_while(socket, || true)
+    }
+
+    /// As [`Self::connect`], to a QEMU that has just been started, as long as it `runs`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`]; and as soon as QEMU does not run any more.
+    pub fn connect_while(socket: &Path, mut runs: impl FnMut() -> bool) -> Result<Self> {
+        let connected = wait_for("QEMU's monitor", START, || match UnixStream::connect(socket) {
+            Ok(stream) => Some(Ok(stream)),
+            Err(_) if runs() => None,
+            Err(_) => Some(Err(anyhow!("QEMU has ended"))),
+        });
+        let stream = connected.and_then(|connected| connected).with_context(|| {
+            format!("connecting to {}: if QEMU has ended, its log says why", socket.display())
+        })?;
         let mut monitor = Self { stream: BufReader::new(stream), line: Vec::new(), events: VecDeque::new() };
         let greeting = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
         ensure!(greeting["QMP"].is_object(), "{} is no QMP monitor: it says {greeting}", socket.display());
@@ -50,7 +68,11 @@ impl Monitor {
     }
 
     /// Gives a command and returns its answer.
-    pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses it, has ended, or does not answer for a minute.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let order = json!({ "execute": command, "arguments": arguments });
         let failed = || format!("QEMU's {command}");
         self.stream.get_mut().write_all(format!("{order}\n").as_bytes()).with_context(failed)?;
@@ -70,7 +92,11 @@ impl Monitor {
     }
 
     /// The oldest event of a name that was not returned yet; `None` if there is none within `timeout`.
-    pub(super) fn event(&mut self, name: &str, timeout: Duration) -> Result<Option<Event>> {
+    ///
+    /// # Errors
+    ///
+    /// If QEMU has ended.
+    pub fn event(&mut self, name: &str, timeout: Duration) -> Result<Option<Event>> {
         if let Some(index) = self.events.iter().position(|event| event.name == name) {
             return Ok(self.events.remove(index));
         }
@@ -86,7 +112,11 @@ impl Monitor {
     }
 
     /// Forgets what has happened so far.
-    pub(super) fn forget_events(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::execute`].
+    pub fn forget_events(&mut self) -> Result<()> {
         // An answer comes after all events before it.
         self.execute("query-status", json!({}))?;
         self.events.clear();
