@@ -27,13 +27,40 @@
 //!   guest running there. No record of a migration means that it was never committed.
 //! - From `Prepared` on the destination is in doubt: it neither runs the guest nor forgets
 //!   it, and repeats `Ready`, which is a question too, until it hears `Commit` or `Abort`.
-//! - From `Committed` on the source is bound: it repeats `Commit` until it hears `Running`,
-//!   or `Declined`. The latter is the only way back: the destination's durable promise that
-//!   the guest has never run there and never will.
+//! - From `Committed` on the source is bound: it repeats `Commit` until it hears what has
+//!   become of the guest. `Declined` is the only way back: the destination's durable promise
+//!   that the guest has never run there and never will.
 //!
 //! What is sent before `Ready` belongs to one connection, and losing that connection fails
-//! the migration; so only `Ready`, `Commit`, `Running` and `Declined` are ever repeated
-//! (on [`Event::Tick`]). Messages may be lost, doubled, or overtake each other.
+//! the migration; so only `Ready`, `Commit` and what answers it are ever repeated (on
+//! [`Event::Tick`]). Messages may be lost, doubled, or overtake each other.
+//!
+//! # Post-copy
+//!
+//! The destination may resume the guest while part of its memory is still at the source:
+//!
+//! ```text
+//! source                                   destination
+//! Commit           ----------------------> journal Running
+//!                                          resume the guest, with pages missing
+//!                  <---------------------- Fetching
+//! serve pages      ======================> place them
+//!                                          the last page is here
+//!                  <---------------------- Running
+//! journal Finished, and so on as above
+//! ```
+//!
+//! The guest has changed hands as ever, so it needs no new record: `Committed` forbids the
+//! source to run it or to forget it, and the memory of a VMM that only waits does not change.
+//! A restarted source finds `Committed`, repeats `Commit`, hears `Fetching` and serves
+//! again. A restarted destination finds `Running` and tells the VMM to resume, which shows
+//! whether pages are missing. So the guest outlives connections and daemons.
+//!
+//! What ends it is that its VMM, the memory at the source, or the knowledge of what is missing
+//! is gone before the last page has come: the guest is whole nowhere, as the source's copy is
+//! out of date. Then the destination says `Lost`, and both hosts report [`Outcome::Lost`], as
+//! they do when an operator no longer waits for a host that will not come back
+//! ([`Event::Abandoned`]). A source that has given up answers `Fetching` with `Gone`.
 //!
 //! # What a VMM must do
 //!
@@ -50,9 +77,16 @@
 //! they were asked for, and so do the commands to a VMM; nothing relies on an order between
 //! a journal action, a command and a message. One machine serves one migration, whose
 //! identity is never used again, and which the journal, the wire and the commands to a VMM
-//! carry beside what is defined here. Once [`is_over`](Source::is_over) the machine may be dropped; messages for
-//! a migration that has no machine are answered with [`Source::answer_unknown`] and
-//! [`Destination::answer_unknown`].
+//! carry beside what is defined here. Once [`is_over`](Source::is_over) the machine may be
+//! dropped; messages for a migration that has no machine are answered with
+//! [`Source::answer_unknown`] and [`Destination::answer_unknown`].
+//!
+//! In post-copy the destination's daemon must be able to tell, after a crash at any moment, a
+//! guest that has all of its memory from one that has not: before it says [`Event::Complete`]
+//! or [`Event::Abandoned`], the VMM must be left in a state that shows it. Where it cannot
+//! tell *which* pages are missing it must not guess: a missing page that is taken for one that
+//! is here would be read as zeros. After [`Outcome::Lost`], a guest that still runs there
+//! must fail where it touches what is missing.
 //!
 //! `tests/handover_model.rs` walks every reachable state of all of this, with losses,
 //! crashes and failing VMMs at every step.
@@ -79,12 +113,20 @@ pub enum Message {
     Ready,
     /// Source: it is yours, run it. Repeated until answered.
     Commit,
-    /// Destination: it runs here. Repeated until answered.
+    /// Destination: it runs here, and all of its memory is here. Repeated until answered.
     Running,
+    /// Destination: it runs here, and part of its memory is still at the source. Repeated until
+    /// that has changed.
+    Fetching,
+    /// Destination: it may have run here, and ended or was given up before all of its memory was
+    /// known to be here. Repeated until answered.
+    Lost,
     /// Destination: it has never run here and never will. Repeated until answered.
     Declined,
     /// Source: heard; the destination may forget the migration.
     Done,
+    /// Source, in answer to `Fetching`: the guest's memory is not here any more.
+    Gone,
     /// Either: this migration is off. From the source: it was never committed.
     Abort,
 }
@@ -94,7 +136,7 @@ pub enum Message {
 pub enum Record {
     /// Source: the guest is the destination's.
     Committed,
-    /// Source: the guest runs at the destination, and the VMM here is to be discarded.
+    /// Source: the destination needs nothing from here any more, and the VMM is to be discarded.
     Finished,
     /// Source: the destination declined; the guest is the source's again.
     TakenBack,
@@ -120,17 +162,20 @@ pub enum Event {
     /// cannot be saved or loaded, a VMM refused to be paused or relinquished, or the source's
     /// VMM, not yet relinquished, lost its connection to the daemon (and so resumes by itself).
     Failed,
-    /// The VMM's process has ended, and what it said before has been told. A relinquished or incoming VMM that merely lost its
-    /// connection is not gone: it attaches again, and is told again what it has not answered.
+    /// The VMM's process has ended, and what it said before has been told. A relinquished or
+    /// incoming VMM that merely lost its connection is not gone: it attaches again, and is told
+    /// again what it has not answered.
     VmmGone,
     /// [`Action::Journal`] is durable.
     Journalled(Record),
     /// [`Action::Journal`] failed, and a restarted daemon will not find the record either.
     JournalFailed(Record),
-    /// [`Action::Resume`] was carried out: the guest runs.
+    /// [`Action::Resume`] was carried out: the guest runs, and has all of its memory.
     Resumed,
     /// [`Action::Resume`] failed, and the guest has not executed an instruction since it was
-    /// paused or loaded. If that is not certain, it is [`Event::VmmGone`] instead.
+    /// paused or loaded. If that is not certain, it is [`Event::VmmGone`] instead. To be said as
+    /// well of a guest that was never started, when a restarted daemon at the destination does
+    /// not know which of its pages are missing.
     ResumeFailed,
     /// [`Action::Discard`] was carried out.
     Discarded,
@@ -147,8 +192,19 @@ pub enum Event {
     /// Destination: the offer cannot be met.
     Refused,
     /// Destination: every page has arrived, digests agree if they were asked for, and the
-    /// VMM has loaded the state.
+    /// VMM has loaded the state. In post-copy: every page that was to come beforehand.
     Loaded,
+    /// Destination: [`Action::Resume`] was carried out: the guest runs, and waits where it
+    /// touches pages that are not here yet.
+    ResumedIncomplete,
+    /// Destination, after [`Event::ResumedIncomplete`]: the last missing page is here.
+    Complete,
+    /// The guest will never have what it still needs from the source. At the destination: the
+    /// operator said so before the last page was here, or the guest runs and a restarted daemon
+    /// does not know what it lacks. At the source: the operator said that the destination will
+    /// never ask again, or what [`Action::Serve`] needs is not here any more. See
+    /// [`Source::can_abandon`] and [`Destination::can_abandon`].
+    Abandoned,
 }
 
 /// Something for the daemon to do.
@@ -172,11 +228,17 @@ pub enum Action {
     /// Let the guest run here. At the source: stop copying and tracking, and resume the guest
     /// if it is paused or relinquished for this migration. At the destination: start it, unless
     /// it was started by this migration before (whatever has become of it since). Then
-    /// [`Event::Resumed`], [`Event::ResumeFailed`] or [`Event::VmmGone`].
+    /// [`Event::Resumed`], [`Event::ResumeFailed`] or [`Event::VmmGone`]; at the destination
+    /// [`Event::ResumedIncomplete`] or [`Event::Abandoned`] as well.
     Resume,
     /// Make sure that a VMM never runs the guest: the relinquished one at the source, the
     /// incoming one at the destination. Then [`Event::Discarded`] or [`Event::VmmGone`].
     Discard,
+    /// Source: from now until [`Action::Discard`], let the destination fetch from the memory of
+    /// the relinquished VMM, and connect again after every loss. The daemon holds that memory as
+    /// the VMM does, so it survives either; if it is not here any more, because the VMM ended
+    /// and the daemon was restarted: [`Event::Abandoned`].
+    Serve,
     /// Tell the operator how it ended for this host.
     Report(Outcome),
 }
@@ -198,6 +260,9 @@ pub enum Outcome {
     /// The VMM that owned the guest ended during the migration, and the guest with it: at the
     /// source before the commit or after taking back; at the destination while starting it.
     VmmGone,
+    /// The guest was passed on, and ended or was given up at the destination before all of its
+    /// memory was known to be there. The source's copy is out of date.
+    Lost,
 }
 
 /// Where a migration stands, in words for operators.
@@ -211,11 +276,13 @@ pub enum Phase {
     SwitchingOver,
     /// Ownership is being passed: before the answer of the other host, neither runs the guest.
     Committing,
+    /// The guest runs at the destination, which fetches the rest of its memory.
+    Fetching,
     /// The destination has the guest and the source has heard; both are tidying up.
     Finishing,
     /// The guest is being resumed at the source, or discarded at the destination.
     Returning,
-    /// Over: the guest runs at the destination.
+    /// Over: the guest was passed to the destination.
     Completed,
     /// Over: the guest stayed at the source.
     Returned,
@@ -278,6 +345,7 @@ impl fmt::Display for Phase {
             Self::Copying => "copying",
             Self::SwitchingOver => "switching over",
             Self::Committing => "committing",
+            Self::Fetching => "fetching",
             Self::Finishing => "finishing",
             Self::Returning => "returning",
             Self::Completed => "completed",
@@ -295,6 +363,10 @@ impl fmt::Display for Outcome {
             Self::Failed => "failed: the guest runs at the source",
             Self::TakenBack => "the destination could not start the guest: it runs at the source again",
             Self::VmmGone => "the VMM that owned the guest ended during the migration",
+            Self::Lost => {
+                "lost: the guest was passed on, and ended or was given up at the destination before all of \
+                 its memory was known to be there"
+            }
         })
     }
 }

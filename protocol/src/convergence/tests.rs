@@ -1,6 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::PAGE_SIZE;
+
+mod outrun;
 
 const MS: Duration = Duration::from_millis(1);
 const MIB: u64 = 1 << 20;
@@ -144,22 +147,24 @@ fn a_limit_that_no_round_can_meet_is_found_after_the_first() {
 
 #[test]
 fn the_reason_has_the_figures_and_the_remedy() {
-    let why = Why {
-        reason: Reason::StoppedShrinking,
+    let figures = Figures {
         round: 7,
         dirty_bytes_per_second: 412e6,
         bandwidth: Some(120e6),
         remaining_bytes: 310_000_000,
         downtime: Duration::from_micros(2_600_100),
         downtime_limit: 300 * MS,
+        stun: None,
     };
+    let why = Why { reason: Reason::StoppedShrinking, figures };
     assert_eq!(
         why.to_string(),
         "rounds have stopped shrinking (round 7): it dirties 412.0 MB/s (3.30 Gbit/s) and the ports \
          deliver 120.0 MB/s (0.96 Gbit/s); with 310.0 MB left the pause would take 2601 ms, and the limit \
          is 300 ms: raise the downtime limit above that, add ports, or try when the guest writes less"
     );
-    let unknown = Why { reason: Reason::TooManyRounds, bandwidth: None, downtime: Duration::MAX, ..why };
+    let figures = Figures { bandwidth: None, downtime: Duration::MAX, ..figures };
+    let unknown = Why { reason: Reason::TooManyRounds, figures };
     assert!(
         unknown.to_string().contains("delivered nothing; with 310.0 MB left the pause would take more than")
     );
@@ -203,6 +208,10 @@ fn a_predictor_learns_terms_and_margin() {
         predictor.learn(&predicted, &actual);
     }
     assert!((55 * MS..65 * MS).contains(&predictor.margin()), "{:?}", predictor.margin());
+}
+
+fn ways() -> impl Strategy<Value = Converge> {
+    prop_oneof![Just(Converge::None), Just(Converge::Stun), Just(Converge::Postcopy), Just(Converge::Auto)]
 }
 
 fn durations() -> impl Strategy<Value = Duration> {
@@ -272,23 +281,38 @@ proptest! {
         rounds in prop::collection::vec((any_round(), prop_oneof![any_conditions(), likely_conditions()]), 1..60),
         predictor in prop_oneof![Just(Predictor::new()), any_predictor()],
         downtime_limit in durations(),
-        max_rounds in 0..50u32,
+        (max_rounds, converge, max_stun_percent, postcopy) in
+            (0..50u32, ways(), any::<u8>(), prop::option::weighted(0.1, Just(Postcopy::Hybrid))),
     ) {
-        let mut convergence = Convergence::new(Policy { downtime_limit, max_rounds });
+        let policy = Policy { downtime_limit, max_rounds, converge, max_stun_percent, postcopy };
+        let may_stun = converge.may_stun();
+        let may_post = converge.may_postcopy() || postcopy.is_some();
+        let mut convergence = Convergence::new(policy);
         for (index, (round, now)) in (1u32..).zip(&rounds) {
             let verdict = convergence.after_round(round, now, &predictor);
             let fits = verdict.forecast.with_margin() <= downtime_limit;
-            match verdict.decision {
-                Decision::SwitchOver => prop_assert!(fits),
-                Decision::GiveUp { why } => {
-                    prop_assert!(!fits && why.downtime > downtime_limit);
-                    prop_assert!(!why.to_string().is_empty());
-                }
-                Decision::Continue => prop_assert!(index < max_rounds),
-            }
+            prop_assert!(!verdict.to_string().is_empty());
             prop_assert!(verdict.forecast_after_another.total() <= verdict.forecast.total());
-            if verdict.decision != Decision::Continue {
-                break;
+            match verdict.decision {
+                Decision::Continue => prop_assert!(index < max_rounds),
+                Decision::Stun { pages_per_second, .. } => {
+                    prop_assert!(may_stun && index < max_rounds && !fits);
+                    prop_assert_eq!(convergence.stun_target(now.bandwidth), Some(pages_per_second));
+                    prop_assert!(pages_per_second >= 256, "{pages_per_second}");
+                }
+                Decision::SwitchOver => {
+                    prop_assert!(fits);
+                    break;
+                }
+                Decision::Postcopy { .. } => {
+                    prop_assert!(may_post && fits);
+                    break;
+                }
+                Decision::GiveUp { why } => {
+                    prop_assert!(!fits && why.figures.downtime > downtime_limit);
+                    prop_assert!(!may_post || why.reason == Reason::LimitTooShort);
+                    break;
+                }
             }
         }
     }
@@ -318,7 +342,11 @@ proptest! {
         longer in 0..1000u32,
     ) {
         let predictor = Predictor::new();
-        let policy = |milliseconds: u32| Policy { downtime_limit: milliseconds * MS, max_rounds: 10 };
+        let policy = |milliseconds: u32| Policy {
+            downtime_limit: milliseconds * MS,
+            max_rounds: 10,
+            ..Policy::default()
+        };
         let mut strict = Convergence::new(policy(limit));
         let mut lenient = Convergence::new(policy(limit + longer));
         for round in &rounds {

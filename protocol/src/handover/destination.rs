@@ -24,7 +24,11 @@ enum State {
     Starting,
     /// The VMM has been told to run: if it vanishes now, nobody knows whether it did.
     Resuming,
+    /// It runs, and part of its memory is still at the source.
+    Fetching,
     Running,
+    /// Nothing will make it whole any more, or it has ended before that was known.
+    Lost,
     Finished,
 
     // The guest has never run here and never will.
@@ -119,14 +123,28 @@ impl Destination {
             (Resuming, Event::Resumed) => {
                 self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
             }
-            // Perhaps it ran, so the source must not.
-            (Resuming, Event::VmmGone) => {
-                self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::VmmGone)])
-            }
             (Running, Event::Tick | Heard(Message::Commit)) => {
                 self.go(Running, [Action::Send(Message::Running)])
             }
-            (Running, Heard(Message::Done)) => self.go(Finished, [Action::Forget]),
+
+            (Resuming, Event::ResumedIncomplete) | (Fetching, Event::Tick | Heard(Message::Commit)) => {
+                self.go(Fetching, [Action::Send(Message::Fetching)])
+            }
+            (Fetching, Event::Complete) => {
+                self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
+            }
+
+            // Perhaps it ran, so the source must not; and whether all of it was here is not known.
+            (Resuming, Event::VmmGone) => {
+                self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)])
+            }
+            (Resuming, Event::Abandoned)
+            | (Fetching, Event::VmmGone | Event::Abandoned | Heard(Message::Gone)) => {
+                self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::Lost)])
+            }
+            (Lost, Event::Tick | Heard(Message::Commit)) => self.go(Lost, [Action::Send(Message::Lost)]),
+
+            (Running | Lost, Heard(Message::Done)) => self.go(Finished, [Action::Forget]),
 
             (Declining { .. }, Event::JournalFailed(Record::Declined)) => {
                 self.go(Declining { writing: false }, [])
@@ -151,6 +169,11 @@ impl Destination {
         }
     }
 
+    /// Whether an operator may give the guest up with [`Event::Abandoned`].
+    pub fn can_abandon(&self) -> bool {
+        self.state == State::Fetching
+    }
+
     /// Whether nothing is left to do, so that the machine may be dropped.
     pub fn is_over(&self) -> bool {
         matches!(self.state, State::Finished | State::Discarded)
@@ -163,7 +186,8 @@ impl Destination {
             State::Receiving => Phase::Copying,
             State::Preparing => Phase::SwitchingOver,
             State::Prepared | State::Starting | State::Resuming => Phase::Committing,
-            State::Running => Phase::Finishing,
+            State::Fetching => Phase::Fetching,
+            State::Running | State::Lost => Phase::Finishing,
             State::Finished => Phase::Completed,
             State::Declining { .. } | State::Declined => Phase::Returning,
             State::Discarded => Phase::Returned,

@@ -26,10 +26,17 @@ enum State {
 
     // The guest is the destination's, until it says otherwise.
     Committed,
-    Finishing,
     TakingBack,
 
-    // The guest runs at the destination.
+    // The guest has run at the destination.
+    /// It still needs the memory that is here.
+    Serving,
+    /// Nothing is needed from here any more. `Finished` is to be written; `writing` tells
+    /// whether the journal is at it.
+    Finishing {
+        outcome: Outcome,
+        writing: bool,
+    },
     Discarding,
     Gone,
 
@@ -71,7 +78,8 @@ impl Source {
     pub fn answer_unknown(message: Message) -> Option<Message> {
         match message {
             Message::Accept | Message::Ready => Some(Message::Abort),
-            Message::Running | Message::Declined => Some(Message::Done),
+            Message::Fetching => Some(Message::Gone),
+            Message::Running | Message::Lost | Message::Declined => Some(Message::Done),
             _ => None,
         }
     }
@@ -113,21 +121,28 @@ impl Source {
             (Committed, Event::Tick | Heard(Message::Ready)) => {
                 self.go(Committed, [Action::Send(Message::Commit)])
             }
-            (Committed, Heard(Message::Running)) => self.go(Finishing, [Action::Journal(Record::Finished)]),
+            (Committed, Heard(Message::Fetching)) => self.go(Serving, [Action::Serve]),
+            (Committed | Serving, Heard(Message::Running)) => self.finish(Outcome::Completed),
+            (Committed | Serving, Heard(Message::Lost)) | (Serving, Event::Abandoned) => {
+                self.finish(Outcome::Lost)
+            }
+            (Finishing { outcome, .. }, Event::Journalled(Record::Finished)) => {
+                self.go(Discarding, [Action::Send(Message::Done), Action::Discard, Action::Report(outcome)])
+            }
+            // Asking again would not do: an operator says only once that all is lost.
+            (Finishing { outcome, .. }, Event::JournalFailed(Record::Finished)) => {
+                self.go(Finishing { outcome, writing: false }, [])
+            }
+            (Finishing { outcome, writing: false }, Event::Tick) => self.finish(outcome),
+
             (Committed, Heard(Message::Declined)) => {
                 self.go(TakingBack, [Action::Journal(Record::TakenBack)])
             }
-
-            (Finishing, Event::Journalled(Record::Finished)) => self.go(
-                Discarding,
-                [Action::Send(Message::Done), Action::Discard, Action::Report(Outcome::Completed)],
-            ),
             (TakingBack, Event::Journalled(Record::TakenBack)) => {
                 self.go(Returning(Outcome::TakenBack), [Action::Send(Message::Done), Action::Resume])
             }
             // Ask once more; the answer will be the same, and the journal is tried again.
-            (Finishing, Event::JournalFailed(Record::Finished))
-            | (TakingBack, Event::JournalFailed(Record::TakenBack)) => self.go(Committed, []),
+            (TakingBack, Event::JournalFailed(Record::TakenBack)) => self.go(Committed, []),
 
             // Not before the VMM is gone: with no record of a migration, a relinquished VMM
             // would be resumed.
@@ -154,6 +169,11 @@ impl Source {
         matches!(self.state, Offering | Copying | Pausing { .. } | Paused | Relinquishing)
     }
 
+    /// Whether [`Event::Abandoned`] would be taken.
+    pub fn can_abandon(&self) -> bool {
+        self.state == State::Serving
+    }
+
     /// Whether nothing is left to do, so that the machine may be dropped.
     pub fn is_over(&self) -> bool {
         matches!(self.state, State::Gone | State::Kept)
@@ -166,7 +186,8 @@ impl Source {
             State::Copying => Phase::Copying,
             State::Pausing { .. } | State::Paused => Phase::SwitchingOver,
             State::Relinquishing | State::Committing | State::Committed => Phase::Committing,
-            State::Finishing | State::Discarding => Phase::Finishing,
+            State::Serving => Phase::Fetching,
+            State::Finishing { .. } | State::Discarding => Phase::Finishing,
             State::Gone => Phase::Completed,
             State::TakingBack | State::Returning(_) | State::Stuck(_) => Phase::Returning,
             State::Kept => Phase::Returned,
@@ -176,6 +197,11 @@ impl Source {
     /// Ends it with the guest here. Nothing has been committed.
     fn keep(&mut self, outcome: Outcome) -> Vec<Action> {
         self.go(State::Returning(outcome), [Action::Resume, Action::Send(Message::Abort)])
+    }
+
+    /// Ends it with the guest given away, whatever has become of it there.
+    fn finish(&mut self, outcome: Outcome) -> Vec<Action> {
+        self.go(State::Finishing { outcome, writing: true }, [Action::Journal(Record::Finished)])
     }
 
     fn go<const N: usize>(&mut self, state: State, actions: [Action; N]) -> Vec<Action> {

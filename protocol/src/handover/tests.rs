@@ -148,8 +148,10 @@ fn a_vmm_that_vanishes_while_starting_may_have_run() {
     let (mut destination, _) = Destination::recover(Some(Record::Running)).expect("its record");
     assert_eq!(
         destination.on(Event::VmmGone),
-        [Action::Send(Message::Running), Action::Report(Outcome::VmmGone)]
+        [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)]
     );
+    assert_eq!(destination.on(Event::Tick), [Action::Send(Message::Lost)]);
+    assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
 }
 
 #[test]
@@ -190,6 +192,93 @@ fn a_journal_that_refuses_is_tried_again() {
         source.on(Event::JournalFailed(Record::Committed)),
         [Action::Resume, Action::Send(Message::Abort)]
     );
+
+    let mut source = serving();
+    assert_eq!(source.on(Event::Abandoned), [Action::Journal(Record::Finished)]);
+    assert_eq!(source.on(Event::Tick), [], "one write at a time");
+    assert_eq!(source.on(Event::JournalFailed(Record::Finished)), []);
+    assert_eq!(source.on(Event::Tick), [Action::Journal(Record::Finished)]);
+}
+
+/// A source that has heard that the guest runs, and needs memory from here.
+fn serving() -> Source {
+    let (mut source, actions) = Source::recover(Some(Record::Committed)).expect("its record");
+    assert_eq!(actions, [Action::Send(Message::Commit)]);
+    assert_eq!(source.on(Event::Message(Message::Fetching)), [Action::Serve]);
+    assert_eq!((source.phase(), source.can_abandon()), (Phase::Fetching, true));
+    source
+}
+
+/// A destination whose guest runs, and lacks part of its memory.
+fn fetching() -> Destination {
+    let (mut destination, actions) = Destination::recover(Some(Record::Running)).expect("its record");
+    assert_eq!(actions, [Action::Resume]);
+    assert_eq!(destination.on(Event::ResumedIncomplete), [Action::Send(Message::Fetching)]);
+    assert_eq!((destination.phase(), destination.can_abandon()), (Phase::Fetching, true));
+    destination
+}
+
+#[test]
+fn the_memory_stays_until_the_last_page_is_there() {
+    let (mut source, mut destination) = (serving(), fetching());
+    for event in [
+        Event::Tick,
+        Event::PeerLost,
+        Event::Failed,
+        Event::VmmGone,
+        Event::Cancel,
+        Event::Message(Message::Ready),
+        Event::Message(Message::Fetching),
+        Event::Message(Message::Declined),
+        Event::Message(Message::Abort),
+    ] {
+        assert_eq!(source.on(event), [], "{event:?}");
+    }
+    for event in [Event::PeerLost, Event::Failed, Event::Message(Message::Done)] {
+        assert_eq!(destination.on(event), [], "{event:?}");
+    }
+    for event in [Event::Tick, Event::Message(Message::Commit)] {
+        assert_eq!(destination.on(event), [Action::Send(Message::Fetching)]);
+    }
+    assert_eq!(
+        destination.on(Event::Complete),
+        [Action::Send(Message::Running), Action::Report(Outcome::Completed)]
+    );
+    assert_eq!(source.on(Event::Message(Message::Running)), [Action::Journal(Record::Finished)]);
+    assert_eq!(source.on(Event::Message(Message::Fetching)), [], "not before it is durable");
+    assert_eq!(
+        source.on(Event::Journalled(Record::Finished)),
+        [Action::Send(Message::Done), Action::Discard, Action::Report(Outcome::Completed)]
+    );
+}
+
+#[test]
+fn what_is_lost_is_reported_as_lost_by_both() {
+    let lost = [Action::Send(Message::Lost), Action::Report(Outcome::Lost)];
+    for event in [Event::VmmGone, Event::Abandoned, Event::Message(Message::Gone)] {
+        let mut destination = fetching();
+        assert_eq!(destination.on(event), lost);
+        assert_eq!(destination.on(Event::Complete), [], "too late");
+        assert_eq!(destination.on(Event::Message(Message::Commit)), lost[..1]);
+        assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
+    }
+    let (mut unsure, _) = Destination::recover(Some(Record::Running)).expect("its record");
+    assert_eq!(unsure.on(Event::Abandoned), lost);
+
+    let (restarted, _) = Source::recover(Some(Record::Committed)).expect("its record");
+    for (mut source, event) in [
+        (restarted, Event::Message(Message::Lost)),
+        (serving(), Event::Message(Message::Lost)),
+        (serving(), Event::Abandoned),
+    ] {
+        assert_eq!(source.on(event), [Action::Journal(Record::Finished)]);
+        assert_eq!(
+            source.on(Event::Journalled(Record::Finished)),
+            [Action::Send(Message::Done), Action::Discard, Action::Report(Outcome::Lost)]
+        );
+        assert_eq!(source.on(Event::Message(Message::Fetching)), [Action::Send(Message::Gone)]);
+        assert_eq!(source.on(Event::Message(Message::Lost)), [Action::Send(Message::Done)]);
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! daemon went away connects again and says in which [`Standing`] it is.
 //!
 //! A VMM that knows nothing of this has a shim in its process, which says [`FromVmm::Shim`] in
-//! place of the hello, and is asked for [`Request::OpenUserfault`] alone. Whose shim it is, the
+//! place of the hello, and knows [`Request::OpenUserfault`] alone. Whose shim it is, the
 //! daemon asks the kernel (`SO_PEERCRED`).
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -147,12 +147,16 @@ pub enum Request {
     },
     /// The guest runs elsewhere, or will never run here: end.
     Discard,
-    /// Of a shim alone: open a userfaultfd of its process. The request carries an open
-    /// `/dev/userfaultfd` to make it with, since only opening that needs rights, or no
-    /// descriptor where the daemon may not open it; then the process's own rights count. The
-    /// reply carries the userfaultfd, on which nothing was done yet, `/proc/self/pagemap` and
-    /// `/proc/self/maps`. Values: 0, 0.
-    OpenUserfault,
+    /// Open a userfaultfd of the VMM's process. The request carries an open `/dev/userfaultfd` to
+    /// make it with, since only opening that needs rights, or no descriptor where the daemon may
+    /// not open it; then the process's own rights count. The reply carries the userfaultfd, on
+    /// which nothing was done yet, `/proc/self/pagemap` and `/proc/self/maps`. Values: 0, 0.
+    OpenUserfault {
+        /// Keep a copy of the userfaultfd open, until another is to be kept or the process ends:
+        /// when the daemon ends, waiting threads then wait on. Otherwise the kernel lets them go, and
+        /// what was missing is zeros.
+        keep: bool,
+    },
 }
 
 impl FromVmm {
@@ -280,7 +284,8 @@ impl ToVmm {
             kind::RELINQUISH => Request::Relinquish { migration: *reader.take("identity of a migration")? },
             kind::PREPARE => Request::Prepare { migration: *reader.take("identity of a migration")? },
             kind::DISCARD => Request::Discard,
-            kind::OPEN_USERFAULT => Request::OpenUserfault,
+            kind::OPEN_USERFAULT => Request::OpenUserfault { keep: false },
+            kind::KEEP_USERFAULT => Request::OpenUserfault { keep: true },
             other => return Err(WireError::Unknown { what: "request to a VMM", found: other.into() }),
         };
         reader.end()?;
@@ -303,7 +308,7 @@ impl Request {
             Self::Relinquish { .. } => "relinquish",
             Self::Prepare { .. } => "prepare",
             Self::Discard => "discard",
-            Self::OpenUserfault => "open userfaultfd",
+            Self::OpenUserfault { .. } => "open userfaultfd",
         }
     }
 
@@ -320,7 +325,8 @@ impl Request {
             Self::Relinquish { .. } => kind::RELINQUISH,
             Self::Prepare { .. } => kind::PREPARE,
             Self::Discard => kind::DISCARD,
-            Self::OpenUserfault => kind::OPEN_USERFAULT,
+            Self::OpenUserfault { keep: false } => kind::OPEN_USERFAULT,
+            Self::OpenUserfault { keep: true } => kind::KEEP_USERFAULT,
         }
     }
 }
@@ -353,6 +359,7 @@ mod kind {
     pub const PREPARE: u16 = 41;
     pub const DISCARD: u16 = 42;
     pub const OPEN_USERFAULT: u16 = 43;
+    pub const KEEP_USERFAULT: u16 = 44;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

@@ -5,6 +5,7 @@
 //! offers a guest, the destination accepts or says why not, and so on; who owns the guest is
 //! settled by the [`handover`](crate::handover) words that [`Control::Handover`] carries.
 
+mod fetch;
 mod offer;
 mod qemu;
 
@@ -17,6 +18,7 @@ use super::attach::{MAX_STATE_BYTES, MigrationId};
 use super::{Reader, WireError, put, put_text};
 use crate::handover::Message;
 
+pub use fetch::{FetchReport, MAX_WORDS, Missing};
 pub use offer::{Accept, MAX_PORTS, MAX_REFUSALS, Offer, Port, Refusal, Respect};
 pub use qemu::{MAX_DEFINITION_BYTES, MAX_DISKS, MAX_NAME_BYTES, QemuGuest};
 
@@ -79,6 +81,17 @@ pub enum Control {
         /// The piece; it travels with its CRC32C.
         bytes: Vec<u8>,
     },
+    /// Source, first on a connection of its own: the memory of this migration's guest can be
+    /// fetched from here. Answered by an [`Accept`] for the lanes, and by the pages that are missing
+    /// as soon as these are known for good.
+    Fetch(MigrationId),
+    /// Pages that are missing at the destination. From the source: they are to be dropped there.
+    /// From the destination, over a connection that was opened for fetching: send them.
+    Missing(Missing),
+    /// Destination: all pages that were named up to the last [`Missing`] are dropped.
+    MissingDone,
+    /// Destination: how far fetching is.
+    Fetched(FetchReport),
     /// Either: a word of the handover.
     Handover {
         /// Which migration; the connection may be a new one.
@@ -182,6 +195,19 @@ impl Control {
                 out.extend_from_slice(bytes);
                 kind::STATE
             }
+            Self::Fetch(migration) => {
+                put(out, migration);
+                kind::FETCH
+            }
+            Self::Missing(missing) => {
+                missing.encode(out);
+                kind::MISSING
+            }
+            Self::MissingDone => kind::MISSING_DONE,
+            Self::Fetched(report) => {
+                report.encode(out);
+                kind::FETCHED
+            }
             Self::Handover { migration, message, nanoseconds, reason } => {
                 put(
                     out,
@@ -229,6 +255,10 @@ impl Control {
                 }
             }
             kind::STATE => decode_state(&mut reader)?,
+            kind::FETCH => Self::Fetch(*reader.take("migration to fetch")?),
+            kind::MISSING => Self::Missing(Missing::decode(&mut reader)?),
+            kind::MISSING_DONE => Self::MissingDone,
+            kind::FETCHED => Self::Fetched(FetchReport::decode(&mut reader)?),
             kind::HANDOVER => {
                 let raw: &RawHandover = reader.take("word of the handover")?;
                 let unknown = WireError::Unknown { what: "word of the handover", found: raw.message.into() };
@@ -261,6 +291,10 @@ impl Control {
             Self::Verify => "verify",
             Self::Digests { .. } => "digests",
             Self::State { .. } => "state",
+            Self::Fetch(_) => "fetch",
+            Self::Missing(_) => "missing",
+            Self::MissingDone => "missing done",
+            Self::Fetched(_) => "fetched",
             Self::Handover { .. } => "handover",
         }
     }
@@ -299,18 +333,25 @@ mod kind {
     pub const HANDOVER: u16 = 12;
     pub const LANE_LOST: u16 = 13;
     pub const LANE_CLOSED: u16 = 14;
-    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANE_CLOSED;
+    pub const FETCH: u16 = 15;
+    pub const MISSING: u16 = 16;
+    pub const MISSING_DONE: u16 = 17;
+    pub const FETCHED: u16 = 18;
+    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=FETCHED;
 }
 
 /// Words of the handover by their number on the wire. Offer, Accept and Refuse are not among
 /// them: they carry more than a word and are messages of their own.
-const WORDS: [(u8, Message); 6] = [
+const WORDS: [(u8, Message); 9] = [
     (1, Message::Ready),
     (2, Message::Commit),
     (3, Message::Running),
     (4, Message::Declined),
     (5, Message::Done),
     (6, Message::Abort),
+    (7, Message::Fetching),
+    (8, Message::Lost),
+    (9, Message::Gone),
 ];
 
 fn number_of(message: Message) -> u8 {

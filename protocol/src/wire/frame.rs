@@ -18,15 +18,18 @@ pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
 pub const RUN_BYTES: usize = size_of::<RawRun>();
 /// Runs in one frame.
 pub const MAX_RUNS: usize = 256;
-/// Bytes of pages in one frame.
-pub const MAX_PAYLOAD_BYTES: u64 = 1 << 20;
+/// Bytes of pages in one frame: a huge page, which post-copy has to place in one piece.
+pub const MAX_PAYLOAD_BYTES: u64 = 2 << 20;
 /// Pages in one run without bytes: 1 GiB.
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
 /// Bytes of an acknowledgement.
 pub const ACK_BYTES: usize = size_of::<RawAck>();
+/// Bytes of a [`Want`].
+pub const WANT_BYTES: usize = size_of::<RawWant>();
 
 const FRAME_MAGIC: [u8; 4] = *b"MLFr";
 const ACK_MAGIC: [u8; 4] = *b"MLAk";
+const WANT_MAGIC: [u8; 4] = *b"MLWt";
 
 /// Consecutive pages under one descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +71,15 @@ pub struct Frame {
 pub struct Ack {
     /// Number of the last of them.
     pub sequence: u64,
+}
+
+/// What the destination says on a lane for faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// The guest waits for the page of this number: send it, whole as its memory has it there.
+    Page(u64),
+    /// Is anybody there? To be answered by a frame without runs.
+    Nothing,
 }
 
 impl Run {
@@ -212,10 +224,44 @@ impl Ack {
     }
 }
 
+impl Want {
+    /// The bytes, [`WANT_BYTES`] of them.
+    pub fn encode(&self) -> [u8; WANT_BYTES] {
+        let (kind, page) = match *self {
+            Self::Page(page) => (WANT_PAGE, page),
+            Self::Nothing => (WANT_NOTHING, 0),
+        };
+        let raw = RawWant { magic: WANT_MAGIC, kind: kind.into(), page: page.into() };
+        let mut bytes = [0; WANT_BYTES];
+        bytes.copy_from_slice(raw.as_bytes());
+        bytes
+    }
+
+    /// Reads a want of a guest of `pages` pages.
+    pub fn decode(bytes: &[u8], pages: u64) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        let raw: &RawWant = reader.take("wanted page")?;
+        reader.end()?;
+        if raw.magic != WANT_MAGIC {
+            return Err(WireError::Magic { what: "wanted page", expected: WANT_MAGIC, found: raw.magic });
+        }
+        match (raw.kind.get(), raw.page.get()) {
+            (WANT_PAGE, page) if page < pages => Ok(Self::Page(page)),
+            (WANT_PAGE, found) => {
+                Err(WireError::TooLarge { what: "number of a wanted page", found, limit: pages })
+            }
+            (WANT_NOTHING, _) => Ok(Self::Nothing),
+            (found, _) => Err(WireError::Unknown { what: "kind of a want", found }),
+        }
+    }
+}
+
 const HAS_CHECKSUM: u16 = 1;
 const DATA: u32 = 1;
 const ZERO: u32 = 2;
 const HOLE: u32 = 3;
+const WANT_PAGE: u32 = 1;
+const WANT_NOTHING: u32 = 2;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -242,4 +288,12 @@ struct RawAck {
     magic: [u8; 4],
     reserved: U32,
     sequence: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawWant {
+    magic: [u8; 4],
+    kind: U32,
+    page: U64,
 }

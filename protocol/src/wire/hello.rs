@@ -43,6 +43,12 @@ pub enum Purpose {
         /// Number of the lane.
         lane: u16,
     },
+    /// Pages that a guest in post-copy waits for: [`Want`](super::frame::Want)s one way, frames the
+    /// other. Nothing else travels there.
+    Faults {
+        /// The token that the destination gave for fetching.
+        token: Token,
+    },
     /// To see whether the port is reachable; answered and closed.
     Probe,
 }
@@ -78,6 +84,7 @@ impl Hello {
         let (purpose, token, lane) = match self.purpose {
             Purpose::Control => (CONTROL, [0; 16], 0),
             Purpose::Lane { token, lane } => (LANE, token, lane),
+            Purpose::Faults { token } => (FAULTS, token, 0),
             Purpose::Probe => (PROBE, [0; 16], 0),
         };
         put(
@@ -104,6 +111,7 @@ impl Hello {
         let purpose = match raw.purpose.get() {
             CONTROL => Purpose::Control,
             LANE => Purpose::Lane { token: raw.token, lane: raw.lane.get() },
+            FAULTS => Purpose::Faults { token: raw.token },
             PROBE => Purpose::Probe,
             other => return Err(WireError::Unknown { what: "purpose of a connection", found: other.into() }),
         };
@@ -163,6 +171,7 @@ impl Answer {
 const CONTROL: u16 = 1;
 const LANE: u16 = 2;
 const PROBE: u16 = 3;
+const FAULTS: u16 = 4;
 
 fn check_magic(found: [u8; 4]) -> Result<(), WireError> {
     match found {

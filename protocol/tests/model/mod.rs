@@ -14,9 +14,11 @@ use world::{Step, World};
 pub struct Explored {
     pub states: usize,
     pub steps: usize,
-    /// Good ends: everything at rest, and the guest running at this host.
+    /// Good ends: everything at rest, and the guest running at this host,
     pub ran_at_source: usize,
     pub ran_at_destination: usize,
+    /// or at none, as its VMM ended while it had the guest, or in post-copy what it needs.
+    pub ran_nowhere: usize,
 }
 
 /// What is wrong, and the shortest way there.
@@ -42,11 +44,12 @@ impl Violation {
 
 impl fmt::Display for Explored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { states, steps, ran_at_source, ran_at_destination } = self;
+        let Self { states, steps, ran_at_source, ran_at_destination, ran_nowhere } = self;
         write!(
             f,
             "{states} states, {steps} steps between them; \
-             good ends: {ran_at_source} at the source, {ran_at_destination} at the destination"
+             good ends: {ran_at_source} at the source, {ran_at_destination} at the destination, \
+             {ran_nowhere} nowhere"
         )
     }
 }
@@ -99,12 +102,13 @@ pub fn check(start: World) -> Result<Explored, Box<Violation>> {
         let what = "no good end can be reached any more".to_owned();
         return Err(report(what, true, stuck, &worlds, &origins));
     }
-    let count = |host| good.iter().filter(|end| **end == Some(Some(host))).count();
+    let count = |host| good.iter().filter(|end| **end == Some(host)).count();
     Ok(Explored {
         states: worlds.len(),
         steps,
-        ran_at_source: count(world::Side::Source),
-        ran_at_destination: count(world::Side::Destination),
+        ran_at_source: count(Some(world::Side::Source)),
+        ran_at_destination: count(Some(world::Side::Destination)),
+        ran_nowhere: count(None),
     })
 }
 

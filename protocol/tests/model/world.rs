@@ -1,11 +1,13 @@
 //! Two hosts and a network, as far as a handover can tell.
 
-use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
 
 mod host;
+mod memory;
 mod steps;
 
 use host::{Half, Host, Vmm, bit};
+use memory::{Fetch, Memory};
 pub use steps::Step;
 
 /// How much may go wrong on one path. Loss, doubling and reordering of messages and lost
@@ -20,6 +22,10 @@ pub struct Budget {
     pub journal: u8,
     /// The operator cancels.
     pub cancel: bool,
+    /// The guest is resumed before all of its memory is there.
+    pub postcopy: bool,
+    /// An operator no longer waits for the other host while that guest fetches.
+    pub abandon: bool,
 }
 
 /// What a cheating daemon or VMM does wrong, all the time.
@@ -40,6 +46,24 @@ pub enum Fault {
     GiveUpInDoubt,
     /// Nothing is ever sent again.
     NeverRepeat,
+    /// The destination says that the last page is there when it is not.
+    CompleteTooEarly,
+    /// A restarted destination takes a guest that lacks pages for one that has all,
+    ForgetsMissing,
+    /// or one that has all for one that lacks pages,
+    ForgetsComplete,
+    /// or starts a guest of which it does not know which pages it lacks.
+    RunsWithHoles,
+    /// The destination gives a guest up, and would fetch again after a crash.
+    GivesUpWithoutTrace,
+    /// The source takes `Fetching` for `Running`.
+    FetchingIsRunning,
+    /// The source frees the memory when the connection is lost.
+    FreesOnPeerLost,
+    /// A restarted source does not serve again,
+    ServesNotAfterCrash,
+    /// or does not say that it has nothing to serve any more.
+    ServesWhatIsDropped,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,6 +86,7 @@ pub struct World {
     destination_ran: bool,
     /// `Running` was durable at the destination once.
     running_recorded: bool,
+    fetch: Fetch,
 }
 
 impl World {
@@ -77,6 +102,7 @@ impl World {
             stale: false,
             destination_ran: false,
             running_recorded: false,
+            fetch: Fetch::new(),
         };
         let (source, actions) = Source::new();
         world.source.half = Some(Half::Source(source));
@@ -92,20 +118,24 @@ impl World {
             (Vmm::Paused, Vmm::Running) => "the source may resume by itself what the destination runs",
             (Vmm::Running, _) if self.destination_ran => "the source runs what the destination has run",
             (_, Vmm::Running) if self.stale => "the destination runs what the source ran on with",
-            _ => return None,
+            _ => self.memory_violation()?,
         };
         Some(wrong.to_owned())
     }
 
     /// If everything has come to rest well: where the guest runs, or nowhere because its VMM
-    /// ended while it had the guest.
+    /// ended while it had the guest, or runs what is no guest any more.
     pub fn good_end(&self) -> Option<Option<Side>> {
         if !self.source.at_rest() || !self.destination.at_rest() {
             return None;
         }
         match (self.source.vmm, self.destination.vmm) {
             (Vmm::Running, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) => Some(Some(Side::Source)),
-            (Vmm::Discarded | Vmm::Ended, Vmm::Running) => Some(Some(Side::Destination)),
+            (Vmm::Discarded | Vmm::Ended, Vmm::Running) => match self.fetch.memory {
+                Memory::Whole => Some(Some(Side::Destination)),
+                Memory::Hopeless => Some(None),
+                Memory::Missing => None,
+            },
             (Vmm::Ended, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) => Some(None),
             (Vmm::Discarded, Vmm::Ended) if self.running_recorded => Some(None),
             _ => None,
@@ -128,6 +158,7 @@ impl World {
                 inbox.remove(index);
                 self.tell(at, event);
             }
+            Step::Local { at, event: Event::Abandoned } => self.give_up(at),
             Step::Local { at, event } => {
                 if event == Event::Cancel {
                     self.budget.cancel = false;
@@ -140,6 +171,9 @@ impl World {
             Step::Capture => {
                 self.captured = true;
                 self.stale = self.source.vmm == Vmm::Running;
+                if self.budget.postcopy {
+                    self.fetch.memory = Memory::Missing;
+                }
                 self.source.hear(Event::Sent);
             }
             Step::Load { fails: true } => {
@@ -150,6 +184,7 @@ impl World {
                 self.destination.vmm = Vmm::Loaded;
                 self.destination.hear(Event::Loaded);
             }
+            Step::Fetch => self.fetch_the_rest(),
             Step::Crash(at) => {
                 self.budget.crashes -= 1;
                 let host = self.host_mut(at);
@@ -159,14 +194,21 @@ impl World {
                 host.writes.clear();
                 host.commands.clear();
                 host.inbox.clear();
+                self.lose_memory();
             }
-            Step::Restart(at) => self.restart(at),
+            Step::Restart { at, forgetful } => {
+                if forgetful {
+                    self.give_up_missing();
+                }
+                self.restart(at);
+            }
             Step::VmmEnds(at) => {
                 self.budget.vmm -= 1;
                 let host = self.host_mut(at);
                 host.vmm = Vmm::Ended;
                 host.orphaned = false;
                 host.hear(Event::VmmGone);
+                self.lose_memory();
             }
             Step::VmmDisconnects => {
                 self.budget.vmm -= 1;
@@ -179,7 +221,9 @@ impl World {
 
     fn deliver(&mut self, to: Side, message: Message) {
         if self.host(to).half.is_some() {
-            return self.tell(to, Event::Message(message));
+            let mistaken = self.fault == Fault::FetchingIsRunning && message == Message::Fetching;
+            let heard = if mistaken { Message::Running } else { message };
+            return self.tell(to, Event::Message(heard));
         }
         let answer = match to {
             Side::Source => Source::answer_unknown(message),
@@ -211,7 +255,9 @@ impl World {
                     }
                     self.host_mut(at).commands.push(action);
                 }
-                Action::Copy | Action::Report(_) => {}
+                Action::Serve => self.serve(),
+                Action::Report(outcome) => self.report(at, outcome),
+                Action::Copy => {}
             }
             let host = self.host(at);
             assert!(host.writes.len() + host.commands.len() < 12, "the same is asked for without end");
@@ -239,6 +285,7 @@ impl World {
 
     fn source_vmm_obeys(&mut self, fails: bool) {
         let command = self.source.commands.remove(0);
+        self.fetch.served &= command != Action::Discard;
         if self.source.vmm == Vmm::Ended {
             return self.source.hear(Event::VmmGone);
         }
@@ -273,19 +320,23 @@ impl World {
     }
 
     fn destination_vmm_obeys(&mut self, fails: bool) {
+        let (again, for_the_first_time) = (self.resumed(true), self.resumed(false));
         let host = &mut self.destination;
         let command = host.commands.remove(0);
         match (command, host.vmm) {
             (_, Vmm::Ended | Vmm::Discarded) => host.hear(Event::VmmGone),
-            (Action::Resume, Vmm::Running) => host.hear(Event::Resumed),
-            (Action::Resume, Vmm::Loaded) if !fails => {
-                host.vmm = Vmm::Running;
-                host.hear(Event::Resumed);
-                self.destination_ran = true;
-            }
-            (Action::Resume, Vmm::Loaded) => {
+            (Action::Resume, Vmm::Running) => host.hear(again),
+            (Action::Resume, Vmm::Loaded) if fails => {
                 host.hear(Event::ResumeFailed);
                 self.budget.vmm -= 1;
+            }
+            (Action::Resume, Vmm::Loaded) if for_the_first_time == Event::Abandoned => {
+                host.hear(Event::ResumeFailed);
+            }
+            (Action::Resume, Vmm::Loaded) => {
+                host.vmm = Vmm::Running;
+                host.hear(for_the_first_time);
+                self.destination_ran = true;
             }
             (Action::Resume, vmm) => panic!("a VMM that is {vmm:?} was told to run"),
             _ => {
@@ -325,6 +376,9 @@ impl World {
         match (self.fault, at) {
             (Fault::ResumeOnPeerLost, Side::Source) if self.source.journal == Some(Record::Committed) => {
                 self.source_runs();
+            }
+            (Fault::FreesOnPeerLost, Side::Source) if self.source.phase() == Some(Phase::Fetching) => {
+                self.source.vmm = Vmm::Discarded;
             }
             (Fault::GiveUpInDoubt, Side::Destination)
                 if self.destination.journal == Some(Record::Prepared) =>

@@ -32,7 +32,7 @@ fn a_wrong_magic_names_both() {
 #[test]
 fn unknown_kinds_are_named() {
     let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
-    for kind in [0, 5, 15, 18, 31, 44, u16::MAX] {
+    for kind in [0, 5, 15, 18, 31, 45, u16::MAX] {
         bytes[KIND..KIND + 2].copy_from_slice(&kind.to_le_bytes());
         let unknown = |what| WireError::Unknown { what, found: kind.into() };
         assert_eq!(ToVmm::decode(&bytes), Err(unknown("request to a VMM")));
@@ -59,8 +59,12 @@ fn a_shim_speaks_in_bytes_that_do_not_change() {
     assert_eq!(failed.encode(), b"MLAT\x03\0\0\0\x05\0\0\0no");
     let welcome = ToVmm::Welcome { version: 1 };
     assert_eq!(welcome.encode(), b"MLAT\x10\0\0\0\0\0\0\0\x01\0");
-    let open = ToVmm::Request { id: 0x0102_0304, request: Request::OpenUserfault };
-    assert_eq!(open.encode(), b"MLAT\x2b\0\0\0\x04\x03\x02\x01");
+    for (keep, packet) in
+        [(false, b"MLAT\x2b\0\0\0\x04\x03\x02\x01"), (true, b"MLAT\x2c\0\0\0\x04\x03\x02\x01")]
+    {
+        let open = ToVmm::Request { id: 0x0102_0304, request: Request::OpenUserfault { keep } };
+        assert_eq!(open.encode(), packet);
+    }
 }
 
 #[test]

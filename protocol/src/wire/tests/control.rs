@@ -8,8 +8,8 @@ use crate::handover::Message;
 use crate::wire::attach::MAX_STATE_BYTES;
 use crate::wire::control::{
     Accept, Control, HEADER_BYTES, MAX_BODY_BYTES, MAX_DEFINITION_BYTES, MAX_DIGESTS, MAX_DISKS,
-    MAX_NAME_BYTES, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES, Offer, Port, QemuGuest,
-    Refusal, Respect, decode_header,
+    MAX_NAME_BYTES, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES, MAX_WORDS, Missing, Offer,
+    Port, QemuGuest, Refusal, Respect, decode_header,
 };
 use crate::wire::{MAX_TEXT_BYTES, WireError};
 
@@ -27,7 +27,7 @@ proptest! {
 
     #[test]
     fn a_body_of_any_kind_and_bytes_is_read_or_refused(
-        kind in 0..16u16,
+        kind in 0..20u16,
         body in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         if let Ok(message) = Control::decode(kind, &body) {
@@ -76,6 +76,7 @@ fn the_largest_messages_fit_into_a_body() {
         Control::Holes((0..MAX_RANGES as u64).map(|page| page * 2..page * 2 + 1).collect()),
         Control::Digests { first: 0, digests: vec![u128::MAX; MAX_DIGESTS] },
         Control::State { total: MAX_STATE_BYTES, offset: MAX_STATE_BYTES - bytes.len() as u64, bytes },
+        Control::Missing(Missing { first: 64, words: vec![u64::MAX; MAX_WORDS], last: true }),
     ] {
         let bytes = message.write();
         assert!(bytes.len() <= HEADER_BYTES + MAX_BODY_BYTES, "{}: {} bytes", message.name(), bytes.len());
@@ -85,7 +86,7 @@ fn the_largest_messages_fit_into_a_body() {
 
 #[test]
 fn a_header_names_an_unknown_kind_and_bounds_the_body() {
-    for kind in [0, 15, u16::MAX] {
+    for kind in [0, 19, u16::MAX] {
         let unknown = WireError::Unknown { what: "control message", found: kind.into() };
         assert_eq!(decode_header(&header(kind, 0)), Err(unknown.clone()));
         assert_eq!(Control::decode(kind, &[]), Err(unknown));
@@ -179,8 +180,8 @@ fn an_unknown_word_of_the_handover_is_named() {
         assert_eq!(Control::read(&handover.write()), Err(unknown));
     }
     let mut body = [0; 32];
-    body[24] = 7;
-    let unknown = WireError::Unknown { what: "word of the handover", found: 7 };
+    body[24] = 10;
+    let unknown = WireError::Unknown { what: "word of the handover", found: 10 };
     assert_eq!(Control::decode(12, &body), Err(unknown));
 }
 

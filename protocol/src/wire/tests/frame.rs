@@ -8,7 +8,7 @@ use crate::PAGE_SIZE;
 use crate::wire::WireError;
 use crate::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES,
-    RUN_BYTES, Run, encode_head,
+    RUN_BYTES, Run, WANT_BYTES, Want, encode_head,
 };
 
 /// Pages of data that fit into a frame.
@@ -82,6 +82,25 @@ proptest! {
         let header = header(runs.len() as u16, flags, payload_pages * PAGE_SIZE as u32);
         let runs = runs.into_iter().map(|(first, pages, content)| entry(first, pages, content));
         survives(&[header, runs.collect::<Vec<_>>().concat()].concat(), pages)?;
+    }
+
+    #[test]
+    fn a_want_comes_back_as_it_was_and_names_a_page_of_the_guest((pages, want) in strategies::want()) {
+        let bytes = want.encode();
+        prop_assert_eq!(bytes.len(), WANT_BYTES);
+        prop_assert_eq!(Want::decode(&bytes, pages), Ok(want));
+        if let Want::Page(page) = want {
+            let refused =
+                WireError::TooLarge { what: "number of a wanted page", found: page, limit: page };
+            prop_assert_eq!(Want::decode(&bytes, page), Err(refused));
+        }
+    }
+
+    #[test]
+    fn a_want_may_be_anything(bytes in prop::collection::vec(any::<u8>(), 0..WANT_BYTES * 2), pages: u64) {
+        if let Ok(Want::Page(page)) = Want::decode(&bytes, pages) {
+            prop_assert!(page < pages);
+        }
     }
 
     #[test]

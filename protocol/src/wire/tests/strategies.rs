@@ -10,8 +10,8 @@ use crate::PAGE_SIZE;
 use crate::handover::Message;
 use crate::wire::Label;
 use crate::wire::attach::{self, FromVmm, MAX_STATE_BYTES, Reply, Request, Standing, ToVmm};
-use crate::wire::control::{Accept, Control, Offer, Port, QemuGuest, Refusal, Respect};
-use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, Run};
+use crate::wire::control::{Accept, Control, FetchReport, Missing, Offer, Port, QemuGuest, Refusal, Respect};
+use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, Run, Want};
 use crate::wire::hello::{Answer, Hello, Purpose};
 use crate::wire::machine::{CpuidEntry, GuestShape, MAX_VCPUS, Machine, Nic, Region, TrackerKind};
 
@@ -103,7 +103,7 @@ fn request() -> impl Strategy<Value = Request> {
         any::<[u8; 16]>().prop_map(|migration| Request::Relinquish { migration }),
         any::<[u8; 16]>().prop_map(|migration| Request::Prepare { migration }),
         Just(Request::Discard),
-        Just(Request::OpenUserfault),
+        any::<bool>().prop_map(|keep| Request::OpenUserfault { keep }),
     ]
 }
 
@@ -116,6 +116,7 @@ pub fn hello() -> impl Strategy<Value = Hello> {
     let purpose = prop_oneof![
         Just(Purpose::Control),
         any::<([u8; 16], u16)>().prop_map(|(token, lane)| Purpose::Lane { token, lane }),
+        any::<[u8; 16]>().prop_map(|token| Purpose::Faults { token }),
         Just(Purpose::Probe),
     ];
     (versions(), label(), purpose).prop_map(|((oldest, newest), host, purpose)| Hello {
@@ -149,6 +150,11 @@ pub fn control() -> impl Strategy<Value = Control> {
         (any::<u64>(), vec(any::<u128>(), 0..40))
             .prop_map(|(first, digests)| Control::Digests { first, digests }),
         state(),
+        any::<[u8; 16]>().prop_map(Control::Fetch),
+        (0..=u64::MAX / 64, vec(any::<u64>(), 0..40), any::<bool>())
+            .prop_map(|(word, words, last)| Control::Missing(Missing { first: word * 64, words, last })),
+        Just(Control::MissingDone),
+        fetch_report().prop_map(Control::Fetched),
         handover(),
     ]
 }
@@ -209,9 +215,33 @@ pub fn state() -> impl Strategy<Value = Control> {
     })
 }
 
+fn fetch_report() -> impl Strategy<Value = FetchReport> {
+    any::<[u64; 8]>().prop_map(|[remaining_pages, faults, p50, p99, max, fetched, streamed, nanoseconds]| {
+        FetchReport {
+            remaining_pages,
+            faults,
+            fault_p50_nanoseconds: p50,
+            fault_p99_nanoseconds: p99,
+            fault_max_nanoseconds: max,
+            pages_fetched: fetched,
+            pages_streamed: streamed,
+            nanoseconds,
+        }
+    })
+}
+
 fn handover() -> impl Strategy<Value = Control> {
-    let words =
-        [Message::Ready, Message::Commit, Message::Running, Message::Declined, Message::Done, Message::Abort];
+    let words = [
+        Message::Ready,
+        Message::Commit,
+        Message::Running,
+        Message::Declined,
+        Message::Done,
+        Message::Abort,
+        Message::Fetching,
+        Message::Lost,
+        Message::Gone,
+    ];
     (any::<[u8; 16]>(), prop::sample::select(words.to_vec()), any::<u64>(), text()).prop_map(
         |(migration, message, nanoseconds, reason)| Control::Handover {
             migration,
@@ -224,6 +254,15 @@ fn handover() -> impl Strategy<Value = Control> {
 
 pub fn ack() -> impl Strategy<Value = Ack> {
     any::<u64>().prop_map(|sequence| Ack { sequence })
+}
+
+/// Pages of a guest, and a want of one of them.
+pub fn want() -> impl Strategy<Value = (u64, Want)> {
+    let wanted = (1..=u64::MAX, any::<u64>());
+    prop_oneof![
+        wanted.prop_map(|(pages, page)| (pages, Want::Page(page % pages))),
+        any::<u64>().prop_map(|pages| (pages, Want::Nothing)),
+    ]
 }
 
 /// Pages of a guest, and runs of a frame that fit into them and into the limits.

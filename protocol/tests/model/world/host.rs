@@ -98,15 +98,18 @@ impl Host {
     }
 }
 /// In the order of their bits in [`Host::arriving`].
-pub const MESSAGES: [Message; 9] = [
+pub const MESSAGES: [Message; 12] = [
     Message::Offer,
     Message::Accept,
     Message::Refuse,
     Message::Ready,
     Message::Commit,
     Message::Running,
+    Message::Fetching,
+    Message::Lost,
     Message::Declined,
     Message::Done,
+    Message::Gone,
     Message::Abort,
 ];
 

@@ -41,8 +41,14 @@ pub enum Step {
     Load {
         fails: bool,
     },
+    /// The destination gets the last page that it lacks.
+    Fetch,
     Crash(Side),
-    Restart(Side),
+    Restart {
+        at: Side,
+        /// It does not know any more which pages are missing.
+        forgetful: bool,
+    },
     VmmEnds(Side),
     /// The source's VMM loses its connection to a daemon that lives.
     VmmDisconnects,
@@ -56,7 +62,8 @@ impl Step {
         match self {
             Self::LoseAll | Self::Crash(_) | Self::VmmEnds(_) | Self::VmmDisconnects => false,
             Self::Write { fails, .. } | Self::Obey { fails, .. } | Self::Load { fails } => !fails,
-            Self::Local { event, .. } => event != Event::Cancel,
+            Self::Local { event, .. } => !matches!(event, Event::Cancel | Event::Abandoned),
+            Self::Restart { forgetful, .. } => !forgetful,
             _ => true,
         }
     }
@@ -107,7 +114,11 @@ impl World {
             steps.push(Step::Local { at, event: Event::PeerLost });
         }
         if !host.up {
-            steps.push(Step::Restart(at));
+            steps.push(Step::Restart { at, forgetful: false });
+            let lacks_pages = matches!(host.vmm, Vmm::Loaded | Vmm::Running) && self.lacks_pages();
+            if at == Side::Destination && lacks_pages {
+                steps.push(Step::Restart { at, forgetful: true });
+            }
         } else if self.budget.crashes > 0 {
             steps.push(Step::Crash(at));
         }
@@ -149,6 +160,16 @@ impl World {
                 }
             }
             _ => {}
+        }
+        if self.can_fetch() {
+            steps.push(Step::Fetch);
+        }
+        for at in [Side::Source, Side::Destination] {
+            // The destination's daemon knows when an order comes too late.
+            let in_time = at == Side::Source || self.lacks_pages();
+            if self.budget.abandon && in_time && self.host(at).phase() == Some(Phase::Fetching) {
+                steps.push(Step::Local { at, event: Event::Abandoned });
+            }
         }
         if source.vmm == Vmm::Paused {
             if source.orphaned {
