@@ -1,17 +1,14 @@
 //! The kernel's pool of huge pages.
 
-use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs::{self, File};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::FlockOperation;
 
 use crate::cleanup::Registration;
 
 /// See Documentation/admin-guide/mm/hugetlbpage.rst.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-/// Two guards of one process must not change the pool at once.
-static CHANGE: Mutex<()> = Mutex::new(());
 
 /// 2 MiB pages added to the kernel's pool, taken back when this is dropped. Root is needed.
 #[derive(Debug)]
@@ -26,7 +23,7 @@ impl HugePages {
     ///
     /// If the pool cannot be changed, or the kernel does not find that many pages in one piece.
     pub fn reserve(count: u64) -> Result<Self> {
-        let _guard = lock();
+        let _guard = lock()?;
         let before = read()?;
         write(before.saturating_add(count))?;
         // The kernel takes what it finds, without an error.
@@ -49,9 +46,11 @@ fn give_back(count: u64) {
     }
 }
 
-fn lock() -> MutexGuard<'static, ()> {
-    // The lock guards no data, so a panic under it spoils nothing.
-    CHANGE.lock().unwrap_or_else(PoisonError::into_inner)
+/// Nobody else who asks for the lock, in whatever process, changes the pool until it is dropped.
+fn lock() -> Result<File> {
+    let pool = File::open(POOL).with_context(|| format!("opening {POOL}"))?;
+    rustix::fs::flock(&pool, FlockOperation::LockExclusive).with_context(|| format!("locking {POOL}"))?;
+    Ok(pool)
 }
 
 fn write(pages: u64) -> Result<()> {

@@ -37,6 +37,6 @@ pub use process::Process;
 pub use programs::Programs;
 pub use rate::Rate;
 pub use requirements::{Missing, QEMU, Requirement, missing, say_skipped, skip, why_not};
-pub use rig::{Answer, Rig, RigOptions, Vmm};
+pub use rig::{Answer, Rig, RigOptions, Vmm, VmmSession};
 pub use size::Size;
 pub use wait::wait_for;

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -56,6 +56,12 @@ pub struct RigOptions {
 pub struct Vmm {
     process: Process,
     control: PathBuf,
+}
+
+/// A connection to a `memlane-vmm`, which is lost when that ends.
+#[derive(Debug)]
+pub struct VmmSession {
+    stream: BufReader<UnixStream>,
 }
 
 /// What `memlanectl` said.
@@ -257,6 +263,26 @@ impl Rig {
         command
     }
 
+    /// Follows a migration to its end with `memlanectl --json watch`; `look` sees each of its states as it is told,
+    /// and the last one is returned.
+    ///
+    /// # Errors
+    ///
+    /// If `memlanectl` cannot be run, or tells nothing; what it says else goes to stderr.
+    pub fn watch(&self, id: HostId, migration: &str, mut look: impl FnMut(&Value)) -> Result<Value> {
+        let mut command = self.ctl_command(id, &["--json", "watch", migration]);
+        let mut child = command.stdout(Stdio::piped()).spawn().context("running memlanectl")?;
+        let mut last = None;
+        for line in BufReader::new(child.stdout.take().expect("it is piped")).lines() {
+            let state = serde_json::from_str(&line.context("reading what memlanectl says")?)
+                .context("memlanectl watch said what is no JSON")?;
+            look(&state);
+            last = Some(state);
+        }
+        child.wait().context("waiting for memlanectl")?;
+        last.with_context(|| format!("memlanectl watch told nothing about {migration}"))
+    }
+
     /// Runs `memlanectl --json` against a host's daemon.
     ///
     /// # Errors
@@ -328,21 +354,42 @@ impl Vmm {
         Ok(())
     }
 
+    /// A connection of its own to the VMM, for who asks often, or may ask one that is about to end.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not listen.
+    pub fn session(&self) -> Result<VmmSession> {
+        let stream = wait_for("the VMM's control socket", START, || UnixStream::connect(&self.control).ok())?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        Ok(VmmSession { stream: BufReader::new(stream) })
+    }
+
     fn ask(&mut self, what: &str) -> Result<Value> {
-        let asked = || -> Result<Value> {
-            let mut stream =
-                wait_for("the VMM's control socket", START, || UnixStream::connect(&self.control).ok())?;
-            stream.set_read_timeout(Some(ANSWER))?;
-            stream.write_all(format!("{{\"do\":\"{what}\"}}\n").as_bytes())?;
-            let mut line = String::new();
-            BufReader::new(stream).read_line(&mut line)?;
-            let mut answer: Value = serde_json::from_str(&line).context("the VMM's answer is no JSON")?;
-            match answer.get("error") {
-                Some(error) => bail!("{error}"),
-                None => Ok(answer["ok"].take()),
-            }
-        };
+        let answer = self.session().and_then(|mut session| session.ask(what));
         let failed = || format!("asking {} for {what}", self.process.name());
-        asked().with_context(failed).map_err(|error| error.context(self.process.log_tail()))
+        answer.with_context(failed).map_err(|error| error.context(self.process.log_tail()))
+    }
+}
+
+impl VmmSession {
+    /// How the guest is doing.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer, or has ended.
+    pub fn stats(&mut self) -> Result<Value> {
+        self.ask("stats")
+    }
+
+    fn ask(&mut self, what: &str) -> Result<Value> {
+        self.stream.get_mut().write_all(format!("{{\"do\":\"{what}\"}}\n").as_bytes())?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        let mut answer: Value = serde_json::from_str(&line).context("the VMM's answer is no JSON")?;
+        match answer.get("error") {
+            Some(error) => bail!("{error}"),
+            None => Ok(answer["ok"].take()),
+        }
     }
 }

@@ -1,15 +1,25 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use memlane_lab::linux::Kernel;
 use memlane_lab::{Requirement, missing};
+use serde_json::Value;
 
 /// Debian's packages of what tests need.
 const PACKAGES: &[(Requirement, &str)] =
     &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Qemu, "qemu-system-x86")];
+
+/// Programs of tests that run at once: each waits for timeouts and for other processes most of the time.
+const AT_ONCE: usize = 2;
+/// Those that take longest, the longest first: one of them begun last would be waited for alone.
+const LONGEST: &[&str] =
+    &["qemu_crashes", "matrix", "postcopy", "crashes", "qemu_refusals", "qemu_moves", "stun", "hostile_peer"];
 
 #[derive(Default)]
 struct Tally {
@@ -75,33 +85,105 @@ fn step(what: &str, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Runs all tests and counts them from what they print.
+/// Runs all tests, and counts them from what they print.
 fn tests() -> Result<(Tally, bool)> {
-    let mut run = cargo()
-        .args(["test", "--workspace", "--locked", "--no-fail-fast"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("running cargo test")?;
-    let (stdout, stderr) = (run.stdout.take(), run.stderr.take());
-    let follow = |stream: Option<Box<dyn std::io::Read + Send>>| {
-        std::thread::spawn(move || {
-            stream.map(|stream| tally(BufReader::new(stream), std::io::stdout())).unwrap_or_default()
-        })
-    };
-    let out = follow(stdout.map(|stream| Box::new(stream) as _));
-    let err = follow(stderr.map(|stream| Box::new(stream) as _));
-    let status = run.wait().context("waiting for cargo test")?;
-    let (out, err) =
-        (out.join().expect("counting does not panic"), err.join().expect("counting does not panic"));
-    let tally = Tally {
-        passed: out.passed + err.passed,
-        failed: out.failed + err.failed,
-        skipped: out.skipped + err.skipped,
-    };
+    let programs = Mutex::new(programs()?.into_iter());
+    let tally = Mutex::new((Tally::default(), true));
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(program) = next(&programs) {
+                    let (counted, ok) = program.run();
+                    let mut tally = lock(&tally);
+                    tally.0.add(&counted);
+                    tally.1 &= ok;
+                }
+            });
+        }
+    });
+    let documented = Program::documentation().run();
+    let (mut tally, ok) = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    tally.add(&documented.0);
     // A test that skips itself ends well, and is counted as passed by its runner.
-    let passed = tally.passed.saturating_sub(tally.skipped);
-    Ok((Tally { passed, ..tally }, status.success()))
+    tally.passed = tally.passed.saturating_sub(tally.skipped);
+    Ok((tally, ok && documented.1))
+}
+
+/// A program of tests.
+struct Program {
+    name: String,
+    command: Command,
+}
+
+/// Builds all programs of tests. Those that may take longest come first.
+fn programs() -> Result<Vec<Program>> {
+    let output = cargo()
+        .args(["test", "--workspace", "--locked", "--no-run", "--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("building the tests")?;
+    if !output.status.success() {
+        bail!("the tests cannot be built");
+    }
+    let mut programs: Vec<Program> =
+        String::from_utf8_lossy(&output.stdout).lines().filter_map(Program::of_message).collect();
+    programs.sort_by_key(|program| {
+        LONGEST.iter().position(|name| *name == program.name).unwrap_or(LONGEST.len())
+    });
+    Ok(programs)
+}
+
+impl Program {
+    /// The program that a message of cargo's tells of, if it does.
+    fn of_message(line: &str) -> Option<Self> {
+        let message: Value = serde_json::from_str(line).ok()?;
+        if message["profile"]["test"] != true {
+            return None;
+        }
+        let mut command = Command::new(message["executable"].as_str()?);
+        // Where cargo runs them too.
+        command.current_dir(Path::new(message["manifest_path"].as_str()?).parent()?);
+        Some(Self { name: message["target"]["name"].as_str()?.to_owned(), command })
+    }
+
+    /// What is run of the documentation.
+    fn documentation() -> Self {
+        let mut command = cargo();
+        command.args(["test", "--workspace", "--locked", "--doc"]);
+        Self { name: "documentation".to_owned(), command }
+    }
+
+    /// Runs it, and prints what it says in one piece.
+    fn run(mut self) -> (Tally, bool) {
+        let started = Instant::now();
+        let (ok, text) = match self.command.stdin(Stdio::null()).output() {
+            Ok(output) => {
+                let text = [output.stdout, output.stderr].concat();
+                (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+            }
+            Err(error) => (false, format!("cannot run it: {error}\n")),
+        };
+        let mut out = std::io::stdout().lock();
+        // Whoever reads may be gone; the tests go on.
+        let _ = writeln!(out, "\n-- {}, {:.0} s", self.name, started.elapsed().as_secs_f64());
+        (tally(text.as_bytes(), out), ok)
+    }
+}
+
+impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+fn next(programs: &Mutex<std::vec::IntoIter<Program>>) -> Option<Program> {
+    lock(programs).next()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Passes lines on to `out`, and counts results and skips.
