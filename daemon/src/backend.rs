@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use memlane_protocol::convergence::Policy;
+use memlane_protocol::convergence::{Converge, Policy};
 use memlane_protocol::handover::Record;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::hello;
@@ -138,6 +138,7 @@ impl Backend for HostBackend {
             peer,
             record: Record::Committed,
             vmm: guest.process.identity(),
+            fetching: false,
         };
         let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Source);
         ticket.update(|progress| {
@@ -163,6 +164,20 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         ticket.cancelled.send_replace(true);
+        Ok(ticket.progress.borrow().clone())
+    }
+
+    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+        let ticket = self.find(id)?;
+        if !ticket.abandonable.get() {
+            let why = match ticket.progress.borrow().outcome {
+                Some(outcome) => format!("it has ended: {outcome}"),
+                None => "the guest does not run at its destination without part of its memory".to_owned(),
+            };
+            let text = format!("nothing of migration {id} of guest {} can be abandoned: {why}", ticket.guest);
+            return Err(ApiError::new(ErrorCode::TooLate, text));
+        }
+        ticket.abandoned.send_replace(true);
         Ok(ticket.progress.borrow().clone())
     }
 
@@ -208,6 +223,10 @@ impl HostBackend {
             let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
             return Err(ApiError::new(ErrorCode::AlreadyMoving, text));
         }
+        if guest.incomplete.get() {
+            let text = format!("part of guest {}'s memory was given up, so that it cannot move", order.guest);
+            return Err(ApiError::new(ErrorCode::Refused, text));
+        }
         if guest.standing.get() != Standing::Running {
             let text = format!("guest {} does not run here ({:?})", order.guest, guest.standing.get());
             return Err(ApiError::new(ErrorCode::Refused, text));
@@ -226,7 +245,17 @@ impl HostBackend {
         let limits = &self.0.config.limits;
         let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
         let max_rounds = order.max_rounds.unwrap_or(limits.max_rounds);
-        Wishes { policy: Policy { downtime_limit, max_rounds }, verify: order.verify }
+        let converge = match (order.converge, limits.converge) {
+            (Some(converge), _) => converge.into(),
+            // Nobody can compare memory of which one copy runs on, and so much was ordered.
+            (None, Converge::Postcopy) if order.verify => Converge::None,
+            (None, Converge::Auto) if order.verify => Converge::Stun,
+            (None, default) => default,
+        };
+        let postcopy = order.postcopy.map(Into::into);
+        let max_stun_percent = order.max_stun_percent.unwrap_or(limits.max_stun_percent(converge));
+        let policy = Policy { downtime_limit, max_rounds, converge, max_stun_percent, postcopy };
+        Wishes { policy, verify: order.verify }
     }
 }
 

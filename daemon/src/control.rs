@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use crate::host::Host;
 use crate::link::{Link, LinkError, answer_greeting};
-use crate::migrate::{Word, destination};
+use crate::migrate::{Ticket, Word, destination};
 
 /// Connections of other daemons at once.
 const AT_ONCE: usize = 128;
@@ -64,6 +64,15 @@ async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Resu
                 link.until_closed().await;
             }
         }
+        Control::Fetch(migration) => {
+            let of_peer = |ticket: &Rc<Ticket>| ticket.peer == hello.host && ticket.is_live();
+            let Some(ticket) = host.migration(&migration).filter(of_peer) else {
+                info!(peer = %hello.host, "a peer would serve a guest that does not fetch anything here");
+                return Ok(());
+            };
+            // One that finds no room is dropped, and so closed: the source tries again.
+            let _ = ticket.links.try_send(link);
+        }
         other => return Err(LinkError::Unexpected { expected: "an offer", found: other.name() }),
     }
     Ok(())
@@ -71,7 +80,7 @@ async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Resu
 
 /// Whether to talk to whoever says hello.
 fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
-    if matches!(hello.purpose, Purpose::Lane { .. }) {
+    if matches!(hello.purpose, Purpose::Lane { .. } | Purpose::Faults { .. }) {
         return Err("this is the control port; lanes go to the addresses that were offered".into());
     }
     let Some(peer) = host.peer(&hello.host) else {
@@ -103,7 +112,9 @@ async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Mess
         return None; // it is remembered, and its half will answer when it is asked again
     }
     match message {
-        Message::Ready | Message::Running | Message::Declined => Source::answer_unknown(message),
+        Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
+            Source::answer_unknown(message)
+        }
         _ => Destination::answer_unknown(message),
     }
 }

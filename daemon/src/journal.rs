@@ -88,6 +88,8 @@ pub struct Entry {
     pub vmm: VmmIdentity,
     /// How far the handover came on this host.
     pub record: Record,
+    /// The guest runs here, or is about to, and part of its memory is still at the source.
+    pub fetching: bool,
 }
 
 /// The journal of this host. Let whatever is begun here finish: a write that nobody waits for
@@ -118,6 +120,8 @@ struct Line {
     pid: u32,
     #[serde(default)]
     started: u64,
+    #[serde(default)]
+    fetching: bool,
     /// `None`: forget the migration.
     record: Option<String>,
 }
@@ -250,6 +254,7 @@ fn line(entry: &Entry, record: Option<Record>) -> Vec<u8> {
         peer: entry.peer.to_string(),
         pid: entry.vmm.pid,
         started: entry.vmm.started,
+        fetching: entry.fetching,
         record: record.map(|record| record.to_string()),
     };
     let mut bytes = serde_json::to_vec(&line).expect("strings and numbers always become JSON");
@@ -279,6 +284,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<BTreeMap<MigrationId, Entry>, Jour
             guest: line.guest.parse().map_err(|error| damaged(format!("{error}")))?,
             peer: line.peer.parse().map_err(|error| damaged(format!("{error}")))?,
             vmm: VmmIdentity { pid: line.pid, started: line.started },
+            fetching: line.fetching,
             record: record.parse().map_err(|error| damaged(format!("{error}")))?,
         };
         open.insert(migration, entry);
@@ -301,7 +307,8 @@ mod tests {
     fn entry(number: u8, record: Record) -> Entry {
         let label = |name: &str| name.parse().unwrap();
         let vmm = VmmIdentity { pid: 4711, started: 1 << 40 };
-        Entry { migration: [number; 16], guest: label("web1"), peer: label("host-b"), vmm, record }
+        let (guest, peer) = (label("web1"), label("host-b"));
+        Entry { migration: [number; 16], guest, peer, vmm, record, fetching: false }
     }
 
     #[test]

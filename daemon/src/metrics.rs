@@ -4,12 +4,15 @@
 //! there from the start with 0, so that the first increase is seen.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use memlane_protocol::wire::control::FetchReport;
 use metrics::{Counter, Gauge, Label, Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use crate::api::types::Outcome;
+use crate::guest::StunReport;
 
 /// Kinds of pages, by how they travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +23,27 @@ pub enum PageKind {
     Zero,
     /// As a descriptor: never touched, not even read.
     Hole,
+}
+
+/// Legs of the way of a page that an access waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    /// From the moment that the access was seen until the page was asked for.
+    Ask,
+    /// Until all of the answer was there.
+    Transfer,
+    /// Until the page was placed.
+    Place,
+}
+
+impl Leg {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ask => FAULT_ASK,
+            Self::Transfer => FAULT_TRANSFER,
+            Self::Place => FAULT_PLACE,
+        }
+    }
 }
 
 /// Meters of one port. Cloned for each lane; each call is an atomic addition.
@@ -102,6 +126,45 @@ pub fn downtime(actual: Duration, predicted: Duration) {
     histogram!(DOWNTIME).record(actual);
     histogram!(DOWNTIME_PREDICTED).record(predicted);
     histogram!(DOWNTIME_ERROR).record(actual.abs_diff(predicted));
+}
+
+/// Pages of guests in post-copy are still missing on this host.
+pub fn missing_pages(pages: u64) {
+    gauge!(MISSING_PAGES).set(pages as f64);
+}
+
+/// How fetching went on since `before`.
+pub fn fetched(before: &FetchReport, now: &FetchReport) {
+    counter!(FAULTS).increment(now.faults.saturating_sub(before.faults));
+    let fetched = now.pages_fetched.saturating_sub(before.pages_fetched);
+    counter!(FETCHED_PAGES, "by" => "fault").increment(fetched);
+    let streamed = now.pages_streamed.saturating_sub(before.pages_streamed);
+    counter!(FETCHED_PAGES, "by" => "stream").increment(streamed);
+}
+
+/// An access to a missing page waited from the moment that it was seen until the page was placed.
+pub fn fault(waited: Duration) {
+    histogram!(FAULT).record(waited);
+}
+
+/// A leg of that.
+pub fn fault_leg(leg: Leg, took: Duration) {
+    histogram!(leg.name()).record(took);
+}
+
+/// A guest's writes are held up from now on; it stood still for so long until they were.
+pub fn stun_began(pause: Duration) {
+    histogram!(STUN_SWITCH).record(pause);
+}
+
+/// How a stun went on since `before`.
+pub fn stunned(before: &StunReport, now: &StunReport) {
+    /// Counters are whole numbers, and one stun may take less than a second.
+    static NANOSECONDS: AtomicU64 = AtomicU64::new(0);
+    let passed = now.in_force.saturating_sub(before.in_force).as_nanos() as u64;
+    let nanoseconds = NANOSECONDS.fetch_add(passed, Ordering::Relaxed) + passed;
+    counter!(STUN_SECONDS).absolute(nanoseconds / 1_000_000_000);
+    counter!(STUN_RELEASED).increment(now.released_pages.saturating_sub(before.released_pages));
 }
 
 /// The journal was written to disk.
@@ -189,6 +252,16 @@ const TRACKING_START: &str = "memlane_tracking_start_seconds";
 const DOWNTIME: &str = "memlane_downtime_seconds";
 const DOWNTIME_PREDICTED: &str = "memlane_downtime_predicted_seconds";
 const DOWNTIME_ERROR: &str = "memlane_downtime_prediction_error_seconds";
+const STUN_SWITCH: &str = "memlane_stun_switch_seconds";
+const STUN_SECONDS: &str = "memlane_stun_seconds_total";
+const STUN_RELEASED: &str = "memlane_stun_released_pages_total";
+const MISSING_PAGES: &str = "memlane_postcopy_missing_pages";
+const FAULTS: &str = "memlane_postcopy_faults_total";
+const FETCHED_PAGES: &str = "memlane_postcopy_pages_total";
+const FAULT: &str = "memlane_postcopy_fault_seconds";
+const FAULT_ASK: &str = "memlane_postcopy_fault_ask_seconds";
+const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds";
+const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
 const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
 const ANNOUNCEMENTS: &str = "memlane_announcements_total";
 
@@ -206,10 +279,15 @@ const SHORT: &[f64] = &[
 /// Of a round: up to a terabyte on a slow network.
 const LONG: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0];
+/// Of a page on its way over a network.
+const WIRE: &[f64] = &[
+    0.000_01, 0.000_025, 0.000_05, 0.000_075, 0.0001, 0.000_15, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01,
+    0.025, 0.1, 1.0, 10.0,
+];
 /// Of a write to disk.
 const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
-const ALL: [(&str, Kind, Unit, &str); 18] = [
+const ALL: [(&str, Kind, Unit, &str); 28] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (MIGRATIONS, Kind::Counter, Unit::Count, "Migrations that ended, counted at their source, by outcome."),
@@ -226,6 +304,21 @@ const ALL: [(&str, Kind, Unit, &str); 18] = [
     (DOWNTIME, Kind::Histogram(SHORT), Unit::Seconds, "Downtime: how long guests stood still."),
     (DOWNTIME_PREDICTED, Kind::Histogram(SHORT), Unit::Seconds, "Downtime as predicted at switchover."),
     (DOWNTIME_ERROR, Kind::Histogram(SHORT), Unit::Seconds, "How far downtime and prediction lay apart."),
+    (STUN_SWITCH, Kind::Histogram(SHORT), Unit::Seconds, "How long guests stood still for a stun to begin."),
+    (STUN_SECONDS, Kind::Counter, Unit::Seconds, "Time for which guests' writes were held to a rate."),
+    (STUN_RELEASED, Kind::Counter, Unit::Count, "Pages that guests were let write in that time."),
+    (MISSING_PAGES, Kind::Gauge, Unit::Count, "Pages that guests in post-copy still miss here."),
+    (FAULTS, Kind::Counter, Unit::Count, "Accesses to missing pages that had to wait."),
+    (
+        FETCHED_PAGES,
+        Kind::Counter,
+        Unit::Count,
+        "Missing pages that came, by: fault, or stream (nobody waited).",
+    ),
+    (FAULT, Kind::Histogram(WIRE), Unit::Seconds, "From an access to a missing page until it was placed."),
+    (FAULT_ASK, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the page was asked for."),
+    (FAULT_TRANSFER, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the answer was there."),
+    (FAULT_PLACE, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the page was in place."),
     (JOURNAL_SYNC, Kind::Histogram(DISK), Unit::Seconds, "Time to write the journal to disk."),
     (ANNOUNCEMENTS, Kind::Counter, Unit::Count, "Announcements (RARP) sent for guests that arrived."),
 ];
@@ -256,13 +349,17 @@ fn describe() {
     }
     guests(0);
     migrations_active(0);
-    for outcome in [Outcome::Completed, Outcome::Failed, Outcome::Cancelled, Outcome::Refused] {
+    for outcome in [Outcome::Completed, Outcome::Failed, Outcome::Cancelled, Outcome::Refused, Outcome::Lost]
+    {
         counter!(MIGRATIONS, "outcome" => outcome.as_str()).increment(0);
     }
     for kind in PageKind::ALL {
         pages_sent(kind, 0);
     }
     counter!(DIRTY_PAGES).increment(0);
+    stunned(&StunReport::default(), &StunReport::default());
+    fetched(&FetchReport::default(), &FetchReport::default());
+    missing_pages(0);
     announced(0);
 }
 
@@ -363,6 +460,16 @@ mod tests {
             downtime(Duration::from_millis(12), Duration::from_millis(9));
             journal_synced(Duration::from_micros(300));
             announced(5);
+            stun_began(Duration::from_millis(30));
+            let report =
+                StunReport { in_force: Duration::from_secs(2), released_pages: 9, target_pages: 9.0 };
+            stunned(&StunReport::default(), &report);
+            missing_pages(9);
+            let report =
+                FetchReport { faults: 3, pages_fetched: 3, pages_streamed: 8, ..FetchReport::default() };
+            fetched(&FetchReport { pages_streamed: 1, ..FetchReport::default() }, &report);
+            fault(Duration::from_micros(80));
+            fault_leg(Leg::Transfer, Duration::from_micros(60));
         });
         let (_, _, samples) = parse(&text);
         for (series, value) in [
@@ -386,6 +493,14 @@ mod tests {
             ("memlane_downtime_prediction_error_seconds_sum", 0.003),
             ("memlane_journal_sync_seconds_count", 1.0),
             ("memlane_announcements_total", 5.0),
+            ("memlane_stun_switch_seconds_sum", 0.03),
+            ("memlane_stun_seconds_total", 2.0),
+            ("memlane_stun_released_pages_total", 9.0),
+            ("memlane_postcopy_missing_pages", 9.0),
+            ("memlane_postcopy_faults_total", 3.0),
+            ("memlane_postcopy_pages_total{by=\"stream\"}", 7.0),
+            ("memlane_postcopy_fault_seconds_bucket{le=\"0.0001\"}", 1.0),
+            ("memlane_postcopy_fault_transfer_seconds_count", 1.0),
         ] {
             assert_eq!(samples.get(series), Some(&value), "{series}\n{text}");
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, Token, VERSIONS};
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::sync::mpsc;
 use tokio_uring::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
@@ -28,12 +28,21 @@ const GREETING_AT_ONCE: usize = 64;
 pub struct ArrivedLane {
     /// The port it arrived at.
     pub port: Label,
-    /// Its number.
-    pub lane: u16,
+    /// What it carries.
+    pub kind: LaneKind,
     /// The connection.
     pub socket: OwnedFd,
     /// The source's address.
     pub remote: SocketAddr,
+}
+
+/// What a lane carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneKind {
+    /// Pages, on the lane of this number.
+    Pages(u16),
+    /// Pages that a guest waits for, and nothing else.
+    Faults,
 }
 
 /// Bytes that lanes have sent and received on each port since the daemon started.
@@ -133,18 +142,23 @@ async fn take_in(
     stream.set_nodelay(true)?;
     let hello = answer_greeting(&stream, |hello| match hello.purpose {
         Purpose::Probe => Ok(()),
-        Purpose::Lane { token, .. } if rendezvous.find(&token).is_some() => Ok(()),
-        Purpose::Lane { .. } => Err("no migration here awaits this lane".to_owned()),
+        Purpose::Lane { token, .. } | Purpose::Faults { token } if rendezvous.find(&token).is_some() => {
+            Ok(())
+        }
+        Purpose::Lane { .. } | Purpose::Faults { .. } => Err("no migration here awaits this lane".to_owned()),
         Purpose::Control => Err("this is a port for lanes; the control port is another".to_owned()),
     });
-    if let Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) = hello.await?
-        && let Some(migration) = rendezvous.find(&token)
-    {
+    let (token, kind) = match hello.await? {
+        Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) => (token, LaneKind::Pages(lane)),
+        Some(Hello { purpose: Purpose::Faults { token }, .. }) => (token, LaneKind::Faults),
+        _ => return Ok(()),
+    };
+    if let Some(migration) = rendezvous.find(&token) {
         // SAFETY: the stream is open here, and its descriptor is duplicated before it closes.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&stream)) };
         let socket = fd.try_clone_to_owned()?;
         // More lanes than were agreed upon are dropped, and so closed.
-        let _ = migration.try_send(ArrivedLane { port, lane, socket, remote });
+        let _ = migration.try_send(ArrivedLane { port, kind, socket, remote });
     }
     Ok(())
 }
@@ -200,6 +214,19 @@ fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Answer::decode(&bytes).map_err(broken)
+}
+
+/// Has the kernel, and whoever forwards packets and cares, send this connection's bytes before those of
+/// others: `TC_PRIO_INTERACTIVE` of `linux/pkt_sched.h`, and "low delay" of RFC 1349.
+pub fn hasten(socket: impl AsFd) {
+    const INTERACTIVE: u32 = 6;
+    const LOW_DELAY: u32 = 0x10;
+    let socket = SockRef::from(&socket);
+    // In vain on a socket of another kind, which is then no slower than any. The priority is last:
+    // it follows from the type of service otherwise.
+    let _ = socket.set_tos_v4(LOW_DELAY);
+    let _ = socket.set_tclass_v6(LOW_DELAY);
+    let _ = socket.set_priority(INTERACTIVE);
 }
 
 /// Whether this host holds `address`.

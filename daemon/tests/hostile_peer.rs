@@ -7,18 +7,18 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc;
 
-use common::{LONG, Lane, Peer, Stage, Tap, connect, greet, hello, host_a, lane_address, welcome};
-use memlane_lab::{HostId, LabOptions, wait_for};
+use common::{
+    LONG, Lane, OURS, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered,
+    welcome,
+};
+use memlane_lab::{HostId, LabOptions};
 use memlane_protocol::handover::Message;
-use memlane_protocol::wire::attach::MigrationId;
-use memlane_protocol::wire::control::{Accept, Control, Offer, Port};
+use memlane_protocol::wire::control::{Accept, Control, Port};
 use memlane_protocol::wire::frame::{Ack, Content, FRAME_HEADER_BYTES, Run, encode_head};
 use memlane_protocol::wire::hello::{Answer, Purpose};
 use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 const PAGE: usize = 4096;
-/// What tells our own migrations from those of a daemon.
-const OURS: MigrationId = [0xaa; 16];
 /// Where the destination that a test plays awaits control connections, and lanes.
 const FAKE_PORTS: [u16; 2] = [7600, 7601];
 
@@ -406,52 +406,5 @@ impl FakeDestination {
             Trick::NoAnswer | Trick::WrongAnswer | Trick::NoAcks => {}
         }
         (peer, vec![lane])
-    }
-}
-
-/// The offer that host A's daemon makes, to be made by hand.
-fn captured(stage: &mut Stage) -> Offer {
-    let tap = Tap::install(stage);
-    stage.wait_for_standing(HostId::A, "web1", "running");
-    stage.wait_for_standing(HostId::B, "web1", "incoming");
-    let answer = stage.rig.ctl(HostId::A, &["check", "web1", "host-b"]).unwrap();
-    assert_eq!(answer.code, 0, "{}", answer.text);
-    let mut offer = tap.offer().expect("an offer has passed the tap");
-    (offer.check_only, offer.migration) = (false, OURS);
-    tap.remove(stage);
-    stage.wait_for_standing(HostId::B, "web1", "incoming");
-    offer
-}
-
-/// Offers the guest to host B, which accepts.
-fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
-    let mut peer = Peer::call(stage);
-    peer.send(&Control::Offer(offer.clone()));
-    match peer.receive() {
-        Control::Accept(accept) => (peer, accept),
-        other => panic!("the offer is answered with {other:?}"),
-    }
-}
-
-/// Opens a lane to host B.
-fn lane(stage: &Stage, accept: &Accept, number: u16) -> Lane {
-    let mut stream = connect(stage, LANE_PORT);
-    let hello = hello(host_a(), Purpose::Lane { token: accept.token, lane: number });
-    let answer = greet(&mut stream, &hello).unwrap();
-    assert!(matches!(answer, Answer::Welcome { .. }), "{answer:?}");
-    Lane(stream)
-}
-
-impl Stage {
-    /// Waits until host B has given up the last migration of guest `web1`, for the reason `why`.
-    fn wait_for_end_of_ours(&mut self, why: &str) {
-        let ended = self.wait_until(HostId::B, "web1", "the end", |migration| migration.outcome.is_some());
-        let reason = ended.reason.clone().unwrap_or_default();
-        assert!(reason.contains(why), "{why:?} is not why it ended: {ended:?}");
-        wait_for("the VMM to be free again", LONG, || {
-            let guests = self.rig.ctl(HostId::B, &["guests"]).ok()?;
-            guests.text.contains("\"incoming\"").then_some(())
-        })
-        .unwrap();
     }
 }

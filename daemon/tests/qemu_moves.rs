@@ -41,6 +41,23 @@ fn there_and_back(test: &str, vcpus: u16) {
     linux.assert_whole(&stage);
 }
 
+/// Most of the guest's memory is still at the source when it runs at the destination.
+#[test]
+fn linux_runs_before_its_memory_is_there() {
+    let test = "linux_runs_before_its_memory_is_there";
+    let Some(stage) = Stage::for_linux(test, LabOptions { ports: 2, ..LabOptions::default() }) else {
+        return;
+    };
+    let mut linux = stage.linux(|guest| guest.vcpus = 2);
+    for (from, when) in [(HostId::A, "hybrid"), (HostId::B, "hybrid"), (HostId::A, "now")] {
+        let moved = linux.assert_moves_with(&stage, from, &["--postcopy", when]);
+        assert_eq!(moved["postcopy"]["remaining_pages"], 0, "{moved}");
+        let came = |key: &str| moved["postcopy"][key].as_u64().unwrap();
+        assert!(came("pages_streamed") + came("pages_fetched") > 0, "{moved}");
+    }
+    linux.assert_whole(&stage);
+}
+
 #[test]
 fn a_guest_costs_what_it_holds() {
     let Some(stage) = Stage::for_linux("a_guest_costs_what_it_holds", LabOptions::default()) else { return };

@@ -193,6 +193,22 @@ impl GuestRam {
         (index < self.mapped.len()).then_some(index)
     }
 
+    /// `pages`, grown to whole pages of the regions that they begin and end in.
+    pub fn whole(&self, pages: Range<u64>) -> Range<u64> {
+        if pages.is_empty() {
+            return pages;
+        }
+        let place = |page| {
+            let index = self.region_of(page)?;
+            Some((self.mapped[index].pages.start, u64::from(self.regions[index].page_bytes) / PAGE_SIZE))
+        };
+        let start =
+            place(pages.start).map_or(pages.start, |(first, unit)| pages.start - (pages.start - first) % unit);
+        let end = place(pages.end - 1)
+            .map_or(pages.end, |(first, unit)| first + (pages.end - first).next_multiple_of(unit));
+        start..end
+    }
+
     /// Makes `pages` zero and gives back what they took (`FALLOC_FL_PUNCH_HOLE`). Of a 2 MiB
     /// page that is covered in part the kernel zeroes that part.
     pub fn punch(&self, pages: Range<u64>) -> io::Result<()> {

@@ -9,7 +9,7 @@ use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::types::{ApiError, Attach, ErrorCode, Launch, Order};
+use super::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order};
 
 /// Bytes of the largest body of a request, but for those that bring a guest file.
 pub const MAX_BODY_BYTES: usize = 64 << 10;
@@ -35,6 +35,16 @@ impl Content for Order {
             }
             Order { max_rounds: Some(rounds), .. } if !(1..=1000).contains(rounds) => {
                 Some(format!("max_rounds = {rounds} is not allowed; give it 1 to 1000"))
+            }
+            Order { max_stun_percent: Some(percent @ 100..), .. } => {
+                Some(format!("max_stun_percent = {percent} is not allowed; give it 0 to 99"))
+            }
+            // Nobody can compare memory of which one copy runs on.
+            Order { verify: true, postcopy, converge, .. }
+                if postcopy.is_some() || matches!(converge, Some(Converge::Postcopy | Converge::Auto)) =>
+            {
+                let why = "digests can only be compared while the guest stands still with all of its memory";
+                Some(format!("verify together with post-copy is not allowed; give it one of them ({why})"))
             }
             _ => None,
         }

@@ -176,6 +176,11 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/migrations/{}", segment(id)?), None::<&Order>).await
     }
 
+    /// `POST /v1/migrations/{id}/abandon`
+    pub async fn abandon(&self, id: &str) -> Result<Migration, ClientError> {
+        self.ask(Method::POST, &format!("/v1/migrations/{}/abandon", segment(id)?), None::<&Order>).await
+    }
+
     /// `GET /v1/migrations/{id}/events`
     pub async fn events(&self, id: &str) -> Result<Events, ClientError> {
         let path = format!("/v1/migrations/{}/events", segment(id)?);

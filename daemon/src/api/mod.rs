@@ -48,6 +48,8 @@ pub trait Backend {
     async fn migrate(&self, order: Order) -> Result<Migration, ApiError>;
     /// Asks a migration to end with the guest at the source. It has ended when its outcome says so.
     fn cancel(&self, id: &str) -> Result<Migration, ApiError>;
+    /// Gives up what is missing of a guest that runs at its destination without all of its memory.
+    fn abandon(&self, id: &str) -> Result<Migration, ApiError>;
     /// Follows a migration. The sender sets the outcome last and may then be dropped.
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
     /// All metrics, as Prometheus reads them.

@@ -28,6 +28,7 @@ pub const COMMITTED: &str = include_str!("openapi.json");
         routes::migrate,
         routes::migration,
         routes::cancel,
+        routes::abandon,
         routes::events,
         routes::openapi,
         routes::metrics,

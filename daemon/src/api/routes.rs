@@ -28,7 +28,7 @@ pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
 
 /// What can be asked for: method, path, and what is called. `{id}` or
 /// `{name}` stands for any one segment.
-pub(super) const ROUTES: [(Method, &str, Call); 15] = [
+pub(super) const ROUTES: [(Method, &str, Call); 16] = [
     (Method::GET, "/v1/status", Call::Status),
     (Method::GET, "/v1/ports", Call::Ports),
     (Method::GET, "/v1/peers", Call::Peers),
@@ -41,6 +41,7 @@ pub(super) const ROUTES: [(Method, &str, Call); 15] = [
     (Method::POST, "/v1/migrations", Call::Migrate),
     (Method::GET, "/v1/migrations/{id}", Call::Migration),
     (Method::DELETE, "/v1/migrations/{id}", Call::Cancel),
+    (Method::POST, "/v1/migrations/{id}/abandon", Call::Abandon),
     (Method::GET, "/v1/migrations/{id}/events", Call::Events),
     (Method::GET, "/v1/openapi.json", Call::OpenApi),
     (Method::GET, "/metrics", Call::Metrics),
@@ -60,6 +61,7 @@ pub(super) enum Call {
     Migrate,
     Migration,
     Cancel,
+    Abandon,
     Events,
     OpenApi,
     Metrics,
@@ -160,6 +162,7 @@ where
         Call::Migrate => migrate(backend, body::read(sent).await?).await,
         Call::Migration => migration(host, id),
         Call::Cancel => cancel(host, id),
+        Call::Abandon => abandon(host, id),
         Call::Events => events(host, id),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host)),
@@ -287,6 +290,18 @@ fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
 )]
 fn cancel(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     Ok(json(StatusCode::ACCEPTED, &backend.cancel(id)?))
+}
+
+/// Gives up what is missing of a guest that runs at its destination in post-copy, for when the other
+/// host is gone for good. At the destination the guest goes on, and every access to what is missing
+/// fails; at the source, where the guest's memory is out of date, it ends.
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/abandon", tag = "migrations",
+    params(("id" = String, Path, description = "Identity of the migration")),
+    responses((status = 202, description = "Given up", body = Migration), (status = "4XX", body = ErrorBody))
+)]
+fn abandon(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
+    Ok(json(StatusCode::ACCEPTED, &backend.abandon(id)?))
 }
 
 /// Follows a migration as server-sent events: `migration` whenever something changed, at most

@@ -89,6 +89,10 @@ impl Backend for Fake {
         self.migration.send_modify(|migration| migration.outcome = Some(Outcome::Cancelled));
         self.migration(id)
     }
+    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+        self.known(id)?;
+        Err(ApiError::new(ErrorCode::TooLate, "nothing is missing"))
+    }
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
         self.known(id).map(|()| self.migration.subscribe())
     }

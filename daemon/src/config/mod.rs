@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use memlane_protocol::convergence::Converge;
 use memlane_protocol::wire::Label;
 
 use reader::{INTERFACE, NAME, Source, Table, Value, or, unique};
@@ -103,6 +104,11 @@ pub struct Limits {
     pub min_bandwidth: Rate,
     /// Rounds of pre-copy, where the order names no number.
     pub max_rounds: u32,
+    /// What to do when rounds do not shrink, where the order does not say.
+    pub converge: Converge,
+    /// How much of its writing a guest may lose to stun, in percent, where the order does not say; see
+    /// [`Limits::max_stun_percent`] for what holds where this does not say either.
+    pub max_stun: Option<u8>,
     /// A peer or a lane that says nothing for so long is gone.
     pub silence: Duration,
     /// Memory that arriving guests must leave free on this host.
@@ -176,9 +182,19 @@ impl Default for Limits {
             downtime: Duration::from_millis(300),
             min_bandwidth: Rate(250_000_000),
             max_rounds: 50,
+            converge: Converge::None,
+            max_stun: None,
             silence: Duration::from_secs(5),
             memory_reserve: Size(256 << 20),
         }
+    }
+}
+
+impl Limits {
+    /// How much of its writing a guest may lose to stun, in percent, where the order does not say: with
+    /// post-copy to fall back on it is not worth slowing a guest to a crawl.
+    pub fn max_stun_percent(&self, converge: Converge) -> u8 {
+        self.max_stun.unwrap_or(if converge == Converge::Auto { 75 } else { 99 })
     }
 }
 
@@ -329,6 +345,12 @@ fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
             value.parse(Rate::ALLOWED)
         })?,
         max_rounds: or(table.take("max_rounds"), default.max_rounds, |value| value.integer(1..=1000))?,
+        converge: or(table.take("converge"), default.converge, |value| {
+            value.parse("\"stun\", \"postcopy\", \"auto\" or \"none\"")
+        })?,
+        max_stun: or(table.take("max_stun"), None, |value| {
+            value.integer(0..=99).map(|percent| Some(percent as u8))
+        })?,
         silence: or(table.take("silence"), default.silence, |value| span(value, 100, 600_000))?,
         memory_reserve: or(table.take("memory_reserve"), default.memory_reserve, |value| {
             value.parse(Size::ALLOWED)

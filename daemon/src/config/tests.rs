@@ -70,6 +70,8 @@ fn all_keys_are_read() {
         downtime = "1.5s"
         min_bandwidth = "1gbit"
         max_rounds = 7
+        converge = "auto"
+        max_stun = 60
         silence = "2s"
         memory_reserve = "1GiB"
         [guests]
@@ -112,6 +114,8 @@ fn all_keys_are_read() {
             downtime: Duration::from_millis(1500),
             min_bandwidth: Rate(1_000_000_000),
             max_rounds: 7,
+            converge: Converge::Auto,
+            max_stun: Some(60),
             silence: Duration::from_secs(2),
             memory_reserve: Size(1 << 30),
         }
@@ -207,6 +211,14 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
         ("[limits]\ndowntime = \"0s\"".to_owned(), 3, "limits.downtime", "\"0s\"", "from 1ms to 1min"),
         ("[limits]\nmin_bandwidth = 250".to_owned(), 3, "limits.min_bandwidth", "250", "\"250mbit\""),
         ("[limits]\nmax_rounds = 0".to_owned(), 3, "limits.max_rounds", "0", "from 1 to 1000"),
+        (
+            "[limits]\nconverge = \"slow\"".to_owned(),
+            3,
+            "limits.converge",
+            "\"slow\"",
+            "\"stun\", \"postcopy\"",
+        ),
+        ("[limits]\nmax_stun = 100".to_owned(), 3, "limits.max_stun", "100", "from 0 to 99"),
         ("[limits]\nsilence = \"1us\"".to_owned(), 3, "limits.silence", "\"1us\"", "from 100ms to 10min"),
         ("[limits]\nmemory_reserve = \"1GB\"".to_owned(), 3, "limits.memory_reserve", "\"1GB\"", "GiB"),
     ];

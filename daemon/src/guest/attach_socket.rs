@@ -132,7 +132,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
         warn!(guest = %shape.name, "its memory is a file that cannot be sealed; a VMM that cuts it ends this daemon");
     }
     let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
-    let driver = Rc::new(Attached::new(socket, ram.pages()));
+    let driver = Rc::new(Attached::new(socket, Some(ram.clone())));
     let guest = Rc::new(Guest::new(shape, ram, driver, process, standing));
     guest.migration.replace(migration);
     host.guest_attached(guest);

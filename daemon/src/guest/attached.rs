@@ -6,10 +6,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use memlane_kvm::packet;
+use memlane_kvm::ram::GuestRam;
 use memlane_kvm::shared::SharedWords;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{
@@ -19,7 +21,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
 use tracing::warn;
 
-use super::{Driver, DriverError, Harvest, SavedState};
+use super::memory::{DEVICE, Handles, open_device};
+use super::{Driver, DriverError, Harvest, SavedState, VmmMemory};
 
 /// Longest time that a VMM may take for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -30,7 +33,8 @@ pub struct Attached {
     /// One request at a time.
     asking: Mutex<()>,
     next_id: Cell<u32>,
-    pages: u64,
+    /// None of a shim, which knows of no guest.
+    ram: Option<Arc<GuestRam>>,
     harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
     connection: Rc<Connection>,
 }
@@ -44,8 +48,8 @@ struct Connection {
 type Answer = (Result<[u64; 2], String>, Vec<OwnedFd>);
 
 impl Attached {
-    /// Drives the VMM at the other end of `socket`, whose guest has `pages` pages.
-    pub fn new(socket: AsyncFd<OwnedFd>, pages: u64) -> Self {
+    /// Drives the VMM at the other end of `socket`, whose guest's memory is `ram`.
+    pub fn new(socket: AsyncFd<OwnedFd>, ram: Option<Arc<GuestRam>>) -> Self {
         let socket = Rc::new(socket);
         let connection = Rc::new(Connection { waiting: RefCell::default(), gone: watch::Sender::new(false) });
         tokio::task::spawn_local(read_replies(socket.clone(), connection.clone()));
@@ -53,10 +57,27 @@ impl Attached {
             socket,
             asking: Mutex::new(()),
             next_id: Cell::new(1),
-            pages,
+            ram,
             harvested: RefCell::default(),
             connection,
         }
+    }
+
+    /// Asks for a userfaultfd of the process, made with the `device` if there is one, and for what tells
+    /// its memory.
+    pub(super) async fn open_userfault(
+        &self,
+        device: Option<&OwnedFd>,
+        keep: bool,
+    ) -> Result<Handles, DriverError> {
+        let request = Request::OpenUserfault { keep };
+        let lent = device.map(OwnedFd::as_fd);
+        let (_, descriptors) = self.ask_with(request, lent.as_slice()).await?;
+        Handles::take(descriptors).map_err(|reason| DriverError::Broken { request: request.name(), reason })
+    }
+
+    fn pages(&self) -> u64 {
+        self.ram.as_ref().map_or(0, |ram| ram.pages())
     }
 
     async fn ask(&self, request: Request) -> Result<([u64; 2], Vec<OwnedFd>), DriverError> {
@@ -64,7 +85,7 @@ impl Attached {
     }
 
     /// Asks one thing; gives the reply's values and descriptors.
-    pub(super) async fn ask_with(
+    async fn ask_with(
         &self,
         request: Request,
         descriptors: &[BorrowedFd<'_>],
@@ -97,9 +118,9 @@ impl Driver for Attached {
         let broken = |reason: String| DriverError::Broken { request: "start tracking", reason };
         let (_, mut descriptors) = self.ask(Request::StartTracking).await?;
         let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
-        let words = SharedWords::map(&fd, PageSet::words_needed(self.pages));
+        let words = SharedWords::map(&fd, PageSet::words_needed(self.pages()));
         let words = words.map_err(|error| broken(error.to_string()))?;
-        let set = PageSet::over(self.pages, words).map_err(|error| broken(error.to_string()))?;
+        let set = PageSet::over(self.pages(), words).map_err(|error| broken(error.to_string()))?;
         *self.harvested.borrow_mut() = Some(Rc::new(set));
         Ok(())
     }
@@ -115,12 +136,35 @@ impl Driver for Attached {
             let reason = "tracking has not been started".into();
             return Err(DriverError::Failed { request: "harvest", reason });
         };
-        Ok(Harvest { new: harvested.drain_into(0..self.pages, into), holes: false })
+        Ok(Harvest { new: harvested.drain_into(0..self.pages(), into), holes: false })
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {
         *self.harvested.borrow_mut() = None;
         self.ask(Request::StopTracking).await.map(drop)
+    }
+
+    async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "open userfaultfd", reason };
+        let ram = self.ram.as_ref().ok_or_else(|| failed("it has no guest".into()))?;
+        let device = open_device();
+        let handles = self.open_userfault(device.as_ref().ok(), keep).await;
+        let handles = handles.map_err(|error| match (error, &device) {
+            (DriverError::Failed { reason, .. }, Err(device)) => failed(format!(
+                "{reason}; this daemon cannot lend it {DEVICE} ({device}): let the daemon's user read and write that"
+            )),
+            (error, _) => error,
+        })?;
+        // The trackers of such a VMM would not notice.
+        handles.find(ram, false).map_err(failed)
+    }
+
+    async fn freeze(&self) -> Result<(), DriverError> {
+        self.ask(Request::Pause).await.map(drop)
+    }
+
+    async fn thaw(&self) -> Result<(), DriverError> {
+        self.ask(Request::Resume).await.map(drop)
     }
 
     async fn pause(&self) -> Result<Instant, DriverError> {

@@ -2,9 +2,12 @@
 
 pub mod attach_socket;
 mod attached;
+mod memory;
 mod process;
 pub mod qemu;
 pub mod shim;
+mod stun;
+mod tracking;
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -22,7 +25,11 @@ use memlane_protocol::wire::machine::GuestShape;
 
 pub use attached::Attached;
 pub use memlane_kvm::dirty::Harvest;
+pub use memory::VmmMemory;
 pub use process::Process;
+pub use stun::{Report as StunReport, Switch};
+
+use tracking::Tracking;
 
 /// Why a VMM did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +106,13 @@ pub trait Driver {
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;
     /// Tracks no more.
     async fn stop_tracking(&self) -> Result<(), DriverError>;
+    /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the
+    /// process keeps a copy of it, so that whoever waits for a missing page waits on if this daemon ends.
+    async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError>;
+    /// Has the guest stand still for a moment, if it runs.
+    async fn freeze(&self) -> Result<(), DriverError>;
+    /// Has it run again, if it was [frozen](Driver::freeze).
+    async fn thaw(&self) -> Result<(), DriverError>;
     /// Stops all vCPUs; returns the moment from which the guest may have stood still.
     async fn pause(&self) -> Result<Instant, DriverError>;
     /// Lets the vCPUs run, if they do not; returns since when they do, as Unix time, where the
@@ -157,10 +171,14 @@ pub struct Guest {
     pub standing: Cell<Standing>,
     /// Its writes are being tracked.
     pub tracked: Cell<bool>,
+    /// How, if they are held up.
+    stunned: RefCell<Option<Rc<Tracking>>>,
     /// The migration that it takes part in, or (relinquished, loaded) took part in.
     pub migration: RefCell<Option<MigrationId>>,
     /// The daemon started its VMM for a migration, and has no use for it without.
     pub summoned: Cell<bool>,
+    /// Part of its memory never came, and accesses to that fail: it must not move any more.
+    pub incomplete: Cell<bool>,
 }
 
 impl Guest {
@@ -173,8 +191,36 @@ impl Guest {
         standing: Standing,
     ) -> Self {
         let (standing, migration) = (Cell::new(standing), RefCell::default());
-        let (tracked, summoned) = (Cell::default(), Cell::default());
-        Self { shape, ram, driver, process, standing, tracked, migration, summoned }
+        let (tracked, stunned, summoned, incomplete) = Default::default();
+        Self { shape, ram, driver, process, standing, tracked, stunned, migration, summoned, incomplete }
+    }
+
+    /// See [`Driver::harvest`].
+    pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+        let stunned = self.stunned.borrow().clone();
+        match stunned {
+            Some(tracking) => tracking.harvest(into).await,
+            None => self.driver.harvest(into).await,
+        }
+    }
+
+    /// See [`Driver::stop_tracking`].
+    pub async fn stop_tracking(&self) -> Result<(), DriverError> {
+        let stunned = self.stunned.take();
+        match stunned {
+            Some(tracking) => {
+                tracking.end().await;
+                Ok(())
+            }
+            None => self.driver.stop_tracking().await,
+        }
+    }
+
+    /// See [`Driver::pause`].
+    pub async fn pause(&self) -> Result<Instant, DriverError> {
+        // A vCPU that waits for a page cannot be stopped.
+        self.let_writes_go();
+        self.driver.pause().await
     }
 
     /// Whether a migration of it is under way here.

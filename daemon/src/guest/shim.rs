@@ -2,19 +2,17 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_protocol::wire::attach::Request;
-use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::debug;
 
+use super::memory::{DEVICE, Handles, open_device};
 use super::{Attached, Driver, DriverError};
 
 /// Shims that may be connected at once. Children of a VMM that load the shim too count as well.
@@ -22,19 +20,6 @@ pub const MOST: usize = 1024;
 
 /// Longest time that a shim may take: it makes three system calls.
 const PATIENCE: Duration = Duration::from_secs(5);
-const DEVICE: &str = "/dev/userfaultfd";
-
-/// What a shim hands over: enough to track, or to provide, the memory of its process from here.
-#[derive(Debug)]
-pub struct Handles {
-    /// A userfaultfd of the process, on which nothing was done yet. Closing it lifts all
-    /// protection.
-    pub userfault: OwnedFd,
-    /// `/proc/PID/pagemap`.
-    pub pagemap: OwnedFd,
-    /// `/proc/PID/maps`.
-    pub maps: OwnedFd,
-}
 
 /// Why a process's memory cannot be tracked from here.
 #[derive(Debug, thiserror::Error)]
@@ -111,18 +96,19 @@ pub struct Shims {
 }
 
 impl Shims {
-    /// Asks the shim in process `pid` for a userfaultfd of it, and for what tells its memory.
+    /// Asks the shim in process `pid` for a userfaultfd of it, of which it is to `keep` a copy, and
+    /// for what tells its memory.
     ///
     /// The device that userfaultfds are made with is opened here, so that the process needs no
     /// rights; where that fails, its own rights decide.
-    pub async fn open_userfault(&self, pid: u32) -> Result<Handles, ShimError> {
+    pub async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
         let shim = self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))?;
-        let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-        let lent = device.as_ref().ok().map(OwnedFd::as_fd);
-        let answer = timeout(PATIENCE, shim.ask_with(Request::OpenUserfault, lent.as_slice())).await;
+        let device = open_device();
+        let answer = timeout(PATIENCE, shim.open_userfault(device.as_ref().ok(), keep)).await;
         let broken = |reason: String| ShimError::Broken { pid, reason };
         match (answer, device) {
-            (Ok(Ok((_, descriptors))), _) => take(descriptors).map_err(broken),
+            (Ok(Ok(handles)), _) => Ok(handles),
+            (Ok(Err(DriverError::Broken { reason, .. })), _) => Err(broken(reason)),
             (Ok(Err(DriverError::Failed { reason, .. })), Ok(_)) => Err(ShimError::Failed { pid, reason }),
             (Ok(Err(DriverError::Failed { reason, .. })), Err(Errno::NOENT | Errno::NXIO | Errno::NODEV)) => {
                 Err(ShimError::NoDevice { pid, reason })
@@ -155,7 +141,7 @@ impl Shims {
         }
         debug!(pid, "a shim connected");
         // Of the guest's pages it knows nothing.
-        let shim = Rc::new(Attached::new(socket, 0));
+        let shim = Rc::new(Attached::new(socket, None));
         let shims = self.clone();
         let connected = shim.clone();
         tokio::task::spawn_local(async move {
@@ -173,34 +159,6 @@ impl Shims {
             }
         });
     }
-}
-
-/// The three descriptors, if they are what they should be: reading anything else could keep the
-/// daemon waiting.
-fn take(descriptors: Vec<OwnedFd>) -> Result<Handles, String> {
-    let count = descriptors.len();
-    let Ok([userfault, pagemap, maps]) = <[OwnedFd; 3]>::try_from(descriptors) else {
-        return Err(format!("{count} descriptors came instead of 3"));
-    };
-    let is_proc = |fd: &OwnedFd| rustix::fs::fstatfs(fd).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
-    let fits = name_of(&userfault)? == "anon_inode:[userfaultfd]"
-        && (is_proc(&pagemap) && file_name(&name_of(&pagemap)?) == "pagemap")
-        && (is_proc(&maps) && file_name(&name_of(&maps)?) == "maps");
-    if !fits {
-        return Err("its descriptors are not a userfaultfd, a pagemap and maps, in this order".into());
-    }
-    Ok(Handles { userfault, pagemap, maps })
-}
-
-/// What the kernel calls an open file.
-fn name_of(fd: &OwnedFd) -> Result<String, String> {
-    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let name = std::fs::read_link(&link).map_err(|error| format!("cannot read {link}: {error}"))?;
-    Ok(name.to_string_lossy().into_owned())
-}
-
-fn file_name(path: &str) -> &str {
-    Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
 #[cfg(test)]

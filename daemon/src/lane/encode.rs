@@ -1,11 +1,12 @@
 //! From the set of dirty pages to the next frame.
 
 use std::ops::Range;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use memlane_kvm::ram::{GuestRam, is_zero};
 use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::wire::frame::{Content, MAX_RUNS, Run, encode_head};
+use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, encode_head};
 
 use super::Outbound;
 
@@ -17,6 +18,17 @@ use super::Outbound;
 pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     runs.clear();
     outbound.claims.fetch_add(1, Ordering::SeqCst);
+    if outbound.held.load(Ordering::SeqCst) {
+        return;
+    }
+    if let Some(nearest) = outbound.take_nearest() {
+        *cursor = nearest;
+    }
+    if let Some(whole) = &outbound.whole {
+        // One at a time: two that claim at once would share a huge page out between them.
+        let _one_at_a_time = whole.lock().unwrap_or_else(PoisonError::into_inner);
+        return claim_whole(outbound, cursor, runs);
+    }
     let mut room = outbound.frame_bytes.load(Ordering::Relaxed) / PAGE_SIZE;
     let mut wrapped = false;
     while room > 0 && runs.len() < MAX_RUNS {
@@ -31,11 +43,35 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
         };
         *cursor = pages.end;
         room -= pages.end - pages.start;
-        if outbound.sparse.load(Ordering::Relaxed) {
-            sort_out_holes(&outbound.ram, pages, runs);
-        } else {
-            sort_out_zeros(&outbound.ram, pages, runs);
-        }
+        sort_out(outbound, pages, runs);
+    }
+}
+
+/// Claims whole pages of the guest's own size for one frame.
+fn claim_whole(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
+    const MOST: u64 = MAX_PAYLOAD_BYTES / PAGE_SIZE;
+    let claim = |from| outbound.dirty.claim(&outbound.in_flight, from, MOST);
+    let Some(claimed) = claim(*cursor).or_else(|| claim(0)) else { return };
+    // What is dirty is made of whole pages, so that only the end can lie within one.
+    let last = outbound.ram.whole(claimed.end - 1..claimed.end);
+    let end = if last.end > claimed.end { last.start } else { claimed.end };
+    let pages = claimed.start..end.max(claimed.start);
+    outbound.dirty.insert_range(pages.end..claimed.end);
+    outbound.in_flight.remove_range(pages.end..claimed.end);
+    *cursor = pages.end;
+    sort_out(outbound, pages.clone(), runs);
+    if runs.len() > MAX_RUNS {
+        // A patchwork of zeros and data: as it is.
+        runs.clear();
+        runs.push(Run { pages, content: Content::Data });
+    }
+}
+
+fn sort_out(outbound: &Outbound, pages: Range<u64>, runs: &mut Vec<Run>) {
+    if outbound.sparse.load(Ordering::Relaxed) {
+        sort_out_holes(&outbound.ram, pages, runs);
+    } else {
+        sort_out_zeros(&outbound.ram, pages, runs);
     }
 }
 
@@ -70,7 +106,7 @@ fn sort_out_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
 }
 
 /// Splits `pages` into runs with data and runs of zeros.
-fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
+pub fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     for slice in ram.slices(pages) {
         for index in 0..slice.len as u64 / PAGE_SIZE {
             // SAFETY: inside the slice, which is mapped as long as `ram` lives.

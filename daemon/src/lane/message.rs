@@ -1,5 +1,7 @@
 //! A gathered or scattered message: a head of our own, then pieces of guest memory.
 
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
 use memlane_kvm::ram::GuestRam;
@@ -61,6 +63,24 @@ impl Message {
             self.next += 1;
         }
         self.point();
+    }
+
+    /// Sends all of it, waiting for room.
+    pub fn send_all(&mut self, socket: impl AsFd) -> io::Result<()> {
+        while self.remaining > 0 {
+            let fd = socket.as_fd().as_raw_fd();
+            // SAFETY: the header leads to the head and to guest memory, which whoever filled it
+            // keeps as they are meanwhile.
+            let sent = unsafe { libc::sendmsg(fd, self.as_ptr(), libc::MSG_NOSIGNAL) };
+            match usize::try_from(sent) {
+                Ok(count) => self.advance(count),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
     }
 
     /// Bytes still to go.

@@ -4,9 +4,14 @@
 //! pages when its own window has room, so a slow port takes less and nothing is assigned
 //! ahead. At the destination every lane writes into one [`Inbound`], straight into guest memory.
 
+mod answer;
 mod encode;
 mod evidence;
+mod faults;
+mod latency;
 mod message;
+mod placing;
+pub mod priority;
 mod receive;
 mod ring;
 mod send;
@@ -19,11 +24,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::PageSet;
 use memlane_protocol::wire::WireError;
-use memlane_protocol::wire::frame::{MAX_PAYLOAD_BYTES, Run};
+use memlane_protocol::wire::frame::Run;
+use memlane_protocol::{PAGE_SIZE, PageSet};
 use tokio::sync::Notify;
 
+pub use answer::Answerer;
+pub use faults::Faults;
+pub use placing::Placing;
 pub use receive::Receiver;
 pub use send::Sender;
 pub use stats::LaneStats;
@@ -64,6 +72,11 @@ impl LaneError {
     }
 }
 
+/// Most bytes in one frame, if pages are small.
+const FRAME_BYTES: u64 = 1 << 20;
+/// No page.
+const NOWHERE: u64 = u64::MAX;
+
 /// What the lanes of one migration share at the source.
 pub struct Outbound {
     /// The guest's memory.
@@ -80,6 +93,12 @@ pub struct Outbound {
     pub sparse: AtomicBool,
     /// Rung when a lane finds nothing to claim, has nothing in flight, or ends.
     pub bell: Notify,
+    /// Where lanes go on: behind the page that an access waited for last; [`NOWHERE`] if there is none.
+    nearest: AtomicU64,
+    /// Nothing is claimed for the time being.
+    held: AtomicBool,
+    /// Locked while pages are claimed, where only whole pages of the guest's own size may be.
+    whole: Option<Mutex<()>>,
     /// Most bytes in one frame; less where little is left, so that all lanes get some of it.
     frame_bytes: AtomicU64,
     /// Claims that have begun: grows before a lane looks at `dirty`.
@@ -94,8 +113,21 @@ pub struct Outbound {
 }
 
 impl Outbound {
-    /// For `lanes` lanes that send from `ram`.
+    /// For `lanes` lanes that send from `ram` while the guest runs there.
     pub fn new(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
+        Self::make(ram, lanes, None)
+    }
+
+    /// For `lanes` lanes that send from the memory of a guest which stands still there, and runs at
+    /// the destination: whole pages of their own size, since they are placed whole.
+    pub fn of_still_guest(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
+        let huge = ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
+        let outbound = Self::make(ram, lanes, huge.then(Mutex::default))?;
+        outbound.still.store(true, Ordering::Release);
+        Ok(outbound)
+    }
+
+    fn make(ram: Arc<GuestRam>, lanes: usize, whole: Option<Mutex<()>>) -> io::Result<Self> {
         let wakers = (0..lanes)
             .map(|_| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?))
             .collect::<io::Result<_>>()?;
@@ -105,7 +137,10 @@ impl Outbound {
             still: AtomicBool::new(false),
             sparse: AtomicBool::new(false),
             bell: Notify::new(),
-            frame_bytes: AtomicU64::new(MAX_PAYLOAD_BYTES),
+            nearest: AtomicU64::new(NOWHERE),
+            held: AtomicBool::new(false),
+            whole,
+            frame_bytes: AtomicU64::new(FRAME_BYTES),
             claims: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             orphans: Mutex::default(),
@@ -117,9 +152,28 @@ impl Outbound {
     /// Tells the lanes that there are pages to claim: about `pages` of them.
     pub fn wake(&self, pages: u64) {
         const SMALLEST: u64 = 64 << 10;
-        let share = pages * memlane_protocol::PAGE_SIZE / (2 * self.wakers.len().max(1) as u64);
-        self.frame_bytes.store(share.clamp(SMALLEST, MAX_PAYLOAD_BYTES), Ordering::Relaxed);
+        let share = pages * PAGE_SIZE / (2 * self.wakers.len().max(1) as u64);
+        self.frame_bytes.store(share.clamp(SMALLEST, FRAME_BYTES), Ordering::Relaxed);
         (0..self.wakers.len()).for_each(|lane| self.ring(lane));
+    }
+
+    /// Lanes claim nothing from now on: what is in flight comes to an end.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether all that was handed out has been acknowledged, whatever is left.
+    pub fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::SeqCst) == self.claims.load(Ordering::SeqCst)
+    }
+
+    /// Where a lane is to go on, once for each page that an access waited for.
+    fn take_nearest(&self) -> Option<u64> {
+        // Most often there is none, and then nothing is written that all lanes read.
+        if self.nearest.load(Ordering::Relaxed) == NOWHERE {
+            return None;
+        }
+        Some(self.nearest.swap(NOWHERE, Ordering::Relaxed)).filter(|page| *page != NOWHERE)
     }
 
     /// Whether all pages handed out so far have been acknowledged and none is left. Pages that
@@ -193,6 +247,8 @@ impl Outbound {
 pub struct Inbound {
     /// The memory that the guest will have.
     pub ram: Arc<GuestRam>,
+    /// Where pages go while the guest may be running on that memory; otherwise straight there.
+    pub placing: Option<Arc<Placing>>,
 }
 
 #[cfg(test)]

@@ -11,11 +11,12 @@ use memlane_kvm::ram::is_zero;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{
-    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run,
+    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, RUN_BYTES, Run,
 };
 
 use super::encode::checksum;
 use super::message::Message;
+use super::placing::{By, Placing};
 use super::ring::{Held, Ring};
 use super::{Inbound, LaneError, LaneStats};
 
@@ -33,6 +34,8 @@ pub struct Receiver {
     table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
+    /// Where pages arrive that are placed whole; empty where they go straight to guest memory.
+    staging: Box<[u8]>,
     sequence: u64,
     ack: Box<[u8]>,
     acking: bool,
@@ -45,7 +48,9 @@ impl Receiver {
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
+        let staging = if inbound.placing.is_some() { MAX_PAYLOAD_BYTES as usize } else { 0 };
         Ok(Self {
+            staging: vec![0; staging].into(),
             inbound,
             stats,
             socket,
@@ -82,14 +87,30 @@ impl Receiver {
         self.read_all()?;
         let pages = self.inbound.ram.pages();
         frame.decode_runs(&self.table[..frame.runs * RUN_BYTES], pages, &mut self.runs)?;
+        match self.inbound.placing.clone() {
+            Some(placing) => self.place(&frame, &placing)?,
+            None => self.write(&frame)?,
+        }
+        self.sequence = expected;
+        self.count(&frame);
+        self.acknowledge()
+    }
+
+    /// Receives the pages beside guest memory, and places them.
+    fn place(&mut self, frame: &Frame, placing: &Placing) -> Result<(), LaneError> {
+        let bytes = frame.payload_bytes as usize;
+        self.message.fill(&mut self.staging[..bytes], &self.inbound.ram, &[]);
+        self.read_all()?;
+        let payload = &self.staging[..bytes];
+        check(frame, || crc32c::crc32c(payload))?;
+        placing.place(&self.runs, payload, By::Stream).map_err(LaneError::io("place pages"))
+    }
+
+    /// Receives the pages straight into guest memory.
+    fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
-        if let Some(found) = frame.checksum {
-            let computed = checksum(&self.inbound.ram, &self.runs);
-            if computed != found {
-                return Err(WireError::Checksum { what: "frame", found, computed }.into());
-            }
-        }
+        check(frame, || checksum(&self.inbound.ram, &self.runs))?;
         for run in &self.runs {
             match run.content {
                 Content::Data => Ok(()),
@@ -99,9 +120,7 @@ impl Receiver {
                 }
             }?;
         }
-        self.sequence = expected;
-        self.count(&frame);
-        self.acknowledge()
+        Ok(())
     }
 
     /// Reads until the message is full.
@@ -182,9 +201,18 @@ impl Drop for Receiver {
         if self.ring.drain() != Held::Nothing {
             // The ring is broken: the kernel may yet write to all of it.
             let message = mem::replace(&mut self.message, Message::new());
-            let buffers = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
-            mem::forget((self.inbound.clone(), message, buffers));
+            let heads = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
+            mem::forget((self.inbound.clone(), message, heads, mem::take(&mut self.staging)));
         }
+    }
+}
+
+fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
+    match frame.checksum.map(|found| (found, compute())) {
+        Some((found, computed)) if found != computed => {
+            Err(WireError::Checksum { what: "frame", found, computed })
+        }
+        _ => Ok(()),
     }
 }
 

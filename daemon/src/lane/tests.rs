@@ -78,7 +78,7 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let (here, there) = (ram(), ram());
     fill(&here);
     let outbound = Arc::new(Outbound::new(here, 2).unwrap());
-    let inbound = Arc::new(Inbound { ram: there.clone() });
+    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
     let send = |lane: (usize, u16), socket: Arc<OwnedFd>| {
         let outbound = outbound.clone();
         std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
@@ -117,7 +117,7 @@ fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Ar
     let near = Arc::new(near);
     let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
     std::thread::scope(|scope| {
-        let inbound = Arc::new(Inbound { ram: there.clone() });
+        let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
         scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
         scope
             .spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), (0, 0), LONG).unwrap().run());

@@ -10,17 +10,21 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::bandwidth::Bandwidth;
-use memlane_protocol::convergence::{Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round};
+use memlane_protocol::convergence::{
+    Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round, Verdict,
+};
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use memlane_protocol::{PAGE_SIZE, PageSet};
 use tokio::sync::{Mutex, mpsc};
 use tracing::info;
 
 use super::Ticket;
 use super::lanes::Lanes;
+use super::serve::{ServeError, Serving};
 use crate::api::types::{Forecast as ForecastView, Phase, Round as RoundView};
-use crate::guest::{DriverError, Guest};
+use crate::guest::{DriverError, Guest, StunReport};
+use crate::host::Host;
 use crate::lane::Outbound;
 use crate::link::{LinkError, LinkSender};
 use crate::metrics::{self, PageKind};
@@ -53,6 +57,9 @@ pub enum CopyError {
     /// The pause would be too long.
     #[error("{0}")]
     GaveUp(memlane_protocol::convergence::Why),
+    /// The destination cannot fetch.
+    #[error("post-copy cannot begin: {0}")]
+    Serve(#[from] ServeError),
     /// The destination's memory differs.
     #[error("the destination's memory is not equal: {0}; the guest was not handed over")]
     Unequal(String),
@@ -63,6 +70,8 @@ pub enum CopyError {
 
 /// One migration's copying, shared by the stages of the source.
 pub struct Copying {
+    /// This host.
+    pub host: Rc<Host>,
     /// The guest.
     pub guest: Rc<Guest>,
     /// How everyone sees it.
@@ -75,6 +84,8 @@ pub struct Copying {
     pub link: LinkSender,
     /// What the destination says besides words of the handover.
     pub answers: Mutex<mpsc::Receiver<Control>>,
+    /// How a stun went when it was looked at last.
+    pub stunned: Cell<StunReport>,
     /// What the lanes deliver.
     pub bandwidth: RefCell<Bandwidth>,
     /// When it was measured last in this round, and what had been acknowledged by then.
@@ -103,19 +114,32 @@ pub struct Copying {
     pub lanes_lost: RefCell<BTreeSet<u16>>,
     /// Time that comparing digests took, which the limit does not bound.
     pub verify_time: Cell<Duration>,
+    /// Serves what is missing at the destination, once post-copy was decided.
+    pub postcopy: RefCell<Option<Serving>>,
+    /// Pages that the destination was told are missing.
+    pub told_missing: PageSet,
 }
 
 impl Copying {
     /// Copies until it is time to switch over.
     pub async fn run(&self) -> Result<(), CopyError> {
+        let convergence = RefCell::new(Convergence::new(self.policy));
         tokio::select! {
-            result = self.rounds() => result,
-            never = self.keep_measuring() => never,
+            result = self.rounds(&convergence) => result,
+            never = self.keep_measuring(&convergence) => never,
         }
     }
 
-    async fn rounds(&self) -> Result<(), CopyError> {
-        let mut convergence = Convergence::new(self.policy);
+    async fn rounds(&self, convergence: &RefCell<Convergence>) -> Result<(), CopyError> {
+        let memory = self.guest.shape.ram_bytes();
+        let at_once = convergence.borrow().before_rounds(memory, &self.now(), &self.predictor.borrow());
+        if let Some(verdict) = at_once {
+            self.note(&verdict);
+            return match verdict.decision {
+                Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
+                _ => self.open_postcopy(false).await,
+            };
+        }
         self.start_tracking().await?;
         for number in 1.. {
             let started = Instant::now();
@@ -148,44 +172,61 @@ impl Copying {
             });
             let remaining_bytes = remaining * PAGE_SIZE;
             let round = Round { number, duration, dirtied_pages, remaining_bytes };
-            if self.decide(&mut convergence, &round)? {
-                return Ok(());
+            let decision = self.decide(&mut convergence.borrow_mut(), &round);
+            match decision {
+                Decision::Continue => {}
+                Decision::Stun { pages_per_second, .. } => self.stun(pages_per_second).await?,
+                Decision::SwitchOver => return Ok(()),
+                Decision::Postcopy { .. } => return self.open_postcopy(true).await,
+                Decision::GiveUp { why } => return Err(CopyError::GaveUp(why)),
             }
         }
         unreachable!("the policy bounds the number of rounds")
     }
 
-    /// Whether to switch over now.
-    fn decide(&self, convergence: &mut Convergence, round: &Round) -> Result<bool, CopyError> {
-        let now = Conditions {
-            bandwidth: self.bandwidth.borrow().bytes_per_second(),
-            round_trip: self.link.round_trip().unwrap_or(self.round_trip),
-            // Comparing is for those who have the time: the limit bounds the rest of the pause.
-            verify: Duration::ZERO,
-        };
-        let verdict = convergence.after_round(round, &now, &self.predictor.borrow());
-        self.forecast.set(Some(verdict.forecast));
-        self.ticket.update(|progress| {
-            progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
-            progress.forecast = Some(view(&verdict.forecast));
-        });
+    /// What to do after a round.
+    fn decide(&self, convergence: &mut Convergence, round: &Round) -> Decision {
+        let verdict = convergence.after_round(round, &self.now(), &self.predictor.borrow());
         info!(
             guest = %self.ticket.guest,
             round = round.number,
             seconds = round.duration.as_secs_f64(),
             dirtied_pages = round.dirtied_pages,
-            remaining_bytes = round.remaining_bytes,
-            bandwidth_bytes_per_second = now.bandwidth,
-            predicted_downtime = ?verdict.forecast.total(),
-            margin = ?verdict.forecast.margin,
-            decision = ?verdict.decision,
             "round ended"
         );
-        match verdict.decision {
-            Decision::Continue => Ok(false),
-            Decision::SwitchOver => Ok(true),
-            Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
+        self.note(&verdict);
+        verdict.decision
+    }
+
+    /// What decisions are made from, as it is now.
+    fn now(&self) -> Conditions {
+        Conditions {
+            bandwidth: self.bandwidth.borrow().bytes_per_second(),
+            round_trip: self.link.round_trip().unwrap_or(self.round_trip),
+            // Comparing is for those who have the time: the limit bounds the rest of the pause.
+            verify: Duration::ZERO,
         }
+    }
+
+    /// Tells what was decided, and from which figures.
+    fn note(&self, verdict: &Verdict) {
+        self.forecast.set(Some(verdict.forecast));
+        self.ticket.update(|progress| {
+            progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
+            progress.forecast = Some(view(&verdict.forecast));
+            progress.decision = Some(verdict.to_string());
+        });
+        let figures = &verdict.figures;
+        info!(
+            guest = %self.ticket.guest,
+            remaining_bytes = figures.remaining_bytes,
+            dirty_bytes_per_second = figures.dirty_bytes_per_second,
+            bandwidth_bytes_per_second = figures.bandwidth,
+            predicted_downtime = ?verdict.forecast.total(),
+            margin = ?verdict.forecast.margin,
+            downtime_limit = ?figures.downtime_limit,
+            "decided: {verdict}"
+        );
     }
 
     async fn start_tracking(&self) -> Result<(), CopyError> {
@@ -205,7 +246,7 @@ impl Copying {
     /// Makes dirty what was written since it was armed or last harvested; returns how many pages
     /// are new.
     pub async fn harvest(&self) -> Result<u64, CopyError> {
-        let found = self.guest.driver.harvest(&self.outbound.dirty).await?;
+        let found = self.guest.harvest(&self.outbound.dirty).await?;
         if found.holes {
             self.outbound.sparse.store(true, Ordering::Release);
         }
@@ -332,12 +373,13 @@ impl Copying {
     }
 
     /// Measures bandwidth and shows progress, now and then.
-    async fn keep_measuring(&self) -> ! {
+    async fn keep_measuring(&self, convergence: &RefCell<Convergence>) -> ! {
         let mut ticker = tokio::time::interval(LOOK);
         for tick in 0u64.. {
             ticker.tick().await;
             self.sample();
             if tick % 5 == 0 {
+                self.follow_lanes(&convergence.borrow());
                 self.show();
             }
         }
@@ -360,6 +402,7 @@ impl Copying {
     /// Brings what everyone sees up to date.
     pub fn show(&self) {
         self.lanes.borrow_mut().measure(true);
+        self.show_stun();
         let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
         self.ticket.update(|progress| {
             self.lanes.borrow().show(progress);

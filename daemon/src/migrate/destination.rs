@@ -1,6 +1,7 @@
 //! The half that is given the guest.
 
 use std::collections::VecDeque;
+use std::future::pending;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,10 +11,11 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::control::{Accept, Control, MAX_DIGESTS, Offer};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::digest::digest_all;
 use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
+use super::fetch::Fetching;
 use super::lanes::{LaneEnd, Lanes};
 use super::{Arrivals, Ticket, preflight};
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView, Role, Round as RoundView};
@@ -22,10 +24,12 @@ use crate::host::Host;
 use crate::journal::Entry;
 use crate::lane::Inbound;
 use crate::link::{Link, LinkError};
-use crate::port::ArrivedLane;
+use crate::port::{ArrivedLane, LaneKind};
 
 /// Lanes that a source may open.
 const MOST_LANES: usize = 256;
+/// The source has no memory for this guest.
+const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
 
 struct Run {
     executor: Executor,
@@ -40,6 +44,8 @@ struct Run {
     state: Vec<u8>,
     /// The VMM was told to load, and has not said that it did not.
     loaded: bool,
+    /// The source offered to serve what is missing: the guest is to run without all of its memory.
+    fetching: Option<Fetching>,
 }
 
 /// Answers an offer, and takes the guest if it can come.
@@ -70,7 +76,8 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     }
     let vmm = guest.process.identity();
     let record = Record::Prepared;
-    let entry = Entry { migration: offer.migration, guest: name.clone(), peer: peer.clone(), record, vmm };
+    let (guest_name, migration) = (name.clone(), offer.migration);
+    let entry = Entry { migration, guest: guest_name, peer: peer.clone(), record, vmm, fetching: false };
     let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Destination);
     ticket.update(|progress| {
         progress.pages_total = guest.shape.pages();
@@ -78,7 +85,7 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     });
     host.add(ticket.clone());
     info!(guest = %name, %peer, "a guest is coming");
-    let inbound = Arc::new(Inbound { ram: guest.ram.clone() });
+    let inbound = Arc::new(Inbound { ram: guest.ram.clone(), placing: None });
     let lanes = Lanes::new(host.traffic.clone());
     let run = Run {
         executor: Executor::new(
@@ -97,6 +104,7 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
         arriving,
         state: Vec::new(),
         loaded: false,
+        fetching: None,
     };
     run.drive().await;
 }
@@ -126,13 +134,7 @@ impl Run {
                     self.report(outcome);
                 }
             }
-            if self.machine.phase() == Phase::Committing {
-                self.ticket.update(|progress| {
-                    if progress.outcome.is_none() {
-                        progress.phase = PhaseView::Committing;
-                    }
-                });
-            }
+            self.show_phase();
         }
         self.lanes.close().await;
         self.guest.migration.borrow_mut().take_if(|migration| *migration == self.ticket.id);
@@ -142,7 +144,8 @@ impl Run {
     /// Waits for whatever happens next; `None` if it does not concern the handover.
     async fn next_event(&mut self) -> Option<Event> {
         let receiving = self.machine.phase() == Phase::Copying && self.lanes_started < MOST_LANES;
-        let Arrivals { words, returns } = &mut self.executor.arrivals;
+        let mut abandoned = self.ticket.abandoned.subscribe();
+        let Arrivals { words, returns, links } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message).await,
@@ -154,6 +157,11 @@ impl Run {
                 self.start(lane);
                 None
             }
+            Some(link) = links.recv() => self.fetch_over(link).await,
+            () = completes(&mut self.fetching) => self.complete().await,
+            Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if self.machine.can_abandon() => {
+                self.abandoned().await
+            }
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = tokio::time::sleep(TICK) => {
                 self.show();
@@ -163,7 +171,7 @@ impl Run {
     }
 
     fn start(&mut self, lane: ArrivedLane) {
-        let ArrivedLane { port, lane: number, socket, remote } = lane;
+        let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
         self.lanes_started += 1;
         let local = self.executor.host.port_address(&port);
         self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
@@ -178,8 +186,10 @@ impl Run {
             Control::Handover { migration, message, reason, .. }
                 if migration == self.executor.entry.migration =>
             {
-                if message == Message::Abort {
-                    self.executor.blame(format!("the source gave up: {reason}"));
+                match message {
+                    Message::Abort => self.executor.blame(format!("the source gave up: {reason}")),
+                    Message::Gone => self.executor.blame(GONE),
+                    _ => {}
                 }
                 Some(Event::Message(message))
             }
@@ -230,6 +240,16 @@ impl Run {
                     self.answer(Control::Digests { first, digests: digests.to_vec() }).await?;
                 }
             }
+            Control::Missing(missing) => {
+                let Some(fetching) = &self.fetching else {
+                    return Err("the source says what is missing before it offers to serve it".into());
+                };
+                let last = missing.last;
+                fetching.add(missing).await?;
+                if last {
+                    self.answer(Control::MissingDone).await?;
+                }
+            }
             Control::State { total, offset, bytes } => {
                 if offset != self.state.len() as u64 {
                     let expected = self.state.len();
@@ -268,6 +288,10 @@ impl Run {
     async fn load(&mut self) -> Result<Event, String> {
         self.lanes.close().await;
         self.show();
+        if let Some(fetching) = &mut self.fetching {
+            // Device models look at the guest's memory while they load, and wait for what is missing.
+            fetching.all_known().await;
+        }
         let driver = &self.guest.driver;
         self.loaded = true;
         let loaded = driver.load(&self.state).await;
@@ -300,6 +324,10 @@ impl Run {
     /// memory is given back, and discarding it would only make somebody start it again.
     async fn abandon(&mut self) {
         self.lanes.close().await;
+        if let Some(fetching) = self.fetching.take() {
+            (self.executor.placing, self.executor.entry.fetching) = (None, false);
+            fetching.withdraw();
+        }
         if !self.loaded && !self.guest.summoned.get() && self.executor.guest().is_some() {
             self.executor.vmm = Vmm::Released;
             self.guest.driver.stand_down().await;
@@ -313,7 +341,104 @@ impl Run {
 
     fn show(&mut self) {
         self.lanes.measure(false);
-        self.ticket.update(|progress| self.lanes.show(progress));
+        self.ticket.update(|progress| {
+            self.lanes.show(progress);
+            if let Some(fetching) = &mut self.fetching {
+                fetching.show(progress);
+            }
+        });
+    }
+
+    /// The source offers to serve what is missing of the guest.
+    async fn fetch_over(&mut self, link: Link) -> Option<Event> {
+        let may_begin = self.machine.phase() == Phase::Copying && !self.loaded;
+        if self.fetching.is_none() && may_begin {
+            match Fetching::open(self.executor.host.clone(), self.guest.clone()).await {
+                Ok(fetching) => {
+                    self.executor.placing = Some(fetching.placing().clone());
+                    self.executor.entry.fetching = true;
+                    self.fetching = Some(fetching);
+                }
+                Err(reason) => {
+                    warn!(guest = %self.ticket.guest, reason, "the migration fails");
+                    self.executor.blame(reason);
+                    return Some(Event::Failed);
+                }
+            }
+        }
+        if let Some(fetching) = &mut self.fetching {
+            fetching.accept(link, self.ticket.id).await;
+        }
+        None
+    }
+
+    /// The last missing page is here.
+    async fn complete(&mut self) -> Option<Event> {
+        let fetching = self.fetching.take()?;
+        let report = fetching.end();
+        info!(guest = %self.ticket.guest, ?report, "all of the guest's memory is here");
+        self.ticket.update(|progress| {
+            progress.pages_remaining = 0;
+            let postcopy = progress.postcopy.get_or_insert_default();
+            postcopy.report(&report);
+            postcopy.waits_for = None;
+        });
+        if let Some(link) = &self.executor.link {
+            // Ahead of the word that ends it. A broken link is noticed by whoever listens to it.
+            let _ = link.send(&Control::Fetched(report)).await;
+        }
+        self.executor.whole().await;
+        Some(Event::Complete)
+    }
+
+    /// The operator gives up what is missing, if anything still is.
+    async fn abandoned(&mut self) -> Option<Event> {
+        if self.fetching.as_ref().is_some_and(|fetching| fetching.placing().remaining() == 0) {
+            return self.complete().await;
+        }
+        self.executor.blame("what was missing of the guest's memory was abandoned by the operator");
+        Some(Event::Abandoned)
+    }
+
+    fn show_phase(&mut self) {
+        let phase = match self.machine.phase() {
+            Phase::Committing => PhaseView::Committing,
+            Phase::Fetching => PhaseView::Fetching,
+            _ => return,
+        };
+        self.ticket.abandonable.set(self.machine.can_abandon());
+        let here = self.executor.host.config.host.to_string();
+        let fetching = self.fetching.as_mut().filter(|_| phase == PhaseView::Fetching);
+        let fetched = fetching.map(|fetching| {
+            fetching.begin();
+            (fetching.progress(), fetching.waits_for())
+        });
+        self.ticket.update(|progress| {
+            if progress.outcome.is_some() {
+                return;
+            }
+            progress.phase = phase;
+            if let Some((report, waits_for)) = fetched {
+                progress.guest_runs_at = Some(here);
+                progress.pages_remaining = report.remaining_pages;
+                let postcopy = progress.postcopy.get_or_insert_default();
+                postcopy.report(&report);
+                postcopy.waits_for = waits_for.map(str::to_owned);
+            }
+        });
+    }
+
+    /// What is missing will never come: accesses to it fail from now on.
+    fn poison(&mut self) {
+        let Some(fetching) = self.fetching.take() else { return };
+        match fetching.poison() {
+            Ok(pages) => {
+                warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")
+            }
+            Err(error) => {
+                error!(guest = %self.ticket.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
+            }
+        }
     }
 
     fn report(&mut self, outcome: Outcome) {
@@ -331,8 +456,23 @@ impl Run {
                 self.ticket.end(OutcomeView::Completed, None, Some(here));
             }
             Outcome::VmmGone => self.ticket.end(OutcomeView::Failed, reason, None),
+            Outcome::Lost => {
+                self.poison();
+                let runs_here = self.executor.guest().map(|guest| {
+                    guest.standing.set(Standing::Running);
+                    here
+                });
+                self.ticket.end(OutcomeView::Lost, reason, runs_here);
+            }
             _ => self.ticket.end(OutcomeView::Failed, reason, Some(there)),
         }
+    }
+}
+
+async fn completes(fetching: &mut Option<Fetching>) {
+    match fetching {
+        Some(fetching) => fetching.completes().await,
+        None => pending().await,
     }
 }
 

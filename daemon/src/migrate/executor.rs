@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::future::pending;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
@@ -18,6 +19,7 @@ use crate::api::types::Role;
 use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
 use crate::journal::Entry;
+use crate::lane::Placing;
 use crate::link::{Link, LinkError};
 
 /// How often what has not been answered is asked again.
@@ -31,6 +33,8 @@ pub trait Half {
     fn on(&mut self, event: Event) -> Vec<Action>;
     /// Whether nothing is left to do.
     fn is_over(&self) -> bool;
+    /// Whether an operator may give up the guest's missing pages.
+    fn can_abandon(&self) -> bool;
 }
 
 impl Half for Source {
@@ -41,6 +45,10 @@ impl Half for Source {
     fn is_over(&self) -> bool {
         Source::is_over(self)
     }
+
+    fn can_abandon(&self) -> bool {
+        Source::can_abandon(self)
+    }
 }
 
 impl Half for Destination {
@@ -50,6 +58,10 @@ impl Half for Destination {
 
     fn is_over(&self) -> bool {
         Destination::is_over(self)
+    }
+
+    fn can_abandon(&self) -> bool {
+        Destination::can_abandon(self)
     }
 }
 
@@ -99,6 +111,8 @@ pub struct Executor {
     pub load_time: Duration,
     /// Time that resuming took.
     pub resume_time: Duration,
+    /// What of the guest's memory is missing here.
+    pub placing: Option<Arc<Placing>>,
     /// What the VMM was told and has not answered, because its connection was lost.
     unanswered: Option<Action>,
     /// The migration has started the guest here.
@@ -128,6 +142,7 @@ impl Executor {
             journal_time: Duration::ZERO,
             load_time: Duration::ZERO,
             resume_time: Duration::ZERO,
+            placing: None,
             unanswered: None,
             resumed: false,
             exchanging: Rc::default(),
@@ -148,6 +163,9 @@ impl Executor {
             VmmNews::Lost(process) => {
                 info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
                 self.blame("the connection to the guest's VMM was lost");
+                if let Vmm::Attached(guest) = &self.vmm {
+                    guest.end_stun();
+                }
                 self.vmm = Vmm::Away(process);
                 Some(Event::Failed)
             }
@@ -183,14 +201,14 @@ impl Executor {
     }
 
     /// Does what `half` said, tells it what came of that, and so on until nothing is left to do.
-    /// Returns what only the half's own task can do: copy, pause and report.
+    /// Returns what only the half's own task can do: copy, pause, serve and report.
     pub async fn carry_out<H: Half>(&mut self, half: &mut H, actions: Vec<Action>) -> Vec<Action> {
         let mut left = Vec::new();
         let mut actions = VecDeque::from(actions);
         while let Some(action) = actions.pop_front() {
             debug!(guest = %self.entry.guest, ?action, "handover");
             match action {
-                Action::Copy | Action::Pause | Action::Report(_) => left.push(action),
+                Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => left.push(action),
                 _ => {
                     if let Some(event) = self.perform(action).await {
                         actions.extend(half.on(event));
@@ -223,7 +241,7 @@ impl Executor {
                 }
             }
             Action::Relinquish | Action::Resume | Action::Discard => return self.tell_vmm(action).await,
-            Action::Copy | Action::Pause | Action::Report(_) => {
+            Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => {
                 unreachable!("these are left to the half that has them")
             }
         }
@@ -234,7 +252,8 @@ impl Executor {
     async fn tell_vmm(&mut self, action: Action) -> Option<Event> {
         let done = match action {
             Action::Relinquish => Event::Relinquished,
-            Action::Resume if self.resumed => return Some(Event::Resumed),
+            Action::Resume if self.resumed => return Some(self.resumed()),
+            Action::Resume if self.entry.fetching && self.placing.is_none() => return Some(self.end_lost()),
             Action::Resume => Event::Resumed,
             _ => Event::Discarded,
         };
@@ -277,12 +296,48 @@ impl Executor {
             self.resumed = true;
             guest.standing.set(Standing::Running);
             if guest.tracked.take()
-                && let Err(failure) = guest.driver.stop_tracking().await
+                && let Err(failure) = guest.stop_tracking().await
             {
                 warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
             }
+            return Some(self.resumed());
         }
         Some(done)
+    }
+
+    /// The guest runs here, with all of its memory or without.
+    fn resumed(&self) -> Event {
+        match &self.placing {
+            Some(placing) if placing.remaining() > 0 => Event::ResumedIncomplete,
+            Some(_) => Event::Resumed,
+            None => Event::Resumed,
+        }
+    }
+
+    /// Ends a guest whose missing pages were known to a daemon that is no more: it would go on until
+    /// it waits for one for ever.
+    fn end_lost(&mut self) -> Event {
+        self.blame(
+            "the daemon ended while the guest ran here without all of its memory, and what was missing is not \
+             known any more; its VMM was ended",
+        );
+        match &self.vmm {
+            Vmm::Attached(guest) => guest.process.kill(),
+            Vmm::Away(process) => process.kill(),
+            Vmm::Ended | Vmm::Released => {}
+        }
+        Event::Abandoned
+    }
+
+    /// All of the guest's memory is here.
+    pub async fn whole(&mut self) {
+        self.entry.fetching = false;
+        if self.entry.record == Record::Running
+            && let Err(failure) = self.host.journal.write(&self.entry, Record::Running).await
+        {
+            warn!(guest = %self.entry.guest, %failure, "cannot note that a guest has all of its memory; \
+                after a restart before the other host has heard, the daemon takes it for lost");
+        }
     }
 
     /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
@@ -359,7 +414,7 @@ impl Executor {
             // These carry more than a word, and were sent where they were made.
             Message::Offer | Message::Accept | Message::Refuse => return None,
             Message::Ready => self.load_time,
-            Message::Running => self.resume_time,
+            Message::Running | Message::Fetching => self.resume_time,
             _ => Duration::ZERO,
         };
         Some(Control::Handover {

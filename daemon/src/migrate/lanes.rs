@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::api::types::{Lane as LaneView, LaneState, Migration};
-use crate::lane::{Inbound, LaneError, LaneStats, Outbound, Receiver, Sender};
+use crate::lane::{Answerer, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender};
 use crate::metrics::{self, PageKind, PortMeter};
 use crate::port::{Traffic, hang_up};
 
@@ -100,6 +100,15 @@ impl Lanes {
         });
     }
 
+    /// Starts a lane that answers what a guest at the destination waits for, from `outbound`.
+    pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
+        let outbound = outbound.clone();
+        self.start(end, move |stats, socket| match Answerer::new(outbound, stats, socket, silence) {
+            Ok(answerer) => answerer.run(),
+            Err(error) => error,
+        });
+    }
+
     fn start(
         &mut self,
         end: LaneEnd,
@@ -164,7 +173,18 @@ impl Lanes {
 
     /// Whether every lane has ended.
     pub fn all_ended(&self) -> bool {
-        *self.running.borrow() == 0
+        self.running() == 0
+    }
+
+    /// Lanes that have not ended.
+    pub fn running(&self) -> usize {
+        *self.running.borrow()
+    }
+
+    /// Whether lane number `number` has ended.
+    pub fn has_ended(&self, number: u16) -> bool {
+        let mut lanes = self.lanes.iter().filter(|lane| lane.number == number);
+        lanes.all(|lane| lane.stats.ended.load(Ordering::Acquire))
     }
 
     /// Bytes of pages acknowledged so far, over all lanes.
@@ -180,6 +200,11 @@ impl Lanes {
     /// Pages that have travelled so far, as bytes or as descriptors.
     pub fn pages(&self) -> u64 {
         self.sum(|stats| &stats.data_pages) + self.sum(|stats| &stats.zero_pages)
+    }
+
+    /// Pages that have travelled so far with their contents.
+    pub fn data_pages(&self) -> u64 {
+        self.sum(|stats| &stats.data_pages)
     }
 
     fn sum(&self, counter: impl Fn(&LaneStats) -> &AtomicU64) -> u64 {
@@ -206,7 +231,7 @@ impl Lanes {
     /// Shows the lanes.
     pub fn show(&self, progress: &mut Migration) {
         progress.bytes_sent = self.wire_bytes();
-        progress.pages_sent = self.sum(|stats| &stats.data_pages);
+        progress.pages_sent = self.data_pages();
         progress.zero_pages = self.sum(|stats| &stats.zero_pages);
         progress.lanes = self.lanes.iter().map(Lane::view).collect();
     }

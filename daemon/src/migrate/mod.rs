@@ -8,11 +8,16 @@ mod copy;
 pub mod destination;
 mod digest;
 mod executor;
+mod fetch;
 mod lanes;
+mod missing;
 mod pause;
+mod postcopy;
 pub mod preflight;
 pub mod recover;
+mod serve;
 pub mod source;
+mod stun;
 
 use std::rc::Rc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -25,6 +30,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::api::types::{Migration, Outcome, Phase, Role};
 use crate::guest::Guest;
 use crate::journal::{Entry, VmmIdentity};
+use crate::link::Link;
 
 /// A migration as everyone else on this host sees it.
 pub struct Ticket {
@@ -44,6 +50,12 @@ pub struct Ticket {
     pub words: mpsc::Sender<Word>,
     /// The guest's VMM, when it attaches again.
     pub returns: mpsc::Sender<Rc<Guest>>,
+    /// Connections over which the source offers to serve what is missing here.
+    pub links: mpsc::Sender<Link>,
+    /// True once the operator has given up what is missing.
+    pub abandoned: watch::Sender<bool>,
+    /// Whether that would be heeded.
+    pub abandonable: std::cell::Cell<bool>,
     /// The process of the guest's VMM.
     pub vmm: VmmIdentity,
     started: Instant,
@@ -55,6 +67,8 @@ pub struct Arrivals {
     pub words: mpsc::Receiver<Word>,
     /// See [`Ticket::returns`].
     pub returns: mpsc::Receiver<Rc<Guest>>,
+    /// See [`Ticket::links`].
+    pub links: mpsc::Receiver<Link>,
 }
 
 /// A word of the handover that came over a connection of its own, and where the answer goes.
@@ -72,6 +86,7 @@ impl Ticket {
         let Entry { migration: id, guest, peer, vmm, .. } = entry;
         let (words, words_arriving) = mpsc::channel(WAITING);
         let (returns, returning) = mpsc::channel(WAITING);
+        let (links, linking) = mpsc::channel(WAITING);
         let destination = if role == Role::Source { peer } else { here };
         let mut progress = Migration::new(crate::hex::encode(id), guest.as_str(), destination.as_str());
         progress.role = role;
@@ -87,10 +102,13 @@ impl Ticket {
             cancellable: (role == Role::Source).into(),
             words,
             returns,
+            links,
+            abandoned: watch::Sender::new(false),
+            abandonable: false.into(),
             vmm: *vmm,
             started: Instant::now(),
         };
-        (Rc::new(ticket), Arrivals { words: words_arriving, returns: returning })
+        (Rc::new(ticket), Arrivals { words: words_arriving, returns: returning, links: linking })
     }
 
     /// Changes what everyone sees.
@@ -105,6 +123,7 @@ impl Ticket {
     pub fn end(&self, outcome: Outcome, reason: Option<String>, guest_runs_at: Option<String>) {
         crate::metrics::migration_ended(outcome);
         self.cancellable.set(false);
+        self.abandonable.set(false);
         self.update(|progress| {
             progress.phase = Phase::Ended;
             progress.reason = reason;

@@ -21,11 +21,16 @@ impl Copying {
             progress.guest_runs_at = None;
         });
         self.paused_at.set(Some(Instant::now()));
-        let paused_at = self.guest.driver.pause().await?;
+        let paused_at = self.guest.pause().await?;
         self.paused_at.set(Some(paused_at));
         let pause_time = paused_at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
         self.ticket.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
+        if self.postcopy.borrow().is_some() {
+            let saved = self.save_for_postcopy().await?;
+            self.save_time.set(pause_time + saved.took);
+            return self.send_state(&saved).await;
+        }
         self.outbound.still.store(true, Ordering::Release);
         self.harvest().await?;
         self.outbound.wake(self.outbound.dirty.count());

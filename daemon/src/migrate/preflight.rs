@@ -60,10 +60,13 @@ pub struct Request {
 }
 
 /// A pair of ports that lanes can use.
-struct Pair {
-    port: PortConfig,
-    there: Port,
-    round_trip: Duration,
+pub struct Pair {
+    /// The port of this host.
+    pub port: PortConfig,
+    /// The port of the destination.
+    pub there: Port,
+    /// Round trip between them.
+    pub round_trip: Duration,
 }
 
 /// Asks the destination, tries the ports, and opens the lanes unless this is only a check.
@@ -197,7 +200,7 @@ async fn ask(
 }
 
 /// Connects each port of this host to the port of the same name there.
-async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
+pub async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let probes: Vec<_> = host
         .config
@@ -284,7 +287,8 @@ pub fn speed(port: &PortConfig) -> Option<u64> {
     port.speed.map(|speed| speed.0).or_else(reported)
 }
 
-async fn open_lanes(
+/// Opens lanes between all pairs of ports.
+pub async fn open_lanes(
     host: &Rc<Host>,
     pairs: Vec<Pair>,
     token: Token,

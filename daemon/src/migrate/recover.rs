@@ -7,6 +7,7 @@ use memlane_protocol::wire::attach::Standing;
 use tracing::{error, info};
 
 use super::executor::{Executor, Half, TICK, Vmm, vmm_news};
+use super::serve::{Server, Serving};
 use super::{Arrivals, Ticket, destination};
 use crate::api::types::{Outcome as OutcomeView, Phase, Role};
 use crate::guest::{Guest, Process};
@@ -20,7 +21,13 @@ pub fn all(host: &Rc<Host>, unfinished: Vec<Entry>) {
         let source = matches!(record, Record::Committed | Record::Finished | Record::TakenBack);
         let role = if source { Role::Source } else { Role::Destination };
         info!(guest = %entry.guest, peer = %entry.peer, %record, "taking up a migration that was in doubt");
-        let vmm = Vmm::Away(Rc::new(Process::remembered(entry.vmm)));
+        let process = Process::remembered(entry.vmm);
+        if record == Record::Prepared && entry.fetching {
+            // It never ran here, and what it would have to fetch is not known any more: its end has it
+            // handed back.
+            process.kill();
+        }
+        let vmm = Vmm::Away(Rc::new(process));
         take_up(host, vmm, entry, Some(record), role);
     }
 }
@@ -36,6 +43,7 @@ pub async fn unknown(host: Rc<Host>, guest: Rc<Guest>) {
         peer: host.config.host.clone(),
         record: Record::Declined,
         vmm: guest.process.identity(),
+        fetching: false,
     };
     take_up(&host, Vmm::Attached(guest), entry, None, role);
 }
@@ -71,22 +79,45 @@ fn give_up(ticket: &Ticket, failure: WrongRecord) -> Option<String> {
 
 async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action>) -> Option<String> {
     let mut left = executor.carry_out(&mut half, actions).await;
+    let (mut serve, mut serving) = (false, None);
     loop {
         for action in left.drain(..) {
-            if let Action::Report(outcome) = action {
-                report(&mut executor, outcome);
+            match action {
+                Action::Serve => serve = true,
+                Action::Report(outcome) => {
+                    (serve, serving) = (false, None);
+                    report(&mut executor, outcome);
+                }
+                _ => {}
             }
         }
         if half.is_over() {
             break;
         }
-        let Arrivals { words, returns } = &mut executor.arrivals;
+        if serve && serving.is_none() {
+            serving = begin_to_serve(&executor);
+        }
+        if serve && serving.is_none() && matches!(executor.vmm, Vmm::Ended) {
+            serve = false;
+            executor
+                .blame("the VMM that had the guest's memory is gone, and part of it had not been fetched");
+            let actions = half.on(Event::Abandoned);
+            left = executor.carry_out(&mut half, actions).await;
+            continue;
+        }
+        executor.ticket.abandonable.set(half.can_abandon());
+        let mut abandoned = executor.ticket.abandoned.subscribe();
+        let Arrivals { words, returns, .. } = &mut executor.arrivals;
         let event = tokio::select! {
             Some(word) = words.recv() => {
                 executor.reply = Some(word.reply);
                 Some(Event::Message(word.message))
             }
             news = vmm_news(&executor.vmm, returns) => executor.note_vmm(news).await,
+            Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if half.can_abandon() => {
+                executor.blame("abandoned by the operator: the destination is gone for good");
+                Some(Event::Abandoned)
+            }
             () = tokio::time::sleep(TICK) => Some(Event::Tick),
         };
         if let Some(event) = event {
@@ -98,14 +129,23 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
     executor.reason.take()
 }
 
+/// Serves a guest that runs at the destination without all of its memory, as soon as the VMM that
+/// has that memory is here.
+fn begin_to_serve(executor: &Executor) -> Option<Serving> {
+    let guest = executor.guest()?;
+    let (host, ticket) = (executor.host.clone(), executor.ticket.clone());
+    ticket.update(|progress| progress.phase = Phase::Fetching);
+    info!(guest = %ticket.guest, "serving a guest that runs at the destination without all of its memory");
+    // Whether pages are holes nobody knows any more.
+    Some(Serving::again(Server { host, ticket, ram: guest.ram.clone(), sparse: true }))
+}
+
 fn report(executor: &mut Executor, outcome: Outcome) {
     let ticket = executor.ticket.clone();
     let (here, there) = (executor.host.config.host.to_string(), ticket.peer.to_string());
-    let reason = executor.reason.take();
-    info!(guest = %ticket.guest, %outcome, reason, "a migration in doubt is settled");
     let role = ticket.progress.borrow().role;
     let runs_here = match (role, outcome) {
-        (_, Outcome::VmmGone) => None,
+        (_, Outcome::VmmGone | Outcome::Lost) => None,
         (Role::Source, Outcome::Completed) => Some(false),
         (Role::Source, _) => Some(true),
         (Role::Destination, Outcome::Completed) => Some(true),
@@ -120,6 +160,12 @@ fn report(executor: &mut Executor, outcome: Outcome) {
             destination::arrived(&executor.host, guest);
         }
     }
-    let view = if outcome == Outcome::Completed { OutcomeView::Completed } else { OutcomeView::Failed };
+    let reason = executor.reason.take();
+    info!(guest = %ticket.guest, %outcome, reason, "a migration in doubt is settled");
+    let view = match outcome {
+        Outcome::Completed => OutcomeView::Completed,
+        Outcome::Lost => OutcomeView::Lost,
+        _ => OutcomeView::Failed,
+    };
     ticket.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));
 }

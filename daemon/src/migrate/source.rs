@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use memlane_protocol::PageSet;
 use memlane_protocol::bandwidth::Bandwidth;
 use memlane_protocol::convergence::{Measured, Policy};
 use memlane_protocol::handover::{Action, Event, Message, Outcome, Phase, Source};
@@ -91,6 +92,7 @@ impl Run {
         }
         let (answers, answers_arriving) = mpsc::channel(ANSWERS_WAITING);
         let copying = Rc::new(Copying {
+            host: host.clone(),
             guest: guest.clone(),
             ticket: ticket.clone(),
             outbound,
@@ -99,6 +101,7 @@ impl Run {
             answers: Mutex::new(answers_arriving),
             bandwidth: RefCell::new(Bandwidth::new()),
             sampled: Cell::default(),
+            stunned: Cell::default(),
             predictor: host.predictor(&guest.shape.machine.vmm),
             round_trip: plan.round_trip,
             policy: wishes.policy,
@@ -111,6 +114,8 @@ impl Run {
             holes_sent: Cell::default(),
             holes_made: Cell::default(),
             lanes_lost: RefCell::default(),
+            postcopy: RefCell::default(),
+            told_missing: PageSet::new(guest.ram.pages()),
         });
         let (machine, _offer) = Source::new();
         let for_executor = (ticket.clone(), arrivals);
@@ -142,11 +147,15 @@ impl Run {
             if !matches!(self.machine.phase(), Phase::Copying | Phase::SwitchingOver) {
                 self.end_stage();
             }
+            if matches!(self.machine.phase(), Phase::Returning | Phase::Finishing | Phase::Completed) {
+                self.copying.postcopy.take();
+            }
             let left = self.executor.carry_out(&mut self.machine, actions).await;
             if event == Event::PeerLost {
                 events.push_back(Event::Tick); // what is in doubt is asked about at once
             }
             self.ticket.cancellable.set(self.machine.can_cancel());
+            self.ticket.abandonable.set(self.machine.can_abandon());
             for action in left {
                 self.begin(action).await;
             }
@@ -161,6 +170,7 @@ impl Run {
     /// else meanwhile; and before the guest runs again, no lane must read its memory.
     fn end_stage(&mut self) {
         self.stage = None;
+        self.copying.guest.let_writes_go();
         drop(self.copying.lanes.borrow().close());
         self.copying.outbound.still.store(false, Ordering::Release);
     }
@@ -175,6 +185,10 @@ impl Run {
             Action::Pause => {
                 self.stage = Some(Box::pin(async move { copying.pause().await.map(|()| Event::Sent) }));
             }
+            // It is served since before the guest was handed over.
+            Action::Serve => {
+                info!(guest = %self.ticket.guest, "the guest runs at the destination, without all of its memory")
+            }
             Action::Report(outcome) => self.report(outcome),
             _ => unreachable!("the executor carries out all other actions"),
         }
@@ -184,7 +198,8 @@ impl Run {
     async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.deadline();
         let mut cancelled = self.ticket.cancelled.subscribe();
-        let Arrivals { words, returns } = &mut self.executor.arrivals;
+        let mut abandoned = self.ticket.abandoned.subscribe();
+        let Arrivals { words, returns, .. } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message),
@@ -206,6 +221,10 @@ impl Run {
             Ok(_) = cancelled.wait_for(|cancelled| *cancelled), if self.machine.can_cancel() => {
                 self.executor.blame("cancelled by the operator");
                 Some(Event::Cancel)
+            }
+            Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if self.machine.can_abandon() => {
+                self.executor.blame("abandoned by the operator: the destination is gone for good");
+                Some(Event::Abandoned)
             }
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = until(deadline) => {
@@ -233,13 +252,22 @@ impl Run {
                 let time = Duration::from_nanos(nanoseconds);
                 match message {
                     Message::Ready => self.remote_times.0 = time,
-                    Message::Running => self.remote_times.1 = time,
+                    Message::Running | Message::Fetching if self.downtime.is_none() => {
+                        self.remote_times.1 = time
+                    }
+                    Message::Lost => {
+                        self.executor.blame(format!("the destination says that the guest is lost: {reason}"))
+                    }
                     Message::Abort | Message::Declined => {
                         self.executor.blame(format!("the destination gave up: {reason}"));
                     }
                     _ => {}
                 }
                 Some(Event::Message(message))
+            }
+            Control::Fetched(report) => {
+                self.ticket.update(|progress| progress.postcopy.get_or_insert_default().report(&report));
+                None
             }
             Control::LaneClosed(lane) => {
                 self.copying.take_back(lane);
@@ -249,12 +277,14 @@ impl Run {
                 self.copying.holes_made();
                 None
             }
-            Control::Digests { .. } if self.stage.is_some() => match self.answers.try_send(message) {
-                Ok(()) => None,
-                Err(_) => Some(self.peer_lost("the destination answers more than it was asked".into())),
-            },
+            Control::Digests { .. } | Control::MissingDone if self.stage.is_some() => {
+                match self.answers.try_send(message) {
+                    Ok(()) => None,
+                    Err(_) => Some(self.peer_lost("the destination answers more than it was asked".into())),
+                }
+            }
             // Of a stage that has ended meanwhile.
-            Control::Digests { .. } => None,
+            Control::Digests { .. } | Control::MissingDone => None,
             other => Some(self.peer_lost(format!("the destination sent `{}` out of turn", other.name()))),
         }
     }
@@ -276,7 +306,7 @@ impl Run {
 
     /// Takes the time as soon as the destination says that the guest runs.
     fn note(&mut self, event: Event) {
-        if event == Event::Message(Message::Running)
+        if matches!(event, Event::Message(Message::Running | Message::Fetching))
             && self.downtime.is_none()
             && let Some(paused_at) = self.copying.paused_at.get()
         {
@@ -310,6 +340,7 @@ impl Run {
     fn show_phase(&self) {
         let phase = match self.machine.phase() {
             Phase::Committing | Phase::Finishing => PhaseView::Committing,
+            Phase::Fetching => PhaseView::Fetching,
             _ => return,
         };
         self.ticket.update(|progress| {
@@ -329,9 +360,15 @@ impl Run {
             Outcome::Cancelled => (OutcomeView::Cancelled, reason, Some(here)),
             Outcome::Failed | Outcome::TakenBack => (OutcomeView::Failed, reason, Some(here)),
             Outcome::VmmGone => (OutcomeView::Failed, reason, None),
+            Outcome::Lost => (OutcomeView::Lost, reason, None),
         };
         info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
-        self.ticket.update(|progress| progress.pages_remaining = 0);
+        self.ticket.update(|progress| {
+            progress.pages_remaining = 0;
+            if let Some(postcopy) = &mut progress.postcopy {
+                postcopy.waits_for = None;
+            }
+        });
         self.ticket.end(view, reason, runs_at);
     }
 }

@@ -113,7 +113,13 @@ impl Linux {
     /// The guest moves from host `from` to the other, whole.
     #[track_caller]
     pub fn assert_moves(&mut self, stage: &Stage, from: HostId) -> Value {
-        let answer = stage.migrate_from(from, &self.guest.name, &["--verify"]);
+        self.assert_moves_with(stage, from, &["--verify"])
+    }
+
+    /// The same, as `more` wants it.
+    #[track_caller]
+    pub fn assert_moves_with(&mut self, stage: &Stage, from: HostId, more: &[&str]) -> Value {
+        let answer = stage.migrate_from(from, &self.guest.name, more);
         assert_eq!(answer.code, 0, "{}", answer.text);
         self.assert_runs();
         stage.wait_for_absence(from, &self.guest.name);

@@ -19,7 +19,9 @@ use memlaned::api::types::Migration;
 use rustix::process::{Pid, Signal, kill_process};
 
 pub use linux::Linux;
-pub use peer::{Lane, Peer, connect, greet, hello, host_a, lane_address, welcome};
+pub use peer::{
+    Lane, OURS, Peer, captured, connect, greet, hello, host_a, lane, lane_address, offered, welcome,
+};
 pub use tap::Tap;
 
 /// What most guests are made of: small, and busy enough to dirty pages in every round.

@@ -5,13 +5,17 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
-use memlane_lab::HostId;
+use memlane_lab::{HostId, wait_for};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::{Accept, Control, HEADER_BYTES, Offer, decode_header};
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS};
 use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
-use super::{LONG, Stage};
+use super::{LONG, Stage, Tap};
+
+/// What tells our own migrations from those of a daemon.
+pub const OURS: MigrationId = [0xaa; 16];
 
 /// A control connection after its greeting, held by a test in place of a daemon. Pings are
 /// answered until [`Peer::fall_silent`].
@@ -160,4 +164,51 @@ fn read(stream: &mut TcpStream, count: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; count];
     stream.read_exact(&mut bytes)?;
     Ok(bytes)
+}
+
+/// The offer that host A's daemon makes, to be made by hand.
+pub fn captured(stage: &mut Stage) -> Offer {
+    let tap = Tap::install(stage);
+    stage.wait_for_standing(HostId::A, "web1", "running");
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+    let answer = stage.rig.ctl(HostId::A, &["check", "web1", "host-b"]).unwrap();
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    let mut offer = tap.offer().expect("an offer has passed the tap");
+    (offer.check_only, offer.migration) = (false, OURS);
+    tap.remove(stage);
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+    offer
+}
+
+/// Offers the guest to host B, which accepts.
+pub fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
+    let mut peer = Peer::call(stage);
+    peer.send(&Control::Offer(offer.clone()));
+    match peer.receive() {
+        Control::Accept(accept) => (peer, accept),
+        other => panic!("the offer is answered with {other:?}"),
+    }
+}
+
+/// Opens a lane to host B.
+pub fn lane(stage: &Stage, accept: &Accept, number: u16) -> Lane {
+    let mut stream = connect(stage, LANE_PORT);
+    let hello = hello(host_a(), Purpose::Lane { token: accept.token, lane: number });
+    let answer = greet(&mut stream, &hello).unwrap();
+    assert!(matches!(answer, Answer::Welcome { .. }), "{answer:?}");
+    Lane(stream)
+}
+
+impl Stage {
+    /// Waits until host B has given up the last migration of guest `web1`, for the reason `why`.
+    pub fn wait_for_end_of_ours(&mut self, why: &str) {
+        let ended = self.wait_until(HostId::B, "web1", "the end", |migration| migration.outcome.is_some());
+        let reason = ended.reason.clone().unwrap_or_default();
+        assert!(reason.contains(why), "{why:?} is not why it ended: {ended:?}");
+        wait_for("the VMM to be free again", LONG, || {
+            let guests = self.rig.ctl(HostId::B, &["guests"]).ok()?;
+            guests.text.contains("\"incoming\"").then_some(())
+        })
+        .unwrap();
+    }
 }

@@ -64,7 +64,8 @@ impl Ownership {
     pub(super) fn check(&self, request: &Request) -> Result<(), Refusal> {
         use Standing::{Incoming, Loaded, Relinquished, Running};
         match (request, self.standing) {
-            (Request::StopTracking, _) => Ok(()),
+            // Memory is looked at and provided whoever owns the guest, one that is awaited included.
+            (Request::StopTracking | Request::OpenUserfault { .. }, _) => Ok(()),
             (Request::Discard, Running) => Err(Refusal::Owned),
             (Request::Discard, _) => Ok(()),
             (Request::Load { .. }, Incoming) => Ok(()),
@@ -212,7 +213,7 @@ mod tests {
                     Request::Relinquish { migration },
                     Request::Prepare { migration },
                     Request::Discard,
-                    Request::OpenUserfault,
+                    Request::OpenUserfault { keep: first },
                 ][which];
                 let before = ownership;
                 if ownership.check(&request).is_err() {

@@ -1,6 +1,7 @@
 //! The thread that keeps a VMM attached: connects, serves, and connects again.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -59,7 +60,13 @@ pub fn serve(options: Options, vmm: Arc<Mutex<dyn Vmm>>) -> io::Result<Attachmen
     }
     let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let attached =
-        Attached { stop: stop.try_clone()?, ownership: Ownership::new(options.standing), options, vmm };
+        Attached {
+            stop: stop.try_clone()?,
+            ownership: Ownership::new(options.standing),
+            options,
+            vmm,
+            kept: ManuallyDrop::new(None),
+        };
     let thread = std::thread::Builder::new().name("attach".into()).spawn(|| attached.keep())?;
     Ok(Attachment { stop, thread: Some(thread) })
 }
@@ -112,6 +119,9 @@ struct Attached {
     stop: OwnedFd,
     vmm: Arc<Mutex<dyn Vmm>>,
     ownership: Ownership,
+    /// A copy of a userfaultfd, which whoever waits for missing pages goes on to wait by. Only a
+    /// daemon has it closed: the guest would find zeros in place of these pages.
+    kept: ManuallyDrop<Option<OwnedFd>>,
 }
 
 impl Attached {
@@ -151,7 +161,8 @@ impl Attached {
     fn attach_once(&mut self, welcomed: &mut bool) -> Result<End, AttachError> {
         let socket =
             connect(&self.options.socket).map_err(AttachError::socket("connecting to the daemon"))?;
-        match Session::greet(socket, self.stop.as_fd(), &*self.vmm, &mut self.ownership)? {
+        let Self { stop, vmm, ownership, kept, .. } = self;
+        match Session::greet(socket, stop.as_fd(), &**vmm, ownership, kept)? {
             Some(session) => {
                 *welcomed = true;
                 tracing::info!(socket = %self.options.socket.display(), "attached");

@@ -18,6 +18,7 @@ use super::ownership::Ownership;
 use super::{AttachError, TrackingPhase, Vmm, VmmError};
 use crate::packet;
 use crate::shared::SharedWords;
+use crate::userfault;
 
 /// How long a daemon may take to answer the greeting.
 const GREETING: Duration = Duration::from_secs(10);
@@ -37,6 +38,8 @@ pub(super) struct Session<'a> {
     stop: BorrowedFd<'a>,
     vmm: &'a Mutex<dyn Vmm>,
     ownership: &'a mut Ownership,
+    /// The userfaultfd of which a copy is kept.
+    kept: &'a mut Option<OwnedFd>,
     /// Where harvested pages go, while tracking is on.
     dirty: Option<PageSet<SharedWords>>,
     all_armed: bool,
@@ -45,8 +48,8 @@ pub(super) struct Session<'a> {
 /// A packet's bytes and descriptors.
 type Packet = (Vec<u8>, Vec<OwnedFd>);
 
-/// What a request gives: two values, and a descriptor for the daemon.
-type Outcome = Result<([u64; 2], Option<OwnedFd>), VmmError>;
+/// What a request gives: two values, and descriptors for the daemon.
+type Outcome = Result<([u64; 2], Vec<OwnedFd>), VmmError>;
 
 impl<'a> Session<'a> {
     /// Says hello over a fresh connection and waits for the welcome. `None` when asked to stop.
@@ -55,8 +58,9 @@ impl<'a> Session<'a> {
         stop: BorrowedFd<'a>,
         vmm: &'a Mutex<dyn Vmm>,
         ownership: &'a mut Ownership,
+        kept: &'a mut Option<OwnedFd>,
     ) -> Result<Option<Self>, AttachError> {
-        let session = Self { socket, stop, vmm, ownership, dirty: None, all_armed: false };
+        let session = Self { socket, stop, vmm, ownership, kept, dirty: None, all_armed: false };
         session.hello()?;
         let Some((packet, _)) = session.receive(Some(GREETING))? else { return Ok(None) };
         match ToVmm::decode(&packet)? {
@@ -87,11 +91,11 @@ impl<'a> Session<'a> {
                 tracing::warn!(request = request.name(), %error, "the daemon's request failed");
             }
             let ended = request == Request::Discard && outcome.is_ok();
-            let (outcome, descriptor) = match outcome {
-                Ok((values, descriptor)) => (Ok(values), descriptor),
-                Err(error) => (Err(error.to_string()), None),
+            let (outcome, descriptors) = match outcome {
+                Ok((values, descriptors)) => (Ok(values), descriptors),
+                Err(error) => (Err(error.to_string()), Vec::new()),
             };
-            let sent = self.send(&FromVmm::Reply(Reply { id, outcome }), descriptor.as_ref());
+            let sent = self.send(&FromVmm::Reply(Reply { id, outcome }), &descriptors);
             if ended {
                 // Answered first, as the VMM may end with this.
                 self.lock().discard();
@@ -119,54 +123,54 @@ impl<'a> Session<'a> {
 
     /// Carries a request out, if it is in order and carries the descriptors that it should.
     fn serve(&mut self, request: &Request, mut descriptors: Vec<OwnedFd>) -> Outcome {
-        let due = match request {
-            Request::Load { .. } => 1,
-            // Refused below, whatever came with it.
-            Request::OpenUserfault => descriptors.len(),
-            _ => 0,
+        let (least, most) = match request {
+            Request::Load { .. } => (1, 1),
+            Request::OpenUserfault { .. } => (0, 1),
+            _ => (0, 0),
         };
-        if descriptors.len() != due {
-            return Err(format!("{} descriptors came with it instead of {due}", descriptors.len()).into());
+        if !(least..=most).contains(&descriptors.len()) {
+            return Err(format!("{} descriptors came with it instead of {most}", descriptors.len()).into());
         }
         self.ownership.check(request)?;
         let before = Instant::now();
         let elapsed = || before.elapsed().as_nanos() as u64;
+        let none = Vec::new();
         let outcome = match *request {
-            Request::StartTracking => ([0; 2], Some(self.start_tracking()?)),
+            Request::StartTracking => ([0; 2], vec![self.start_tracking()?]),
             Request::Arm { first, pages } => {
                 self.arm(first, pages)?;
-                ([elapsed(), 0], None)
+                ([elapsed(), 0], none)
             }
             Request::Harvest => {
                 let dirty = self.dirty.as_ref().ok_or("tracking has not been started")?;
                 let new = self.lock().tracker().harvest(dirty)?;
-                ([elapsed(), new], None)
+                ([elapsed(), new], none)
             }
             Request::StopTracking => {
                 self.stop_tracking()?;
-                ([0; 2], None)
+                ([0; 2], none)
             }
             Request::Pause => {
                 self.pause()?;
-                ([monotonic(), 0], None)
+                ([monotonic(), 0], none)
             }
             Request::Resume => {
                 self.lock().resume()?;
-                ([monotonic(), 0], None)
+                ([monotonic(), 0], none)
             }
             Request::Save => {
                 let state = self.lock().save()?;
                 let memfd = seal_state(&state)?;
-                ([state.len() as u64, elapsed()], Some(memfd))
+                ([state.len() as u64, elapsed()], vec![memfd])
             }
             Request::Load { bytes } => {
                 let memfd = descriptors.pop().ok_or("the state's descriptor is missing")?;
                 let state = read_state(&File::from(memfd), bytes)?;
                 self.lock().load(&state)?;
-                ([elapsed(), 0], None)
+                ([elapsed(), 0], none)
             }
-            Request::Relinquish { .. } | Request::Prepare { .. } | Request::Discard => ([0; 2], None),
-            Request::OpenUserfault => return Err("this VMM tracks writes itself".into()),
+            Request::Relinquish { .. } | Request::Prepare { .. } | Request::Discard => ([0; 2], none),
+            Request::OpenUserfault { keep } => ([0; 2], self.open_userfault(descriptors.pop(), keep)?),
         };
         self.ownership.done(request);
         Ok(outcome)
@@ -216,8 +220,24 @@ impl<'a> Session<'a> {
         self.lock().pause()
     }
 
-    fn send(&self, message: &FromVmm, descriptor: Option<&OwnedFd>) -> Result<(), AttachError> {
-        let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_fd()).collect();
+    /// A userfaultfd of this process, made by the rights of whoever opened `device` or by its own;
+    /// its page tables; its mappings.
+    fn open_userfault(&mut self, device: Option<OwnedFd>, keep: bool) -> Result<Vec<OwnedFd>, VmmError> {
+        let opened = match &device {
+            Some(device) => userfault::open_by(device.as_fd()),
+            None => userfault::open(),
+        };
+        let opened = opened.map_err(|error| format!("making a userfaultfd: {error}"))?;
+        let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
+        let (pagemap, maps) = (file("/proc/self/pagemap")?, file("/proc/self/maps")?);
+        if keep {
+            *self.kept = Some(opened.try_clone()?);
+        }
+        Ok(vec![opened, pagemap.into(), maps.into()])
+    }
+
+    fn send(&self, message: &FromVmm, descriptors: &[OwnedFd]) -> Result<(), AttachError> {
+        let descriptors: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
         packet::send(&self.socket, &message.encode(), &descriptors)
             .map_err(AttachError::socket("answering the daemon"))
     }

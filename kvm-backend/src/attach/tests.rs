@@ -20,6 +20,7 @@ use crate::dirty::TrackError;
 use crate::packet;
 use crate::ram::Backing;
 use crate::shared::SharedWords;
+use crate::userfault::{Faults, MISSING, Userfault};
 
 const PAGES: u64 = 8;
 const MIGRATION: [u8; 16] = [7; 16];
@@ -412,16 +413,53 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
     let (daemon, _) = bench.welcome();
     let (reply, _) = daemon.ask_with(Request::Pause, &[daemon.0.as_fd()]);
     assert!(reply.unwrap_err().contains("1 descriptors") && bench.is_running());
-    // What only a shim does is refused as well, with and without a descriptor.
-    daemon.refused(Request::OpenUserfault, "tracks writes itself");
-    let (reply, _) = daemon.ask_with(Request::OpenUserfault, &[daemon.0.as_fd()]);
-    assert!(reply.unwrap_err().contains("tracks writes itself"));
+    // What is no /dev/userfaultfd makes no userfaultfd, and two are one too many.
+    let open = Request::OpenUserfault { keep: false };
+    let (reply, _) = daemon.ask_with(open, &[daemon.0.as_fd()]);
+    assert!(reply.unwrap_err().contains("making a userfaultfd"));
+    let (reply, _) = daemon.ask_with(open, &[daemon.0.as_fd(); 2]);
+    assert!(reply.unwrap_err().contains("2 descriptors"));
     // Nonsense in the middle counts as a lost connection.
     daemon.ask(Request::Pause).unwrap();
     daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
     assert!(daemon.receive().is_none());
     bench.welcome();
     assert!(bench.is_running());
+}
+
+/// Whoever waits for a missing page waits on without a daemon, where it wanted that.
+#[test]
+fn a_userfaultfd_is_handed_over_and_kept() {
+    let test = "handing a userfaultfd over";
+    for standing in [Standing::Incoming, Standing::Running] {
+        let bench = Bench::new(standing);
+        let (daemon, _) = bench.welcome();
+        let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: true }, &[]);
+        if let Err(reason) = reply {
+            return memlane_lab::say_skipped(test, &reason);
+        }
+        let [userfault, _pagemap, maps] = <[OwnedFd; 3]>::try_from(descriptors).unwrap();
+        let mut text = String::new();
+        File::from(maps).read_to_string(&mut text).unwrap();
+        assert!(text.contains("-"), "{text}");
+        let userfault = Userfault::from_fd(userfault, MISSING).unwrap();
+        let ram = bench.vmm.lock().unwrap().ram.clone();
+        let page = ram.slices(0..1).next().unwrap().ptr as u64;
+        userfault.register(page..page + PAGE_SIZE, Faults::Missing).unwrap();
+        // SAFETY: mapped as long as `ram` lives, which the thread holds.
+        let read = move || unsafe { ram.slices(0..1).next().unwrap().ptr.read_volatile() };
+        let reader = std::thread::spawn(read);
+        wait_for(userfault.as_fd());
+        drop((userfault, daemon));
+        let (daemon, _) = bench.welcome();
+        for keep in [false, true] {
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(!reader.is_finished());
+            let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep }, &[]);
+            assert_eq!((reply, descriptors.len()), (Ok([0; 2]), 3));
+        }
+        assert_eq!(reader.join().unwrap(), 0);
+    }
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! The other process makes a userfaultfd, opens its own `/proc/self/pagemap`, and hands both over.
 //! Only what its memory's files hold as data is ever protected: page tables of holes would cost
-//! memory, and a page that comes into being later is found because it is not protected.
+//! memory, and a page that comes into being later is found because it is not protected. So where
+//! writes wait ([`Writes::Wait`]), the first write to a hole does not.
 
 mod pass;
 
@@ -12,25 +13,24 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use memlane_protocol::{PAGE_SIZE, PageSet};
-use rustix::io::Errno;
 
 use self::pass::Pass;
 use super::TrackError;
 use super::punches::Punches;
-use super::scan::{HUGE_PAGE, PIECE_PAGES, PagemapScan, Query};
-use crate::ram::GuestRam;
-use crate::userfault::{Faults, Userfault};
+use super::scan::{PIECE_PAGES, PagemapScan, Query};
+use crate::foreign_ram::ForeignRam;
+use crate::userfault::{Faults, Userfault, is_gone};
 
 /// Finds the pages that another process writes, without its help.
 ///
 /// Dropping it lifts all protection, as the death of this process does.
 pub struct ForeignTracker {
-    ram: Arc<GuestRam>,
-    places: Vec<Place>,
+    memory: Arc<ForeignRam>,
+    writes: Writes,
     pagemap: PagemapScan,
     punches: Punches,
     /// Open while tracking is on.
-    userfault: Option<Userfault>,
+    userfault: Option<Arc<Userfault>>,
     /// Pages that were armed or reported: protected, unless written since.
     told: PageSet,
     /// Those of them that were zero or a hole when they were last reported.
@@ -47,38 +47,39 @@ pub struct Harvest {
     pub holes: bool,
 }
 
-/// Where a region lies.
-struct Place {
-    pages: Range<u64>,
-    /// Of its first byte in the other process.
-    address: u64,
-    huge: bool,
+/// What becomes of writes to protected pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writes {
+    /// They lift the protection and go on. The userfaultfd has
+    /// [`WRITE_PROTECT_ASYNC`](crate::userfault::WRITE_PROTECT_ASYNC).
+    GoOn,
+    /// They wait, and are told by [`Userfault::read`], until somebody lifts the protection of the page
+    /// ([`Userfault::write_protect`]). The userfaultfd has
+    /// [`WRITE_PROTECT`](crate::userfault::WRITE_PROTECT).
+    Wait,
 }
 
 impl ForeignTracker {
     /// Begins to track. Nothing is armed yet.
     ///
-    /// `addresses` are those of each region's first byte in the process that made `userfault` (with
-    /// [`WRITE_PROTECT_ASYNC`](crate::userfault::WRITE_PROTECT_ASYNC)) and opened `pagemap`.
-    /// Fails if there is no mapping of that length, or the process has ended.
+    /// `memory` lies in the process that made `userfault` and opened `pagemap`. Fails if it is not mapped
+    /// there, or the process has ended.
     pub fn new(
-        ram: Arc<GuestRam>,
-        addresses: Vec<u64>,
-        userfault: Userfault,
+        memory: Arc<ForeignRam>,
+        userfault: Arc<Userfault>,
         pagemap: File,
+        writes: Writes,
     ) -> Result<Self, TrackError> {
-        let punches = Punches::new(&ram);
-        let pages = ram.pages();
-        let places = places(&ram, &addresses)
-            .ok_or_else(|| TrackError::kernel("finding the guest's memory in its VMM")(Errno::INVAL))?;
-        for place in &places {
-            userfault.register(place.addresses(&place.pages), Faults::WriteProtect).map_err(
-                TrackError::kernel("registering the VMM's memory for write protection (UFFDIO_REGISTER)"),
-            )?;
+        let punches = Punches::new(memory.ram());
+        let pages = memory.ram().pages();
+        for (addresses, _) in memory.pieces(0..pages) {
+            userfault.register(addresses, Faults::WriteProtect).map_err(TrackError::kernel(
+                "registering the VMM's memory for write protection (UFFDIO_REGISTER)",
+            ))?;
         }
         let tracker = Self {
-            ram,
-            places,
+            memory,
+            writes,
             pagemap: PagemapScan::new(pagemap),
             punches,
             userfault: Some(userfault),
@@ -89,17 +90,23 @@ impl ForeignTracker {
         Ok(tracker)
     }
 
+    /// For a VMM that takes no memory from its guest while it runs: nobody looks for that.
+    pub fn without_punches(mut self) -> Self {
+        self.punches = Punches::none();
+        self
+    }
+
     /// Protects what the guest's memory holds of `pages` as data, and returns that: it is to be
     /// copied. What comes into being from now on, or was armed or reported before, is left to
     /// [`harvest`](Self::harvest).
     pub fn arm(&mut self, pages: Range<u64>) -> Result<Vec<Range<u64>>, TrackError> {
-        let limit = self.ram.pages();
+        let limit = self.memory.ram().pages();
         if pages.start > pages.end || pages.end > limit {
             return Err(TrackError::Range { pages, limit });
         }
         let mut armed = Vec::new();
         for extent in self.data(pages)? {
-            for (told, part) in split(&self.told, self.grow(extent)) {
+            for (told, part) in split(&self.told, self.memory.whole(extent)) {
                 if !told {
                     self.protect(&part)?;
                     self.told.insert_range(part.clone());
@@ -125,9 +132,9 @@ impl ForeignTracker {
         if self.userfault.is_none() {
             return Err(TrackError::NotStarted);
         }
-        self.ram.look_anew();
+        self.memory.ram().look_anew();
         let mut found = Harvest::default();
-        for place in &self.places {
+        for place in self.memory.places() {
             found = Pass::new(self, place, into, found).run(punched)?;
         }
         self.check_mapped()?;
@@ -137,54 +144,42 @@ impl ForeignTracker {
     /// Ends tracking: the VMM writes at full speed again. Does nothing if it has ended.
     pub fn stop(&mut self) {
         if let Some(userfault) = self.userfault.take() {
-            for place in &self.places {
-                // Closing the last descriptor does the same: this is for copies that the VMM kept.
-                let _ = userfault.unregister(place.addresses(&place.pages));
+            for (addresses, _) in self.memory.pieces(0..self.memory.ram().pages()) {
+                // Closing the last descriptor does the same: this is for copies that others have.
+                let _ = userfault.unregister(addresses);
             }
         }
     }
 
-    /// Protects `pages`, which lie in one region.
     fn protect(&self, pages: &Range<u64>) -> Result<(), TrackError> {
         let userfault = self.userfault.as_ref().ok_or(TrackError::NotStarted)?;
-        let mut rest = pages.clone();
-        while let Some(index) = self.ram.region_of(rest.start).filter(|_| !rest.is_empty()) {
-            let place = &self.places[index];
-            let end = rest.end.min(place.pages.end).min(rest.start + PIECE_PAGES);
-            userfault.write_protect(place.addresses(&(rest.start..end)), true).map_err(|error| {
-                match Errno::from_io_error(&error) {
-                    Some(Errno::SRCH | Errno::NOENT) => TrackError::Gone,
-                    _ => TrackError::kernel("protecting the VMM's memory (UFFDIO_WRITEPROTECT)")(error),
-                }
-            })?;
-            rest.start = end;
+        for (addresses, _) in self.memory.pieces(pages.clone()) {
+            let mut from = addresses.start;
+            while from < addresses.end {
+                let end = addresses.end.min(from + PIECE_PAGES * PAGE_SIZE);
+                userfault.write_protect(from..end, true).map_err(|error| match is_gone(&error) {
+                    true => TrackError::Gone,
+                    false => TrackError::kernel("protecting the VMM's memory (UFFDIO_WRITEPROTECT)")(error),
+                })?;
+                from = end;
+            }
         }
         Ok(())
     }
 
     fn data(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, TrackError> {
-        self.ram.data_extents(pages).map_err(TrackError::kernel("looking for data in the guest's memory"))
-    }
-
-    /// `extent`, grown to whole pages of the regions that it begins and ends in.
-    fn grow(&self, extent: Range<u64>) -> Range<u64> {
-        let place = |page| self.ram.region_of(page).map(|index| &self.places[index]);
-        let start = place(extent.start)
-            .map_or(extent.start, |place| extent.start - (extent.start - place.pages.start) % place.unit());
-        let end = place(extent.end - 1).map_or(extent.end, |place| {
-            place.pages.start + (extent.end - place.pages.start).next_multiple_of(place.unit())
-        });
-        start..end
+        let extents = self.memory.ram().data_extents(pages);
+        extents.map_err(TrackError::kernel("looking for data in the guest's memory"))
     }
 
     /// Whether the memory is still there to be scanned. A scan says nothing of what is not mapped:
     /// of a process that has ended it would report that nothing was written.
     fn check_mapped(&self) -> Result<(), TrackError> {
-        for place in &self.places {
-            let (first, last) = (place.pages.start, place.pages.end - 1);
-            for page in [first, last] {
+        for place in self.memory.places() {
+            let pages = place.all();
+            for page in [pages.start, pages.end - 1] {
                 let mut mapped = false;
-                self.pagemap.scan(place.addresses(&(page..page + 1)), Query::ALL, |_| {
+                self.pagemap.scan(place.addresses(&(page..page + 1)), self.writes.all_pages(), |_| {
                     mapped = true;
                     Ok(())
                 })?;
@@ -203,41 +198,14 @@ impl Drop for ForeignTracker {
     }
 }
 
-impl Place {
-    /// 4 KiB pages in a page of the region's own size.
-    fn unit(&self) -> u64 {
-        if self.huge { HUGE_PAGE / PAGE_SIZE } else { 1 }
+impl Writes {
+    /// Finds all pages that can be protected.
+    fn all_pages(self) -> Query {
+        match self {
+            Self::GoOn => Query::ALL,
+            Self::Wait => Query::ALL_MAPPED,
+        }
     }
-
-    /// Addresses of `pages` of this region in the other process.
-    fn addresses(&self, pages: &Range<u64>) -> Range<u64> {
-        let address = |page: u64| self.address + (page - self.pages.start) * PAGE_SIZE;
-        address(pages.start)..address(pages.end)
-    }
-
-    /// The pages at `addresses` there, as far as they belong to this region.
-    fn pages(&self, addresses: &Range<u64>) -> Range<u64> {
-        let page = |address: u64| {
-            let page = self.pages.start + address.saturating_sub(self.address) / PAGE_SIZE;
-            page.min(self.pages.end)
-        };
-        page(addresses.start)..page(addresses.end)
-    }
-}
-
-/// Where each region lies, if it can lie there.
-fn places(ram: &GuestRam, addresses: &[u64]) -> Option<Vec<Place>> {
-    if addresses.len() != ram.regions().len() {
-        return None;
-    }
-    let regions = ram.pieces(0..ram.pages()).zip(ram.regions()).zip(addresses);
-    regions
-        .map(|(((_, pages), region), &address)| {
-            address.checked_add(region.bytes)?;
-            let fits = address.is_multiple_of(region.page_bytes.into());
-            fits.then_some(Place { pages, address, huge: u64::from(region.page_bytes) != PAGE_SIZE })
-        })
-        .collect()
 }
 
 /// The parts of `pages` in order, and whether each is in `set`.

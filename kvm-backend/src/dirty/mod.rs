@@ -18,7 +18,7 @@ use std::ops::Range;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::machine::TrackerKind;
 
-pub use foreign::{ForeignTracker, Harvest};
+pub use foreign::{ForeignTracker, Harvest, Writes};
 pub use log::LogTracker;
 pub use pagemap::PagemapTracker;
 pub use ring::{RingHandle, RingSize, RingTracker};

@@ -11,20 +11,33 @@ use crate::ram::GuestRam;
 
 /// Hears of every hole that is punched into the files behind a guest's memory (inotify: punching
 /// modifies a file, a write through a mapping does not).
-pub(super) struct Punches {
-    /// None where nothing would be heard.
-    watch: Option<OwnedFd>,
+pub(super) enum Punches {
+    /// Of this.
+    Heard(OwnedFd),
+    /// Nothing would be heard of any.
+    Unheard,
+    /// There are none.
+    None,
 }
 
 impl Punches {
     /// Listens from now on.
     pub fn new(ram: &GuestRam) -> Self {
-        Self { watch: watch(ram).ok() }
+        watch(ram).map_or(Self::Unheard, Self::Heard)
+    }
+
+    /// Where nobody punches.
+    pub fn none() -> Self {
+        Self::None
     }
 
     /// Whether there may have been any since the last call.
     pub fn any(&self) -> bool {
-        let Some(watch) = &self.watch else { return true };
+        let watch = match self {
+            Self::Heard(watch) => watch,
+            Self::Unheard => return true,
+            Self::None => return false,
+        };
         let mut any = false;
         let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
         loop {
@@ -78,5 +91,6 @@ mod tests {
     fn fears_the_worst_of_a_memfd() {
         let ram = GuestRam::create(&[(0, 1 << 20)], &Backing::Memfd).unwrap();
         assert!(Punches::new(&ram).any());
+        assert!(!Punches::none().any());
     }
 }

@@ -57,9 +57,12 @@ impl Query {
         protect: false,
     };
 
-    /// All pages that can be protected.
+    /// All pages that can be protected asynchronously.
     pub const ALL: Self =
         Self { inverted: 0, all_of: PAGE_IS_WPALLOWED, any_of: 0, told: STATE, protect: false };
+
+    /// All pages that are mapped.
+    pub const ALL_MAPPED: Self = Self { all_of: 0, ..Self::ALL };
 }
 
 const STATE: u32 = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED;

@@ -2,6 +2,7 @@
 
 mod foreign;
 mod guest;
+mod held;
 mod other;
 
 use std::ops::Range;

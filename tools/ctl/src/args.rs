@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use memlane_protocol::convergence::{Converge, Postcopy};
 use memlaned::api::client::DEFAULT_SOCKET;
 use memlaned::api::types::Order;
 use memlaned::config::{Rate, Span};
@@ -13,9 +14,11 @@ Examples:
   memlanectl check web1 host-b                   would it move, and how fast? (moves nothing)
   memlanectl migrate web1 host-b                 move it and watch
   memlanectl migrate web1 host-b --downtime-limit 50ms --verify
+  memlanectl migrate web1 host-b --converge auto  a guest that writes faster than the ports carry
   memlanectl --json migrate web1 host-b | jq .downtime_seconds
   memlanectl watch                               watch what is under way
   memlanectl cancel web1                         the guest stays where it runs
+  memlanectl abandon web1                        it runs here without all of its memory, and the rest is lost
   memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
   memlanectl attach --qmp /run/web1.qmp --name web1
 
@@ -26,7 +29,8 @@ Exit codes:
   3  refused: nothing was begun, or too late (cancel)
   4  failed: the guest runs on at its source
   5  cancelled: the guest runs on at its source
-  6  no daemon answers, or it went away";
+  6  no daemon answers, or it went away
+  7  lost: the guest ran without all of its memory, and the rest will never come";
 
 const GUEST_FILE: &str = r#"A guest file:
   name = "web1"
@@ -144,6 +148,16 @@ pub enum Command {
         #[arg(value_name = "ID|GUEST")]
         migration: Option<String>,
     },
+    /// Give up what is missing of a guest that runs at its destination without all of its memory
+    ///
+    /// For when the other host is gone for good; as long as it may come back, wait. At the
+    /// destination the guest runs on, and whatever touches what is missing fails: it sees a memory
+    /// error, or its VMM ends. At the source, whose copy is out of date, the migration ends.
+    Abandon {
+        /// Identity of the migration, its first digits, or name of the guest
+        #[arg(value_name = "ID|GUEST")]
+        migration: String,
+    },
     /// Cancel a migration; the guest stays at its source
     Cancel {
         /// Identity of the migration, its first digits, or name of the guest
@@ -171,6 +185,18 @@ pub struct OrderArgs {
     /// Compare digests of all RAM at both ends before the guest is handed over (it pauses longer)
     #[arg(long)]
     pub verify: bool,
+    /// When rounds do not shrink: slow the guest's writes (stun), run it there while the rest is fetched
+    /// (postcopy), the one and then the other (auto), or give up (none) [default: the daemon's
+    /// limits.converge]
+    #[arg(long, value_name = "stun|postcopy|auto|none")]
+    pub converge: Option<Converge>,
+    /// How much of its writing a guest may lose to stun, 0 to 99 [default: the daemon's limits.max_stun]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=99))]
+    pub max_stun: Option<u8>,
+    /// Run the guest there without all of its memory in any case: at once (now), or after one round
+    /// (hybrid). Until the rest has come, the guest is lost if either host dies
+    #[arg(long, value_name = "now|hybrid", conflicts_with = "verify")]
+    pub postcopy: Option<Postcopy>,
 }
 
 impl OrderArgs {
@@ -183,6 +209,9 @@ impl OrderArgs {
             min_bandwidth_bits_per_second: self.min_bandwidth.map(|rate| rate.0),
             verify: self.verify,
             max_rounds: self.max_rounds,
+            converge: self.converge.map(Into::into),
+            max_stun_percent: self.max_stun,
+            postcopy: self.postcopy.map(Into::into),
         }
     }
 }

@@ -16,6 +16,7 @@ pub enum Exit {
     Failed = 4,
     Cancelled = 5,
     Unreachable = 6,
+    Lost = 7,
 }
 
 /// Why a command was not carried out.
@@ -36,6 +37,7 @@ impl Exit {
             Outcome::Failed => Self::Failed,
             Outcome::Cancelled => Self::Cancelled,
             Outcome::Refused => Self::Refused,
+            Outcome::Lost => Self::Lost,
         }
     }
 

@@ -64,6 +64,7 @@ async fn run(args: &Args) -> Result<Exit, Error> {
             return orders::migrate(&client, &order.to_order(), *detach, args.json).await;
         }
         Command::Watch { migration } => return orders::watch(&client, migration.as_deref(), args.json).await,
+        Command::Abandon { migration } => return orders::abandon(&client, migration, args.json).await,
         Command::Cancel { migration } => return orders::cancel(&client, migration, args.json).await,
     }
     Ok(Exit::Completed)

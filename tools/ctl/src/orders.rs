@@ -68,6 +68,20 @@ pub async fn cancel(client: &Client, which: &str, as_json: bool) -> Result<Exit,
     Ok(Exit::Completed)
 }
 
+/// Gives up what is missing of a guest.
+pub async fn abandon(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
+    let migration = find(client, Some(which)).await?;
+    let migration = client.abandon(&migration.id).await?;
+    let Migration { id, guest, .. } = &migration;
+    match as_json {
+        true => json(&migration),
+        false => show::line(&format!(
+            "{guest}: what is missing is given up; memlanectl watch {id} shows the outcome"
+        )),
+    }
+    Ok(Exit::Completed)
+}
+
 /// What Ctrl-C does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnInterrupt {

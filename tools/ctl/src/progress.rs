@@ -145,6 +145,10 @@ impl Lines {
 fn headline(migration: &Migration) -> String {
     let Migration { guest, host, phase, .. } = migration;
     let limit = units::seconds(migration.downtime_limit_seconds);
+    if let (Phase::Fetching, Some(postcopy)) = (phase, &migration.postcopy) {
+        let waits = postcopy.waits_for.as_ref().map_or(String::new(), |what| format!("; waits for {what}"));
+        return format!("{guest} → {host}: {phase}, runs there without all of its memory{waits}");
+    }
     match migration.downtime_predicted_seconds {
         Some(predicted) => {
             format!("{guest} → {host}: {phase}, predicted downtime {} of {limit}", units::seconds(predicted))

@@ -2,7 +2,9 @@
 
 use std::io::Write;
 
-use memlaned::api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Severity, Status};
+use memlaned::api::types::{
+    CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status,
+};
 
 use crate::units;
 
@@ -31,6 +33,10 @@ pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> 
     for migration in migrations.iter().filter(|migration| migration.outcome.is_none()) {
         let Migration { id, guest, host, phase, .. } = migration;
         text.push_str(&format!("\n    {guest} → {host}: {phase}  ({id})"));
+        if let Some(Postcopy { waits_for: Some(what), remaining_pages, .. }) = &migration.postcopy {
+            let missing = units::plural(*remaining_pages, "page");
+            text.push_str(&format!("\n      {missing} missing; waits for {what}"));
+        }
     }
     text
 }

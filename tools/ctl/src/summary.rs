@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use memlaned::api::types::{Lane, LaneState, Migration, Outcome, Role};
+use memlaned::api::types::{Lane, LaneState, Migration, Outcome, Postcopy, Role};
 
 use crate::units;
 
@@ -44,6 +44,9 @@ pub fn of(migration: &Migration) -> String {
     if let Some(downtime) = downtime(migration) {
         row("downtime", downtime);
     }
+    if let Some(postcopy) = &migration.postcopy {
+        row("post-copy", fetched(postcopy));
+    }
     if migration.bytes_sent > 0 {
         let verb = if migration.role == Role::Source { "sent" } else { "received" };
         row(verb, sent(migration));
@@ -76,6 +79,14 @@ fn headline(migration: &Migration) -> String {
         }
         Some(Outcome::Cancelled) => format!("{guest} was not moved, the order was cancelled: {runs}."),
         Some(Outcome::Failed) => format!("{guest} was not moved: {runs}."),
+        Some(Outcome::Lost) => {
+            let on = guest_runs_at.as_ref().map_or(String::new(), |at| {
+                format!(" It runs on at {at}, where whatever touches the missing part fails.")
+            });
+            format!(
+                "{guest} IS LOST: part of its memory never came to {host}, and the source's copy is out of date.{on}"
+            )
+        }
         Some(Outcome::Refused) => format!("{guest} was not moved, the order was refused: {runs}."),
         None => format!("{guest} is on its way to {host}."),
     }
@@ -90,6 +101,27 @@ fn downtime(migration: &Migration) -> Option<String> {
     };
     let over = if downtime > migration.downtime_limit_seconds { " EXCEEDED" } else { "" };
     Some(format!("{} ({predicted}limit {limit}{over})", units::seconds(downtime)))
+}
+
+fn fetched(postcopy: &Postcopy) -> String {
+    let seconds = |microseconds: f64| units::seconds(microseconds / 1e6);
+    let mut text = format!(
+        "{} without all of its memory: {} streamed, {} fetched",
+        units::seconds(postcopy.seconds),
+        units::plural(postcopy.pages_streamed, "page"),
+        postcopy.pages_fetched
+    );
+    if postcopy.faults > 0 {
+        let Postcopy { fault_p50_us, fault_p99_us, fault_max_us, .. } = *postcopy;
+        text.push_str(&format!(
+            "; {} (median {}, 99 % {}, longest {})",
+            units::plural(postcopy.faults, "fault"),
+            seconds(fault_p50_us),
+            seconds(fault_p99_us),
+            seconds(fault_max_us)
+        ));
+    }
+    text
 }
 
 fn sent(migration: &Migration) -> String {

@@ -4,9 +4,11 @@
 //! itself can open a userfaultfd for its page tables. So this library is loaded into the VMM
 //! (`LD_PRELOAD`), connects to the daemon's attach socket, and when asked opens a userfaultfd and
 //! hands it over, with the `pagemap` and `maps` of the process. Everything else the daemon does
-//! through these descriptors. The library keeps no copies: when the daemon ends, the kernel lifts
-//! whatever protection there was, and the guest runs on. Any program with file-backed shared
-//! memory can be watched this way.
+//! through these descriptors. Any program with file-backed shared memory can be watched this way.
+//!
+//! The library keeps no copies, unless the daemon wants it to: when the daemon ends, the kernel lifts
+//! whatever protection there was, and the guest runs on. Where pages are missing (post-copy) a copy
+//! of the userfaultfd is kept, so that whoever waits for them waits on instead of finding zeros.
 //!
 //! `MEMLANE_ATTACH_SOCKET` names the socket. Where it is not set, nothing is done at all.
 //!
@@ -32,6 +34,7 @@ mod sys;
 mod wire;
 
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{catch_unwind, set_hook};
@@ -76,9 +79,11 @@ fn stay_connected(address: &Address) {
         return;
     }
     let mut wait = WAIT.0;
+    // Not even a panic of this thread closes it.
+    let mut kept = ManuallyDrop::new(None);
     loop {
         if let Ok(socket) = Socket::connect(address)
-            && serve(&socket)
+            && serve(&socket, &mut kept)
         {
             wait = WAIT.0;
         }
@@ -87,8 +92,9 @@ fn stay_connected(address: &Address) {
     }
 }
 
-/// Serves a connection to its end, and tells whether the daemon had welcomed it.
-fn serve(socket: &Socket) -> bool {
+/// Serves a connection to its end, and tells whether the daemon had welcomed it. `kept` is the
+/// userfaultfd of which a copy is kept.
+fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
     let mut welcomed = false;
     let mut buffer = [0; wire::MAX_PACKET_BYTES];
     if socket.send(&wire::shim(), None).is_err() {
@@ -101,10 +107,19 @@ fn serve(socket: &Socket) -> bool {
                 welcomed = true;
                 continue;
             }
-            Some(FromDaemon::OpenUserfault { id }) if welcomed => match open(device) {
-                Ok(handles) => socket.send(&wire::done(id), Some(&handles)),
-                Err(reason) => socket.send(&wire::failed(id, &reason), None),
-            },
+            Some(FromDaemon::OpenUserfault { id, keep }) if welcomed => {
+                match open(device) {
+                    Ok(handles) => {
+                        let sent = socket.send(&wire::done(id), Some(&handles));
+                        let [userfault, ..] = handles;
+                        if keep && sent.is_ok() {
+                            *kept = Some(userfault);
+                        }
+                        sent
+                    }
+                    Err(reason) => socket.send(&wire::failed(id, &reason), None),
+                }
+            }
             Some(FromDaemon::Unknown { id }) if welcomed => {
                 socket.send(&wire::failed(id, "the shim can open a userfaultfd and nothing else"), None)
             }

@@ -19,6 +19,7 @@ const WELCOME: u16 = 16;
 /// Kinds from here on are requests.
 const FIRST_REQUEST: u16 = 32;
 const OPEN_USERFAULT: u16 = 43;
+const KEEP_USERFAULT: u16 = 44;
 
 /// What a daemon says.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub enum FromDaemon {
     OpenUserfault {
         /// Number that the reply repeats.
         id: u32,
+        /// Keep a copy of it open.
+        keep: bool,
     },
     /// A request that this shim does not know.
     Unknown {
@@ -49,7 +52,8 @@ impl FromDaemon {
         let id = u32::from_le_bytes(id);
         match u16::from_le_bytes([k0, k1]) {
             WELCOME if *body == VERSION.to_le_bytes() => Some(Self::Welcome),
-            OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id }),
+            OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: false }),
+            KEEP_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: true }),
             kind if kind >= FIRST_REQUEST => Some(Self::Unknown { id }),
             _ => None,
         }
@@ -95,8 +99,10 @@ mod tests {
         assert_eq!(read(ToVmm::Welcome { version: VERSION }), Some(FromDaemon::Welcome));
         assert_eq!(read(ToVmm::Welcome { version: VERSION + 1 }), None);
         let id = 0x0102_0304;
-        let open = ToVmm::Request { id, request: Request::OpenUserfault };
-        assert_eq!(read(open), Some(FromDaemon::OpenUserfault { id }));
+        for keep in [false, true] {
+            let open = ToVmm::Request { id, request: Request::OpenUserfault { keep } };
+            assert_eq!(read(open), Some(FromDaemon::OpenUserfault { id, keep }));
+        }
         let other = ToVmm::Request { id, request: Request::Pause };
         assert_eq!(read(other), Some(FromDaemon::Unknown { id }));
         let refused = ToVmm::Refused { reason: "x".repeat(MAX_TEXT_BYTES) }.encode();
@@ -105,7 +111,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_nothing() {
-        let open = ToVmm::Request { id: 1, request: Request::OpenUserfault }.encode();
+        let open = ToVmm::Request { id: 1, request: Request::OpenUserfault { keep: true } }.encode();
         for length in 0..open.len() {
             assert_eq!(FromDaemon::read(&open[..length]), None, "{length} bytes");
         }

@@ -98,6 +98,37 @@ fn the_daemon_sees_which_pages_are_written() {
     assert_eq!(memory.written(), BTreeSet::from([5]));
 }
 
+/// Protection outlives a daemon that wanted a copy kept, until another is to be kept.
+#[test]
+fn a_copy_is_kept_where_the_daemon_wants_it() {
+    let Some(device) = device("a_copy_is_kept_where_the_daemon_wants_it") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::new(&directory.path().join("attach.sock"));
+    let file = RamFile::new(PAGES);
+    let mut writer = Writer::start(&file, &directory.path().join("attach.sock"));
+    let connection = daemon.welcome(writer.pid());
+    writer.write(3);
+
+    let memory = Memory::find(connection.keep_userfault(&device), &file);
+    drop(memory.protect());
+    let observer = File::open(format!("/proc/{}/pagemap", writer.pid())).unwrap();
+    let memory = memory.without_userfault(observer);
+    drop(connection);
+    let connection = daemon.welcome(writer.pid());
+    assert_eq!(memory.written(), BTreeSet::new());
+    writer.write(4);
+    assert_eq!(memory.written(), BTreeSet::from([4]));
+    drop(connection.open_userfault(Some(&device)).unwrap());
+    writer.write(5);
+    assert_eq!(memory.written(), BTreeSet::from([4, 5]));
+    let handles = connection.keep_userfault(&device);
+    let lifted = || (memory.written().len() as u64 == PAGES).then_some(());
+    wait_for("the end of the protection", LONG, lifted).unwrap();
+    let memory = Memory::find(handles, &file);
+    let _protection = memory.protect();
+    assert_eq!(memory.written(), BTreeSet::new());
+}
+
 /// Without a descriptor of the daemon's the program's own rights count.
 #[test]
 fn a_program_with_rights_needs_no_device() {
@@ -115,7 +146,7 @@ fn a_program_with_rights_needs_no_device() {
     let reason = connection.open_userfault(Some(&File::open("/dev/null").unwrap())).err().unwrap();
     assert!(reason.starts_with("making a userfaultfd: "), "{reason}");
     // The connection goes on.
-    assert!(connection.ask(Request::OpenUserfault, &[]).0.is_ok() == connection.open_userfault(None).is_ok());
+    assert!(connection.ask(Request::OpenUserfault { keep: false }, &[]).0.is_ok() == connection.open_userfault(None).is_ok());
 }
 
 #[test]
@@ -134,7 +165,7 @@ fn whatever_else_a_daemon_says_does_no_harm() {
     }
     // Nonsense, a packet for the other side, one that is too long, a wrong version, and a refusal:
     // the shim hangs up and comes again.
-    let request = ToVmm::Request { id: 1, request: Request::OpenUserfault }.encode();
+    let request = ToVmm::Request { id: 1, request: Request::OpenUserfault { keep: false } }.encode();
     let nonsense = [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0; 20_000],
@@ -150,7 +181,7 @@ fn whatever_else_a_daemon_says_does_no_harm() {
     drop(connection);
     // A request before the welcome, and a refusal.
     let unwelcome: [ToVmm; 2] = [
-        ToVmm::Request { id: 1, request: Request::OpenUserfault },
+        ToVmm::Request { id: 1, request: Request::OpenUserfault { keep: false } },
         ToVmm::Refused { reason: "not you".into() },
     ];
     for message in unwelcome {

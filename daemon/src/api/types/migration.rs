@@ -27,6 +27,8 @@ pub struct Migration {
     pub reason: Option<String>,
     /// Name of the host where the guest runs; `null` while it stands still.
     pub guest_runs_at: Option<String>,
+    /// The last decision on how to go on, and the figures that it was made from.
+    pub decision: Option<String>,
     /// When the order was taken, in seconds since 1970-01-01T00:00:00Z.
     pub started_at_unix_seconds: f64,
     /// From the order to the end, or until now.
@@ -65,6 +67,10 @@ pub struct Migration {
     pub rounds: Vec<Round>,
     /// Lanes, on all ports.
     pub lanes: Vec<Lane>,
+    /// How the guest's writes were slowed; `null` if they never were.
+    pub stun: Option<Stun>,
+    /// Running at the destination without all of its memory; `null` if it never did.
+    pub postcopy: Option<Postcopy>,
     /// Time that it took to begin to track the guest's writes.
     pub tracking_start_seconds: Option<f64>,
     /// Bytes of the VMM's state, without RAM.
@@ -101,6 +107,8 @@ pub enum Phase {
     SwitchingOver,
     /// The guest belongs to the destination, which starts it.
     Committing,
+    /// The guest runs at the destination, which fetches what is missing of its memory.
+    Fetching,
     /// Ended; see the outcome.
     Ended,
 }
@@ -117,6 +125,9 @@ pub enum Outcome {
     Cancelled,
     /// It never began.
     Refused,
+    /// The guest ran at the destination without all of its memory, and what was missing will never
+    /// come: the source's copy is out of date, and the destination's is not whole.
+    Lost,
 }
 
 /// The terms of a predicted downtime; they add up to it.
@@ -149,6 +160,43 @@ pub struct Round {
     pub seconds: f64,
     /// Pages that the guest wrote meanwhile.
     pub dirtied_pages: u64,
+}
+
+/// How a guest's writes are slowed while it is copied. All rates are over the time that they were.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Stun {
+    /// For how long they were.
+    pub seconds: f64,
+    /// Pages of 4 KiB that the guest was let write; those of 2 MiB count as 512.
+    pub released_pages_per_second: f64,
+    /// Pages that it might have written, which follows what the lanes deliver.
+    pub target_pages_per_second: f64,
+    /// For how long the guest stood still for it to begin.
+    pub switch_pause_seconds: f64,
+}
+
+/// How post-copy goes, as the destination sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Postcopy {
+    /// Accesses to missing pages that had to wait; several to one page count once.
+    pub faults: u64,
+    /// From the moment that the daemon saw such an access until the page was placed, in microseconds:
+    /// the median,
+    pub fault_p50_us: f64,
+    /// what 99 of 100 did not exceed,
+    pub fault_p99_us: f64,
+    /// and the longest.
+    pub fault_max_us: f64,
+    /// Pages that came because an access waited for them.
+    pub pages_fetched: u64,
+    /// Pages that came before anybody asked for them.
+    pub pages_streamed: u64,
+    /// Pages that are still missing.
+    pub remaining_pages: u64,
+    /// For how long the guest has run without all of its memory.
+    pub seconds: f64,
+    /// What fetching waits for; `null` while pages can come.
+    pub waits_for: Option<String>,
 }
 
 /// One TCP stream of a migration.
@@ -201,6 +249,7 @@ impl Migration {
             outcome: None,
             reason: None,
             guest_runs_at: None,
+            decision: None,
             started_at_unix_seconds: 0.0,
             total_seconds: 0.0,
             downtime_limit_seconds: 0.0,
@@ -219,6 +268,8 @@ impl Migration {
             bandwidth_bytes_per_second: 0.0,
             rounds: Vec::new(),
             lanes: Vec::new(),
+            stun: None,
+            postcopy: None,
             tracking_start_seconds: None,
             vmm_state_bytes: None,
             save_seconds: None,
@@ -235,6 +286,7 @@ impl Outcome {
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
             Self::Refused => "refused",
+            Self::Lost => "lost",
         }
     }
 }
@@ -248,6 +300,7 @@ impl Phase {
             Self::Copying => "copying",
             Self::SwitchingOver => "switching over",
             Self::Committing => "committing",
+            Self::Fetching => "fetching",
             Self::Ended => "ended",
         }
     }

@@ -10,5 +10,7 @@ mod order;
 pub use error::{ApiError, ErrorBody, ErrorCode};
 pub use guest::{Attach, Launch};
 pub use host::{GuestInfo, NicInfo, PeerInfo, PortInfo, Standing, Status};
-pub use migration::{Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Role, Round};
-pub use order::{CheckReport, Estimate, Finding, Order, PortCheck, Severity};
+pub use migration::{
+    Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Postcopy, Role, Round, Stun,
+};
+pub use order::{CheckReport, Converge, Estimate, Finding, Order, PortCheck, Severity, WhenPostcopy};

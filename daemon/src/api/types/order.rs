@@ -1,5 +1,6 @@
 //! What is ordered, and what a dry run of it finds.
 
+use memlane_protocol::convergence;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -26,6 +27,81 @@ pub struct Order {
     /// daemon's `limits.max_rounds`.
     #[serde(default)]
     pub max_rounds: Option<u32>,
+    /// What to do when rounds do not shrink; default: the daemon's `limits.converge`.
+    #[serde(default)]
+    pub converge: Option<Converge>,
+    /// How much of its writing a guest may lose to stun, in percent, at most 99; default: the
+    /// daemon's `limits.max_stun_percent`.
+    #[serde(default)]
+    pub max_stun_percent: Option<u8>,
+    /// Run the guest at the destination before all of its memory is there, whether or not rounds
+    /// would shrink.
+    #[serde(default)]
+    pub postcopy: Option<WhenPostcopy>,
+}
+
+/// What to do with a guest that writes faster than the ports carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Converge {
+    /// Slow its writes until the pause fits its limit; readers are not slowed.
+    Stun,
+    /// Run it at the destination, and fetch what is missing.
+    Postcopy,
+    /// Stun up to the bound, then post-copy.
+    Auto,
+    /// Give up: the guest runs on at its source.
+    None,
+}
+
+impl From<Converge> for convergence::Converge {
+    fn from(converge: Converge) -> Self {
+        match converge {
+            Converge::Stun => Self::Stun,
+            Converge::Postcopy => Self::Postcopy,
+            Converge::Auto => Self::Auto,
+            Converge::None => Self::None,
+        }
+    }
+}
+
+impl From<convergence::Converge> for Converge {
+    fn from(converge: convergence::Converge) -> Self {
+        match converge {
+            convergence::Converge::Stun => Self::Stun,
+            convergence::Converge::Postcopy => Self::Postcopy,
+            convergence::Converge::Auto => Self::Auto,
+            convergence::Converge::None => Self::None,
+        }
+    }
+}
+
+/// When a guest is run at the destination without all of its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenPostcopy {
+    /// At once.
+    Now,
+    /// After one round of pre-copy.
+    Hybrid,
+}
+
+impl From<WhenPostcopy> for convergence::Postcopy {
+    fn from(when: WhenPostcopy) -> Self {
+        match when {
+            WhenPostcopy::Now => Self::Now,
+            WhenPostcopy::Hybrid => Self::Hybrid,
+        }
+    }
+}
+
+impl From<convergence::Postcopy> for WhenPostcopy {
+    fn from(when: convergence::Postcopy) -> Self {
+        match when {
+            convergence::Postcopy::Now => Self::Now,
+            convergence::Postcopy::Hybrid => Self::Hybrid,
+        }
+    }
 }
 
 /// What a dry run of an order found.

@@ -26,14 +26,14 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use super::inspect::{Facts, MemoryFile};
+use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
 use super::register::{Record, Register};
 use super::settings::{self, Settings};
-use super::tracking::Tracking;
 use super::{launch, obstacles};
 use crate::guest::shim::Shims;
-use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState};
+use crate::guest::tracking::Tracking;
+use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState, VmmMemory};
 use crate::host::Host;
 
 /// Name of the descriptor over which QEMU's state travels.
@@ -46,7 +46,6 @@ pub struct Qemu {
     qmp: Rc<Qmp>,
     guest: QemuGuest,
     ram: Arc<GuestRam>,
-    files: Vec<MemoryFile>,
     process: Rc<Process>,
     shims: Rc<Shims>,
     /// Where its output goes, if this daemon started it.
@@ -58,6 +57,8 @@ pub struct Qemu {
     incoming: Cell<bool>,
     /// A guest has come here, and nobody has told it to run yet.
     loaded: Cell<bool>,
+    /// This driver has stopped it, and it is to run again.
+    frozen: Cell<bool>,
     /// What to restore when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -68,12 +69,11 @@ pub struct Qemu {
 impl Qemu {
     /// Drives the QEMU at the other end of `qmp`, whose guest has been looked at.
     pub fn new(qmp: Qmp, facts: Facts, process: Rc<Process>, host: &Host, record: &Record) -> Self {
-        let Facts { qemu, ram, files, .. } = facts;
+        let Facts { qemu, ram, .. } = facts;
         Self {
             qmp: Rc::new(qmp),
             guest: qemu,
             ram,
-            files,
             process,
             shims: host.shims.clone(),
             log: record.definition.as_ref().map(|_| launch::log_of(&record.qmp)),
@@ -81,6 +81,7 @@ impl Qemu {
             name: record.name.clone(),
             incoming: Cell::new(record.incoming),
             loaded: Cell::default(),
+            frozen: Cell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             state: RefCell::default(),
@@ -128,6 +129,12 @@ impl Qemu {
         Ok(())
     }
 
+    /// Has the next daemon know, too.
+    fn note_frozen(&self, frozen: bool) {
+        self.register.note_frozen(&self.name, frozen);
+        self.frozen.set(frozen);
+    }
+
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
         let reason = || "tracking has not been started".to_owned();
         self.tracking.borrow().clone().ok_or_else(|| DriverError::Failed { request, reason: reason() })
@@ -140,10 +147,7 @@ impl Driver for Qemu {
         self.register.note_migration(&self.name, true);
         self.remember_settings().await?;
         settings::prepare_source(&self.qmp).await?;
-        let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
-        let handles = self.shims.open_userfault(self.qmp.pid()).await;
-        let handles = handles.map_err(|error| failed(error.to_string()))?;
-        let tracking = Tracking::start(self.ram.clone(), &self.files, handles).map_err(failed)?;
+        let tracking = Tracking::start(self.open_memory(false).await?, None)?;
         *self.tracking.borrow_mut() = Some(Rc::new(tracking));
         Ok(())
     }
@@ -157,12 +161,32 @@ impl Driver for Qemu {
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {
-        let tracking = self.tracking.take();
-        // Lifting the protection takes the kernel a walk through all page tables.
-        let lift =
-            tracking.and_then(Rc::into_inner).map(|tracking| tokio::task::spawn_blocking(|| drop(tracking)));
-        if let Some(lift) = lift {
-            lift.await.expect("dropping does not panic");
+        if let Some(tracking) = self.tracking.take() {
+            tracking.end().await;
+        }
+        Ok(())
+    }
+
+    async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "open userfaultfd", reason };
+        let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
+        let handles = handles.map_err(|error| failed(error.to_string()))?;
+        handles.find(&self.ram, true).map_err(failed)
+    }
+
+    async fn freeze(&self) -> Result<(), DriverError> {
+        // One that stands still for reasons of its own is left as it is.
+        if self.qmp.status().await? == "running" {
+            self.note_frozen(true);
+            self.qmp.execute("stop", json!({})).await?;
+        }
+        Ok(())
+    }
+
+    async fn thaw(&self) -> Result<(), DriverError> {
+        if self.frozen.get() {
+            self.qmp.execute("cont", json!({})).await?;
+            self.note_frozen(false);
         }
         Ok(())
     }
@@ -187,6 +211,7 @@ impl Driver for Qemu {
         self.state.borrow_mut().take().inspect(JoinHandle::abort);
         if !self.incoming.get() {
             self.cancel().await?;
+            self.thaw().await?;
         }
         let status = match self.qmp.status().await {
             // Nobody has told it to run yet, and by itself it does not: so much is certain.

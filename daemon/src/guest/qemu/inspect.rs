@@ -35,18 +35,6 @@ pub struct Facts {
     pub qemu: QemuGuest,
     /// Its memory, mapped here too.
     pub ram: Arc<GuestRam>,
-    /// The files behind the regions of its memory.
-    pub files: Vec<MemoryFile>,
-}
-
-/// A file that QEMU maps as guest memory.
-pub struct MemoryFile {
-    /// Device and inode number, as in `/proc/PID/maps`.
-    pub device: u64,
-    /// See `device`.
-    pub inode: u64,
-    /// Bytes of it that are memory.
-    pub bytes: u64,
 }
 
 /// Asks QEMU for everything that a migration needs to know.
@@ -60,7 +48,7 @@ pub async fn inspect(
     if version < OLDEST {
         return Err(QemuError::TooOld { found: version, oldest: OLDEST });
     }
-    let (regions, files) = memory(qmp).await?;
+    let regions = memory(qmp).await?;
     let shape_regions = regions.iter().map(|(region, _)| *region).collect();
     let ram = Arc::new(GuestRam::map(regions)?);
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
@@ -103,18 +91,18 @@ pub async fn inspect(
         regions: shape_regions,
         nics,
     };
-    Ok(Facts { shape, qemu, ram, files })
+    Ok(Facts { shape, qemu, ram })
 }
 
 /// All RAM of the guest: one region for each memory back end, in order of their names.
-async fn memory(qmp: &Qmp) -> Result<(Vec<(Region, OwnedFd)>, Vec<MemoryFile>), QemuError> {
+async fn memory(qmp: &Qmp) -> Result<Vec<(Region, OwnedFd)>, QemuError> {
     let backends = qmp.execute("query-memdev", json!({})).await?;
     let mut backends: Vec<&Value> = items(&backends).iter().collect();
     backends.sort_by_key(|backend| backend["id"].as_str().unwrap_or_default().to_owned());
     if backends.is_empty() || backends.len() > MAX_REGIONS {
         return Err(QemuError::NoMemory { found: backends.len(), limit: MAX_REGIONS });
     }
-    let (mut regions, mut files, mut address) = (Vec::new(), Vec::new(), 0u64);
+    let (mut regions, mut address) = (Vec::new(), 0u64);
     for backend in backends {
         let id = backend["id"].as_str().unwrap_or_default();
         let bytes = backend["size"].as_u64().unwrap_or(0);
@@ -130,17 +118,16 @@ async fn memory(qmp: &Qmp) -> Result<(Vec<(Region, OwnedFd)>, Vec<MemoryFile>), 
             return Err(QemuError::PrivateMemory { id: id.to_owned(), kind, share });
         }
         let path = PathBuf::from(get("mem-path").await?.as_str().unwrap_or_default());
-        let (file, page_bytes, memory) = open(&path, bytes, qmp.user())?;
+        let (file, page_bytes) = open(&path, qmp.user())?;
         regions.push((Region { address, bytes, page_bytes, offset: 0 }, file));
-        files.push(memory);
         address = end;
     }
-    Ok((regions, files))
+    Ok(regions)
 }
 
 /// Opens a file that QEMU says is its memory. It must be QEMU's own: a QEMU that was taken over
 /// must not make this daemon write to what belongs to others.
-fn open(path: &Path, bytes: u64, user: u32) -> Result<(OwnedFd, u32, MemoryFile), QemuError> {
+fn open(path: &Path, user: u32) -> Result<(OwnedFd, u32), QemuError> {
     use rustix::fs::{Mode, OFlags};
     let failed = |source: std::io::Error| QemuError::MemoryFile { path: path.to_owned(), source };
     let odd = |why: &str| failed(std::io::Error::other(why.to_owned()));
@@ -158,8 +145,7 @@ fn open(path: &Path, bytes: u64, user: u32) -> Result<(OwnedFd, u32, MemoryFile)
     let system = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
     let huge = system.f_type as i64 == libc::HUGETLBFS_MAGIC;
     let page_bytes = if huge { system.f_bsize as u32 } else { PAGE_SIZE as u32 };
-    let memory = MemoryFile { device: metadata.dev(), inode: metadata.ino(), bytes };
-    Ok((file.into(), page_bytes, memory))
+    Ok((file.into(), page_bytes))
 }
 
 /// What the vCPU shows to the guest, as leaves of CPUID; empty where this QEMU does not tell.

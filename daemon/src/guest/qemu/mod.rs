@@ -13,7 +13,6 @@ mod obstacles;
 mod qmp;
 mod register;
 mod settings;
-mod tracking;
 
 use std::io;
 use std::path::PathBuf;

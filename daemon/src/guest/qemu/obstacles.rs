@@ -24,7 +24,7 @@ pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Obstacle>, DriverError
     found.extend(blockers(qmp).await?);
     // Last, since it is asked of QEMU itself, and costs a descriptor: can its writes be tracked?
     shims.wait_for(qmp.pid(), CONNECTING).await;
-    if let Err(error) = shims.open_userfault(qmp.pid()).await {
+    if let Err(error) = shims.open_userfault(qmp.pid(), false).await {
         found.push(Obstacle::new("shim", error.to_string(), None));
     }
     Ok(found)

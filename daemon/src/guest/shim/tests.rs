@@ -1,17 +1,19 @@
 //! Shims that connect to the attach socket, played by the test.
 
 use std::fs::File;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 
 use memlane_kvm::packet;
 use memlane_kvm::userfault::{Userfault, WRITE_PROTECT_ASYNC};
-use memlane_protocol::wire::attach::{FromVmm, Reply, ToVmm};
+use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::*;
 use crate::config::Config;
 use crate::guest::attach_socket;
 use crate::guest::attached::{receive, send};
+use crate::guest::memory::name_of;
 use crate::host::Host;
 use crate::journal::Journal;
 
@@ -77,7 +79,9 @@ impl Peer {
     /// Takes the request for a userfaultfd; its number, and the device lent with it.
     async fn asked(&self) -> (u32, Option<OwnedFd>) {
         let (bytes, mut lent) = timeout(LONG, receive(&self.0)).await.unwrap().unwrap().unwrap();
-        let Ok(ToVmm::Request { id, request: Request::OpenUserfault }) = ToVmm::decode(&bytes) else {
+        let Ok(ToVmm::Request { id, request: Request::OpenUserfault { keep: false } }) =
+            ToVmm::decode(&bytes)
+        else {
             panic!("{bytes:?}")
         };
         assert!(lent.len() <= 1);
@@ -104,7 +108,7 @@ fn shims_come_and_go() {
         let bench = Bench::new(&rustix::process::geteuid().as_raw().to_string()).await;
         let shims = &bench.host.shims;
         assert!(!is_connected(shims, me()) && !shims.wait_for(me(), SHORT).await);
-        let missing = shims.open_userfault(me()).await.unwrap_err();
+        let missing = shims.open_userfault(me(), false).await.unwrap_err();
         assert!(matches!(missing, ShimError::Missing(pid) if pid == me()));
         assert!(missing.to_string().contains("LD_PRELOAD="), "{missing}");
 
@@ -142,7 +146,7 @@ fn strangers_are_refused() {
             let kind = SocketType::SEQPACKET;
             let (here, _) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
             // SAFETY: the descriptor is owned by the value, and never replaced or closed under it.
-            Rc::new(Attached::new(unsafe { AsyncFd::register(here) }.unwrap(), 0))
+            Rc::new(Attached::new(unsafe { AsyncFd::register(here) }.unwrap(), None))
         };
         let one = socket();
         let others = (0..MOST as u32).map(|pid| (u32::MAX - pid, one.clone()));
@@ -174,7 +178,7 @@ fn what_a_shim_hands_over_is_looked_at() {
                 let (id, _device) = shim.asked().await;
                 shim.reply(id, outcome, &descriptors).await;
             };
-            tokio::join!(shims.open_userfault(me()), answered).0
+            tokio::join!(shims.open_userfault(me(), false), answered).0
         };
         let (pipe, pagemap, maps, status) = (pipe.as_fd(), pagemap.as_fd(), maps.as_fd(), status.as_fd());
         if let Ok(userfault) = Userfault::open(WRITE_PROTECT_ASYNC) {
@@ -219,7 +223,7 @@ fn the_device_is_lent_and_a_lost_shim_is_noticed() {
             assert_eq!(device.map(|device| name_of(&device).unwrap()), may.then(|| DEVICE.to_owned()));
             drop(shim);
         };
-        let (outcome, ()) = tokio::join!(shims.open_userfault(me()), lost);
+        let (outcome, ()) = tokio::join!(shims.open_userfault(me(), false), lost);
         let error = outcome.unwrap_err();
         assert!(matches!(error, ShimError::Broken { .. }), "{error}");
     });
@@ -232,7 +236,7 @@ fn a_late_answer_is_not_taken_for_the_next() {
         let shims = &bench.host.shims;
         let shim = bench.shim().await;
         assert!(shims.wait_for(me(), LONG).await);
-        let error = shims.open_userfault(me()).await.unwrap_err();
+        let error = shims.open_userfault(me(), false).await.unwrap_err();
         assert!(matches!(error, ShimError::Slow { after: PATIENCE, .. }), "{error}");
         let (late, _device) = shim.asked().await;
         let answered = async {
@@ -240,7 +244,7 @@ fn a_late_answer_is_not_taken_for_the_next() {
             shim.reply(late, Err("the first".into()), &[]).await;
             shim.reply(id, Err("the second".into()), &[]).await;
         };
-        let (outcome, ()) = tokio::join!(shims.open_userfault(me()), answered);
+        let (outcome, ()) = tokio::join!(shims.open_userfault(me(), false), answered);
         assert!(outcome.unwrap_err().to_string().contains("the second"));
     });
 }

@@ -23,9 +23,10 @@ use std::sync::atomic::AtomicU64;
 
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
-use super::{ForeignTracker, Harvest, Place, split};
+use super::{ForeignTracker, Harvest, Writes, split};
 use crate::dirty::TrackError;
 use crate::dirty::scan::{Found, Pieces, Query, State};
+use crate::foreign_ram::Place;
 use crate::ram::{GuestRam, is_zero};
 
 /// One harvest's way through one region.
@@ -47,12 +48,13 @@ impl<'a, S: Deref<Target = [AtomicU64]>> Pass<'a, S> {
 
     /// Goes through the region; `punched` if holes may have been made in the file.
     pub fn run(mut self, punched: bool) -> Result<Harvest, TrackError> {
-        let addresses = self.place.addresses(&self.place.pages);
-        let query = if punched { Query::ALL } else { Query::NOT_CLEAN };
+        let addresses = self.place.addresses(&self.place.all());
         let tracker = self.tracker;
+        let query = if punched { tracker.writes.all_pages() } else { Query::NOT_CLEAN };
         tracker.pagemap.scan(addresses, query, |Found { addresses, state }| {
-            let pages = self.place.pages(&addresses);
+            let pages = self.place.pages_at(&addresses);
             match state {
+                State::Written if tracker.writes == Writes::Wait => self.take_exactly(pages),
                 State::Written => {
                     if let Some(piece) = self.pieces.add(addresses) {
                         self.take(piece)?;
@@ -77,7 +79,7 @@ impl<'a, S: Deref<Target = [AtomicU64]>> Pass<'a, S> {
         let mut unknown = Vec::new();
         let tracker = self.tracker;
         tracker.pagemap.protect(piece, Query::WRITTEN_WITH_STATE, |found| {
-            let pages = self.place.pages(&found.addresses);
+            let pages = self.place.pages_at(&found.addresses);
             match found.state {
                 State::Unknown => unknown.push(pages),
                 _ => self.report(pages),
@@ -88,6 +90,15 @@ impl<'a, S: Deref<Target = [AtomicU64]>> Pass<'a, S> {
             self.report(pages);
         }
         unknown.into_iter().try_for_each(|pages| self.take_unknown(pages))
+    }
+
+    /// Protects `pages`, which were seen written, and reports them. Where the kernel cannot do so
+    /// for what it finds written in the same step, no other page may be protected with them: one that
+    /// was written since it was looked at would be lost.
+    fn take_exactly(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
+        self.tracker.protect(&pages)?;
+        self.report(pages);
+        Ok(())
     }
 
     /// Pages of which the page table knows nothing.
@@ -130,10 +141,10 @@ impl<'a, S: Deref<Target = [AtomicU64]>> Pass<'a, S> {
 
     /// Reports those of the protected `pages`, which hold memory, that are zero now.
     fn take_zeroed(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
-        let ram = &self.tracker.ram;
+        let ram = self.tracker.memory.ram();
         let unit = self.place.unit();
         for part in self.doubtful(pages) {
-            if self.place.huge {
+            if unit > 1 {
                 // One that was taken away comes back here or, if the pool of huge pages is used up,
                 // is an error: to read it would then be a signal.
                 ram.prepare(part.clone()).map_err(TrackError::kernel(

@@ -6,9 +6,9 @@ use super::other::{Act, Other, Random};
 use super::*;
 
 /// Both begin within a word of any bitmap, and the second holds whole page tables.
-const LAYOUT: [(u64, u64); 2] = [(0, 0x10_1000), (16 << 20, 8 << 20)];
+pub(super) const LAYOUT: [(u64, u64); 2] = [(0, 0x10_1000), (16 << 20, 8 << 20)];
 
-fn file_ram(layout: &[(u64, u64)]) -> Arc<GuestRam> {
+pub(super) fn file_ram(layout: &[(u64, u64)]) -> Arc<GuestRam> {
     Arc::new(GuestRam::create(layout, &Backing::File("/dev/shm".into())).unwrap())
 }
 
@@ -24,7 +24,7 @@ fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker)> {
 }
 
 /// The destination: the first word of each page, as it was when it was last copied.
-struct Mirror {
+pub(super) struct Mirror {
     ram: Arc<GuestRam>,
     words: Vec<u64>,
     /// Pages are looked up before they are read, so that holes stay holes.
@@ -32,7 +32,7 @@ struct Mirror {
 }
 
 impl Mirror {
-    fn new(ram: &Arc<GuestRam>, sparse: bool) -> Self {
+    pub(super) fn new(ram: &Arc<GuestRam>, sparse: bool) -> Self {
         Self { ram: Arc::clone(ram), words: vec![0; ram.pages() as usize], sparse }
     }
 
@@ -54,14 +54,14 @@ impl Mirror {
         Self::look(&ram, pages, sparse, |page, word| self.words[page as usize] = word);
     }
 
-    fn arm(&mut self, tracker: &mut ForeignTracker, pages: Range<u64>) {
+    pub(super) fn arm(&mut self, tracker: &mut ForeignTracker, pages: Range<u64>) {
         for run in tracker.arm(pages).unwrap() {
             self.copy(run);
         }
     }
 
     /// Harvests and copies; returns what was reported.
-    fn round(&mut self, tracker: &mut ForeignTracker) -> (Vec<u64>, Harvest) {
+    pub(super) fn round(&mut self, tracker: &mut ForeignTracker) -> (Vec<u64>, Harvest) {
         let dirty = PageSet::new(self.ram.pages());
         let harvest = tracker.harvest(&dirty).unwrap();
         assert_eq!(harvest.new, dirty.count());
@@ -69,7 +69,7 @@ impl Mirror {
         (dirty.runs().flatten().collect(), harvest)
     }
 
-    fn assert_equal(&self, when: &str) {
+    pub(super) fn assert_equal(&self, when: &str) {
         Self::look(&self.ram, 0..self.ram.pages(), true, |page, word| {
             assert_eq!(self.words[page as usize], word, "page {page} was lost {when}");
         });
@@ -186,14 +186,21 @@ fn loses_no_page_in_scripts_of_all_kinds() {
 }
 
 /// Copies rounds while `other` riots, and compares when it has stopped.
-fn converge(other: &Other, tracker: &mut ForeignTracker, ram: &Arc<GuestRam>, sparse: bool) {
+pub(super) fn converge(
+    other: &Other,
+    riot: Act,
+    tracker: &mut ForeignTracker,
+    ram: &Arc<GuestRam>,
+    sparse: bool,
+) {
     let mut mirror = Mirror::new(ram, sparse);
-    other.act(Act::Riot, 0..0);
+    other.act(riot, 0..0);
     for first in (0..ram.pages()).step_by(512) {
         mirror.arm(tracker, first..ram.pages().min(first + 512));
     }
-    for _ in 0..30 {
-        mirror.round(tracker);
+    let mut busy_rounds = 0;
+    while busy_rounds < 30 {
+        busy_rounds += u64::from(!mirror.round(tracker).0.is_empty());
     }
     other.act(Act::Halt, 0..0);
     mirror.round(tracker);
@@ -214,12 +221,12 @@ fn loses_no_page_while_all_happens_at_once() {
     ] {
         let ram = Arc::new(GuestRam::create(&LAYOUT, &backing).unwrap());
         let Some((other, mut tracker)) = track(name, &ram) else { return };
-        converge(&other, &mut tracker, &ram, sparse);
+        converge(&other, Act::Riot, &mut tracker, &ram, sparse);
         // Once more, with descriptors of their own: what was protected is not any more.
         tracker.stop();
         assert!(matches!(tracker.harvest(&PageSet::new(ram.pages())), Err(TrackError::NotStarted)));
         let mut again = other.track(&ram).unwrap();
-        converge(&other, &mut again, &ram, sparse);
+        converge(&other, Act::Riot, &mut again, &ram, sparse);
         drop(again);
         other.track(&ram).unwrap();
     }

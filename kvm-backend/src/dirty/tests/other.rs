@@ -10,8 +10,10 @@ use rustix::mm::Advice;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
+use crate::dirty::foreign::Writes;
+use crate::foreign_ram::ForeignRam;
 use crate::packet;
-use crate::userfault::{self, Userfault, WRITE_PROTECT_ASYNC};
+use crate::userfault::{self, Userfault, WRITE_PROTECT, WRITE_PROTECT_ASYNC};
 
 /// Says to the test binary that it is to be the other process.
 const MARK: &str = "MEMLANE_TEST_OTHER_PROCESS";
@@ -33,10 +35,15 @@ pub enum Act {
     PageOut,
     /// Does all of that at once and at random, in threads, until `Halt`.
     Riot,
+    /// The same, and takes no memory away.
+    WriteRiot,
     Halt,
     /// Maps them no longer.
     Unmap,
 }
+
+/// A tracker, and what it works on.
+pub type Tracked = (ForeignTracker, Arc<ForeignRam>, Arc<Userfault>);
 
 /// The other process, from here. It is killed when this is dropped.
 pub struct Other {
@@ -62,12 +69,29 @@ impl Other {
 
     /// Tracks it, by descriptors that it makes for this.
     pub fn track(&self, ram: &Arc<GuestRam>) -> Result<ForeignTracker, TrackError> {
+        self.track_with(ram, WRITE_PROTECT_ASYNC, Writes::GoOn).map(|(tracker, ..)| tracker)
+    }
+
+    /// Tracks it with writes held up, until they are released by the userfaultfd.
+    pub fn hold(&self, ram: &Arc<GuestRam>) -> Tracked {
+        self.track_with(ram, WRITE_PROTECT, Writes::Wait).unwrap()
+    }
+
+    fn track_with(
+        &self,
+        ram: &Arc<GuestRam>,
+        features: u64,
+        writes: Writes,
+    ) -> Result<Tracked, TrackError> {
         packet::send(&self.socket, &[0], &[]).unwrap();
         let mut buffer = [0; 1024];
         let (length, descriptors) = packet::recv(&self.socket, &mut buffer).unwrap();
         let [userfault, pagemap] = <[OwnedFd; 2]>::try_from(descriptors).unwrap();
-        let userfault = Userfault::from_fd(userfault, WRITE_PROTECT_ASYNC).unwrap();
-        ForeignTracker::new(Arc::clone(ram), numbers(&buffer[..length]), userfault, File::from(pagemap))
+        let userfault = Arc::new(Userfault::from_fd(userfault, features).unwrap());
+        let memory = ForeignRam::new(Arc::clone(ram), &numbers(&buffer[..length])).unwrap();
+        let memory = Arc::new(memory);
+        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), File::from(pagemap), writes)?;
+        Ok((tracker, memory, userfault))
     }
 
     /// Has it act, and waits until it has.
@@ -80,6 +104,7 @@ impl Other {
             Act::Drop => (5, 0),
             Act::PageOut => (6, 0),
             Act::Riot => (7, 0),
+            Act::WriteRiot => (7, 1),
             Act::Halt => (8, 0),
             Act::Unmap => (9, 0),
         };
@@ -133,10 +158,11 @@ fn the_other_process() {
                     match order[0] {
                         7 => {
                             stop.store(false, Ordering::SeqCst);
+                            let acts = if order[3] == 0 { &RIOT[..] } else { &RIOT[..WRITES] };
                             for seed in 1..4 {
                                 scope.spawn({
                                     let (ram, stop) = (&ram, &stop);
-                                    move || riot(ram, stop, seed)
+                                    move || riot(ram, stop, seed, acts)
                                 });
                             }
                         }
@@ -196,13 +222,18 @@ fn act(ram: &GuestRam, code: u64, pages: Range<u64>, value: u64) {
     }
 }
 
-/// Mostly writes, at random, and sometimes takes away what it wrote.
-fn riot(ram: &Arc<GuestRam>, stop: &AtomicBool, seed: u64) {
+/// What a riot does: mostly writes, and reads, and sometimes takes away what it wrote.
+const RIOT: [u64; 12] = [1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4, 5];
+/// So many of these take nothing away.
+const WRITES: usize = 9;
+
+/// Does what `acts` says, at random.
+fn riot(ram: &Arc<GuestRam>, stop: &AtomicBool, seed: u64, acts: &[u64]) {
     let ram = Arc::clone(ram);
     let mut random = Random(seed);
     while !stop.load(Ordering::Relaxed) {
         let first = random.below(ram.pages());
-        let code = [1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4, 5][random.below(12) as usize];
+        let code = acts[random.below(acts.len() as u64) as usize];
         let most = if code == 5 && random.below(8) == 0 { 1500 } else { 12 };
         let end = (first + 1 + random.below(most)).min(ram.pages());
         act(&ram, code, first..end, random.next() | 1);

@@ -239,6 +239,14 @@ impl Backend for Fake {
         end(&sender, Outcome::Cancelled, "host-a", None);
         self.migration(id)
     }
+    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+        let sender = self.find(id)?;
+        if sender.borrow().guest != "late1" {
+            return Err(ApiError::new(ErrorCode::TooLate, "nothing of it is missing"));
+        }
+        end(&sender, Outcome::Lost, "host-b", Some("abandoned by the operator"));
+        self.migration(id)
+    }
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
         match self.find(id) {
             Ok(sender) => Ok(sender.subscribe()),

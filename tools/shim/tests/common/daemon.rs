@@ -102,8 +102,17 @@ impl Connection {
 
     /// Asks for a userfaultfd, by the rights of `device` or by those of the shim's process.
     pub fn open_userfault(&self, device: Option<&File>) -> Result<Handles, String> {
+        self.open(device, false)
+    }
+
+    /// The same, and the shim is to keep a copy of it.
+    pub fn keep_userfault(&self, device: &File) -> Handles {
+        self.open(Some(device), true).unwrap()
+    }
+
+    fn open(&self, device: Option<&File>, keep: bool) -> Result<Handles, String> {
         let lent: Vec<_> = device.iter().map(|device| device.as_fd()).collect();
-        let (outcome, descriptors) = self.ask(Request::OpenUserfault, &lent);
+        let (outcome, descriptors) = self.ask(Request::OpenUserfault { keep }, &lent);
         let count = descriptors.len();
         match (outcome, <[OwnedFd; 3]>::try_from(descriptors)) {
             (Ok(values), Ok([userfault, pagemap, maps])) => {

@@ -1,8 +1,10 @@
 //! The memory of a program, watched from outside through what its shim handed over.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -22,7 +24,8 @@ pub struct RamFile(NamedTempFile);
 
 /// Where a program maps the file.
 pub struct Memory {
-    handles: Handles,
+    userfault: Option<OwnedFd>,
+    pagemap: File,
     addresses: Range<u64>,
 }
 
@@ -48,12 +51,18 @@ impl Memory {
         let (start, rest) = line.split_once('-').unwrap();
         let (end, _) = rest.split_once(' ').unwrap();
         let number = |text| u64::from_str_radix(text, 16).unwrap();
-        Self { handles, addresses: number(start)..number(end) }
+        let Handles { userfault, pagemap, .. } = handles;
+        Self { userfault: Some(userfault), pagemap, addresses: number(start)..number(end) }
+    }
+
+    /// The same, seen by a `pagemap` of the observer's own, without any descriptor of the program.
+    pub fn without_userfault(self, pagemap: File) -> Self {
+        Self { userfault: None, pagemap, ..self }
     }
 
     /// Protects all of it; the protection lasts as long as what is returned.
     pub fn protect(&self) -> Userfault {
-        let fd = self.handles.userfault.try_clone().unwrap();
+        let fd = self.userfault.as_ref().unwrap().try_clone().unwrap();
         let userfault = Userfault::from_fd(fd, WRITE_PROTECT_ASYNC).unwrap();
         userfault.register(self.addresses.clone(), Faults::WriteProtect).unwrap();
         userfault.write_protect(self.addresses.clone(), true).unwrap();
@@ -64,7 +73,7 @@ impl Memory {
     pub fn written(&self) -> BTreeSet<u64> {
         let pages = (self.addresses.end - self.addresses.start) / PAGE_BYTES;
         let mut entries = vec![0; pages as usize * 8];
-        self.handles.pagemap.read_exact_at(&mut entries, self.addresses.start / PAGE_BYTES * 8).unwrap();
+        self.pagemap.read_exact_at(&mut entries, self.addresses.start / PAGE_BYTES * 8).unwrap();
         let entries = entries.chunks_exact(8).map(|entry| u64::from_ne_bytes(entry.try_into().unwrap()));
         let written = entries.enumerate().filter(|(_, entry)| entry & PROTECTED == 0);
         written.map(|(page, _)| page as u64).collect()

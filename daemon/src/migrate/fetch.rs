@@ -1,0 +1,258 @@
+//! Fetching at the destination: the guest runs here, and part of its memory is still at the source.
+//!
+//! A [`Session`] is one connection of the source's for control, and its lanes. Sessions come and go;
+//! what is missing is known here alone, and each session is told it anew.
+
+use std::future::pending;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_kvm::userfault::{self, Userfault};
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::{Accept, Control, FetchReport, Missing};
+use tokio::sync::{Notify, mpsc};
+use tracing::{info, warn};
+
+use super::lanes::{LaneEnd, Lanes};
+use super::missing::{heard, tell};
+use crate::guest::Guest;
+use crate::host::Host;
+use crate::lane::{Faults, Inbound, Placing};
+use crate::link::{Link, LinkError};
+use crate::metrics;
+use crate::port::{ArrivedLane, LaneKind};
+
+/// Lanes that a source may open.
+const MOST_LANES: usize = 256;
+/// How often the source is told how it goes.
+const REPORT: Duration = Duration::from_millis(200);
+
+/// A guest's memory that is not all here.
+pub struct Fetching {
+    host: Rc<Host>,
+    guest: Rc<Guest>,
+    placing: Arc<Placing>,
+    faults: Faults,
+    /// Rung when the lane for faults is lost.
+    lost: Arc<Notify>,
+    session: Option<Session>,
+    /// Since when the guest runs without all of its memory.
+    since: Option<Instant>,
+    counted: FetchReport,
+}
+
+/// What the source has connected.
+struct Session {
+    link: Link,
+    arriving: mpsc::Receiver<ArrivedLane>,
+    lanes: Lanes,
+    inbound: Arc<Inbound>,
+    reported: Instant,
+}
+
+impl Fetching {
+    /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
+    pub async fn open(host: Rc<Host>, guest: Rc<Guest>) -> Result<Self, String> {
+        let memory = guest.driver.open_memory(true).await;
+        let memory = memory.map_err(|error| format!("cannot have the guest's accesses wait: {error}"))?;
+        let userfault = Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
+        let (userfault, _) = userfault.map_err(|error| error.to_string())?;
+        let failed = |error: io::Error| format!("cannot have the guest's accesses wait: {error}");
+        let placing = Arc::new(Placing::new(userfault, memory.memory).map_err(failed)?);
+        let lost = Arc::new(Notify::new());
+        let ring = lost.clone();
+        let silence = host.config.limits.silence;
+        let faults = Faults::start(placing.clone(), silence, move || ring.notify_one()).map_err(failed)?;
+        let counted = FetchReport::default();
+        Ok(Self { host, guest, placing, faults, lost, session: None, since: None, counted })
+    }
+
+    /// The pages that are missing.
+    pub fn placing(&self) -> &Arc<Placing> {
+        &self.placing
+    }
+
+    /// The source offers to serve over `link`: takes the place of any session before.
+    pub async fn accept(&mut self, mut link: Link, migration: MigrationId) {
+        self.session = None;
+        let token = crate::host::random_id();
+        let arriving = self.host.rendezvous.await_lanes(token, MOST_LANES);
+        let accept = Control::Accept(Accept { token, ports: self.host.offered_ports() });
+        if let Err(error) = link.send(&accept).await {
+            return info!(guest = %self.guest.shape.name, %error, "the source went away");
+        }
+        if self.placing.is_known()
+            && let Err(error) = tell_missing(&mut link, &self.placing).await
+        {
+            return info!(guest = %self.guest.shape.name, %error, "the source went away");
+        }
+        info!(guest = %self.guest.shape.name, migration = crate::hex::encode(&migration), "the source serves missing pages");
+        let lanes = Lanes::new(self.host.traffic.clone());
+        let inbound = Arc::new(Inbound { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
+        self.session = Some(Session { link, arriving, lanes, inbound, reported: Instant::now() });
+    }
+
+    /// The source says that these pages are missing.
+    pub async fn add(&self, missing: Missing) -> Result<(), String> {
+        if self.placing.is_known() {
+            return Err("the source adds missing pages when all were known".into());
+        }
+        let runs = heard(&missing, self.placing.pages())?;
+        let placing = self.placing.clone();
+        let adding = move || runs.into_iter().try_for_each(|run| placing.add_missing(run));
+        let added = tokio::task::spawn_blocking(adding).await.expect("adding does not panic");
+        added.map_err(|error| format!("cannot drop pages that are out of date: {error}"))
+    }
+
+    /// All missing pages are known: they may come.
+    pub async fn all_known(&mut self) {
+        self.placing.all_known();
+        self.faults.wake();
+        if let Some(session) = &mut self.session
+            && let Err(error) = tell_missing(&mut session.link, &self.placing).await
+        {
+            info!(guest = %self.guest.shape.name, %error, "the source cannot be told what is missing");
+            self.session = None;
+        }
+    }
+
+    /// The guest runs from now on.
+    pub fn begin(&mut self) {
+        self.since.get_or_insert_with(Instant::now);
+    }
+
+    /// Returns when nothing is missing any more. To be awaited again and again.
+    pub async fn completes(&mut self) {
+        loop {
+            tokio::select! {
+                () = self.placing.bell.notified() => {
+                    if self.placing.is_known() && self.placing.remaining() == 0 {
+                        return;
+                    }
+                }
+                happened = happens(&mut self.session, &self.faults) => if let Err(error) = happened {
+                    warn!(guest = %self.guest.shape.name, %error, "lost the source, from which pages are fetched; it connects again");
+                    self.session = None;
+                },
+                () = self.lost.notified() => {
+                    // The source opens everything anew, over ports that answer.
+                    if !self.faults.is_connected() {
+                        self.session = None;
+                    }
+                }
+                () = tokio::time::sleep(REPORT) => {}
+            }
+            self.report().await;
+        }
+    }
+
+    /// How it goes.
+    pub fn progress(&self) -> FetchReport {
+        let nanoseconds = self.since.map_or(0, |since| since.elapsed().as_nanos() as u64);
+        FetchReport { nanoseconds, ..self.placing.report() }
+    }
+
+    /// What is waited for, in words; nothing while pages can come.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        match &self.session {
+            None => Some("the source host, from which missing pages are fetched"),
+            Some(_) if !self.faults.is_connected() => {
+                Some("a lane of the source's for pages that are waited for")
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// Shows the lanes.
+    pub fn show(&mut self, progress: &mut crate::api::types::Migration) {
+        if let Some(session) = &mut self.session {
+            session.lanes.measure(false);
+            session.lanes.show(progress);
+        }
+    }
+
+    /// Accesses to what is missing fail from now on, and to the rest are as any other; returns how many
+    /// pages are missing. On an error accesses go on waiting: letting go of them would have them find
+    /// zeros.
+    pub fn poison(self) -> io::Result<u64> {
+        self.guest.incomplete.set(true);
+        let poisoned = self.placing.poison().and_then(|pages| self.placing.end().map(|()| pages));
+        if poisoned.is_err() {
+            std::mem::forget(self);
+        }
+        poisoned
+    }
+
+    /// No guest comes after all: the VMM's memory is as any other, for the next one.
+    pub fn withdraw(self) {
+        if let Err(error) = self.placing.end() {
+            warn!(guest = %self.guest.shape.name, %error, "cannot let go of a VMM's memory; it must be started anew");
+        }
+    }
+
+    /// Nothing is missing any more: the guest's memory is as any other. Returns how it went.
+    pub fn end(mut self) -> FetchReport {
+        let report = self.progress();
+        self.count();
+        if let Err(error) = self.placing.end() {
+            // The guest is served all the same, as long as this daemon lives.
+            warn!(guest = %self.guest.shape.name, %error, "cannot let go of the guest's memory");
+            std::mem::forget(self.faults);
+        }
+        report
+    }
+
+    async fn report(&mut self) {
+        let due = self.session.as_ref().is_some_and(|session| session.reported.elapsed() >= REPORT);
+        if !due || !self.placing.is_known() {
+            return;
+        }
+        self.count();
+        let report = Control::Fetched(self.progress());
+        if let Some(session) = &mut self.session {
+            session.reported = Instant::now();
+            // A broken link is noticed by whoever listens to it.
+            let _ = session.link.send(&report).await;
+        }
+    }
+
+    /// Adds what is new to the metrics.
+    fn count(&mut self) {
+        let report = self.placing.report();
+        metrics::fetched(&self.counted, &report);
+        metrics::missing_pages(report.remaining_pages);
+        self.counted = report;
+    }
+}
+
+/// Deals with what the source does, until it is gone.
+async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), LinkError> {
+    let Some(session) = session else { return pending().await };
+    tokio::select! {
+        message = session.link.receive() => {
+            let found = message?.name();
+            Err(LinkError::Unexpected { expected: "nothing but lanes", found })
+        }
+        Some(ArrivedLane { port, kind, socket, remote }) = session.arriving.recv() => {
+            match kind {
+                LaneKind::Faults => faults.connect(socket),
+                // More than that are dropped, and so closed.
+                LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
+                LaneKind::Pages(number) => {
+                    let end = LaneEnd { port, number, local: String::new(), remote, socket };
+                    session.lanes.receive(end, &session.inbound);
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn tell_missing(link: &mut Link, placing: &Placing) -> Result<(), LinkError> {
+    for missing in tell(placing.missing()) {
+        link.send(&Control::Missing(missing)).await?;
+    }
+    Ok(())
+}

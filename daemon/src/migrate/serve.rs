@@ -1,0 +1,266 @@
+//! Serving at the source: the guest runs at the destination, and fetches memory from here.
+//!
+//! The source knows nothing of what is missing: each session, the first as any after a loss, begins
+//! with the destination's telling it. The guest stands still here, so that whatever is sent twice
+//! is the same.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::wire::control::{Control, FetchReport};
+use memlane_protocol::wire::hello::Purpose;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use super::Ticket;
+use super::lanes::{LaneEnd, Lanes};
+use super::missing::heard;
+use super::preflight::{self, Findings};
+use crate::api::types::Postcopy;
+use crate::host::Host;
+use crate::lane::Outbound;
+use crate::link::{Link, LinkError};
+use crate::port;
+
+/// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
+const ANSWER: Duration = Duration::from_secs(15);
+/// How often the lanes are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long to wait before a lost session is opened again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Why memory cannot be served, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The connection for control failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The destination is not configured here.
+    #[error("{0} is no peer of this host any more; add it as [[peer]]")]
+    NoPeer(String),
+    /// The destination did not answer.
+    #[error("the destination did not answer within {0:.0?}")]
+    Slow(Duration),
+    /// No lane could be opened.
+    #[error("no port reaches the destination: {0}")]
+    NoPort(String),
+    /// The lane for faults, or all others, are lost.
+    #[error("{0} to the destination is lost; see `memlanectl ports` and the daemon's log")]
+    Lost(&'static str),
+    /// This host cannot.
+    #[error("cannot prepare the lanes: {0}")]
+    Io(#[from] std::io::Error),
+    /// The destination named pages that there are not.
+    #[error("the destination broke the protocol: {0}")]
+    Protocol(String),
+}
+
+/// What is served, and to whom.
+#[derive(Clone)]
+pub struct Server {
+    /// This host.
+    pub host: Rc<Host>,
+    /// The migration.
+    pub ticket: Rc<Ticket>,
+    /// The guest's memory, which nobody writes to any more once pages are asked for.
+    pub ram: Arc<GuestRam>,
+    /// Pages may be holes, which are not to be read.
+    pub sparse: bool,
+}
+
+/// Serves until it is dropped.
+pub struct Serving(JoinHandle<()>);
+
+/// One connection for control, and its lanes.
+struct Session {
+    link: Link,
+    lanes: Lanes,
+    outbound: Arc<Outbound>,
+    /// Number of the lane for faults.
+    faults: u16,
+}
+
+impl Serving {
+    /// Opens the first session, and serves from then on.
+    pub async fn begin(server: Server) -> Result<Self, ServeError> {
+        let session = server.open().await?;
+        Ok(Self(tokio::task::spawn_local(server.serve(Some(session)))))
+    }
+
+    /// Serves as soon as the destination can be reached.
+    pub fn again(server: Server) -> Self {
+        Self(tokio::task::spawn_local(server.serve(None)))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Server {
+    async fn serve(self, mut first: Option<Session>) {
+        let base = self.ticket.progress.borrow().clone();
+        let (mut sent, mut pages) = (base.bytes_sent, base.pages_sent);
+        loop {
+            let opened = match first.take() {
+                Some(session) => Ok(session),
+                None => self.open().await,
+            };
+            let error = match opened {
+                Ok(mut session) => {
+                    self.waits_for(None);
+                    let error = self.serve_over(&mut session, (sent, pages)).await;
+                    (sent, pages) = (sent + session.lanes.wire_bytes(), pages + session.lanes.data_pages());
+                    session.lanes.close().await;
+                    error
+                }
+                Err(error) => error,
+            };
+            let Ticket { guest, peer, .. } = &*self.ticket;
+            warn!(%guest, %peer, %error, "cannot serve a guest's missing pages; trying again");
+            self.waits_for(Some(format!("{peer}, which fetches pages from here: {error}")));
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn open(&self) -> Result<Session, ServeError> {
+        let (host, peer) = (&self.host, &self.ticket.peer);
+        let mut link = host.connect(peer).await?.ok_or_else(|| ServeError::NoPeer(peer.to_string()))?;
+        link.send(&Control::Fetch(self.ticket.id)).await?;
+        let answer = tokio::time::timeout(ANSWER, link.receive()).await;
+        let accept = match answer.map_err(|_| ServeError::Slow(ANSWER))?? {
+            Control::Accept(accept) => accept,
+            other => {
+                let (expected, found) = ("the ports to serve over", other.name());
+                return Err(LinkError::Unexpected { expected, found }.into());
+            }
+        };
+        let mut findings = Findings::default();
+        let mut pairs = preflight::try_ports(host, &accept.ports, &mut findings).await;
+        pairs.sort_by_key(|pair| pair.round_trip);
+        let faults = self.open_faults(&pairs, accept.token).await;
+        let ends = preflight::open_lanes(host, pairs, accept.token, &mut findings).await;
+        let Some(mut faults) = faults.filter(|_| !ends.is_empty()) else {
+            return Err(ServeError::NoPort(findings.reasons()));
+        };
+        let outbound = Arc::new(Outbound::of_still_guest(self.ram.clone(), ends.len())?);
+        outbound.sparse.store(self.sparse, Ordering::Release);
+        let mut lanes = Lanes::new(host.traffic.clone());
+        faults.number = ends.iter().map(|end| end.number + 1).max().unwrap_or_default();
+        let number = faults.number;
+        for end in ends {
+            lanes.send(end, &outbound, host.config.limits.silence);
+        }
+        lanes.answer(faults, &outbound, host.config.limits.silence);
+        info!(guest = %self.ticket.guest, %peer, "ready to serve missing pages");
+        Ok(Session { link, lanes, outbound, faults: number })
+    }
+
+    /// The lane for faults, on the port with the shortest round trip that works.
+    async fn open_faults(
+        &self,
+        pairs: &[preflight::Pair],
+        token: memlane_protocol::wire::hello::Token,
+    ) -> Option<LaneEnd> {
+        for pair in pairs {
+            let (ours, remote, name) = (pair.port.clone(), pair.there.address, self.host.config.host.clone());
+            let opening = move || {
+                let opened = port::open(&ours, remote, &name, Purpose::Faults { token })?;
+                let (local, socket) = (opened.local.to_string(), opened.socket);
+                Ok::<_, String>(LaneEnd { port: ours.name, number: 0, local, remote, socket })
+            };
+            match tokio::task::spawn_blocking(opening).await.expect("opening a lane does not panic") {
+                Ok(end) => return Some(end),
+                Err(error) => info!(%error, "cannot open the lane for faults on this port"),
+            }
+        }
+        None
+    }
+
+    /// Serves until the session is lost.
+    async fn serve_over(&self, session: &mut Session, before: (u64, u64)) -> ServeError {
+        loop {
+            tokio::select! {
+                message = session.link.receive() => {
+                    if let Err(error) = message.map_err(ServeError::from).and_then(|message| self.hear(session, message)) {
+                        return error;
+                    }
+                }
+                () = session.outbound.bell.notified() => {}
+                () = tokio::time::sleep(LOOK) => self.show(session, before),
+            }
+            for lane in session.outbound.orphaned_lanes() {
+                // What still lies in some buffer may come late: it is the same as what comes again.
+                session.outbound.take_back(lane);
+            }
+            if session.lanes.has_ended(session.faults) {
+                return ServeError::Lost("the lane for faults");
+            }
+            if session.lanes.running() <= 1 {
+                return ServeError::Lost("every lane");
+            }
+        }
+    }
+
+    fn hear(&self, session: &Session, message: Control) -> Result<(), ServeError> {
+        match message {
+            Control::Missing(missing) => {
+                for run in heard(&missing, self.ram.pages()).map_err(ServeError::Protocol)? {
+                    session.outbound.dirty.insert_range(self.ram.whole(run));
+                }
+                if missing.last {
+                    session.outbound.wake(session.outbound.dirty.count());
+                }
+                Ok(())
+            }
+            Control::Fetched(report) => {
+                self.ticket.update(|progress| {
+                    progress.pages_remaining = report.remaining_pages;
+                    progress.postcopy.get_or_insert_default().report(&report);
+                });
+                Ok(())
+            }
+            other => {
+                let (expected, found) = ("missing pages", other.name());
+                Err(LinkError::Unexpected { expected, found }.into())
+            }
+        }
+    }
+
+    fn show(&self, session: &mut Session, (sent, pages): (u64, u64)) {
+        session.lanes.measure(true);
+        self.ticket.update(|progress| {
+            session.lanes.show(progress);
+            progress.bytes_sent += sent;
+            progress.pages_sent += pages;
+        });
+    }
+
+    fn waits_for(&self, what: Option<String>) {
+        self.ticket.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
+    }
+}
+
+impl Postcopy {
+    /// Takes over what the destination tells, unless something later was heard over another connection.
+    pub fn report(&mut self, report: &FetchReport) {
+        let placed = report.pages_fetched.saturating_add(report.pages_streamed);
+        if placed < self.pages_fetched.saturating_add(self.pages_streamed) {
+            return;
+        }
+        let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1e3;
+        self.faults = report.faults;
+        self.fault_p50_us = microseconds(report.fault_p50_nanoseconds);
+        self.fault_p99_us = microseconds(report.fault_p99_nanoseconds);
+        self.fault_max_us = microseconds(report.fault_max_nanoseconds);
+        self.pages_fetched = report.pages_fetched;
+        self.pages_streamed = report.pages_streamed;
+        self.remaining_pages = report.remaining_pages;
+        self.seconds = report.nanoseconds as f64 / 1e9;
+    }
+}

@@ -1,0 +1,62 @@
+//! Slowing the guest's writes while it is copied, as far as was decided.
+
+use std::sync::atomic::Ordering;
+
+use memlane_protocol::convergence::Convergence;
+use tracing::info;
+
+use super::copy::{CopyError, Copying};
+use crate::api::types::Stun;
+use crate::metrics;
+
+impl Copying {
+    /// Holds the guest's writes to this rate from now on.
+    pub async fn stun(&self, pages_per_second: u64) -> Result<(), CopyError> {
+        if self.guest.stun_report().is_some() {
+            self.guest.set_stun(pages_per_second);
+            return Ok(());
+        }
+        let switch = self.guest.stun(&self.outbound.dirty, pages_per_second).await?;
+        if switch.harvest.holes {
+            self.outbound.sparse.store(true, Ordering::Release);
+        }
+        self.outbound.wake(self.outbound.dirty.count());
+        let gib = self.guest.shape.ram_bytes() as f64 / f64::from(1 << 30);
+        info!(
+            guest = %self.ticket.guest,
+            pages_per_second,
+            pause = ?switch.pause,
+            pause_per_gib = ?switch.pause.div_f64(gib),
+            dirtied_pages = switch.harvest.new,
+            "the guest's writes are held up"
+        );
+        metrics::stun_began(switch.pause);
+        let switch_pause_seconds = switch.pause.as_secs_f64();
+        self.ticket.update(|progress| {
+            progress.stun = Some(Stun { switch_pause_seconds, ..Stun::default() });
+        });
+        Ok(())
+    }
+
+    /// Holds the writes of a stunned guest to what the lanes deliver now.
+    pub fn follow_lanes(&self, convergence: &Convergence) {
+        let bandwidth = self.bandwidth.borrow().bytes_per_second();
+        if let Some(pages_per_second) = convergence.stun_target(bandwidth) {
+            self.guest.set_stun(pages_per_second);
+        }
+    }
+
+    /// Brings what everyone sees of a stun up to date.
+    pub fn show_stun(&self) {
+        let Some(report) = self.guest.stun_report() else { return };
+        metrics::stunned(&self.stunned.replace(report), &report);
+        let seconds = report.in_force.as_secs_f64();
+        let per_second = |pages: f64| if seconds > 0.0 { pages / seconds } else { 0.0 };
+        self.ticket.update(|progress| {
+            let stun = progress.stun.get_or_insert_default();
+            stun.seconds = seconds;
+            stun.released_pages_per_second = per_second(report.released_pages as f64);
+            stun.target_pages_per_second = per_second(report.target_pages);
+        });
+    }
+}
