@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Requirement, Size, why_not};
 use memlane_perf::memory::{self, MemoryState};
+use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::qemu::{self, QemuOptions};
 use memlane_perf::raw::{self, RawOptions};
 use serde::Serialize;
@@ -23,7 +24,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// What sockets carry between two network namespaces, memory to memory (needs root)
+    /// What sockets carry between two network namespaces, memory to memory, and how soon they bring a single page
+    /// (needs root)
     Raw(RawArgs),
     /// What one core copies into shared memory
     Memcpy {
@@ -31,6 +33,8 @@ enum Command {
         #[arg(long, default_value = "1GiB")]
         bytes: Size,
     },
+    /// How long a guest waits for pages in post-copy, beside how soon sockets bring a single page (needs root)
+    Postcopy(PostcopyOptions),
     /// Memlane beside QEMU's own migration: one Linux guest, moved in turn by each (needs root)
     Qemu(QemuOptions),
 }
@@ -72,6 +76,11 @@ fn main() -> Result<()> {
             print(&raw::measure(&lab, &options)?, cli.json)
         }
         Command::Memcpy { bytes } => print(&memory::measure_memcpy(in_memory(bytes)?)?, cli.json),
+        Command::Postcopy(options) => {
+            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
+            let programs = Programs::build(true)?;
+            print(&postcopy::measure(&programs, &options)?, cli.json)
+        }
         Command::Qemu(options) => {
             if let Some(missing) = why_not(&[Requirement::LAB, &[Requirement::Qemu]].concat()) {
                 bail!("cannot compare with QEMU: {missing}");

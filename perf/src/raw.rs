@@ -15,6 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::memory::{MemoryState, SharedMemory};
 use crate::report::RawReport;
 use crate::ring::SocketRing;
+use crate::rpc;
 
 /// What one send or receive moves, about what a lane submits at once.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -33,7 +34,7 @@ pub struct RawOptions {
 /// Moves `options.bytes` from host A to host B of `lab` over all its ports, and compares what arrived.
 ///
 /// The time runs from the first send, with all connections made, until the last acknowledgement is back: one byte for
-/// each connection when all of its share is in memory.
+/// each connection when all of its share is in memory. Before that, with nothing under way, single pages are asked for.
 ///
 /// # Errors
 ///
@@ -47,6 +48,7 @@ pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
         "{} bytes are too few for {connections} connections: each takes 1 MiB or more",
         options.bytes
     );
+    let rpc = rpc::measure(lab).context("asking for single pages")?;
     let source = SharedMemory::with_pattern(options.bytes)?;
     let mut destination = SharedMemory::new(options.bytes, options.destination)?;
     let sockets: Vec<(TcpStream, TcpStream)> = ports
@@ -79,6 +81,7 @@ pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
         ended - started,
         senders.iter().map(|end| end.cpu).sum(),
         receivers.iter().map(|end| end.cpu).sum(),
+        rpc,
     ))
 }
 

@@ -29,6 +29,51 @@ pub struct RawReport {
     pub receive_cpu_seconds_per_gb: f64,
     /// Both together.
     pub cpu_seconds_per_gb: f64,
+    /// What a page took that was asked for over the first port, when nothing else was sent.
+    #[serde(flatten)]
+    pub rpc: RpcFigures,
+}
+
+/// What [`rpc::measure`](crate::rpc::measure) found, in microseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct RpcFigures {
+    /// Pages asked for.
+    pub rpc_requests: usize,
+    /// Half of them came within this time.
+    pub rpc_p50_us: f64,
+    /// 99 of 100 came within this time.
+    pub rpc_p99_us: f64,
+    /// All came within this time.
+    pub rpc_max_us: f64,
+}
+
+impl RpcFigures {
+    /// The figures of `times`, which are not none.
+    pub(crate) fn new(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        // The smallest time that so many percent of all do not exceed.
+        let within = |percent: usize| {
+            let rank = (times.len() * percent).div_ceil(100).max(1);
+            times[rank - 1].as_secs_f64() * 1e6
+        };
+        Self {
+            rpc_requests: times.len(),
+            rpc_p50_us: within(50),
+            rpc_p99_us: within(99),
+            rpc_max_us: within(100),
+        }
+    }
+}
+
+impl fmt::Display for RpcFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rpc_requests, rpc_p50_us, rpc_p99_us, rpc_max_us } = self;
+        write!(
+            f,
+            "a page of 4 KiB, asked for alone: {rpc_p50_us:.0} µs in the median, {rpc_p99_us:.0} µs in 99 of 100, \
+             {rpc_max_us:.0} µs at most, of {rpc_requests}"
+        )
+    }
 }
 
 impl RawReport {
@@ -38,6 +83,7 @@ impl RawReport {
         elapsed: Duration,
         send_cpu: Duration,
         receive_cpu: Duration,
+        rpc: RpcFigures,
     ) -> Self {
         let gigabytes = options.bytes as f64 / 1e9;
         let seconds = elapsed.as_secs_f64();
@@ -51,6 +97,7 @@ impl RawReport {
             send_cpu_seconds_per_gb: send_cpu.as_secs_f64() / gigabytes,
             receive_cpu_seconds_per_gb: receive_cpu.as_secs_f64() / gigabytes,
             cpu_seconds_per_gb: (send_cpu + receive_cpu).as_secs_f64() / gigabytes,
+            rpc,
         }
     }
 }
@@ -73,11 +120,12 @@ impl fmt::Display for RawReport {
             self.bytes as f64 / 1e9,
             self.seconds
         )?;
-        write!(
+        writeln!(
             f,
             "  {:.2} CPU s per GB: {:.2} sending, {:.2} receiving",
             self.cpu_seconds_per_gb, self.send_cpu_seconds_per_gb, self.receive_cpu_seconds_per_gb
-        )
+        )?;
+        write!(f, "  {}", self.rpc)
     }
 }
 
@@ -113,5 +161,22 @@ impl fmt::Display for MemcpyReport {
         writeln!(f, "memcpy of {:.2} GB on one core", self.bytes as f64 / 1e9)?;
         writeln!(f, "  fresh    {:5.2} GB/s: {:.3} s", self.fresh.gb_per_second, self.fresh.seconds)?;
         write!(f, "  prepared {:5.2} GB/s: {:.3} s", self.prepared.gb_per_second, self.prepared.seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_times_that_were_measured() {
+        let figures =
+            |times: &[u64]| RpcFigures::new(times.iter().copied().map(Duration::from_micros).collect());
+        let one = figures(&[7]);
+        assert_eq!((one.rpc_p50_us, one.rpc_p99_us, one.rpc_max_us), (7.0, 7.0, 7.0));
+        let thousand: Vec<u64> = (1..=1000).rev().collect();
+        let many = figures(&thousand);
+        let found = [many.rpc_p50_us, many.rpc_p99_us, many.rpc_max_us].map(f64::round);
+        assert_eq!((found, many.rpc_requests), ([500.0, 990.0, 1000.0], 1000));
     }
 }

@@ -23,7 +23,7 @@ use memlane_lab::{HostId, LabOptions, Programs, Rate, Rig, RigOptions, Size};
 
 use moves::Outcome;
 use report::Results;
-pub use report::{Figures, QemuReport, Run, Settings, Spread};
+pub use report::{Figures, QemuReport, Run, Settings};
 use way::Way;
 
 /// Longest wait for anything that is no part of a measurement.

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::way::Way;
 use super::{DOWNTIME_LIMIT, QemuOptions};
+use crate::spread::Spread;
 
 /// What [`measure`](super::measure) found. GB are powers of ten.
 #[derive(Debug, Clone, Serialize)]
@@ -90,17 +91,6 @@ pub struct Run {
     pub idle_cpu_seconds: f64,
     /// As in [`Figures`].
     pub cpu_seconds_per_gb: f64,
-}
-
-/// Several measurements of one thing.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Spread {
-    /// The middle one, or the mean of the two in the middle.
-    pub median: f64,
-    /// The smallest.
-    pub min: f64,
-    /// The largest.
-    pub max: f64,
 }
 
 /// What has come of moves in one way.
@@ -191,25 +181,6 @@ impl Figures {
     }
 }
 
-impl Spread {
-    /// # Panics
-    ///
-    /// If there are no values.
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let (last, middle) = (values.len() - 1, values.len() / 2);
-        let median = (values[middle] + values[last - middle]) / 2.0;
-        Self { median, min: values[0], max: values[last] }
-    }
-
-    /// With everything multiplied by `factor`, as text.
-    fn text(self, factor: f64, digits: usize) -> String {
-        let Self { median, min, max } = self;
-        let [median, min, max] = [median, min, max].map(|value| value * factor);
-        format!("{median:.digits$} ({min:.digits$}–{max:.digits$})")
-    }
-}
-
 impl fmt::Display for QemuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Settings { vcpus, accelerator, ports, baseline_memory, repetitions, .. } = &self.settings;
@@ -288,13 +259,6 @@ mod tests {
 
     fn run(total: f64, cpu: f64) -> Run {
         Run::new(Parts { total, downtime: total / 10.0, ram_bytes: 2_000_000_000, cpu, idle_cpu: 0.5 })
-    }
-
-    #[test]
-    fn spreads_have_a_middle() {
-        assert_eq!(Spread::of(vec![3.0, 1.0, 5.0]), Spread { median: 3.0, min: 1.0, max: 5.0 });
-        assert_eq!(Spread::of(vec![4.0, 1.0]), Spread { median: 2.5, min: 1.0, max: 4.0 });
-        assert_eq!(Spread::of(vec![7.0]), Spread { median: 7.0, min: 7.0, max: 7.0 });
     }
 
     #[test]

@@ -45,6 +45,9 @@ struct Flags {
     /// Number of virtual CPUs, 1 to 8
     #[arg(long, default_value_t = 1)]
     vcpus: u16,
+    /// How many of these only read and compute, flat out, all over the working set; at least one must write
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    readers: u16,
     /// A virtual machine, or threads of this process
     #[arg(long, value_enum, default_value = "kvm")]
     guest: GuestKind,
@@ -54,7 +57,7 @@ struct Flags {
     /// Memory that the guest writes [default: a quarter of the RAM]
     #[arg(long, value_parser = bytes)]
     working_set: Option<u64>,
-    /// Pages written a second by all vCPUs together; 0 for an idle guest
+    /// Pages written a second by all virtual CPUs together; 0 for an idle guest
     #[arg(long, default_value_t = 1000, conflicts_with = "flat_out")]
     rate: u64,
     /// Write as fast as possible
@@ -192,6 +195,7 @@ impl Flags {
             pattern: self.pattern,
             rate: if self.flat_out { Rate::FlatOut } else { Rate::PagesPerSecond(self.rate) },
             working_set_pages: working_set / PAGE_SIZE,
+            readers: self.readers,
             fill: self.fill,
         };
         Ok(Config {

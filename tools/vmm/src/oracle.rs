@@ -40,7 +40,7 @@ pub struct Report {
     pub equal: bool,
     /// Pages of RAM, all of which were compared; holes in its file were taken as zeros.
     pub pages: u64,
-    /// Steps that all vCPUs have done.
+    /// Steps that all vCPUs that write have done.
     pub steps: u64,
     /// Pages that are not what they must be.
     pub wrong_pages: u64,
@@ -83,7 +83,7 @@ impl Oracle {
         }
     }
 
-    /// Replays up to these step counts, one for each vCPU. What it costs is bounded by the size
+    /// Replays up to these step counts, one for each vCPU that writes. What it costs is bounded by the size
     /// of the working set, however many steps there are.
     pub fn advance(&mut self, steps: &[u64]) {
         let back = self.steppers.iter().zip(steps).any(|(stepper, steps)| stepper.done() > *steps);
@@ -140,8 +140,8 @@ impl Oracle {
         for (page, slots) in working_set.zip(self.model.as_chunks_mut::<SLOTS>().0) {
             self.workload.fill.write(self.workload.seed, page, slots);
         }
-        let vcpus = self.layout.vcpus();
-        self.steppers = (0..vcpus).map(|vcpu| self.workload.stepper(vcpu, vcpus)).collect();
+        let writers = 0..self.layout.writers();
+        self.steppers = writers.map(|vcpu| self.layout.stepper(&self.workload, vcpu)).collect();
     }
 
     fn compare_piece(&self, ram: &GuestRam, pages: Range<u64>, is_data: bool, wrong: &mut Wrong) {
@@ -198,7 +198,7 @@ impl Oracle {
     }
 
     fn writer(&self, page: u64) -> Option<u16> {
-        (0..self.layout.vcpus()).find(|vcpu| self.layout.part(*vcpu).contains(&page))
+        (0..self.layout.writers()).find(|vcpu| self.layout.part(*vcpu).contains(&page))
     }
 
     fn name(&self, page: u64) -> String {
@@ -289,7 +289,8 @@ mod tests {
     fn replaying_backwards_gives_the_same() {
         let fill = Fill { zero: 100, random: 0, compressible: 0 };
         for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
-            let workload = Workload { seed: 3, pattern, rate: Rate::FlatOut, working_set_pages: 11, fill };
+            let workload =
+                Workload { seed: 3, pattern, rate: Rate::FlatOut, working_set_pages: 11, readers: 0, fill };
             let (mut all, mut halves) = (vec![0; 11 * SLOTS], vec![0; 11 * SLOTS]);
             let (mut one, mut two) = (workload.stepper(0, 1), workload.stepper(0, 1));
             let steps = 100 * 11 * SLOTS as u64;

@@ -33,16 +33,23 @@ struct Mark {
 pub struct Stats {
     /// Whether the guest runs, is paused, is awaited, or was loaded and waits for its start.
     pub standing: String,
-    /// Steps done by each vCPU since the guest's very beginning.
+    /// When all this was read, `CLOCK_MONOTONIC` of this host, nanoseconds.
+    pub monotonic_ns: u64,
+    /// Steps done by each vCPU that writes, since the guest's very beginning.
     pub steps: Vec<u64>,
-    /// Steps a second of all vCPUs since the request before this one; 0 in the first.
+    /// Steps a second of all of them since the request before this one; 0 in the first.
     pub steps_per_second: f64,
+    /// Pages read by each vCPU that only reads, since the guest's very beginning; it counts them
+    /// by the thousand.
+    pub reads: Vec<u64>,
+    /// Pages read a second by all of them since the request before this one; 0 in the first.
+    pub reads_per_second: f64,
     /// The longest stall since stalls were reset, in nanoseconds; 0 if there was none of
     /// 50 µs (flat out) or 250 µs (of a guest that sleeps).
     pub longest_stall_ns: u64,
     /// How many stalls since then: each entry counts those of `at_least_ns` up to twice that.
     pub histogram: Vec<Bucket>,
-    /// The last stalls since then, of all vCPUs, at most 256 of each, in order of time.
+    /// The last stalls since then, of all vCPUs that write, at most 256 of each, in order of time.
     pub stalls: Vec<StallSeen>,
     /// The longest stall that overlaps the time from the start of tracking until all pages were
     /// armed, the last time that tracking was started; none if it never was.
@@ -109,14 +116,17 @@ impl Notes {
         self.tracking_stall = self.tracking_stall.max(longest);
     }
 
-    /// What the guest saw. Steps a second and standing are the caller's to add.
+    /// What the guest saw. What it did a second and its standing are the caller's to add.
     pub fn stats(&mut self, ram: &GuestRam, layout: &Layout, now: &Reading) -> Stats {
         self.look_for_tracking_stall(ram, layout, now);
-        self.marks.resize(layout.vcpus().into(), Mark::default());
+        self.marks.resize(layout.writers().into(), Mark::default());
         let mut stats = Stats {
             standing: String::new(),
+            monotonic_ns: now.monotonic,
             steps: steps(ram, layout),
             steps_per_second: 0.0,
+            reads: reads(ram, layout),
+            reads_per_second: 0.0,
             longest_stall_ns: 0,
             histogram: Vec::new(),
             stalls: Vec::new(),
@@ -152,13 +162,20 @@ impl Notes {
     }
 }
 
-/// Steps done by each vCPU.
+/// Steps done by each vCPU that writes.
 pub fn steps(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
     blocks(ram, layout).map(|(_, block)| block.steps.load(Ordering::Relaxed)).collect()
 }
 
+/// Pages read by each vCPU that only reads.
+fn reads(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
+    let readers = layout.writers()..layout.vcpus();
+    readers.map(|vcpu| ControlBlock::of(ram, layout, vcpu).reads.load(Ordering::Relaxed)).collect()
+}
+
+/// The blocks of the vCPUs that write; only they note stalls.
 fn blocks<'a>(ram: &'a GuestRam, layout: &'a Layout) -> impl Iterator<Item = (u16, &'a ControlBlock)> {
-    (0..layout.vcpus()).map(|vcpu| (vcpu, ControlBlock::of(ram, layout, vcpu)))
+    (0..layout.writers()).map(|vcpu| (vcpu, ControlBlock::of(ram, layout, vcpu)))
 }
 
 /// The stalls that a vCPU's ring still holds, from number `from` on.

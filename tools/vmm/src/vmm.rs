@@ -36,7 +36,7 @@ pub struct Config {
     pub backing: Backing,
     /// Take all of RAM from the system at the start.
     pub prepare: bool,
-    /// Number of vCPUs.
+    /// Number of vCPUs, readers included.
     pub vcpus: u16,
     /// A virtual machine; otherwise threads of this process.
     pub kvm: bool,
@@ -74,8 +74,8 @@ pub struct Observer {
     notes: Arc<Mutex<Notes>>,
     standing: Arc<Mutex<Standing>>,
     oracle: Mutex<Oracle>,
-    /// When steps were last counted, and how many there were.
-    counted: Mutex<Option<(Instant, u64)>>,
+    /// When steps and reads were last counted, and how many there were of each.
+    counted: Mutex<Option<(Instant, [u64; 2])>>,
 }
 
 /// What the guest is doing.
@@ -261,9 +261,13 @@ impl Observer {
         let standing = *lock(&self.standing);
         let mut stats = lock(&self.notes).stats(&self.ram, &self.layout, &self.guest.clock());
         stats.standing = standing.name().into();
-        let steps: u64 = stats.steps.iter().sum();
-        if let Some((when, before)) = lock(&self.counted).replace((Instant::now(), steps)) {
-            stats.steps_per_second = steps.saturating_sub(before) as f64 / when.elapsed().as_secs_f64();
+        // What a guest reports may be anything, so the sums may overflow.
+        let sum = |counts: &[u64]| counts.iter().fold(0u64, |sum, count| sum.wrapping_add(*count));
+        let counts = [sum(&stats.steps), sum(&stats.reads)];
+        if let Some((when, before)) = lock(&self.counted).replace((Instant::now(), counts)) {
+            let seconds = when.elapsed().as_secs_f64();
+            let rate = |index: usize| counts[index].saturating_sub(before[index]) as f64 / seconds;
+            (stats.steps_per_second, stats.reads_per_second) = (rate(0), rate(1));
         }
         stats
     }

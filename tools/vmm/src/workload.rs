@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 /// 8-byte slots in a page.
 pub const SLOTS: usize = 512;
+/// A reader computes `sum = (sum ^ slot) * READ_FACTOR` over all slots of a page. It is odd, so that nothing is lost.
+pub const READ_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// What a guest is told to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,8 +19,10 @@ pub struct Workload {
     pub pattern: Pattern,
     /// How fast.
     pub rate: Rate,
-    /// Pages that are written, shared out among the vCPUs.
+    /// Pages that are written, shared out among the vCPUs that write.
     pub working_set_pages: u64,
+    /// How many of the vCPUs, the last ones, only read and compute.
+    pub readers: u16,
     /// What all pages hold before the first step.
     pub fill: Fill,
 }
@@ -79,27 +83,34 @@ pub struct Stepper {
 }
 
 impl Workload {
-    /// Pages of the working set that each vCPU has to itself.
-    pub fn pages_each(&self, vcpus: u16) -> u64 {
-        self.working_set_pages / u64::from(vcpus)
+    /// Pages of the working set that each of `writers` vCPUs has to itself.
+    pub fn pages_each(&self, writers: u16) -> u64 {
+        self.working_set_pages / u64::from(writers)
     }
 
-    /// The steps of a vCPU from the beginning.
-    pub fn stepper(&self, vcpu: u16, vcpus: u16) -> Stepper {
-        let pages = self.pages_each(vcpus);
+    /// The steps of a vCPU, one of `writers`, from the beginning.
+    pub fn stepper(&self, vcpu: u16, writers: u16) -> Stepper {
+        let pages = self.pages_each(writers);
         let (hot_pages, hot_chance) = match self.pattern {
             Pattern::HotCold if pages >= 2 => ((pages / 10).max(1), (1 << 16) * 9 / 10),
             _ => (0, 0),
         };
+        let sequential = self.pattern == Pattern::Sequential;
+        Stepper { pages, hot_pages, hot_chance, sequential, ..self.reader(vcpu) }
+    }
+
+    /// The steps of a vCPU that only reads: each is a page of the whole working set, any as likely as any other,
+    /// which is read from end to end. What it says of slot and value means nothing.
+    pub fn reader(&self, vcpu: u16) -> Stepper {
         Stepper {
             // Never 0, where xorshift would stay.
             random: mix(self.seed ^ mix(u64::from(vcpu) + 1)) | 1,
             done: 0,
             cursor: 0,
-            pages,
-            hot_pages,
-            hot_chance,
-            sequential: self.pattern == Pattern::Sequential,
+            pages: self.working_set_pages,
+            hot_pages: 0,
+            hot_chance: 0,
+            sequential: false,
         }
     }
 }
@@ -319,7 +330,7 @@ mod tests {
 
     fn workload(pattern: Pattern) -> Workload {
         let fill = Fill { zero: 50, random: 30, compressible: 20 };
-        Workload { seed: 1, pattern, rate: Rate::FlatOut, working_set_pages: 1000, fill }
+        Workload { seed: 1, pattern, rate: Rate::FlatOut, working_set_pages: 1000, readers: 0, fill }
     }
 
     #[test]
@@ -338,6 +349,16 @@ mod tests {
                 Pattern::HotCold => assert!((88_000..92_000).contains(&hot), "{hot}"),
                 _ => assert!((9_000..11_000).contains(&hot), "{hot}"),
             }
+        }
+    }
+
+    #[test]
+    fn readers_reach_the_whole_working_set_whatever_the_pattern() {
+        for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
+            let mut reader = workload(pattern).reader(3);
+            let mut hits = vec![0u32; 1000];
+            (0..100_000).for_each(|_| hits[reader.next().page as usize] += 1);
+            assert!(hits.iter().all(|hits| (20..200).contains(hits)), "{pattern:?}");
         }
     }
 

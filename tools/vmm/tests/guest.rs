@@ -15,6 +15,7 @@ use memlane_protocol::wire::machine::{Machine, TrackerKind};
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use memlane_vmm::control::{self, Client};
 use memlane_vmm::guest::{ControlBlock, Layout};
+use memlane_vmm::statistics::Stats;
 use memlane_vmm::vmm::{Config, GuestVmm, Standing};
 use memlane_vmm::workload::{Fill, Pattern, Rate, Workload};
 
@@ -35,6 +36,7 @@ fn config(kvm: bool) -> Config {
             pattern: Pattern::Uniform,
             rate: Rate::FlatOut,
             working_set_pages: 1500,
+            readers: 0,
             fill: Fill { zero: 50, random: 30, compressible: 20 },
         },
         nics: vec![],
@@ -67,14 +69,18 @@ fn run_for(vmm: &mut GuestVmm, milliseconds: u64) {
     vmm.pause().unwrap();
 }
 
-/// Lets the guest run for a time, and until every vCPU has done steps, however busy the host is.
+/// Lets the guest run for a time, and until every vCPU has done steps or reads, however busy the host is.
 fn run_on(vmm: &mut GuestVmm, milliseconds: u64) {
     let observer = vmm.observer();
-    let before = observer.stats().steps;
+    let done = || {
+        let Stats { steps, reads, .. } = observer.stats();
+        [steps, reads].concat()
+    };
+    let before = done();
     let since = Instant::now();
     vmm.resume().unwrap();
     sleep(Duration::from_millis(milliseconds));
-    while observer.stats().steps.iter().zip(&before).any(|(now, before)| now <= before) {
+    while done().iter().zip(&before).any(|(now, before)| now <= before) {
         assert!(since.elapsed() < Duration::from_secs(30), "a vCPU does nothing");
         sleep(Duration::from_millis(1));
     }
@@ -128,6 +134,49 @@ fn an_idle_guest_writes_nothing_but_its_blocks() {
 }
 
 #[test]
+fn readers_write_nothing_but_their_counts() {
+    for kvm in [true, false] {
+        // KVM's own trackers take a page for written that is mapped for the first time.
+        let mut config = Config { vcpus: 3, gap: true, tracker: TrackerKind::Pagemap, ..config(kvm) };
+        // The first vCPU writes, and has nothing to write. The working set goes across the hole.
+        config.workload.rate = Rate::PagesPerSecond(0);
+        config.workload = Workload { readers: 2, working_set_pages: 6000, ..config.workload };
+        let layout = layout(&config);
+        let Some(mut vmm) = vmm("readers_write_nothing_but_their_counts", config) else { continue };
+        let pages = vmm.ram().pages();
+        let (words, _descriptor) = SharedWords::create(PageSet::words_needed(pages)).unwrap();
+        let dirty = PageSet::over(pages, words).unwrap();
+        vmm.tracker().start().unwrap();
+        vmm.tracker().arm(0..pages).unwrap();
+        vmm.tracker().harvest(&dirty).unwrap();
+        dirty.remove_range(0..pages);
+        let observer = vmm.observer();
+        let before = observer.stats();
+        assert_eq!((before.steps, before.reads), (vec![0], vec![0, 0]));
+        vmm.resume().unwrap();
+        let since = Instant::now();
+        let mut per_second: f64 = 0.0;
+        loop {
+            let stats = observer.stats();
+            per_second = per_second.max(stats.reads_per_second);
+            if !stats.reads.contains(&0) {
+                break;
+            }
+            assert!(since.elapsed() < Duration::from_secs(30), "kvm {kvm}: a reader does nothing");
+            sleep(Duration::from_millis(1));
+        }
+        vmm.pause().unwrap();
+        assert!(per_second > 0.0, "kvm {kvm}");
+        vmm.tracker().harvest(&dirty).unwrap();
+        vmm.tracker().stop().unwrap();
+        // Of what lies before it, the oracle tells.
+        let written: Vec<_> = dirty.runs().filter(|run| run.end > layout.working_set().start).collect();
+        assert_eq!(written, [], "kvm {kvm}");
+        assert_eq!(assert_equal(vmm, "after reading").1, 0);
+    }
+}
+
+#[test]
 fn a_changed_byte_is_found_wherever_it_is() {
     for kvm in [true, false] {
         let Some(mut vmm) = vmm("a_changed_byte_is_found_wherever_it_is", config(kvm)) else { continue };
@@ -161,10 +210,15 @@ fn guests_move_with_every_tracker() {
         (true, TrackerKind::Pagemap),
         (false, TrackerKind::Pagemap),
     ] {
-        for (vcpus, rate) in [(1, Rate::FlatOut), (2, Rate::PagesPerSecond(30_000)), (4, Rate::FlatOut)] {
-            let what = format!("kvm {kvm}, {tracker:?}, {vcpus} vCPUs, {rate:?}");
+        for (vcpus, readers, rate) in [
+            (1, 0, Rate::FlatOut),
+            (2, 0, Rate::PagesPerSecond(30_000)),
+            (4, 0, Rate::FlatOut),
+            (3, 1, Rate::FlatOut),
+        ] {
+            let what = format!("kvm {kvm}, {tracker:?}, {vcpus} vCPUs, {readers} readers, {rate:?}");
             let mut source = Config { vcpus, gap: true, tracker, ..config(kvm) };
-            source.workload.rate = rate;
+            source.workload = Workload { readers, rate, ..source.workload };
             let destination = Config { incoming: true, ..source.clone() };
             let (Some(mut source), Some(mut destination)) = (vmm(&what, source), vmm(&what, destination))
             else {
@@ -174,6 +228,8 @@ fn guests_move_with_every_tracker() {
             run_on(&mut source, 10);
             source.resume().unwrap();
             migrate(&mut source, &mut destination);
+            let (left, came) = (source.observer().stats().reads, destination.observer().stats().reads);
+            assert_eq!((left.len(), left), (usize::from(readers), came), "{what}");
             let (source, before) = assert_equal(source, &what);
             let (mut destination, arrived) = assert_equal(destination, &what);
             assert_eq!(before, arrived, "{what}");
@@ -261,14 +317,18 @@ fn the_vmm_keeps_its_guest_in_order() {
 #[test]
 fn reports_that_make_no_sense_do_no_harm() {
     for kvm in [true, false] {
-        let Some(mut vmm) = vmm("reports_that_make_no_sense_do_no_harm", config(kvm)) else { continue };
+        let mut config = Config { vcpus: 2, ..config(kvm) };
+        config.workload.readers = 1;
+        let layout = layout(&config);
+        let Some(mut vmm) = vmm("reports_that_make_no_sense_do_no_harm", config) else { continue };
         run_for(&mut vmm, 10);
         // Whatever the guest, or a destination's peer, wrote into what the guest reports.
         for value in [u64::MAX, 1 << 63, 0] {
-            let block = ControlBlock::of(vmm.ram(), &layout(), 0);
+            let block = ControlBlock::of(vmm.ram(), &layout, 0);
             for field in [&block.credit, &block.deadline, &block.stalls, &block.longest, &block.steps] {
                 field.store(value, Ordering::Relaxed);
             }
+            ControlBlock::of(vmm.ram(), &layout, 1).reads.store(value, Ordering::Relaxed);
             block.histogram[63].store(value, Ordering::Relaxed);
             block.ring.iter().for_each(|stall| {
                 stall.begin.store(value, Ordering::Relaxed);
@@ -285,8 +345,7 @@ fn reports_that_make_no_sense_do_no_harm() {
     }
 }
 
-fn layout() -> Layout {
-    let config = config(true);
+fn layout(config: &Config) -> Layout {
     Layout::new(config.ram_bytes, config.gap, config.vcpus, &config.workload).unwrap()
 }
 

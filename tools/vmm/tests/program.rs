@@ -20,6 +20,7 @@ fn wrong_flags_are_explained() {
         ("--ram 64MiB --working-set 1000", "whole pages"),
         ("--ram 64MiB --vcpus 9", "1 to 8 vCPUs"),
         ("--vcpus 0 --guest process", "1 to 8 vCPUs"),
+        ("--vcpus 2 --readers 2", "at least one vCPU must write"),
         ("--guest process --tracker log", "use pagemap"),
         ("--tracker magic", "pagemap"),
         ("--pattern random", "hot-cold"),
@@ -45,7 +46,8 @@ fn it_runs_until_it_is_told_to_quit() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
     let mut child = program()
-        .args(["--guest", "process", "--ram", "16MiB", "--rate", "5000", "--control"])
+        .args(["--guest", "process", "--ram", "16MiB", "--rate", "5000", "--vcpus", "2", "--readers", "1"])
+        .arg("--control")
         .arg(&path)
         .stderr(Stdio::piped())
         .spawn()
@@ -66,6 +68,8 @@ fn it_runs_until_it_is_told_to_quit() {
         sleep(Duration::from_millis(10));
     };
     assert!(client.verify().unwrap().equal);
+    let stats = client.stats().unwrap();
+    assert_eq!((stats.steps.len(), stats.reads.len()), (1, 1));
     client.quit().unwrap();
     assert!(child.wait().unwrap().success());
     assert!(!path.exists(), "the control socket is removed");

@@ -17,6 +17,9 @@ pub const STALL_NS: u64 = 50_000;
 /// Sleeps that last longer than asked for by less than this are no stalls: to wake a thread takes
 /// up to about 0.1 ms, a thousand times a second, and would drive real stalls out of the ring.
 pub const LATE_NS: u64 = 250_000;
+/// Reads after which a reader counts them. It is its only write to memory, rare enough that what slows writes does not
+/// slow it: it waits for this page once in a round of pre-copy, and not at each read.
+pub const READS_PER_COUNT: u64 = 1024;
 /// Time between two looks at the clock of a guest that is not flat out.
 const PERIOD_NS: u64 = 1_000_000;
 /// Steps in `1 << 32` units, before a flat-out guest looks at its parameters again.
@@ -28,6 +31,8 @@ const FLAT_OUT: u64 = 256 << 32;
 #[derive(Debug)]
 #[repr(C, align(4096))]
 pub struct ControlBlock {
+    /// 1 of a vCPU that only reads. Of what follows it knows the place of its part and the random generator.
+    pub reader: AtomicU64,
     /// Guest physical address of the first page of the part.
     pub base: AtomicU64,
     /// Pages in the part.
@@ -57,6 +62,8 @@ pub struct ControlBlock {
     pub deadline: AtomicU64,
     /// Steps done. The step's write comes before this is counted.
     pub steps: AtomicU64,
+    /// Pages that a reader has read, counted every [`READS_PER_COUNT`].
+    pub reads: AtomicU64,
 
     /// Stalls seen.
     pub stalls: AtomicU64,
@@ -93,18 +100,19 @@ impl ControlBlock {
     /// Tells a vCPU what to do, for a clock of `khz`.
     pub fn set_up(&self, layout: &Layout, workload: &Workload, vcpu: u16, khz: u32) {
         let part = layout.part(vcpu);
-        let stepper = workload.stepper(vcpu, layout.vcpus());
+        let stepper = layout.stepper(workload, vcpu);
         let (hot_pages, hot_chance) = stepper.hot();
         let ticks = |ns: u64| ns * u64::from(khz) / 1_000_000;
         let (per_period, period, threshold) = match workload.rate {
             Rate::FlatOut => (FLAT_OUT, 0, ticks(STALL_NS)),
             Rate::PagesPerSecond(pages) => {
-                let each = (u128::from(pages) << 32) / u128::from(layout.vcpus());
+                let each = (u128::from(pages) << 32) / u128::from(layout.writers());
                 let each = each * u128::from(PERIOD_NS) / 1_000_000_000;
                 (u64::try_from(each).unwrap_or(FLAT_OUT), ticks(PERIOD_NS), ticks(LATE_NS))
             }
         };
         for (field, value) in [
+            (&self.reader, u64::from(layout.is_reader(vcpu))),
             (&self.base, layout.address_of(part.start)),
             (&self.pages, stepper.pages()),
             (&self.split, layout.low_pages().saturating_sub(part.start)),

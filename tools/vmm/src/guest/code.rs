@@ -16,11 +16,21 @@
 //! | r15 | when the sleep that was asked for ends |
 //! | rbx | steps left in this period |
 //! | rbp | where to go on after a stall was noted |
+//!
+//! A vCPU that only reads has another loop. It never looks at the clock nor sleeps, and differs in these:
+//!
+//! | register | holds |
+//! | --- | --- |
+//! | r9  | pages read |
+//! | r11 | the sum that it computes of all that it reads |
+//! | r12 | the odd factor of that sum |
+//! | rbx | pages left until it counts them |
 
 use std::arch::global_asm;
 use std::mem::offset_of;
 
-use super::block::{ControlBlock, RING, Stall};
+use super::block::{ControlBlock, READS_PER_COUNT, RING, Stall};
+use crate::workload::{READ_FACTOR, SLOTS};
 
 /// The port whose access means: wait until the block's deadline.
 pub const SLEEP_PORT: u16 = 0x6d;
@@ -41,13 +51,37 @@ const STALL_SHIFT: u32 = size_of::<Stall>().ilog2();
 
 global_asm!(
     r#"
+    .macro memlane_next_random          # r8; uses rax
+    mov     rax, r8
+    shl     rax, 13
+    xor     r8, rax
+    mov     rax, r8
+    shr     rax, 7
+    xor     r8, rax
+    mov     rax, r8
+    shl     rax, 17
+    xor     r8, rax
+    .endm
+
+    .macro memlane_address_of_page      # number rcx of the part, to rax
+    mov     rax, rcx
+    shl     rax, 12
+    add     rax, r10
+    cmp     rcx, [rdi + {split}]
+    jb      .Lmemlane_below_hole\@
+    add     rax, [rdi + {hole_bytes}]
+.Lmemlane_below_hole\@:
+    .endm
+
     .pushsection .rodata.memlane_guest, "a", @progbits
     .global memlane_guest_code
     .global memlane_guest_code_end
 memlane_guest_code:
     mov     r8, [rdi + {random}]
-    mov     r9, [rdi + {steps}]
     mov     r10, [rdi + {base}]
+    cmp     qword ptr [rdi + {reader}], 0
+    jne     .Lmemlane_reader
+    mov     r9, [rdi + {steps}]
     mov     r12, [rdi + {threshold}]
     xor     r14d, r14d
     rdtsc
@@ -67,16 +101,7 @@ memlane_guest_code:
     jz      .Lmemlane_sleep
 
 .Lmemlane_step:
-    mov     rax, r8
-    shl     rax, 13
-    xor     r8, rax
-    mov     rax, r8
-    shr     rax, 7
-    xor     r8, rax
-    mov     rax, r8
-    shl     rax, 17
-    xor     r8, rax
-
+    memlane_next_random
     cmp     qword ptr [rdi + {sequential}], 0
     jne     .Lmemlane_sequential
     mov     rcx, r8
@@ -104,13 +129,7 @@ memlane_guest_code:
     xor     r14d, r14d
 
 .Lmemlane_write:
-    mov     rax, rcx
-    shl     rax, 12
-    add     rax, r10
-    cmp     rcx, [rdi + {split}]
-    jb      .Lmemlane_below_hole
-    add     rax, [rdi + {hole_bytes}]
-.Lmemlane_below_hole:
+    memlane_address_of_page
     mov     edx, r8d
     and     edx, 511
     mov     [rax + rdx * 8], r8
@@ -171,9 +190,38 @@ memlane_guest_code:
 .Lmemlane_not_longest:
     inc     qword ptr [rdi + {stalls}]
     jmp     rbp
+
+.Lmemlane_reader:
+    mov     r9, [rdi + {reads}]
+    xor     r11d, r11d
+    movabs  r12, {factor}
+.Lmemlane_until_count:
+    mov     ebx, {reads_per_count}
+.Lmemlane_read:
+    memlane_next_random
+    mov     rcx, r8
+    shr     rcx, 32
+    imul    rcx, [rdi + {pages}]
+    shr     rcx, 32
+    memlane_address_of_page
+    mov     ecx, {words}
+.Lmemlane_word:
+    xor     r11, [rax]
+    imul    r11, r12
+    add     rax, 8
+    dec     ecx
+    jnz     .Lmemlane_word
+    dec     ebx
+    jnz     .Lmemlane_read
+    add     r9, {reads_per_count}
+    mov     [rdi + {reads}], r9
+    jmp     .Lmemlane_until_count
 memlane_guest_code_end:
     .popsection
+    .purgem memlane_next_random
+    .purgem memlane_address_of_page
     "#,
+    reader = const offset_of!(ControlBlock, reader),
     base = const offset_of!(ControlBlock, base),
     pages = const offset_of!(ControlBlock, pages),
     split = const offset_of!(ControlBlock, split),
@@ -188,6 +236,7 @@ memlane_guest_code_end:
     credit = const offset_of!(ControlBlock, credit),
     deadline = const offset_of!(ControlBlock, deadline),
     steps = const offset_of!(ControlBlock, steps),
+    reads = const offset_of!(ControlBlock, reads),
     stalls = const offset_of!(ControlBlock, stalls),
     longest = const offset_of!(ControlBlock, longest),
     histogram = const offset_of!(ControlBlock, histogram),
@@ -197,4 +246,7 @@ memlane_guest_code_end:
     ring_mask = const RING_MASK,
     stall_shift = const STALL_SHIFT,
     port = const SLEEP_PORT,
+    factor = const READ_FACTOR,
+    reads_per_count = const READS_PER_COUNT,
+    words = const SLOTS,
 );

@@ -5,7 +5,7 @@
 //! page 1        code
 //! page 2..18    control blocks, two pages for each vCPU
 //! page 18..     page tables
-//! page 512..    the working set, one part for each vCPU
+//! page 512..    the working set, one part for each vCPU that writes
 //! then          pages that are filled once and never written
 //! ```
 
@@ -24,7 +24,7 @@ use std::time::Duration;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::machine::Machine;
 
-use crate::workload::{SLOTS, Workload};
+use crate::workload::{SLOTS, Stepper, Workload};
 
 pub use block::{ControlBlock, Stall};
 pub use clock::Reading;
@@ -84,6 +84,7 @@ pub trait Guest: Send + Sync {
 pub struct Layout {
     regions: Vec<(u64, u64)>,
     vcpus: u16,
+    writers: u16,
     working_set: Range<u64>,
 }
 
@@ -94,6 +95,13 @@ impl Layout {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(format!("a guest has 1 to {MAX_VCPUS} vCPUs, not {vcpus}"));
         }
+        let readers = workload.readers;
+        let Some(writers @ 1..) = vcpus.checked_sub(readers) else {
+            return Err(format!(
+                "at least one vCPU must write: of {vcpus}, at most {} can be readers, not {readers}",
+                vcpus - 1
+            ));
+        };
         if !ram_bytes.is_multiple_of(UNIT) || ram_bytes < 2 * UNIT {
             return Err("RAM must be a multiple of 2MiB, and at least 4MiB".into());
         }
@@ -106,15 +114,15 @@ impl Layout {
             regions.push((HIGH_ADDRESS, ram_bytes - low));
         }
         let free = ram_bytes / PAGE_SIZE - SYSTEM_PAGES;
-        if workload.working_set_pages < u64::from(vcpus) || workload.working_set_pages > free {
+        if workload.working_set_pages < u64::from(writers) || workload.working_set_pages > free {
             return Err(format!(
-                "the working set must have a page for each vCPU and leave 2MiB of RAM to the system: \
-                 {vcpus} to {free} pages of 4KiB, not {}",
+                "the working set must have a page for each vCPU that writes and leave 2MiB of RAM to the system: \
+                 {writers} to {free} pages of 4KiB, not {}",
                 workload.working_set_pages
             ));
         }
         let working_set = SYSTEM_PAGES..SYSTEM_PAGES + workload.working_set_pages;
-        Ok(Self { regions, vcpus, working_set })
+        Ok(Self { regions, vcpus, writers, working_set })
     }
 
     /// Address and length of each region of RAM, in bytes.
@@ -127,6 +135,16 @@ impl Layout {
         self.vcpus
     }
 
+    /// Number of vCPUs that write, which are the first ones.
+    pub fn writers(&self) -> u16 {
+        self.writers
+    }
+
+    /// Whether a vCPU only reads.
+    pub fn is_reader(&self, vcpu: u16) -> bool {
+        vcpu >= self.writers
+    }
+
     /// Pages of RAM.
     pub fn pages(&self) -> u64 {
         self.regions.iter().map(|(_, bytes)| bytes / PAGE_SIZE).sum()
@@ -137,11 +155,22 @@ impl Layout {
         self.working_set.clone()
     }
 
-    /// The part of the working set that a vCPU writes.
+    /// The part of the working set that a vCPU writes; a reader has all of it to read.
     pub fn part(&self, vcpu: u16) -> Range<u64> {
-        let each = (self.working_set.end - self.working_set.start) / u64::from(self.vcpus);
+        if self.is_reader(vcpu) {
+            return self.working_set();
+        }
+        let each = (self.working_set.end - self.working_set.start) / u64::from(self.writers);
         let first = self.working_set.start + u64::from(vcpu) * each;
         first..first + each
+    }
+
+    /// The steps of a vCPU from the beginning.
+    pub fn stepper(&self, workload: &Workload, vcpu: u16) -> Stepper {
+        match self.is_reader(vcpu) {
+            true => workload.reader(vcpu),
+            false => workload.stepper(vcpu, self.writers),
+        }
     }
 
     /// The pages of a vCPU's control block.
@@ -173,9 +202,13 @@ mod tests {
     use crate::workload::{Fill, Pattern, Rate};
 
     fn layout(ram_bytes: u64, gap: bool, vcpus: u16, working_set_pages: u64) -> Result<Layout, String> {
+        Layout::new(ram_bytes, gap, vcpus, &workload(working_set_pages, 0))
+    }
+
+    fn workload(working_set_pages: u64, readers: u16) -> Workload {
         let fill = Fill { zero: 100, random: 0, compressible: 0 };
         let (pattern, rate) = (Pattern::Uniform, Rate::FlatOut);
-        Layout::new(ram_bytes, gap, vcpus, &Workload { seed: 1, pattern, rate, working_set_pages, fill })
+        Workload { seed: 1, pattern, rate, working_set_pages, readers, fill }
     }
 
     #[test]
@@ -196,6 +229,18 @@ mod tests {
         assert_eq!(layout.part(0), 512..845);
         assert_eq!(layout.part(2).end, 512 + 999);
         assert!(layout.block(7).end <= TABLES_PAGE);
+    }
+
+    #[test]
+    fn readers_have_no_part_but_all() {
+        let layout = Layout::new(64 << 20, false, 4, &workload(1000, 2)).unwrap();
+        assert_eq!((layout.vcpus(), layout.writers()), (4, 2));
+        assert_eq!([0, 1, 2, 3].map(|vcpu| layout.part(vcpu)), [512..1012, 1012..1512, 512..1512, 512..1512]);
+        assert_eq!([1, 2].map(|vcpu| layout.is_reader(vcpu)), [false, true]);
+        for readers in [4, 5, u16::MAX] {
+            let error = Layout::new(64 << 20, false, 4, &workload(1000, readers)).unwrap_err();
+            assert!(error.contains("at most 3 can be readers"), "{error}");
+        }
     }
 
     #[test]

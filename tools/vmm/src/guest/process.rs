@@ -16,17 +16,19 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::machine::Machine;
 use rustix::time::ClockId;
 
+use super::block::READS_PER_COUNT;
 use super::clock::{Reading, clock};
 use super::{ControlBlock, Guest, Layout};
 use crate::gate::Gate;
-use crate::workload::{SLOTS, Stepper, Workload};
+use crate::workload::{READ_FACTOR, SLOTS, Stepper, Workload};
 
 /// The guest's clock ticks in nanoseconds.
 pub const KHZ: u32 = 1_000_000;
 /// A thread looks at the clock after this long, whatever its deadline.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// Steps between two looks at the gate.
+/// Steps or reads between two looks at the gate.
 const BURST: u64 = 64;
+const _: () = assert!(READS_PER_COUNT.is_multiple_of(BURST));
 
 mod tag {
     pub const CLOCKS: u16 = 128;
@@ -34,7 +36,7 @@ mod tag {
     pub const OWN: u16 = 130;
 }
 
-/// Threads that write the guest's memory.
+/// Threads that write and read the guest's memory.
 pub struct ProcessGuest {
     program: Program,
     workload: Workload,
@@ -81,7 +83,7 @@ impl ProcessGuest {
             threads: Vec::new(),
         };
         for vcpu in 0..vcpus {
-            let stepper = workload.stepper(vcpu, vcpus);
+            let stepper = layout.stepper(workload, vcpu);
             let progress = Arc::new(Mutex::new(Progress { stepper, deadline: 0, last: None, left: 0 }));
             guest.steppers.push(Arc::clone(&progress));
             let (gate, clock) = (Arc::clone(&guest.gate), Arc::clone(&guest.clock));
@@ -95,7 +97,10 @@ impl ProcessGuest {
                     while gate.pass() {
                         let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
                         while gate.is_open() {
-                            progress.run(block, &part, &gate, &clock);
+                            match layout.is_reader(vcpu) {
+                                true => progress.read(block, &part),
+                                false => progress.run(block, &part, &gate, &clock),
+                            }
                         }
                     }
                     None
@@ -157,7 +162,7 @@ impl Guest for ProcessGuest {
         for index in 0..self.layout.vcpus() {
             let [random, done, deadline, last, left] =
                 sections.take::<[u64; 5]>(tag::THREAD, index, "progress of a thread").map_err(text)?;
-            let fresh = self.workload.stepper(index, self.layout.vcpus());
+            let fresh = self.layout.stepper(&self.workload, index);
             let stepper = fresh.at([random, done]).ok_or("the state has a generator that cannot be")?;
             loaded.push(Progress { stepper, deadline, last: Some(last), left });
         }
@@ -242,6 +247,15 @@ impl Progress {
         }
         self.last = Some(last);
     }
+
+    /// Reads a few pages, as a vCPU does that only reads.
+    fn read(&mut self, block: &ControlBlock, part: &Part<'_>) {
+        let sum = (0..BURST).fold(0, |sum, _| part.read(self.stepper.next().page, sum));
+        std::hint::black_box(sum);
+        if self.stepper.done().is_multiple_of(READS_PER_COUNT) {
+            block.reads.store(self.stepper.done(), Ordering::Relaxed);
+        }
+    }
 }
 
 /// A part of the working set, in this process.
@@ -258,13 +272,23 @@ impl<'a> Part<'a> {
     }
 
     fn write(&self, page: u64, slot: usize, value: u64) {
+        self.page(page)[slot].store(value, Ordering::Relaxed);
+    }
+
+    /// Goes on with a sum over all slots of a page.
+    fn read(&self, page: u64, sum: u64) -> u64 {
+        let slots = self.page(page).iter().map(|slot| slot.load(Ordering::Relaxed));
+        slots.fold(sum, |sum, value| (sum ^ value).wrapping_mul(READ_FACTOR))
+    }
+
+    fn page(&self, page: u64) -> &[AtomicU64; SLOTS] {
         let page = self.first + page;
         let slice = self.slices.iter().rev().find(|slice| slice.first_page <= page);
         let slice = slice.expect("steps stay within the part");
-        let offset = (page - slice.first_page) as usize * PAGE_SIZE as usize + slot * 8;
+        let offset = (page - slice.first_page) as usize * PAGE_SIZE as usize;
         assert!(offset < slice.len, "steps stay within the part");
-        // SAFETY: the offset lies within the slice, which lives as long as the RAM is borrowed,
-        // and is a multiple of 8; the memory is shared, so it is written as an atomic.
-        unsafe { AtomicU64::from_ptr(slice.ptr.add(offset).cast()) }.store(value, Ordering::Relaxed);
+        // SAFETY: the page lies within the slice, which lives as long as the RAM is borrowed; slices
+        // are whole pages. The memory is shared, so all who use it take it for atomics.
+        unsafe { &*slice.ptr.add(offset).cast() }
     }
 }

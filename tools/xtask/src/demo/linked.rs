@@ -4,6 +4,7 @@ use anyhow::Result;
 use memlane_lab::{HostId, Rig, Vmm};
 use serde_json::{Value, json};
 
+use super::readers::Readers;
 use super::report::{Demo, Leg};
 use super::{GUEST, Guest, Options, PROOF_LIMIT, RUN_ON, WARM_UP, other};
 
@@ -50,17 +51,23 @@ impl Options {
         if of > 1 {
             self.say(&format!("move {number} of {of}, to {destination}"));
         }
-        let migration = self.order(rig, at, &self.migrate(&destination))?;
+        let mut readers = match self.readers() {
+            0 => None,
+            readers => Some(Readers::before(&mut vmm, self.vcpus..self.vcpus + readers)?),
+        };
+        let migration = self.order(rig, at, &self.migrate(&destination), |migration| {
+            if let Some(readers) = &mut readers {
+                readers.look(migration);
+            }
+        })?;
         if migration["outcome"] != "completed" {
-            return Ok((
-                Leg { number, migration, stats: Value::Null, oracle: Value::Null, more: Value::Null },
-                vmm,
-            ));
+            let (stats, oracle, more) = (Value::Null, Value::Null, Value::Null);
+            return Ok((Leg { number, migration, stats, oracle, readers, more }, vmm));
         }
         let stats = next.stats()?;
         std::thread::sleep(if number == of { RUN_ON } else { RUN_ON / 5 });
         let oracle = next.verify()?;
-        Ok((Leg { number, migration, stats, oracle, more: Value::Null }, next))
+        Ok((Leg { number, migration, stats, oracle, readers, more: Value::Null }, next))
     }
 
     /// One more move, with `--verify`.
@@ -75,7 +82,8 @@ impl Options {
     fn vmm_arguments(&self, incoming: bool) -> Vec<String> {
         let ram = self.ram.to_string();
         let mut arguments: Vec<String> = ["--ram", &ram, "--nic", NIC].map(str::to_owned).into();
-        arguments.extend(["--vcpus".into(), self.vcpus.to_string()]);
+        let (vcpus, readers) = (self.vcpus.saturating_add(self.readers()), self.readers());
+        arguments.extend(["--vcpus".into(), vcpus.to_string(), "--readers".into(), readers.to_string()]);
         if let Some(backing) = &self.backing {
             arguments.extend(["--backing".into(), backing.clone()]);
         }
@@ -119,6 +127,7 @@ impl Options {
             "vmm": "memlane-vmm",
             "kind": if kvm { "kvm" } else { "process" },
             "vcpus": self.vcpus,
+            "readers": self.readers(),
             "tracker": tracker,
             "dirty_rate": if self.flat_out { "flat out".into() } else { Value::from(dirty_rate) },
         })

@@ -84,6 +84,7 @@ impl Options {
             ("--gap", self.gap),
             ("--tracker", self.tracker.is_some()),
             ("--backing", self.backing.is_some()),
+            ("--readers", self.readers.is_some()),
         ];
         for (option, given) in linked_only {
             ensure!(!given, "{option} is for guests of memlane-vmm: --guest kvm or process");
@@ -116,11 +117,18 @@ impl Options {
         let before = Counters::ask(rig.lab().lan(), guest.address, "stats")?;
         let capture = rig.lab().lan().capture_from(to)?;
         session.take_longest_gap();
-        let migration = self.order(rig, at, &self.migrate(&destination))?;
+        let migration = self.order(rig, at, &self.migrate(&destination), |_| ())?;
         let accelerator = guest.accelerator.as_str();
         if migration["outcome"] != "completed" {
             let more = json!({ "accelerator": accelerator });
-            return Ok(Leg { number, migration, stats: Value::Null, oracle: Value::Null, more });
+            return Ok(Leg {
+                number,
+                migration,
+                stats: Value::Null,
+                oracle: Value::Null,
+                readers: None,
+                more,
+            });
         }
         let heard = session.hear(ANSWER);
         let gap = session.take_longest_gap();
@@ -145,7 +153,7 @@ impl Options {
         });
         let oracle =
             json!({ "equal": equal, "pages": pages, "checks": after.passes.saturating_sub(before.passes) });
-        Ok(Leg { number, migration, stats: Value::Null, oracle, more })
+        Ok(Leg { number, migration, stats: Value::Null, oracle, readers: None, more })
     }
 
     /// Whether the switch knows that the guest is at its new port, and knew before the guest said anything there: a

@@ -1,8 +1,10 @@
 //! `cargo xtask demo`: a guest moves between two hosts while it writes.
 
+mod converge;
 mod format;
 mod linked;
 mod linux;
+mod readers;
 mod report;
 
 use std::time::Duration;
@@ -42,6 +44,10 @@ pub struct Options {
     /// Virtual CPUs of the guest
     #[arg(long, default_value_t = 1)]
     vcpus: u16,
+    /// Virtual CPUs that the guest has moreover, which only read and compute; not for qemu [default: 1 with
+    /// --converge, else 0]
+    #[arg(long, value_name = "NUMBER")]
+    readers: Option<u16>,
     /// Pages that the guest writes a second; 0 for an idle guest [default: 10000; 2000 for qemu]
     #[arg(long, value_name = "PAGES_PER_S")]
     dirty_rate: Option<u64>,
@@ -54,6 +60,15 @@ pub struct Options {
     /// How written pages are found [default: log; pagemap for a process and QEMU]
     #[arg(long, value_enum)]
     tracker: Option<Tracker>,
+    /// When the guest's memory is sent: before the guest, partly after it, or all after it
+    #[arg(long, value_enum, default_value = "precopy")]
+    mode: Mode,
+    /// What to do about a guest that writes faster than the ports carry [default: what memlanectl does]
+    #[arg(long, value_enum, value_name = "HOW")]
+    converge: Option<Converge>,
+    /// How much of its writing stun may keep the guest from [default: what memlanectl allows]
+    #[arg(long, value_name = "PERCENT")]
+    max_stun: Option<u8>,
     /// Longest pause that the guest may see
     #[arg(long, default_value = "300ms")]
     downtime_limit: String,
@@ -91,6 +106,28 @@ enum Tracker {
     Log,
     Ring,
     Pagemap,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// The guest runs there when all its memory is there
+    Precopy,
+    /// It runs there after one round, and fetches what it has written meanwhile
+    Hybrid,
+    /// It runs there at once, and fetches all its memory
+    Postcopy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Converge {
+    /// Slow its writes
+    Stun,
+    /// Let it run there, and fetch the rest
+    Postcopy,
+    /// The first, within bounds, and then the second
+    Auto,
+    /// Give up; it runs on here
+    None,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -144,25 +181,49 @@ impl Options {
     }
 
     /// The order to move the guest.
-    fn migrate<'a>(&'a self, destination: &'a str) -> Vec<&'a str> {
+    fn migrate(&self, destination: &str) -> Vec<String> {
         let mut arguments = vec!["migrate", GUEST, destination, "--downtime-limit", &self.downtime_limit];
+        match self.mode {
+            Mode::Precopy => {}
+            Mode::Hybrid => arguments.extend(["--postcopy", "hybrid"]),
+            Mode::Postcopy => arguments.extend(["--postcopy", "now"]),
+        }
         if self.verify {
             arguments.push("--verify");
+        }
+        let mut arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
+        if let Some(converge) = self.converge {
+            arguments.extend(["--converge".into(), format!("{converge:?}").to_lowercase()]);
+        }
+        if let Some(percent) = self.max_stun {
+            arguments.extend(["--max-stun".into(), percent.to_string()]);
         }
         arguments
     }
 
-    /// Gives an order, and returns how the migration ended.
-    fn order(&self, rig: &mut Rig, at: HostId, arguments: &[&str]) -> Result<Value> {
-        if self.json {
-            let answer = rig.ctl(at, arguments)?;
-            let last = answer.last()?.clone();
-            ensure!(last.get("error").is_none(), "{}", last["error"]["message"].as_str().unwrap_or_default());
-            return Ok(last);
+    /// Gives an order and shows how it goes; returns how the migration ended. `look` sees each of its states.
+    fn order(&self, rig: &Rig, at: HostId, arguments: &[String], look: impl FnMut(&Value)) -> Result<Value> {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--detach"]).collect();
+        let answer = rig.ctl(at, &arguments)?;
+        let begun = answer.last()?;
+        let refused = begun["error"]["message"].as_str();
+        ensure!(refused.is_none(), "the order was refused: {}", refused.unwrap_or_default());
+        let id = begun["id"].as_str().with_context(|| format!("no migration in {}", answer.text.trim()))?;
+        let shown = match self.json {
+            true => None,
+            false => Some(rig.ctl_command(at, &["watch", id]).spawn().context("running memlanectl")?),
+        };
+        let ended = rig.watch(at, id, look)?;
+        if let Some(mut shown) = shown {
+            shown.wait().context("waiting for memlanectl")?;
         }
-        let status = rig.ctl_command(at, arguments).status().context("running memlanectl")?;
-        ensure!(status.code() != Some(3), "the order was refused");
-        rig.ctl(at, &["watch", GUEST])?.last().cloned()
+        Ok(ended)
+    }
+
+    /// Number of the guest's vCPUs that only read.
+    fn readers(&self) -> u16 {
+        let qemu = self.guest == Guest::Qemu;
+        self.readers.unwrap_or(u16::from(self.converge.is_some() && !qemu))
     }
 
     /// Tells what is going on, where that does not get into the way of JSON.
@@ -177,4 +238,38 @@ fn other(host: HostId) -> HostId {
 
 fn count(number: usize, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Demo {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(line: &str) -> Options {
+        Demo::parse_from(["demo"].into_iter().chain(line.split_whitespace())).options
+    }
+
+    #[test]
+    fn the_order_says_when_memory_is_sent_and_what_is_done_if_it_does_not_converge() {
+        let order = |line: &str| options(line).migrate("host-b").join(" ");
+        assert_eq!(order(""), "migrate web1 host-b --downtime-limit 300ms");
+        assert!(order("--mode hybrid").ends_with("300ms --postcopy hybrid"));
+        assert!(order("--mode postcopy --verify").ends_with("300ms --postcopy now --verify"));
+        assert!(order("--converge auto --max-stun 40").ends_with("300ms --converge auto --max-stun 40"));
+    }
+
+    #[test]
+    fn a_guest_that_may_be_stunned_has_a_reader_unless_it_is_told_otherwise() {
+        let readers = |line: &str| options(line).readers();
+        assert_eq!(["", "--converge stun", "--converge none --guest process"].map(readers), [0, 1, 1]);
+        assert_eq!(["--converge stun --guest qemu", "--converge stun --readers 0"].map(readers), [0, 0]);
+        assert_eq!(readers("--readers 3"), 3);
+    }
 }

@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::converge;
 use super::format::{binary, seconds, thousands, time};
+use super::readers::Readers;
 
 /// One move.
 pub struct Leg {
@@ -16,6 +18,8 @@ pub struct Leg {
     pub stats: Value,
     /// How its memory compares with the model.
     pub oracle: Value,
+    /// What it did to vCPUs that only read, if the guest has any.
+    pub readers: Option<Readers>,
     /// What else is to be told: an object whose keys are added to those of the move.
     pub more: Value,
 }
@@ -51,6 +55,9 @@ impl Leg {
             "oracle_verified": self.oracle["equal"] == true,
             "guest_longest_stall_seconds": seconds(&self.stats["longest_stall_ns"]),
             "tracking_stall_seconds": seconds(&self.stats["tracking_stall_ns"]),
+            "stun": converge::stun(migration, self.readers.as_ref()),
+            "postcopy": converge::postcopy(migration),
+            "readers": self.readers.as_ref().map(Readers::json),
         });
         for key in [
             "outcome",
@@ -134,6 +141,12 @@ impl Demo {
             _ => "a process",
         };
         let vcpus = guest["vcpus"].as_u64().unwrap_or(0);
+        let readers = match guest["readers"].as_u64() {
+            None | Some(0) => String::new(),
+            Some(readers) => {
+                format!(" and {readers} more that only read{}", if readers == 1 { "s" } else { "" })
+            }
+        };
         let writes = match guest["dirty_rate"].as_u64() {
             Some(0) => "idle".to_owned(),
             Some(rate) => format!("writing {} pages a second", thousands(rate)),
@@ -143,7 +156,7 @@ impl Demo {
         writeln!(text)?;
         writeln!(
             text,
-            "  {} · {kind}{accelerator} of {} with {vcpus} vCPU{}, {writes}, tracked by {}",
+            "  {} · {kind}{accelerator} of {} with {vcpus} vCPU{}{readers}, {writes}, tracked by {}",
             guest["name"].as_str().unwrap_or_default(),
             binary(self.ram_bytes()),
             if vcpus == 1 { "" } else { "s" },
@@ -159,6 +172,7 @@ impl Demo {
         write_rounds(text, migration)?;
         write_lanes(text, migration, total)?;
         writeln!(text)?;
+        converge::write(text, migration, leg.readers.as_ref())?;
         self.write_pause(text, leg)?;
         self.write_proof(text, leg)
     }
@@ -299,6 +313,7 @@ mod tests {
             migration: json!({"outcome": "completed", "pages_total": 256}),
             stats: json!({"longest_stall_ns": 5_000_000}),
             oracle: json!({"equal": equal, "pages": 256, "steps": 10}),
+            readers: None,
             more: Value::Null,
         };
         let demo = |leg, proof| Demo { guest: json!({}), legs: vec![leg], proof, limit: "300ms".into() };
@@ -320,6 +335,7 @@ mod tests {
                 migration: json!({"outcome": "completed", "pages_total": 256}),
                 stats: Value::Null,
                 oracle: json!({"equal": true}),
+                readers: None,
                 more: json!({
                     "tcp_session_survived": survived,
                     "switch_learned_port": learned,

@@ -1,0 +1,165 @@
+//! The raw limit of a fault: how long a page takes that is asked for over an idle connection.
+//!
+//! A request of 16 bytes goes from host B to host A, and a page of 4 KiB comes back. There is a thread at either end
+//! that waits in poll(2), as where faults are served, but nobody waits for a page, and none is placed.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use memlane_lab::{HostId, Lab};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use crate::memory::SharedMemory;
+use crate::report::RpcFigures;
+
+/// Bytes of an answer.
+const PAGE: usize = 4096;
+/// Bytes of a request: the number of a page, and as much again.
+const REQUEST: usize = 16;
+/// Pages that are asked for in turn, so that they are not all in the processor's nearest cache.
+const PAGES: usize = 4096;
+/// Requests before those that count.
+const WARM_UP: usize = 200;
+/// Requests that count.
+const REQUESTS: usize = 5000;
+/// On slow ports fewer must do.
+const LONGEST: Duration = Duration::from_secs(10);
+/// Longest wait for a request or an answer.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+/// Asks host A of `lab` for pages from host B over the first port, one at a time, and compares what comes.
+///
+/// The time of each is from before its request is sent until its last byte is read.
+///
+/// # Errors
+///
+/// If the lab has no ports, the connection fails, or an answer is not the page that was asked for.
+pub fn measure(lab: &Lab) -> Result<RpcFigures> {
+    let port = lab.host(HostId::A).ports().first().context("a probe needs a port")?;
+    let (mut asking, answering) =
+        connect(lab, port.address).with_context(|| format!("connecting over {}", port.interface))?;
+    let memory = SharedMemory::with_pattern(PAGES * PAGE)?;
+    std::thread::scope(|scope| {
+        let answerer = scope.spawn(|| answer_all(answering, &memory));
+        let times = ask_all(&mut asking, &memory);
+        // The other end goes on until this one is closed.
+        drop(asking);
+        let answered = answerer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // If both have failed, the one that answers failed first.
+        answered.context("answering")?;
+        Ok(RpcFigures::new(times.context("asking")?))
+    })
+}
+
+/// The end that asks, on host B, and the end that answers.
+fn connect(lab: &Lab, address: Ipv4Addr) -> Result<(TcpStream, TcpStream)> {
+    let listener = lab.host(HostId::A).run_in(|| TcpListener::bind((address, 0)))??;
+    let address = listener.local_addr()?;
+    let asking = lab.host(HostId::B).run_in(|| TcpStream::connect(address))??;
+    let (answering, _) = listener.accept()?;
+    for end in [&asking, &answering] {
+        end.set_nodelay(true)?;
+    }
+    Ok((asking, answering))
+}
+
+fn ask_all(socket: &mut TcpStream, memory: &[u8]) -> Result<Vec<Duration>> {
+    let mut times = Vec::with_capacity(REQUESTS);
+    let mut answer = [0; PAGE];
+    let begin = Instant::now();
+    for number in 0..WARM_UP + REQUESTS {
+        // An odd stride reaches all pages of a power of two, and never the next one.
+        let page = number * 1237 % PAGES;
+        let start = Instant::now();
+        socket.write_all(&request(page))?;
+        ensure!(read_exact(socket, &mut answer)?, "the other end has closed the connection");
+        let elapsed = start.elapsed();
+        ensure!(answer == memory[page * PAGE..][..PAGE], "another page came than number {page}");
+        if number >= WARM_UP {
+            times.push(elapsed);
+        }
+        if begin.elapsed() > LONGEST && !times.is_empty() {
+            break;
+        }
+    }
+    Ok(times)
+}
+
+/// Answers until the other end closes the connection.
+fn answer_all(mut socket: TcpStream, memory: &[u8]) -> Result<()> {
+    let mut request = [0; REQUEST];
+    while read_exact(&mut socket, &mut request)? {
+        let (page, _) = request.split_at(size_of::<u64>());
+        let page = u64::from_le_bytes(page.try_into().expect("the half of a request is a number"));
+        let start = usize::try_from(page).ok().and_then(|page| page.checked_mul(PAGE));
+        let bytes = start.and_then(|start| memory.get(start..)?.get(..PAGE));
+        socket.write_all(bytes.with_context(|| format!("there is no page {page}"))?)?;
+    }
+    Ok(())
+}
+
+fn request(page: usize) -> [u8; REQUEST] {
+    let mut request = [0; REQUEST];
+    request[..size_of::<u64>()].copy_from_slice(&(page as u64).to_le_bytes());
+    request
+}
+
+/// Fills `buffer`, waiting in poll(2) before each read; false if the other end has closed before its first byte.
+fn read_exact(socket: &mut TcpStream, buffer: &mut [u8]) -> Result<bool> {
+    let mut read = 0;
+    while read < buffer.len() {
+        match poll(&mut [PollFd::new(&*socket, PollFlags::IN)], Some(&PATIENCE)) {
+            Ok(0) => bail!("nothing came for {} s", PATIENCE.tv_sec),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error).context("waiting for a socket"),
+        }
+        match socket.read(&mut buffer[read..]) {
+            Ok(0) if read == 0 => return Ok(false),
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(bytes) => read += bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).context("reading from a socket"),
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let asking = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+        (asking, listener.accept().expect("a connection").0)
+    }
+
+    #[test]
+    fn pages_come_as_asked() {
+        let (mut asking, answering) = pair();
+        let memory = SharedMemory::with_pattern(PAGES * PAGE).expect("memory");
+        std::thread::scope(|scope| {
+            let answerer = scope.spawn(|| answer_all(answering, &memory));
+            let times = ask_all(&mut asking, &memory).expect("answers");
+            drop(asking);
+            answerer.join().expect("no panic").expect("requests");
+            assert!(!times.is_empty() && times.len() <= REQUESTS);
+        });
+    }
+
+    #[test]
+    fn what_is_not_there_or_is_cut_off_is_an_error() {
+        let memory = [0; PAGE];
+        for (sent, words) in [(&request(1)[..], "no page 1"), (&request(0)[..3], "end of file")] {
+            let (mut asking, answering) = pair();
+            asking.write_all(sent).expect("a send");
+            asking.shutdown(std::net::Shutdown::Write).expect("a shutdown");
+            let error = answer_all(answering, &memory).expect_err("no request that can be answered");
+            assert!(format!("{error:#}").contains(words), "{error:#}");
+        }
+    }
+}
