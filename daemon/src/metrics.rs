@@ -152,9 +152,9 @@ pub fn fault_leg(leg: Leg, took: Duration) {
     histogram!(leg.name()).record(took);
 }
 
-/// A guest's writes are held up from now on; it stood still for so long until they were.
-pub fn stun_began(pause: Duration) {
-    histogram!(STUN_SWITCH).record(pause);
+/// A guest's writes are held up from now on, which took so long to begin.
+pub fn stun_began(took: Duration) {
+    histogram!(STUN_SWITCH).record(took);
 }
 
 /// How a stun went on since `before`.
@@ -304,7 +304,12 @@ const ALL: [(&str, Kind, Unit, &str); 28] = [
     (DOWNTIME, Kind::Histogram(SHORT), Unit::Seconds, "Downtime: how long guests stood still."),
     (DOWNTIME_PREDICTED, Kind::Histogram(SHORT), Unit::Seconds, "Downtime as predicted at switchover."),
     (DOWNTIME_ERROR, Kind::Histogram(SHORT), Unit::Seconds, "How far downtime and prediction lay apart."),
-    (STUN_SWITCH, Kind::Histogram(SHORT), Unit::Seconds, "How long guests stood still for a stun to begin."),
+    (
+        STUN_SWITCH,
+        Kind::Histogram(SHORT),
+        Unit::Seconds,
+        "How long it took until a guest's writes were held to a rate.",
+    ),
     (STUN_SECONDS, Kind::Counter, Unit::Seconds, "Time for which guests' writes were held to a rate."),
     (STUN_RELEASED, Kind::Counter, Unit::Count, "Pages that guests were let write in that time."),
     (MISSING_PAGES, Kind::Gauge, Unit::Count, "Pages that guests in post-copy still miss here."),

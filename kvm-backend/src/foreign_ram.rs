@@ -7,6 +7,9 @@ use memlane_protocol::PAGE_SIZE;
 
 use crate::ram::GuestRam;
 
+/// What one page table of small pages maps.
+const TABLE_BYTES: u64 = 2 << 20;
+
 /// Where each region of a guest's memory lies in the process that runs the guest: what a userfaultfd
 /// of that process, and its `pagemap`, are told addresses in.
 #[derive(Debug)]
@@ -95,6 +98,12 @@ impl Place {
         address(pages.start)..address(pages.end)
     }
 
+    /// The pages of this region that share a page table with `page` there.
+    pub(crate) fn table_of(&self, page: u64) -> Range<u64> {
+        let table = self.addresses(&(page..page + 1)).start / TABLE_BYTES * TABLE_BYTES;
+        self.pages_at(&(table..table + TABLE_BYTES))
+    }
+
     /// The pages at `addresses` there, as far as they belong to this region.
     pub(crate) fn pages_at(&self, addresses: &Range<u64>) -> Range<u64> {
         let page = |address: u64| {
@@ -129,6 +138,7 @@ mod tests {
         assert_eq!(foreign.page_at(0x7000_2000), Some(0));
         assert_eq!([0x6fff_ffff, 0x7000_5000].map(|address| foreign.page_at(address)), [None; 2]);
         assert_eq!(foreign.places()[1].pages_at(&(0x7000_1000..0x7000_3000)), 4..5);
+        assert_eq!(foreign.places()[0].table_of(1), 0..3);
         assert_eq!((foreign.whole(1..4), foreign.whole(3..3), foreign.unit_of(4)), (1..4, 3..3, 1));
         for wrong in [&[0x7000_0000][..], &[0x7000_0001, 0], &[u64::MAX - 0xfff, 0]] {
             assert!(ForeignRam::new(ram.clone(), wrong).is_none());

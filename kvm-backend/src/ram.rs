@@ -23,7 +23,7 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::fs::FallocateFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
 
@@ -202,11 +202,17 @@ impl GuestRam {
             let index = self.region_of(page)?;
             Some((self.mapped[index].pages.start, u64::from(self.regions[index].page_bytes) / PAGE_SIZE))
         };
-        let start =
-            place(pages.start).map_or(pages.start, |(first, unit)| pages.start - (pages.start - first) % unit);
+        let start = place(pages.start)
+            .map_or(pages.start, |(first, unit)| pages.start - (pages.start - first) % unit);
         let end = place(pages.end - 1)
             .map_or(pages.end, |(first, unit)| first + (pages.end - first).next_multiple_of(unit));
         start..end
+    }
+
+    /// Copies what a page holds, while the guest may be writing it; whether there is such a page.
+    pub fn copy_page(&self, page: u64, into: &mut [u8; PAGE_SIZE as usize]) -> bool {
+        let address = self.address_of(page).map(GuestAddress);
+        address.is_some_and(|address| self.memory.read_slice(into, address).is_ok())
     }
 
     /// Makes `pages` zero and gives back what they took (`FALLOC_FL_PUNCH_HOLE`). Of a 2 MiB

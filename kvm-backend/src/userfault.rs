@@ -42,6 +42,10 @@ pub const WRITE_PROTECT: u64 = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP
 /// A write to a protected page lifts the protection and goes on, without a message.
 pub const WRITE_PROTECT_ASYNC: u64 = WRITE_PROTECT | UFFD_FEATURE_WP_ASYNC as u64;
 
+/// What is unregistered in one go (64 MiB): the kernel goes through all page tables of it, and no
+/// thread of the process can take a fault meanwhile.
+const UNREGISTER_BYTES: usize = 64 << 20;
+
 /// Which faults a range is registered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Faults {
@@ -133,9 +137,12 @@ impl Userfault {
 
     /// Ends what [`register`](Self::register) began; protection is lifted, waiting threads go on.
     pub fn unregister(&self, addresses: Range<u64>) -> io::Result<()> {
-        let mut argument = range(addresses.clone());
-        // SAFETY: the argument is of the ioctl's type. Unregistering changes no memory.
-        unsafe { ioctl(&self.0, Updater::<UFFDIO_UNREGISTER, _>::new(&mut argument)) }?;
+        for start in addresses.clone().step_by(UNREGISTER_BYTES) {
+            let end = addresses.end.min(start.saturating_add(UNREGISTER_BYTES as u64));
+            let mut argument = range(start..end);
+            // SAFETY: the argument is of the ioctl's type. Unregistering changes no memory.
+            unsafe { ioctl(&self.0, Updater::<UFFDIO_UNREGISTER, _>::new(&mut argument)) }?;
+        }
         // The kernel wakes only those who wait for missing pages (Linux 6.18).
         self.wake(addresses)
     }

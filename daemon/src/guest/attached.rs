@@ -159,14 +159,6 @@ impl Driver for Attached {
         handles.find(ram, false).map_err(failed)
     }
 
-    async fn freeze(&self) -> Result<(), DriverError> {
-        self.ask(Request::Pause).await.map(drop)
-    }
-
-    async fn thaw(&self) -> Result<(), DriverError> {
-        self.ask(Request::Resume).await.map(drop)
-    }
-
     async fn pause(&self) -> Result<Instant, DriverError> {
         let asked = Instant::now();
         self.ask(Request::Pause).await.map(|_| asked)

@@ -109,10 +109,6 @@ pub trait Driver {
     /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the
     /// process keeps a copy of it, so that whoever waits for a missing page waits on if this daemon ends.
     async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError>;
-    /// Has the guest stand still for a moment, if it runs.
-    async fn freeze(&self) -> Result<(), DriverError>;
-    /// Has it run again, if it was [frozen](Driver::freeze).
-    async fn thaw(&self) -> Result<(), DriverError>;
     /// Stops all vCPUs; returns the moment from which the guest may have stood still.
     async fn pause(&self) -> Result<Instant, DriverError>;
     /// Lets the vCPUs run, if they do not; returns since when they do, as Unix time, where the

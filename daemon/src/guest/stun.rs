@@ -4,52 +4,79 @@
 //! one by one. Whoever reads or computes is not slowed. One mechanism for all VMMs: a linked one's
 //! own tracker, and the asynchronous protection of a QEMU, give way to it.
 
+mod fingerprints;
 mod releaser;
 
 use std::time::{Duration, Instant};
 
 use memlane_protocol::PageSet;
+use memlane_protocol::wire::machine::TrackerKind;
 
 use super::tracking::Tracking;
 use super::{DriverError, Guest, Harvest, VmmMemory};
 
 pub use releaser::{Releaser, Report};
 
+use fingerprints::Fingerprints;
+
 /// What it took to have a guest's writes wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Switch {
     /// What was written until then.
     pub harvest: Harvest,
-    /// For how long the guest stood still.
-    pub pause: Duration,
+    /// Time that it took, in which the guest ran on.
+    pub took: Duration,
 }
 
 impl Guest {
-    /// Holds the guest's writes to so many pages of 4 KiB per second from now on. It stands still while
-    /// its tracker gives way to another; what it has written until then is added to `into`.
+    /// Holds the guest's writes to so many pages of 4 KiB per second from now on; what it has written
+    /// until then is added to `into`.
     ///
-    /// After an error writes may have been missed; the guest runs, unless its VMM refuses.
+    /// The guest runs on meanwhile. After an error writes may have been missed.
     pub async fn stun(&self, into: &PageSet, pages_per_second: u64) -> Result<Switch, DriverError> {
         let memory = self.driver.open_memory(false).await?;
-        let frozen = Instant::now();
-        self.driver.freeze().await?;
-        let switched = self.switch(memory, into, pages_per_second).await;
-        self.driver.thaw().await?;
-        Ok(Switch { harvest: switched?, pause: frozen.elapsed() })
+        match self.shape.tracker {
+            TrackerKind::Log | TrackerKind::Ring => self.overlap(memory, into, pages_per_second).await,
+            TrackerKind::Pagemap => self.exchange(memory, into, pages_per_second).await,
+        }
     }
 
-    async fn switch(
+    /// What KVM tracks can be protected besides: from when all is, no write is missed without KVM.
+    async fn overlap(
         &self,
         memory: VmmMemory,
         into: &PageSet,
         pages_per_second: u64,
-    ) -> Result<Harvest, DriverError> {
+    ) -> Result<Switch, DriverError> {
+        let started = Instant::now();
+        let tracking = Tracking::start(memory, Some(pages_per_second))?;
+        tracking.arm_all().await?;
         let harvest = self.driver.harvest(into).await?;
+        self.stunned.replace(Some(tracking.into()));
+        self.driver.stop_tracking().await?;
+        Ok(Switch { harvest, took: started.elapsed() })
+    }
+
+    /// Memory can be protected by one userfaultfd at a time. What is written while one gives way to the
+    /// other is found by what memory holds before and after.
+    async fn exchange(
+        &self,
+        memory: VmmMemory,
+        into: &PageSet,
+        pages_per_second: u64,
+    ) -> Result<Switch, DriverError> {
+        let started = Instant::now();
+        let before = Fingerprints::take(self.ram.clone()).await?;
+        // Whatever was in place when it was looked at, or was being written, is told of here.
+        let told = self.driver.harvest(into).await?;
         self.driver.stop_tracking().await?;
         let tracking = Tracking::start(memory, Some(pages_per_second))?;
-        tracking.arm(0..self.ram.pages()).await?;
+        tracking.arm_all().await?;
         self.stunned.replace(Some(tracking.into()));
-        Ok(harvest)
+        // And what is written from here on, by the tracker.
+        let changed = before.compare(self.ram.clone(), into).await?;
+        let harvest = Harvest { new: told.new + changed.new, holes: told.holes || changed.holes };
+        Ok(Switch { harvest, took: started.elapsed() })
     }
 
     /// Holds the writes of a guest that is stunned to another rate.

@@ -52,6 +52,12 @@ impl Tracking {
         self.work("arm", move |tracker, _| tracker.arm(pages)).await
     }
 
+    /// Arms all memory, of which nothing is to be copied for that: another tracker tells what is
+    /// written up to then.
+    pub async fn arm_all(&self) -> Result<(), DriverError> {
+        self.work("arm", |tracker, _| tracker.arm_all()).await
+    }
+
     /// See [`Driver::harvest`](crate::guest::Driver::harvest).
     pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         // Into a set of its own first: whoever asked may give up waiting, and what was found must

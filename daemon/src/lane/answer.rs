@@ -97,7 +97,7 @@ impl Answerer {
             let pages = self.outbound.ram.whole(page..page + 1);
             // The stream goes on behind it, and leaves it out.
             self.outbound.nearest.store(pages.end, Ordering::Relaxed);
-            self.outbound.dirty.remove_range(pages.clone());
+            self.outbound.leave_out(pages.clone());
             self.sort_out(pages);
         }
         self.sequence += 1;

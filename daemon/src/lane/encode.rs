@@ -1,7 +1,6 @@
 //! From the set of dirty pages to the next frame.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use memlane_kvm::ram::{GuestRam, is_zero};
@@ -24,9 +23,7 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     if let Some(nearest) = outbound.take_nearest() {
         *cursor = nearest;
     }
-    if let Some(whole) = &outbound.whole {
-        // One at a time: two that claim at once would share a huge page out between them.
-        let _one_at_a_time = whole.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(_one_at_a_time) = outbound.lock_whole() {
         return claim_whole(outbound, cursor, runs);
     }
     let mut room = outbound.frame_bytes.load(Ordering::Relaxed) / PAGE_SIZE;
@@ -52,7 +49,8 @@ fn claim_whole(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     const MOST: u64 = MAX_PAYLOAD_BYTES / PAGE_SIZE;
     let claim = |from| outbound.dirty.claim(&outbound.in_flight, from, MOST);
     let Some(claimed) = claim(*cursor).or_else(|| claim(0)) else { return };
-    // What is dirty is made of whole pages, so that only the end can lie within one.
+    // What is dirty is made of whole pages, and the cursor lies between two: only the end can lie
+    // within one.
     let last = outbound.ram.whole(claimed.end - 1..claimed.end);
     let end = if last.end > claimed.end { last.start } else { claimed.end };
     let pages = claimed.start..end.max(claimed.start);

@@ -19,9 +19,12 @@ use tracing::warn;
 use super::LaneError;
 use super::placing::{By, Placing};
 use super::priority;
+use super::receive::check_still;
 use crate::metrics::{self, Leg};
 use crate::port::{hang_up, hasten};
 
+/// Bytes of answers received at once.
+const RECEIVED_AT_ONCE: usize = 64 << 10;
 /// How often the source is asked whether it is still there, when there is nothing else to ask.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
@@ -55,7 +58,8 @@ impl Faults {
     ) -> io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { placing, fresh: Mutex::default(), bell, state: Mutex::default() });
-        let server = Server { shared: shared.clone(), silence, connection: None };
+        let (buffer, unserved) = (vec![0; RECEIVED_AT_ONCE].into(), Vec::new());
+        let server = Server { shared: shared.clone(), silence, connection: None, buffer, unserved };
         std::thread::Builder::new().name("faults".into()).spawn(move || {
             priority::raise();
             server.run(lost);
@@ -95,6 +99,10 @@ struct Server {
     shared: Arc<Shared>,
     silence: Duration,
     connection: Option<Connection>,
+    /// Where answers arrive.
+    buffer: Box<[u8]>,
+    /// Addresses of accesses that nothing was done about yet.
+    unserved: Vec<u64>,
 }
 
 /// The lane's connection.
@@ -156,10 +164,9 @@ impl Server {
             }
         }
         let (mut wants, seen) = (Vec::new(), Instant::now());
-        if heard_of {
-            self.hear(&mut wants)?;
-        }
+        let heard = self.hear(heard_of, &mut wants);
         self.ask(wants, seen)?;
+        heard.map_err(Ended::Memory)?;
         if answered {
             self.take_answers()?;
         }
@@ -185,19 +192,29 @@ impl Server {
         Ok((is_ready(0), is_ready(1), is_ready(2)))
     }
 
-    /// Hears of accesses, and notes the pages to ask for.
-    fn hear(&mut self, wants: &mut Vec<u64>) -> Result<(), Ended> {
+    /// Hears of accesses if there are any, and notes the pages to ask for.
+    fn hear(&mut self, any: bool, wants: &mut Vec<u64>) -> io::Result<()> {
         let placing = &self.shared.placing;
+        let mut heard = Ok(0);
+        if any {
+            heard = placing.userfault().read(|fault| self.unserved.push(fault.address));
+        }
+        if !placing.is_known() {
+            // A page that is not missing now may yet turn out to be.
+            return heard.map(drop);
+        }
         let mut failed = Ok(());
-        placing
-            .userfault()
-            .read(|fault| match placing.fault(fault.address) {
-                Ok(Some(page)) => wants.push(page),
-                Ok(None) => {}
-                Err(error) => failed = Err(error),
-            })
-            .and(failed)
-            .map_err(Ended::Memory)
+        self.unserved.retain(|address| match placing.fault(*address) {
+            Ok(page) => {
+                wants.extend(page);
+                false
+            }
+            Err(error) => {
+                failed = Err(error);
+                true
+            }
+        });
+        heard.and(failed)
     }
 
     /// Asks for these pages, which are waited for since `seen`, or over a fresh connection for all that
@@ -205,10 +222,7 @@ impl Server {
     fn ask(&mut self, mut pages: Vec<u64>, seen: Instant) -> Result<(), Ended> {
         let placing = &self.shared.placing;
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        if !placing.is_known() {
-            // The guest runs at the source, and pages change there: they are asked for later.
-            pages.clear();
-        } else if !std::mem::replace(&mut connection.asked_all, true) {
+        if placing.is_known() && !std::mem::replace(&mut connection.asked_all, true) {
             pages = placing.wanted();
         }
         let mut wants: Vec<u8> = pages.iter().flat_map(|page| Want::Page(*page).encode()).collect();
@@ -236,12 +250,10 @@ impl Server {
 
     /// Takes in what has come, and places what is complete.
     fn take_answers(&mut self) -> Result<(), Ended> {
-        const MOST: usize = 64 << 10;
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        let mut bytes = [0u8; MOST];
-        match rustix::net::recv(&connection.socket, &mut bytes, RecvFlags::DONTWAIT) {
+        match rustix::net::recv(&connection.socket, &mut self.buffer[..], RecvFlags::DONTWAIT) {
             Ok((0, _)) => return Err(Ended::Connection(LaneError::HungUp)),
-            Ok((count, _)) => connection.received.extend_from_slice(&bytes[..count]),
+            Ok((count, _)) => connection.received.extend_from_slice(&self.buffer[..count]),
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(error) => {
                 return Err(Ended::Connection(LaneError::io("receive wanted pages")(error.into())));
@@ -253,12 +265,7 @@ impl Server {
         let pages = self.shared.placing.pages();
         while let Some((frame, payload)) = complete(&connection.received[used..], pages, &mut runs)? {
             let bytes = &connection.received[used..][payload];
-            if let Some(found) = frame.checksum {
-                let computed = crc32c::crc32c(bytes);
-                if computed != found {
-                    return Err(WireError::Checksum { what: "frame", found, computed }.into());
-                }
-            }
+            check_still(&frame, bytes)?;
             let complete = Instant::now();
             self.shared.placing.place(&runs, bytes, By::Fault).map_err(Ended::Memory)?;
             let asked = runs.first().and_then(|run| connection.asked_for.remove(&run.pages.start));

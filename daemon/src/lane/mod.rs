@@ -18,6 +18,7 @@ mod send;
 mod stats;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -72,8 +73,11 @@ impl LaneError {
     }
 }
 
-/// Most bytes in one frame, if pages are small.
+/// Most bytes in one frame of small pages,
 const FRAME_BYTES: u64 = 1 << 20;
+/// and in post-copy: a kernel that does not preempt itself keeps a processor for as long as it takes to
+/// send, receive and place one, and the thread that a vCPU waits for does not run there meanwhile.
+const STREAM_FRAME_BYTES: u64 = 64 << 10;
 /// No page.
 const NOWHERE: u64 = u64::MAX;
 
@@ -97,9 +101,10 @@ pub struct Outbound {
     nearest: AtomicU64,
     /// Nothing is claimed for the time being.
     held: AtomicBool,
-    /// Locked while pages are claimed, where only whole pages of the guest's own size may be.
+    /// Locked while pages are claimed or added, where only whole pages of the guest's own size may be.
     whole: Option<Mutex<()>>,
-    /// Most bytes in one frame; less where little is left, so that all lanes get some of it.
+    largest_frame: u64,
+    /// Most bytes in one frame now; less where little is left, so that all lanes get some of it.
     frame_bytes: AtomicU64,
     /// Claims that have begun: grows before a lane looks at `dirty`.
     claims: AtomicU64,
@@ -115,19 +120,24 @@ pub struct Outbound {
 impl Outbound {
     /// For `lanes` lanes that send from `ram` while the guest runs there.
     pub fn new(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
-        Self::make(ram, lanes, None)
+        Self::make(ram, lanes, None, FRAME_BYTES)
     }
 
     /// For `lanes` lanes that send from the memory of a guest which stands still there, and runs at
     /// the destination: whole pages of their own size, since they are placed whole.
     pub fn of_still_guest(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
         let huge = ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
-        let outbound = Self::make(ram, lanes, huge.then(Mutex::default))?;
+        let outbound = Self::make(ram, lanes, huge.then(Mutex::default), STREAM_FRAME_BYTES)?;
         outbound.still.store(true, Ordering::Release);
         Ok(outbound)
     }
 
-    fn make(ram: Arc<GuestRam>, lanes: usize, whole: Option<Mutex<()>>) -> io::Result<Self> {
+    fn make(
+        ram: Arc<GuestRam>,
+        lanes: usize,
+        whole: Option<Mutex<()>>,
+        largest_frame: u64,
+    ) -> io::Result<Self> {
         let wakers = (0..lanes)
             .map(|_| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?))
             .collect::<io::Result<_>>()?;
@@ -140,7 +150,8 @@ impl Outbound {
             nearest: AtomicU64::new(NOWHERE),
             held: AtomicBool::new(false),
             whole,
-            frame_bytes: AtomicU64::new(FRAME_BYTES),
+            largest_frame,
+            frame_bytes: AtomicU64::new(largest_frame),
             claims: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             orphans: Mutex::default(),
@@ -153,8 +164,25 @@ impl Outbound {
     pub fn wake(&self, pages: u64) {
         const SMALLEST: u64 = 64 << 10;
         let share = pages * PAGE_SIZE / (2 * self.wakers.len().max(1) as u64);
-        self.frame_bytes.store(share.clamp(SMALLEST, FRAME_BYTES), Ordering::Relaxed);
+        self.frame_bytes.store(share.clamp(SMALLEST, self.largest_frame), Ordering::Relaxed);
         (0..self.wakers.len()).for_each(|lane| self.ring(lane));
+    }
+
+    /// Adds pages to send; whole ones, where the guest runs at the destination.
+    pub fn add(&self, pages: Range<u64>) {
+        let _whole = self.lock_whole();
+        self.dirty.insert_range(pages);
+    }
+
+    /// Leaves out pages that have been sent another way.
+    fn leave_out(&self, pages: Range<u64>) {
+        let _whole = self.lock_whole();
+        self.dirty.remove_range(pages);
+    }
+
+    /// Whoever changes what is to be sent holds this, so that huge pages are claimed whole or not at all.
+    fn lock_whole(&self) -> Option<MutexGuard<'_, ()>> {
+        self.whole.as_ref().map(|whole| whole.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Lanes claim nothing from now on: what is in flight comes to an end.
@@ -211,10 +239,12 @@ impl Outbound {
             }
             kept
         });
+        let whole = self.lock_whole();
         for run in frames.iter().flatten() {
             self.dirty.insert_range(run.pages.clone());
             self.in_flight.remove_range(run.pages.clone());
         }
+        drop(whole);
         self.settle(frames.len() as u64);
         self.wake(self.dirty.count());
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use memlane_kvm::foreign_ram::ForeignRam;
-use memlane_kvm::userfault::{Faults, Userfault};
+use memlane_kvm::userfault::{Faults, Userfault, is_gone};
 use memlane_protocol::wire::control::FetchReport;
 use memlane_protocol::wire::frame::{Content, Run};
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -71,10 +71,18 @@ impl Placing {
             streamed: AtomicU64::new(0),
             memory,
         };
-        for (addresses, _) in placing.memory.pieces(0..pages) {
-            placing.userfault.register(addresses, Faults::Missing)?;
+        let mut pieces = placing.memory.pieces(0..pages);
+        let registered =
+            pieces.try_for_each(|(addresses, _)| placing.userfault.register(addresses, Faults::Missing));
+        drop(pieces);
+        match registered {
+            Ok(()) => Ok(placing),
+            Err(error) => {
+                // Its VMM keeps a copy: what is registered would wait for ever.
+                let _ = placing.end();
+                Err(error)
+            }
         }
-        Ok(placing)
     }
 
     /// Adds pages that are missing: grown to whole pages of their regions, they are dropped here, so
@@ -131,6 +139,9 @@ impl Placing {
 
     /// Places what a frame brought: `payload` holds the bytes of all runs with data, in order.
     pub fn place(&self, runs: &[Run], payload: &[u8], by: By) -> io::Result<()> {
+        if runs.is_empty() {
+            return Ok(()); // the source is there, that is all
+        }
         if !self.is_known() {
             return Err(invalid("pages came before it was known which are missing"));
         }
@@ -180,9 +191,9 @@ impl Placing {
         self.faults.fetch_add(1, Ordering::Relaxed);
         // It may have been placed since it was looked at, by somebody who saw nobody waiting.
         if !self.missing.contains(unit.start) {
-            self.zero(&unit)?;
+            let zeroed = self.zero(&unit);
             self.answer(&unit);
-            return Ok(None);
+            return zeroed.map(|()| None);
         }
         Ok(Some(unit.start))
     }
@@ -204,11 +215,14 @@ impl Placing {
         Ok(poisoned)
     }
 
-    /// Nothing is missing any more: memory behaves as any other from now on.
+    /// Nothing is missing any more: memory behaves as any other from now on. Of a process that has
+    /// ended there is nothing to let go of.
     pub fn end(&self) -> io::Result<()> {
-        self.memory
-            .pieces(0..self.pages())
-            .try_for_each(|(addresses, _)| self.userfault.unregister(addresses))
+        let mut pieces = self.memory.pieces(0..self.pages());
+        pieces.try_for_each(|(addresses, _)| match self.userfault.unregister(addresses) {
+            Err(error) if !is_gone(&error) => Err(error),
+            _ => Ok(()),
+        })
     }
 
     /// Where faults are read from.

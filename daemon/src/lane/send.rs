@@ -84,10 +84,11 @@ impl Sender {
     ) -> Result<Self, LaneError> {
         let pages = outbound.ram.pages();
         let lanes = outbound.wakers.len().max(1) as u64;
+        let first = pages / lanes * lane as u64;
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             // Lanes begin apart, so that each walks through memory of its own.
-            cursor: pages / lanes * lane as u64,
+            cursor: outbound.ram.whole(first..first + 1).start,
             outbound,
             stats,
             socket,

@@ -137,7 +137,14 @@ impl Copying {
             self.note(&verdict);
             return match verdict.decision {
                 Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
-                _ => self.open_postcopy(false).await,
+                _ => {
+                    // Beginning to track is what prepares a VMM to give up its guest; all pages will be
+                    // missing, whatever is written to them.
+                    self.start_tracking().await?;
+                    self.guest.driver.stop_tracking().await?;
+                    self.guest.tracked.set(false);
+                    self.open_postcopy(false).await
+                }
             };
         }
         self.start_tracking().await?;

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
-use memlane_protocol::wire::control::{Accept, Control, MAX_DIGESTS, Offer};
+use memlane_protocol::wire::control::{Accept, Control, MAX_DIGESTS, Offer, Refusal, Respect};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::digest::digest_all;
 use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
-use super::fetch::Fetching;
+use super::fetch::{Fetching, Session};
 use super::lanes::{LaneEnd, Lanes};
 use super::{Arrivals, Ticket, preflight};
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView, Role, Round as RoundView};
@@ -46,6 +46,8 @@ struct Run {
     loaded: bool,
     /// The source offered to serve what is missing: the guest is to run without all of its memory.
     fetching: Option<Fetching>,
+    /// What the source had connected until the last page came: closed when it has heard of that.
+    fetched: Option<Session>,
 }
 
 /// Answers an offer, and takes the guest if it can come.
@@ -105,6 +107,7 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
         state: Vec::new(),
         loaded: false,
         fetching: None,
+        fetched: None,
     };
     run.drive().await;
 }
@@ -118,7 +121,10 @@ impl Run {
                 Some(event) => event,
                 None => match self.next_event().await {
                     Some(event) => event,
-                    None => continue,
+                    None => {
+                        self.show_phase();
+                        continue;
+                    }
                 },
             };
             if self.gives_up_at(event) {
@@ -341,16 +347,15 @@ impl Run {
 
     fn show(&mut self) {
         self.lanes.measure(false);
-        self.ticket.update(|progress| {
-            self.lanes.show(progress);
-            if let Some(fetching) = &mut self.fetching {
-                fetching.show(progress);
-            }
+        self.ticket.update(|progress| match (&mut self.fetching, &self.fetched) {
+            (Some(fetching), _) => fetching.show(progress),
+            (None, Some(_)) => {}
+            (None, None) => self.lanes.show(progress),
         });
     }
 
     /// The source offers to serve what is missing of the guest.
-    async fn fetch_over(&mut self, link: Link) -> Option<Event> {
+    async fn fetch_over(&mut self, mut link: Link) -> Option<Event> {
         let may_begin = self.machine.phase() == Phase::Copying && !self.loaded;
         if self.fetching.is_none() && may_begin {
             match Fetching::open(self.executor.host.clone(), self.guest.clone()).await {
@@ -360,9 +365,12 @@ impl Run {
                     self.fetching = Some(fetching);
                 }
                 Err(reason) => {
-                    warn!(guest = %self.ticket.guest, reason, "the migration fails");
-                    self.executor.blame(reason);
-                    return Some(Event::Failed);
+                    warn!(guest = %self.ticket.guest, reason, "cannot fetch what would be missing");
+                    let refusal = Refusal { what: Respect::Host, reason: reason.clone() };
+                    // The source ends it, and says why.
+                    let _ = link.send(&Control::Refuse(vec![refusal])).await;
+                    link.until_closed().await;
+                    return None;
                 }
             }
         }
@@ -375,7 +383,8 @@ impl Run {
     /// The last missing page is here.
     async fn complete(&mut self) -> Option<Event> {
         let fetching = self.fetching.take()?;
-        let report = fetching.end();
+        let report;
+        (report, self.fetched) = fetching.end();
         info!(guest = %self.ticket.guest, ?report, "all of the guest's memory is here");
         self.ticket.update(|progress| {
             progress.pages_remaining = 0;
@@ -431,6 +440,8 @@ impl Run {
     /// What is missing will never come: accesses to it fail from now on.
     fn poison(&mut self) {
         let Some(fetching) = self.fetching.take() else { return };
+        let Some(guest) = self.executor.guest() else { return fetching.forget() };
+        guest.incomplete.set(true);
         match fetching.poison() {
             Ok(pages) => {
                 warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")

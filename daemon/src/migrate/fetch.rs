@@ -13,7 +13,7 @@ use memlane_kvm::userfault::{self, Userfault};
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Accept, Control, FetchReport, Missing};
 use tokio::sync::{Notify, mpsc};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::lanes::{LaneEnd, Lanes};
 use super::missing::{heard, tell};
@@ -44,7 +44,7 @@ pub struct Fetching {
 }
 
 /// What the source has connected.
-struct Session {
+pub struct Session {
     link: Link,
     arriving: mpsc::Receiver<ArrivedLane>,
     lanes: Lanes,
@@ -64,7 +64,11 @@ impl Fetching {
         let lost = Arc::new(Notify::new());
         let ring = lost.clone();
         let silence = host.config.limits.silence;
-        let faults = Faults::start(placing.clone(), silence, move || ring.notify_one()).map_err(failed)?;
+        let faults = Faults::start(placing.clone(), silence, move || ring.notify_one()).map_err(|error| {
+            // Nobody else would: the VMM keeps what it waits by.
+            let _ = placing.end();
+            failed(error)
+        })?;
         let counted = FetchReport::default();
         Ok(Self { host, guest, placing, faults, lost, session: None, since: None, counted })
     }
@@ -88,7 +92,7 @@ impl Fetching {
         {
             return info!(guest = %self.guest.shape.name, %error, "the source went away");
         }
-        info!(guest = %self.guest.shape.name, migration = crate::hex::encode(&migration), "the source serves missing pages");
+        debug!(guest = %self.guest.shape.name, migration = crate::hex::encode(&migration), "the source is about to serve missing pages");
         let lanes = Lanes::new(self.host.traffic.clone());
         let inbound = Arc::new(Inbound { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
         self.session = Some(Session { link, arriving, lanes, inbound, reported: Instant::now() });
@@ -133,8 +137,7 @@ impl Fetching {
                     }
                 }
                 happened = happens(&mut self.session, &self.faults) => if let Err(error) = happened {
-                    warn!(guest = %self.guest.shape.name, %error, "lost the source, from which pages are fetched; it connects again");
-                    self.session = None;
+                    self.lose(&error);
                 },
                 () = self.lost.notified() => {
                     // The source opens everything anew, over ports that answer.
@@ -146,6 +149,18 @@ impl Fetching {
             }
             self.report().await;
         }
+    }
+
+    /// The source is gone; it connects again.
+    fn lose(&mut self, error: &LinkError) {
+        // A source whose ports are down connects and goes twice a second.
+        match self.faults.is_connected() {
+            true => {
+                warn!(guest = %self.guest.shape.name, %error, "lost the source, from which pages are fetched")
+            }
+            false => debug!(guest = %self.guest.shape.name, %error, "the source cannot serve yet"),
+        }
+        self.session = None;
     }
 
     /// How it goes.
@@ -179,10 +194,16 @@ impl Fetching {
     pub fn poison(self) -> io::Result<u64> {
         self.guest.incomplete.set(true);
         let poisoned = self.placing.poison().and_then(|pages| self.placing.end().map(|()| pages));
+        metrics::missing_pages(0);
         if poisoned.is_err() {
             std::mem::forget(self);
         }
         poisoned
+    }
+
+    /// The VMM is gone, and with it whoever could touch what is missing.
+    pub fn forget(self) {
+        metrics::missing_pages(0);
     }
 
     /// No guest comes after all: the VMM's memory is as any other, for the next one.
@@ -192,8 +213,9 @@ impl Fetching {
         }
     }
 
-    /// Nothing is missing any more: the guest's memory is as any other. Returns how it went.
-    pub fn end(mut self) -> FetchReport {
+    /// Nothing is missing any more: the guest's memory is as any other. Returns how it went, and what the
+    /// source has connected, which takes the end of that for a loss until it has heard.
+    pub fn end(mut self) -> (FetchReport, Option<Session>) {
         let report = self.progress();
         self.count();
         if let Err(error) = self.placing.end() {
@@ -201,7 +223,7 @@ impl Fetching {
             warn!(guest = %self.guest.shape.name, %error, "cannot let go of the guest's memory");
             std::mem::forget(self.faults);
         }
-        report
+        (report, self.session)
     }
 
     async fn report(&mut self) {

@@ -199,12 +199,17 @@ impl Lanes {
 
     /// Pages that have travelled so far, as bytes or as descriptors.
     pub fn pages(&self) -> u64 {
-        self.sum(|stats| &stats.data_pages) + self.sum(|stats| &stats.zero_pages)
+        self.data_pages() + self.zero_pages()
     }
 
     /// Pages that have travelled so far with their contents.
     pub fn data_pages(&self) -> u64 {
         self.sum(|stats| &stats.data_pages)
+    }
+
+    /// Pages that have travelled so far as descriptors.
+    pub fn zero_pages(&self) -> u64 {
+        self.sum(|stats| &stats.zero_pages)
     }
 
     fn sum(&self, counter: impl Fn(&LaneStats) -> &AtomicU64) -> u64 {
@@ -232,7 +237,7 @@ impl Lanes {
     pub fn show(&self, progress: &mut Migration) {
         progress.bytes_sent = self.wire_bytes();
         progress.pages_sent = self.data_pages();
-        progress.zero_pages = self.sum(|stats| &stats.zero_pages);
+        progress.zero_pages = self.zero_pages();
         progress.lanes = self.lanes.iter().map(Lane::view).collect();
     }
 }

@@ -41,6 +41,9 @@ pub enum ServeError {
     /// The destination is not configured here.
     #[error("{0} is no peer of this host any more; add it as [[peer]]")]
     NoPeer(String),
+    /// The destination cannot fetch.
+    #[error("the destination cannot fetch: {0}")]
+    Refused(String),
     /// The destination did not answer.
     #[error("the destination did not answer within {0:.0?}")]
     Slow(Duration),
@@ -105,7 +108,8 @@ impl Drop for Serving {
 impl Server {
     async fn serve(self, mut first: Option<Session>) {
         let base = self.ticket.progress.borrow().clone();
-        let (mut sent, mut pages) = (base.bytes_sent, base.pages_sent);
+        let mut before = (base.bytes_sent, base.pages_sent, base.zero_pages);
+        let mut told = String::new();
         loop {
             let opened = match first.take() {
                 Some(session) => Ok(session),
@@ -113,17 +117,26 @@ impl Server {
             };
             let error = match opened {
                 Ok(mut session) => {
+                    told.clear();
                     self.waits_for(None);
-                    let error = self.serve_over(&mut session, (sent, pages)).await;
-                    (sent, pages) = (sent + session.lanes.wire_bytes(), pages + session.lanes.data_pages());
+                    let error = self.serve_over(&mut session, before).await;
+                    let lanes = &session.lanes;
+                    before.0 += lanes.wire_bytes();
+                    before.1 += lanes.data_pages();
+                    before.2 += lanes.zero_pages();
                     session.lanes.close().await;
                     error
                 }
                 Err(error) => error,
             };
             let Ticket { guest, peer, .. } = &*self.ticket;
-            warn!(%guest, %peer, %error, "cannot serve a guest's missing pages; trying again");
+            let error = error.to_string();
+            // Not the same line twice a second for as long as a network is down.
+            if error != told {
+                warn!(%guest, %peer, error, "cannot serve a guest's missing pages; trying again");
+            }
             self.waits_for(Some(format!("{peer}, which fetches pages from here: {error}")));
+            told = error;
             tokio::time::sleep(AGAIN).await;
         }
     }
@@ -135,6 +148,10 @@ impl Server {
         let answer = tokio::time::timeout(ANSWER, link.receive()).await;
         let accept = match answer.map_err(|_| ServeError::Slow(ANSWER))?? {
             Control::Accept(accept) => accept,
+            Control::Refuse(refusals) => {
+                let reasons: Vec<String> = refusals.into_iter().map(|refusal| refusal.reason).collect();
+                return Err(ServeError::Refused(reasons.join("; ")));
+            }
             other => {
                 let (expected, found) = ("the ports to serve over", other.name());
                 return Err(LinkError::Unexpected { expected, found }.into());
@@ -183,7 +200,7 @@ impl Server {
     }
 
     /// Serves until the session is lost.
-    async fn serve_over(&self, session: &mut Session, before: (u64, u64)) -> ServeError {
+    async fn serve_over(&self, session: &mut Session, before: (u64, u64, u64)) -> ServeError {
         loop {
             tokio::select! {
                 message = session.link.receive() => {
@@ -211,7 +228,7 @@ impl Server {
         match message {
             Control::Missing(missing) => {
                 for run in heard(&missing, self.ram.pages()).map_err(ServeError::Protocol)? {
-                    session.outbound.dirty.insert_range(self.ram.whole(run));
+                    session.outbound.add(self.ram.whole(run));
                 }
                 if missing.last {
                     session.outbound.wake(session.outbound.dirty.count());
@@ -232,12 +249,13 @@ impl Server {
         }
     }
 
-    fn show(&self, session: &mut Session, (sent, pages): (u64, u64)) {
+    fn show(&self, session: &mut Session, (sent, pages, zeros): (u64, u64, u64)) {
         session.lanes.measure(true);
         self.ticket.update(|progress| {
             session.lanes.show(progress);
             progress.bytes_sent += sent;
             progress.pages_sent += pages;
+            progress.zero_pages += zeros;
         });
     }
 

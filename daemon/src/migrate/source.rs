@@ -351,7 +351,9 @@ impl Run {
     }
 
     fn report(&mut self, outcome: Outcome) {
-        self.copying.show();
+        if self.ticket.progress.borrow().postcopy.is_none() {
+            self.copying.show();
+        }
         let (here, there) = (self.executor.host.config.host.to_string(), self.ticket.peer.to_string());
         let reason = self.executor.reason.take();
         let (view, reason, runs_at) = match outcome {

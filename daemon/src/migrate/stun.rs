@@ -21,20 +21,16 @@ impl Copying {
             self.outbound.sparse.store(true, Ordering::Release);
         }
         self.outbound.wake(self.outbound.dirty.count());
-        let gib = self.guest.shape.ram_bytes() as f64 / f64::from(1 << 30);
         info!(
             guest = %self.ticket.guest,
             pages_per_second,
-            pause = ?switch.pause,
-            pause_per_gib = ?switch.pause.div_f64(gib),
+            switch = ?switch.took,
             dirtied_pages = switch.harvest.new,
             "the guest's writes are held up"
         );
-        metrics::stun_began(switch.pause);
-        let switch_pause_seconds = switch.pause.as_secs_f64();
-        self.ticket.update(|progress| {
-            progress.stun = Some(Stun { switch_pause_seconds, ..Stun::default() });
-        });
+        metrics::stun_began(switch.took);
+        let switch_seconds = switch.took.as_secs_f64();
+        self.ticket.update(|progress| progress.stun = Some(Stun { switch_seconds, ..Stun::default() }));
         Ok(())
     }
 

@@ -59,14 +59,13 @@ pub fn serve(options: Options, vmm: Arc<Mutex<dyn Vmm>>) -> io::Result<Attachmen
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let attached =
-        Attached {
-            stop: stop.try_clone()?,
-            ownership: Ownership::new(options.standing),
-            options,
-            vmm,
-            kept: ManuallyDrop::new(None),
-        };
+    let attached = Attached {
+        stop: stop.try_clone()?,
+        ownership: Ownership::new(options.standing),
+        options,
+        vmm,
+        kept: ManuallyDrop::new(None),
+    };
     let thread = std::thread::Builder::new().name("attach".into()).spawn(|| attached.keep())?;
     Ok(Attachment { stop, thread: Some(thread) })
 }
@@ -133,6 +132,10 @@ impl Attached {
             self.run_on();
             let mut welcomed = false;
             let ended = self.attach_once(&mut welcomed);
+            if self.ownership.standing() == Standing::Incoming {
+                // No guest has come whose pages could be missing: the next one finds memory as any other.
+                *self.kept = None;
+            }
             self.run_on();
             match ended {
                 Ok(End::Discarded) => return Ended::Discarded,

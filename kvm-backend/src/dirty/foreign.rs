@@ -117,6 +117,28 @@ impl ForeignTracker {
         Ok(armed)
     }
 
+    /// Protects everything that the guest's memory holds as data, of which nothing is to be copied for
+    /// that: another tracker reports what is written up to then.
+    ///
+    /// Faster than [`arm`](Self::arm), as it does not go around holes in page tables that are there anyway.
+    pub fn arm_all(&mut self) -> Result<(), TrackError> {
+        let memory = self.memory.clone();
+        for place in memory.places() {
+            let mut rest = place.all();
+            let mut run = rest.start..rest.start;
+            while let Some(data) = self.first_data(&rest)? {
+                let table = place.table_of(data);
+                if table.start > run.end {
+                    self.arm_whole(std::mem::replace(&mut run, table.clone()))?;
+                }
+                run.end = table.end;
+                rest.start = table.end;
+            }
+            self.arm_whole(run)?;
+        }
+        Ok(())
+    }
+
     /// Adds the pages written since they were armed, came into being, or were last harvested to
     /// `into`; also those that were emptied meanwhile.
     ///
@@ -165,6 +187,18 @@ impl ForeignTracker {
             }
         }
         Ok(())
+    }
+
+    /// Protects `pages`, and counts them as reported.
+    fn arm_whole(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
+        self.protect(&pages)?;
+        self.told.insert_range(pages);
+        Ok(())
+    }
+
+    fn first_data(&self, pages: &Range<u64>) -> Result<Option<u64>, TrackError> {
+        let first = self.memory.ram().first_data(pages);
+        first.map_err(TrackError::kernel("looking for data in the guest's memory"))
     }
 
     fn data(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, TrackError> {

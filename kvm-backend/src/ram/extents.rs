@@ -55,6 +55,11 @@ impl GuestRam {
         self.data.forget(&(0..self.pages()));
     }
 
+    /// The first of `pages`, which lie in one region, that may hold something other than zeros.
+    pub(crate) fn first_data(&self, pages: &Range<u64>) -> io::Result<Option<u64>> {
+        self.region_of(pages.start).map_or(Ok(None), |index| self.seek_data(index, pages))
+    }
+
     /// The first run of data within `piece` of region `index`. It is never empty, whatever the
     /// other users of the file do meanwhile.
     fn next_extent(&self, index: usize, piece: Range<u64>) -> io::Result<Option<Range<u64>>> {

@@ -51,7 +51,9 @@ impl Bench {
 
     /// Copies a page full of `byte`.
     fn copy(&self, page: u64, byte: u8) -> Placed {
-        self.userfault.copy(self.addresses(page..page + 1).start, &self.contents(byte), self.page_bytes).unwrap()
+        self.userfault
+            .copy(self.addresses(page..page + 1).start, &self.contents(byte), self.page_bytes)
+            .unwrap()
     }
 
     fn placed(&self, pages: u64, already: u64) -> Placed {
@@ -136,10 +138,7 @@ fn serves_missing_pages(bench: Bench) {
     let bench = Arc::new(bench);
     assert_eq!(bench.userfault.read(|_| panic!("nobody waits")).unwrap(), 0);
     let reader = bench.read(2);
-    assert_eq!(
-        bench.fault(),
-        Fault { address: bench.addresses(2..3).start, write: false, protected: false }
-    );
+    assert_eq!(bench.fault(), Fault { address: bench.addresses(2..3).start, write: false, protected: false });
     assert_eq!(bench.copy(2, 0xa5), bench.placed(1, 0));
     assert_eq!(reader.join().unwrap(), bytes(0xa5));
     // Once more: it stays as it is.
@@ -240,10 +239,7 @@ fn a_write_to_a_protected_page_waits() {
     bench.userfault.write_protect(bench.addresses(0..8), true).unwrap();
     assert_eq!(bench.read(3).join().unwrap(), 1);
     let writer = bench.write(3, 2);
-    assert_eq!(
-        bench.fault(),
-        Fault { address: bench.addresses(3..4).start, write: true, protected: true }
-    );
+    assert_eq!(bench.fault(), Fault { address: bench.addresses(3..4).start, write: true, protected: true });
     assert_eq!(bench.word(3).load(Ordering::Relaxed), 1);
     bench.userfault.write_protect(bench.addresses(3..4), false).unwrap();
     writer.join().unwrap();

@@ -110,6 +110,8 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
             Some(FromDaemon::OpenUserfault { id, keep }) if welcomed => {
                 match open(device) {
                     Ok(handles) => {
+                        // Before the daemon can register anything: memory has one userfaultfd at a time.
+                        *kept = None;
                         let sent = socket.send(&wire::done(id), Some(&handles));
                         let [userfault, ..] = handles;
                         if keep && sent.is_ok() {

@@ -146,7 +146,10 @@ fn a_program_with_rights_needs_no_device() {
     let reason = connection.open_userfault(Some(&File::open("/dev/null").unwrap())).err().unwrap();
     assert!(reason.starts_with("making a userfaultfd: "), "{reason}");
     // The connection goes on.
-    assert!(connection.ask(Request::OpenUserfault { keep: false }, &[]).0.is_ok() == connection.open_userfault(None).is_ok());
+    assert!(
+        connection.ask(Request::OpenUserfault { keep: false }, &[]).0.is_ok()
+            == connection.open_userfault(None).is_ok()
+    );
 }
 
 #[test]

@@ -171,8 +171,8 @@ pub struct Stun {
     pub released_pages_per_second: f64,
     /// Pages that it might have written, which follows what the lanes deliver.
     pub target_pages_per_second: f64,
-    /// For how long the guest stood still for it to begin.
-    pub switch_pause_seconds: f64,
+    /// How long it took to begin, while the guest ran on.
+    pub switch_seconds: f64,
 }
 
 /// How post-copy goes, as the destination sees it.

@@ -57,8 +57,6 @@ pub struct Qemu {
     incoming: Cell<bool>,
     /// A guest has come here, and nobody has told it to run yet.
     loaded: Cell<bool>,
-    /// This driver has stopped it, and it is to run again.
-    frozen: Cell<bool>,
     /// What to restore when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -81,7 +79,6 @@ impl Qemu {
             name: record.name.clone(),
             incoming: Cell::new(record.incoming),
             loaded: Cell::default(),
-            frozen: Cell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             state: RefCell::default(),
@@ -129,12 +126,6 @@ impl Qemu {
         Ok(())
     }
 
-    /// Has the next daemon know, too.
-    fn note_frozen(&self, frozen: bool) {
-        self.register.note_frozen(&self.name, frozen);
-        self.frozen.set(frozen);
-    }
-
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
         let reason = || "tracking has not been started".to_owned();
         self.tracking.borrow().clone().ok_or_else(|| DriverError::Failed { request, reason: reason() })
@@ -169,26 +160,11 @@ impl Driver for Qemu {
 
     async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError> {
         let failed = |reason: String| DriverError::Failed { request: "open userfaultfd", reason };
+        // That of a QEMU which was started just now for a guest may not have come yet.
+        self.shims.wait_for(self.qmp.pid(), obstacles::CONNECTING).await;
         let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
         handles.find(&self.ram, true).map_err(failed)
-    }
-
-    async fn freeze(&self) -> Result<(), DriverError> {
-        // One that stands still for reasons of its own is left as it is.
-        if self.qmp.status().await? == "running" {
-            self.note_frozen(true);
-            self.qmp.execute("stop", json!({})).await?;
-        }
-        Ok(())
-    }
-
-    async fn thaw(&self) -> Result<(), DriverError> {
-        if self.frozen.get() {
-            self.qmp.execute("cont", json!({})).await?;
-            self.note_frozen(false);
-        }
-        Ok(())
     }
 
     async fn pause(&self) -> Result<Instant, DriverError> {
@@ -211,7 +187,6 @@ impl Driver for Qemu {
         self.state.borrow_mut().take().inspect(JoinHandle::abort);
         if !self.incoming.get() {
             self.cancel().await?;
-            self.thaw().await?;
         }
         let status = match self.qmp.status().await {
             // Nobody has told it to run yet, and by itself it does not: so much is certain.

@@ -118,10 +118,6 @@ impl Place {
         if !host.config.attach_users.contains(&qmp.user()) {
             return Err(QemuError::User { user: qmp.user() });
         }
-        if record.frozen && qmp.status().await? == "paused" {
-            info!(guest = %self.name, "the guest stood still when the connection to QEMU was lost; it runs on");
-            qmp.execute("cont", json!({})).await?;
-        }
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
         if qmp.pid() == 0 {
             return Err(QemuError::Standing(
@@ -149,7 +145,6 @@ impl Place {
         let facts = inspect(&qmp, &self.name, definition.as_ref(), &host.config.networks).await?;
         let process = Rc::new(Process::running(qmp.pid()));
         let mut record = record.clone();
-        record.frozen = false;
         // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);

@@ -12,7 +12,7 @@ use crate::guest::{DriverError, Obstacle};
 const OLDEST_LINUX: (u32, u32) = (6, 7);
 
 /// Longest wait for a shim: after a start of the daemon it connects within a few seconds.
-const CONNECTING: Duration = Duration::from_secs(6);
+pub const CONNECTING: Duration = Duration::from_secs(6);
 
 /// All that is in the way of moving the guest of this QEMU away, and what to do about it.
 pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Obstacle>, DriverError> {

@@ -42,9 +42,6 @@ pub struct Record {
     /// A migration of QEMU's own is this daemon's doing.
     #[serde(default)]
     pub migrating: bool,
-    /// This daemon has stopped it for a moment, and no longer.
-    #[serde(default)]
-    pub frozen: bool,
     /// It was started for a migration, and is of no use without.
     #[serde(default)]
     pub summoned: bool,
@@ -66,7 +63,6 @@ impl Record {
             qmp: qmp.clone(),
             incoming,
             migrating: false,
-            frozen: false,
             summoned: false,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
@@ -76,9 +72,9 @@ impl Record {
     /// Of a QEMU that others started.
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
-        let (pid, started, migrating, frozen, summoned) = (0, 0, false, false, false);
+        let (pid, started, migrating, summoned) = (0, 0, false, false);
         let (definition, files) = (None, Vec::new());
-        Self { name, pid, started, qmp, incoming, migrating, frozen, summoned, definition, files }
+        Self { name, pid, started, qmp, incoming, migrating, summoned, definition, files }
     }
 
     /// The process.
@@ -136,11 +132,6 @@ impl Register {
     /// that is its operator's affair.
     pub fn note_migration(&self, name: &str, migrating: bool) {
         self.change(name, |record| record.migrating = migrating);
-    }
-
-    /// QEMU's guest stands still for a moment, or does not any more, because this daemon has told it to.
-    pub fn note_frozen(&self, name: &str, frozen: bool) {
-        self.change(name, |record| record.frozen = frozen);
     }
 
     fn change(&self, name: &str, change: impl FnOnce(&mut Record)) {

@@ -13,7 +13,7 @@ pub(super) fn file_ram(layout: &[(u64, u64)]) -> Arc<GuestRam> {
 }
 
 /// Another process over `ram`, tracked.
-fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker)> {
+pub(super) fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker)> {
     if let Err(error) = crate::userfault::open() {
         skipped(name, error);
         return None;

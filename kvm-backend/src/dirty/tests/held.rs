@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::foreign::{LAYOUT, Mirror, converge, file_ram};
+use super::foreign::{LAYOUT, Mirror, converge, file_ram, track};
 use super::other::{Act, Other};
 use super::*;
 use crate::dirty::ForeignTracker;
@@ -150,6 +150,41 @@ fn loses_no_huge_page_while_writers_wait_and_are_released() {
     let releaser = Releaser::start(memory, userfault);
     converge(&other, Act::WriteRiot, &mut tracker, &ram, true);
     assert!(releaser.released() > 0);
+}
+
+/// One tracker after another, as a guest is stunned.
+#[test]
+fn loses_no_page_when_one_tracker_follows_another() {
+    for (backing, sparse) in [(Backing::File("/dev/shm".into()), true), (Backing::Memfd, false)] {
+        let ram = Arc::new(GuestRam::create(&LAYOUT, &backing).unwrap());
+        let Some((other, mut first)) = track("one tracker after another", &ram) else { return };
+        let mut mirror = Mirror::new(&ram, sparse);
+        for page in (0..ram.pages()).step_by(3) {
+            other.act(Act::Write(page + 1), page..page + 1);
+        }
+        mirror.arm(&mut first, 0..ram.pages());
+        other.act(Act::Riot, 0..0);
+        mirror.round(&mut first);
+        other.act(Act::Halt, 0..0);
+        mirror.round(&mut first);
+        first.stop();
+        let (mut tracker, memory, userfault) = other.hold(&ram);
+        let releaser = Releaser::start(memory, userfault);
+        tracker.arm_all().unwrap();
+        other.act(Act::Riot, 0..0);
+        for _ in 0..10 {
+            mirror.round(&mut tracker);
+        }
+        other.act(Act::Halt, 0..0);
+        mirror.round(&mut tracker);
+        mirror.assert_equal("from one tracker to another");
+        // A page that was there, and one that was not.
+        let released = releaser.released();
+        other.act(Act::Write(1), 300..301);
+        other.act(Act::Write(1), 301..302);
+        assert_eq!(releaser.released(), released + 2);
+        drop(releaser);
+    }
 }
 
 /// Whoever waits when tracking ends goes on, and so does whoever writes later.

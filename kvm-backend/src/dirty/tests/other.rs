@@ -77,12 +77,7 @@ impl Other {
         self.track_with(ram, WRITE_PROTECT, Writes::Wait).unwrap()
     }
 
-    fn track_with(
-        &self,
-        ram: &Arc<GuestRam>,
-        features: u64,
-        writes: Writes,
-    ) -> Result<Tracked, TrackError> {
+    fn track_with(&self, ram: &Arc<GuestRam>, features: u64, writes: Writes) -> Result<Tracked, TrackError> {
         packet::send(&self.socket, &[0], &[]).unwrap();
         let mut buffer = [0; 1024];
         let (length, descriptors) = packet::recv(&self.socket, &mut buffer).unwrap();
