@@ -436,7 +436,7 @@ mod tests {
             assert_eq!(matches!(kind, Kind::Counter), name.ends_with("_total"), "{name}");
             assert!(name.starts_with("memlane_"), "{name}");
             let unit_named = match unit {
-                Unit::Seconds => name.ends_with("_seconds"),
+                Unit::Seconds => name.trim_end_matches("_total").ends_with("_seconds"),
                 Unit::Bytes => name.contains("_bytes"),
                 _ => true,
             };

@@ -320,6 +320,7 @@ fn the_example_states_the_defaults() {
             ports: stated.ports.clone(),
             peers: stated.peers.clone(),
             networks: stated.networks.clone(),
+            limits: Limits { max_stun: stated.limits.max_stun, ..default.limits.clone() },
             ..default
         },
         stated

@@ -125,7 +125,8 @@ fn parse(line: &str) -> Option<Mapping> {
     let (major, minor) = fields.next()?.split_once(':')?;
     let device = rustix::fs::makedev(hex(major)? as u32, hex(minor)? as u32);
     let inode = fields.next()?.parse().ok()?;
-    Some(Mapping { addresses: hex(start)?..hex(end)?, shared, offset, device, inode })
+    let addresses = hex(start)?..hex(end)?;
+    (addresses.start < addresses.end).then_some(Mapping { addresses, shared, offset, device, inode })
 }
 
 impl Mapping {
@@ -149,7 +150,8 @@ fn place(mappings: &[Mapping], part: &Part) -> Result<u64, String> {
     let (first_byte, first_address) = (first.offset, first.addresses.start);
     let mut next = first_byte;
     for mapping in found {
-        let follows = mapping.offset == next && mapping.addresses.start - first_address == next - first_byte;
+        let distance = mapping.addresses.start.checked_sub(first_address);
+        let follows = mapping.offset == next && distance == next.checked_sub(first_byte);
         if !follows {
             return Err("it maps its memory twice, so that not all writes would be seen".into());
         }
@@ -163,7 +165,7 @@ fn place(mappings: &[Mapping], part: &Part) -> Result<u64, String> {
         let bytes = part.bytes.end - part.bytes.start;
         return Err(format!("it maps {} of the {bytes} bytes of its memory", bytes - missing));
     }
-    Ok(first_address + (part.bytes.start - first_byte))
+    Ok(first_address.saturating_add(part.bytes.start - first_byte))
 }
 
 #[cfg(test)]

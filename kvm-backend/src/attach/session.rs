@@ -230,9 +230,8 @@ impl<'a> Session<'a> {
         let opened = opened.map_err(|error| format!("making a userfaultfd: {error}"))?;
         let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
         let (pagemap, maps) = (file("/proc/self/pagemap")?, file("/proc/self/maps")?);
-        if keep {
-            *self.kept = Some(opened.try_clone()?);
-        }
+        // Before the daemon can register anything: memory has one userfaultfd at a time.
+        *self.kept = if keep { Some(opened.try_clone()?) } else { None };
         Ok(vec![opened, pagemap.into(), maps.into()])
     }
 

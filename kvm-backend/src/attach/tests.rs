@@ -427,11 +427,11 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
     assert!(bench.is_running());
 }
 
-/// Whoever waits for a missing page waits on without a daemon, where it wanted that.
+/// Whoever waits for a missing page of a guest waits on without a daemon, where it wanted that.
 #[test]
 fn a_userfaultfd_is_handed_over_and_kept() {
     let test = "handing a userfaultfd over";
-    for standing in [Standing::Incoming, Standing::Running] {
+    for standing in [Standing::Running, Standing::Incoming] {
         let bench = Bench::new(standing);
         let (daemon, _) = bench.welcome();
         let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: true }, &[]);
@@ -452,10 +452,10 @@ fn a_userfaultfd_is_handed_over_and_kept() {
         wait_for(userfault.as_fd());
         drop((userfault, daemon));
         let (daemon, _) = bench.welcome();
-        for keep in [false, true] {
+        if standing == Standing::Running {
             std::thread::sleep(Duration::from_millis(5));
             assert!(!reader.is_finished());
-            let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep }, &[]);
+            let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: false }, &[]);
             assert_eq!((reply, descriptors.len()), (Ok([0; 2]), 3));
         }
         assert_eq!(reader.join().unwrap(), 0);

@@ -152,7 +152,7 @@ pub enum Request {
     /// not open it; then the process's own rights count. The reply carries the userfaultfd, on
     /// which nothing was done yet, `/proc/self/pagemap` and `/proc/self/maps`. Values: 0, 0.
     OpenUserfault {
-        /// Keep a copy of the userfaultfd open, until another is to be kept or the process ends:
+        /// Keep a copy of the userfaultfd open, until this request comes again or the process ends:
         /// when the daemon ends, waiting threads then wait on. Otherwise the kernel lets them go, and
         /// what was missing is zeros.
         keep: bool,

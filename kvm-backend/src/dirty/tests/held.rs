@@ -28,8 +28,8 @@ impl Releaser {
             while !stopped.load(Ordering::Relaxed) {
                 for fault in faults(&userfault, Duration::from_millis(5)) {
                     assert!(fault.write && fault.protected);
-                    release(&memory, &userfault, fault);
                     count.fetch_add(1, Ordering::Relaxed);
+                    release(&memory, &userfault, fault);
                 }
             }
         });
