@@ -2,98 +2,139 @@
 
 mod common;
 
-use common::{LONG, Order, Stage, assert_runs, wait_for_exit, words};
-use memlane_lab::{HostId, LabOptions, Rate, Vmm, wait_for};
+use common::{LONG, Stage, assert_runs, wait_for_exit, words};
+use memlane_lab::{HostId, HugePages, LabOptions, Rate, say_skipped, wait_for};
+use serde_json::Value;
 
 /// Writes its working set in a small part of the time that the ports take for it.
-const GUEST: &str = "--ram 96MiB --working-set 48MiB --flat-out --fill zero=10,random=80,compressible=10";
-const STUN: [&str; 6] = ["--converge", "stun", "--max-stun", "99", "--downtime-limit", "2s"];
+const GUEST: &str = "--ram 128MiB --working-set 96MiB --flat-out --vcpus 2";
+const STUN: [&str; 6] = ["--converge", "stun", "--max-stun", "99", "--downtime-limit", "300ms"];
 
-fn ports() -> LabOptions {
-    let port_rate = Some(Rate::from_bits_per_second(200_000_000));
-    LabOptions { ports: 2, port_rate, ..LabOptions::default() }
+fn ports(count: usize, bits_per_second: u64) -> LabOptions {
+    let rate = Rate::from_bits_per_second(bits_per_second);
+    LabOptions { ports: count, port_rate: Some(rate), ..LabOptions::default() }
 }
 
-/// A guest on host A, and a VMM on host B that waits for it.
-fn pair(stage: &mut Stage, guest: &str) -> (Vmm, Vmm) {
-    let here = stage.rig.start_vmm(HostId::A, "web1", &words(guest)).unwrap();
-    let there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{guest} --incoming"))).unwrap();
-    (here, there)
+/// Moves a guest, which has to be slowed for it.
+fn assert_moves_stunned(stage: &mut Stage, guest: &str) {
+    let mut source = stage.rig.start_vmm(HostId::A, "web1", &words(guest)).unwrap();
+    let mut there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{guest} --incoming"))).unwrap();
+    let answer = stage.migrate("web1", &STUN);
+    assert_eq!(answer.code, 0, "{guest}: {}", answer.text);
+    assert_stunned(answer.last().unwrap());
+    assert_runs(&mut there);
+    wait_for_exit(source.process());
+    there.quit().unwrap();
 }
 
-/// Orders a guest to move that is slowed for it, over ports so slow that it stays so.
-fn begin_to_stun(stage: &Stage) -> Order {
-    let order = stage.begin("web1", &STUN);
-    stage.wait_until(HostId::A, "web1", "the guest to be slowed", |migration| {
-        migration.stun.as_ref().is_some_and(|stun| stun.released_pages_per_second > 0.0)
+fn assert_stunned(migration: &Value) {
+    for key in ["seconds", "released_pages_per_second", "target_pages_per_second", "switch_seconds"] {
+        assert!(migration["stun"][key].as_f64().unwrap() > 0.0, "{migration}");
+    }
+}
+
+/// Orders the guest to move, and returns when its writes have been held up for a while.
+fn begin_stunned(stage: &Stage, name: &str) -> common::Order {
+    let mut more = STUN;
+    more[5] = "50ms";
+    let order = stage.begin(name, &more);
+    stage.wait_until(HostId::A, name, "a stun", |migration| {
+        assert_eq!(migration.outcome, None, "{migration:?}");
+        migration.stun.as_ref().is_some_and(|stun| stun.seconds > 0.2)
     });
     order
 }
 
+/// Some memory of a process has a userfaultfd.
+fn is_registered(pid: u32) -> bool {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    flags.any(|flags| flags.split_whitespace().any(|flag| ["uw", "um"].contains(&flag)))
+}
+
+#[track_caller]
+fn assert_let_go(pid: u32) {
+    wait_for("the end of all protection", LONG, || (!is_registered(pid)).then_some(())).unwrap();
+}
+
 #[test]
 fn every_tracker_gives_way_to_stun() {
-    let Some(mut stage) = Stage::new("every_tracker_gives_way_to_stun", ports()) else { return };
-    for kind in
-        ["--tracker log --vcpus 2", "--tracker ring", "--tracker pagemap", "--guest process --vcpus 2"]
-    {
-        eprintln!("{kind}");
-        let (mut here, mut there) = pair(&mut stage, &format!("{GUEST} {kind}"));
-        let answer = stage.migrate("web1", &STUN);
-        assert_eq!(answer.code, 0, "{kind}: {}", answer.text);
-        let moved = answer.last().unwrap();
-        assert!(moved["stun"]["seconds"].as_f64() > Some(0.0), "{kind}: {moved}");
-        assert!(moved["stun"]["released_pages_per_second"].as_f64() > Some(0.0), "{kind}: {moved}");
-        assert!(moved["downtime_seconds"].as_f64() < Some(2.0), "{kind}: {moved}");
-        assert_runs(&mut there);
-        wait_for_exit(here.process());
+    let Some(mut stage) = Stage::new("every_tracker_gives_way_to_stun", ports(2, 1_000_000_000)) else {
+        return;
+    };
+    for tracker in ["log", "ring", "pagemap"] {
+        assert_moves_stunned(&mut stage, &format!("{GUEST} --tracker {tracker}"));
+    }
+    assert_moves_stunned(&mut stage, &format!("{GUEST} --guest process"));
+}
+
+#[test]
+fn huge_pages_are_stunned_whole() {
+    let test = "huge_pages_are_stunned_whole";
+    let Some(mut stage) = Stage::new(test, ports(2, 1_000_000_000)) else { return };
+    let _pages = match HugePages::reserve(128) {
+        Ok(pages) => pages,
+        Err(error) => return say_skipped(test, &format!("{error:#}")),
+    };
+    for tracker in ["log", "pagemap"] {
+        assert_moves_stunned(&mut stage, &format!("{GUEST} --backing huge --tracker {tracker}"));
     }
 }
 
 #[test]
-fn what_stun_may_not_take_is_left_to_postcopy() {
-    let Some(mut stage) = Stage::new("what_stun_may_not_take_is_left_to_postcopy", ports()) else { return };
-    let (mut here, mut there) = pair(&mut stage, GUEST);
-    let order = ["--converge", "stun", "--max-stun", "1", "--downtime-limit", "500ms"];
-    let answer = stage.migrate("web1", &order);
-    assert_eq!(answer.code, 4, "{}", answer.text);
-    assert!(answer.text.contains("--max-stun") && answer.text.contains("--converge auto"), "{}", answer.text);
-    stage.assert_runs_on("web1", &mut here);
-    stage.wait_for_standing(HostId::B, "web1", "incoming");
-
-    let order = ["--converge", "auto", "--max-stun", "1", "--downtime-limit", "500ms"];
-    let answer = stage.migrate("web1", &order);
-    assert_eq!(answer.code, 0, "{}", answer.text);
-    assert_eq!(answer.last().unwrap()["postcopy"]["remaining_pages"], 0, "{}", answer.text);
-    assert_runs(&mut there);
-    wait_for_exit(here.process());
-}
-
-#[test]
-fn a_stun_ends_with_its_migration() {
-    let Some(mut stage) = Stage::new("a_stun_ends_with_its_migration", ports()) else { return };
-    for kind in ["--tracker log", "--tracker pagemap"] {
-        let (mut here, mut there) = pair(&mut stage, &format!("{GUEST} {kind}"));
-        for port in 0..2 {
-            stage.rig.lab().set_port_rate(port, Some(Rate::from_bits_per_second(30_000_000))).unwrap();
-        }
-        let order = begin_to_stun(&stage);
-        let answer = stage.rig.ctl(HostId::A, &["cancel", "web1"]).unwrap();
-        assert_eq!(answer.code, 0, "{}", answer.text);
+fn a_cancelled_stun_lets_the_guest_go() {
+    let Some(mut stage) = Stage::new("a_cancelled_stun_lets_the_guest_go", ports(2, 100_000_000)) else {
+        return;
+    };
+    for tracker in ["log", "pagemap"] {
+        let guest = format!("{GUEST} --tracker {tracker}");
+        let mut source = stage.rig.start_vmm(HostId::A, tracker, &words(&guest)).unwrap();
+        let order = begin_stunned(&stage, tracker);
+        assert!(is_registered(source.process().pid()));
+        assert_eq!(stage.rig.ctl(HostId::A, &["cancel", tracker]).unwrap().code, 0);
+        assert_stunned(order.expect(5, &["cancelled by the operator"]).last().unwrap());
+        assert_let_go(source.process().pid());
+        stage.assert_runs_on(tracker, &mut source);
+        // It can be tracked, and slowed, again.
+        let order = begin_stunned(&stage, tracker);
+        assert_eq!(stage.rig.ctl(HostId::A, &["cancel", tracker]).unwrap().code, 0);
         order.expect(5, &[]);
-        stage.assert_runs_on("web1", &mut here);
-
-        // Nobody lets its writes go one by one when the daemon is dead: the kernel lets them all go.
-        stage.wait_for_standing(HostId::B, "web1", "incoming");
-        let order = begin_to_stun(&stage);
-        stage.rig.stop_daemon(HostId::A).unwrap();
-        order.expect(6, &["memlaned"]);
-        assert_runs(&mut here);
-
-        stage.rig.start_daemon(HostId::A).unwrap();
-        for port in 0..2 {
-            stage.rig.lab().set_port_rate(port, None).unwrap();
-        }
-        stage.assert_moves("web1", &mut there);
-        wait_for("the VMM to end", LONG, || (!here.process().is_running()).then_some(())).unwrap();
+        stage.wait_for_end(tracker);
+        stage.assert_runs_on(tracker, &mut source);
+        source.quit().unwrap();
     }
+}
+
+/// Whoever waits goes on at once: the kernel sees to that.
+#[test]
+fn a_daemon_that_dies_lets_the_guest_go() {
+    let test = "a_daemon_that_dies_lets_the_guest_go";
+    let Some(mut stage) = Stage::new(test, ports(2, 100_000_000)) else { return };
+    for tracker in ["log", "pagemap"] {
+        let guest = format!("{GUEST} --tracker {tracker}");
+        let mut source = stage.rig.start_vmm(HostId::A, tracker, &words(&guest)).unwrap();
+        let _there = stage.rig.start_vmm(HostId::B, tracker, &words(&format!("{guest} --incoming"))).unwrap();
+        let order = begin_stunned(&stage, tracker);
+        stage.rig.stop_daemon(HostId::A).unwrap();
+        order.expect(6, &[]);
+        assert_let_go(source.process().pid());
+        assert_runs(&mut source);
+        stage.rig.start_daemon(HostId::A).unwrap();
+        stage.wait_for_standing(HostId::A, tracker, "running");
+        assert_runs(&mut source);
+        source.quit().unwrap();
+    }
+}
+
+#[test]
+fn linux_is_stunned() {
+    let test = "linux_is_stunned";
+    let Some(stage) = Stage::for_linux(test, ports(1, 50_000_000)) else { return };
+    let mut linux = stage.linux(|guest| {
+        (guest.vcpus, guest.working_set, guest.rate) = (2, "64MiB".parse().unwrap(), 20_000);
+    });
+    let moved = linux.assert_moves_with(&stage, HostId::A, &["--converge", "stun", "--max-stun", "99"]);
+    eprintln!("{moved:#}");
+    assert_stunned(&moved);
+    linux.assert_whole(&stage);
 }

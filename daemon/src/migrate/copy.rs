@@ -167,9 +167,8 @@ impl Copying {
             let duration = started.elapsed();
             let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
             self.outbound.wake(remaining);
-            let lanes = self.lanes.borrow();
-            let (bytes, sent) = (lanes.wire_bytes() - bytes_before, lanes.pages() - pages_before);
-            drop(lanes);
+            let bytes = self.lanes.borrow().wire_bytes() - bytes_before;
+            let sent = self.lanes.borrow().pages() - pages_before;
             metrics::round(duration, dirtied_pages);
             self.ticket.update(|progress| {
                 let round = progress.rounds.last_mut().expect("pushed when the round began");

@@ -94,6 +94,7 @@ mod tests {
         assert_eq!(tell(&PageSet::new(100)), [Missing { first: 0, words: vec![], last: true }]);
         let missing = Missing { first: 64, words: vec![1 << 36], last: true };
         assert!(heard(&missing, 100).unwrap_err().contains("page 100 of a guest of 100"));
-        assert_eq!(heard(&missing, 101), Ok(vec![100..101]));
+        let runs = heard(&missing, 101).unwrap();
+        assert!(runs.len() == 1 && runs[0] == (100..101), "{runs:?}");
     }
 }

@@ -31,6 +31,10 @@ pub struct PostcopyReport {
     pub rpc_p50_us: Spread,
     /// 99 of 100 of them did.
     pub rpc_p99_us: Spread,
+    /// The same of half of them, if both ends shared a processor.
+    pub rpc_one_cpu_p50_us: Spread,
+    /// And of 99 of 100.
+    pub rpc_one_cpu_p99_us: Spread,
     /// What was found in each mode, by its name.
     pub modes: BTreeMap<&'static str, ModeFigures>,
 }
@@ -180,10 +184,17 @@ impl PostcopyReport {
     pub(super) fn new(settings: Settings, runs: [Vec<Run>; Mode::ALL.len()]) -> Self {
         let rpc =
             |of: fn(&RpcFigures) -> f64| Spread::of(runs.iter().flatten().map(|run| of(&run.rpc)).collect());
-        let (rpc_p50_us, rpc_p99_us) = (rpc(|rpc| rpc.rpc_p50_us), rpc(|rpc| rpc.rpc_p99_us));
-        let modes =
-            Mode::ALL.into_iter().zip(runs).map(|(mode, runs)| (mode.as_str(), ModeFigures::new(runs)));
-        Self { scenario: "postcopy", settings, rpc_p50_us, rpc_p99_us, modes: modes.collect() }
+        Self {
+            scenario: "postcopy",
+            settings,
+            rpc_p50_us: rpc(|rpc| rpc.rpc_p50_us),
+            rpc_p99_us: rpc(|rpc| rpc.rpc_p99_us),
+            rpc_one_cpu_p50_us: rpc(|rpc| rpc.rpc_one_cpu_p50_us),
+            rpc_one_cpu_p99_us: rpc(|rpc| rpc.rpc_one_cpu_p99_us),
+            modes: (Mode::ALL.into_iter().zip(runs))
+                .map(|(mode, runs)| (mode.as_str(), ModeFigures::new(runs)))
+                .collect(),
+        }
     }
 }
 
@@ -239,9 +250,14 @@ impl fmt::Display for PostcopyReport {
             ];
             row(f, mode, columns)?;
         }
-        let none = String::new;
-        let (p50, p99) = (self.rpc_p50_us.text(1.0, 0), self.rpc_p99_us.text(1.0, 0));
-        row(f, "raw page", [none(), p50, p99, none(), none(), none(), none()])?;
+        let raw = [
+            ("raw page", self.rpc_p50_us, self.rpc_p99_us),
+            ("on 1 cpu", self.rpc_one_cpu_p50_us, self.rpc_one_cpu_p99_us),
+        ];
+        for (name, p50, p99) in raw {
+            let none = String::new;
+            row(f, name, [none(), p50.text(1.0, 0), p99.text(1.0, 0), none(), none(), none(), none()])?;
+        }
         for (mode, figures) in &self.modes {
             write!(
                 f,
@@ -288,8 +304,12 @@ mod tests {
         })
     }
 
+    fn probe() -> RpcFigures {
+        RpcFigures::new(vec![Duration::from_micros(100); 10], vec![Duration::from_micros(30)])
+    }
+
     fn run(p50: f64) -> Run {
-        let rpc = RpcFigures::new(vec![Duration::from_micros(100); 10]);
+        let rpc = probe();
         Run::new(rpc, &migration(p50)).expect("figures")
     }
 
@@ -328,7 +348,6 @@ mod tests {
 
     #[test]
     fn a_move_without_faults_tells_nothing() {
-        let rpc = || RpcFigures::new(vec![Duration::from_micros(100)]);
         let mut none = migration(1.0);
         none["postcopy"]["faults"] = json!(0);
         for (migration, words) in [
@@ -336,11 +355,11 @@ mod tests {
             (json!({ "postcopy": null }), "no post-copy"),
             (json!({}), "no post-copy"),
         ] {
-            let error = Run::new(rpc(), &migration).expect_err("no figures");
+            let error = Run::new(probe(), &migration).expect_err("no figures");
             assert!(error.to_string().contains(words), "{error}");
         }
         let mut broken = migration(1.0);
         broken["postcopy"]["fault_p99_us"] = Value::Null;
-        assert!(Run::new(rpc(), &broken).is_err());
+        assert!(Run::new(probe(), &broken).is_err());
     }
 }

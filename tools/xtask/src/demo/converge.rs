@@ -33,7 +33,7 @@ pub fn stun(migration: &Value, readers: Option<&Readers>) -> Value {
     if !stun.is_object() {
         return Value::Null;
     }
-    let keys = ["seconds", "released_pages_per_second", "target_pages_per_second", "switch_pause_seconds"];
+    let keys = ["seconds", "released_pages_per_second", "target_pages_per_second", "switch_seconds"];
     let mut object = pick(stun, &keys);
     object["reader_slowdown_percent"] = json!(readers.and_then(Readers::slowdown_percent));
     object
@@ -46,9 +46,9 @@ pub fn write(text: &mut String, migration: &Value, readers: Option<&Readers>) ->
         let pages = |key: &str| stun[key].as_f64().map_or("—".to_owned(), |pages| thousands(pages as u64));
         writeln!(
             text,
-            "  its writes were slowed for {} after a pause of {}: {} pages a second were let through, {} aimed at",
+            "  its writes were slowed for {}, which took {} to begin: {} pages a second were let through, {} aimed at",
             spent(&stun["seconds"]),
-            spent(&stun["switch_pause_seconds"]),
+            spent(&stun["switch_seconds"]),
             pages("released_pages_per_second"),
             pages("target_pages_per_second"),
         )?;
@@ -107,7 +107,7 @@ mod tests {
                 "seconds": 3.5,
                 "released_pages_per_second": 58_000.4,
                 "target_pages_per_second": 58_200.0,
-                "switch_pause_seconds": 0.0021,
+                "switch_seconds": 0.0021,
             },
             "postcopy": {
                 "faults": 1234,
@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(postcopy(&both).as_object().unwrap().len(), 7);
         write(&mut text, &both, None).unwrap();
         for part in [
-            "slowed for 3.50 s after a pause of 2.1 ms: 58,000 pages a second",
+            "slowed for 3.50 s, which took 2.1 ms to begin: 58,000 pages a second",
             "58,200 aimed at",
             "for 1.25 s with pages still here: 1,200 were fetched as it asked, 65,536 streamed",
             "1,234 times: 180 µs in the median, 900 µs in all but one of a hundred, 2.1 ms at the longest",
