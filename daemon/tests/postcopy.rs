@@ -215,3 +215,23 @@ fn what_never_comes_is_abandoned_and_fails_loudly() {
     stage.rig.start_daemon(HostId::A).unwrap();
     wait_for_exit(here.process());
 }
+
+#[test]
+fn what_a_stun_may_not_take_is_left_to_postcopy() {
+    let test = "what_a_stun_may_not_take_is_left_to_postcopy";
+    let Some(mut stage) = Stage::new(test, slow_ports(2)) else { return };
+    let (mut here, mut there) = pair(&mut stage, BUSY);
+    let answer = stage.migrate("web1", &["--converge", "stun", "--max-stun", "1", "--downtime-limit", "1s"]);
+    assert_eq!(answer.code, 4, "{}", answer.text);
+    for remedy in ["--max-stun", "--converge auto"] {
+        assert!(answer.text.contains(remedy), "{}", answer.text);
+    }
+    stage.assert_runs_on("web1", &mut here);
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+
+    let order = stage.begin("web1", &["--converge", "auto", "--max-stun", "1", "--downtime-limit", "1s"]);
+    wait_for_fetching(&stage);
+    hurry(&stage, 2);
+    let answer = order.expect(0, &[]);
+    assert_whole(answer.last().unwrap(), &mut here, &mut there);
+}

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
 use common::{Built, Connection, Daemon, LONG, Memory, RamFile, Running, VARIABLE, preload};
@@ -244,16 +244,19 @@ fn signals_of_the_program_never_reach_the_thread() {
         let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap().trim().to_owned();
         u64::from_str_radix(&mask, 16).unwrap()
     };
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", writer.pid())).unwrap();
-    let tasks: Vec<_> = tasks.map(|task| task.unwrap().path()).collect();
-    let is_shim = |task: &Path| std::fs::read_to_string(task.join("comm")).unwrap() == "memlane-shim\n";
-    let (shim, own): (Vec<_>, Vec<_>) = tasks.iter().partition(|task| is_shim(task));
-    assert_eq!((shim.len(), own.len()), (1, 1), "{tasks:?}");
+    let is_shim = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).unwrap() == "memlane-shim\n";
+    let inherited = blocked(Path::new("/proc/thread-self"));
+    // The thread gives itself its name, and the program's own gets its signals back, a moment after the
+    // program has begun to answer.
+    let found = wait_for("the shim's thread beside the program's own, which has its signals", LONG, || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", writer.pid())).unwrap();
+        let (shim, own): (Vec<_>, Vec<_>) = tasks.map(|task| task.unwrap().path()).partition(is_shim);
+        (shim.len() == 1 && own.len() == 1 && blocked(&own[0]) == inherited).then_some(shim)
+    });
+    let shim = found.unwrap();
     // All but those that cannot be blocked, and the two that the C library keeps for itself.
     let unblocked = [libc::SIGKILL, libc::SIGSTOP, 32, 33].map(|signal| 1u64 << (signal - 1));
-    assert_eq!(blocked(shim[0]), !unblocked.iter().sum::<u64>());
-    // As it was inherited.
-    assert_eq!(blocked(own[0]), blocked(Path::new("/proc/thread-self")));
+    assert_eq!(blocked(&shim[0]), !unblocked.iter().sum::<u64>());
 }
 
 #[test]
