@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::PageSet;
+use memlane_protocol::{PAGE_SIZE, PageSet};
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::attach::{MigrationId, Standing};
 use memlane_protocol::wire::control::QemuGuest;
@@ -214,8 +214,11 @@ impl Guest {
 
     /// See [`Driver::pause`].
     pub async fn pause(&self) -> Result<Instant, DriverError> {
-        // A vCPU that waits for a page cannot be stopped.
-        self.let_writes_go();
+        // A vCPU that waits for a page cannot be stopped. Huge pages go on being let go one by one: while
+        // the vCPUs come to a stand, all of them would be written otherwise.
+        if self.shape.regions.iter().all(|region| u64::from(region.page_bytes) == PAGE_SIZE) {
+            self.let_writes_go();
+        }
         self.driver.pause().await
     }
 
