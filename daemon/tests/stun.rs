@@ -20,10 +20,12 @@ fn ports(count: usize, bits_per_second: u64) -> LabOptions {
 }
 
 /// Moves a guest, which has to be slowed for it.
-fn assert_moves_stunned(stage: &mut Stage, guest: &str) {
+fn assert_moves_stunned(stage: &mut Stage, guest: &str, limit: &str) {
     let mut source = stage.rig.start_vmm(HostId::A, "web1", &words(guest)).unwrap();
     let mut there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{guest} --incoming"))).unwrap();
-    let answer = stage.migrate("web1", &STUN);
+    let mut order = STUN;
+    order[5] = limit;
+    let answer = stage.migrate("web1", &order);
     assert_eq!(answer.code, 0, "{guest}: {}", answer.text);
     assert_stunned(answer.last().unwrap());
     assert_runs(&mut there);
@@ -66,21 +68,21 @@ fn every_tracker_gives_way_to_stun() {
         return;
     };
     for tracker in ["log", "ring", "pagemap"] {
-        assert_moves_stunned(&mut stage, &format!("{GUEST} --tracker {tracker}"));
+        assert_moves_stunned(&mut stage, &format!("{GUEST} --tracker {tracker}"), "1s");
     }
-    assert_moves_stunned(&mut stage, &format!("{GUEST} --guest process"));
+    assert_moves_stunned(&mut stage, &format!("{GUEST} --guest process"), "1s");
 }
 
 #[test]
 fn huge_pages_are_stunned_whole() {
     let test = "huge_pages_are_stunned_whole";
-    let Some(mut stage) = Stage::new(test, ports(2, PORTS)) else { return };
+    let Some(mut stage) = Stage::new(test, ports(2, SLOW_PORTS)) else { return };
     let _pages = match HugePages::reserve(256) {
         Ok(pages) => pages,
         Err(error) => return say_skipped(test, &format!("{error:#}")),
     };
     for tracker in ["log", "pagemap"] {
-        assert_moves_stunned(&mut stage, &format!("{GUEST} --backing huge --tracker {tracker}"));
+        assert_moves_stunned(&mut stage, &format!("{GUEST} --backing huge --tracker {tracker}"), "5s");
     }
 }
 
