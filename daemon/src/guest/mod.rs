@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::{PAGE_SIZE, PageSet};
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::attach::{MigrationId, Standing};
 use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::wire::machine::GuestShape;
+use memlane_protocol::{PAGE_SIZE, PageSet};
 
 pub use attached::Attached;
 pub use memlane_kvm::dirty::Harvest;
