@@ -9,6 +9,7 @@ use memlane_perf::memory::{self, MemoryState};
 use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::qemu::{self, QemuOptions};
 use memlane_perf::raw::{self, RawOptions};
+use memlaned::config::Span;
 use serde::Serialize;
 
 /// Measures Memlane against the limits of the machine that it runs on, and against QEMU.
@@ -47,6 +48,9 @@ struct RawArgs {
     /// What each port carries, such as 1gbit; unlimited if not given
     #[arg(long)]
     port_rate: Option<Rate>,
+    /// How long a packet takes through a port, one way, such as 75ms; ports are then joined by a forwarder
+    #[arg(long)]
+    port_delay: Option<Span>,
     /// How much to move in all
     #[arg(long, default_value = "1GiB")]
     bytes: Size,
@@ -66,6 +70,7 @@ fn main() -> Result<()> {
             let lab = Lab::new(LabOptions {
                 ports: args.ports,
                 port_rate: args.port_rate,
+                port_delay: args.port_delay.map(|delay| delay.0),
                 ..LabOptions::default()
             })?;
             let options = RawOptions {

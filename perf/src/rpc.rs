@@ -108,7 +108,7 @@ fn ask_all(socket: &mut TcpStream, memory: &[u8]) -> Result<Vec<Duration>> {
         ensure!(read_exact(socket, &mut answer)?, "the other end has closed the connection");
         let elapsed = start.elapsed();
         ensure!(answer == memory[page * PAGE..][..PAGE], "another page came than number {page}");
-        if number >= WARM_UP {
+        if number >= WARM_UP || begin.elapsed() > LONGEST / 5 {
             times.push(elapsed);
         }
         if begin.elapsed() > LONGEST && !times.is_empty() {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
@@ -11,6 +12,7 @@ use crate::namespace::Namespace;
 use crate::network;
 use crate::process::Process;
 use crate::rate::Rate;
+use crate::tun::Tun;
 
 /// A network namespace that stands for a host, with a directory of its own.
 #[derive(Debug)]
@@ -19,6 +21,8 @@ pub struct Host {
     namespace: Namespace,
     control_address: Ipv4Addr,
     ports: Vec<Port>,
+    /// What is at the other ends of the ports' cables, where these are cables of our own.
+    far_ends: Vec<Arc<Tun>>,
     bridge: Option<Bridge>,
     directory: PathBuf,
     memory_directory: PathBuf,
@@ -53,12 +57,11 @@ impl Host {
         name: String,
         namespace: Namespace,
         control_address: Ipv4Addr,
-        ports: Vec<Port>,
+        (ports, far_ends): (Vec<Port>, Vec<Arc<Tun>>),
         bridge: Option<Bridge>,
-        directory: PathBuf,
-        memory_directory: PathBuf,
+        [directory, memory_directory]: [PathBuf; 2],
     ) -> Self {
-        Self { name, namespace, control_address, ports, bridge, directory, memory_directory }
+        Self { name, namespace, control_address, ports, far_ends, bridge, directory, memory_directory }
     }
 
     /// `host-a` or `host-b`.
@@ -156,7 +159,7 @@ impl Host {
     ///
     /// If there is no such port.
     pub fn port_down(&self, index: usize) -> Result<()> {
-        network::set_link(self.namespace(), &self.ports[index].interface, false)
+        self.set_port(index, false)
     }
 
     /// Brings port `index` up again.
@@ -169,7 +172,21 @@ impl Host {
     ///
     /// If there is no such port.
     pub fn port_up(&self, index: usize) -> Result<()> {
-        network::set_link(self.namespace(), &self.ports[index].interface, true)
+        self.set_port(index, true)
+    }
+
+    fn set_port(&self, index: usize, up: bool) -> Result<()> {
+        let interface = &self.ports[index].interface;
+        network::set_link(self.namespace(), interface, up)?;
+        match self.far_ends.get(index) {
+            Some(far) => far.set_carrier(up).with_context(|| format!("setting the carrier of {interface}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Has everything that this host sends through port `index` vanish, or no more: both ends of the port stay up.
+    pub(crate) fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
+        network::silence(self.namespace(), &self.ports[index].interface, silent)
     }
 
     /// Sets what this host may send through port `index`; `None` lifts the limit. What it receives is up to the

@@ -2,10 +2,13 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::cable::{Cable, Loss};
 use crate::cleanup::Registration;
 use crate::host::{Bridge, Host, Port};
 use crate::lan::Lan;
@@ -14,6 +17,7 @@ use crate::network;
 use crate::process;
 use crate::rate::Rate;
 use crate::requirements::{Requirement, why_not};
+use crate::tun::Tun;
 
 /// The largest number of ports that a lab may have.
 pub const MAX_PORTS: usize = 64;
@@ -30,6 +34,11 @@ pub struct LabOptions {
     pub ports: usize,
     /// What a port carries in each direction; unlimited if `None`. The control link is never limited.
     pub port_rate: Option<Rate>,
+    /// How long a packet takes through a port, one way; no longer than the machine takes if `None`. A round trip takes
+    /// twice as long. The control link is never delayed.
+    pub port_delay: Option<Duration>,
+    /// What the ports lose of all packets; nothing if `None`.
+    pub port_loss: Option<Loss>,
     /// The MTU of all links, in bytes.
     pub mtu: u32,
     /// Whether each host has a bridge with an observer port, as a host has for its guests.
@@ -40,7 +49,15 @@ pub struct LabOptions {
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { ports: 1, port_rate: None, mtu: 9000, bridge: false, switch: false }
+        Self {
+            ports: 1,
+            port_rate: None,
+            port_delay: None,
+            port_loss: None,
+            mtu: 9000,
+            bridge: false,
+            switch: false,
+        }
     }
 }
 
@@ -75,6 +92,8 @@ impl HostId {
 pub struct Lab {
     hosts: [Host; 2],
     lan: Option<Lan>,
+    // Their interfaces go when the hosts have let go of them too.
+    _cables: Vec<Cable>,
     // After `hosts`: fields are dropped in order, and a host's open namespace should not outlive its name by long.
     _cleanup: Registration,
 }
@@ -116,14 +135,19 @@ impl Lab {
         let [a, b] = [Namespace::create(&names[0])?, Namespace::create(&names[1])?];
         let ports: Vec<String> = (0..options.ports).map(|index| format!("port{index}")).collect();
         network::join(&names, CONTROL_INTERFACE, options.mtu)?;
-        for port in &ports {
-            network::join(&names, port, options.mtu)?;
+        let mut cables = Vec::new();
+        for (index, port) in ports.iter().enumerate() {
+            match cable(index, port, [&a, &b], &options)? {
+                Some(cable) => cables.push(cable),
+                None => network::join(&names, port, options.mtu)?,
+            }
         }
         let namespaces = [a.clone(), b.clone()];
         let places = [directory.as_path(), &memory];
+        let far_ends = |end: usize| cables.iter().map(|cable| cable.ends()[end].clone()).collect();
         let hosts = [
-            make_host(HostId::A, a, &ports, places, &options)?,
-            make_host(HostId::B, b, &ports, places, &options)?,
+            make_host(HostId::A, a, (&ports, far_ends(1)), places, &options)?,
+            make_host(HostId::B, b, (&ports, far_ends(0)), places, &options)?,
         ];
         let lan = match options.switch {
             true => Some(Lan::create(
@@ -133,7 +157,7 @@ impl Lab {
             )?),
             false => None,
         };
-        Ok(Self { hosts, lan, _cleanup: cleanup })
+        Ok(Self { hosts, lan, _cables: cables, _cleanup: cleanup })
     }
 
     /// One of the hosts.
@@ -167,6 +191,20 @@ impl Lab {
     pub fn set_port_rate(&self, index: usize, rate: Option<Rate>) -> Result<()> {
         self.hosts.iter().try_for_each(|host| host.set_port_rate(index, rate))
     }
+
+    /// Has port `index` silently drop everything in both directions, or carry it again. Neither host is told: links
+    /// stay up, and what is sent seems to have been sent. Its rate is not to be changed meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// If `tc` refuses.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such port.
+    pub fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
+        self.hosts.iter().try_for_each(|host| host.silence_port(index, silent))
+    }
 }
 
 /// `memlane-PID-N`: [`namespace::sweep`] reads the owner out of it.
@@ -175,10 +213,28 @@ fn unique_id() -> String {
     format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// A cable of our own for the port at `index`, if the kernel's would not do.
+fn cable(
+    index: usize,
+    port: &str,
+    namespaces: [&Namespace; 2],
+    options: &LabOptions,
+) -> Result<Option<Cable>> {
+    let LabOptions { port_delay: delay, port_loss: loss, mtu, .. } = *options;
+    if delay.is_none() && loss.is_none() {
+        return Ok(None);
+    }
+    // No two ports lose the same packets.
+    let loss = loss.map(|loss| Loss { seed: loss.seed.wrapping_add(index as u64), ..loss });
+    let cable = Cable::lay(namespaces, port, delay.unwrap_or_default(), loss)?;
+    namespaces.into_iter().try_for_each(|namespace| network::prepare_tun(namespace.name(), port, mtu))?;
+    Ok(Some(cable))
+}
+
 fn make_host(
     id: HostId,
     namespace: Namespace,
-    ports: &[String],
+    (ports, far_ends): (&[String], Vec<Arc<Tun>>),
     places: [&Path; 2],
     options: &LabOptions,
 ) -> Result<Host> {
@@ -202,7 +258,7 @@ fn make_host(
         std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     }
     let name = format!("host-{}", id.letter());
-    let host = Host::new(name, namespace, id.address(0), host_ports, bridge, directory, memory);
+    let host = Host::new(name, namespace, id.address(0), (host_ports, far_ends), bridge, [directory, memory]);
     if options.port_rate.is_some() {
         for index in 0..ports.len() {
             host.set_port_rate(index, options.port_rate)?;

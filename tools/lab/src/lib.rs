@@ -1,12 +1,14 @@
 //! Hosts made of network namespaces, for the demo, the end-to-end tests and the benchmarks.
 //!
 //! A [`Lab`] is two [`Host`]s joined by veth pairs: one for control traffic, and as many ports as are asked for,
-//! each held to a rate if one is given. Programs run inside a host with [`Host::command`] and [`Host::spawn`];
+//! each held to a rate if one is given. Ports with a delay, or that lose packets, are joined by a thread of this
+//! process instead, between two tun interfaces. Programs run inside a host with [`Host::command`] and [`Host::spawn`];
 //! sockets are opened inside it with [`Host::run_in`].
 //!
 //! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
 //! SIGTERM once [`cleanup_on_signal`] was called, and otherwise with the next lab that anybody makes.
 
+mod cable;
 mod capture;
 mod cleanup;
 mod client;
@@ -24,8 +26,10 @@ mod rate;
 mod requirements;
 mod rig;
 mod size;
+mod tun;
 mod wait;
 
+pub use cable::Loss;
 pub use capture::{Capture, Frame};
 pub use cleanup::cleanup_on_signal;
 pub use client::{Counters, Session, tell_guest};

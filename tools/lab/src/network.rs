@@ -29,6 +29,11 @@ pub(crate) fn join(namespaces: &[String; 2], interface: &str, mtu: u32) -> Resul
     )
 }
 
+/// Settles what a tun interface has in common with the ends of a veth pair.
+pub(crate) fn prepare_tun(namespace: &str, interface: &str, mtu: u32) -> Result<()> {
+    ip(&["-netns", namespace, "link", "set", interface, "mtu", &mtu.to_string(), "txqueuelen", "1000"])
+}
+
 /// Gives the links their addresses and brings them up, loopback too.
 pub(crate) fn bring_up(namespace: &str, links: &[(&str, Ipv4Addr)]) -> Result<()> {
     let mut lines = String::from("link set lo up\n");
@@ -110,6 +115,16 @@ pub(crate) fn shape(namespace: &str, interface: &str, rate: Option<Rate>) -> Res
         None => return Ok(()),
     }
     batch("tc", &["-netns", namespace], &lines)
+}
+
+/// Has everything that `interface` sends vanish, without anybody being told. The rate that it has stays.
+pub(crate) fn silence(namespace: &str, interface: &str, silent: bool) -> Result<()> {
+    let parent = if is_shaped(namespace, interface)? { "parent 1:1" } else { "root" };
+    let line = match silent {
+        true => format!("qdisc replace dev {interface} {parent} blackhole\n"),
+        false => format!("qdisc delete dev {interface} {parent}\n"),
+    };
+    batch("tc", &["-netns", namespace], &line)
 }
 
 fn is_shaped(namespace: &str, interface: &str) -> Result<bool> {

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use memlane_lab::{Host, HostId, HugePages, Lab, LabOptions, Rate, Requirement, say_skipped, skip, wait_for};
+use memlane_lab::{
+    Host, HostId, HugePages, Lab, LabOptions, Loss, Rate, Requirement, say_skipped, skip, wait_for,
+};
 
 /// Long enough for a busy machine: it only bounds a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -149,6 +151,92 @@ fn a_port_that_is_down_has_no_carrier_at_the_other_end() {
     lab.host(HostId::A).port_up(0).expect("up");
     wait_for("the carrier", PATIENCE, || carrier_at_b().then_some(())).expect("a carrier");
     connect(&lab, (lab.host(HostId::B).ports()[0].address, 7000).into());
+}
+
+#[test]
+fn a_port_with_a_delay_keeps_packets_that_long_and_whole() {
+    if skip("a_port_with_a_delay_keeps_packets_that_long_and_whole", Requirement::LAB) {
+        return;
+    }
+    let delay = Duration::from_millis(30);
+    let lab = Lab::new(LabOptions { port_delay: Some(delay), ..LabOptions::default() }).expect("a lab");
+    let (mut client, mut server) = connect(&lab, (lab.host(HostId::B).ports()[0].address, 7000).into());
+    let start = Instant::now();
+    client.write_all(b"ping").expect("a write");
+    server.read_exact(&mut [0; 4]).expect("a read");
+    server.write_all(b"pong").expect("a write");
+    client.read_exact(&mut [0; 4]).expect("a read");
+    let round_trip = start.elapsed();
+    assert!(round_trip >= 2 * delay, "{round_trip:?}");
+
+    let sent: Vec<u8> = (0..8_u32 << 20).map(|index| (index % 251) as u8).collect();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(|| client.write_all(&sent).expect("a write"));
+        let mut received = vec![0; sent.len()];
+        server.read_exact(&mut received).expect("a read");
+        received
+    });
+    assert!(received == sent);
+
+    // As between the ends of a veth pair.
+    let carrier_at_b = || read_sys(lab.host(HostId::B), "port0/carrier") == "1";
+    assert!(carrier_at_b());
+    lab.host(HostId::A).port_down(0).expect("down");
+    wait_for("the loss of the carrier", PATIENCE, || (!carrier_at_b()).then_some(())).expect("no carrier");
+    lab.host(HostId::A).port_up(0).expect("up");
+    wait_for("the carrier", PATIENCE, || carrier_at_b().then_some(())).expect("a carrier");
+    connect(&lab, (lab.host(HostId::B).ports()[0].address, 7001).into());
+}
+
+#[test]
+fn a_port_that_loses_packets_is_noticed_by_its_users_alone() {
+    if skip("a_port_that_loses_packets_is_noticed_by_its_users_alone", Requirement::LAB) {
+        return;
+    }
+    let loss = |share| Some(Loss { share, seed: 1 });
+    let datagrams_through = |share| {
+        let lab = Lab::new(LabOptions { port_loss: loss(share), ..LabOptions::default() }).expect("a lab");
+        let to = (lab.host(HostId::B).ports()[0].address, 7000);
+        let receiver = lab.host(HostId::B).run_in(|| UdpSocket::bind(to).expect("a socket")).expect("a host");
+        let sender =
+            lab.host(HostId::A).run_in(|| UdpSocket::bind("0.0.0.0:0").expect("a socket")).expect("a host");
+        for _ in 0..100 {
+            sender.send_to(b"hello", to).expect("a datagram");
+        }
+        receiver.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
+        (0..100).take_while(|_| receiver.recv(&mut [0; 8]).is_ok()).count()
+    };
+    assert_eq!(datagrams_through(0.0), 100);
+    assert_eq!(datagrams_through(1.0), 0);
+    let some = datagrams_through(0.3);
+    assert!((40..100).contains(&some), "{some} of 100");
+}
+
+#[test]
+fn a_silent_port_drops_everything_and_nobody_is_told() {
+    if skip("a_silent_port_drops_everything_and_nobody_is_told", Requirement::LAB) {
+        return;
+    }
+    let rate = Some("1gbit".parse().expect("a rate"));
+    let shaped = LabOptions { port_rate: rate, ..LabOptions::default() };
+    let delayed = LabOptions { port_delay: Some(Duration::from_millis(1)), ..LabOptions::default() };
+    for options in [LabOptions::default(), shaped, delayed] {
+        let lab = Lab::new(options).expect("a lab");
+        let (mut client, mut server) = connect(&lab, (lab.host(HostId::B).ports()[0].address, 7000).into());
+        lab.silence_port(0, true).expect("silence");
+        client.write_all(b"into the void").expect("nobody is told");
+        server.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
+        let error = server.read(&mut [0; 64]).expect_err("nothing comes");
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        for host in lab.hosts() {
+            assert_eq!(read_sys(host, "port0/carrier"), "1");
+        }
+        lab.silence_port(0, false).expect("an end of silence");
+        server.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut received = [0; 13];
+        server.read_exact(&mut received).expect("TCP tries again");
+        assert_eq!(&received, b"into the void");
+    }
 }
 
 #[test]
