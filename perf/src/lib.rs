@@ -1,15 +1,13 @@
-//! Measures the limits of the machine that Memlane runs on, for its own figures to be held against.
+//! Measures Memlane, and what it is held against in the same run, on the machine as it is.
 //!
-//! [`raw`] is what sockets carry between two hosts of a [`Lab`](memlane_lab::Lab) when nothing else is done, and
-//! [`rpc`] how soon they bring a single page; [`memory`] is what one core copies into shared memory; [`postcopy`] is how
-//! long a guest waits for pages beside that; [`qemu`] is Memlane itself beside QEMU's own migration. All figures are
-//! from one run, on the machine as it is.
+//! A [`scenario`] is one kind of migration: a guest, ports, and what is asked about them. It moves guests with Memlane
+//! ([`memlane`]) and with its baselines ([`baseline`]; [`qemu`] is QEMU's own migration) in turn, several times each,
+//! and makes a [`report`] of it: figures of each, and ratios between them.
 
-pub mod memory;
+pub mod baseline;
+pub mod cpu;
+pub mod memlane;
 pub mod postcopy;
 pub mod qemu;
-pub mod raw;
 pub mod report;
-mod ring;
-pub mod rpc;
-pub mod spread;
+pub mod scenario;

@@ -5,10 +5,12 @@ use std::fmt::Display;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Requirement, Size, why_not};
-use memlane_perf::memory::{self, MemoryState};
+use memlane_perf::baseline::memory::{self, MemoryState};
+use memlane_perf::baseline::raw::{self, RawOptions};
 use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::qemu::{self, QemuOptions};
-use memlane_perf::raw::{self, RawOptions};
+use memlane_perf::report::Report;
+use memlane_perf::scenario::Order;
 use memlaned::config::Span;
 use serde::Serialize;
 
@@ -18,13 +20,15 @@ use serde::Serialize;
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// End the output with one line of JSON
+    /// End the output with one line of JSON, or with one for each of several scenarios
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Scenario(Order),
     /// What sockets carry between two network namespaces, memory to memory, and how soon they bring a single page
     /// (needs root)
     Raw(RawArgs),
@@ -65,6 +69,10 @@ struct RawArgs {
 fn main() -> Result<()> {
     let cli = Cli::parse();
     match cli.command {
+        Command::Scenario(order) => {
+            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
+            order.carry_out(&Programs::build(true)?, &mut |report| tell(report, cli.json))
+        }
         Command::Raw(args) => {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
             let lab = Lab::new(LabOptions {
@@ -100,6 +108,15 @@ fn main() -> Result<()> {
 /// A size that this process can have.
 fn in_memory(size: Size) -> Result<usize> {
     usize::try_from(size.bytes()).with_context(|| format!("{size} are too many for an address space"))
+}
+
+/// Prints what a scenario has found.
+fn tell(report: &Report, json: bool) -> Result<()> {
+    println!("{report}");
+    if json {
+        println!("{}", report.json());
+    }
+    Ok(())
 }
 
 fn print(report: &(impl Display + Serialize), json: bool) -> Result<()> {

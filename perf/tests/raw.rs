@@ -1,8 +1,8 @@
 //! The raw measurement moves and checks what it was given. Root is needed.
 
 use memlane_lab::{Lab, LabOptions, Requirement, skip};
-use memlane_perf::memory::MemoryState;
-use memlane_perf::raw::{RawOptions, measure};
+use memlane_perf::baseline::memory::MemoryState;
+use memlane_perf::baseline::raw::{RawOptions, measure};
 
 #[test]
 fn moves_uneven_shares_into_either_kind_of_memory() {

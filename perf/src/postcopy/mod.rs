@@ -13,7 +13,7 @@ use clap::Args;
 use memlane_lab::{HostId, LabOptions, Programs, Rate, Requirement, Rig, RigOptions, Size, Vmm, why_not};
 use serde_json::Value;
 
-use crate::rpc;
+use crate::baseline::rpc;
 pub use report::{Faults, Mode, ModeFigures, PostcopyReport, Run, Settings};
 
 /// How long the guest runs before it is moved, so that it moves in full swing.

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::PostcopyOptions;
-use crate::report::RpcFigures;
-use crate::spread::Spread;
+use crate::baseline::report::RpcFigures;
+use crate::report::Spread;
 
 /// When the guest goes ahead of its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,6 @@
 //! - **CPU**: user and system time of both QEMUs, of both daemons for Memlane, and of the kernel's threads for network
 //!   packets, less what all of these used in the same time before the order, when the guest did the same.
 
-mod cpu;
 mod moves;
 mod report;
 mod way;

@@ -9,10 +9,10 @@ use memlane_lab::qmp::Monitor;
 use memlane_lab::{Counters, HostId, Rig, Session, wait_for};
 use serde_json::{Value, json};
 
-use super::cpu;
 use super::report::{Parts, Run};
 use super::way::{End, Way, set_up};
 use super::{DOWNTIME_LIMIT, PATIENCE};
+use crate::cpu::{Meter, Reading};
 
 /// Longest wait for a guest to boot and to fill its memory, on a processor that may be emulated.
 const BOOT: Duration = Duration::from_secs(300);
@@ -50,12 +50,11 @@ pub(super) fn run(
     let destination = start(HostId::B).context("starting the destination's QEMU")?;
     sleep(SETTLE);
 
-    let mut others = cpu::network_threads();
-    others.push(destination.pid);
+    let mut processes = vec![source.pid, destination.pid];
     if way == Way::Memlane {
-        others.extend(daemons);
+        processes.extend(daemons);
     }
-    let mut pair = Pair { source, destination, others };
+    let mut pair = Pair { source, destination, meter: Meter::new(processes)? };
     let run = pair.measure(rig, guest, way)?;
     let outcome = match pair.check(rig, guest, &before) {
         Ok(()) => Outcome::Whole(run),
@@ -75,15 +74,15 @@ fn hear(rig: &Rig, guest: &LinuxGuest, timeout: Duration) -> Result<Counters> {
 struct Pair {
     source: End,
     destination: End,
-    /// Whoever else works for it, the destination's QEMU among them.
-    others: Vec<u32>,
+    /// Whoever works for it.
+    meter: Meter,
 }
 
 /// The moment at which the guest runs at the destination.
 struct Arrival {
     at: f64,
-    /// What the source's QEMU had used by then.
-    source_cpu: f64,
+    /// What was used by then.
+    used: Reading,
 }
 
 impl Pair {
@@ -98,24 +97,21 @@ impl Pair {
         self.source.monitor.forget_events()?;
         self.destination.monitor.forget_events()?;
 
-        let (idle_from, used) = (Instant::now(), self.cpu()?);
-        sleep(IDLE);
-        let idle_cpus = (self.cpu()? - used) / idle_from.elapsed().as_secs_f64();
-
-        let (used, started, ordered_at) = (self.cpu()?, Instant::now(), unix_time());
+        let idle = self.meter.idle(IDLE);
+        let (before, ordered_at) = (self.meter.read(), unix_time());
         let (arrival, ram_bytes) = match way {
             Way::Memlane => self.move_by_daemons(rig, guest)?,
             Way::Plain | Way::Multifd(_) => self.move_by_qemu(rig)?,
         };
-        let (elapsed, used_then) = (started.elapsed(), arrival.source_cpu + cpu::of_processes(&self.others)?);
+        let used = arrival.used.since(&before);
 
         let stop = self.source.monitor.event("STOP", PATIENCE)?.context("the guest never stood still")?;
         Ok(Run::new(Parts {
             total: arrival.at - ordered_at,
             downtime: arrival.at - stop.at,
             ram_bytes,
-            cpu: used_then - used,
-            idle_cpu: idle_cpus * elapsed.as_secs_f64(),
+            used,
+            idle,
         }))
     }
 
@@ -132,10 +128,6 @@ impl Pair {
             "the guest has checked {checked} pages only"
         );
         Ok(())
-    }
-
-    fn cpu(&self) -> Result<f64> {
-        Ok(cpu::of_processes(&[self.source.pid])? + cpu::of_processes(&self.others)?)
     }
 
     fn move_by_daemons(&mut self, rig: &Rig, guest: &LinuxGuest) -> Result<(Arrival, u64)> {
@@ -176,14 +168,13 @@ impl Pair {
     /// Waits until the guest runs at the destination, as long as it is `under_way`, which may ask the source.
     fn await_arrival(&mut self, mut under_way: impl FnMut(&mut Monitor) -> Result<bool>) -> Result<Arrival> {
         let until = Instant::now() + MOVE;
-        let mut source_cpu = cpu::of_process(self.source.pid)?;
         loop {
             // Before the event is looked for, which comes before the end.
             let goes_on = under_way(&mut self.source.monitor)?;
-            // What it used at last is known to within a look, if it has ended since.
-            source_cpu = cpu::of_process(self.source.pid).unwrap_or(source_cpu);
+            // The source's QEMU ends soon after the guest has left.
+            self.meter.look();
             if let Some(event) = self.destination.monitor.event("RESUME", LOOK)? {
-                return Ok(Arrival { at: event.at, source_cpu });
+                return Ok(Arrival { at: event.at, used: self.meter.read() });
             }
             ensure!(goes_on, "the order has ended, and the guest does not run at the destination");
             ensure!(Instant::now() < until, "the guest has not arrived after {MOVE:?}");

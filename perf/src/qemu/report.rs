@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::way::Way;
 use super::{DOWNTIME_LIMIT, QemuOptions};
-use crate::spread::Spread;
+use crate::cpu::Used;
+use crate::report::Spread;
 
 /// What [`measure`](super::measure) found. GB are powers of ten.
 #[derive(Debug, Clone, Serialize)]
@@ -107,20 +108,20 @@ pub(super) struct Parts {
     pub(super) total: f64,
     pub(super) downtime: f64,
     pub(super) ram_bytes: u64,
-    /// Of which `idle_cpu` is not the move's.
-    pub(super) cpu: f64,
-    pub(super) idle_cpu: f64,
+    pub(super) used: Used,
+    /// What was used while nothing moved.
+    pub(super) idle: Used,
 }
 
 impl Run {
     pub(super) fn new(parts: Parts) -> Self {
-        let cpu_seconds = parts.cpu - parts.idle_cpu;
+        let cpu_seconds = parts.used.beyond(&parts.idle);
         Self {
             total_seconds: parts.total,
             downtime_seconds: parts.downtime,
             ram_bytes: parts.ram_bytes,
             cpu_seconds,
-            idle_cpu_seconds: parts.idle_cpu,
+            idle_cpu_seconds: parts.used.processes + parts.used.kernel - cpu_seconds,
             cpu_seconds_per_gb: cpu_seconds / (parts.ram_bytes as f64 / 1e9),
         }
     }
@@ -258,7 +259,9 @@ mod tests {
     }
 
     fn run(total: f64, cpu: f64) -> Run {
-        Run::new(Parts { total, downtime: total / 10.0, ram_bytes: 2_000_000_000, cpu, idle_cpu: 0.5 })
+        let idle = Used { elapsed: total, processes: 0.5, kernel: 0.0 };
+        let used = Used { elapsed: total, processes: cpu, kernel: 0.0 };
+        Run::new(Parts { total, downtime: total / 10.0, ram_bytes: 2_000_000_000, used, idle })
     }
 
     #[test]

@@ -12,7 +12,8 @@ use memlane_lab::{Host, HostId, Process, QEMU, Rig, wait_for};
 use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
 use serde_json::{Value, json};
 
-use super::{DOWNTIME_LIMIT, PATIENCE, cpu};
+use super::{DOWNTIME_LIMIT, PATIENCE};
+use crate::cpu;
 
 /// How long a QEMU is watched whose guest does not answer.
 const WATCH: Duration = Duration::from_secs(2);

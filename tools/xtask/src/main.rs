@@ -1,5 +1,6 @@
-//! The project's own commands: `cargo xtask demo` and `cargo xtask test`.
+//! The project's own commands: `cargo xtask demo`, `cargo xtask bench` and `cargo xtask test`.
 
+mod bench;
 mod demo;
 mod test;
 
@@ -22,6 +23,11 @@ enum Command {
     /// Builds the programs, makes two hosts out of network namespaces with a daemon in each,
     /// starts a guest that writes its memory all the time, and moves it. Needs root.
     Demo(demo::Options),
+    /// Measure Memlane and what it is held against, in all scenarios or in one
+    ///
+    /// Builds memlane-perf and runs it with these arguments: cargo xtask bench SCENARIO [--json] ...; see cargo xtask
+    /// bench -- --help. Needs root.
+    Bench(bench::Options),
     /// Install what the tests need, check everything, run all tests, and say what was skipped
     Test,
 }
@@ -29,6 +35,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Test => test::run(),
     };
     match done {

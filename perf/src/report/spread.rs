@@ -1,5 +1,7 @@
 //! [`Spread`]: several measurements of one thing.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// Several measurements of one thing.
@@ -32,6 +34,20 @@ impl Spread {
     }
 }
 
+/// With three digits that count, or all before the point.
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = match self.median.abs() {
+            100.0.. => 0,
+            10.0.. => 1,
+            1.0.. => 2,
+            0.0 => 0,
+            _ => 3,
+        };
+        f.pad(&self.text(1.0, digits))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,5 +58,9 @@ mod tests {
         assert_eq!(Spread::of(vec![4.0, 1.0]), Spread { median: 2.5, min: 1.0, max: 4.0 });
         assert_eq!(Spread::of(vec![7.0]), Spread { median: 7.0, min: 7.0, max: 7.0 });
         assert_eq!(Spread::of(vec![0.001, 0.003]).text(1e3, 1), "2.0 (1.0–3.0)");
+        let texts = [1234.5, 12.345, 1.2345, 0.12345, 0.0].map(|value| Spread::of(vec![value]).to_string());
+        let expected =
+            ["1234 (1234–1234)", "12.3 (12.3–12.3)", "1.23 (1.23–1.23)", "0.123 (0.123–0.123)", "0 (0–0)"];
+        assert_eq!(texts, expected);
     }
 }

@@ -9,7 +9,7 @@ use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::Serialize;
 
-use crate::report::{CopyFigures, MemcpyReport};
+use crate::baseline::report::{CopyFigures, MemcpyReport};
 
 /// Whether the pages of a mapping are there before the measurement starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]

@@ -18,8 +18,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::memory::SharedMemory;
-use crate::report::RpcFigures;
+use crate::baseline::memory::SharedMemory;
+use crate::baseline::report::RpcFigures;
 
 /// Bytes of an answer.
 const PAGE: usize = 4096;

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::memory::MemoryState;
-use crate::raw::RawOptions;
+use crate::baseline::memory::MemoryState;
+use crate::baseline::raw::{RawOptions, Transfer};
 
-/// What [`raw::measure`](crate::raw::measure) found. GB and Gbit are powers of ten.
+/// What [`raw::measure`](super::raw::measure) found. GB and Gbit are powers of ten.
 #[derive(Debug, Clone, Serialize)]
 pub struct RawReport {
     /// Ports used.
@@ -34,7 +34,7 @@ pub struct RawReport {
     pub rpc: RpcFigures,
 }
 
-/// What [`rpc::measure`](crate::rpc::measure) found, in microseconds.
+/// What [`rpc::measure`](super::rpc::measure) found, in microseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct RpcFigures {
     /// Pages asked for.
@@ -86,16 +86,10 @@ impl fmt::Display for RpcFigures {
 }
 
 impl RawReport {
-    pub(crate) fn new(
-        ports: usize,
-        options: &RawOptions,
-        elapsed: Duration,
-        send_cpu: Duration,
-        receive_cpu: Duration,
-        rpc: RpcFigures,
-    ) -> Self {
+    pub(crate) fn new(ports: usize, options: &RawOptions, took: &Transfer, rpc: RpcFigures) -> Self {
         let gigabytes = options.bytes as f64 / 1e9;
-        let seconds = elapsed.as_secs_f64();
+        let seconds = took.elapsed.as_secs_f64();
+        let per_gb = |cpu: Duration| cpu.as_secs_f64() / gigabytes;
         Self {
             ports,
             connections_per_port: options.connections_per_port,
@@ -103,9 +97,9 @@ impl RawReport {
             bytes: options.bytes,
             seconds,
             gbit_per_second: gigabytes * 8.0 / seconds,
-            send_cpu_seconds_per_gb: send_cpu.as_secs_f64() / gigabytes,
-            receive_cpu_seconds_per_gb: receive_cpu.as_secs_f64() / gigabytes,
-            cpu_seconds_per_gb: (send_cpu + receive_cpu).as_secs_f64() / gigabytes,
+            send_cpu_seconds_per_gb: per_gb(took.send_cpu),
+            receive_cpu_seconds_per_gb: per_gb(took.receive_cpu),
+            cpu_seconds_per_gb: per_gb(took.send_cpu + took.receive_cpu),
             rpc,
         }
     }
@@ -138,7 +132,7 @@ impl fmt::Display for RawReport {
     }
 }
 
-/// What [`measure_memcpy`](crate::memory::measure_memcpy) found.
+/// What [`measure_memcpy`](crate::baseline::memory::measure_memcpy) found.
 #[derive(Debug, Clone, Serialize)]
 pub struct MemcpyReport {
     /// Bytes copied each time.

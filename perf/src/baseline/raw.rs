@@ -12,13 +12,17 @@ use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::memory::{MemoryState, SharedMemory};
-use crate::report::RawReport;
-use crate::ring::SocketRing;
-use crate::rpc;
+use crate::baseline::memory::{MemoryState, SharedMemory};
+use crate::baseline::report::RawReport;
+use crate::baseline::ring::SocketRing;
+use crate::baseline::rpc;
+use crate::cpu::Meter;
+use crate::report::Figures;
 
 /// What one send or receive moves, about what a lane submits at once.
 const CHUNK_BYTES: usize = 1 << 20;
+/// How long it is watched what the kernel does while nothing moves.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// What to move.
 #[derive(Debug, Clone, Copy)]
@@ -31,26 +35,57 @@ pub struct RawOptions {
     pub destination: MemoryState,
 }
 
-/// Moves `options.bytes` from host A to host B of `lab` over all its ports, and compares what arrived.
-///
-/// The time runs from the first send, with all connections made, until the last acknowledgement is back: one byte for
-/// each connection when all of its share is in memory. Before that, with nothing under way, single pages are asked for.
+/// What it took to move some bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Transfer {
+    /// From the first send, with all connections made, until the last acknowledgement was back: one byte for each
+    /// connection when all of its share was in memory.
+    pub elapsed: Duration,
+    /// User and system time of the sending threads. What the kernel does for the network on their behalf counts, what
+    /// it does elsewhere (an idle core, ksoftirqd) does not.
+    pub send_cpu: Duration,
+    /// The same of the receiving threads.
+    pub receive_cpu: Duration,
+    /// What the kernel's own threads used meanwhile, beyond what they used before, in seconds.
+    pub kernel_cpu: f64,
+}
+
+/// Moves `options.bytes` from host A to host B of `lab` over all its ports, and compares what arrived. Before that, with
+/// nothing under way, single pages are asked for.
 ///
 /// # Errors
 ///
 /// If the lab has no ports, a connection fails, or the bytes received differ from those sent.
 pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
-    let ports = lab.host(HostId::B).ports();
-    let connections = ports.len() * options.connections_per_port;
-    ensure!(connections > 0, "the raw limit needs a port and a connection over it");
-    ensure!(
-        options.bytes / connections >= CHUNK_BYTES,
-        "{} bytes are too few for {connections} connections: each takes 1 MiB or more",
-        options.bytes
-    );
+    let ports = lab.host(HostId::B).ports().len();
+    ensure!(ports > 0, "the raw limit needs a port");
     let rpc = rpc::measure(lab).context("asking for single pages")?;
     let source = SharedMemory::with_pattern(options.bytes)?;
-    let mut destination = SharedMemory::new(options.bytes, options.destination)?;
+    let took = transfer(lab, &source, options.connections_per_port, options.destination)?;
+    Ok(RawReport::new(ports, options, &took, rpc))
+}
+
+/// Moves all of `source` from host A to host B of `lab` over all its ports, into memory in the state `destination`, and
+/// compares what arrived.
+///
+/// # Errors
+///
+/// As [`measure`].
+pub fn transfer(
+    lab: &Lab,
+    source: &SharedMemory,
+    connections_per_port: usize,
+    destination: MemoryState,
+) -> Result<Transfer> {
+    let ports = lab.host(HostId::B).ports();
+    let connections = ports.len() * connections_per_port;
+    ensure!(connections > 0, "the raw limit needs a port and a connection over it");
+    ensure!(
+        source.len() / connections >= CHUNK_BYTES,
+        "{} bytes are too few for {connections} connections: each takes 1 MiB or more",
+        source.len()
+    );
+    let mut destination = SharedMemory::new(source.len(), destination)?;
     let sockets: Vec<(TcpStream, TcpStream)> = ports
         .iter()
         .cycle()
@@ -58,8 +93,11 @@ pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
         .map(|port| connect(lab, port.address).with_context(|| format!("connecting over {}", port.interface)))
         .collect::<Result<_>>()?;
 
-    let share = options.bytes.div_ceil(connections);
+    let mut kernel = Meter::new([])?;
+    let idle = kernel.idle(IDLE);
+    let share = source.len().div_ceil(connections);
     let start = Barrier::new(2 * connections + 1);
+    let before = kernel.read();
     let (started, senders, receivers) = std::thread::scope(|scope| {
         let start = &start;
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
@@ -71,25 +109,36 @@ pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
         start.wait();
         (Instant::now(), collect(senders), collect(receivers))
     });
+    let kernel_used = kernel.read().since(&before);
     let (senders, receivers) = (senders.context("sending")?, receivers.context("receiving")?);
-    ensure!(*source == *destination, "the bytes received differ from those sent");
+    ensure!(**source == *destination, "the bytes received differ from those sent");
 
     let ended = senders.iter().map(|end| end.ended).max().expect("there is a connection");
-    Ok(RawReport::new(
-        ports.len(),
-        options,
-        ended - started,
-        senders.iter().map(|end| end.cpu).sum(),
-        receivers.iter().map(|end| end.cpu).sum(),
-        rpc,
-    ))
+    Ok(Transfer {
+        elapsed: ended - started,
+        send_cpu: senders.iter().map(|end| end.cpu).sum(),
+        receive_cpu: receivers.iter().map(|end| end.cpu).sum(),
+        kernel_cpu: kernel_used.beyond(&idle),
+    })
+}
+
+impl Transfer {
+    /// As a scenario wants it, of so many bytes moved.
+    pub fn figures(&self, bytes: usize) -> Figures {
+        let (gigabytes, seconds) = (bytes as f64 / 1e9, self.elapsed.as_secs_f64());
+        let cpu = (self.send_cpu + self.receive_cpu).as_secs_f64() + self.kernel_cpu;
+        Figures::from([
+            ("total_seconds", seconds),
+            ("gbit_per_second", gigabytes * 8.0 / seconds),
+            ("cpu_seconds_per_gb", cpu / gigabytes),
+        ])
+    }
 }
 
 /// What one end of a connection took.
 struct End {
     ended: Instant,
-    /// User and system time of its thread. What the kernel does for the network on that thread's behalf counts, what
-    /// it does elsewhere (an idle core, ksoftirqd) does not.
+    /// User and system time of its thread.
     cpu: Duration,
 }
 

@@ -1,0 +1,198 @@
+//! Processor time of processes and of the kernel's own threads.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// The kernel's threads that carry packets, or do other work that was put off, for whoever caused it.
+const KERNEL_THREADS: [&str; 3] = ["ksoftirqd/", "kworker/", "napi/"];
+/// Parent of all of the kernel's threads.
+const KTHREADD: u32 = 2;
+
+/// Measures the processor time of some processes, and of the kernel's threads that work for them: for whom each of
+/// these works nobody can tell, so all of their time counts, less what was seen of it when nothing was moved.
+#[derive(Debug, Clone)]
+pub struct Meter {
+    /// What each process was last seen to have used.
+    processes: BTreeMap<u32, f64>,
+}
+
+/// What was used until some moment.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    at: Instant,
+    processes: f64,
+    /// Of each of the kernel's threads: they come and go.
+    kernel: BTreeMap<u32, f64>,
+}
+
+/// What was used between two readings.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Used {
+    /// The time between them.
+    pub elapsed: f64,
+    /// Processor seconds of the processes.
+    pub processes: f64,
+    /// Processor seconds of the kernel's threads.
+    pub kernel: f64,
+}
+
+impl Meter {
+    /// Measures these processes, with all their threads.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is gone.
+    pub fn new(processes: impl IntoIterator<Item = u32>) -> Result<Self> {
+        let used = processes.into_iter().map(|pid| {
+            let used = of_process(pid);
+            Ok((pid, used.with_context(|| format!("asking for the processor time of process {pid}"))?))
+        });
+        Ok(Self { processes: used.collect::<Result<_>>()? })
+    }
+
+    /// Looks at the processes only, which takes little time. Of one that will end by itself no more is known than what
+    /// the last look has found.
+    pub fn look(&mut self) {
+        for (pid, used) in &mut self.processes {
+            *used = of_process(*pid).unwrap_or(*used);
+        }
+    }
+
+    /// What was used until now.
+    pub fn read(&mut self) -> Reading {
+        self.look();
+        Reading { processes: self.processes.values().sum(), kernel: of_kernel(), at: Instant::now() }
+    }
+
+    /// Watches for a while how much is used when nothing is moved.
+    pub fn idle(&mut self, time: Duration) -> Used {
+        let start = self.read();
+        std::thread::sleep(time);
+        self.read().since(&start)
+    }
+}
+
+impl Reading {
+    /// What was used since `start`, an earlier reading of the same meter.
+    pub fn since(&self, start: &Self) -> Used {
+        let kernel = self.kernel.iter().map(|(pid, now)| {
+            // One that is new has used all of it since.
+            (now - start.kernel.get(pid).copied().unwrap_or(0.0)).max(0.0)
+        });
+        Used {
+            elapsed: (self.at - start.at).as_secs_f64(),
+            processes: self.processes - start.processes,
+            kernel: kernel.sum(),
+        }
+    }
+}
+
+impl Used {
+    /// Processor seconds of all together, without what is used in the same time anyway.
+    pub fn beyond(&self, idle: &Self) -> f64 {
+        let anyway = |of: f64| if idle.elapsed > 0.0 { of / idle.elapsed * self.elapsed } else { 0.0 };
+        // What the kernel does anyway comes and goes: it must not make what was seen less than nothing.
+        self.processes - anyway(idle.processes) + (self.kernel - anyway(idle.kernel)).max(0.0)
+    }
+}
+
+/// Processor seconds, user and system, that a process has used with all its threads, those that have ended included.
+///
+/// # Errors
+///
+/// If there is no such process (any more).
+pub fn of_process(pid: u32) -> io::Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let stat =
+        Stat::parse(&stat).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat says {stat:?}")))?;
+    Ok(stat.seconds())
+}
+
+fn of_kernel() -> BTreeMap<u32, f64> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let used = pids.filter_map(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let stat = Stat::parse(&stat)?;
+        let counts = stat.parent == KTHREADD && KERNEL_THREADS.iter().any(|name| stat.name.starts_with(name));
+        counts.then(|| (pid, stat.seconds()))
+    });
+    used.collect()
+}
+
+/// What matters of proc_pid_stat(5).
+#[derive(Debug, PartialEq)]
+struct Stat<'a> {
+    name: &'a str,
+    parent: u32,
+    /// `utime` and `stime` together.
+    ticks: u64,
+}
+
+impl<'a> Stat<'a> {
+    fn parse(stat: &'a str) -> Option<Self> {
+        // The name, in parentheses, may itself have spaces and parentheses.
+        let (start, rest) = stat.rsplit_once(')')?;
+        let (_, name) = start.split_once('(')?;
+        let mut fields = rest.split_whitespace().skip(1);
+        let parent = fields.next()?.parse().ok()?;
+        let mut fields = fields.skip(9);
+        let (user, system) = (fields.next()?.parse::<u64>().ok()?, fields.next()?.parse::<u64>().ok()?);
+        Some(Self { name, parent, ticks: user + system })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_stand_behind_the_name() {
+        let stat = "42 (a (b) c) S 1 2 3 4 5 6 7 8 9 10 120 34 999 999 20 0 1 0 5 6 7\n";
+        assert_eq!(Stat::parse(stat), Some(Stat { name: "a (b) c", parent: 1, ticks: 154 }));
+        assert_eq!(Stat::parse("42 (cut off) S 1 2"), None);
+    }
+
+    #[test]
+    fn this_process_has_used_some() {
+        let mut meter = Meter::new([std::process::id()]).expect("this process");
+        let start = meter.read();
+        let used = loop {
+            std::hint::black_box(vec![1; 1 << 20]);
+            let used = meter.read().since(&start);
+            if used.processes > 0.0 {
+                break used;
+            }
+        };
+        assert!(used.elapsed > 0.0 && used.kernel >= 0.0);
+        assert!(Meter::new([u32::MAX]).is_err());
+    }
+
+    #[test]
+    fn a_process_that_has_ended_keeps_what_it_was_seen_to_use() {
+        let mut child = std::process::Command::new("true").spawn().expect("true");
+        let mut meter = Meter::new([child.id()]).expect("a process");
+        let seen = meter.read().processes;
+        child.wait().expect("an end");
+        assert_eq!(meter.read().processes, seen);
+    }
+
+    #[test]
+    fn what_is_used_anyway_does_not_count() {
+        let idle = Used { elapsed: 2.0, processes: 0.5, kernel: 1.0 };
+        let busy = Used { elapsed: 4.0, processes: 3.0, kernel: 2.5 };
+        assert_eq!(busy.beyond(&idle), 2.0 + 0.5);
+        let quiet = Used { kernel: 0.0, ..busy };
+        assert_eq!(quiet.beyond(&idle), 2.0, "the kernel has done less than nothing");
+        let none = Used { elapsed: 0.0, processes: 0.0, kernel: 0.0 };
+        assert_eq!(busy.beyond(&none), 5.5);
+    }
+}

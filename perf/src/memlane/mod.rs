@@ -1,0 +1,227 @@
+//! A guest of `memlane-vmm`, moved by the daemons.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use memlane_lab::{HostId, Rig, Size, Vmm};
+use serde_json::Value;
+
+use crate::cpu::{Meter, Used};
+use crate::report::Figures;
+
+/// Name of the guest.
+pub const GUEST: &str = "web1";
+/// How long it runs before it is moved, so that it moves in full swing; what is used meanwhile is used anyway.
+const WARM_UP: Duration = Duration::from_secs(1);
+/// Bytes of a page.
+const PAGE: f64 = 4096.0;
+
+/// A guest, and the VMMs at both ends.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its memory.
+    pub ram: Size,
+    /// What its memory holds at first, as `memlane-vmm --fill` takes it.
+    pub fill: &'static str,
+    /// How it writes its memory.
+    pub writes: Writes,
+    /// Memory that it writes; a quarter of all if not given.
+    pub working_set: Option<Size>,
+    /// Virtual CPUs that write.
+    pub vcpus: u16,
+    /// Virtual CPUs that only read.
+    pub readers: u16,
+    /// Whether the destination's memory is taken from the system before the move.
+    pub prepared: bool,
+    /// Whether it is a virtual machine; else threads of a process.
+    pub kvm: bool,
+}
+
+/// How a guest writes its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writes {
+    /// So many pages a second.
+    Rate(u64),
+    /// As many as it can.
+    FlatOut,
+}
+
+/// A move that has ended.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    /// The migration as the source's daemon told it at last.
+    pub migration: Value,
+    /// What the guest says of itself at its destination; null if it did not get there.
+    pub guest: Value,
+    /// From the order until it ran there, or until the order had ended otherwise.
+    pub seconds: f64,
+    /// Processor time of both VMMs and both daemons, and of the kernel for them.
+    pub used: Used,
+    /// The same while nothing moved.
+    pub idle: Used,
+}
+
+impl Guest {
+    /// Pages that cannot be compressed, and no others.
+    pub const INCOMPRESSIBLE: &str = "zero=0,random=100,compressible=0";
+
+    /// An idle guest full of what cannot be compressed, moved into fresh memory.
+    pub fn idle(ram: Size, kvm: bool) -> Self {
+        Self {
+            ram,
+            fill: Self::INCOMPRESSIBLE,
+            writes: Writes::Rate(0),
+            working_set: None,
+            vcpus: 1,
+            readers: 0,
+            prepared: false,
+            kvm,
+        }
+    }
+
+    /// Starts it on host A, gives the order to move it to host B, with more `arguments` to `memlanectl migrate`, and
+    /// compares its memory with the model when it has arrived. `look` sees each state of the migration as the daemon
+    /// tells it.
+    ///
+    /// # Errors
+    ///
+    /// If the order is refused, or the guest's memory is not what it must be. That the migration has failed is none:
+    /// see [`Moved::arrived`].
+    pub fn migrate(&self, rig: &mut Rig, arguments: &[&str], mut look: impl FnMut(&Value)) -> Result<Moved> {
+        let source = rig.start_vmm(HostId::A, GUEST, &self.arguments(false))?;
+        let destination = rig.start_vmm(HostId::B, GUEST, &self.arguments(true))?;
+        let mut ends = Ends { source, destination };
+        let mut meter = ends.meter(rig)?;
+        let idle = meter.idle(WARM_UP);
+
+        let (before, ordered_at) = (meter.read(), unix_time());
+        let migration = order(rig, arguments, &mut look)?;
+        let (used, ended_at) = (meter.read().since(&before), unix_time());
+        let arrived = migration["outcome"] == "completed";
+        let runs_at = resumed_at(&migration).filter(|_| arrived).unwrap_or(ended_at);
+        let guest = if arrived { ends.check()? } else { Value::Null };
+        Ok(Moved { migration, guest, seconds: runs_at - ordered_at, used, idle })
+    }
+
+    fn arguments(&self, incoming: bool) -> Vec<String> {
+        let mut arguments: Vec<String> = Vec::new();
+        let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        option("--guest", if self.kvm { "kvm" } else { "process" }.to_owned());
+        option("--ram", self.ram.to_string());
+        option("--fill", self.fill.to_owned());
+        option("--vcpus", (self.vcpus + self.readers).to_string());
+        option("--readers", self.readers.to_string());
+        if let Some(working_set) = self.working_set {
+            option("--working-set", working_set.to_string());
+        }
+        match self.writes {
+            Writes::Rate(rate) => option("--rate", rate.to_string()),
+            Writes::FlatOut => arguments.push("--flat-out".to_owned()),
+        }
+        if incoming {
+            arguments.push("--incoming".to_owned());
+            arguments.extend(self.prepared.then(|| "--prepare".to_owned()));
+        }
+        arguments
+    }
+}
+
+/// The VMMs of a move.
+struct Ends {
+    // The source's ends by itself when its guest has left.
+    source: Vmm,
+    destination: Vmm,
+}
+
+impl Ends {
+    fn meter(&mut self, rig: &mut Rig) -> Result<Meter> {
+        let vmms = [self.source.process().pid(), self.destination.process().pid()];
+        Meter::new(vmms.into_iter().chain([HostId::A, HostId::B].map(|id| rig.daemon(id).pid())))
+    }
+
+    /// Compares the guest that has arrived with the model, and returns what it says of itself.
+    fn check(mut self) -> Result<Value> {
+        let guest = self.destination.stats()?;
+        let report = self.destination.verify()?;
+        ensure!(
+            report["equal"] == true,
+            "the guest's memory is not what it must be: {}",
+            report["differences"]
+        );
+        drop(self.source);
+        self.destination.quit()?;
+        Ok(guest)
+    }
+}
+
+/// Gives the order on host A, and returns the migration as it has ended.
+fn order(rig: &Rig, arguments: &[&str], look: &mut impl FnMut(&Value)) -> Result<Value> {
+    let host = rig.lab().host(HostId::B).name();
+    let answer = rig.ctl(HostId::A, &[&["migrate", GUEST, host, "--detach"], arguments].concat())?;
+    let begun = answer.last()?;
+    let id = begun["id"].as_str().with_context(|| format!("memlanectl migrate: {}", answer.text.trim()))?;
+    rig.watch(HostId::A, id, look)
+}
+
+impl Moved {
+    /// The same, if the guest runs at its destination.
+    ///
+    /// # Errors
+    ///
+    /// If it does not.
+    pub fn arrived(self) -> Result<Self> {
+        let reason = self.migration["reason"].as_str().unwrap_or("it does not say why");
+        ensure!(self.migration["outcome"] == "completed", "the guest was not moved: {reason}");
+        Ok(self)
+    }
+
+    /// What every scenario wants to know. Rates are of the contents of the guest's memory, without headers.
+    ///
+    /// # Errors
+    ///
+    /// If the daemon does not tell what it should.
+    pub fn figures(&self) -> Result<Figures> {
+        let (ram, sent) = (self.number("pages_total")? * PAGE, self.number("bytes_sent")?);
+        let mut figures = Figures::from([
+            ("total_seconds", self.seconds),
+            ("gbit_per_second", ram * 8.0 / 1e9 / self.seconds),
+        ]);
+        let round = &self.migration["rounds"][0];
+        if let (Some(bytes), Some(seconds)) = (round["bytes"].as_f64(), round["seconds"].as_f64()) {
+            let contents = self.number("pages_sent")? * PAGE / sent;
+            figures.set("round_one_gbit_per_second", bytes * contents * 8.0 / 1e9 / seconds);
+        }
+        let milliseconds = |key: &str| self.migration[key].as_f64().map(|seconds| seconds * 1e3);
+        figures.set_some("downtime_ms", milliseconds("downtime_seconds"));
+        if let (Some(save), Some(load)) = (milliseconds("save_seconds"), milliseconds("load_seconds")) {
+            figures.set("vmm_state_ms", save + load);
+        }
+        figures.set("rounds", self.migration["rounds"].as_array().map_or(0.0, |rounds| rounds.len() as f64));
+        figures.set("sent_gb", sent / 1e9);
+        figures.set("cpu_seconds_per_gb", self.used.beyond(&self.idle) / (sent / 1e9));
+        Ok(figures)
+    }
+
+    /// A number that the daemon tells of the migration.
+    ///
+    /// # Errors
+    ///
+    /// If it does not.
+    pub fn number(&self, key: &str) -> Result<f64> {
+        self.migration[key].as_f64().with_context(|| format!("no {key} in {}", self.migration))
+    }
+
+    /// Lanes that the migration had.
+    pub fn lanes(&self) -> usize {
+        self.migration["lanes"].as_array().map_or(0, Vec::len)
+    }
+}
+
+/// When the guest ran again, if it did: both hosts are this machine, and have one clock.
+fn resumed_at(migration: &Value) -> Option<f64> {
+    Some(migration["stopped_at_seconds"].as_f64()? + migration["downtime_seconds"].as_f64()?)
+}
+
+fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

@@ -1,0 +1,300 @@
+//! What a scenario found, as JSON and as text.
+
+mod figures;
+mod spread;
+mod text;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+pub use figures::Figures;
+pub use spread::Spread;
+
+/// Who moved a guest, or what was done instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum By {
+    /// The daemons.
+    Memlane,
+    /// Bare sockets, from memory to memory.
+    Raw,
+    /// QEMU's own migration.
+    Qemu,
+    /// One core that copies memory.
+    Memcpy,
+    /// One core that reads memory.
+    Read,
+}
+
+/// One of the things that a scenario measures again and again.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Case {
+    /// Who did it.
+    pub by: By,
+    /// How, or what was special about it: `fresh`, `multifd4`.
+    pub how: String,
+}
+
+/// One measurement of one case.
+#[derive(Debug, Clone, Serialize)]
+pub struct Run {
+    /// Counted from 1.
+    pub repetition: u32,
+    /// What was measured.
+    #[serde(flatten)]
+    pub case: Case,
+    /// What was found.
+    pub figures: Figures,
+    /// What else there is to be known of it, such as the migration as the daemon tells it.
+    pub detail: Value,
+}
+
+/// All measurements of a scenario.
+#[derive(Debug, Clone, Default, Serialize)]
+#[serde(transparent)]
+pub struct Runs(Vec<Run>);
+
+/// A figure that tells how good Memlane is, mostly against a baseline.
+#[derive(Debug, Clone, Serialize)]
+pub struct Ratio {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is.
+    pub meaning: String,
+    /// That of each repetition. Its median is the ratio.
+    pub spread: Spread,
+}
+
+/// What a scenario found. GB and Gbit are powers of ten.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The scenario's name.
+    pub scenario: &'static str,
+    /// What was measured, in a line or two.
+    pub headline: String,
+    /// What the scenario was told, and what it ran on.
+    pub settings: Map<String, Value>,
+    /// What the figures say.
+    pub ratios: Vec<Ratio>,
+    /// The single measurements.
+    pub runs: Runs,
+    /// Figures that people are shown, of those that there are; all if none are named.
+    pub columns: Vec<&'static str>,
+    /// What else is to be told.
+    pub notes: Vec<String>,
+}
+
+impl By {
+    /// As in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Memlane => "memlane",
+            Self::Raw => "raw",
+            Self::Qemu => "qemu",
+            Self::Memcpy => "memcpy",
+            Self::Read => "read",
+        }
+    }
+
+    /// A case of it.
+    pub fn case(self, how: impl Into<String>) -> Case {
+        Case { by: self, how: how.into() }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(format!("{} {}", self.by.as_str(), self.how).trim_end())
+    }
+}
+
+impl Runs {
+    /// Adds one.
+    pub fn push(&mut self, run: Run) {
+        self.0.push(run);
+    }
+
+    /// All of them, in the order in which they were done.
+    pub fn iter(&self) -> impl Iterator<Item = &Run> + Clone {
+        self.0.iter()
+    }
+
+    /// Those of one case, from the first repetition on.
+    pub fn of<'a>(&'a self, case: &'a Case) -> impl Iterator<Item = &'a Run> + Clone {
+        self.iter().filter(move |run| run.case == *case)
+    }
+
+    /// Each case once, in the order of their names.
+    pub fn cases(&self) -> Vec<&Case> {
+        let mut cases: Vec<&Case> = self.iter().map(|run| &run.case).collect();
+        cases.sort();
+        cases.dedup();
+        cases
+    }
+
+    /// One figure of a case, for each repetition.
+    ///
+    /// # Errors
+    ///
+    /// If a run lacks it, or there is none.
+    pub fn values(&self, case: &Case, figure: &str) -> Result<Vec<f64>> {
+        let value =
+            |run: &Run| run.figures.value(figure).with_context(|| format!("a run of {case} has no {figure}"));
+        let values: Vec<f64> = self.of(case).map(value).collect::<Result<_>>()?;
+        ensure!(!values.is_empty(), "nothing was measured of {case}");
+        Ok(values)
+    }
+
+    /// A figure of one case over a figure of another, for each repetition.
+    ///
+    /// # Errors
+    ///
+    /// As [`Runs::values`]; and if the two were not repeated as often.
+    pub fn quotients(&self, over: (&Case, &str), under: (&Case, &str)) -> Result<Vec<f64>> {
+        let (above, below) = (self.values(over.0, over.1)?, self.values(under.0, under.1)?);
+        ensure!(
+            above.len() == below.len(),
+            "{} was measured {} times, and {} {}",
+            over.0,
+            above.len(),
+            under.0,
+            below.len()
+        );
+        Ok(above.iter().zip(&below).map(|(above, below)| above / below).collect())
+    }
+
+    /// Of these cases, that whose median of `figure` is largest.
+    ///
+    /// # Errors
+    ///
+    /// As [`Runs::values`]; and if there are no cases.
+    pub fn best<'a>(&self, cases: impl IntoIterator<Item = &'a Case>, figure: &str) -> Result<&'a Case> {
+        let mut best: Option<(&Case, f64)> = None;
+        for case in cases {
+            let median = Spread::of(self.values(case, figure)?).median;
+            if best.is_none_or(|(_, most)| median > most) {
+                best = Some((case, median));
+            }
+        }
+        best.map(|(case, _)| case).with_context(|| format!("there is no case whose {figure} could be best"))
+    }
+
+    fn spreads(&self, case: &Case) -> Figures<Spread> {
+        Figures::over(self.of(case).map(|run| &run.figures))
+    }
+}
+
+impl Report {
+    /// A report without ratios yet.
+    pub fn new(
+        scenario: &'static str,
+        headline: String,
+        settings: &impl Serialize,
+        runs: Runs,
+    ) -> Result<Self> {
+        let settings = match serde_json::to_value(settings).context("writing the settings as JSON")? {
+            Value::Object(settings) => settings,
+            other => Map::from_iter([("settings".to_owned(), other)]),
+        };
+        Ok(Self {
+            scenario,
+            headline,
+            settings,
+            ratios: Vec::new(),
+            runs,
+            columns: Vec::new(),
+            notes: Vec::new(),
+        })
+    }
+
+    /// Adds a ratio: what it came to in each repetition, of which there is at least one, and what it means.
+    pub fn ratio(&mut self, name: &'static str, values: Vec<f64>, meaning: impl Into<String>) {
+        self.ratios.push(Ratio { name, meaning: meaning.into(), spread: Spread::of(values) });
+    }
+
+    /// As one JSON object: `ratios` has their medians, `spread` the same with least and most, `memlane` its figures by
+    /// case, `baselines` those of each baseline by case, and `runs` every single one.
+    pub fn json(&self) -> Value {
+        let by_name = |value: fn(&Ratio) -> Value| -> Map<String, Value> {
+            self.ratios.iter().map(|ratio| (ratio.name.to_owned(), value(ratio))).collect()
+        };
+        let mut memlane = Map::new();
+        let mut baselines: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        for case in self.runs.cases() {
+            let figures = json!(self.runs.spreads(case));
+            let place = match case.by {
+                By::Memlane => &mut memlane,
+                by => baselines.entry(by.as_str()).or_default(),
+            };
+            place.insert(case.how.clone(), figures);
+        }
+        json!({
+            "scenario": self.scenario,
+            "settings": self.settings,
+            "ratios": by_name(|ratio| json!(ratio.spread.median)),
+            "spread": by_name(|ratio| json!(ratio.spread)),
+            "meaning": by_name(|ratio| json!(ratio.meaning)),
+            "memlane": memlane,
+            "baselines": baselines,
+            "notes": self.notes,
+            "runs": self.runs,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(repetition: u32, case: Case, rate: f64) -> Run {
+        let figures = Figures::from([("gbit_per_second", rate), ("total_seconds", 16.0 / rate)]);
+        Run { repetition, case, figures, detail: Value::Null }
+    }
+
+    /// Two repetitions of Memlane and of two kinds of QEMU.
+    fn runs() -> Runs {
+        let mut runs = Runs::default();
+        for (repetition, rates) in [(1, [8.0, 4.0, 5.0]), (2, [6.0, 4.0, 3.0])] {
+            let cases = [By::Memlane.case("prepared"), By::Qemu.case("plain"), By::Qemu.case("multifd4")];
+            for (case, rate) in cases.into_iter().zip(rates) {
+                runs.push(run(repetition, case, rate));
+            }
+        }
+        runs
+    }
+
+    #[test]
+    fn ratios_are_of_what_was_measured_in_the_same_repetition() {
+        let runs = runs();
+        let (memlane, plain, multifd) =
+            (By::Memlane.case("prepared"), By::Qemu.case("plain"), By::Qemu.case("multifd4"));
+        let quotients = |case| runs.quotients((&memlane, "gbit_per_second"), (case, "gbit_per_second"));
+        assert_eq!(quotients(&plain).expect("figures"), [2.0, 1.5]);
+        assert_eq!(quotients(&multifd).expect("figures"), [1.6, 2.0]);
+        assert!(quotients(&By::Raw.case("")).is_err());
+        assert!(runs.values(&plain, "none").unwrap_err().to_string().contains("qemu plain has no none"));
+        let best = runs.best([&multifd, &plain], "gbit_per_second").expect("cases");
+        assert_eq!(best, &multifd, "of two that are equal the first");
+    }
+
+    #[test]
+    fn json_has_what_programs_look_for() {
+        let mut report =
+            Report::new("bulk", "a guest".into(), &json!({ "ports": 2 }), runs()).expect("settings");
+        report.ratio("vs_qemu", vec![1.6, 2.0, 1.5], "how many times faster");
+        let json = report.json();
+        assert_eq!((&json["scenario"], &json["settings"]["ports"]), (&json!("bulk"), &json!(2)));
+        assert_eq!(
+            (&json["ratios"]["vs_qemu"], &json["spread"]["vs_qemu"]["max"]),
+            (&json!(1.6), &json!(2.0))
+        );
+        assert_eq!(json["memlane"]["prepared"]["gbit_per_second"]["median"], 7.0);
+        assert_eq!(json["baselines"]["qemu"]["multifd4"]["total_seconds"]["min"], 3.2);
+        assert_eq!(json["runs"].as_array().map(Vec::len), Some(6));
+        assert_eq!((&json["runs"][1]["by"], &json["runs"][1]["how"]), (&json!("qemu"), &json!("plain")));
+    }
+}

@@ -1,0 +1,156 @@
+//! What is measured: a file for each scenario, which says against what.
+//!
+//! A scenario is a type that holds its options and implements [`Scenario`], and a line in [`Order`].
+
+mod shaped;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use memlane_lab::{Programs, Requirement, why_not};
+use serde_json::Value;
+
+use crate::report::{Case, Figures, Report, Run, Runs};
+pub use shaped::Shaped;
+
+/// One kind of migration, and what is asked about it. The type holds what it can be told on the command line.
+pub trait Scenario {
+    /// Its name, as on the command line.
+    const NAME: &'static str;
+    /// What it needs of the machine.
+    const NEEDS: &'static [Requirement] = Requirement::LAB;
+
+    /// Measures.
+    ///
+    /// # Errors
+    ///
+    /// If something fails that has to work for the figures to mean anything: a guest that arrives other than it left
+    /// is such a failure.
+    fn measure(&self, bench: &Bench) -> Result<Report>;
+}
+
+/// The scenarios, on the command line.
+#[derive(Subcommand, Debug, Clone)]
+pub enum Order {
+    /// All scenarios in turn, with their defaults
+    All(Common),
+    /// 4 ports of 1 Gbit/s, against what they can carry as TCP payload
+    Shaped(With<Shaped>),
+}
+
+/// A scenario's own options, and those that all have.
+#[derive(Args, Debug, Clone)]
+pub struct With<S: Args> {
+    /// The scenario, with its options.
+    #[command(flatten)]
+    pub scenario: S,
+    /// What all have.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// What every scenario can be told.
+#[derive(Args, Debug, Clone)]
+pub struct Common {
+    /// Measurements of each kind
+    #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repetitions: u32,
+}
+
+/// What scenarios are measured with.
+#[derive(Debug, Clone)]
+pub struct Bench {
+    /// Memlane's programs.
+    pub programs: Programs,
+    /// How often each case is measured.
+    pub repetitions: u32,
+}
+
+/// What was found of a case once.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    /// Its figures.
+    pub figures: Figures,
+    /// What else there is to be known.
+    pub detail: Value,
+}
+
+impl Order {
+    /// Measures the scenario, or all of them; `tell` gets each report as soon as it is there.
+    ///
+    /// # Errors
+    ///
+    /// If the machine lacks what a scenario needs, or one fails. Of all scenarios the others are measured nevertheless.
+    pub fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
+        match self {
+            Self::All(common) => carry_out_all(programs, common, tell),
+            Self::Shaped(order) => order.carry_out(programs, tell),
+        }
+    }
+}
+
+fn carry_out_all(
+    programs: &Programs,
+    common: &Common,
+    tell: &mut dyn FnMut(&Report) -> Result<()>,
+) -> Result<()> {
+    let repetitions = common.repetitions.to_string();
+    let mut failed = Vec::new();
+    for order in
+        Defaults::command().get_subcommands().map(clap::Command::get_name).filter(|name| *name != "all")
+    {
+        let defaults = Defaults::parse_from(["", order, "--repetitions", &repetitions]);
+        if let Err(error) = defaults.order.carry_out(programs, tell) {
+            eprintln!("{order}: {error:#}");
+            failed.push(order.to_owned());
+        }
+    }
+    if !failed.is_empty() {
+        bail!("could not be measured: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+/// Scenarios that nobody has told anything.
+#[derive(Parser)]
+struct Defaults {
+    #[command(subcommand)]
+    order: Order,
+}
+
+impl<S: Scenario + Args> With<S> {
+    fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
+        if let Some(missing) = why_not(S::NEEDS) {
+            bail!("cannot measure {}: {missing}", S::NAME);
+        }
+        let bench = Bench { programs: programs.clone(), repetitions: self.common.repetitions };
+        tell(&self.scenario.measure(&bench)?)
+    }
+}
+
+impl Bench {
+    /// Measures each of `cases` once in each repetition. What goes with a case tells `measure` what to do.
+    ///
+    /// In each repetition another one is the first, to whom the machine itself may be slower to give memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of `measure`.
+    pub fn interleave<T>(
+        &self,
+        scenario: &str,
+        cases: &[(Case, T)],
+        mut measure: impl FnMut(&T) -> Result<Measured>,
+    ) -> Result<Runs> {
+        let mut runs = Runs::default();
+        for repetition in 1..=self.repetitions {
+            for turn in 0..cases.len() {
+                let (case, what) = &cases[(turn + repetition as usize - 1) % cases.len()];
+                eprintln!("{scenario}: repetition {repetition} of {}, {case}", self.repetitions);
+                let Measured { figures, detail } =
+                    measure(what).with_context(|| format!("measuring {case}"))?;
+                runs.push(Run { repetition, case: case.clone(), figures, detail });
+            }
+        }
+        Ok(runs)
+    }
+}
