@@ -1,13 +1,17 @@
 //! Measures Memlane, and what it is held against in the same run, on the machine as it is.
 //!
 //! A [`scenario`] is one kind of migration: a guest, ports, and what is asked about them. It moves guests with Memlane
-//! ([`memlane`]) and with its baselines ([`baseline`]; [`qemu`] is QEMU's own migration) in turn, several times each,
-//! and makes a [`report`] of it: figures of each, and ratios between them.
+//! ([`memlane`]) and with its baselines ([`baseline`]) in turn, several times each, and makes a [`report`] of it: figures of each, and ratios between them.
 
 pub mod baseline;
 pub mod cpu;
 pub mod memlane;
 pub mod postcopy;
-pub mod qemu;
 pub mod report;
 pub mod scenario;
+
+/// Now, in seconds since 1970-01-01T00:00:00Z, as QEMU and the daemons date what happens.
+fn unix_time() -> f64 {
+    use std::time::{SystemTime, UNIX_EPOCH};
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

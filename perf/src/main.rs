@@ -2,13 +2,12 @@
 
 use std::fmt::Display;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use memlane_lab::{Lab, LabOptions, Programs, Rate, Requirement, Size, why_not};
+use memlane_lab::{Lab, LabOptions, Programs, Rate, Size};
 use memlane_perf::baseline::memory::{self, MemoryState};
 use memlane_perf::baseline::raw::{self, RawOptions};
 use memlane_perf::postcopy::{self, PostcopyOptions};
-use memlane_perf::qemu::{self, QemuOptions};
 use memlane_perf::report::Report;
 use memlane_perf::scenario::Order;
 use memlaned::config::Span;
@@ -40,8 +39,6 @@ enum Command {
     },
     /// How long a guest waits for pages in post-copy, beside how soon sockets bring a single page (needs root)
     Postcopy(PostcopyOptions),
-    /// Memlane beside QEMU's own migration: one Linux guest, moved in turn by each (needs root)
-    Qemu(QemuOptions),
 }
 
 #[derive(Args)]
@@ -93,14 +90,6 @@ fn main() -> Result<()> {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
             let programs = Programs::build(true)?;
             print(&postcopy::measure(&programs, &options)?, cli.json)
-        }
-        Command::Qemu(options) => {
-            if let Some(missing) = why_not(&[Requirement::LAB, &[Requirement::Qemu]].concat()) {
-                bail!("cannot compare with QEMU: {missing}");
-            }
-            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
-            let programs = Programs::build(true)?;
-            print(&qemu::measure(&programs, &options)?, cli.json)
         }
     }
 }

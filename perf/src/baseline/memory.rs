@@ -21,6 +21,16 @@ pub enum MemoryState {
     Fresh,
 }
 
+impl MemoryState {
+    /// As on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Prepared => "prepared",
+            Self::Fresh => "fresh",
+        }
+    }
+}
+
 /// A shared mapping of a memfd that nobody else has.
 #[derive(Debug)]
 pub struct SharedMemory {
@@ -106,14 +116,24 @@ impl Drop for SharedMemory {
 /// If the memory is not to be had.
 pub fn measure_memcpy(bytes: usize) -> Result<MemcpyReport> {
     let source = SharedMemory::with_pattern(bytes)?;
+    copy_twice(&source)
+}
+
+/// As [`measure_memcpy`], of memory that is there already.
+///
+/// # Errors
+///
+/// If the memory is not to be had.
+pub fn copy_twice(source: &SharedMemory) -> Result<MemcpyReport> {
+    let bytes = source.len();
     let mut destination = SharedMemory::new(bytes, MemoryState::Fresh)?;
     let mut copy = || {
         let start = Instant::now();
-        destination.copy_from_slice(&source);
+        destination.copy_from_slice(source);
         CopyFigures::new(bytes, start.elapsed())
     };
     let (fresh, prepared) = (copy(), copy());
-    ensure!(*source == *destination, "the copy differs from its source");
+    ensure!(**source == *destination, "the copy differs from its source");
     Ok(MemcpyReport { bytes, fresh, prepared })
 }
 

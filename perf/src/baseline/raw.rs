@@ -130,6 +130,7 @@ impl Transfer {
         Figures::from([
             ("total_seconds", seconds),
             ("gbit_per_second", gigabytes * 8.0 / seconds),
+            ("cpu_seconds", cpu),
             ("cpu_seconds_per_gb", cpu / gigabytes),
         ])
     }

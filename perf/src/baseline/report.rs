@@ -107,10 +107,7 @@ impl RawReport {
 
 impl fmt::Display for RawReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.memory {
-            MemoryState::Prepared => "prepared",
-            MemoryState::Fresh => "fresh",
-        };
+        let state = self.memory.as_str();
         writeln!(
             f,
             "raw, {} port(s) with {} connection(s) each, {state} memory",

@@ -1,6 +1,6 @@
 //! A guest of `memlane-vmm`, moved by the daemons.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Rig, Size, Vmm};
@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::cpu::{Meter, Used};
 use crate::report::Figures;
+use crate::unix_time;
 
 /// Name of the guest.
 pub const GUEST: &str = "web1";
@@ -198,6 +199,7 @@ impl Moved {
         }
         figures.set("rounds", self.migration["rounds"].as_array().map_or(0.0, |rounds| rounds.len() as f64));
         figures.set("sent_gb", sent / 1e9);
+        figures.set("cpu_seconds", self.used.beyond(&self.idle));
         figures.set("cpu_seconds_per_gb", self.used.beyond(&self.idle) / (sent / 1e9));
         Ok(figures)
     }
@@ -220,8 +222,4 @@ impl Moved {
 /// When the guest ran again, if it did: both hosts are this machine, and have one clock.
 fn resumed_at(migration: &Value) -> Option<f64> {
     Some(migration["stopped_at_seconds"].as_f64()? + migration["downtime_seconds"].as_f64()?)
-}
-
-fn unix_time() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }

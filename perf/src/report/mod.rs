@@ -1,6 +1,7 @@
 //! What a scenario found, as JSON and as text.
 
 mod figures;
+mod machine;
 mod spread;
 mod text;
 
@@ -12,6 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 pub use figures::Figures;
+use machine::Machine;
 pub use spread::Spread;
 
 /// Who moved a guest, or what was done instead.
@@ -62,7 +64,7 @@ pub struct Runs(Vec<Run>);
 #[derive(Debug, Clone, Serialize)]
 pub struct Ratio {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// What it is.
     pub meaning: String,
     /// That of each repetition. Its median is the ratio.
@@ -190,16 +192,21 @@ impl Runs {
 
 impl Report {
     /// A report without ratios yet.
+    ///
+    /// # Errors
+    ///
+    /// If the settings are not to be had as JSON.
     pub fn new(
         scenario: &'static str,
         headline: String,
         settings: &impl Serialize,
         runs: Runs,
     ) -> Result<Self> {
-        let settings = match serde_json::to_value(settings).context("writing the settings as JSON")? {
+        let mut settings = match serde_json::to_value(settings).context("writing the settings as JSON")? {
             Value::Object(settings) => settings,
             other => Map::from_iter([("settings".to_owned(), other)]),
         };
+        settings.insert("machine".to_owned(), json!(Machine::this()));
         Ok(Self {
             scenario,
             headline,
@@ -212,15 +219,15 @@ impl Report {
     }
 
     /// Adds a ratio: what it came to in each repetition, of which there is at least one, and what it means.
-    pub fn ratio(&mut self, name: &'static str, values: Vec<f64>, meaning: impl Into<String>) {
-        self.ratios.push(Ratio { name, meaning: meaning.into(), spread: Spread::of(values) });
+    pub fn ratio(&mut self, name: impl Into<String>, values: Vec<f64>, meaning: impl Into<String>) {
+        self.ratios.push(Ratio { name: name.into(), meaning: meaning.into(), spread: Spread::of(values) });
     }
 
     /// As one JSON object: `ratios` has their medians, `spread` the same with least and most, `memlane` its figures by
     /// case, `baselines` those of each baseline by case, and `runs` every single one.
     pub fn json(&self) -> Value {
         let by_name = |value: fn(&Ratio) -> Value| -> Map<String, Value> {
-            self.ratios.iter().map(|ratio| (ratio.name.to_owned(), value(ratio))).collect()
+            self.ratios.iter().map(|ratio| (ratio.name.clone(), value(ratio))).collect()
         };
         let mut memlane = Map::new();
         let mut baselines: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();

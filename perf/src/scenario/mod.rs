@@ -2,6 +2,8 @@
 //!
 //! A scenario is a type that holds its options and implements [`Scenario`], and a line in [`Order`].
 
+mod bulk;
+mod qemu;
 mod shaped;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +12,8 @@ use memlane_lab::{Programs, Requirement, why_not};
 use serde_json::Value;
 
 use crate::report::{Case, Figures, Report, Run, Runs};
+pub use bulk::Bulk;
+pub use qemu::Qemu;
 pub use shaped::Shaped;
 
 /// One kind of migration, and what is asked about it. The type holds what it can be told on the command line.
@@ -33,8 +37,12 @@ pub trait Scenario {
 pub enum Order {
     /// All scenarios in turn, with their defaults
     All(Common),
+    /// An idle guest of incompressible memory over unlimited ports, against raw sockets and QEMU's own migration
+    Bulk(With<Bulk>),
     /// 4 ports of 1 Gbit/s, against what they can carry as TCP payload
     Shaped(With<Shaped>),
+    /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
+    Qemu(With<Qemu>),
 }
 
 /// A scenario's own options, and those that all have.
@@ -83,7 +91,9 @@ impl Order {
     pub fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
         match self {
             Self::All(common) => carry_out_all(programs, common, tell),
+            Self::Bulk(order) => order.carry_out(programs, tell),
             Self::Shaped(order) => order.carry_out(programs, tell),
+            Self::Qemu(order) => order.carry_out(programs, tell),
         }
     }
 }

@@ -1,6 +1,5 @@
-//! The ways to move a guest, and what each needs to be started.
+//! A QEMU with the Linux guest at one end of a move.
 
-use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -10,24 +9,13 @@ use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Host, HostId, Process, QEMU, Rig, wait_for};
 use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{DOWNTIME_LIMIT, PATIENCE};
+use super::{Mover, PATIENCE};
 use crate::cpu;
 
 /// How long a QEMU is watched whose guest does not answer.
 const WATCH: Duration = Duration::from_secs(2);
-
-/// How a guest is moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Way {
-    /// By the daemons.
-    Memlane,
-    /// By QEMU, over one connection.
-    Plain,
-    /// By QEMU, over so many more connections.
-    Multifd(u8),
-}
 
 /// One end of a move: a QEMU that runs the guest or waits for it.
 pub(super) struct End {
@@ -39,29 +27,25 @@ pub(super) struct End {
     process: Option<Process>,
 }
 
-impl fmt::Display for Way {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Memlane => f.pad("memlane"),
-            Self::Plain => f.pad("plain"),
-            Self::Multifd(channels) => f.pad(&format!("multifd{channels}")),
-        }
-    }
-}
-
-impl Way {
-    /// Starts a QEMU, in every way with the same command line but for paths: by a daemon, or for QEMU's own migration
-    /// by the harness, and then maybe with `anonymous` memory. It is one that waits for the guest on host B.
-    pub(super) fn start(self, rig: &Rig, guest: &LinuxGuest, anonymous: bool, id: HostId) -> Result<End> {
+impl End {
+    /// Starts a QEMU, whoever moves the guest with the same command line but for paths: by a daemon, or for QEMU's own
+    /// migration by the harness, and then maybe with `anonymous` memory. It is one that waits for the guest on host B.
+    pub(super) fn start(
+        mover: Mover,
+        rig: &Rig,
+        guest: &LinuxGuest,
+        anonymous: bool,
+        id: HostId,
+    ) -> Result<Self> {
         let host = rig.lab().host(id);
         let socket = host.directory().join("harness.qmp");
         let monitor = format!("unix:{},server=on,wait=off", socket.display());
         let mut guest = guest.clone();
         guest.arguments.extend(["-qmp".to_owned(), monitor]);
         let incoming = id == HostId::B;
-        let (pid, process) = match self {
-            Self::Memlane => (launch(rig, &guest, id, incoming)?, None),
-            Self::Plain | Self::Multifd(_) => {
+        let (pid, process) = match mover {
+            Mover::Daemons => (launch(rig, &guest, id, incoming)?, None),
+            Mover::Qemu(_) => {
                 let process = spawn(host, &guest, anonymous, incoming)?;
                 (process.pid(), Some(process))
             }
@@ -70,11 +54,9 @@ impl Way {
             Some(process) => process.log_tail(),
             None => format!("a QEMU that the daemon of {} has started", host.name()),
         })?;
-        Ok(End { pid, monitor, process })
+        Ok(Self { pid, monitor, process })
     }
-}
 
-impl End {
     /// What the QEMU says that it does, and whether the guest's processor is busy.
     pub(super) fn doing(&mut self) -> Result<String> {
         let used = cpu::of_process(self.pid)?;
@@ -97,20 +79,6 @@ impl End {
             rig.guest(id, &guest.name).is_ok_and(|guest| guest.is_none()).then_some(())
         })
     }
-}
-
-/// Prepares one end for QEMU's own migration, which shall be as fast as it can.
-pub(super) fn set_up(monitor: &mut Monitor, way: Way) -> Result<()> {
-    let capability = |name: &str| json!({ "capability": name, "state": true });
-    let mut capabilities = vec![capability("events")];
-    let downtime = DOWNTIME_LIMIT.as_millis() as u64;
-    let mut parameters = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": downtime });
-    if let Way::Multifd(channels) = way {
-        capabilities.push(capability("multifd"));
-        parameters["multifd-channels"] = Value::from(channels);
-    }
-    monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
-    monitor.execute("migrate-set-parameters", parameters).map(drop)
 }
 
 /// Has the daemon start a QEMU; returns its process.

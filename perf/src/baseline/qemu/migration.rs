@@ -1,0 +1,156 @@
+//! One migration from a QEMU to another.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use memlane_lab::qmp::Monitor;
+use memlane_lab::wait_for;
+use serde_json::{Value, json};
+
+use super::{Way, uri};
+use crate::cpu::{Meter, Reading, Used};
+use crate::report::Figures;
+use crate::unix_time;
+
+/// How long it is watched what the processes use while nothing moves.
+const IDLE: Duration = Duration::from_secs(1);
+/// Longest wait for QEMU to notice that all is done.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest migration.
+const LONGEST: Duration = Duration::from_secs(600);
+/// How often it is looked how far the migration has come.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Both ends of a migration.
+pub struct Migration<'a> {
+    /// The monitor of the QEMU in which the guest runs.
+    pub source: &'a mut Monitor,
+    /// That of the one that waits for it, with `-incoming defer`.
+    pub destination: &'a mut Monitor,
+    /// Measures whoever works for it.
+    pub meter: Meter,
+}
+
+/// A migration that has ended well.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    /// From the order to the event RESUME of the destination.
+    pub seconds: f64,
+    /// From the event STOP of the source to that, both by QEMU's own account.
+    pub downtime: f64,
+    /// What the source sent for RAM, headers included.
+    pub ram_bytes: u64,
+    /// Processor time meanwhile.
+    pub used: Used,
+    /// The same while nothing moved.
+    pub idle: Used,
+    /// What the source says at the end: QEMU's query-migrate.
+    pub told: Value,
+}
+
+/// The moment at which the guest runs at the destination.
+pub struct Arrival {
+    at: f64,
+    /// What was used by then.
+    used: Reading,
+}
+
+impl Migration<'_> {
+    /// Has QEMU move the guest, over a connection or more to `address` at the destination.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses or fails.
+    pub fn by_qemu(mut self, way: Way, address: Ipv4Addr) -> Result<Moved> {
+        way.set_up(self.source)?;
+        way.set_up(self.destination)?;
+        self.destination.execute("migrate-incoming", json!({ "uri": uri(address) }))?;
+        self.measure(|migration| {
+            migration.source.execute("migrate", json!({ "uri": uri(address) }))?;
+            let arrival = migration.await_arrival(goes_on)?;
+            let told = wait_for("the end of QEMU's own migration", PATIENCE, || {
+                let state = migration.source.execute("query-migrate", json!({}));
+                let over = |state: &Value| state["status"] == "completed";
+                state.map_or_else(|error| Some(Err(error)), |state| over(&state).then_some(Ok(state)))
+            })??;
+            let bytes = told["ram"]["transferred"].as_u64();
+            Ok((arrival, bytes.with_context(|| format!("QEMU does not say what it has sent: {told}"))?, told))
+        })
+    }
+
+    /// Measures what `order` does, which returns the guest's arrival, the bytes that were sent for RAM, and what else
+    /// was told.
+    ///
+    /// # Errors
+    ///
+    /// Those of `order`, and if the guest never stood still at the source.
+    pub fn measure(
+        &mut self,
+        order: impl FnOnce(&mut Self) -> Result<(Arrival, u64, Value)>,
+    ) -> Result<Moved> {
+        self.source.forget_events()?;
+        self.destination.forget_events()?;
+        let idle = self.meter.idle(IDLE);
+        let (before, ordered_at) = (self.meter.read(), unix_time());
+        let (arrival, ram_bytes, told) = order(self)?;
+        let stop = self.source.event("STOP", PATIENCE)?.context("the guest never stood still")?;
+        Ok(Moved {
+            seconds: arrival.at - ordered_at,
+            downtime: arrival.at - stop.at,
+            ram_bytes,
+            used: arrival.used.since(&before),
+            idle,
+            told,
+        })
+    }
+
+    /// Waits until the guest runs at the destination, as long as it is `under_way`, which may ask the source.
+    ///
+    /// # Errors
+    ///
+    /// Those of `under_way`, and if it ends without an arrival.
+    pub fn await_arrival(
+        &mut self,
+        mut under_way: impl FnMut(&mut Monitor) -> Result<bool>,
+    ) -> Result<Arrival> {
+        let until = Instant::now() + LONGEST;
+        loop {
+            // Before the event is looked for, which comes before the end.
+            let goes_on = under_way(self.source)?;
+            // The source's QEMU may end soon after the guest has left.
+            self.meter.look();
+            if let Some(event) = self.destination.event("RESUME", LOOK)? {
+                return Ok(Arrival { at: event.at, used: self.meter.read() });
+            }
+            ensure!(goes_on, "the order has ended, and the guest does not run at the destination");
+            ensure!(Instant::now() < until, "the guest has not arrived after {LONGEST:?}");
+        }
+    }
+}
+
+/// Whether QEMU's own migration has not failed.
+fn goes_on(source: &mut Monitor) -> Result<bool> {
+    while let Some(event) = source.event("MIGRATION", Duration::ZERO)? {
+        if event.data["status"] == "failed" {
+            let why = source.execute("query-migrate", json!({}))?;
+            bail!("QEMU's own migration has failed: {why}");
+        }
+    }
+    Ok(true)
+}
+
+impl Moved {
+    /// As a scenario wants it, of a guest with so many bytes of memory.
+    pub fn figures(&self, ram: u64) -> Figures {
+        let sent = self.ram_bytes as f64 / 1e9;
+        Figures::from([
+            ("total_seconds", self.seconds),
+            ("gbit_per_second", ram as f64 * 8.0 / 1e9 / self.seconds),
+            ("downtime_ms", self.downtime * 1e3),
+            ("sent_gb", sent),
+            ("cpu_seconds", self.used.beyond(&self.idle)),
+            ("cpu_seconds_per_gb", self.used.beyond(&self.idle) / sent),
+        ])
+    }
+}

@@ -1,0 +1,70 @@
+//! QEMU's own migration, of a guest that any scenario can have.
+//!
+//! [`firmware`] is a guest that runs nothing but its firmware, which waits for a disk that never comes: it is there
+//! after a second even where KVM does not run it, and its memory holds what the harness has put there.
+
+pub mod firmware;
+mod migration;
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::Result;
+use memlane_lab::qmp::Monitor;
+use serde_json::{Value, json};
+
+pub use migration::{Arrival, Migration, Moved};
+
+/// Longest pause that the guest may see.
+pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+/// Where the destination's QEMU listens for the source's.
+const PORT: u16 = 4444;
+
+/// How QEMU moves a guest by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// Over one connection.
+    Plain,
+    /// Over so many more connections.
+    Multifd(u8),
+}
+
+impl Way {
+    /// Those that the fastest one is looked for among.
+    pub const PRECOPY: [Self; 4] = [Self::Plain, Self::Multifd(2), Self::Multifd(4), Self::Multifd(8)];
+
+    /// Prepares one end for a migration that shall be as fast as it can.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses.
+    pub fn set_up(self, monitor: &mut Monitor) -> Result<()> {
+        let capability = |name: &str| json!({ "capability": name, "state": true });
+        let mut capabilities = vec![capability("events")];
+        let downtime = DOWNTIME_LIMIT.as_millis() as u64;
+        let mut parameters = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": downtime });
+        match self {
+            Self::Plain => {}
+            Self::Multifd(channels) => {
+                capabilities.push(capability("multifd"));
+                parameters["multifd-channels"] = Value::from(channels);
+            }
+        }
+        monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+        monitor.execute("migrate-set-parameters", parameters).map(drop)
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain => f.pad("plain"),
+            Self::Multifd(channels) => f.pad(&format!("multifd{channels}")),
+        }
+    }
+}
+
+fn uri(address: Ipv4Addr) -> String {
+    format!("tcp:{address}:{PORT}")
+}

@@ -1,0 +1,51 @@
+//! The machine that everything is measured on.
+
+use std::fs;
+
+use serde::Serialize;
+
+/// What of it matters to the figures.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Machine {
+    /// Processors that this process may use.
+    cpus: usize,
+    /// What they call themselves.
+    processor: Option<String>,
+    /// Its memory.
+    memory_kib: Option<u64>,
+    /// The Linux that it runs.
+    kernel: Option<String>,
+    /// How TCP finds out how fast it may send, on this host and so in namespaces that are made here.
+    congestion_control: Option<String>,
+}
+
+impl Machine {
+    /// The one that this runs on, as far as it tells.
+    pub(super) fn this() -> Self {
+        let line = |file: &str, key: &str| {
+            let text = fs::read_to_string(file).ok()?;
+            let line = text.lines().find(|line| line.starts_with(key))?;
+            Some(line.split_once(':').map_or(line, |(_, value)| value).trim().to_owned())
+        };
+        let memory = line("/proc/meminfo", "MemTotal:");
+        Self {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            processor: line("/proc/cpuinfo", "model name"),
+            memory_kib: memory.and_then(|memory| memory.split_whitespace().next()?.parse().ok()),
+            kernel: line("/proc/sys/kernel/osrelease", ""),
+            congestion_control: line("/proc/sys/net/ipv4/tcp_congestion_control", ""),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_tells_of_itself() {
+        let machine = Machine::this();
+        assert!(machine.cpus > 0 && machine.memory_kib.is_some_and(|memory| memory > 0));
+        assert!(machine.kernel.is_some_and(|kernel| !kernel.is_empty()));
+    }
+}

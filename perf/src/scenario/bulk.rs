@@ -1,0 +1,170 @@
+//! `bulk`: an idle guest of incompressible memory, over ports that carry as much as the machine can.
+//!
+//! Everything is measured twice, with the destination's memory *prepared*, so that all of its pages are there and mapped
+//! in whoever receives (in the VMM, for Memlane; with `prealloc=on`, for QEMU), and *fresh*. The memory that is sent was
+//! always written before. The baselines are
+//!
+//! - **raw**: bare sockets with as many connections as Memlane had lanes, from memory to memory;
+//! - **qemu**: stock QEMU's own migration, plain and with 2, 4 and 8 multifd channels, of a guest that has the same RAM
+//!   contents in a shared file on tmpfs, and is as idle: it runs its firmware, which waits for a disk;
+//! - **memcpy**: one core that copies the same memory.
+//!
+//! Against raw counts round one, and against QEMU the whole move, from the order until the guest runs there. Processor
+//! time is that of both ends and of the kernel's threads, for each GB sent.
+
+use std::cell::Cell;
+
+use anyhow::Result;
+use clap::Args;
+use memlane_lab::{LabOptions, Requirement, Rig, RigOptions, Size, why_not};
+use serde_json::{Value, json};
+
+use super::{Bench, Measured, Scenario};
+use crate::baseline::memory::{self, MemoryState, SharedMemory};
+use crate::baseline::qemu::Way;
+use crate::baseline::qemu::firmware::Firmware;
+use crate::baseline::raw;
+use crate::memlane::Guest;
+use crate::report::{By, Case, Figures, Report, Runs};
+
+const RATE: &str = "gbit_per_second";
+const CPU: &str = "cpu_seconds_per_gb";
+
+/// What to measure.
+#[derive(Args, Debug, Clone)]
+pub struct Bulk {
+    /// Memory of the guest
+    #[arg(long, default_value = "2GiB")]
+    pub ram: Size,
+    /// Ports between the two hosts; Memlane has lanes on each, and QEMU all its connections on the first
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub ports: u8,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Memlane(MemoryState),
+    Raw(MemoryState),
+    Qemu(Way, MemoryState),
+    Memcpy,
+}
+
+impl Scenario for Bulk {
+    const NAME: &'static str = "bulk";
+    const NEEDS: &'static [Requirement] =
+        &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+
+    fn measure(&self, bench: &Bench) -> Result<Report> {
+        let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
+        let mut rig = Rig::new(&bench.programs, RigOptions { lab, ..RigOptions::default() })?;
+        let contents = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
+        let firmware = Firmware::new(rig.lab(), &contents)?;
+        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        // Memlane comes first, and says how many it had.
+        let lanes = Cell::new(usize::from(self.ports));
+
+        let cases: Vec<(Case, What)> = cases();
+        let runs = bench.interleave(Self::NAME, &cases, |what| {
+            let (figures, detail) = match *what {
+                What::Memlane(state) => {
+                    let guest = Guest { prepared: state == MemoryState::Prepared, ..guest.clone() };
+                    let moved = guest.migrate(&mut rig, &[], |_| {})?.arrived()?;
+                    lanes.set(moved.lanes());
+                    (moved.figures()?, moved.migration)
+                }
+                What::Raw(state) => {
+                    let each = lanes.get().div_ceil(usize::from(self.ports));
+                    let took = raw::transfer(rig.lab(), &contents, each, state)?;
+                    (took.figures(contents.len()), json!({ "connections_per_port": each }))
+                }
+                What::Qemu(way, state) => {
+                    let moved = firmware.migrate(rig.lab(), way, state)?;
+                    (moved.figures(self.ram.bytes()), moved.told)
+                }
+                What::Memcpy => (copied(&contents)?, Value::Null),
+            };
+            Ok(Measured { figures, detail })
+        })?;
+        self.report(runs)
+    }
+}
+
+/// All cases, Memlane's first.
+fn cases() -> Vec<(Case, What)> {
+    let mut cases = Vec::new();
+    for state in [MemoryState::Prepared, MemoryState::Fresh] {
+        cases.push((By::Memlane.case(state.as_str()), What::Memlane(state)));
+        cases.push((By::Raw.case(state.as_str()), What::Raw(state)));
+    }
+    for way in Way::PRECOPY {
+        for state in [MemoryState::Prepared, MemoryState::Fresh] {
+            cases.push((qemu(way, state), What::Qemu(way, state)));
+        }
+    }
+    cases.push((By::Memcpy.case(""), What::Memcpy));
+    cases
+}
+
+fn qemu(way: Way, state: MemoryState) -> Case {
+    By::Qemu.case(format!("{way} {}", state.as_str()))
+}
+
+/// What one core copies, into either kind of memory.
+fn copied(contents: &SharedMemory) -> Result<Figures> {
+    let copies = memory::copy_twice(contents)?;
+    let gbit = |copy: &crate::baseline::report::CopyFigures| copy.gb_per_second * 8.0;
+    Ok(Figures::from([
+        ("gbit_per_second", gbit(&copies.prepared)),
+        ("fresh_gbit_per_second", gbit(&copies.fresh)),
+    ]))
+}
+
+impl Bulk {
+    fn report(&self, runs: Runs) -> Result<Report> {
+        let case = |by: By, state: MemoryState| by.case(state.as_str());
+        let best = |state| {
+            let cases = Way::PRECOPY.map(|way| qemu(way, state));
+            runs.best(&cases, RATE).cloned()
+        };
+        let (prepared, fresh) = (MemoryState::Prepared, MemoryState::Fresh);
+        let (memlane, raw, stock) = (case(By::Memlane, prepared), case(By::Raw, prepared), best(prepared)?);
+        let (memlane_fresh, raw_fresh, stock_fresh) =
+            (case(By::Memlane, fresh), case(By::Raw, fresh), best(fresh)?);
+        let over = |above, below, figure| runs.quotients((above, figure), (below, figure));
+        let round_one = |above, below| runs.quotients((above, "round_one_gbit_per_second"), (below, RATE));
+        let ratios = [
+            ("vs_raw", round_one(&memlane, &raw)?, "round one, of what raw sockets carried".to_owned()),
+            ("vs_qemu", over(&memlane, &stock, RATE)?, format!("the whole move, times as fast as {stock}")),
+            ("cpu_vs_raw", over(&memlane, &raw, CPU)?, "processor time for a GB, of that of raw".to_owned()),
+            ("cpu_vs_qemu", over(&memlane, &stock, CPU)?, format!("the same, of that of {stock}")),
+            (
+                "fresh_vs_raw",
+                round_one(&memlane_fresh, &raw_fresh)?,
+                "as vs_raw, into fresh memory".to_owned(),
+            ),
+            (
+                "fresh_vs_qemu",
+                over(&memlane_fresh, &stock_fresh, RATE)?,
+                format!("the whole move into fresh memory, times as fast as {stock_fresh}"),
+            ),
+            (
+                "idle_downtime_ms",
+                runs.values(&memlane, "downtime_ms")?,
+                "from the guest's last instruction here to its first there".to_owned(),
+            ),
+            (
+                "vmm_state_ms",
+                runs.values(&memlane, "vmm_state_ms")?,
+                "of which the VMM saved and loaded its own state".to_owned(),
+            ),
+        ];
+        let headline = format!("an idle guest of {}, incompressible, over {} port(s)", self.ram, self.ports);
+        let settings = json!({ "ram_bytes": self.ram.bytes(), "ports": self.ports });
+        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        for (name, values, meaning) in ratios {
+            report.ratio(name, values, meaning);
+        }
+        report.columns = vec![RATE, "round_one_gbit_per_second", "total_seconds", "downtime_ms", CPU];
+        Ok(report)
+    }
+}

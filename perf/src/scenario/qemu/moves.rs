@@ -1,0 +1,96 @@
+//! One move of the Linux guest, and what it took.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use memlane_lab::linux::LinuxGuest;
+use memlane_lab::{Counters, HostId, Rig, Session};
+use serde_json::Value;
+
+use super::end::End;
+use super::{Mover, PATIENCE};
+use crate::baseline::qemu::{Arrival, DOWNTIME_LIMIT, Migration, Moved};
+use crate::cpu::Meter;
+
+/// Longest wait for a guest to boot and to fill its memory, on a processor that may be emulated.
+const BOOT: Duration = Duration::from_secs(300);
+/// What a guest does at the end of its boot is over after this.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// What has become of a guest that was moved.
+pub(super) enum Outcome {
+    /// It found all its memory as it should be.
+    Whole(Moved),
+    /// It did not, or does not even answer; with what it said.
+    Broken(String),
+}
+
+/// Boots a guest on host A, moves it to host B, and has it check its memory there. `daemons` are those of both hosts.
+/// Its memory may be `anonymous` where Memlane has no part in it.
+pub(super) fn run(
+    rig: &Rig,
+    guest: &LinuxGuest,
+    mover: Mover,
+    anonymous: bool,
+    daemons: &[u32],
+) -> Result<Outcome> {
+    let start = |id| End::start(mover, rig, guest, anonymous, id);
+    let mut source = start(HostId::A).context("starting the source's QEMU")?;
+    let before = hear(rig, guest, BOOT).context("waiting for the guest to boot")?;
+    let mut destination = start(HostId::B).context("starting the destination's QEMU")?;
+    sleep(SETTLE);
+
+    let mut processes = vec![source.pid, destination.pid];
+    if mover == Mover::Daemons {
+        processes.extend(daemons);
+    }
+    let mut migration = Migration {
+        source: &mut source.monitor,
+        destination: &mut destination.monitor,
+        meter: Meter::new(processes)?,
+    };
+    let moved = match mover {
+        Mover::Daemons => migration.measure(|migration| by_daemons(migration, rig, guest))?,
+        Mover::Qemu(way) => migration.by_qemu(way, rig.lab().host(HostId::B).ports()[0].address)?,
+    };
+    let outcome = match check(rig, guest, &before) {
+        Ok(()) => Outcome::Whole(moved),
+        Err(error) => Outcome::Broken(format!("{error:#}; {}", destination.doing()?)),
+    };
+    source.quit(rig, guest, HostId::A)?;
+    destination.quit(rig, guest, HostId::B)?;
+    Ok(outcome)
+}
+
+/// Asks the guest for its counters until it answers.
+fn hear(rig: &Rig, guest: &LinuxGuest, timeout: Duration) -> Result<Counters> {
+    Session::open(rig.lab().lan(), guest.address, timeout)?.hear(timeout)
+}
+
+/// Has the guest that has arrived check all its memory.
+fn check(rig: &Rig, guest: &LinuxGuest, before: &Counters) -> Result<()> {
+    hear(rig, guest, PATIENCE)?;
+    let after = Counters::ask(rig.lab().lan(), guest.address, "check")?;
+    ensure!(after.boot_id == before.boot_id, "the guest has booted anew");
+    ensure!(after.failures == 0, "the guest found {} pages not as it left them", after.failures);
+    let (pages, checked) = (guest.working_set.bytes() / 4096, after.passes - before.passes);
+    // Each vCPU has as many pages as any other.
+    ensure!(checked >= pages - pages % u64::from(guest.vcpus), "the guest has checked {checked} pages only");
+    Ok(())
+}
+
+fn by_daemons(migration: &mut Migration<'_>, rig: &Rig, guest: &LinuxGuest) -> Result<(Arrival, u64, Value)> {
+    let destination = rig.lab().host(HostId::B).name();
+    let limit = format!("{}ms", DOWNTIME_LIMIT.as_millis());
+    let arguments = ["migrate", &guest.name, destination, "--downtime-limit", &limit];
+    std::thread::scope(|scope| {
+        let order = scope.spawn(|| rig.ctl(HostId::A, &arguments));
+        let arrival = migration.await_arrival(|_| Ok(!order.is_finished()));
+        let answer = order.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        ensure!(answer.code == 0, "memlanectl migrate: {}", answer.text.trim());
+        let told = answer.last()?.clone();
+        let bytes = told["bytes_sent"].as_u64().with_context(|| format!("no bytes_sent in {told}"))?;
+        Ok((arrival?, bytes, told))
+    })
+}
