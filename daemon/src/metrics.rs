@@ -54,6 +54,8 @@ pub struct PortMeter {
     zero_copy: Counter,
     copied: Counter,
     bandwidth: Gauge,
+    lost: Counter,
+    reopened: Counter,
 }
 
 /// Begins to count. Without this, or where the program has another recorder of its own, all
@@ -187,12 +189,16 @@ impl PortMeter {
             zero_copy: counter!(ZERO_COPY_BYTES, labels()),
             copied: counter!(COPIED_BYTES, labels()),
             bandwidth: gauge!(BANDWIDTH, labels()),
+            lost: counter!(LANES_LOST, labels()),
+            reopened: counter!(LANES_REOPENED, labels()),
         };
         meter.sent(0);
         meter.received(0);
         meter.zero_copy(0);
         meter.copied(0);
         meter.bandwidth(0.0);
+        meter.lost(0);
+        meter.reopened.increment(0);
         meter
     }
 
@@ -220,6 +226,16 @@ impl PortMeter {
     pub fn bandwidth(&self, bytes_per_second: f64) {
         self.bandwidth.set(bytes_per_second);
     }
+
+    /// Lanes were lost that sent over the port.
+    pub fn lost(&self, lanes: u64) {
+        self.lost.increment(lanes);
+    }
+
+    /// The port has a lane again that it had lost.
+    pub fn reopened(&self) {
+        self.reopened.increment(1);
+    }
 }
 
 impl PageKind {
@@ -245,6 +261,8 @@ const BYTES_RECEIVED: &str = "memlane_bytes_received_total";
 const ZERO_COPY_BYTES: &str = "memlane_zero_copy_bytes_total";
 const COPIED_BYTES: &str = "memlane_copied_bytes_total";
 const BANDWIDTH: &str = "memlane_bandwidth_bytes_per_second";
+const LANES_LOST: &str = "memlane_lanes_lost_total";
+const LANES_REOPENED: &str = "memlane_lanes_reopened_total";
 const PAGES_SENT: &str = "memlane_pages_sent_total";
 const DIRTY_PAGES: &str = "memlane_dirty_pages_total";
 const ROUND: &str = "memlane_round_seconds";
@@ -287,7 +305,7 @@ const WIRE: &[f64] = &[
 /// Of a write to disk.
 const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
-const ALL: [(&str, Kind, Unit, &str); 28] = [
+const ALL: [(&str, Kind, Unit, &str); 30] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (MIGRATIONS, Kind::Counter, Unit::Count, "Migrations that ended, counted at their source, by outcome."),
@@ -297,6 +315,8 @@ const ALL: [(&str, Kind, Unit, &str); 28] = [
     (ZERO_COPY_BYTES, Kind::Counter, Unit::Bytes, "Bytes sent straight from guest memory, by port."),
     (COPIED_BYTES, Kind::Counter, Unit::Bytes, "Bytes that the kernel copied to send them, by port."),
     (BANDWIDTH, Kind::Gauge, Unit::Bytes, "What lanes deliver, measured lately, by port."),
+    (LANES_LOST, Kind::Counter, Unit::Count, "Lanes that were lost while they sent, by port."),
+    (LANES_REOPENED, Kind::Counter, Unit::Count, "Lanes that came in the place of lost ones, by port."),
     (PAGES_SENT, Kind::Counter, Unit::Count, "Pages sent, by kind: data, zero, hole."),
     (DIRTY_PAGES, Kind::Counter, Unit::Count, "Pages that guests wrote while a round was sent."),
     (ROUND, Kind::Histogram(LONG), Unit::Seconds, "Length of rounds of pre-copy."),

@@ -246,3 +246,11 @@ pub fn interface_state(interface: &str) -> (bool, Option<u64>) {
 pub fn hang_up(socket: impl AsFd) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
+
+/// Ends a connection whose way is lost, and forgets what was on its way: TCP would try to deliver it for
+/// many minutes, keep it in memory for as long, and take up a port with it that comes back.
+pub fn abandon(socket: impl AsFd) {
+    if rustix::net::connect_unspec(&socket).is_err() {
+        hang_up(socket);
+    }
+}

@@ -2,12 +2,14 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use common::{GUEST, LONG, Stage, words};
 use memlane_lab::{Capture, HostId, LabOptions, Rate};
 use memlaned::announce::frame;
-use memlaned::api::types::LaneState;
+use memlaned::api::types::{Lane, LaneState, Migration};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
@@ -39,6 +41,59 @@ fn a_port_that_is_lost_costs_its_share_only() {
     assert_eq!(ended["digest_verified"], true, "{ended}");
     common::assert_runs(&mut there);
     common::wait_for_exit(guest.process());
+}
+
+/// Once it drops everything without a word, and once it is down.
+#[test]
+fn a_port_that_returns_carries_its_share_again() {
+    let test = "a_port_that_returns_carries_its_share_again";
+    let rate = Rate::from_bits_per_second(50_000_000);
+    let lab = LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() };
+    let Some(mut stage) = Stage::new(test, lab) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let order = stage.begin("web1", &["--verify"]);
+    let port0 = |migration: &Migration| migration.lanes.iter().find(|lane| lane.port == "port0").cloned();
+    let wait_for = |stage: &Stage, what: &str, is: &dyn Fn(&Lane) -> bool| {
+        let seen = stage.wait_until(HostId::A, "web1", what, |migration| {
+            port0(migration).is_some_and(|lane| is(&lane)) || migration.outcome.is_some()
+        });
+        assert_eq!(seen.outcome, None, "it was over before {what}");
+        port0(&seen).unwrap()
+    };
+    wait_for(&stage, "the port was in use", &|lane| lane.bytes > 1 << 20);
+    for (losses, silent) in [(1, true), (2, false)] {
+        let lab = stage.rig.lab();
+        if silent { lab.silence_port(0, true) } else { lab.host(HostId::A).port_down(0) }.unwrap();
+        let lost = wait_for(&stage, "the port was lost", &|lane| lane.state == LaneState::Lost);
+        assert_eq!(lost.losses, losses);
+        if silent { lab.silence_port(0, false) } else { lab.host(HostId::A).port_up(0) }.unwrap();
+        let back = wait_for(&stage, "the port was back", &|lane| {
+            lane.state == LaneState::Up && lane.bytes > lost.bytes + (1 << 20)
+        });
+        assert!(back.losses == losses && back.lane > lost.lane, "{back:?}");
+    }
+    // The rest need not take as long.
+    (0..2).for_each(|port| stage.rig.lab().set_port_rate(port, None).unwrap());
+    let answer = order.expect(0, &[]);
+    let ended = answer.last().unwrap();
+    assert_eq!(ended["digest_verified"], true, "{ended}");
+    let metrics = stage.rig.lab().host(HostId::A).run_in(metrics).unwrap();
+    for counter in ["memlane_lanes_lost_total", "memlane_lanes_reopened_total"] {
+        let line = format!("{counter}{{port=\"port0\"}} 2");
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
+    common::assert_runs(&mut there);
+    common::wait_for_exit(guest.process());
+}
+
+/// What the daemon of this host tells Prometheus.
+fn metrics() -> String {
+    let mut stream = TcpStream::connect("127.0.0.1:9410").unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
 }
 
 #[test]

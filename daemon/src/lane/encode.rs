@@ -17,7 +17,7 @@ use super::Outbound;
 pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     runs.clear();
     outbound.claims.fetch_add(1, Ordering::SeqCst);
-    if outbound.held.load(Ordering::SeqCst) {
+    if outbound.is_held() {
         return;
     }
     if let Some(nearest) = outbound.take_nearest() {

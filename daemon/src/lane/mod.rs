@@ -12,14 +12,16 @@ mod latency;
 mod message;
 mod placing;
 pub mod priority;
+mod pulse;
 mod receive;
 mod ring;
+mod roster;
 mod send;
 mod stats;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -34,8 +36,11 @@ pub use answer::Answerer;
 pub use faults::Faults;
 pub use placing::Placing;
 pub use receive::Receiver;
+pub use roster::Seat;
 pub use send::Sender;
-pub use stats::LaneStats;
+pub use stats::{LaneStats, Totals};
+
+use roster::Roster;
 
 /// Why a lane ended before its work was done.
 #[derive(Debug, thiserror::Error)]
@@ -112,36 +117,28 @@ pub struct Outbound {
     /// claim, its frame's acknowledgement, or the frame's return brought about.
     settled: AtomicU64,
     /// The frames that each lost lane left unacknowledged, by the lane's number.
-    orphans: Mutex<Vec<(u16, Vec<Run>)>>,
-    /// Rung by the migration when there is work again: one eventfd a lane.
-    wakers: Vec<OwnedFd>,
+    orphans: Mutex<BTreeMap<u16, Vec<Vec<Run>>>>,
+    /// The lanes, to be woken when there is work again.
+    roster: Roster,
 }
 
 impl Outbound {
-    /// For `lanes` lanes that send from `ram` while the guest runs there.
-    pub fn new(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
-        Self::make(ram, lanes, None, FRAME_BYTES)
+    /// For lanes that send from `ram` while the guest runs there.
+    pub fn new(ram: Arc<GuestRam>) -> Self {
+        Self::make(ram, None, FRAME_BYTES)
     }
 
-    /// For `lanes` lanes that send from the memory of a guest which stands still there, and runs at
-    /// the destination: whole pages of their own size, since they are placed whole.
-    pub fn of_still_guest(ram: Arc<GuestRam>, lanes: usize) -> io::Result<Self> {
+    /// For lanes that send from the memory of a guest which stands still there, and runs at the
+    /// destination: whole pages of their own size, since they are placed whole.
+    pub fn of_still_guest(ram: Arc<GuestRam>) -> Self {
         let huge = ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
-        let outbound = Self::make(ram, lanes, huge.then(Mutex::default), STREAM_FRAME_BYTES)?;
+        let outbound = Self::make(ram, huge.then(Mutex::default), STREAM_FRAME_BYTES);
         outbound.still.store(true, Ordering::Release);
-        Ok(outbound)
+        outbound
     }
 
-    fn make(
-        ram: Arc<GuestRam>,
-        lanes: usize,
-        whole: Option<Mutex<()>>,
-        largest_frame: u64,
-    ) -> io::Result<Self> {
-        let wakers = (0..lanes)
-            .map(|_| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?))
-            .collect::<io::Result<_>>()?;
-        Ok(Self {
+    fn make(ram: Arc<GuestRam>, whole: Option<Mutex<()>>, largest_frame: u64) -> Self {
+        Self {
             dirty: PageSet::new(ram.pages()),
             in_flight: PageSet::new(ram.pages()),
             still: AtomicBool::new(false),
@@ -155,17 +152,22 @@ impl Outbound {
             claims: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             orphans: Mutex::default(),
-            wakers,
+            roster: Roster::default(),
             ram,
-        })
+        }
+    }
+
+    /// A seat for a lane that is about to begin.
+    pub fn take_seat(&self) -> io::Result<Arc<Seat>> {
+        self.roster.take()
     }
 
     /// Tells the lanes that there are pages to claim: about `pages` of them.
     pub fn wake(&self, pages: u64) {
         const SMALLEST: u64 = 64 << 10;
-        let share = pages * PAGE_SIZE / (2 * self.wakers.len().max(1) as u64);
+        let share = pages * PAGE_SIZE / (2 * self.roster.len().max(1) as u64);
         self.frame_bytes.store(share.clamp(SMALLEST, self.largest_frame), Ordering::Relaxed);
-        (0..self.wakers.len()).for_each(|lane| self.ring(lane));
+        self.roster.wake();
     }
 
     /// Adds pages to send; whole ones, where the guest runs at the destination.
@@ -188,6 +190,11 @@ impl Outbound {
     /// Lanes claim nothing from now on: what is in flight comes to an end.
     pub fn hold(&self) {
         self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether they do.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
     }
 
     /// Whether all that was handed out has been acknowledged, whatever is left.
@@ -218,12 +225,10 @@ impl Outbound {
         settled == claims && self.dirty.is_empty() && self.claims.load(Ordering::SeqCst) == claims
     }
 
-    /// Lost lanes whose unacknowledged pages wait to be [taken back](Self::take_back).
+    /// Lost lanes that wait to be [taken back](Self::take_back), with pages that were not
+    /// acknowledged or without.
     pub fn orphaned_lanes(&self) -> Vec<u16> {
-        let mut lanes: Vec<u16> = self.orphans().iter().map(|(lane, _)| *lane).collect();
-        lanes.sort_unstable();
-        lanes.dedup();
-        lanes
+        self.orphans().keys().copied().collect()
     }
 
     /// Makes dirty again what lost lane number `lane` left unacknowledged, for other lanes to take.
@@ -231,14 +236,7 @@ impl Outbound {
     /// Only once the destination has closed its end of that lane: until then bytes that have
     /// arrived there may be written to memory late, over newer ones that another lane brought.
     pub fn take_back(&self, lane: u16) {
-        let mut frames = Vec::new();
-        self.orphans().retain_mut(|(number, runs)| {
-            let kept = *number != lane;
-            if !kept {
-                frames.push(std::mem::take(runs));
-            }
-            kept
-        });
+        let Some(frames) = self.orphans().remove(&lane) else { return };
         let whole = self.lock_whole();
         for run in frames.iter().flatten() {
             self.dirty.insert_range(run.pages.clone());
@@ -251,7 +249,7 @@ impl Outbound {
 
     /// Keeps the frames of a lane that has ended until they are taken back.
     fn orphan(&self, lane: u16, frames: impl Iterator<Item = Vec<Run>>) {
-        self.orphans().extend(frames.map(|runs| (lane, runs)));
+        self.orphans().entry(lane).or_default().extend(frames);
         self.bell.notify_one();
     }
 
@@ -261,14 +259,8 @@ impl Outbound {
         self.settled.fetch_add(claims, Ordering::SeqCst);
     }
 
-    /// Wakes one lane.
-    fn ring(&self, lane: usize) {
-        // An eventfd that is already rung refuses nothing but a counter overflow.
-        let _ = rustix::io::write(&self.wakers[lane], &1u64.to_ne_bytes());
-    }
-
-    fn orphans(&self) -> MutexGuard<'_, Vec<(u16, Vec<Run>)>> {
-        // The list is whole whenever somebody may panic.
+    fn orphans(&self) -> MutexGuard<'_, BTreeMap<u16, Vec<Vec<Run>>>> {
+        // The map is whole whenever somebody may panic.
         self.orphans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

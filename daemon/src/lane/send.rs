@@ -2,18 +2,21 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
+use memlane_protocol::liveness::Condition;
 use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
 
 use super::encode::{claim_frame, encode_frame};
 use super::evidence::Evidence;
 use super::message::Message;
+use super::pulse::{LOOK, Pulse};
 use super::ring::{Completion, Held, Ring};
-use super::{LaneError, LaneStats, Outbound};
+use super::{LaneError, LaneStats, Outbound, Seat};
+use crate::port::abandon;
 
 /// Bytes of pages on their way and not yet acknowledged.
 const WINDOW_BYTES: u64 = 4 << 20;
@@ -21,7 +24,7 @@ const WINDOW_BYTES: u64 = 4 << 20;
 const WINDOW_FRAMES: usize = 64;
 /// Acknowledgements read at once.
 const ACKS_AT_ONCE: usize = 64;
-/// How often a lane looks at the clock when nothing else happens.
+/// How often a lane looks at the clock when nothing happens, and nothing is to happen.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
 const WAKE: u64 = 0;
@@ -36,9 +39,10 @@ pub struct Sender {
     outbound: Arc<Outbound>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
-    lane: usize,
+    seat: Arc<Seat>,
     number: u16,
     silence: Duration,
+    pulse: Pulse,
     evidence: Evidence,
     cursor: u64,
     /// Number of the newest frame.
@@ -73,28 +77,27 @@ struct Slot {
 }
 
 impl Sender {
-    /// For the lane at index `lane` of `outbound` that both ends know as `number`, over
-    /// `socket`. To be made on its own thread.
+    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket`. To be
+    /// made on its own thread.
     pub fn new(
         outbound: Arc<Outbound>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
-        (lane, number): (usize, u16),
+        (seat, number): (Arc<Seat>, u16),
         silence: Duration,
     ) -> Result<Self, LaneError> {
-        let pages = outbound.ram.pages();
-        let lanes = outbound.wakers.len().max(1) as u64;
-        let first = pages / lanes * lane as u64;
+        // Lanes begin apart, so that each walks through memory of its own.
+        let first = seat.beginning(outbound.ram.pages());
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
-            // Lanes begin apart, so that each walks through memory of its own.
             cursor: outbound.ram.whole(first..first + 1).start,
             outbound,
             stats,
             socket,
-            lane,
+            seat,
             number,
             silence,
+            pulse: Pulse::new(),
             evidence: Evidence::new(),
             sequence: 0,
             acknowledged: 0,
@@ -113,7 +116,11 @@ impl Sender {
     /// Sends whatever can be claimed until the connection ends. What was not acknowledged by
     /// then waits to be [taken back](Outbound::take_back).
     pub fn run(mut self) -> LaneError {
-        self.serve()
+        let error = self.serve();
+        if matches!(error, LaneError::Silent(_)) {
+            abandon(&*self.socket);
+        }
+        error
     }
 
     fn serve(&mut self) -> LaneError {
@@ -133,7 +140,8 @@ impl Sender {
         if !self.sending && self.window_bytes < WINDOW_BYTES && self.window.len() < WINDOW_FRAMES {
             self.send_next()?;
         }
-        self.ring.wait(HEARTBEAT).map_err(LaneError::io("wait for the lane's io_uring"))?;
+        let longest = if self.window.is_empty() { HEARTBEAT } else { LOOK };
+        self.ring.wait(longest).map_err(LaneError::io("wait for the lane's io_uring"))?;
         while let Some(completion) = self.ring.completed() {
             match completion.operation {
                 WAKE => self.listen_for_wake()?,
@@ -141,12 +149,25 @@ impl Sender {
                 operation => self.take_sent(operation - FRAMES, completion)?,
             }
         }
+        self.look_at_the_way()
+    }
+
+    /// Whether there is still a way to the other end, and somebody there who acknowledges.
+    fn look_at_the_way(&mut self) -> Result<(), LaneError> {
         if self.window.is_empty() {
             self.last_ack = Instant::now();
         } else if self.last_ack.elapsed() > self.silence {
             return Err(LaneError::Silent(self.last_ack.elapsed()));
         }
-        Ok(())
+        let Some(condition) = self.pulse.look(&*self.socket) else { return Ok(()) };
+        self.seat.set_doubtful(condition != Condition::Well);
+        match condition {
+            // Where all ports are silent at once, there may just be a pause, and nobody to take over.
+            Condition::Silent(silence) if self.outbound.roster.others_are_well(&self.seat) => {
+                Err(LaneError::Silent(silence))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Claims a frame and hands it to the kernel; rings the bell if there is none to claim.
@@ -284,7 +305,7 @@ impl Sender {
     }
 
     fn listen_for_wake(&mut self) -> Result<(), LaneError> {
-        let waker = types::Fd(self.outbound.wakers[self.lane].as_raw_fd());
+        let waker = types::Fd(self.seat.as_fd().as_raw_fd());
         let value: *mut u64 = &mut *self.wake_value;
         let entry = opcode::Read::new(waker, value.cast(), size_of::<u64>() as u32).build();
         // SAFETY: the value is boxed, nobody reads it, and `drop` keeps it until this completes.
@@ -307,7 +328,7 @@ impl Drop for Sender {
     fn drop(&mut self) {
         // These two end every operation that is under way.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
-        self.outbound.ring(self.lane);
+        self.seat.wake();
         let frames = self.window.iter_mut().map(|slot| mem::take(&mut slot.runs));
         self.outbound.orphan(self.number, frames);
         let held = self.ring.drain();

@@ -1,5 +1,6 @@
 //! What one lane has done, counted by its thread and read by everyone.
 
+use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Counters of one lane. All only grow.
@@ -23,8 +24,67 @@ pub struct LaneStats {
     pub lost: AtomicBool,
 }
 
+/// What lanes have done up to some moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// See [`LaneStats`].
+    pub acked_bytes: u64,
+    /// See [`LaneStats`].
+    pub wire_bytes: u64,
+    /// See [`LaneStats`].
+    pub data_pages: u64,
+    /// See [`LaneStats`].
+    pub zero_pages: u64,
+    /// See [`LaneStats`].
+    pub zero_copy_bytes: u64,
+    /// See [`LaneStats`].
+    pub copied_bytes: u64,
+}
+
 impl LaneStats {
+    /// What the lane has done so far.
+    pub fn totals(&self) -> Totals {
+        let now = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Totals {
+            acked_bytes: now(&self.acked_bytes),
+            wire_bytes: now(&self.wire_bytes),
+            data_pages: now(&self.data_pages),
+            zero_pages: now(&self.zero_pages),
+            zero_copy_bytes: now(&self.zero_copy_bytes),
+            copied_bytes: now(&self.copied_bytes),
+        }
+    }
+
     pub(super) fn add(counter: &AtomicU64, count: u64) {
         counter.fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+impl Totals {
+    fn with(self, other: Self, each: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            acked_bytes: each(self.acked_bytes, other.acked_bytes),
+            wire_bytes: each(self.wire_bytes, other.wire_bytes),
+            data_pages: each(self.data_pages, other.data_pages),
+            zero_pages: each(self.zero_pages, other.zero_pages),
+            zero_copy_bytes: each(self.zero_copy_bytes, other.zero_copy_bytes),
+            copied_bytes: each(self.copied_bytes, other.copied_bytes),
+        }
+    }
+}
+
+impl Add for Totals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        self.with(other, |here, there| here + there)
+    }
+}
+
+impl Sub for Totals {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        self.with(other, |here, there| here - there)
     }
 }

@@ -21,6 +21,8 @@ use tracing::info;
 
 use super::Ticket;
 use super::lanes::Lanes;
+use super::reopen::Reopener;
+use super::routes::Route;
 use super::serve::{ServeError, Serving};
 use crate::api::types::{Forecast as ForecastView, Phase, Round as RoundView};
 use crate::guest::{DriverError, Guest, StunReport};
@@ -80,6 +82,8 @@ pub struct Copying {
     pub outbound: Arc<Outbound>,
     /// The lanes.
     pub lanes: RefCell<Lanes>,
+    /// Opens them again where they are lost, while the guest's memory is copied.
+    pub reopener: RefCell<Option<Reopener>>,
     /// To the destination.
     pub link: LinkSender,
     /// What the destination says besides words of the handover.
@@ -127,6 +131,7 @@ impl Copying {
         tokio::select! {
             result = self.rounds(&convergence) => result,
             never = self.keep_measuring(&convergence) => never,
+            never = self.keep_lanes_open() => never,
         }
     }
 
@@ -376,6 +381,23 @@ impl Copying {
             }
         }
         if self.lanes.borrow().all_ended() { Err(no_lanes().await) } else { Ok(()) }
+    }
+
+    /// Opens lanes again on ports that have lost them.
+    async fn keep_lanes_open(&self) -> ! {
+        let mut reopener = self.reopener.take().expect("a migration copies once");
+        let silence = self.host.config.limits.silence;
+        let is_missing = |route: &Route| {
+            let running = self.lanes.borrow().running_on(&route.port.name);
+            !self.outbound.is_held() && running < usize::from(route.lanes())
+        };
+        loop {
+            let end = reopener.next(is_missing).await;
+            // Once the lanes are to come to an end, what was being opened meanwhile is closed.
+            if !self.outbound.is_held() {
+                self.lanes.borrow_mut().send(end, &self.outbound, silence);
+            }
+        }
     }
 
     /// Measures bandwidth and shows progress, now and then.

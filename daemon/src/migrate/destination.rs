@@ -26,7 +26,7 @@ use crate::lane::Inbound;
 use crate::link::{Link, LinkError};
 use crate::port::{ArrivedLane, LaneKind};
 
-/// Lanes that a source may open.
+/// Lanes that a source may have open.
 const MOST_LANES: usize = 256;
 /// The source has no memory for this guest.
 const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
@@ -37,7 +37,6 @@ struct Run {
     ticket: Rc<Ticket>,
     guest: Rc<Guest>,
     lanes: Lanes,
-    lanes_started: usize,
     inbound: Arc<Inbound>,
     arriving: mpsc::Receiver<ArrivedLane>,
     /// The state, as far as it has come.
@@ -101,7 +100,6 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
         ticket,
         guest: guest.clone(),
         lanes,
-        lanes_started: 0,
         inbound,
         arriving,
         state: Vec::new(),
@@ -149,7 +147,9 @@ impl Run {
 
     /// Waits for whatever happens next; `None` if it does not concern the handover.
     async fn next_event(&mut self) -> Option<Event> {
-        let receiving = self.machine.phase() == Phase::Copying && self.lanes_started < MOST_LANES;
+        // Once the state is there, nothing may write to the guest's memory.
+        let copying = self.machine.phase() == Phase::Copying && !self.loaded;
+        let receiving = copying && self.lanes.running() < MOST_LANES;
         let mut abandoned = self.ticket.abandoned.subscribe();
         let Arrivals { words, returns, links } = &mut self.executor.arrivals;
         tokio::select! {
@@ -178,7 +178,6 @@ impl Run {
 
     fn start(&mut self, lane: ArrivedLane) {
         let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
-        self.lanes_started += 1;
         let local = self.executor.host.port_address(&port);
         self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
     }

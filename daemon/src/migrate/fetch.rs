@@ -24,7 +24,7 @@ use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::port::{ArrivedLane, LaneKind};
 
-/// Lanes that a source may open.
+/// Lanes that a source may have open.
 const MOST_LANES: usize = 256;
 /// How often the source is told how it goes.
 const REPORT: Duration = Duration::from_millis(200);
@@ -253,10 +253,14 @@ impl Fetching {
 async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), LinkError> {
     let Some(session) = session else { return pending().await };
     tokio::select! {
-        message = session.link.receive() => {
-            let found = message?.name();
-            Err(LinkError::Unexpected { expected: "nothing but lanes", found })
-        }
+        message = session.link.receive() => match message? {
+            Control::LaneLost(lane) => {
+                // The source has taken back what it had: nobody waits for its end.
+                drop(session.lanes.close_lane(lane));
+                Ok(())
+            }
+            other => Err(LinkError::Unexpected { expected: "nothing but lanes", found: other.name() }),
+        },
         Some(ArrivedLane { port, kind, socket, remote }) = session.arriving.recv() => {
             match kind {
                 LaneKind::Faults => faults.connect(socket),

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::ops::Add;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::Label;
@@ -13,17 +14,21 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::api::types::{Lane as LaneView, LaneState, Migration};
-use crate::lane::{Answerer, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender};
+use crate::lane::{Answerer, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender, Totals};
 use crate::metrics::{self, PageKind, PortMeter};
 use crate::port::{Traffic, hang_up};
 
 /// Lanes of one migration at one end. Dropping them ends their connections.
+///
+/// A lane that begins on a port takes the place of one that was lost there, and goes on counting
+/// where that had come to.
 pub struct Lanes {
     lanes: Vec<Lane>,
     running: watch::Sender<usize>,
     /// Numbers of lanes that no connection may bring back.
     closed: BTreeSet<u16>,
-    seen: Seen,
+    /// When the rates were looked at last.
+    measured: Instant,
     traffic: Rc<Traffic>,
 }
 
@@ -35,25 +40,20 @@ struct Lane {
     remote: SocketAddr,
     socket: Arc<OwnedFd>,
     stats: Arc<LaneStats>,
+    /// It carries nothing but what somebody waits for.
+    answers: bool,
+    /// What lanes had done that were in this place before.
+    past: Totals,
+    /// How often such a lane was lost,
+    losses: u32,
+    /// and how many of these losses, with the lane's own, have gone into the metrics.
+    counted_losses: u32,
     /// What has gone into the metrics already.
-    counted: Counted,
+    counted: Totals,
     meter: PortMeter,
+    /// Bytes when the rates were looked at last.
+    measured_bytes: u64,
     rate: f64,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Counted {
-    wire_bytes: u64,
-    zero_copy_bytes: u64,
-    copied_bytes: u64,
-    data_pages: u64,
-    zero_pages: u64,
-}
-
-/// When the rates were looked at last.
-struct Seen {
-    at: Instant,
-    wire_bytes: Vec<u64>,
 }
 
 /// One end of a lane's connection.
@@ -73,17 +73,22 @@ pub struct LaneEnd {
 impl Lanes {
     /// No lanes yet; what they carry is added to `traffic`.
     pub fn new(traffic: Rc<Traffic>) -> Self {
-        let seen = Seen { at: Instant::now(), wire_bytes: Vec::new() };
         let (lanes, running, closed) = (Vec::new(), watch::Sender::new(0), BTreeSet::new());
-        Self { lanes, running, closed, seen, traffic }
+        Self { lanes, running, closed, measured: Instant::now(), traffic }
     }
 
     /// Starts a lane that sends from `outbound`.
     pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
-        let (outbound, lane) = (outbound.clone(), (self.lanes.len(), end.number));
-        self.start(end, move |stats, socket| match Sender::new(outbound, stats, socket, lane, silence) {
-            Ok(sender) => sender.run(),
-            Err(error) => error,
+        let (outbound, number, seat) = (outbound.clone(), end.number, outbound.take_seat());
+        self.start(end, false, move |stats, socket| {
+            let seat = match seat {
+                Ok(seat) => seat,
+                Err(source) => return LaneError::Io { doing: "make an eventfd", source },
+            };
+            match Sender::new(outbound, stats, socket, (seat, number), silence) {
+                Ok(sender) => sender.run(),
+                Err(error) => error,
+            }
         });
     }
 
@@ -94,7 +99,7 @@ impl Lanes {
             return;
         }
         let inbound = inbound.clone();
-        self.start(end, move |stats, socket| match Receiver::new(inbound, stats, socket) {
+        self.start(end, false, move |stats, socket| match Receiver::new(inbound, stats, socket) {
             Ok(receiver) => receiver.run(),
             Err(error) => error,
         });
@@ -103,7 +108,7 @@ impl Lanes {
     /// Starts a lane that answers what a guest at the destination waits for, from `outbound`.
     pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
         let outbound = outbound.clone();
-        self.start(end, move |stats, socket| match Answerer::new(outbound, stats, socket, silence) {
+        self.start(end, true, move |stats, socket| match Answerer::new(outbound, stats, socket, silence) {
             Ok(answerer) => answerer.run(),
             Err(error) => error,
         });
@@ -112,6 +117,7 @@ impl Lanes {
     fn start(
         &mut self,
         end: LaneEnd,
+        answers: bool,
         work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
     ) {
         let LaneEnd { port, number, local, remote, socket } = end;
@@ -135,10 +141,36 @@ impl Lanes {
         if let Err(error) = thread {
             warn!(%port, lane = number, %error, "cannot start a thread for a lane");
         }
-        let (counted, rate) = (Counted::default(), 0.0);
-        self.seen.wire_bytes.push(0);
         let meter = PortMeter::new(port.as_str());
-        self.lanes.push(Lane { port, number, local, remote, socket, stats, counted, meter, rate });
+        let (past, counted, measured_bytes) = Default::default();
+        let (losses, counted_losses, rate) = (0, 0, 0.0);
+        let mut lane = Lane {
+            port,
+            number,
+            local,
+            remote,
+            socket,
+            stats,
+            answers,
+            past,
+            losses,
+            counted_losses,
+            counted,
+            meter,
+            measured_bytes,
+            rate,
+        };
+        match self
+            .lanes
+            .iter_mut()
+            .find(|old| old.port == lane.port && old.answers == answers && old.is_over())
+        {
+            Some(old) => {
+                lane.succeed(old);
+                *old = lane;
+            }
+            None => self.lanes.push(lane),
+        }
     }
 
     /// Ends all connections at once; what it returns is done when no thread touches guest
@@ -187,14 +219,19 @@ impl Lanes {
         lanes.all(|lane| lane.stats.ended.load(Ordering::Acquire))
     }
 
+    /// Lanes for whatever there is to send on `port` that have not ended.
+    pub fn running_on(&self, port: &Label) -> usize {
+        self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
+    }
+
     /// Bytes of pages acknowledged so far, over all lanes.
     pub fn acked_bytes(&self) -> u64 {
-        self.sum(|stats| &stats.acked_bytes)
+        self.totals().acked_bytes
     }
 
     /// Bytes on the wire so far, over all lanes.
     pub fn wire_bytes(&self) -> u64 {
-        self.sum(|stats| &stats.wire_bytes)
+        self.totals().wire_bytes
     }
 
     /// Pages that have travelled so far, as bytes or as descriptors.
@@ -204,32 +241,33 @@ impl Lanes {
 
     /// Pages that have travelled so far with their contents.
     pub fn data_pages(&self) -> u64 {
-        self.sum(|stats| &stats.data_pages)
+        self.totals().data_pages
     }
 
     /// Pages that have travelled so far as descriptors.
     pub fn zero_pages(&self) -> u64 {
-        self.sum(|stats| &stats.zero_pages)
+        self.totals().zero_pages
     }
 
-    fn sum(&self, counter: impl Fn(&LaneStats) -> &AtomicU64) -> u64 {
-        self.lanes.iter().map(|lane| counter(&lane.stats).load(Ordering::Relaxed)).sum()
+    fn totals(&self) -> Totals {
+        self.lanes.iter().map(Lane::totals).fold(Totals::default(), Totals::add)
     }
 
     /// Brings rates and metrics up to date; `sending` tells which way the bytes go.
     pub fn measure(&mut self, sending: bool) {
-        let elapsed = self.seen.at.elapsed().as_secs_f64();
-        let fresh_rates = elapsed >= 0.2;
-        for (lane, seen) in self.lanes.iter_mut().zip(&mut self.seen.wire_bytes) {
-            lane.count(sending, &self.traffic);
-            if fresh_rates {
-                let bytes = lane.stats.wire_bytes.load(Ordering::Relaxed);
-                lane.rate = (bytes - *seen) as f64 / elapsed;
-                *seen = bytes;
-            }
+        let elapsed = self.measured.elapsed().as_secs_f64();
+        if elapsed >= 0.2 {
+            self.measured = Instant::now();
+            self.lanes.iter_mut().for_each(|lane| lane.measure(elapsed));
         }
-        if fresh_rates {
-            self.seen.at = Instant::now();
+        for lane in &mut self.lanes {
+            lane.count(sending, &self.traffic);
+        }
+        if sending {
+            for lane in &self.lanes {
+                let of_port = self.lanes.iter().filter(|other| other.port == lane.port);
+                lane.meter.bandwidth(of_port.map(|lane| lane.rate).sum());
+            }
         }
     }
 
@@ -265,46 +303,77 @@ impl Drop for Ending {
 }
 
 impl Lane {
+    fn is_over(&self) -> bool {
+        self.stats.ended.load(Ordering::Acquire)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.is_over() && self.stats.lost.load(Ordering::Acquire)
+    }
+
+    /// Takes the place of a lane that has ended.
+    fn succeed(&mut self, old: &Self) {
+        (self.past, self.counted) = (old.totals(), old.counted);
+        (self.losses, self.counted_losses) = (old.losses + 1, old.counted_losses);
+        self.measured_bytes = old.measured_bytes;
+        self.meter.reopened();
+        info!(port = %self.port, lane = self.number, remote = %self.remote, "the port has a lane again");
+    }
+
+    /// What this lane has done, and those that were in its place before.
+    fn totals(&self) -> Totals {
+        self.past + self.stats.totals()
+    }
+
+    fn losses(&self) -> u32 {
+        self.losses + u32::from(self.is_lost())
+    }
+
     fn view(&self) -> LaneView {
-        let stats = &self.stats;
-        let state = match (stats.ended.load(Ordering::Acquire), stats.lost.load(Ordering::Acquire)) {
+        let state = match (self.is_over(), self.is_lost()) {
             (false, _) => LaneState::Up,
             (true, false) => LaneState::Closed,
             (true, true) => LaneState::Lost,
         };
+        let totals = self.totals();
         LaneView {
             port: self.port.to_string(),
             lane: self.number,
             local: self.local.clone(),
             remote: self.remote.to_string(),
-            bytes: stats.wire_bytes.load(Ordering::Relaxed),
-            zero_copy_bytes: stats.zero_copy_bytes.load(Ordering::Relaxed),
-            copied_bytes: stats.copied_bytes.load(Ordering::Relaxed),
+            bytes: totals.wire_bytes,
+            zero_copy_bytes: totals.zero_copy_bytes,
+            copied_bytes: totals.copied_bytes,
             bytes_per_second: self.rate,
             state,
+            losses: self.losses(),
         }
+    }
+
+    /// Takes note of the bytes of the last `seconds`.
+    fn measure(&mut self, seconds: f64) {
+        let bytes = self.totals().wire_bytes;
+        let before = std::mem::replace(&mut self.measured_bytes, bytes);
+        self.rate = (bytes - before) as f64 / seconds;
     }
 
     /// Adds what is new to the metrics.
     fn count(&mut self, sending: bool, traffic: &Traffic) {
-        let (stats, counted) = (&self.stats, &mut self.counted);
-        let fresh = |counter: &AtomicU64, counted: &mut u64| {
-            let now = counter.load(Ordering::Relaxed);
-            now - std::mem::replace(counted, now)
-        };
-        let bytes = fresh(&stats.wire_bytes, &mut counted.wire_bytes);
+        let now = self.totals();
+        let fresh = now - std::mem::replace(&mut self.counted, now);
         if !sending {
-            self.meter.received(bytes);
-            traffic.add(&self.port, 0, bytes);
+            self.meter.received(fresh.wire_bytes);
+            traffic.add(&self.port, 0, fresh.wire_bytes);
             return;
         }
-        self.meter.sent(bytes);
-        traffic.add(&self.port, bytes, 0);
-        self.meter.zero_copy(fresh(&stats.zero_copy_bytes, &mut counted.zero_copy_bytes));
-        self.meter.copied(fresh(&stats.copied_bytes, &mut counted.copied_bytes));
-        self.meter.bandwidth(self.rate);
-        metrics::pages_sent(PageKind::Data, fresh(&stats.data_pages, &mut counted.data_pages));
-        metrics::pages_sent(PageKind::Zero, fresh(&stats.zero_pages, &mut counted.zero_pages));
+        self.meter.sent(fresh.wire_bytes);
+        traffic.add(&self.port, fresh.wire_bytes, 0);
+        self.meter.zero_copy(fresh.zero_copy_bytes);
+        self.meter.copied(fresh.copied_bytes);
+        let losses = self.losses();
+        self.meter.lost((losses - std::mem::replace(&mut self.counted_losses, losses)).into());
+        metrics::pages_sent(PageKind::Data, fresh.data_pages);
+        metrics::pages_sent(PageKind::Zero, fresh.zero_pages);
     }
 }
 
@@ -336,9 +405,9 @@ mod tests {
     async fn closes_one_lane_and_counts_one_that_panics() {
         let mut lanes = Lanes::new(Rc::default());
         let ((first, _peer), (second, _other_peer), (third, _third_peer)) = (lane(0), lane(1), lane(2));
-        lanes.start(first, until_hung_up);
-        lanes.start(second, until_hung_up);
-        lanes.start(third, |_, _| panic!("on purpose"));
+        lanes.start(first, false, until_hung_up);
+        lanes.start(second, false, until_hung_up);
+        lanes.start(third, false, |_, _| panic!("on purpose"));
         lanes.close_lane(2).await;
         lanes.close_lane(0).await;
         lanes.close_lane(7).await;
@@ -349,5 +418,33 @@ mod tests {
         assert!(!lanes.all_ended());
         lanes.close().await;
         assert!(lanes.all_ended());
+    }
+
+    #[tokio::test]
+    async fn a_lane_goes_on_where_a_lost_one_has_ended() {
+        let mut lanes = Lanes::new(Rc::default());
+        let ((first, _peer), (second, _other_peer)) = (lane(0), lane(1));
+        let port = first.port.clone();
+        lanes.start(first, false, |stats, _| {
+            stats.wire_bytes.store(100, Ordering::Relaxed);
+            LaneError::Silent(Duration::from_secs(1))
+        });
+        let lost = lanes.running.subscribe().wait_for(|running| *running == 0).await.is_ok();
+        let view = lanes.lanes[0].view();
+        assert!(lost && lanes.running_on(&port) == 0 && view.state == LaneState::Lost && view.losses == 1);
+
+        lanes.start(second, false, |stats, socket| {
+            stats.wire_bytes.store(11, Ordering::Relaxed);
+            until_hung_up(stats, socket)
+        });
+        let counted = || lanes.wire_bytes() == 111;
+        while !counted() {
+            tokio::task::yield_now().await;
+        }
+        assert!(lanes.lanes.len() == 1 && lanes.running_on(&port) == 1);
+        let view = lanes.lanes[0].view();
+        assert_eq!((view.lane, view.state, view.losses, view.bytes), (1, LaneState::Up, 1, 111));
+        lanes.close_lane(1).await;
+        assert!(lanes.all_ended() && lanes.has_ended(0) && lanes.has_ended(1));
     }
 }

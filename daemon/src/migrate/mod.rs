@@ -15,6 +15,8 @@ mod pause;
 mod postcopy;
 pub mod preflight;
 pub mod recover;
+mod reopen;
+mod routes;
 mod serve;
 pub mod source;
 mod stun;

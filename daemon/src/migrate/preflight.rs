@@ -13,6 +13,7 @@ use memlane_protocol::wire::hello::{Purpose, Token};
 
 use super::copy::data_extents;
 use super::lanes::LaneEnd;
+use super::routes::{Route, Routes};
 use crate::api::types::{Estimate, Finding, PortCheck, Severity};
 use crate::config::{PortConfig, Rate};
 use crate::guest::Guest;
@@ -24,8 +25,6 @@ pub use receive::{offered_ports, receive, release};
 
 /// Longest wait for the destination's answer to an offer: it may have to start a VMM first.
 const ANSWER: Duration = Duration::from_secs(90);
-/// Streams over one pair of ports.
-const MOST_LANES: u16 = crate::config::MAX_LANES as u16;
 
 /// What a migration needs to begin.
 pub struct Plan {
@@ -33,6 +32,8 @@ pub struct Plan {
     pub link: Link,
     /// Lanes, connected.
     pub lanes: Vec<LaneEnd>,
+    /// Where more can be opened.
+    pub routes: Routes,
     /// Round trip between the ports.
     pub round_trip: Duration,
 }
@@ -61,10 +62,8 @@ pub struct Request {
 
 /// A pair of ports that lanes can use.
 pub struct Pair {
-    /// The port of this host.
-    pub port: PortConfig,
-    /// The port of the destination.
-    pub there: Port,
+    /// The ports of this host and of the destination.
+    pub route: Route,
     /// Round trip between them.
     pub round_trip: Duration,
 }
@@ -97,8 +96,9 @@ pub async fn send(
         return None;
     }
     let round_trip = pairs.iter().map(|pair| pair.round_trip).min().unwrap_or_default();
-    let lanes = open_lanes(host, pairs, token, findings).await;
-    (!findings.refused()).then_some(Plan { link, lanes, round_trip })
+    let routes = Routes::new(host.clone(), token, &ports);
+    let lanes = open_lanes(&routes, &pairs, findings).await;
+    (!findings.refused()).then_some(Plan { link, lanes, routes, round_trip })
 }
 
 impl Findings {
@@ -226,7 +226,8 @@ pub async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings
                 check.reachable = true;
                 check.round_trip_seconds = Some(opened.round_trip.as_secs_f64());
                 findings.add(Severity::Ok, what, format!("{} answers", there.address), None);
-                pairs.push(Pair { port: ours, there, round_trip: opened.round_trip });
+                let route = Route { port: ours, there };
+                pairs.push(Pair { route, round_trip: opened.round_trip });
             }
             (Some(there), Some(Err(error))) => {
                 check.peer_port = there.name.to_string();
@@ -262,7 +263,7 @@ pub async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings
 
 /// The ports must promise what is asked, as far as their speeds are known.
 fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
-    let speeds = pairs.iter().map(|pair| speed(&pair.port));
+    let speeds = pairs.iter().map(|pair| speed(&pair.route.port));
     let Some(total) = speeds.sum::<Option<u64>>().filter(|_| !pairs.is_empty()) else { return };
     findings.estimate.bytes_per_second = Some(total as f64 / 8.0);
     findings.estimate.seconds = Some(findings.estimate.data_bytes as f64 * 8.0 / total as f64);
@@ -288,27 +289,13 @@ pub fn speed(port: &PortConfig) -> Option<u64> {
 }
 
 /// Opens lanes between all pairs of ports.
-pub async fn open_lanes(
-    host: &Rc<Host>,
-    pairs: Vec<Pair>,
-    token: Token,
-    findings: &mut Findings,
-) -> Vec<LaneEnd> {
-    let mut opening = Vec::new();
-    for pair in &pairs {
-        for _ in 0..pair.port.lanes.min(pair.there.lanes).clamp(1, MOST_LANES) {
-            let lane = opening.len() as u16;
-            let (ours, remote, name) = (pair.port.clone(), pair.there.address, host.config.host.clone());
-            opening.push(tokio::task::spawn_blocking(move || {
-                let opened = port::open(&ours, remote, &name, Purpose::Lane { token, lane })?;
-                let (local, socket) = (opened.local.to_string(), opened.socket);
-                Ok::<_, String>(LaneEnd { port: ours.name, number: lane, local, remote, socket })
-            }));
-        }
-    }
+pub async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings) -> Vec<LaneEnd> {
+    let each = pairs.iter().flat_map(|pair| (0..pair.route.lanes()).map(|_| routes.open(&pair.route)));
+    // All at once, before any of them is waited for.
+    let opening: Vec<_> = each.flatten().collect();
     let mut lanes = Vec::new();
     for lane in opening {
-        match lane.await.expect("opening a lane does not panic") {
+        match lane.await {
             Ok(lane) => lanes.push(lane),
             Err(error) => findings.add(Severity::Warning, "lane", error, None),
         }

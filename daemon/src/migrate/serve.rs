@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::wire::control::{Control, FetchReport};
-use memlane_protocol::wire::hello::Purpose;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
@@ -19,11 +18,12 @@ use super::Ticket;
 use super::lanes::{LaneEnd, Lanes};
 use super::missing::heard;
 use super::preflight::{self, Findings};
+use super::reopen::Reopener;
+use super::routes::{Route, Routes};
 use crate::api::types::Postcopy;
 use crate::host::Host;
 use crate::lane::Outbound;
 use crate::link::{Link, LinkError};
-use crate::port;
 
 /// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -53,9 +53,6 @@ pub enum ServeError {
     /// The lane for faults, or all others, are lost.
     #[error("{0} to the destination is lost; see `memlanectl ports` and the daemon's log")]
     Lost(&'static str),
-    /// This host cannot.
-    #[error("cannot prepare the lanes: {0}")]
-    Io(#[from] std::io::Error),
     /// The destination named pages that there are not.
     #[error("the destination broke the protocol: {0}")]
     Protocol(String),
@@ -81,6 +78,7 @@ pub struct Serving(JoinHandle<()>);
 struct Session {
     link: Link,
     lanes: Lanes,
+    reopener: Reopener,
     outbound: Arc<Outbound>,
     /// Number of the lane for faults.
     faults: u16,
@@ -160,53 +158,38 @@ impl Server {
         let mut findings = Findings::default();
         let mut pairs = preflight::try_ports(host, &accept.ports, &mut findings).await;
         pairs.sort_by_key(|pair| pair.round_trip);
-        let faults = self.open_faults(&pairs, accept.token).await;
-        let ends = preflight::open_lanes(host, pairs, accept.token, &mut findings).await;
-        let Some(mut faults) = faults.filter(|_| !ends.is_empty()) else {
+        let routes = Routes::new(host.clone(), accept.token, &accept.ports);
+        let faults = open_faults(&routes, &pairs).await;
+        let ends = preflight::open_lanes(&routes, &pairs, &mut findings).await;
+        let Some(faults) = faults.filter(|_| !ends.is_empty()) else {
             return Err(ServeError::NoPort(findings.reasons()));
         };
-        let outbound = Arc::new(Outbound::of_still_guest(self.ram.clone(), ends.len())?);
+        let outbound = Arc::new(Outbound::of_still_guest(self.ram.clone()));
         outbound.sparse.store(self.sparse, Ordering::Release);
         let mut lanes = Lanes::new(host.traffic.clone());
-        faults.number = ends.iter().map(|end| end.number + 1).max().unwrap_or_default();
         let number = faults.number;
         for end in ends {
             lanes.send(end, &outbound, host.config.limits.silence);
         }
         lanes.answer(faults, &outbound, host.config.limits.silence);
         info!(guest = %self.ticket.guest, %peer, "ready to serve missing pages");
-        Ok(Session { link, lanes, outbound, faults: number })
-    }
-
-    /// The lane for faults, on the port with the shortest round trip that works.
-    async fn open_faults(
-        &self,
-        pairs: &[preflight::Pair],
-        token: memlane_protocol::wire::hello::Token,
-    ) -> Option<LaneEnd> {
-        for pair in pairs {
-            let (ours, remote, name) = (pair.port.clone(), pair.there.address, self.host.config.host.clone());
-            let opening = move || {
-                let opened = port::open(&ours, remote, &name, Purpose::Faults { token })?;
-                let (local, socket) = (opened.local.to_string(), opened.socket);
-                Ok::<_, String>(LaneEnd { port: ours.name, number: 0, local, remote, socket })
-            };
-            match tokio::task::spawn_blocking(opening).await.expect("opening a lane does not panic") {
-                Ok(end) => return Some(end),
-                Err(error) => info!(%error, "cannot open the lane for faults on this port"),
-            }
-        }
-        None
+        Ok(Session { link, lanes, reopener: Reopener::new(routes), outbound, faults: number })
     }
 
     /// Serves until the session is lost.
     async fn serve_over(&self, session: &mut Session, before: (u64, u64, u64)) -> ServeError {
+        let silence = self.host.config.limits.silence;
         loop {
+            let lanes = &session.lanes;
+            let is_missing = |route: &Route| lanes.running_on(&route.port.name) < usize::from(route.lanes());
             tokio::select! {
                 message = session.link.receive() => {
                     if let Err(error) = message.map_err(ServeError::from).and_then(|message| self.hear(session, message)) {
                         return error;
                     }
+                }
+                end = session.reopener.next(is_missing) => {
+                    session.lanes.send(end, &session.outbound, silence);
                 }
                 () = session.outbound.bell.notified() => {}
                 () = tokio::time::sleep(LOOK) => self.show(session, before),
@@ -214,6 +197,9 @@ impl Server {
             for lane in session.outbound.orphaned_lanes() {
                 // What still lies in some buffer may come late: it is the same as what comes again.
                 session.outbound.take_back(lane);
+                if let Err(error) = session.link.send(&Control::LaneLost(lane)).await {
+                    return error.into();
+                }
             }
             if session.lanes.has_ended(session.faults) {
                 return ServeError::Lost("the lane for faults");
@@ -262,6 +248,17 @@ impl Server {
     fn waits_for(&self, what: Option<String>) {
         self.ticket.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
     }
+}
+
+/// The lane for faults, on the port with the shortest round trip that works.
+async fn open_faults(routes: &Routes, pairs: &[preflight::Pair]) -> Option<LaneEnd> {
+    for pair in pairs {
+        match routes.open_faults(&pair.route).await {
+            Ok(end) => return Some(end),
+            Err(error) => info!(%error, "cannot open the lane for faults on this port"),
+        }
+    }
+    None
 }
 
 impl Postcopy {

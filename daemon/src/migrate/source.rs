@@ -21,6 +21,7 @@ use super::copy::{CopyError, Copying};
 use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
 use super::lanes::Lanes;
 use super::preflight::Plan;
+use super::reopen::Reopener;
 use super::{Arrivals, Ticket};
 use crate::api::types::{Outcome as OutcomeView, Phase as PhaseView};
 use crate::guest::{DriverError, Guest};
@@ -66,13 +67,7 @@ pub async fn run(
     plan: Plan,
     wishes: Wishes,
 ) {
-    match Run::prepare(host.clone(), guest.clone(), entry, (ticket.clone(), arrivals), plan, wishes) {
-        Ok(run) => run.drive().await,
-        Err(error) => {
-            let reason = format!("cannot prepare the lanes: {error}");
-            ticket.end(OutcomeView::Failed, Some(reason), Some(host.config.host.to_string()));
-        }
-    }
+    Run::prepare(host, guest.clone(), entry, (ticket, arrivals), plan, wishes).drive().await;
     guest.migration.take();
 }
 
@@ -84,8 +79,8 @@ impl Run {
         (ticket, arrivals): (Rc<Ticket>, Arrivals),
         plan: Plan,
         wishes: Wishes,
-    ) -> std::io::Result<Self> {
-        let outbound = Arc::new(Outbound::new(guest.ram.clone(), plan.lanes.len())?);
+    ) -> Self {
+        let outbound = Arc::new(Outbound::new(guest.ram.clone()));
         let mut lanes = Lanes::new(host.traffic.clone());
         for end in plan.lanes {
             lanes.send(end, &outbound, host.config.limits.silence);
@@ -97,6 +92,7 @@ impl Run {
             ticket: ticket.clone(),
             outbound,
             lanes: lanes.into(),
+            reopener: Some(Reopener::new(plan.routes)).into(),
             link: plan.link.sender(),
             answers: Mutex::new(answers_arriving),
             bandwidth: RefCell::new(Bandwidth::new()),
@@ -119,7 +115,7 @@ impl Run {
         });
         let (machine, _offer) = Source::new();
         let for_executor = (ticket.clone(), arrivals);
-        Ok(Self {
+        Self {
             executor: Executor::new(host, entry, Vmm::Attached(guest), Some(plan.link), for_executor),
             machine,
             ticket,
@@ -128,7 +124,7 @@ impl Run {
             answers,
             remote_times: Default::default(),
             downtime: None,
-        })
+        }
     }
 
     async fn drive(mut self) {

@@ -1,6 +1,6 @@
 //! Progress of a migration: bars on a terminal, lines in a pipe, JSON for programs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -31,11 +31,13 @@ pub struct Bars {
     ports: BTreeMap<String, ProgressBar>,
 }
 
-/// A line for each phase and round, at most one a second, and one now and then in a long round.
+/// A line for each phase and round, at most one a second, and one now and then in a long round; and one
+/// whenever a port is lost or is back.
 #[derive(Default)]
 pub struct Lines {
     told: Option<(Phase, usize)>,
     at: Option<Instant>,
+    lost: BTreeSet<String>,
 }
 
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -57,9 +59,11 @@ impl Progress {
         match self {
             Self::Bars(bars) => bars.update(migration),
             Self::Lines(lines) => {
-                if let Some(line) = lines.line(migration, Instant::now()) {
-                    show::line(&line);
-                }
+                let of_ports = lines.of_ports(migration);
+                of_ports
+                    .iter()
+                    .chain(&lines.line(migration, Instant::now()))
+                    .for_each(|line| show::line(line));
             }
             Self::Events => crate::json(migration),
             Self::None => {}
@@ -121,6 +125,19 @@ impl Bars {
 }
 
 impl Lines {
+    /// What has become of ports since the last time.
+    fn of_ports(&mut self, migration: &Migration) -> Vec<String> {
+        let Migration { guest, host, .. } = migration;
+        let lost = summary::lost_ports(migration);
+        let before = std::mem::replace(&mut self.lost, lost);
+        let line = |port: &String, what: &str| format!("{guest} → {host}: port {port} {what}");
+        let lost = self.lost.difference(&before);
+        let lost = lost.map(|port| line(port, "is lost; the others carry its share, and it is tried again"));
+        // Of a migration that has ended none is lost any more.
+        let back = before.difference(&self.lost).filter(|_| migration.outcome.is_none());
+        lost.chain(back.map(|port| line(port, "is back"))).collect()
+    }
+
     /// The line that is due, if one is.
     fn line(&mut self, migration: &Migration, now: Instant) -> Option<String> {
         let at = (migration.phase, migration.rounds.len());
@@ -170,11 +187,7 @@ fn remaining(migration: &Migration) -> String {
 }
 
 fn of_port(port: &PortShare) -> String {
-    let (rate, bytes) = (units::rate(port.bytes_per_second), units::bytes(port.bytes));
-    match port.lost {
-        0 => format!("{rate}, {bytes}"),
-        lost => format!("{rate}, {bytes}, {lost} of {} lost", units::plural(port.lanes as u64, "lane")),
-    }
+    format!("{}, {}{}", units::rate(port.bytes_per_second), units::bytes(port.bytes), port.losses())
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -186,7 +199,7 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memlaned::api::types::{Outcome, Round};
+    use memlaned::api::types::{Lane, LaneState, Outcome, Round};
 
     #[test]
     fn a_line_for_each_change_and_not_more_than_one_a_second() {
@@ -210,5 +223,23 @@ mod tests {
         assert!(lines.line(&migration, at(11_000)).is_some());
         migration.outcome = Some(Outcome::Completed);
         assert_eq!(lines.line(&migration, at(60_000)), None);
+    }
+
+    #[test]
+    fn a_line_whenever_a_port_is_lost_or_back() {
+        let mut lines = Lines::default();
+        let mut migration = Migration::new("00ff", "web1", "host-b");
+        let lane = |state| Lane { port: "p0".to_owned(), state, ..Lane::default() };
+        let mut told = |state, outcome| {
+            (migration.lanes, migration.outcome) = (vec![lane(state)], outcome);
+            lines.of_ports(&migration)
+        };
+        assert!(told(LaneState::Up, None).is_empty());
+        let lost = "web1 → host-b: port p0 is lost; the others carry its share, and it is tried again";
+        assert_eq!(told(LaneState::Lost, None), [lost]);
+        assert!(told(LaneState::Lost, None).is_empty());
+        assert_eq!(told(LaneState::Up, None), ["web1 → host-b: port p0 is back"]);
+        assert_eq!(told(LaneState::Lost, None), [lost]);
+        assert!(told(LaneState::Lost, Some(Outcome::Completed)).is_empty());
     }
 }

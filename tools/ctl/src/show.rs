@@ -6,7 +6,7 @@ use memlaned::api::types::{
     CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status,
 };
 
-use crate::units;
+use crate::{summary, units};
 
 /// Writes to stdout. A reader that went away is no reason to end: an order may be under way.
 pub fn line(text: &str) {
@@ -33,6 +33,11 @@ pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> 
     for migration in migrations.iter().filter(|migration| migration.outcome.is_none()) {
         let Migration { id, guest, host, phase, .. } = migration;
         text.push_str(&format!("\n    {guest} → {host}: {phase}  ({id})"));
+        for port in summary::lost_ports(migration) {
+            text.push_str(&format!(
+                "\n      port {port} is lost; the others carry its share, and it is tried again"
+            ));
+        }
         if let Some(Postcopy { waits_for: Some(what), remaining_pages, .. }) = &migration.postcopy {
             let missing = units::plural(*remaining_pages, "page");
             text.push_str(&format!("\n      {missing} missing; waits for {what}"));

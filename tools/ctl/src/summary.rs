@@ -1,6 +1,6 @@
 //! What is left to say when a migration has ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use memlaned::api::types::{Lane, LaneState, Migration, Outcome, Postcopy, Role};
 
@@ -16,7 +16,23 @@ pub struct PortShare {
     pub bytes_per_second: f64,
     pub zero_copy_bytes: u64,
     pub lanes: usize,
+    /// Lanes that are lost now,
     pub lost: usize,
+    /// and how often lanes were lost at all.
+    pub losses: u64,
+}
+
+impl PortShare {
+    /// What was lost of it, as words that follow others; nothing if nothing was.
+    pub fn losses(&self) -> String {
+        let lanes = units::plural(self.lanes as u64, "lane");
+        match (self.lost, self.losses) {
+            (0, 0) => String::new(),
+            (0, 1) => ", was lost and is back".to_owned(),
+            (0, times) => format!(", was lost {times} times and is back"),
+            (lost, _) => format!(", {lost} of {lanes} lost"),
+        }
+    }
 }
 
 /// Lanes, added up by port.
@@ -29,8 +45,16 @@ pub fn by_port(lanes: &[Lane]) -> BTreeMap<&str, PortShare> {
         port.zero_copy_bytes += lane.zero_copy_bytes;
         port.lanes += 1;
         port.lost += usize::from(lane.state == LaneState::Lost);
+        port.losses += u64::from(lane.losses);
     }
     ports
+}
+
+/// Ports that have no lane left, of a migration that is under way.
+pub fn lost_ports(migration: &Migration) -> BTreeSet<String> {
+    let ports = by_port(&migration.lanes).into_iter();
+    let lost = ports.filter(|(_, port)| port.lost == port.lanes && migration.outcome.is_none());
+    lost.map(|(name, _)| name.to_owned()).collect()
 }
 
 /// How a migration ended, in a few lines.
@@ -153,10 +177,7 @@ fn share(port: &PortShare, all: u64, seconds: f64) -> String {
             100.0 * port.zero_copy_bytes as f64 / port.bytes as f64
         ));
     }
-    if port.lost > 0 {
-        text.push_str(&format!(", {} of {} lost", port.lost, units::plural(port.lanes as u64, "lane")));
-    }
-    text
+    text + &port.losses()
 }
 
 #[cfg(test)]
@@ -165,7 +186,25 @@ mod tests {
     use memlaned::api::types::Round;
 
     fn lane(port: &str, bytes: u64, state: LaneState) -> Lane {
-        Lane { port: port.to_owned(), bytes, state, ..Lane::default() }
+        let losses = u32::from(state == LaneState::Lost);
+        Lane { port: port.to_owned(), bytes, state, losses, ..Lane::default() }
+    }
+
+    #[test]
+    fn ports_are_lost_and_come_back() {
+        let mut migration = Migration::new("00ff", "web1", "host-b");
+        migration.lanes =
+            vec![lane("a", 1, LaneState::Lost), lane("b", 1, LaneState::Up), lane("b", 1, LaneState::Lost)];
+        let losses = |migration: &Migration, port| by_port(&migration.lanes)[port].losses();
+        assert_eq!(lost_ports(&migration), BTreeSet::from(["a".to_owned()]));
+        assert_eq!(losses(&migration, "b"), ", 1 of 2 lanes lost");
+        migration.lanes[0].state = LaneState::Up;
+        migration.lanes[2] = Lane { losses: 3, ..lane("b", 1, LaneState::Up) };
+        assert!(lost_ports(&migration).is_empty());
+        assert_eq!(losses(&migration, "a"), ", was lost and is back");
+        assert_eq!(losses(&migration, "b"), ", was lost 3 times and is back");
+        migration.lanes[0] = lane("a", 1, LaneState::Closed);
+        assert_eq!(losses(&migration, "a"), "");
     }
 
     #[test]

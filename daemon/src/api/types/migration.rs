@@ -220,6 +220,8 @@ pub struct Lane {
     pub bytes_per_second: f64,
     /// How it is.
     pub state: LaneState,
+    /// How often it was lost so far; while the migration lasts, its port is tried again and again.
+    pub losses: u32,
 }
 
 /// How a lane is.

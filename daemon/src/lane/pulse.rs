@@ -1,0 +1,78 @@
+//! Looks after a lane's connection: whether the way to the other end still carries anything.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use memlane_protocol::liveness::{Condition, Liveness, Vitals};
+
+/// How often the kernel is asked.
+pub const LOOK: Duration = Duration::from_millis(50);
+
+/// One connection's pulse.
+pub struct Pulse {
+    liveness: Liveness,
+    begun: Instant,
+    looked: Duration,
+}
+
+impl Pulse {
+    pub fn new() -> Self {
+        Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO }
+    }
+
+    /// How the connection is, if it is time to look again.
+    pub fn look(&mut self, socket: impl AsFd) -> Option<Condition> {
+        let now = self.begun.elapsed();
+        if now - self.looked < LOOK {
+            return None;
+        }
+        self.looked = now;
+        Some(self.liveness.observe(now, &vitals(&tcp_info(socket)?)))
+    }
+}
+
+fn vitals(info: &libc::tcp_info) -> Vitals {
+    Vitals {
+        since_heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        // The other end answers every probe of a window that is closed.
+        unanswered: info.tcpi_unacked > 0 || info.tcpi_probes > 1,
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+        variation: Duration::from_micros(info.tcpi_rttvar.into()),
+    }
+}
+
+/// What the kernel knows of a TCP connection (tcp(7)); of another kind nothing.
+pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
+    // SAFETY: all of its fields are numbers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the structure is as long as it is said to be, and an older kernel writes less.
+    let result = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
+    };
+    (result == 0).then_some(info)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_tells_of_connections() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_far, _) = listener.accept().unwrap();
+        near.write_all(&[1; 1000]).unwrap();
+        let info = tcp_info(&near).unwrap();
+        assert!(info.tcpi_bytes_sent >= 1000 && info.tcpi_rtt > 0);
+        let mut pulse = Pulse::new();
+        assert_eq!(pulse.look(&near), None, "it was just looked at");
+        std::thread::sleep(LOOK);
+        assert_eq!(pulse.look(&near), Some(Condition::Well));
+        assert!(tcp_info(std::fs::File::open("/dev/null").unwrap()).is_none());
+    }
+}
