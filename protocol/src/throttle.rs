@@ -1,6 +1,10 @@
-//! [`Bucket`]: a bound on how many pages go per second.
+//! [`Bucket`]: a bound on how many pages go per second, and [`Reach`]: how many at a time.
+
+mod reach;
 
 use std::time::Duration;
+
+pub use reach::Reach;
 
 /// What may go at once although nothing went for a while, as time at the rate.
 const BURST: Duration = Duration::from_millis(2);

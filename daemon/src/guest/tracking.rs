@@ -63,6 +63,9 @@ impl Tracking {
         // Into a set of its own first: whoever asked may give up waiting, and what was found must
         // not be lost with it.
         let found = self.work("harvest", |tracker, harvested| tracker.harvest(harvested)).await?;
+        if let Some(releaser) = self.releaser() {
+            self.harvested.runs().for_each(|pages| releaser.protected(pages));
+        }
         let new = self.harvested.drain_into(0..self.harvested.pages(), into);
         Ok(Harvest { new, holes: found.holes })
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use memlane_kvm::foreign_ram::ForeignRam;
 use memlane_kvm::userfault::{Userfault, is_gone};
-use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::throttle::Bucket;
+use memlane_protocol::throttle::{Bucket, Reach};
+use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::error;
 
@@ -38,6 +39,8 @@ struct Shared {
     bell: OwnedFd,
     account: Mutex<Account>,
     released_pages: AtomicU64,
+    /// Pages that may be written without waiting: they were let go, and not protected since.
+    open: PageSet,
 }
 
 /// What was ordered, and since when.
@@ -66,14 +69,19 @@ impl Releaser {
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let order = Order::Rate(pages_per_second);
         let account = Account { order, since: Instant::now(), before: Report::default() };
-        let shared =
-            Arc::new(Shared { bell, account: Mutex::new(account), released_pages: AtomicU64::new(0) });
+        let shared = Arc::new(Shared {
+            bell,
+            account: Mutex::new(account),
+            released_pages: AtomicU64::new(0),
+            open: PageSet::new(memory.ram().pages()),
+        });
         let work = Work {
             shared: shared.clone(),
             memory,
             userfault,
             started: Instant::now(),
             bucket: Bucket::new(pages_per_second, Duration::ZERO),
+            reach: Reach::default(),
             order,
             waiting: VecDeque::new(),
             due: None,
@@ -90,6 +98,11 @@ impl Releaser {
     /// Lets all go from now on, as soon as they come.
     pub fn open(&self) {
         self.shared.order(Order::Open);
+    }
+
+    /// Writes to these pages wait again.
+    pub fn protected(&self, pages: Range<u64>) {
+        self.shared.open.remove_range(pages);
     }
 
     /// How it has gone so far.
@@ -153,11 +166,21 @@ struct Work {
     /// Where the bucket's clock begins.
     started: Instant,
     bucket: Bucket,
+    reach: Reach,
     order: Order,
     /// Addresses that are waited for, each page once, in the order in which they came.
     waiting: VecDeque<u64>,
-    /// When the first of them may go.
-    due: Option<Duration>,
+    /// What is to go next.
+    due: Option<Due>,
+}
+
+/// The first write that waits, and what goes with it.
+struct Due {
+    addresses: Range<u64>,
+    pages: Range<u64>,
+    /// How long it was made to wait, and until when.
+    wait: Duration,
+    at: Duration,
 }
 
 impl Work {
@@ -178,7 +201,7 @@ impl Work {
 
     /// Waits for something to do, and does it.
     fn turn(&mut self) -> io::Result<()> {
-        let wait = self.due.map(|due| due.saturating_sub(self.started.elapsed()));
+        let wait = self.due.as_ref().map(|due| due.at.saturating_sub(self.started.elapsed()));
         let wait = wait.and_then(|wait| Timespec::try_from(wait).ok());
         let mut ready =
             [PollFd::new(&self.shared.bell, PollFlags::IN), PollFd::new(&*self.userfault, PollFlags::IN)];
@@ -214,23 +237,42 @@ impl Work {
     /// Lets go what is due.
     fn release(&mut self) -> io::Result<()> {
         while let Some(&address) = self.waiting.front() {
-            let page = self.memory.page_at(address);
-            let pages = page.map_or(0..1, |page| self.memory.whole(page..page + 1));
-            let count = pages.end - pages.start;
             let now = self.started.elapsed();
-            let due = *self.due.get_or_insert_with(|| now + self.bucket.take(count, now));
-            if due > now {
+            let due = match self.due.take() {
+                Some(due) => due,
+                None => self.next(address, now),
+            };
+            if due.at > now {
+                self.due = Some(due);
                 return Ok(());
             }
-            self.waiting.pop_front();
-            self.due = None;
-            let start = address - address % (count * PAGE_SIZE);
-            self.userfault.write_protect(start..start + count * PAGE_SIZE, false)?;
+            self.waiting.retain(|address| !due.addresses.contains(address));
+            let fresh = self.shared.open.insert_range(due.pages);
+            self.userfault.write_protect(due.addresses, false)?;
+            self.reach.on_release(due.wait, self.started.elapsed());
             if matches!(self.order, Order::Rate(_)) {
-                self.shared.released_pages.fetch_add(count, Ordering::Relaxed);
+                self.shared.released_pages.fetch_add(fresh, Ordering::Relaxed);
             }
         }
         Ok(())
+    }
+
+    /// What goes for a write to `address`, and when. Pages that are open already cost nothing.
+    fn next(&mut self, address: u64, now: Duration) -> Due {
+        let reach = self.reach.on_write(now);
+        let Some(page) = self.memory.page_at(address) else {
+            // Nothing of the guest's.
+            let addresses = address..address.saturating_add(PAGE_SIZE);
+            return Due { addresses, pages: 0..0, wait: Duration::ZERO, at: now };
+        };
+        let first = page - page % reach;
+        let block = self.memory.whole(first..first + reach);
+        let mut pieces = self.memory.pieces(block);
+        let (addresses, pages) =
+            pieces.find(|(addresses, _)| addresses.contains(&address)).expect("the page is in its block");
+        let fresh = pages.clone().filter(|page| !self.shared.open.contains(*page)).count() as u64;
+        let wait = self.bucket.take(fresh, now);
+        Due { addresses, pages, wait, at: now + wait }
     }
 }
 
