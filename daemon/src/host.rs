@@ -13,9 +13,9 @@ use memlane_protocol::wire::machine::Nic;
 use tracing::{info, warn};
 
 use crate::config::{Config, PeerConfig};
-use crate::guest::Guest;
 use crate::guest::qemu::{Keepers, Register};
 use crate::guest::shim::Shims;
+use crate::guest::{Guest, map_ahead};
 use crate::journal::Journal;
 use crate::link::{Link, LinkError};
 use crate::metrics;
@@ -87,6 +87,7 @@ impl Host {
         }
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
+        map_ahead(name.to_string(), &guest.ram);
         let host = self.clone();
         let attached = guest.clone();
         tokio::task::spawn_local(async move {

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -227,6 +227,17 @@ pub fn hasten(socket: impl AsFd) {
     let _ = socket.set_tos_v4(LOW_DELAY);
     let _ = socket.set_tclass_v6(LOW_DELAY);
     let _ = socket.set_priority(INTERACTIVE);
+}
+
+/// Has whoever waits for this connection be woken when so many bytes have come, or no more can
+/// (`SO_RCVLOWAT`, socket(7)).
+pub fn set_low_water(socket: impl AsFd, bytes: usize) {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    let (value, length) = ((&raw const bytes).cast(), size_of_val(&bytes) as libc::socklen_t);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the option is an int, which the call reads. In vain on a socket of another kind, whose
+    // reader is then woken more often.
+    unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length) };
 }
 
 /// Whether this host holds `address`.

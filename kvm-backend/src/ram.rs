@@ -7,6 +7,7 @@
 mod backing;
 mod extents;
 mod known;
+mod mapped;
 mod marks;
 mod zero;
 
@@ -26,6 +27,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
+use self::mapped::MappedBlocks;
 
 pub use backing::Backing;
 pub use marks::Marks;
@@ -44,6 +46,7 @@ pub struct GuestRam {
     mapped: Vec<Mapped>,
     marks: Arc<PageSet>,
     data: KnownData,
+    in_tables: MappedBlocks,
     sealed: bool,
 }
 
@@ -130,7 +133,8 @@ impl GuestRam {
         }
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
-        Ok(Self { memory, regions: shape, mapped, marks, data: KnownData::default(), sealed })
+        let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
+        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -224,6 +228,7 @@ impl GuestRam {
             let bytes = (piece.end - piece.start) * PAGE_SIZE;
             rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, flags, offset, bytes))?;
             self.data.forget(&piece);
+            self.in_tables.forget(&piece);
         }
         Ok(())
     }
@@ -231,10 +236,30 @@ impl GuestRam {
     /// Takes memory for `pages` and maps it for writing (`MADV_POPULATE_WRITE`), so that the
     /// first write to them costs nothing more. What the pages hold stays.
     pub fn prepare(&self, pages: Range<u64>) -> io::Result<()> {
+        self.populate(pages, Advice::LinuxPopulateWrite)
+    }
+
+    /// Maps `pages` (`MADV_POPULATE_READ`), for reading and writing since the mapping is shared.
+    ///
+    /// Of pages that are there already the kernel maps 16 at a time, as it never does for writing: a
+    /// tenth of the time that [`prepare`](Self::prepare) takes. Memory is taken for those that are not.
+    /// What was mapped this way before is passed over, and so are huge pages, each of which is one fault,
+    /// and of which nobody can tell whether they are there.
+    pub fn map_pages(&self, pages: Range<u64>) -> io::Result<()> {
+        for (index, piece) in self.pieces(pages) {
+            let unmapped = self.in_tables.unmapped(&piece);
+            if !unmapped.is_empty() && !backing::is_huge(&self.regions[index]) {
+                self.populate(unmapped.clone(), Advice::LinuxPopulateRead)?;
+                self.in_tables.note(&unmapped);
+            }
+        }
+        Ok(())
+    }
+
+    fn populate(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
         for slice in self.slices(pages) {
             // SAFETY: the slice lies within a mapping of ours; populating changes no contents.
-            let populate =
-                || unsafe { rustix::mm::madvise(slice.ptr.cast(), slice.len, Advice::LinuxPopulateWrite) };
+            let populate = || unsafe { rustix::mm::madvise(slice.ptr.cast(), slice.len, advice) };
             rustix::io::retry_on_intr(populate)?;
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! Guests of this host, and the drivers that know how to handle their VMMs.
 
+mod ahead;
 pub mod attach_socket;
 mod attached;
 mod memory;
@@ -23,6 +24,7 @@ use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::wire::machine::GuestShape;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
+pub use ahead::map_ahead;
 pub use attached::Attached;
 pub use memlane_kvm::dirty::Harvest;
 pub use memory::VmmMemory;

@@ -14,11 +14,17 @@ use memlane_protocol::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, RUN_BYTES, Run,
 };
 
-use super::encode::checksum;
+use super::encode::{WORTH_MAPPING_PAGES, checksum};
 use super::message::Message;
 use super::placing::{By, Placing};
 use super::ring::{Held, Ring};
 use super::{Inbound, LaneError, LaneStats};
+use crate::port::set_low_water;
+
+/// Bytes to come before the thread is woken to read them.
+const WORTH_WAKING: usize = 256 << 10;
+/// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before reading from it.
+const POLL_FIRST: u16 = 1;
 
 const READ: u64 = 1;
 const ACK: u64 = 2;
@@ -37,6 +43,8 @@ pub struct Receiver {
     /// Where pages arrive that are placed whole; empty where they go straight to guest memory.
     staging: Box<[u8]>,
     sequence: u64,
+    /// Bytes that wake the thread.
+    low_water: usize,
     ack: Box<[u8]>,
     acking: bool,
 }
@@ -60,6 +68,7 @@ impl Receiver {
             message: Message::new(),
             runs: Vec::with_capacity(MAX_RUNS),
             sequence: 0,
+            low_water: 1,
             ack: vec![0; ACK_BYTES].into(),
             acking: false,
         })
@@ -108,6 +117,9 @@ impl Receiver {
 
     /// Receives the pages straight into guest memory.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
+        let many = self.runs.iter().filter(|run| run.payload_bytes() >= WORTH_MAPPING_PAGES * PAGE_SIZE);
+        // What cannot be mapped now is when it is written, or says then why it cannot.
+        many.for_each(|run| drop(self.inbound.ram.map_pages(run.pages.clone())));
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;
@@ -123,12 +135,14 @@ impl Receiver {
         Ok(())
     }
 
-    /// Reads until the message is full.
+    /// Reads until the message is full. Of long ones the kernel wakes this thread only when much has
+    /// come, or when no more fits into the socket's buffer: each time costs as much as reading 64 KiB.
     fn read_all(&mut self) -> Result<(), LaneError> {
         while self.message.remaining() > 0 {
+            self.wake_at(self.message.remaining().min(WORTH_WAKING));
             let fd = types::Fd(self.socket.as_raw_fd());
             let entry = opcode::RecvMsg::new(fd, self.message.as_mut_ptr())
-                .flags(libc::MSG_WAITALL as u32)
+                .ioprio(POLL_FIRST)
                 .build()
                 .user_data(READ);
             // SAFETY: the buffers are boxed in `self`, or guest memory that `inbound` keeps
@@ -140,6 +154,14 @@ impl Receiver {
             }
         }
         Ok(())
+    }
+
+    /// Has reads wait until so many bytes have come (`SO_RCVLOWAT`, socket(7)).
+    fn wake_at(&mut self, bytes: usize) {
+        if self.low_water != bytes {
+            set_low_water(&*self.socket, bytes);
+            self.low_water = bytes;
+        }
     }
 
     fn acknowledge(&mut self) -> Result<(), LaneError> {
