@@ -381,20 +381,20 @@ impl Ring {
         self.adrift = true;
     }
 
-    /// Finds where KVM goes on after an overflow, and hands back the entries up to there.
+    /// Finds where KVM goes on after an overflow, and hands back the entries up to there. If KVM has come
+    /// round to where it would be found, the ring counts as overflowed once more.
     fn catch_up(&mut self) {
-        let is_dirty = |ahead: &u32| {
-            self.entry(self.next.wrapping_add(*ahead)).flags.load(Ordering::Acquire) & DIRTY != 0
-        };
-        let Some(gap) = (0..self.size.0).find(is_dirty) else { return };
-        for _ in 0..gap {
-            // It may have been published since it was looked at, and is the first one then.
-            let flags = &self.entry(self.next).flags;
-            if flags.compare_exchange(0, COLLECTED, Ordering::AcqRel, Ordering::Acquire).is_err() {
-                break;
-            }
-            self.next = self.next.wrapping_add(1);
-        }
+        let flags = |ahead: u32| &self.entry(self.next.wrapping_add(ahead)).flags;
+        let is_dirty = |ahead: u32| flags(ahead).load(Ordering::Acquire) & DIRTY != 0;
+        let Some(gap) = (0..self.size.0).find(|ahead| is_dirty(*ahead)) else { return };
+        let handed_back = (0..gap).all(|ahead| {
+            let exchanged = flags(ahead).compare_exchange(0, COLLECTED, Ordering::AcqRel, Ordering::Acquire);
+            exchanged.is_ok()
+        });
+        // It fills the ring in order: the first entry comes after the last only if it went round.
+        let came_round = !handed_back || gap == 0 && is_dirty(self.size.0 - 1);
+        self.next =
+            if came_round { self.reset.wrapping_add(self.size.0) } else { self.next.wrapping_add(gap) };
         self.adrift = false;
     }
 
