@@ -257,14 +257,20 @@ impl Work {
         Ok(())
     }
 
-    /// What goes for a write to `address`, and when. Pages that are open already cost nothing.
+    /// What goes for a write to `address`, and when. Neighbours that are open already cost nothing.
     fn next(&mut self, address: u64, now: Duration) -> Due {
-        let reach = self.reach.on_write(now);
+        let reach = match self.order {
+            Order::Rate(_) => self.reach.on_write(now),
+            // Each page more is one more to send, and the guest may be about to stand still.
+            Order::Open | Order::End => 1,
+        };
         let Some(page) = self.memory.page_at(address) else {
             // Nothing of the guest's.
             let addresses = address..address.saturating_add(PAGE_SIZE);
             return Due { addresses, pages: 0..0, wait: Duration::ZERO, at: now };
         };
+        // It was waited for, so it was protected, whatever has been heard of that.
+        self.shared.open.remove_range(self.memory.whole(page..page + 1));
         let first = page - page % reach;
         let block = self.memory.whole(first..first + reach);
         let mut pieces = self.memory.pieces(block);
