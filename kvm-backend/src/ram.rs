@@ -243,12 +243,14 @@ impl GuestRam {
     ///
     /// Of pages that are there already the kernel maps 16 at a time, as it never does for writing: a
     /// tenth of the time that [`prepare`](Self::prepare) takes. Memory is taken for those that are not.
-    /// What was mapped this way before is passed over, and so are huge pages, each of which is one fault,
-    /// and of which nobody can tell whether they are there.
+    /// What was mapped this way before is passed over, and so is what is mapped as soon by a fault or
+    /// two: fewer pages than those 16, and huge pages, of which moreover nobody can tell whether they
+    /// are there.
     pub fn map_pages(&self, pages: Range<u64>) -> io::Result<()> {
         for (index, piece) in self.pieces(pages) {
             let unmapped = self.in_tables.unmapped(&piece);
-            if !unmapped.is_empty() && !backing::is_huge(&self.regions[index]) {
+            let many = unmapped.end - unmapped.start >= mapped::BLOCK_PAGES;
+            if many && !backing::is_huge(&self.regions[index]) {
                 self.populate(unmapped.clone(), Advice::LinuxPopulateRead)?;
                 self.in_tables.note(&unmapped);
             }

@@ -9,9 +9,6 @@ use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, e
 
 use super::Outbound;
 
-/// Pages that are mapped in one go: the kernel does so sooner than fault by fault.
-pub const WORTH_MAPPING_PAGES: u64 = 16;
-
 /// Claims pages for one frame, at or after `cursor` and then from the start, until the frame
 /// is full or nothing is left. Moves `cursor` behind what it took, so that each lane walks
 /// through memory in order.
@@ -108,10 +105,8 @@ fn sort_out_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
 
 /// Splits `pages` into runs with data and runs of zeros.
 pub fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
-    if pages.end - pages.start >= WORTH_MAPPING_PAGES {
-        // What cannot be mapped now is when it is read, or the guest's end is near anyway.
-        let _ = ram.map_pages(pages.clone());
-    }
+    // What cannot be mapped in one go is when it is read.
+    let _ = ram.map_pages(pages.clone());
     for slice in ram.slices(pages) {
         for index in 0..slice.len as u64 / PAGE_SIZE {
             // SAFETY: inside the slice, which is mapped as long as `ram` lives.

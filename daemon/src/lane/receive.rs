@@ -14,15 +14,17 @@ use memlane_protocol::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, RUN_BYTES, Run,
 };
 
-use super::encode::{WORTH_MAPPING_PAGES, checksum};
+use super::encode::checksum;
 use super::message::Message;
 use super::placing::{By, Placing};
 use super::ring::{Held, Ring};
 use super::{Inbound, LaneError, LaneStats};
 use crate::port::set_low_water;
 
-/// Bytes to come before the thread is woken to read them.
+/// Bytes to come before the thread is woken to read them,
 const WORTH_WAKING: usize = 256 << 10;
+/// if there are as many as these.
+const WORTH_WAITING: usize = 64 << 10;
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before reading from it.
 const POLL_FIRST: u16 = 1;
 
@@ -117,9 +119,10 @@ impl Receiver {
 
     /// Receives the pages straight into guest memory.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
-        let many = self.runs.iter().filter(|run| run.payload_bytes() >= WORTH_MAPPING_PAGES * PAGE_SIZE);
-        // What cannot be mapped now is when it is written, or says then why it cannot.
-        many.for_each(|run| drop(self.inbound.ram.map_pages(run.pages.clone())));
+        for run in self.runs.iter().filter(|run| run.content == Content::Data) {
+            // What cannot be mapped in one go is when it is written.
+            let _ = self.inbound.ram.map_pages(run.pages.clone());
+        }
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;
@@ -139,7 +142,9 @@ impl Receiver {
     /// come, or when no more fits into the socket's buffer: each time costs as much as reading 64 KiB.
     fn read_all(&mut self) -> Result<(), LaneError> {
         while self.message.remaining() > 0 {
-            self.wake_at(self.message.remaining().min(WORTH_WAKING));
+            let left = self.message.remaining();
+            // Headers and tables are read as they come, without two more system calls for each.
+            self.wake_at(if left < WORTH_WAITING { 1 } else { left.min(WORTH_WAKING) });
             let fd = types::Fd(self.socket.as_raw_fd());
             let entry = opcode::RecvMsg::new(fd, self.message.as_mut_ptr())
                 .ioprio(POLL_FIRST)

@@ -5,7 +5,7 @@ use std::ops::Range;
 use memlane_protocol::PageSet;
 
 /// Pages that the kernel maps at a time around one that is read: 64 KiB (`fault_around_bytes`).
-const BLOCK_PAGES: u64 = 16;
+pub(super) const BLOCK_PAGES: u64 = 16;
 
 /// Blocks of pages that are mapped, so that nobody asks the kernel for them again: walking the page
 /// tables of what is there costs a tenth of receiving it.
