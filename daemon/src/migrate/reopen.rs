@@ -75,6 +75,7 @@ impl Reopener {
             }
             let Some(opening) = self.routes.open(route) else {
                 info!(port = %route.port.name, "no more lanes are opened in this migration, there were so many");
+                tries.note(false, now);
                 continue;
             };
             tries.under_way = true;
