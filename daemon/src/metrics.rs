@@ -3,16 +3,20 @@
 //! Names begin with `memlane_` and units are base units, as Prometheus has it. Counters are
 //! there from the start with 0, so that the first increase is seen.
 
+mod port;
+
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use memlane_protocol::wire::control::FetchReport;
-use metrics::{Counter, Gauge, Label, Unit, counter, gauge, histogram};
+use metrics::{Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use crate::api::types::Outcome;
 use crate::guest::StunReport;
+
+pub use port::PortMeter;
 
 /// Kinds of pages, by how they travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,18 +48,6 @@ impl Leg {
             Self::Place => FAULT_PLACE,
         }
     }
-}
-
-/// Meters of one port. Cloned for each lane; each call is an atomic addition.
-#[derive(Clone, Debug)]
-pub struct PortMeter {
-    sent: Counter,
-    received: Counter,
-    zero_copy: Counter,
-    copied: Counter,
-    bandwidth: Gauge,
-    lost: Counter,
-    reopened: Counter,
 }
 
 /// Begins to count. Without this, or where the program has another recorder of its own, all
@@ -177,65 +169,6 @@ pub fn journal_synced(took: Duration) {
 /// Announcements of arrived guests were sent.
 pub fn announced(frames: u64) {
     counter!(ANNOUNCEMENTS).increment(frames);
-}
-
-impl PortMeter {
-    /// The meters of the port of this name.
-    pub fn new(port: &str) -> Self {
-        let labels = || vec![Label::new("port", port.to_owned())];
-        let meter = Self {
-            sent: counter!(BYTES_SENT, labels()),
-            received: counter!(BYTES_RECEIVED, labels()),
-            zero_copy: counter!(ZERO_COPY_BYTES, labels()),
-            copied: counter!(COPIED_BYTES, labels()),
-            bandwidth: gauge!(BANDWIDTH, labels()),
-            lost: counter!(LANES_LOST, labels()),
-            reopened: counter!(LANES_REOPENED, labels()),
-        };
-        meter.sent(0);
-        meter.received(0);
-        meter.zero_copy(0);
-        meter.copied(0);
-        meter.bandwidth(0.0);
-        meter.lost(0);
-        meter.reopened.increment(0);
-        meter
-    }
-
-    /// A lane put bytes on the wire.
-    pub fn sent(&self, bytes: u64) {
-        self.sent.increment(bytes);
-    }
-
-    /// A lane took bytes from the wire.
-    pub fn received(&self, bytes: u64) {
-        self.received.increment(bytes);
-    }
-
-    /// The network card read bytes from the guest's memory.
-    pub fn zero_copy(&self, bytes: u64) {
-        self.zero_copy.increment(bytes);
-    }
-
-    /// The kernel copied bytes that were to be sent.
-    pub fn copied(&self, bytes: u64) {
-        self.copied.increment(bytes);
-    }
-
-    /// What the port's lanes deliver together, measured lately.
-    pub fn bandwidth(&self, bytes_per_second: f64) {
-        self.bandwidth.set(bytes_per_second);
-    }
-
-    /// Lanes were lost that sent over the port.
-    pub fn lost(&self, lanes: u64) {
-        self.lost.increment(lanes);
-    }
-
-    /// The port has a lane again that it had lost.
-    pub fn reopened(&self) {
-        self.reopened.increment(1);
-    }
 }
 
 impl PageKind {
