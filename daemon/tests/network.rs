@@ -13,12 +13,15 @@ use memlaned::api::types::{Lane, LaneState, Migration};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
+/// Two ports that take a while for a guest.
+fn two_slow_ports(test: &str) -> Option<Stage> {
+    let rate = Rate::from_bits_per_second(50_000_000);
+    Stage::new(test, LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() })
+}
+
 #[test]
 fn a_port_that_is_lost_costs_its_share_only() {
-    let test = "a_port_that_is_lost_costs_its_share_only";
-    let rate = Rate::from_bits_per_second(50_000_000);
-    let lab = LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() };
-    let Some(mut stage) = Stage::new(test, lab) else { return };
+    let Some(mut stage) = two_slow_ports("a_port_that_is_lost_costs_its_share_only") else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let order = stage.begin("web1", &["--verify"]);
@@ -46,10 +49,7 @@ fn a_port_that_is_lost_costs_its_share_only() {
 /// Once it drops everything without a word, and once it is down.
 #[test]
 fn a_port_that_returns_carries_its_share_again() {
-    let test = "a_port_that_returns_carries_its_share_again";
-    let rate = Rate::from_bits_per_second(50_000_000);
-    let lab = LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() };
-    let Some(mut stage) = Stage::new(test, lab) else { return };
+    let Some(mut stage) = two_slow_ports("a_port_that_returns_carries_its_share_again") else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let order = stage.begin("web1", &["--verify"]);

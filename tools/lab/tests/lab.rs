@@ -144,13 +144,18 @@ fn a_port_that_is_down_has_no_carrier_at_the_other_end() {
         return;
     }
     let lab = Lab::new(LabOptions::default()).expect("a lab");
+    assert_carrier_follows(&lab);
+    connect(&lab, (lab.host(HostId::B).ports()[0].address, 7000).into());
+}
+
+/// What one end does to the first port, the other sees.
+fn assert_carrier_follows(lab: &Lab) {
     let carrier_at_b = || read_sys(lab.host(HostId::B), "port0/carrier") == "1";
     assert!(carrier_at_b());
     lab.host(HostId::A).port_down(0).expect("down");
     wait_for("the loss of the carrier", PATIENCE, || (!carrier_at_b()).then_some(())).expect("no carrier");
     lab.host(HostId::A).port_up(0).expect("up");
     wait_for("the carrier", PATIENCE, || carrier_at_b().then_some(())).expect("a carrier");
-    connect(&lab, (lab.host(HostId::B).ports()[0].address, 7000).into());
 }
 
 #[test]
@@ -179,12 +184,7 @@ fn a_port_with_a_delay_keeps_packets_that_long_and_whole() {
     assert!(received == sent);
 
     // As between the ends of a veth pair.
-    let carrier_at_b = || read_sys(lab.host(HostId::B), "port0/carrier") == "1";
-    assert!(carrier_at_b());
-    lab.host(HostId::A).port_down(0).expect("down");
-    wait_for("the loss of the carrier", PATIENCE, || (!carrier_at_b()).then_some(())).expect("no carrier");
-    lab.host(HostId::A).port_up(0).expect("up");
-    wait_for("the carrier", PATIENCE, || carrier_at_b().then_some(())).expect("a carrier");
+    assert_carrier_follows(&lab);
     connect(&lab, (lab.host(HostId::B).ports()[0].address, 7001).into());
 }
 
