@@ -20,5 +20,6 @@ pub mod link;
 pub mod metrics;
 pub mod migrate;
 pub mod port;
+pub mod priority;
 pub mod systemd;
 pub mod unix_socket;

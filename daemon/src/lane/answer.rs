@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use memlane_protocol::PAGE_SIZE;
@@ -16,8 +15,9 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::encode::{encode_frame, sort_out_zeros};
 use super::message::Message;
-use super::{LaneError, LaneStats, Outbound, priority};
+use super::{LaneError, LaneStats, Outbound};
 use crate::port::hasten;
+use crate::priority;
 
 /// Wants read at once.
 const AT_ONCE: usize = 64;
@@ -95,9 +95,7 @@ impl Answerer {
         self.runs.clear();
         if let Want::Page(page) = want {
             let pages = self.outbound.ram.whole(page..page + 1);
-            // The stream goes on behind it, and leaves it out.
-            self.outbound.nearest.store(pages.end, Ordering::Relaxed);
-            self.outbound.leave_out(pages.clone());
+            self.outbound.on_wanted(pages.clone());
             self.sort_out(pages);
         }
         self.sequence += 1;

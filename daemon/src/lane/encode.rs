@@ -26,7 +26,7 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     if let Some(_one_at_a_time) = outbound.lock_whole() {
         return claim_whole(outbound, cursor, runs);
     }
-    let mut room = outbound.frame_bytes.load(Ordering::Relaxed) / PAGE_SIZE;
+    let mut room = outbound.room() / PAGE_SIZE;
     let mut wrapped = false;
     while room > 0 && runs.len() < MAX_RUNS {
         // One claimed run may fall apart into as many runs as it has pages.

@@ -18,10 +18,10 @@ use tracing::warn;
 
 use super::LaneError;
 use super::placing::{By, Placing};
-use super::priority;
 use super::receive::check_still;
 use crate::metrics::{self, Leg};
 use crate::port::{hang_up, hasten};
+use crate::priority;
 
 /// Bytes of answers received at once.
 const RECEIVED_AT_ONCE: usize = 64 << 10;

@@ -11,7 +11,6 @@ mod faults;
 mod latency;
 mod message;
 mod placing;
-pub mod priority;
 mod pulse;
 mod receive;
 mod ring;
@@ -22,7 +21,7 @@ mod stats;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -80,9 +79,14 @@ impl LaneError {
 
 /// Most bytes in one frame of small pages,
 const FRAME_BYTES: u64 = 1 << 20;
-/// and in post-copy: a kernel that does not preempt itself keeps a processor for as long as it takes to
-/// send, receive and place one, and the thread that a vCPU waits for does not run there meanwhile.
+/// and in post-copy,
 const STREAM_FRAME_BYTES: u64 = 64 << 10;
+/// where the next [`SMALL_FRAMES`] after a page that an access waited for are smaller still: a kernel
+/// that does not preempt itself keeps a processor for as long as it takes to send, receive and place a
+/// frame, and the thread that a vCPU waits for does not run there meanwhile.
+const SMALL_FRAME_BYTES: u64 = 16 << 10;
+/// As many as lanes send while a guest runs on to its next access of a missing page.
+const SMALL_FRAMES: u32 = 8;
 /// No page.
 const NOWHERE: u64 = u64::MAX;
 
@@ -104,6 +108,8 @@ pub struct Outbound {
     pub bell: Notify,
     /// Where lanes go on: behind the page that an access waited for last; [`NOWHERE`] if there is none.
     nearest: AtomicU64,
+    /// So many frames more are to be small.
+    small_frames: AtomicU32,
     /// Nothing is claimed for the time being.
     held: AtomicBool,
     /// Locked while pages are claimed or added, where only whole pages of the guest's own size may be.
@@ -145,6 +151,7 @@ impl Outbound {
             sparse: AtomicBool::new(false),
             bell: Notify::new(),
             nearest: AtomicU64::new(NOWHERE),
+            small_frames: AtomicU32::new(0),
             held: AtomicBool::new(false),
             whole,
             largest_frame,
@@ -176,8 +183,10 @@ impl Outbound {
         self.dirty.insert_range(pages);
     }
 
-    /// Leaves out pages that have been sent another way.
-    fn leave_out(&self, pages: Range<u64>) {
+    /// An access waits for these pages: they are sent another way, and lanes go on behind them.
+    fn on_wanted(&self, pages: Range<u64>) {
+        self.nearest.store(pages.end, Ordering::Relaxed);
+        self.small_frames.store(SMALL_FRAMES, Ordering::Relaxed);
         let _whole = self.lock_whole();
         self.dirty.remove_range(pages);
     }
@@ -200,6 +209,16 @@ impl Outbound {
     /// Whether all that was handed out has been acknowledged, whatever is left.
     pub fn is_settled(&self) -> bool {
         self.settled.load(Ordering::SeqCst) == self.claims.load(Ordering::SeqCst)
+    }
+
+    /// Most bytes in the next frame of small pages.
+    fn room(&self) -> u64 {
+        let room = self.frame_bytes.load(Ordering::Relaxed);
+        let small = |left: u32| left.checked_sub(1);
+        match self.small_frames.fetch_update(Ordering::Relaxed, Ordering::Relaxed, small) {
+            Ok(_) => room.min(SMALL_FRAME_BYTES),
+            Err(_) => room,
+        }
     }
 
     /// Where a lane is to go on, once for each page that an access waited for.

@@ -16,6 +16,8 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::error;
 
+use crate::priority;
+
 /// Lets writes that wait go at a rate, from a thread of its own, until it ends or is dropped. However
 /// the thread ends, everybody goes on.
 pub struct Releaser {
@@ -185,7 +187,7 @@ struct Due {
 
 impl Work {
     fn run(mut self) {
-        hurry();
+        priority::raise();
         while self.order != Order::End {
             match self.turn() {
                 Ok(()) => {}
@@ -289,12 +291,4 @@ impl Drop for Work {
             let _ = self.userfault.unregister(addresses);
         }
     }
-}
-
-/// Has the calling thread run before all others, if it may: the guest's writers wait for it.
-fn hurry() {
-    let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the thread is the calling one, and the parameters are read during the call. Without the
-    // right to it nothing changes.
-    unsafe { libc::pthread_setschedparam(libc::pthread_self(), libc::SCHED_FIFO, &parameters) };
 }
