@@ -102,6 +102,11 @@ pub enum TrackError {
         /// Pages that the guest has.
         limit: u64,
     },
+    /// It is not known which vCPU writes, or the VMM cannot keep one out of the guest.
+    #[error(
+        "vCPUs cannot be held to a rate one by one here; that takes dirty rings, and a VMM that holds vCPUs"
+    )]
+    NoPace,
     /// A dirty ring of a size that cannot be.
     #[error("a dirty ring of {entries} entries: the number must be a power of two from 4096 to {limit}")]
     RingSize {

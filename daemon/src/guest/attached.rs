@@ -19,10 +19,10 @@ use memlane_protocol::wire::attach::{
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::memory::{DEVICE, Handles, open_device};
-use super::{Driver, DriverError, Harvest, SavedState, VmmMemory};
+use super::{Driver, DriverError, Harvest, Paced, SavedState, VmmMemory};
 
 /// Longest time that a VMM may take for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -137,6 +137,17 @@ impl Driver for Attached {
             return Err(DriverError::Failed { request: "harvest", reason });
         };
         Ok(Harvest { new: harvested.drain_into(0..self.pages(), into), holes: false })
+    }
+
+    async fn pace(&self, pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
+        match self.ask(Request::Pace { pages_per_second }).await {
+            Ok(([written_pages, target_pages], _)) => Ok(Some(Paced { written_pages, target_pages })),
+            Err(DriverError::Failed { reason, .. }) => {
+                debug!(reason, "the VMM cannot hold up who writes");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {

@@ -26,12 +26,12 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 
 pub use ahead::map_ahead;
 pub use attached::Attached;
-pub use memlane_kvm::dirty::Harvest;
+pub use memlane_kvm::dirty::{Harvest, Paced};
 pub use memory::VmmMemory;
 pub use process::Process;
 pub use stun::{Report as StunReport, Switch};
 
-use tracking::Tracking;
+use stun::Stunned;
 
 /// Why a VMM did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +106,11 @@ pub trait Driver {
     /// Adds all pages written since they were armed or last harvested to `into`; tells how
     /// many are new there.
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;
+    /// Holds the guest's writes to so many pages of 4 KiB per second until tracking stops, by holding up
+    /// whoever writes and nobody else; tells how that went since it began. `None` if the VMM cannot.
+    async fn pace(&self, _pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
+        Ok(None)
+    }
     /// Tracks no more.
     async fn stop_tracking(&self) -> Result<(), DriverError>;
     /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the
@@ -170,7 +175,7 @@ pub struct Guest {
     /// Its writes are being tracked.
     pub tracked: Cell<bool>,
     /// How, if they are held up.
-    stunned: RefCell<Option<Rc<Tracking>>>,
+    stunned: RefCell<Option<Stunned>>,
     /// The migration that it takes part in, or (relinquished, loaded) took part in.
     pub migration: RefCell<Option<MigrationId>>,
     /// The daemon started its VMM for a migration, and has no use for it without.
@@ -195,17 +200,21 @@ impl Guest {
 
     /// See [`Driver::harvest`].
     pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
-        let stunned = self.stunned.borrow().clone();
-        match stunned {
+        let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
+        match protection {
             Some(tracking) => tracking.harvest(into).await,
-            None => self.driver.harvest(into).await,
+            None => {
+                let harvest = self.driver.harvest(into).await?;
+                self.learn_pace().await?;
+                Ok(harvest)
+            }
         }
     }
 
     /// See [`Driver::stop_tracking`].
     pub async fn stop_tracking(&self) -> Result<(), DriverError> {
-        let stunned = self.stunned.take();
-        match stunned {
+        let protection = self.stunned.take().and_then(|stunned| stunned.protection());
+        match protection {
             Some(tracking) => {
                 tracking.end().await;
                 Ok(())

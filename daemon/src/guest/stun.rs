@@ -1,23 +1,50 @@
 //! Stun: a guest that writes faster than the lanes carry has its writes held to a rate.
 //!
-//! Its memory is write-protected so that a write waits, and a thread of the daemon's lets writes go
-//! one by one. Whoever reads or computes is not slowed. One mechanism for all VMMs: a linked one's
-//! own tracker, and the asynchronous protection of a QEMU, give way to it.
+//! A linked VMM whose tracker knows which vCPU writes holds up those vCPUs itself: that costs the others
+//! nothing. The memory of all others is write-protected so that a write waits, and a thread of the daemon
+//! lets writes go one by one: one mechanism for whatever VMM, to which its own tracker, and the asynchronous
+//! protection of a QEMU, give way.
 
 mod fingerprints;
 mod releaser;
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::machine::TrackerKind;
 
 use super::tracking::Tracking;
-use super::{DriverError, Guest, Harvest, VmmMemory};
+use super::{DriverError, Guest, Harvest, Paced, VmmMemory};
 
 pub use releaser::{Releaser, Report};
 
 use fingerprints::Fingerprints;
+
+/// How a guest's writes are held up.
+pub enum Stunned {
+    /// By protection, whose tracker is the guest's for the time being.
+    Protected(Rc<Tracking>),
+    /// By its VMM, whose tracker goes on.
+    Paced {
+        /// Since when.
+        since: Instant,
+        /// Pages of 4 KiB per second.
+        rate: u64,
+        /// As far as has been heard.
+        report: Report,
+    },
+}
+
+impl Stunned {
+    /// What tracks in place of the VMM's tracker.
+    pub fn protection(&self) -> Option<Rc<Tracking>> {
+        match self {
+            Self::Protected(tracking) => Some(tracking.clone()),
+            Self::Paced { .. } => None,
+        }
+    }
+}
 
 /// What it took to have a guest's writes wait.
 #[derive(Clone, Copy, Debug)]
@@ -34,11 +61,26 @@ impl Guest {
     ///
     /// The guest runs on meanwhile. After an error writes may have been missed.
     pub async fn stun(&self, into: &PageSet, pages_per_second: u64) -> Result<Switch, DriverError> {
+        if let Some(switch) = self.pace(into, pages_per_second).await? {
+            return Ok(switch);
+        }
         let memory = self.driver.open_memory(false).await?;
         match self.shape.tracker {
             TrackerKind::Log | TrackerKind::Ring => self.overlap(memory, into, pages_per_second).await,
             TrackerKind::Pagemap => self.exchange(memory, into, pages_per_second).await,
         }
+    }
+
+    /// Has the VMM hold up those who write, if it can.
+    async fn pace(&self, into: &PageSet, pages_per_second: u64) -> Result<Option<Switch>, DriverError> {
+        let since = Instant::now();
+        if self.driver.pace(pages_per_second).await?.is_none() {
+            return Ok(None);
+        }
+        let took = since.elapsed();
+        let (rate, report) = (pages_per_second, Report::default());
+        self.stunned.replace(Some(Stunned::Paced { since, rate, report }));
+        Ok(Some(Switch { harvest: self.driver.harvest(into).await?, took }))
     }
 
     /// What KVM tracks can be protected besides: from when all is, no write is missed without KVM.
@@ -52,7 +94,7 @@ impl Guest {
         let tracking = Tracking::start(memory, Some(pages_per_second))?;
         tracking.arm_all().await?;
         let harvest = self.driver.harvest(into).await?;
-        self.stunned.replace(Some(tracking.into()));
+        self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         self.driver.stop_tracking().await?;
         Ok(Switch { harvest, took: started.elapsed() })
     }
@@ -72,7 +114,7 @@ impl Guest {
         self.driver.stop_tracking().await?;
         let tracking = Tracking::start(memory, Some(pages_per_second))?;
         tracking.arm_all().await?;
-        self.stunned.replace(Some(tracking.into()));
+        self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         // And what is written from here on, by the tracker.
         let changed = before.compare(self.ram.clone(), into).await?;
         let harvest = Harvest { new: told.new + changed.new, holes: told.holes || changed.holes };
@@ -80,8 +122,28 @@ impl Guest {
     }
 
     /// Holds the writes of a guest that is stunned to another rate.
-    pub fn set_stun(&self, pages_per_second: u64) {
+    pub async fn set_stun(&self, pages_per_second: u64) -> Result<(), DriverError> {
         self.releaser(|releaser| releaser.set_rate(pages_per_second));
+        if let Some(Stunned::Paced { rate, .. }) = &mut *self.stunned.borrow_mut() {
+            *rate = pages_per_second;
+        }
+        self.learn_pace().await
+    }
+
+    /// Learns how it goes from a VMM that holds up writers itself, and tells it the rate.
+    pub(super) async fn learn_pace(&self) -> Result<(), DriverError> {
+        let rate = match &*self.stunned.borrow() {
+            Some(Stunned::Paced { rate, .. }) => *rate,
+            _ => return Ok(()),
+        };
+        let Some(Paced { written_pages, target_pages }) = self.driver.pace(rate).await? else {
+            return Ok(());
+        };
+        if let Some(Stunned::Paced { since, report, .. }) = &mut *self.stunned.borrow_mut() {
+            let (in_force, target_pages) = (since.elapsed(), target_pages as f64);
+            *report = Report { in_force, released_pages: written_pages, target_pages };
+        }
+        Ok(())
     }
 
     /// Lets all writes of a guest that is stunned go, as fast as they come.
@@ -97,10 +159,15 @@ impl Guest {
 
     /// How the stun goes, if there is one.
     pub fn stun_report(&self) -> Option<Report> {
-        self.releaser(Releaser::report)
+        match &*self.stunned.borrow() {
+            Some(Stunned::Paced { report, .. }) => Some(*report),
+            Some(Stunned::Protected(tracking)) => tracking.releaser().map(Releaser::report),
+            None => None,
+        }
     }
 
     fn releaser<T>(&self, act: impl FnOnce(&Releaser) -> T) -> Option<T> {
-        self.stunned.borrow().as_ref().and_then(|tracking| tracking.releaser()).map(act)
+        let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
+        protection.as_ref().and_then(|tracking| tracking.releaser()).map(act)
     }
 }

@@ -407,7 +407,7 @@ impl Copying {
             ticker.tick().await;
             self.sample();
             if tick % 5 == 0 {
-                self.follow_lanes(&convergence.borrow());
+                self.follow_lanes(convergence).await;
                 self.show();
             }
         }

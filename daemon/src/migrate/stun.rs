@@ -1,9 +1,10 @@
 //! Slowing the guest's writes while it is copied, as far as was decided.
 
+use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 
 use memlane_protocol::convergence::Convergence;
-use tracing::info;
+use tracing::{debug, info};
 
 use super::copy::{CopyError, Copying};
 use crate::api::types::Stun;
@@ -13,8 +14,7 @@ impl Copying {
     /// Holds the guest's writes to this rate from now on.
     pub async fn stun(&self, pages_per_second: u64) -> Result<(), CopyError> {
         if self.guest.stun_report().is_some() {
-            self.guest.set_stun(pages_per_second);
-            return Ok(());
+            return Ok(self.guest.set_stun(pages_per_second).await?);
         }
         let switch = self.guest.stun(&self.outbound.dirty, pages_per_second).await?;
         if switch.harvest.holes {
@@ -35,10 +35,14 @@ impl Copying {
     }
 
     /// Holds the writes of a stunned guest to what the lanes deliver now.
-    pub fn follow_lanes(&self, convergence: &Convergence) {
+    pub async fn follow_lanes(&self, convergence: &RefCell<Convergence>) {
         let bandwidth = self.bandwidth.borrow().bytes_per_second();
-        if let Some(pages_per_second) = convergence.stun_target(bandwidth) {
-            self.guest.set_stun(pages_per_second);
+        let target = convergence.borrow().stun_target(bandwidth);
+        if let Some(pages_per_second) = target
+            && let Err(error) = self.guest.set_stun(pages_per_second).await
+        {
+            // Whoever harvests next hears of it too, and that ends the copy.
+            debug!(%error, "the rate of a stun stays as it was");
         }
     }
 

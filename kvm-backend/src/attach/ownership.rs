@@ -195,7 +195,7 @@ mod tests {
         #[test]
         fn only_a_resume_makes_a_guest_run(
             incoming: bool,
-            asked in prop::collection::vec((0usize..12, prop::bool::ANY), 0..40),
+            asked in prop::collection::vec((0usize..13, prop::bool::ANY), 0..40),
         ) {
             let start = if incoming { Standing::Incoming } else { Standing::Running };
             let mut ownership = Ownership::new(start);
@@ -214,6 +214,7 @@ mod tests {
                     Request::Prepare { migration },
                     Request::Discard,
                     Request::OpenUserfault { keep: first },
+                    Request::Pace { pages_per_second: 1 },
                 ][which];
                 let before = ownership;
                 if ownership.check(&request).is_err() {

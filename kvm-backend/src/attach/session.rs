@@ -16,6 +16,7 @@ use rustix::time::ClockId;
 
 use super::ownership::Ownership;
 use super::{AttachError, TrackingPhase, Vmm, VmmError};
+use crate::dirty::Paced;
 use crate::packet;
 use crate::shared::SharedWords;
 use crate::userfault;
@@ -145,6 +146,10 @@ impl<'a> Session<'a> {
                 let dirty = self.dirty.as_ref().ok_or("tracking has not been started")?;
                 let new = self.lock().tracker().harvest(dirty)?;
                 ([elapsed(), new], none)
+            }
+            Request::Pace { pages_per_second } => {
+                let Paced { written_pages, target_pages } = self.lock().tracker().pace(pages_per_second)?;
+                ([written_pages, target_pages], none)
             }
             Request::StopTracking => {
                 self.stop_tracking()?;

@@ -8,6 +8,7 @@
 mod armed;
 pub mod foreign;
 pub mod log;
+mod pace;
 pub mod pagemap;
 mod punches;
 pub mod ring;
@@ -20,6 +21,7 @@ use memlane_protocol::wire::machine::TrackerKind;
 
 pub use foreign::{ForeignTracker, Harvest, Writes};
 pub use log::LogTracker;
+pub use pace::Paced;
 pub use pagemap::PagemapTracker;
 pub use ring::{RingHandle, RingSize, RingTracker};
 
@@ -53,6 +55,15 @@ pub trait DirtyTracker: Send {
     ///
     /// Each page is armed again before it appears in `into`, so that no write after that is missed.
     fn harvest(&mut self, into: &PageSet<SharedWords>) -> Result<u64, TrackError>;
+
+    /// Holds the guest's writes to so many pages of 4 KiB per second from now on, by keeping the vCPUs that
+    /// write out of the guest; vCPUs that do not write run on. It ends with [`stop`](Self::stop). Tells how
+    /// that went since it began.
+    ///
+    /// Fails with [`TrackError::NoPace`] where it is not known which vCPU writes.
+    fn pace(&mut self, _pages_per_second: u64) -> Result<Paced, TrackError> {
+        Err(TrackError::NoPace)
+    }
 
     /// Ends tracking; the guest runs at full speed again. Does nothing if it has not begun.
     fn stop(&mut self) -> Result<(), TrackError>;

@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET,
@@ -30,7 +31,8 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::ioctl::{ioctl, opcode};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::{Armed, DirtyTracker, TrackError};
+use super::pace::{Holds, Kick, Pace};
+use super::{Armed, DirtyTracker, Paced, TrackError};
 use crate::ioctl::Answering;
 use crate::ram::{GuestRam, MemorySlot};
 use crate::shared::SharedWords;
@@ -82,6 +84,9 @@ pub fn enable(vm: &VmFd, entries: u32) -> Result<RingSize, TrackError> {
 
 /// Finds dirty pages by KVM's dirty rings.
 pub struct RingTracker {
+    /// Dropped first: it looks at the rings.
+    pace: Option<Pace>,
+    kick: Option<Kick>,
     handle: RingHandle,
     armed: Armed,
     started: bool,
@@ -97,6 +102,7 @@ struct Shared {
     slots: Vec<MemorySlot>,
     size: RingSize,
     rings: Mutex<Rings>,
+    holds: Arc<Holds>,
 }
 
 /// All vCPUs' rings. The lock around them also orders collecting, resetting and draining: a
@@ -114,8 +120,9 @@ impl RingTracker {
     pub fn new(vm: Arc<VmFd>, ram: Arc<GuestRam>, slots: Vec<MemorySlot>, size: RingSize) -> Self {
         let pages = ram.pages();
         let rings = Mutex::new(Rings { rings: Vec::new(), pending: PageSet::new(pages), on: false });
-        let handle = RingHandle(Arc::new(Shared { vm, ram, slots, size, rings }));
-        Self { handle, armed: Armed::new(pages), started: false }
+        let holds = Arc::new(Holds::new());
+        let handle = RingHandle(Arc::new(Shared { vm, ram, slots, size, rings, holds }));
+        Self { pace: None, kick: None, handle, armed: Armed::new(pages), started: false }
     }
 
     /// Maps the ring of a vCPU of this virtual machine. Every vCPU must be added, once, before it runs.
@@ -123,7 +130,14 @@ impl RingTracker {
         let ring =
             Ring::map(vcpu, self.handle.0.size).map_err(TrackError::kernel("mapping a vCPU's dirty ring"))?;
         self.handle.0.lock().rings.push(ring);
+        self.handle.0.holds.add_vcpu();
         Ok(())
+    }
+
+    /// The VMM holds vCPUs: `kick` makes one leave `KVM_RUN`, or not enter it, by the number of its
+    /// [`add_vcpu`](Self::add_vcpu), and its thread then asks [`RingHandle::held_until`].
+    pub fn hold_vcpus(&mut self, kick: impl Fn(usize) + Send + Sync + 'static) {
+        self.kick = Some(Arc::new(kick));
     }
 
     /// What the vCPU threads need when their ring is full.
@@ -148,6 +162,12 @@ impl RingHandle {
     /// [`EXIT_RING_FULL`]. What was collected is reported by the next harvest.
     pub fn collect(&self) -> Result<(), TrackError> {
         self.0.collect(&mut self.0.lock())
+    }
+
+    /// Until when a vCPU must stay out of the guest, for its thread before each `KVM_RUN`; `None` if it
+    /// may enter. It asks again then, and may be stopped meanwhile as ever.
+    pub fn held_until(&self, vcpu: usize) -> Option<Instant> {
+        self.0.holds.of(vcpu)
     }
 }
 
@@ -195,7 +215,24 @@ impl DirtyTracker for RingTracker {
         Ok(new)
     }
 
+    fn pace(&mut self, pages_per_second: u64) -> Result<Paced, TrackError> {
+        if !self.started {
+            return Err(TrackError::NotStarted);
+        }
+        let kick = self.kick.as_ref().ok_or(TrackError::NoPace)?;
+        if let Some(pace) = &self.pace {
+            pace.set_rate(pages_per_second);
+            return Ok(pace.paced());
+        }
+        let shared = self.handle.0.clone();
+        let look = move || shared.lock().rings.iter_mut().map(Ring::look).collect();
+        let pace = Pace::start(self.handle.0.holds.clone(), pages_per_second, kick.clone(), look);
+        let pace = pace.map_err(|error| TrackError::Kernel { doing: "starting a thread", source: error })?;
+        Ok(self.pace.insert(pace).paced())
+    }
+
     fn stop(&mut self) -> Result<(), TrackError> {
+        self.pace = None;
         if self.started {
             self.switch(false)?;
             self.started = false;
@@ -305,6 +342,8 @@ struct Ring {
     size: RingSize,
     /// Number of the next entry to collect; its low bits say where it is.
     next: u32,
+    /// Number of the first entry that [`look`](Self::look) has not seen.
+    seen: u32,
     /// Number of the next entry that KVM will reset, as `reset_index` in KVM.
     reset: u32,
     /// After an overflow: KVM counts entries from `next` on that were handed back already. Up
@@ -343,7 +382,7 @@ impl Ring {
             )?
         };
         let entries = NonNull::new(entries.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { entries, size, next: 0, reset: 0, adrift: false })
+        Ok(Self { entries, size, next: 0, seen: 0, reset: 0, adrift: false })
     }
 
     /// Calls `found` with slot and offset of each published entry and hands the entry back.
@@ -362,6 +401,20 @@ impl Ring {
             entry.flags.store(COLLECTED, Ordering::Release);
             self.next = self.next.wrapping_add(1);
         }
+    }
+
+    /// How many entries KVM has published since the last look, collected or not.
+    fn look(&mut self) -> u32 {
+        let before = self.seen;
+        if self.next.wrapping_sub(self.seen).cast_signed() > 0 {
+            self.seen = self.next;
+        }
+        while self.seen.wrapping_sub(self.reset) < self.size.0
+            && self.entry(self.seen).flags.load(Ordering::Acquire) & (DIRTY | COLLECTED) == DIRTY
+        {
+            self.seen = self.seen.wrapping_add(1);
+        }
+        self.seen.wrapping_sub(before)
     }
 
     /// Whether every entry was in use at once. KVM keeps some free, so it went too far then,

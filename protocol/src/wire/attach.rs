@@ -121,6 +121,13 @@ pub enum Request {
     /// Add all pages written since they were last harvested to the shared set, and arm them
     /// again. Values: time taken, pages added.
     Harvest,
+    /// Hold the guest's writes to so many pages of 4 KiB per second, by keeping the vCPUs that write out of
+    /// the guest and no others, until tracking ends; fails where that cannot be.
+    /// Values: pages written since that began, pages that there were to write.
+    Pace {
+        /// Pages per second; 0 counts as 1.
+        pages_per_second: u64,
+    },
     /// Track no more; release what tracking took.
     StopTracking,
     /// Stop all vCPUs. Values: `CLOCK_MONOTONIC` when the last one stood still, 0.
@@ -242,6 +249,7 @@ impl ToVmm {
                 put_header(&mut out, request.kind(), *id);
                 match *request {
                     Request::Arm { first, pages } => put(&mut out, &[U64::new(first), U64::new(pages)]),
+                    Request::Pace { pages_per_second } => put(&mut out, &U64::new(pages_per_second)),
                     Request::Load { bytes } => put(&mut out, &U64::new(bytes)),
                     Request::Relinquish { migration } | Request::Prepare { migration } => {
                         put(&mut out, &migration);
@@ -269,6 +277,7 @@ impl ToVmm {
                 Request::Arm { first, pages }
             }
             kind::HARVEST => Request::Harvest,
+            kind::PACE => Request::Pace { pages_per_second: reader.take::<U64>("rate of writes")?.get() },
             kind::STOP_TRACKING => Request::StopTracking,
             kind::PAUSE => Request::Pause,
             kind::RESUME => Request::Resume,
@@ -300,6 +309,7 @@ impl Request {
             Self::StartTracking => "start tracking",
             Self::Arm { .. } => "arm",
             Self::Harvest => "harvest",
+            Self::Pace { .. } => "pace",
             Self::StopTracking => "stop tracking",
             Self::Pause => "pause",
             Self::Resume => "resume",
@@ -317,6 +327,7 @@ impl Request {
             Self::StartTracking => kind::START_TRACKING,
             Self::Arm { .. } => kind::ARM,
             Self::Harvest => kind::HARVEST,
+            Self::Pace { .. } => kind::PACE,
             Self::StopTracking => kind::STOP_TRACKING,
             Self::Pause => kind::PAUSE,
             Self::Resume => kind::RESUME,
@@ -360,6 +371,7 @@ mod kind {
     pub const DISCARD: u16 = 42;
     pub const OPEN_USERFAULT: u16 = 43;
     pub const KEEP_USERFAULT: u16 = 44;
+    pub const PACE: u16 = 45;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

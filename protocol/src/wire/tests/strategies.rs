@@ -95,6 +95,7 @@ fn request() -> impl Strategy<Value = Request> {
         Just(Request::StartTracking),
         any::<(u64, u64)>().prop_map(|(first, pages)| Request::Arm { first, pages }),
         Just(Request::Harvest),
+        any::<u64>().prop_map(|pages_per_second| Request::Pace { pages_per_second }),
         Just(Request::StopTracking),
         Just(Request::Pause),
         Just(Request::Resume),

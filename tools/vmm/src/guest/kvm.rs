@@ -15,7 +15,7 @@ use memlane_kvm::vcpu::{Capabilities, VcpuState, tsc_offset};
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 
 use super::clock::{Reading, TscClock};
-use super::vcpu::{Vcpu, install_kick, kick, lock};
+use super::vcpu::{Seat, Vcpu, install_kick, kick, lock};
 use super::{Guest, Layout, long_mode};
 use crate::gate::Gate;
 use crate::workload::SLOTS;
@@ -96,6 +96,7 @@ impl KvmGuest {
         };
         let machine = Mutex::new(machine.map_err(failed("describe the machine"))?);
 
+        let seats: Arc<[Seat]> = vcpus.iter().map(|_| Seat::default()).collect();
         let mut handle = None;
         let tracker: Box<dyn DirtyTracker> = match (options.tracker, size) {
             (TrackerKind::Ring, Some(size)) => {
@@ -103,6 +104,8 @@ impl KvmGuest {
                 for vcpu in &vcpus {
                     tracker.add_vcpu(vcpu).map_err(failed("map a dirty ring"))?;
                 }
+                let seats = seats.clone();
+                tracker.hold_vcpus(move |vcpu| seats[vcpu].kick());
                 handle = Some(tracker.handle());
                 Box::new(tracker)
             }
@@ -138,6 +141,7 @@ impl KvmGuest {
                 layout: layout.clone(),
                 clock: Arc::clone(&guest.clock),
                 ring: handle.clone(),
+                seats: seats.clone(),
             };
             guest.threads.push(vcpu.start().map_err(failed("start a thread"))?);
         }

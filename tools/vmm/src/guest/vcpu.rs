@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::ptr::null_mut;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -34,8 +34,27 @@ pub struct Vcpu {
     pub layout: Layout,
     /// The guest's clock.
     pub clock: Arc<TscClock>,
-    /// What to do when a dirty ring is full.
+    /// What to do when a dirty ring is full, and who says how long to stay out of the guest.
     pub ring: Option<RingHandle>,
+    /// Where the threads of all vCPUs are found.
+    pub seats: Arc<[Seat]>,
+}
+
+/// Where a vCPU's thread is found while it runs: its number in the kernel, else 0.
+#[derive(Debug, Default)]
+pub struct Seat(AtomicI32);
+
+impl Seat {
+    /// Makes the thread leave the guest, or not enter it.
+    pub fn kick(&self) {
+        let thread = self.0.load(Ordering::Acquire);
+        if thread != 0 {
+            // SAFETY: the call reads nothing but its arguments. A thread of this process that has got the
+            // number meanwhile has its system call interrupted, no more: the handler finds no vCPU there.
+            // An error means that there is no such thread any more.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
+        }
+    }
 }
 
 thread_local! {
@@ -63,6 +82,8 @@ impl Vcpu {
             // and nothing is wrong if it does.
             let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
             let fd = Arc::clone(&self.fd);
+            let seat = &self.seats[usize::from(self.index)];
+            seat.0.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
             self.gate.leave_after(|| {
                 IMMEDIATE_EXIT.set(&raw mut lock(&fd).get_kvm_run().immediate_exit);
                 loop {
@@ -75,6 +96,7 @@ impl Vcpu {
                 }
             });
             // This thread's hold on the vCPU ends here.
+            seat.0.store(0, Ordering::Release);
             IMMEDIATE_EXIT.set(null_mut());
         })
     }
@@ -87,6 +109,10 @@ impl Vcpu {
             vcpu.set_kvm_immediate_exit(0);
             if !self.gate.is_open() {
                 return complete_io(vcpu).map_err(|error| error.to_string());
+            }
+            if let Some(until) = self.ring.as_ref().and_then(|ring| ring.held_until(self.index.into())) {
+                self.gate.sleep_until(until);
+                continue;
             }
             match vcpu.run() {
                 Ok(VcpuExit::IoOut(SLEEP_PORT, _)) => self.sleep(),

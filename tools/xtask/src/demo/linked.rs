@@ -95,7 +95,7 @@ impl Options {
         if let Some(working_set) = self.working_set {
             arguments.extend(["--working-set".into(), working_set.to_string()]);
         }
-        if let Some(tracker) = self.tracker {
+        if let Some(tracker) = self.tracker() {
             let name = format!("{tracker:?}").to_lowercase();
             arguments.extend(["--tracker".into(), name]);
         }
@@ -116,7 +116,7 @@ impl Options {
 
     fn guest_shape(&self) -> Value {
         let kvm = self.guest == Guest::Kvm;
-        let tracker = match self.tracker {
+        let tracker = match self.tracker() {
             Some(tracker) => format!("{tracker:?}").to_lowercase(),
             None if kvm => "log".to_owned(),
             None => "pagemap".to_owned(),

@@ -57,7 +57,8 @@ pub struct Options {
     /// Memory that the guest writes [default: a quarter of it]
     #[arg(long)]
     working_set: Option<Size>,
-    /// How written pages are found [default: log; pagemap for a process and QEMU]
+    /// How written pages are found [default: ring where stun may come, so that it costs readers nothing, else log;
+    /// pagemap for a process and QEMU]
     #[arg(long, value_enum)]
     tracker: Option<Tracker>,
     /// When the guest's memory is sent: before the guest, partly after it, or all after it
@@ -101,7 +102,7 @@ pub struct Options {
     json: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Tracker {
     Log,
     Ring,
@@ -220,6 +221,12 @@ impl Options {
         Ok(ended)
     }
 
+    /// How written pages are found, where the VMM's own default will not do.
+    fn tracker(&self) -> Option<Tracker> {
+        let stun = matches!(self.converge, Some(Converge::Stun | Converge::Auto));
+        self.tracker.or((stun && self.guest == Guest::Kvm).then_some(Tracker::Ring))
+    }
+
     /// Number of the guest's vCPUs that only read.
     fn readers(&self) -> u16 {
         let qemu = self.guest == Guest::Qemu;
@@ -271,5 +278,13 @@ mod tests {
         assert_eq!(["", "--converge stun", "--converge none --guest process"].map(readers), [0, 1, 1]);
         assert_eq!(["--converge stun --guest qemu", "--converge stun --readers 0"].map(readers), [0, 0]);
         assert_eq!(readers("--readers 3"), 3);
+    }
+
+    #[test]
+    fn a_guest_that_may_be_stunned_has_dirty_rings_unless_it_is_told_otherwise() {
+        let tracker = |line: &str| options(line).tracker();
+        assert_eq!(["--converge stun", "--converge auto"].map(tracker), [Some(Tracker::Ring); 2]);
+        assert_eq!(["", "--converge none", "--converge stun --guest process"].map(tracker), [None; 3]);
+        assert_eq!(tracker("--converge stun --tracker log"), Some(Tracker::Log));
     }
 }
