@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use memlane_lab::{HostId, Rig, Size, Vmm};
+use memlane_lab::{HostId, Readers, Rig, Size, Vmm};
 use serde_json::Value;
 
-use crate::cpu::{Meter, Used};
+use crate::cpu::{self, Meter, Used};
 use crate::report::Figures;
 use crate::unix_time;
 
@@ -15,7 +15,7 @@ pub const GUEST: &str = "web1";
 /// How long it runs before it is moved, so that it moves in full swing; what is used meanwhile is used anyway.
 const WARM_UP: Duration = Duration::from_secs(1);
 /// Bytes of a page.
-const PAGE: f64 = 4096.0;
+pub(crate) const PAGE: f64 = 4096.0;
 
 /// A guest, and the VMMs at both ends.
 #[derive(Debug, Clone)]
@@ -32,6 +32,8 @@ pub struct Guest {
     pub vcpus: u16,
     /// Virtual CPUs that only read.
     pub readers: u16,
+    /// Whether the source's memory is all there before the move: what holds zeros is no hole then.
+    pub populated: bool,
     /// Whether the destination's memory is taken from the system before the move.
     pub prepared: bool,
     /// Whether it is a virtual machine; else threads of a process.
@@ -48,7 +50,7 @@ pub enum Writes {
 }
 
 /// A move that has ended.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Moved {
     /// The migration as the source's daemon told it at last.
     pub migration: Value,
@@ -60,6 +62,13 @@ pub struct Moved {
     pub used: Used,
     /// The same while nothing moved.
     pub idle: Used,
+    /// Processor seconds of the source's daemon alone.
+    pub source_daemon: f64,
+    /// Pages that the guest wrote a second, from the order until it was looked at at its destination; none if it did
+    /// not get there.
+    pub writes_per_second: Option<f64>,
+    /// How fast the vCPUs were that only read, if the guest has any.
+    pub readers: Option<Readers>,
 }
 
 impl Guest {
@@ -75,6 +84,7 @@ impl Guest {
             working_set: None,
             vcpus: 1,
             readers: 0,
+            populated: false,
             prepared: false,
             kvm,
         }
@@ -95,13 +105,36 @@ impl Guest {
         let mut meter = ends.meter(rig)?;
         let idle = meter.idle(WARM_UP);
 
-        let (before, ordered_at) = (meter.read(), unix_time());
-        let migration = order(rig, arguments, &mut look)?;
+        let mut readers = match self.readers {
+            0 => None,
+            readers => Some(Readers::before(&mut ends.source, self.vcpus..self.vcpus + readers)?),
+        };
+        let daemon = rig.daemon(HostId::A).pid();
+        let written = Written::by(&ends.source.stats()?)?;
+
+        let (before, daemon_before, ordered_at) = (meter.read(), cpu::of_process(daemon)?, unix_time());
+        let migration = order(rig, arguments, &mut |migration| {
+            look(migration);
+            if let Some(readers) = &mut readers {
+                readers.look(migration);
+            }
+        })?;
         let (used, ended_at) = (meter.read().since(&before), unix_time());
+        let source_daemon = cpu::of_process(daemon)? - daemon_before;
         let arrived = migration["outcome"] == "completed";
         let runs_at = resumed_at(&migration).filter(|_| arrived).unwrap_or(ended_at);
         let guest = if arrived { ends.check()? } else { Value::Null };
-        Ok(Moved { migration, guest, seconds: runs_at - ordered_at, used, idle })
+        let written = if arrived { Some(Written::by(&guest)?.since(&written)) } else { None };
+        Ok(Moved {
+            migration,
+            guest,
+            seconds: runs_at - ordered_at,
+            used,
+            idle,
+            source_daemon,
+            writes_per_second: written,
+            readers,
+        })
     }
 
     fn arguments(&self, incoming: bool) -> Vec<String> {
@@ -119,11 +152,30 @@ impl Guest {
             Writes::Rate(rate) => option("--rate", rate.to_string()),
             Writes::FlatOut => arguments.push("--flat-out".to_owned()),
         }
-        if incoming {
-            arguments.push("--incoming".to_owned());
-            arguments.extend(self.prepared.then(|| "--prepare".to_owned()));
-        }
+        arguments.extend(incoming.then(|| "--incoming".to_owned()));
+        let prepare = if incoming { self.prepared } else { self.populated };
+        arguments.extend(prepare.then(|| "--prepare".to_owned()));
         arguments
+    }
+}
+
+/// How much a guest has written until some moment.
+struct Written {
+    pages: f64,
+    at_ns: f64,
+}
+
+impl Written {
+    /// As its VMM tells it.
+    fn by(stats: &Value) -> Result<Self> {
+        let steps = stats["steps"].as_array().into_iter().flatten().filter_map(Value::as_f64);
+        let at_ns = stats["monotonic_ns"].as_f64().context("the VMM tells no time")?;
+        Ok(Self { pages: steps.sum(), at_ns })
+    }
+
+    /// Pages a second since then. Both hosts are this machine, and have one clock.
+    fn since(&self, before: &Self) -> f64 {
+        (self.pages - before.pages) * 1e9 / (self.at_ns - before.at_ns)
     }
 }
 

@@ -16,7 +16,7 @@ use std::cell::Cell;
 
 use anyhow::Result;
 use clap::Args;
-use memlane_lab::{LabOptions, Requirement, Rig, RigOptions, Size, why_not};
+use memlane_lab::{LabOptions, Requirement, Size, why_not};
 use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario};
@@ -56,7 +56,7 @@ impl Scenario for Bulk {
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
-        let mut rig = Rig::new(&bench.programs, RigOptions { lab, ..RigOptions::default() })?;
+        let mut rig = bench.rig(lab)?;
         let contents = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
         let firmware = Firmware::new(rig.lab(), &contents)?;
         let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());

@@ -3,18 +3,25 @@
 //! A scenario is a type that holds its options and implements [`Scenario`], and a line in [`Order`].
 
 mod bulk;
+mod busy;
+mod line;
+mod outrun;
 mod qemu;
 mod shaped;
+mod zero;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use memlane_lab::{Programs, Requirement, why_not};
+use memlane_lab::{LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
 use serde_json::Value;
 
 use crate::report::{Case, Figures, Report, Run, Runs};
 pub use bulk::Bulk;
+pub use busy::Busy;
+pub use outrun::Outrun;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
+pub use zero::Zero;
 
 /// One kind of migration, and what is asked about it. The type holds what it can be told on the command line.
 pub trait Scenario {
@@ -41,6 +48,12 @@ pub enum Order {
     Bulk(With<Bulk>),
     /// 4 ports of 1 Gbit/s, against what they can carry as TCP payload
     Shaped(With<Shaped>),
+    /// A guest that writes at 30, 60 and 90 % of what 2 ports carry, against the ideal for that
+    Busy(With<Busy>),
+    /// A guest that writes faster than the ports carry: stun, post-copy, and the one after the other
+    Outrun(With<Outrun>),
+    /// A guest most of whose pages hold zeros, against a plain read of such memory
+    Zero(With<Zero>),
     /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
     Qemu(With<Qemu>),
 }
@@ -93,6 +106,9 @@ impl Order {
             Self::All(common) => carry_out_all(programs, common, tell),
             Self::Bulk(order) => order.carry_out(programs, tell),
             Self::Shaped(order) => order.carry_out(programs, tell),
+            Self::Busy(order) => order.carry_out(programs, tell),
+            Self::Outrun(order) => order.carry_out(programs, tell),
+            Self::Zero(order) => order.carry_out(programs, tell),
             Self::Qemu(order) => order.carry_out(programs, tell),
         }
     }
@@ -138,6 +154,16 @@ impl<S: Scenario + Args> With<S> {
 }
 
 impl Bench {
+    /// Two hosts with daemons that accept ports however slow: those of a scenario are slow on purpose.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Rig::new`].
+    pub fn rig(&self, lab: LabOptions) -> Result<Rig> {
+        let tables = "[limits]\nmin_bandwidth = \"1mbit\"\n".to_owned();
+        Rig::new(&self.programs, RigOptions { lab, tables, ..RigOptions::default() })
+    }
+
     /// Measures each of `cases` once in each repetition. What goes with a case tells `measure` what to do.
     ///
     /// In each repetition another one is the first, to whom the machine itself may be slower to give memory.

@@ -1,26 +1,20 @@
 //! `shaped`: an idle guest of incompressible memory, over ports that carry less than the machine could.
 //!
-//! - **of_line**: contents of memory in round one, over what the ports can carry of them as payload of TCP at most. A
-//!   port is shaped by HTB, which counts frames with their Ethernet headers (14 bytes; no preamble, no checksum, no gap,
-//!   which a veth pair does not have either). Of each frame of MTU + 14 bytes, MTU - 52 are payload: 20 bytes are the
-//!   header of IPv4, 20 that of TCP, and 12 its timestamps. With an MTU of 9000 that is 99.27 % of the rate.
+//! - **of_line**: contents of memory in round one, over what the ports can carry of them as payload of TCP at most: see
+//!   [`line`](super::line).
 //! - **vs_raw**: the same over what raw sockets carried over the same ports in the same repetition.
 
 use anyhow::Result;
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Rig, RigOptions, Size, why_not};
+use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
+use super::line::payload_gbit_per_second;
 use super::{Bench, Measured, Scenario};
 use crate::baseline::memory::{MemoryState, SharedMemory};
 use crate::baseline::raw;
 use crate::memlane::Guest;
 use crate::report::{By, Report};
-
-/// Bytes of a frame that HTB counts beyond the MTU.
-const ETHERNET: u32 = 14;
-/// Bytes of a packet that are headers of IPv4 and TCP, with timestamps.
-const HEADERS: u32 = 20 + 20 + 12;
 
 /// What to measure.
 #[derive(Args, Debug, Clone)]
@@ -52,7 +46,7 @@ impl Scenario for Shaped {
             ..LabOptions::default()
         };
         let line = payload_gbit_per_second(self.port_rate, lab.mtu) * f64::from(self.ports);
-        let mut rig = Rig::new(&bench.programs, RigOptions { lab, ..RigOptions::default() })?;
+        let mut rig = bench.rig(lab)?;
         let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
         let memory = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
 
@@ -84,23 +78,5 @@ impl Scenario for Shaped {
         report.ratio("of_line", of_line, format!("round one, of the {line:.3} Gbit/s of payload that fit"));
         report.ratio("vs_raw", vs_raw, "round one, of what raw sockets carried");
         Ok(report)
-    }
-}
-
-/// What a port shaped to `rate` can carry as payload of TCP.
-fn payload_gbit_per_second(rate: Rate, mtu: u32) -> f64 {
-    let share = f64::from(mtu - HEADERS) / f64::from(mtu + ETHERNET);
-    rate.bits_per_second() as f64 / 1e9 * share
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_take_their_part_of_a_port() {
-        let rate = "1gbit".parse().expect("a rate");
-        assert!((payload_gbit_per_second(rate, 9000) - 0.992_678).abs() < 1e-6);
-        assert!((payload_gbit_per_second(rate, 1500) - 0.956_407).abs() < 1e-6);
     }
 }

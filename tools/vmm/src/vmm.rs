@@ -100,9 +100,6 @@ impl GuestVmm {
         let ram = GuestRam::create(layout.regions(), &config.backing)
             .map_err(|error| format!("cannot make the guest's memory: {error}"))?;
         let ram = Arc::new(ram);
-        if config.prepare {
-            ram.prepare(0..ram.pages()).map_err(|error| format!("cannot take all of RAM: {error}"))?;
-        }
         let program = Program {
             name: PROGRAM.parse().expect("the program's name is a label"),
             state_version: state::VERSION,
@@ -138,6 +135,10 @@ impl GuestVmm {
             for vcpu in 0..layout.vcpus() {
                 ControlBlock::of(&ram, &layout, vcpu).set_up(&layout, &config.workload, vcpu, khz);
             }
+        }
+        if config.prepare {
+            // After all that makes holes again.
+            ram.prepare(0..ram.pages()).map_err(|error| format!("cannot take all of RAM: {error}"))?;
         }
         let standing = if config.incoming { Standing::Incoming } else { Standing::Paused };
         Ok(Self {

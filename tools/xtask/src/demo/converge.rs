@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
+use memlane_lab::Readers;
 use serde_json::{Value, json};
 
 use super::format::{thousands, time};
-use super::readers::Readers;
 
 /// Post-copy, as programs read it; `null` if there was none.
 pub fn postcopy(migration: &Value) -> Value {

@@ -1,10 +1,9 @@
 //! Guests of `memlane-vmm`, which links Memlane: their memory is compared with a model.
 
 use anyhow::Result;
-use memlane_lab::{HostId, Rig, Vmm};
+use memlane_lab::{HostId, Readers, Rig, Vmm};
 use serde_json::{Value, json};
 
-use super::readers::Readers;
 use super::report::{Demo, Leg};
 use super::{GUEST, Guest, Options, PROOF_LIMIT, RUN_ON, WARM_UP, other};
 

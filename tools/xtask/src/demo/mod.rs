@@ -4,7 +4,6 @@ mod converge;
 mod format;
 mod linked;
 mod linux;
-mod readers;
 mod report;
 
 use std::time::Duration;

@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
+use memlane_lab::Readers;
 use serde_json::{Value, json};
 
 use super::converge;
 use super::format::{binary, seconds, thousands, time};
-use super::readers::Readers;
 
 /// One move.
 pub struct Leg {

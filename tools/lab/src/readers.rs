@@ -7,8 +7,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use memlane_lab::{Vmm, VmmSession, wait_for};
 use serde_json::{Value, json};
+
+use crate::rig::{Vmm, VmmSession};
+use crate::wait::wait_for;
 
 /// How long readers are watched before the guest is moved.
 const BEFORE: Duration = Duration::from_secs(1);
@@ -29,6 +31,7 @@ const LEAST_NS: u64 = 200_000_000;
 ///
 /// It is that of all spans between two looks that found the same state of the migration; so the switch from one state
 /// to another, with its pause, is in none.
+#[derive(Debug)]
 pub struct Readers {
     watched: Option<Watched>,
     last: Option<(State, Sample)>,
@@ -38,20 +41,21 @@ pub struct Readers {
 }
 
 /// A VMM and its readers' threads.
+#[derive(Debug)]
 struct Watched {
     session: VmmSession,
     /// `/proc/PID/task/TID/schedstat` of each.
     threads: Vec<PathBuf>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Copying,
     Stunned,
 }
 
 /// Sums over all readers.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Sample {
     elapsed_ns: u64,
     /// Of which they waited for a processor.
@@ -60,11 +64,15 @@ struct Sample {
 }
 
 /// What was seen in one state.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Tally(Sample);
 
 impl Readers {
     /// Watches the readers of a guest that is not being moved yet: the vCPUs of these numbers.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer, or has no such vCPUs.
     pub fn before(vmm: &mut Vmm, vcpus: Range<u16>) -> Result<Self> {
         let threads = vcpus.map(|vcpu| thread(vmm.process().pid(), vcpu)).collect::<Result<_>>()?;
         let mut watched = Watched { session: vmm.session()?, threads };

@@ -1,0 +1,161 @@
+//! `outrun`: a guest that writes as fast as it can, over two shaped ports that carry less.
+//!
+//! It is moved with each of the ways that Memlane knows for such a guest: **stun** slows its writes until the pause
+//! fits, **postcopy** runs it at its destination without all of its memory, and **auto** does the one within bounds and
+//! then the other. One of its vCPUs only reads, for whom stun should be no burden.
+//!
+//! - **stun_released_vs_target**: the rate at which writes were let go, over the rate that was aimed at.
+//! - **reader_slowdown_percent**: by how much slower the reader was while writes waited than while pages were only sent
+//!   (see [`Readers`](memlane_lab::Readers)). Left out if a stun was over before the reader was seen for long enough.
+//! - **limit_kept**: the part of all runs in which the pause was within the limit; the pauses themselves are
+//!   **stun_downtime_ms**, **postcopy_downtime_ms** and **auto_downtime_ms**.
+
+use anyhow::Result;
+use clap::Args;
+use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
+use serde_json::json;
+
+use super::{Bench, Measured, Scenario};
+use crate::memlane::{Guest, Moved, Writes};
+use crate::report::{By, Report, Runs};
+
+/// As `memlanectl migrate --converge` knows them.
+const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
+
+/// What to measure.
+#[derive(Args, Debug, Clone)]
+pub struct Outrun {
+    /// Memory of the guest
+    #[arg(long, default_value = "1GiB")]
+    pub ram: Size,
+    /// Memory that it writes [default: a quarter of it]
+    #[arg(long)]
+    pub working_set: Option<Size>,
+    /// Ports between the two hosts
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub ports: u8,
+    /// What each port carries
+    #[arg(long, default_value = "1gbit")]
+    pub port_rate: Rate,
+    /// How much of its writing stun may keep the guest from, where nothing comes after it; what comes before post-copy
+    /// is the daemon's to say
+    #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = clap::value_parser!(u8).range(..=99))]
+    pub max_stun: u8,
+}
+
+impl Scenario for Outrun {
+    const NAME: &'static str = "outrun";
+
+    fn measure(&self, bench: &Bench) -> Result<Report> {
+        let lab = LabOptions {
+            ports: usize::from(self.ports),
+            port_rate: Some(self.port_rate),
+            ..LabOptions::default()
+        };
+        let mut rig = bench.rig(lab)?;
+        let kvm = why_not(&[Requirement::Kvm]).is_none();
+        let guest = Guest {
+            writes: Writes::FlatOut,
+            working_set: Some(self.working_set()),
+            readers: 1,
+            ..Guest::idle(self.ram, kvm)
+        };
+        let max_stun = self.max_stun.to_string();
+
+        let runs = bench.interleave(Self::NAME, &WAYS.map(|way| (By::Memlane.case(way), way)), |way| {
+            let mut order = vec!["--converge", way];
+            if *way == "stun" {
+                order.extend(["--max-stun", &max_stun]);
+            }
+            measured(guest.migrate(&mut rig, &order, |_| {})?.arrived()?)
+        })?;
+        self.report(runs)
+    }
+}
+
+fn measured(moved: Moved) -> Result<Measured> {
+    let mut figures = moved.figures()?;
+    let limit = moved.number("downtime_limit_seconds")? * 1e3;
+    figures.set_some("limit_kept", figures.value("downtime_ms").map(|pause| f64::from(pause <= limit)));
+    let stun = &moved.migration["stun"];
+    figures.set_some("stun_seconds", stun["seconds"].as_f64());
+    let rate = |key: &str| stun[key].as_f64();
+    if let (Some(released), Some(target)) =
+        (rate("released_pages_per_second"), rate("target_pages_per_second"))
+    {
+        figures.set("stun_released_vs_target", released / target);
+    }
+    let slowdown = moved.readers.as_ref().and_then(|readers| readers.slowdown_percent());
+    figures.set_some("reader_slowdown_percent", slowdown);
+    let postcopy = &moved.migration["postcopy"];
+    figures.set_some("fault_p50_us", postcopy["fault_p50_us"].as_f64());
+    figures.set_some("fault_p99_us", postcopy["fault_p99_us"].as_f64());
+    let readers = moved.readers.as_ref().map(|readers| readers.json());
+    Ok(Measured { figures, detail: json!({ "migration": moved.migration, "readers": readers }) })
+}
+
+impl Outrun {
+    fn working_set(&self) -> Size {
+        self.working_set.unwrap_or_else(|| self.ram.part(4))
+    }
+
+    fn report(&self, runs: Runs) -> Result<Report> {
+        let cases = WAYS.map(|way| By::Memlane.case(way));
+        let [stun, ..] = &cases;
+        let mut kept = Vec::new();
+        let mut ratios = Vec::new();
+        for (way, case) in WAYS.into_iter().zip(&cases) {
+            kept.extend(runs.values(case, "limit_kept")?);
+            ratios.push((
+                format!("{way}_downtime_ms"),
+                runs.values(case, "downtime_ms")?,
+                format!("the pause with {way}"),
+            ));
+        }
+        let kept = kept.iter().sum::<f64>() / kept.len() as f64;
+        ratios.push((
+            "limit_kept".to_owned(),
+            vec![kept],
+            "part of all runs whose pause was within the limit".to_owned(),
+        ));
+        ratios.push((
+            "stun_released_vs_target".to_owned(),
+            runs.values(stun, "stun_released_vs_target")?,
+            "writes let go with stun, over what was aimed at".to_owned(),
+        ));
+        if let Ok(slowdown) = runs.values(stun, "reader_slowdown_percent") {
+            let meaning = "what stun cost a vCPU that only reads, in percent of its speed".to_owned();
+            ratios.push(("reader_slowdown_percent".to_owned(), slowdown, meaning));
+        }
+        let headline = format!(
+            "a guest of {} writes {} of it as fast as it can, over {} port(s) of {}",
+            self.ram,
+            self.working_set(),
+            self.ports,
+            self.port_rate
+        );
+        let settings = json!({
+            "ram_bytes": self.ram.bytes(),
+            "working_set_bytes": self.working_set().bytes(),
+            "ports": self.ports,
+            "port_bits_per_second": self.port_rate.bits_per_second(),
+            "max_stun_percent": self.max_stun,
+        });
+        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        for (name, values, meaning) in ratios {
+            report.ratio(name, values, meaning);
+        }
+        report.columns = vec![
+            "total_seconds",
+            "rounds",
+            "sent_gb",
+            "downtime_ms",
+            "stun_seconds",
+            "stun_released_vs_target",
+            "reader_slowdown_percent",
+            "fault_p50_us",
+            "fault_p99_us",
+        ];
+        Ok(report)
+    }
+}
