@@ -9,12 +9,12 @@ use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, e
 
 use super::Outbound;
 
-/// Claims pages for one frame, at or after `cursor` and then from the start, until the frame
-/// is full or nothing is left. Moves `cursor` behind what it took, so that each lane walks
-/// through memory in order.
+/// Claims pages for one frame, at or after `cursor` and then from the start, until the frame is full,
+/// `most_bytes` of it are contents, or nothing is left. Moves `cursor` behind what it took, so that
+/// each lane walks through memory in order.
 ///
 /// Each call is one of the claims that [`Outbound::settle`] has to be told the end of.
-pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
+pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
     runs.clear();
     outbound.claims.fetch_add(1, Ordering::SeqCst);
     if outbound.is_held() {
@@ -26,11 +26,11 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     if let Some(_one_at_a_time) = outbound.lock_whole() {
         return claim_whole(outbound, cursor, runs);
     }
-    let mut room = outbound.room() / PAGE_SIZE;
+    let (mut room, mut room_for_contents) = (outbound.room() / PAGE_SIZE, most_bytes / PAGE_SIZE);
     let mut wrapped = false;
-    while room > 0 && runs.len() < MAX_RUNS {
+    while room > 0 && room_for_contents > 0 && runs.len() < MAX_RUNS {
         // One claimed run may fall apart into as many runs as it has pages.
-        let most = room.min((MAX_RUNS - runs.len()) as u64);
+        let most = room.min(room_for_contents).min((MAX_RUNS - runs.len()) as u64);
         let Some(pages) = outbound.dirty.claim(&outbound.in_flight, *cursor, most) else {
             if wrapped || *cursor == 0 {
                 break;
@@ -40,8 +40,16 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
         };
         *cursor = pages.end;
         room -= pages.end - pages.start;
+        // Which may become longer.
+        let last = runs.len().saturating_sub(1);
+        let before = payload_bytes(&runs[last..]);
         sort_out(outbound, pages, runs);
+        room_for_contents -= (payload_bytes(&runs[last..]) - before) / PAGE_SIZE;
     }
+}
+
+fn payload_bytes(runs: &[Run]) -> u64 {
+    runs.iter().map(Run::payload_bytes).sum()
 }
 
 /// Claims whole pages of the guest's own size for one frame.

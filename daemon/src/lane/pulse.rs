@@ -13,21 +13,35 @@ pub struct Pulse {
     liveness: Liveness,
     begun: Instant,
     looked: Duration,
+    round_trip: Duration,
 }
 
 impl Pulse {
-    pub fn new() -> Self {
-        Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO }
+    pub fn new(socket: impl AsFd) -> Self {
+        let round_trip = tcp_info(socket).map(|info| shortest_round_trip(&info)).unwrap_or_default();
+        Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
+    }
+
+    /// Time since the connection was looked at first.
+    pub fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// The shortest round trip that was seen lately; zero if nothing is known of it.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     /// How the connection is, if it is time to look again.
     pub fn look(&mut self, socket: impl AsFd) -> Option<Condition> {
-        let now = self.begun.elapsed();
+        let now = self.now();
         if now - self.looked < LOOK {
             return None;
         }
         self.looked = now;
-        Some(self.liveness.observe(now, &vitals(&tcp_info(socket)?)))
+        let info = tcp_info(socket)?;
+        self.round_trip = shortest_round_trip(&info);
+        Some(self.liveness.observe(now, &vitals(&info)))
     }
 }
 
@@ -39,6 +53,11 @@ fn vitals(info: &libc::tcp_info) -> Vitals {
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         variation: Duration::from_micros(info.tcpi_rttvar.into()),
     }
+}
+
+fn shortest_round_trip(info: &libc::tcp_info) -> Duration {
+    // Before the first one the shortest is as long as can be.
+    Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
 }
 
 /// What the kernel knows of a TCP connection (tcp(7)); of another kind nothing.
@@ -69,7 +88,8 @@ mod tests {
         near.write_all(&[1; 1000]).unwrap();
         let info = tcp_info(&near).unwrap();
         assert!(info.tcpi_bytes_sent >= 1000 && info.tcpi_rtt > 0);
-        let mut pulse = Pulse::new();
+        let mut pulse = Pulse::new(&near);
+        assert!(pulse.round_trip() > Duration::ZERO);
         assert_eq!(pulse.look(&near), None, "it was just looked at");
         std::thread::sleep(LOOK);
         assert_eq!(pulse.look(&near), Some(Condition::Well));

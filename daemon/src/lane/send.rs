@@ -4,10 +4,12 @@ use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
 use memlane_protocol::liveness::Condition;
+use memlane_protocol::window::{Flow, Window};
 use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
 
 use super::encode::{claim_frame, encode_frame};
@@ -16,12 +18,10 @@ use super::message::Message;
 use super::pulse::{LOOK, Pulse};
 use super::ring::{Completion, Held, Ring};
 use super::{LaneError, LaneStats, Outbound, Seat};
-use crate::port::abandon;
+use crate::port::{abandon, force_send_buffer};
 
-/// Bytes of pages on their way and not yet acknowledged.
-const WINDOW_BYTES: u64 = 4 << 20;
-/// Frames on their way and not yet acknowledged: those that only tell of zeros have no bytes.
-const WINDOW_FRAMES: usize = 64;
+/// What the kernel gives a connection as send buffer by itself, unless the host is configured otherwise.
+const SELF_TUNED_BYTES: u64 = 4 << 20;
 /// Acknowledgements read at once.
 const ACKS_AT_ONCE: usize = 64;
 /// How often a lane looks at the clock when nothing happens, and nothing is to happen.
@@ -51,6 +51,12 @@ pub struct Sender {
     acknowledged: u64,
     /// Sent or being sent, oldest first, not yet acknowledged.
     window: VecDeque<Slot>,
+    /// How much that may be,
+    limit: Window,
+    /// and whether it was that much since the limit was thought over.
+    full: bool,
+    /// The send buffer that was asked for, in bytes.
+    send_buffer: u64,
     /// Acknowledged, but the kernel may still look at them.
     lingering: Vec<Slot>,
     spare: Vec<Slot>,
@@ -88,6 +94,7 @@ impl Sender {
     ) -> Result<Self, LaneError> {
         // Lanes begin apart, so that each walks through memory of its own.
         let first = seat.beginning(outbound.ram.pages());
+        let pulse = Pulse::new(&*socket);
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: outbound.ram.whole(first..first + 1).start,
@@ -97,11 +104,14 @@ impl Sender {
             seat,
             number,
             silence,
-            pulse: Pulse::new(),
+            pulse,
             evidence: Evidence::new(),
             sequence: 0,
             acknowledged: 0,
             window: VecDeque::new(),
+            limit: Window::default(),
+            full: false,
+            send_buffer: SELF_TUNED_BYTES,
             lingering: Vec::new(),
             spare: Vec::new(),
             window_bytes: 0,
@@ -137,7 +147,10 @@ impl Sender {
 
     /// Fills the window, waits for something to happen, and deals with it.
     fn turn(&mut self) -> Result<(), LaneError> {
-        if !self.sending && self.window_bytes < WINDOW_BYTES && self.window.len() < WINDOW_FRAMES {
+        let full = self.window_bytes >= self.limit.bytes();
+        // A frame that is not handed over yet waits for room in the send buffer.
+        self.full |= full || self.sending;
+        if !self.sending && !full && self.window.len() < self.limit.frames() {
             self.send_next()?;
         }
         let longest = if self.window.is_empty() { HEARTBEAT } else { LOOK };
@@ -161,6 +174,7 @@ impl Sender {
         }
         let Some(condition) = self.pulse.look(&*self.socket) else { return Ok(()) };
         self.seat.set_doubtful(condition != Condition::Well);
+        self.stats.round_trip_us.store(self.pulse.round_trip().as_micros() as u64, Ordering::Relaxed);
         match condition {
             // Where all ports are silent at once, there may just be a pause, and nobody to take over.
             Condition::Silent(silence) if self.outbound.roster.others_are_well(&self.seat) => {
@@ -173,11 +187,16 @@ impl Sender {
     /// Claims a frame and hands it to the kernel; rings the bell if there is none to claim.
     fn send_next(&mut self) -> Result<(), LaneError> {
         let mut slot = self.spare.pop().unwrap_or_else(Slot::new);
-        claim_frame(&self.outbound, &mut self.cursor, &mut slot.runs);
+        let most_bytes = self.limit.frame_bytes();
+        claim_frame(&self.outbound, &mut self.cursor, most_bytes, &mut slot.runs);
         if slot.runs.is_empty() {
             self.spare.push(slot);
             self.outbound.settle(1);
             self.outbound.bell.notify_one();
+            if self.window.is_empty() {
+                self.full = false;
+                self.limit.rest();
+            }
             return Ok(());
         }
         self.sequence += 1;
@@ -276,7 +295,23 @@ impl Sender {
         self.acks.copy_within(whole..self.acks_filled, 0);
         self.acks_filled -= whole;
         self.retire();
+        self.think_over_the_limit();
         self.listen_for_acks()
+    }
+
+    fn think_over_the_limit(&mut self) {
+        let flow = Flow {
+            acked_bytes: self.stats.acked_bytes.load(Ordering::Relaxed),
+            round_trip: self.pulse.round_trip(),
+            full: mem::take(&mut self.full),
+        };
+        self.limit.observe(self.pulse.now(), &flow);
+        let wanted = self.limit.bytes();
+        // Less than a quarter more is not worth a system call.
+        if wanted > self.send_buffer + self.send_buffer / 4 {
+            force_send_buffer(&*self.socket, wanted);
+            self.send_buffer = wanted;
+        }
     }
 
     /// Takes frames that are in the destination's memory out of the window.

@@ -3,7 +3,7 @@
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Counters of one lane. All only grow.
+/// Counters of one lane. All that count only grow.
 #[derive(Debug, Default)]
 pub struct LaneStats {
     /// Bytes of pages that were acknowledged.
@@ -18,6 +18,8 @@ pub struct LaneStats {
     pub zero_copy_bytes: AtomicU64,
     /// Payload bytes that the kernel copied.
     pub copied_bytes: AtomicU64,
+    /// The shortest round trip that its connection has had lately, in microseconds; 0 while unknown.
+    pub round_trip_us: AtomicU64,
     /// The lane has ended,
     pub ended: AtomicBool,
     /// and not in good order.

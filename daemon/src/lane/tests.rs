@@ -54,14 +54,14 @@ fn knows_of_pages_in_hand_and_of_orphans() {
     let outbound = Outbound::new(ram());
     let (mut cursor, mut runs) = (0, Vec::new());
     assert!(outbound.all_acknowledged());
-    claim_frame(&outbound, &mut cursor, &mut runs);
+    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
     assert!(runs.is_empty() && !outbound.all_acknowledged(), "a claim is open");
     outbound.settle(1);
     assert!(outbound.all_acknowledged());
 
     outbound.dirty.insert_range(10..20);
     assert!(!outbound.all_acknowledged());
-    claim_frame(&outbound, &mut cursor, &mut runs);
+    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
     assert!(outbound.dirty.is_empty() && !outbound.all_acknowledged(), "a frame is on its way");
     outbound.orphan(7, [runs].into_iter());
     assert_eq!(outbound.orphaned_lanes(), [7]);
@@ -71,6 +71,19 @@ fn knows_of_pages_in_hand_and_of_orphans() {
     assert!(outbound.orphaned_lanes().is_empty() && outbound.in_flight.is_empty());
     assert_eq!(outbound.dirty.next_run(0, u64::MAX), Some(10..20));
     assert!(!outbound.all_acknowledged());
+}
+
+#[test]
+fn a_small_window_bounds_contents_and_not_zeros() {
+    let outbound = Outbound::new(ram());
+    fill(&outbound.ram);
+    outbound.dirty.insert_range(0..PAGES);
+    let (mut cursor, mut runs) = (0, Vec::new());
+    claim_frame(&outbound, &mut cursor, 16 * PAGE_SIZE, &mut runs);
+    let contents: u64 = runs.iter().map(Run::payload_bytes).sum();
+    assert!((15..=16).contains(&(contents / PAGE_SIZE)), "{contents} bytes");
+    assert_eq!(outbound.in_flight.count(), cursor);
+    assert!(cursor > 40, "two of three pages are zero: {cursor}");
 }
 
 /// The first lane's peer closes without a word; the second brings everything across.

@@ -213,7 +213,12 @@ impl Copying {
     fn now(&self) -> Conditions {
         Conditions {
             bandwidth: self.bandwidth.borrow().bytes_per_second(),
-            round_trip: self.link.round_trip().unwrap_or(self.round_trip),
+            // Pages may take another way than words.
+            round_trip: self
+                .link
+                .round_trip()
+                .unwrap_or(self.round_trip)
+                .max(self.lanes.borrow().round_trip()),
             // Comparing is for those who have the time: the limit bounds the rest of the pause.
             verify: Duration::ZERO,
         }

@@ -224,6 +224,13 @@ impl Lanes {
         self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
     }
 
+    /// The longest round trip of lanes that have not ended, as far as they know; zero if none does.
+    pub fn round_trip(&self) -> Duration {
+        let running = self.lanes.iter().filter(|lane| !lane.is_over());
+        let longest = running.map(|lane| lane.stats.round_trip_us.load(Ordering::Relaxed)).max();
+        Duration::from_micros(longest.unwrap_or_default())
+    }
+
     /// Bytes of pages acknowledged so far, over all lanes.
     pub fn acked_bytes(&self) -> u64 {
         self.totals().acked_bytes

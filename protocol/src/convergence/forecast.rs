@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Round trips within the pause: the last pages and their acknowledgement, then `Ready` and
-/// `Commit`.
-const ROUND_TRIPS: u32 = 2;
+/// Round trips within the pause: the last pages and their acknowledgement, the state and `Ready`,
+/// `Commit` and `Running`.
+const ROUND_TRIPS: u32 = 3;
 
 /// Errors that count.
 const WINDOW: usize = 16;
@@ -24,7 +24,7 @@ const WEIGHT: f64 = 0.3;
 pub struct Conditions {
     /// What the lanes deliver, in bytes per second ([`crate::bandwidth::Bandwidth`]).
     pub bandwidth: Option<f64>,
-    /// There and back on the control connection.
+    /// There and back, on the control connection or on the lanes, whichever takes longer.
     pub round_trip: Duration,
     /// Digesting all memory at both ends, bytes by rate; zero unless it was ordered.
     pub verify: Duration,

@@ -1,0 +1,253 @@
+//! [`Window`]: how much a lane may have on its way.
+//!
+//! Too little, and the line runs empty before acknowledgements are back; too much, and a slow port holds pages
+//! for long that the others could have sent, and that the end of a round or of the pause waits for. The right
+//! amount follows from what the lane delivers and from the round trip, and both are only known by measuring.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// What a lane begins with.
+const FIRST_BYTES: u64 = 1 << 20;
+const LEAST_BYTES: u64 = 512 << 10;
+const MOST_BYTES: u64 = 64 << 20;
+/// On a short way, where a round trip takes no time, a lane holds what it delivers in this time,
+const HOLD: Duration = Duration::from_millis(30);
+/// but no more than this, which keeps a processor busy that wakes up late.
+const MOST_HELD_BYTES: u64 = 4 << 20;
+/// On a long way it has so many times on its way what a round trip takes: twice as much as the line holds, so
+/// that the next measurement shows whether it could be more.
+const ROUND_TRIPS: f64 = 2.0;
+/// Shortest time over which a rate is measured: acknowledgements come in bursts.
+const SAMPLE: Duration = Duration::from_millis(20);
+/// Measurements of which the best one counts.
+const SAMPLES: usize = 8;
+
+/// Bytes of a small frame.
+const LEAST_FRAME_BYTES: u64 = 64 << 10;
+/// A window has room for so many frames.
+const FRAMES: u64 = 4;
+/// Frames on their way, where these are small: each takes memory at both ends.
+const LEAST_FRAMES: usize = 64;
+
+/// A lane, when something was acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Bytes of pages that were acknowledged so far.
+    pub acked_bytes: u64,
+    /// The shortest round trip that was seen lately.
+    pub round_trip: Duration,
+    /// The lane could have sent more since it was looked at last, had the window been larger.
+    pub full: bool,
+}
+
+/// How much a lane may have on its way.
+#[derive(Clone, Debug)]
+pub struct Window {
+    bytes: u64,
+    /// Bytes per second, newest last.
+    rates: VecDeque<f64>,
+    sample: Option<Sample>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    since: Duration,
+    acked_bytes: u64,
+    full: bool,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { bytes: FIRST_BYTES, rates: VecDeque::new(), sample: None }
+    }
+}
+
+impl Window {
+    /// Bytes of pages that may be on their way.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Frames that may be on their way.
+    pub fn frames(&self) -> usize {
+        ((self.bytes / LEAST_FRAME_BYTES) as usize).max(LEAST_FRAMES)
+    }
+
+    /// Bytes of pages that one frame may have.
+    pub fn frame_bytes(&self) -> u64 {
+        (self.bytes / FRAMES).max(LEAST_FRAME_BYTES)
+    }
+
+    /// Nothing is on its way and there is nothing to send: what is measured begins with what is sent next.
+    pub fn rest(&mut self) {
+        self.sample = None;
+    }
+
+    /// Takes in how the lane is at `now`, a time since any fixed moment.
+    pub fn observe(&mut self, now: Duration, flow: &Flow) {
+        let Flow { acked_bytes, round_trip, full } = *flow;
+        let sample = self.sample.get_or_insert(Sample { since: now, acked_bytes, full: false });
+        sample.full |= full;
+        let took = now.saturating_sub(sample.since);
+        if took < SAMPLE.max(round_trip) {
+            return;
+        }
+        let rate = acked_bytes.saturating_sub(sample.acked_bytes) as f64 / took.as_secs_f64();
+        // A lane that did not fill its window says only that the line carries as much, or more.
+        let full = sample.full;
+        if full || rate > self.best() {
+            if self.rates.len() == SAMPLES {
+                self.rates.pop_front();
+            }
+            self.rates.push_back(rate);
+        }
+        self.sample = Some(Sample { since: now, acked_bytes, full: false });
+        let bytes = self.right_size(round_trip);
+        self.bytes = if full { bytes } else { bytes.max(self.bytes) };
+    }
+
+    fn best(&self) -> f64 {
+        self.rates.iter().copied().fold(0.0, f64::max)
+    }
+
+    fn right_size(&self, round_trip: Duration) -> u64 {
+        let rate = self.best();
+        let held = ((rate * HOLD.as_secs_f64()) as u64).min(MOST_HELD_BYTES);
+        let on_the_line = (ROUND_TRIPS * rate * round_trip.as_secs_f64()) as u64;
+        held.max(on_the_line).clamp(LEAST_BYTES, MOST_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A line that carries `rate` bytes a second with a round trip of `round_trip`, and a lane that has more to
+    /// send all the `time`; returns when that is over.
+    fn settle(
+        window: &mut Window,
+        start: Duration,
+        rate: f64,
+        round_trip: Duration,
+        time: Duration,
+    ) -> Duration {
+        let step = Duration::from_millis(5);
+        let (mut now, mut acked) = (start, 0.0);
+        while now < start + time {
+            now += step;
+            // What was acknowledged is the window of a round trip ago, or what the line carried.
+            let of_window = window.bytes() as f64 / round_trip.max(Duration::from_micros(100)).as_secs_f64();
+            acked += rate.min(of_window) * step.as_secs_f64();
+            window.observe(now, &Flow { acked_bytes: acked as u64, round_trip, full: true });
+        }
+        window.rest();
+        now
+    }
+
+    fn settled(rate: f64, round_trip: Duration) -> Window {
+        let mut window = Window::default();
+        settle(&mut window, Duration::ZERO, rate, round_trip, Duration::from_secs(10));
+        window
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_long_line_is_filled_after_a_few_round_trips() {
+        let mut window = Window::default();
+        settle(&mut window, Duration::ZERO, 125e6, 150 * MS, 1200 * MS);
+        assert!(window.bytes() as f64 > 1.9 * 125e6 * 0.15, "{}", window.bytes());
+        assert_eq!(window.frame_bytes(), window.bytes() / 4);
+    }
+
+    #[test]
+    fn a_short_line_has_what_it_had_and_a_slow_one_less() {
+        assert_eq!(settled(3e9, MS / 10).bytes(), MOST_HELD_BYTES);
+        assert_eq!(settled(125e6, MS / 10).bytes(), 125_000_000 * 3 / 100);
+        let slow = settled(1.25e6, MS);
+        assert_eq!((slow.bytes(), slow.frame_bytes(), slow.frames()), (LEAST_BYTES, 128 << 10, LEAST_FRAMES));
+    }
+
+    #[test]
+    fn who_has_nothing_to_send_keeps_the_window() {
+        let mut window = settled(125e6, 150 * MS);
+        let before = window.bytes();
+        for tick in 0..1000 {
+            // A few pages now and then, and nothing in between.
+            let flow = Flow { acked_bytes: tick * 4096, round_trip: 150 * MS, full: false };
+            window.observe(Duration::from_secs(20) + 50 * MS * tick as u32, &flow);
+            if tick % 7 == 0 {
+                window.rest();
+            }
+        }
+        assert_eq!(window.bytes(), before);
+    }
+
+    #[test]
+    fn zeros_are_no_measure_of_a_line() {
+        let mut window = Window::default();
+        for tick in 0..100 {
+            window.observe(50 * MS * tick, &Flow { acked_bytes: 0, round_trip: MS, full: false });
+        }
+        assert_eq!(window.bytes(), FIRST_BYTES);
+    }
+
+    #[test]
+    fn time_without_anything_to_send_does_not_count() {
+        let mut window = settled(125e6, MS / 10);
+        let before = window.bytes();
+        for second in 1..20 {
+            // Two full windows, one after the other, and then nothing.
+            for (at, acked_bytes) in [(Duration::ZERO, 0), (30 * MS, before)] {
+                let flow =
+                    Flow { acked_bytes: second * before + acked_bytes, round_trip: MS / 10, full: true };
+                window.observe(Duration::from_secs(20 + second) + at, &flow);
+            }
+            window.rest();
+        }
+        assert!(window.bytes().abs_diff(before) < before / 20, "{} instead of {before}", window.bytes());
+    }
+
+    #[test]
+    fn it_follows_a_line_that_becomes_slower_or_faster() {
+        let mut window = Window::default();
+        let mut now = Duration::ZERO;
+        for (rate, expected) in [(125e6, 37_500_000), (12.5e6, 3_750_000), (50e6, 15_000_000)] {
+            now = settle(&mut window, now, rate, 150 * MS, Duration::from_secs(5));
+            let bytes = window.bytes();
+            assert!(bytes.abs_diff(expected) < expected / 20, "{bytes} where {expected} is right");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_stays_within_bounds(
+            flows in prop::collection::vec(any::<(u32, u64, u32, bool, bool)>(), 0..60),
+        ) {
+            let (mut window, mut now) = (Window::default(), Duration::ZERO);
+            for (passed, acked_bytes, round_trip, full, rests) in flows {
+                now += Duration::from_micros(passed.into());
+                let round_trip = Duration::from_nanos(round_trip.into());
+                window.observe(now, &Flow { acked_bytes, round_trip, full });
+                if rests {
+                    window.rest();
+                }
+                prop_assert!((LEAST_BYTES..=MOST_BYTES).contains(&window.bytes()));
+                prop_assert!(window.frame_bytes() >= LEAST_FRAME_BYTES && window.frames() >= LEAST_FRAMES);
+                prop_assert!(window.frames() <= 1024);
+            }
+        }
+
+        #[test]
+        fn it_holds_what_the_line_does(rate in 1e6f64..1e9, round_trip in 0u64..200) {
+            let window = settled(rate, Duration::from_millis(round_trip));
+            let line = rate * round_trip as f64 / 1e3;
+            prop_assert!(window.bytes() as f64 >= line.min(MOST_BYTES as f64) * 0.99);
+            let most = (2.1 * line).max(rate * 0.031).max(LEAST_BYTES as f64);
+            prop_assert!(window.bytes() as f64 <= most, "{} > {most}", window.bytes());
+        }
+    }
+}
