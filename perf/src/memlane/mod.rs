@@ -1,5 +1,7 @@
 //! A guest of `memlane-vmm`, moved by the daemons.
 
+mod many;
+
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +11,7 @@ use serde_json::Value;
 use crate::cpu::{self, Meter, Used};
 use crate::report::Figures;
 use crate::unix_time;
+pub use many::{Together, migrate_together};
 
 /// Name of the guest.
 pub const GUEST: &str = "web1";
@@ -92,16 +95,19 @@ impl Guest {
 
     /// Starts it on host A, gives the order to move it to host B, with more `arguments` to `memlanectl migrate`, and
     /// compares its memory with the model when it has arrived. `look` sees each state of the migration as the daemon
-    /// tells it.
+    /// tells it, and may do something to the hosts meanwhile.
     ///
     /// # Errors
     ///
     /// If the order is refused, or the guest's memory is not what it must be. That the migration has failed is none:
     /// see [`Moved::arrived`].
-    pub fn migrate(&self, rig: &mut Rig, arguments: &[&str], mut look: impl FnMut(&Value)) -> Result<Moved> {
-        let source = rig.start_vmm(HostId::A, GUEST, &self.arguments(false))?;
-        let destination = rig.start_vmm(HostId::B, GUEST, &self.arguments(true))?;
-        let mut ends = Ends { source, destination };
+    pub fn migrate(
+        &self,
+        rig: &mut Rig,
+        arguments: &[&str],
+        mut look: impl FnMut(&Rig, &Value),
+    ) -> Result<Moved> {
+        let mut ends = self.start(rig, GUEST)?;
         let mut meter = ends.meter(rig)?;
         let idle = meter.idle(WARM_UP);
 
@@ -113,8 +119,9 @@ impl Guest {
         let written = Written::by(&ends.source.stats()?)?;
 
         let (before, daemon_before, ordered_at) = (meter.read(), cpu::of_process(daemon)?, unix_time());
-        let migration = order(rig, arguments, &mut |migration| {
-            look(migration);
+        let id = order(rig, GUEST, arguments)?;
+        let migration = rig.watch(HostId::A, &id, |migration| {
+            look(rig, migration);
             if let Some(readers) = &mut readers {
                 readers.look(migration);
             }
@@ -135,6 +142,13 @@ impl Guest {
             writes_per_second: written,
             readers,
         })
+    }
+
+    /// Starts its VMM on host A, and the one that waits for it on host B.
+    fn start(&self, rig: &mut Rig, name: &str) -> Result<Ends> {
+        let source = rig.start_vmm(HostId::A, name, &self.arguments(false))?;
+        let destination = rig.start_vmm(HostId::B, name, &self.arguments(true))?;
+        Ok(Ends { source, destination })
     }
 
     fn arguments(&self, incoming: bool) -> Vec<String> {
@@ -207,13 +221,13 @@ impl Ends {
     }
 }
 
-/// Gives the order on host A, and returns the migration as it has ended.
-fn order(rig: &Rig, arguments: &[&str], look: &mut impl FnMut(&Value)) -> Result<Value> {
+/// Gives the order on host A to move a guest, and returns the migration's identity.
+fn order(rig: &Rig, guest: &str, arguments: &[&str]) -> Result<String> {
     let host = rig.lab().host(HostId::B).name();
-    let answer = rig.ctl(HostId::A, &[&["migrate", GUEST, host, "--detach"], arguments].concat())?;
+    let answer = rig.ctl(HostId::A, &[&["migrate", guest, host, "--detach"], arguments].concat())?;
     let begun = answer.last()?;
     let id = begun["id"].as_str().with_context(|| format!("memlanectl migrate: {}", answer.text.trim()))?;
-    rig.watch(HostId::A, id, look)
+    Ok(id.to_owned())
 }
 
 impl Moved {
@@ -223,8 +237,7 @@ impl Moved {
     ///
     /// If it does not.
     pub fn arrived(self) -> Result<Self> {
-        let reason = self.migration["reason"].as_str().unwrap_or("it does not say why");
-        ensure!(self.migration["outcome"] == "completed", "the guest was not moved: {reason}");
+        ensure_completed(&self.migration)?;
         Ok(self)
     }
 
@@ -269,6 +282,12 @@ impl Moved {
     pub fn lanes(&self) -> usize {
         self.migration["lanes"].as_array().map_or(0, Vec::len)
     }
+}
+
+fn ensure_completed(migration: &Value) -> Result<()> {
+    let reason = migration["reason"].as_str().unwrap_or("it does not say why");
+    ensure!(migration["outcome"] == "completed", "{} was not moved: {reason}", migration["guest"]);
+    Ok(())
 }
 
 /// When the guest ran again, if it did: both hosts are this machine, and have one clock.

@@ -68,7 +68,7 @@ impl Scenario for Bulk {
             let (figures, detail) = match *what {
                 What::Memlane(state) => {
                     let guest = Guest { prepared: state == MemoryState::Prepared, ..guest.clone() };
-                    let moved = guest.migrate(&mut rig, &[], |_| {})?.arrived()?;
+                    let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                     lanes.set(moved.lanes());
                     (moved.figures()?, moved.migration)
                 }

@@ -62,7 +62,7 @@ impl Scenario for Busy {
         let runs = bench.interleave(Self::NAME, &cases, |share| {
             let writes = Writes::Rate((wire * f64::from(*share) / 100.0) as u64);
             let guest = Guest { writes, working_set: Some(self.working_set()), ..Guest::idle(self.ram, kvm) };
-            let moved = guest.migrate(&mut rig, &[], |_| {})?.arrived()?;
+            let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
             self.measured(moved, wire)
         })?;
         self.report(runs, line)

@@ -5,9 +5,12 @@
 mod bulk;
 mod busy;
 mod line;
+mod lostport;
+mod many;
 mod outrun;
 mod qemu;
 mod shaped;
+mod wan;
 mod zero;
 
 use anyhow::{Context, Result, bail};
@@ -18,9 +21,12 @@ use serde_json::Value;
 use crate::report::{Case, Figures, Report, Run, Runs};
 pub use bulk::Bulk;
 pub use busy::Busy;
+pub use lostport::LostPort;
+pub use many::Many;
 pub use outrun::Outrun;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
+pub use wan::Wan;
 pub use zero::Zero;
 
 /// One kind of migration, and what is asked about it. The type holds what it can be told on the command line.
@@ -54,6 +60,13 @@ pub enum Order {
     Outrun(With<Outrun>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
     Zero(With<Zero>),
+    /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
+    #[command(name = "lostport")]
+    LostPort(With<LostPort>),
+    /// 8 guests at once, against one that has as much memory as all of them
+    Many(With<Many>),
+    /// One port of 1 Gbit/s with a round trip of 150 ms, against what it carries
+    Wan(With<Wan>),
     /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
     Qemu(With<Qemu>),
 }
@@ -109,6 +122,9 @@ impl Order {
             Self::Busy(order) => order.carry_out(programs, tell),
             Self::Outrun(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
+            Self::LostPort(order) => order.carry_out(programs, tell),
+            Self::Many(order) => order.carry_out(programs, tell),
+            Self::Wan(order) => order.carry_out(programs, tell),
             Self::Qemu(order) => order.carry_out(programs, tell),
         }
     }

@@ -67,7 +67,7 @@ impl Scenario for Outrun {
             if *way == "stun" {
                 order.extend(["--max-stun", &max_stun]);
             }
-            measured(guest.migrate(&mut rig, &order, |_| {})?.arrived()?)
+            measured(guest.migrate(&mut rig, &order, |_, _| {})?.arrived()?)
         })?;
         self.report(runs)
     }

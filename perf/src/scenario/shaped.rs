@@ -53,7 +53,7 @@ impl Scenario for Shaped {
         let cases = [(By::Memlane.case("fresh"), Way::Memlane), (By::Raw.case("fresh"), Way::Raw)];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
             Way::Memlane => {
-                let moved = guest.migrate(&mut rig, &[], |_| {})?.arrived()?;
+                let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                 Ok(Measured { figures: moved.figures()?, detail: moved.migration })
             }
             Way::Raw => {

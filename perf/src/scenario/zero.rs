@@ -55,7 +55,8 @@ impl Scenario for Zero {
         ];
         let runs = bench.interleave(Self::NAME, &cases, |what| match *what {
             What::Memlane(populated) => {
-                let moved = Guest { populated, ..idle.clone() }.migrate(&mut rig, &[], |_| {})?.arrived()?;
+                let moved =
+                    Guest { populated, ..idle.clone() }.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                 let mut figures = moved.figures()?;
                 figures.set(CPU, moved.source_daemon);
                 figures.set("zero_gb", moved.number("zero_pages")? * PAGE / 1e9);

@@ -32,11 +32,13 @@ const CONTROL_INTERFACE: &str = "ctl0";
 pub struct LabOptions {
     /// Ports of each host, 0 to [`MAX_PORTS`]. Port *i* of one host is joined to port *i* of the other.
     pub ports: usize,
-    /// What a port carries in each direction; unlimited if `None`. The control link is never limited.
+    /// What a port carries in each direction; unlimited if `None`. The control link is never limited in rate.
     pub port_rate: Option<Rate>,
     /// How long a packet takes through a port, one way; no longer than the machine takes if `None`. A round trip takes
-    /// twice as long. The control link is never delayed.
+    /// twice as long.
     pub port_delay: Option<Duration>,
+    /// The same of the control link.
+    pub control_delay: Option<Duration>,
     /// What the ports lose of all packets; nothing if `None`.
     pub port_loss: Option<Loss>,
     /// The MTU of all links, in bytes.
@@ -53,6 +55,7 @@ impl Default for LabOptions {
             ports: 1,
             port_rate: None,
             port_delay: None,
+            control_delay: None,
             port_loss: None,
             mtu: 9000,
             bridge: false,
@@ -134,14 +137,20 @@ impl Lab {
 
         let [a, b] = [Namespace::create(&names[0])?, Namespace::create(&names[1])?];
         let ports: Vec<String> = (0..options.ports).map(|index| format!("port{index}")).collect();
-        network::join(&names, CONTROL_INTERFACE, options.mtu)?;
-        let mut cables = Vec::new();
-        for (index, port) in ports.iter().enumerate() {
-            match cable(index, port, [&a, &b], &options)? {
-                Some(cable) => cables.push(cable),
-                None => network::join(&names, port, options.mtu)?,
+        let join = |interface: &str, delay: Option<Duration>, loss: Option<Loss>| {
+            if delay.is_none() && loss.is_none() {
+                network::join(&names, interface, options.mtu)?;
+                return Ok(None);
             }
+            cable(interface, [&a, &b], options.mtu, delay.unwrap_or_default(), loss).map(Some)
+        };
+        let mut cables = Vec::new();
+        for (port, index) in ports.iter().zip(0..) {
+            // No two ports lose the same packets.
+            let loss = options.port_loss.map(|loss| Loss { seed: loss.seed.wrapping_add(index), ..loss });
+            cables.extend(join(port, options.port_delay, loss)?);
         }
+        let control = join(CONTROL_INTERFACE, options.control_delay, None)?;
         let namespaces = [a.clone(), b.clone()];
         let places = [directory.as_path(), &memory];
         let far_ends = |end: usize| cables.iter().map(|cable| cable.ends()[end].clone()).collect();
@@ -157,6 +166,7 @@ impl Lab {
             )?),
             false => None,
         };
+        cables.extend(control);
         Ok(Self { hosts, lan, _cables: cables, _cleanup: cleanup })
     }
 
@@ -213,22 +223,19 @@ fn unique_id() -> String {
     format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A cable of our own for the port at `index`, if the kernel's would not do.
+/// A cable of our own, where the kernel's would not do.
 fn cable(
-    index: usize,
-    port: &str,
+    interface: &str,
     namespaces: [&Namespace; 2],
-    options: &LabOptions,
-) -> Result<Option<Cable>> {
-    let LabOptions { port_delay: delay, port_loss: loss, mtu, .. } = *options;
-    if delay.is_none() && loss.is_none() {
-        return Ok(None);
-    }
-    // No two ports lose the same packets.
-    let loss = loss.map(|loss| Loss { seed: loss.seed.wrapping_add(index as u64), ..loss });
-    let cable = Cable::lay(namespaces, port, delay.unwrap_or_default(), loss)?;
-    namespaces.into_iter().try_for_each(|namespace| network::prepare_tun(namespace.name(), port, mtu))?;
-    Ok(Some(cable))
+    mtu: u32,
+    delay: Duration,
+    loss: Option<Loss>,
+) -> Result<Cable> {
+    let cable = Cable::lay(namespaces, interface, delay, loss)?;
+    namespaces
+        .into_iter()
+        .try_for_each(|namespace| network::prepare_tun(namespace.name(), interface, mtu))?;
+    Ok(cable)
 }
 
 fn make_host(

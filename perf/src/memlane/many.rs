@@ -1,0 +1,48 @@
+//! Several guests that are moved at once.
+
+use anyhow::{Context, Result};
+use memlane_lab::{HostId, Rig};
+use serde_json::Value;
+
+use super::{Ends, Guest, WARM_UP, ensure_completed, order, resumed_at};
+use crate::unix_time;
+
+/// Guests that were moved at once.
+#[derive(Debug, Clone)]
+pub struct Together {
+    /// Of each, the time from its order until it ran there.
+    pub seconds: Vec<f64>,
+    /// From the first order until the last guest ran there.
+    pub total_seconds: f64,
+    /// The migrations as the source's daemon told them at last.
+    pub migrations: Vec<Value>,
+}
+
+/// Starts `count` guests of one kind on host A, orders all of them to move to host B, one order right after the other
+/// and with more `arguments` to `memlanectl migrate`, and compares the memory of each with its model when all have
+/// arrived.
+///
+/// # Errors
+///
+/// If one does not arrive, or not as it left.
+pub fn migrate_together(guest: &Guest, rig: &mut Rig, count: usize, arguments: &[&str]) -> Result<Together> {
+    let names: Vec<String> = (1..=count).map(|number| format!("web{number}")).collect();
+    let ends: Vec<Ends> = names.iter().map(|name| guest.start(rig, name)).collect::<Result<_>>()?;
+    std::thread::sleep(WARM_UP);
+    let ordered: Vec<(f64, String)> =
+        names.iter().map(|name| Ok((unix_time(), order(rig, name, arguments)?))).collect::<Result<_>>()?;
+    let mut migrations = Vec::new();
+    let mut running_at = Vec::new();
+    for (_, id) in &ordered {
+        let migration = rig.watch(HostId::A, id, |_| {})?;
+        ensure_completed(&migration)?;
+        running_at.push(resumed_at(&migration).context("a migration does not say when its guest ran again")?);
+        migrations.push(migration);
+    }
+    for ends in ends {
+        ends.check()?;
+    }
+    let seconds = running_at.iter().zip(&ordered).map(|(ran, (ordered, _))| ran - ordered).collect();
+    let first = ordered.first().context("there are guests to be moved")?.0;
+    Ok(Together { seconds, total_seconds: running_at.into_iter().fold(first, f64::max) - first, migrations })
+}

@@ -1,0 +1,164 @@
+//! `lostport`: an idle guest of incompressible memory, over ports of which one is lost in mid-copy: it goes down, or it
+//! silently drops everything in both directions while its link stays up.
+//!
+//! - **vs_ideal**: the time that the move took, over that of an ideal move: the payload of TCP that all ports can carry
+//!   (see [`line`](super::line)) until the port is lost, and what the others can from then on, with nothing sent twice
+//!   and no time before, between and after. It is the larger one of `vs_ideal_down` and `vs_ideal_silent`.
+//! - **beyond_memory**: what was sent beyond the guest's memory, as a share of that: what the lost port took with it and
+//!   the others sent again, and the headers of frames.
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use memlane_lab::{LabOptions, Rate, Requirement, Rig, Size, why_not};
+use serde_json::json;
+
+use super::line::payload_gbit_per_second;
+use super::{Bench, Measured, Scenario};
+use crate::memlane::{Guest, Moved};
+use crate::report::{By, Case, Report, Runs};
+use crate::unix_time;
+
+/// The port that is lost.
+const PORT: usize = 0;
+/// The share of the pages that have been sent by then.
+const SENT_BEFORE: f64 = 0.4;
+
+/// What to measure.
+#[derive(Args, Debug, Clone)]
+pub struct LostPort {
+    /// Memory of the guest
+    #[arg(long, default_value = "2GiB")]
+    pub ram: Size,
+    /// Ports between the two hosts
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(2..=64))]
+    pub ports: u8,
+    /// What each port carries
+    #[arg(long, default_value = "1gbit")]
+    pub port_rate: Rate,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    Down,
+    Silent,
+}
+
+impl Scenario for LostPort {
+    const NAME: &'static str = "lostport";
+
+    fn measure(&self, bench: &Bench) -> Result<Report> {
+        let lab = LabOptions {
+            ports: usize::from(self.ports),
+            port_rate: Some(self.port_rate),
+            ..LabOptions::default()
+        };
+        let line = payload_gbit_per_second(self.port_rate, lab.mtu);
+        let mut rig = bench.rig(lab)?;
+        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        let cases = [(By::Memlane.case("down"), How::Down), (By::Memlane.case("silent"), How::Silent)];
+        let runs = bench.interleave(Self::NAME, &cases, |how| self.lose_one(&mut rig, &guest, *how, line))?;
+        self.report(runs, &cases.map(|(case, _)| case), line)
+    }
+}
+
+impl LostPort {
+    fn lose_one(&self, rig: &mut Rig, guest: &Guest, how: How, line: f64) -> Result<Measured> {
+        let mut lost: Option<(f64, Result<()>)> = None;
+        let moved = guest.migrate(rig, &[], |rig, state| {
+            let sent =
+                state["pages_sent"].as_f64().unwrap_or(0.0) / state["pages_total"].as_f64().unwrap_or(1.0);
+            if lost.is_none() && sent >= SENT_BEFORE && state["outcome"].is_null() {
+                lost = Some((unix_time(), set_lost(rig, how, true)));
+            }
+        });
+        if lost.is_some() {
+            set_lost(rig, how, false).context("giving the port back")?;
+        }
+        let moved = moved?.arrived()?;
+        let (lost_at, done) =
+            lost.context("the guest was there before the port was to be lost: make --ram larger")?;
+        done.context("taking the port away")?;
+        let after = lost_at - moved.number("started_at_unix_seconds")?;
+        let mut figures = moved.figures()?;
+        let ideal = self.ideal_seconds(after, line);
+        figures.set("lost_after_seconds", after);
+        figures.set("ideal_seconds", ideal);
+        figures.set("vs_ideal", moved.seconds / ideal);
+        figures.set("beyond_memory", moved.number("bytes_sent")? / self.ram.bytes() as f64 - 1.0);
+        ensure_lost_alone(&moved, &rig.lab().hosts()[0].ports()[PORT].interface)?;
+        Ok(Measured { figures, detail: moved.migration })
+    }
+
+    /// What a move takes at least of which a port was lost `after` so many seconds.
+    fn ideal_seconds(&self, after: f64, line: f64) -> f64 {
+        let gbit = self.ram.bytes() as f64 * 8.0 / 1e9;
+        let left = gbit - after * line * f64::from(self.ports);
+        after + left / (line * f64::from(self.ports - 1))
+    }
+
+    fn report(&self, runs: Runs, [down, silent]: &[Case; 2], line: f64) -> Result<Report> {
+        let headline = format!(
+            "an idle guest of {} over {} ports of {}, of which one is lost when {:.0} % are sent",
+            self.ram,
+            self.ports,
+            self.port_rate,
+            SENT_BEFORE * 100.0
+        );
+        let settings = json!({
+            "ram_bytes": self.ram.bytes(),
+            "ports": self.ports,
+            "port_bits_per_second": self.port_rate.bits_per_second(),
+            "port_payload_gbit_per_second": line,
+        });
+        let (of_down, of_silent) = (runs.values(down, "vs_ideal")?, runs.values(silent, "vs_ideal")?);
+        let beyond = [runs.values(down, "beyond_memory")?, runs.values(silent, "beyond_memory")?].concat();
+        let worse = of_down.iter().zip(&of_silent).map(|(down, silent)| down.max(*silent)).collect();
+        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        report.ratio(
+            "vs_ideal",
+            worse,
+            "the whole move, of the ideal time for the ports left: the worse one",
+        );
+        report.ratio("vs_ideal_down", of_down, "the same, of a port that goes down");
+        report.ratio("vs_ideal_silent", of_silent, "the same, of a port that silently drops everything");
+        report.ratio("beyond_memory", beyond, "sent beyond the guest's memory, of that");
+        Ok(report)
+    }
+}
+
+fn set_lost(rig: &Rig, how: How, lost: bool) -> Result<()> {
+    let lab = rig.lab();
+    match (how, lost) {
+        (How::Silent, _) => lab.silence_port(PORT, lost),
+        (How::Down, true) => lab.hosts()[0].port_down(PORT),
+        (How::Down, false) => lab.hosts()[0].port_up(PORT),
+    }
+}
+
+/// The daemon has noticed, and has lost lanes on no other port.
+fn ensure_lost_alone(moved: &Moved, port: &str) -> Result<()> {
+    let lanes = &moved.migration["lanes"];
+    let losses = |of_port: bool| -> u64 {
+        let lanes = lanes.as_array().into_iter().flatten().filter(|lane| (lane["port"] == port) == of_port);
+        lanes.filter_map(|lane| lane["losses"].as_u64()).sum()
+    };
+    ensure!(losses(true) > 0, "no lane of {port} was lost: {lanes}");
+    ensure!(losses(false) == 0, "lanes of other ports than {port} were lost: {lanes}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ideal_goes_on_with_the_ports_that_are_left() {
+        let ram = Size::from_mib(1000);
+        let rate = "1gbit".parse().expect("a rate");
+        let scenario = LostPort { ram, ports: 4, port_rate: rate };
+        let gbit = ram.bytes() as f64 * 8.0 / 1e9;
+        assert!((scenario.ideal_seconds(0.0, 1.0) - gbit / 3.0).abs() < 1e-9);
+        assert!((scenario.ideal_seconds(gbit / 4.0, 1.0) - gbit / 4.0).abs() < 1e-9);
+        assert!((scenario.ideal_seconds(1.0, 1.0) - (1.0 + (gbit - 4.0) / 3.0)).abs() < 1e-9);
+    }
+}
