@@ -7,6 +7,7 @@
 mod backing;
 mod extents;
 mod known;
+mod large;
 mod mapped;
 mod marks;
 mod zero;
@@ -27,6 +28,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
+use self::large::LargePieces;
 use self::mapped::MappedBlocks;
 
 pub use backing::Backing;
@@ -47,6 +49,7 @@ pub struct GuestRam {
     marks: Arc<PageSet>,
     data: KnownData,
     in_tables: MappedBlocks,
+    large: LargePieces,
     sealed: bool,
 }
 
@@ -134,7 +137,8 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
-        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, sealed })
+        let large = LargePieces::default();
+        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, large, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -254,6 +258,51 @@ impl GuestRam {
                 self.populate(unmapped.clone(), Advice::LinuxPopulateRead)?;
                 self.in_tables.note(&unmapped);
             }
+        }
+        Ok(())
+    }
+
+    /// Makes `pages`, all of which are about to be filled, quick to fill. What is there is mapped, as by
+    /// [`map_pages`](Self::map_pages). Where nothing is there, memory is taken 2 MiB at a time if these are
+    /// a good part of so much; otherwise it is taken as it is filled, which costs less than taking it
+    /// beforehand page by page.
+    pub fn make_room(&self, pages: Range<u64>) -> io::Result<()> {
+        for (index, piece) in self.pieces(pages) {
+            let fresh = self.in_tables.unmapped(&piece);
+            if fresh.end - fresh.start < mapped::BLOCK_PAGES || backing::is_huge(&self.regions[index]) {
+                continue;
+            }
+            match self.first_data(&fresh)? {
+                Some(_) => self.map_pages(fresh)?,
+                None => self.take_large(index, fresh)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes and maps memory for `pages` of region `index`, of which nothing is there, where whole pieces can be.
+    fn take_large(&self, index: usize, pages: Range<u64>) -> io::Result<()> {
+        /// So much of a piece must be filled soon.
+        const MUCH: u64 = large::PIECE / PAGE_SIZE / 4;
+        let region = &self.mapped[index].pages;
+        let (_, offset) = self.file_range(index, &pages);
+        let mut first = pages.start;
+        let mut piece_start = offset - offset % large::PIECE;
+        while first < pages.end {
+            let before = (piece_start + large::PIECE - offset) / PAGE_SIZE;
+            let part = first..pages.end.min(pages.start + before);
+            let piece_from = (pages.start + before).checked_sub(large::PIECE / PAGE_SIZE);
+            let piece = piece_from.map(|from| from..pages.start + before);
+            let fits = piece.filter(|piece| piece.start >= region.start && piece.end <= region.end);
+            if let Some(piece) = fits.filter(|_| part.end - part.start >= MUCH)
+                && self.first_data(&piece)?.is_none()
+            {
+                let (file, wanted) = self.file_range(index, &part);
+                if self.large.take(file, piece_start, wanted) {
+                    self.map_pages(part.clone())?;
+                }
+            }
+            (first, piece_start) = (part.end, piece_start + large::PIECE);
         }
         Ok(())
     }

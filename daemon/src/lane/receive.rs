@@ -120,8 +120,8 @@ impl Receiver {
     /// Receives the pages straight into guest memory.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
         for run in self.runs.iter().filter(|run| run.content == Content::Data) {
-            // What cannot be mapped in one go is when it is written.
-            let _ = self.inbound.ram.map_pages(run.pages.clone());
+            // What cannot be taken or mapped in one go is when it is written.
+            let _ = self.inbound.ram.make_room(run.pages.clone());
         }
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;

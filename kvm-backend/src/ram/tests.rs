@@ -182,3 +182,30 @@ fn descriptors_of_strangers_are_checked() {
     let second = Region { offset: PAGE_SIZE, ..region(MIB, 2 * PAGE_SIZE) };
     refused(vec![(region(0, 2 * PAGE_SIZE), twice), (second, other)], "regions 0 and 1 lie over each other");
 }
+
+#[test]
+fn room_is_made_in_large_pieces_where_much_comes() {
+    let ram = GuestRam::create(&[(0, 8 << 20)], &Backing::Memfd).unwrap();
+    let held = || ram.data_extents(0..ram.pages()).unwrap();
+    // Too few, or too few of each piece.
+    ram.make_room(10..20).unwrap();
+    ram.make_room(450..600).unwrap();
+    assert_eq!(held(), []);
+    // Where something is there the rest is taken page by page.
+    ram.memory().write_obj(7u8, GuestAddress(1600 * PAGE_SIZE)).unwrap();
+    ram.make_room(1590..1700).unwrap();
+    assert_eq!(held(), [1590..1700]);
+    ram.make_room(700..1100).unwrap();
+    if held() == [1590..1700] {
+        return eprintln!("SKIPPED room_is_made_in_large_pieces_where_much_comes: none is to be had");
+    }
+    assert_eq!(held(), [512..1024, 1590..1700], "less than a quarter of the next piece is to come");
+    ram.make_room(1024..1536).unwrap();
+    assert_eq!(held(), [512..1536, 1590..1700]);
+    assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(1600 * PAGE_SIZE)).unwrap(), 7);
+    // Given back, it can be taken again.
+    ram.punch(512..1536).unwrap();
+    assert_eq!(held(), [1590..1700]);
+    ram.make_room(512..1024).unwrap();
+    assert_eq!(held(), [512..1024, 1590..1700]);
+}
