@@ -116,7 +116,7 @@ fn every_port_is_lost_for_a_while() {
     let status = stage.rig.ctl_command(HostId::B, &["status"]).output().unwrap();
     let status = String::from_utf8(status.stdout).unwrap();
     assert!(status.contains("missing; waits for"), "{status}");
-    std::thread::sleep(Duration::from_secs(4));
+    std::thread::sleep(Duration::from_secs(10));
     for port in [0, 1] {
         stage.rig.lab().host(HostId::A).port_up(port).unwrap();
     }

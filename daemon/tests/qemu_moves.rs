@@ -8,6 +8,7 @@ use std::time::Duration;
 use common::{LONG, Linux, Stage};
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Counters, HostId, LabOptions, Lan, Rate, tell_guest, wait_for};
+use memlaned::api::types::Phase;
 use serde_json::json;
 
 /// Pages, as the daemons count them.
@@ -55,6 +56,38 @@ fn linux_runs_before_its_memory_is_there() {
         let came = |key: &str| moved["postcopy"][key].as_u64().unwrap();
         assert!(came("pages_streamed") + came("pages_fetched") > 0, "{moved}");
     }
+    linux.assert_whole(&stage);
+}
+
+/// Whatever of the guest needs a page waits for it; its client's connection outlives that.
+#[test]
+fn linux_waits_for_ports_that_are_lost_for_a_while() {
+    let test = "linux_waits_for_ports_that_are_lost_for_a_while";
+    let port_rate = Some(Rate::from_bits_per_second(100_000_000));
+    let Some(stage) = Stage::for_linux(test, LabOptions { ports: 2, port_rate, ..LabOptions::default() })
+    else {
+        return;
+    };
+    let mut linux = stage.linux(|guest| (guest.vcpus, guest.working_set) = (2, "96MiB".parse().unwrap()));
+    let name = linux.guest.name.clone();
+    let order = stage.begin(&name, &["--postcopy", "now", "--downtime-limit", "60s"]);
+    stage.wait_until(HostId::A, &name, "post-copy", |migration| {
+        let streamed = migration.postcopy.as_ref().map_or(0, |postcopy| postcopy.pages_streamed);
+        migration.phase == Phase::Fetching && streamed > 100
+    });
+    for port in [0, 1] {
+        stage.rig.lab().host(HostId::A).port_down(port).unwrap();
+    }
+    stage.wait_until(HostId::B, &name, "word of what is waited for", |migration| {
+        migration.postcopy.as_ref().is_some_and(|postcopy| postcopy.waits_for.is_some())
+    });
+    std::thread::sleep(Duration::from_secs(10));
+    for port in [0, 1] {
+        stage.rig.lab().host(HostId::A).port_up(port).unwrap();
+    }
+    let moved = order.expect(0, &[]).last().unwrap().clone();
+    assert_eq!(moved["postcopy"]["remaining_pages"], 0, "{moved}");
+    linux.assert_runs();
     linux.assert_whole(&stage);
 }
 
