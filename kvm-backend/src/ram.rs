@@ -28,7 +28,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
-use self::large::LargePieces;
+use self::large::{Coming, LargePieces};
 use self::mapped::MappedBlocks;
 
 pub use backing::Backing;
@@ -262,47 +262,52 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Makes `pages`, all of which are about to be filled, quick to fill. What is there is mapped, as by
-    /// [`map_pages`](Self::map_pages). Where nothing is there, memory is taken 2 MiB at a time if these are
-    /// a good part of so much; otherwise it is taken as it is filled, which costs less than taking it
-    /// beforehand page by page.
-    pub fn make_room(&self, pages: Range<u64>) -> io::Result<()> {
-        for (index, piece) in self.pieces(pages) {
-            let fresh = self.in_tables.unmapped(&piece);
-            if fresh.end - fresh.start < mapped::BLOCK_PAGES || backing::is_huge(&self.regions[index]) {
-                continue;
-            }
-            match self.first_data(&fresh)? {
-                Some(_) => self.map_pages(fresh)?,
-                None => self.take_large(index, fresh)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes and maps memory for `pages` of region `index`, of which nothing is there, where whole pieces can be.
-    fn take_large(&self, index: usize, pages: Range<u64>) -> io::Result<()> {
-        /// So much of a piece must be filled soon.
-        const MUCH: u64 = large::PIECE / PAGE_SIZE / 4;
-        let region = &self.mapped[index].pages;
-        let (_, offset) = self.file_range(index, &pages);
-        let mut first = pages.start;
-        let mut piece_start = offset - offset % large::PIECE;
-        while first < pages.end {
-            let before = (piece_start + large::PIECE - offset) / PAGE_SIZE;
-            let part = first..pages.end.min(pages.start + before);
-            let piece_from = (pages.start + before).checked_sub(large::PIECE / PAGE_SIZE);
-            let piece = piece_from.map(|from| from..pages.start + before);
-            let fits = piece.filter(|piece| piece.start >= region.start && piece.end <= region.end);
-            if let Some(piece) = fits.filter(|_| part.end - part.start >= MUCH)
-                && self.first_data(&piece)?.is_none()
-            {
-                let (file, wanted) = self.file_range(index, &part);
-                if self.large.take(file, piece_start, wanted) {
-                    self.map_pages(part.clone())?;
+    /// Makes these runs of pages, in ascending order, quick to fill with what is about to come. What is there is
+    /// mapped, as by [`map_pages`](Self::map_pages). Where nothing is there, memory is taken 2 MiB at a time if a
+    /// good part of so much is to come; otherwise it is taken as it is filled, which costs less than taking
+    /// it beforehand page by page.
+    pub fn make_room(&self, runs: impl Iterator<Item = Range<u64>>) -> io::Result<()> {
+        let mut coming = Coming::default();
+        for run in runs {
+            for (index, piece) in self.pieces(run) {
+                let fresh = self.in_tables.unmapped(&piece);
+                if fresh.is_empty() || backing::is_huge(&self.regions[index]) {
+                    continue;
+                }
+                if self.first_data(&fresh)?.is_some() {
+                    self.map_pages(fresh)?;
+                    continue;
+                }
+                let (_, offset) = self.file_range(index, &fresh);
+                for part in large::parts(offset, fresh) {
+                    if let Some(before) = coming.add(index, part) {
+                        self.take_large(&before)?;
+                    }
                 }
             }
-            (first, piece_start) = (part.end, piece_start + large::PIECE);
+        }
+        self.take_large(&coming)
+    }
+
+    /// Takes and maps memory for a piece of which much is to come, if nothing of it is there.
+    fn take_large(&self, coming: &Coming) -> io::Result<()> {
+        if !coming.is_much() {
+            return Ok(());
+        }
+        let (index, pages) = (coming.region, coming.pages.clone());
+        let (file, first) = self.file_range(index, &pages);
+        let offset = first - first % large::PIECE;
+        let ahead = (first - offset) / PAGE_SIZE;
+        let region = &self.mapped[index].pages;
+        let Some(start) = pages.start.checked_sub(ahead).filter(|start| *start >= region.start) else {
+            return Ok(());
+        };
+        let piece = start..start + large::PIECE / PAGE_SIZE;
+        if piece.end <= region.end
+            && self.first_data(&piece)?.is_none()
+            && self.large.take(file, offset, first)
+        {
+            self.map_pages(pages)?;
         }
         Ok(())
     }

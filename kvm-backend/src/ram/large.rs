@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -22,6 +23,56 @@ pub(super) const PIECE: u64 = HUGE_PAGE;
 const PAUSE: u32 = 512;
 /// The kernel has no such thing for this memory.
 const NEVER: u32 = u32::MAX;
+
+/// What is to come of one piece.
+#[derive(Debug, Default)]
+pub(super) struct Coming {
+    /// The region that it lies in.
+    pub region: usize,
+    /// From the first page to come up to the last one.
+    pub pages: Range<u64>,
+    count: u64,
+    piece: u64,
+}
+
+impl Coming {
+    /// Adds pages of one piece; gives what is to come of the piece before, if this is another one.
+    pub(super) fn add(&mut self, region: usize, part: Part) -> Option<Self> {
+        let Part { piece, pages } = part;
+        let same = self.count > 0 && (self.region, self.piece) == (region, piece);
+        let before =
+            (!same).then(|| std::mem::replace(self, Self { region, piece, pages: pages.clone(), count: 0 }));
+        self.pages.end = pages.end;
+        self.count += pages.end - pages.start;
+        before
+    }
+
+    /// Whether it is so much that the rest may be taken with it: a quarter.
+    pub(super) fn is_much(&self) -> bool {
+        self.count >= PIECE / PAGE_SIZE / 4
+    }
+}
+
+/// Pages that lie in one piece.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The piece's number in the file.
+    piece: u64,
+    pages: Range<u64>,
+}
+
+/// Cuts pages, which begin at `offset` in their file, where pieces end.
+pub(super) fn parts(offset: u64, pages: Range<u64>) -> impl Iterator<Item = Part> {
+    let mut at = offset / PAGE_SIZE;
+    let mut start = pages.start;
+    std::iter::from_fn(move || {
+        const PAGES: u64 = PIECE / PAGE_SIZE;
+        let end = pages.end.min(start + PAGES - at % PAGES);
+        let part = Part { piece: at / PAGES, pages: start..end };
+        (at, start) = (at + (end - start), end);
+        (!part.pages.is_empty()).then_some(part)
+    })
+}
 
 /// Takes pieces of one guest's memory.
 #[derive(Debug, Default)]
@@ -42,9 +93,15 @@ impl LargePieces {
         }
         let taken = self.try_to_take(file, offset, first);
         if let Err(error) = &taken {
-            let unknown = error.raw_os_error() == Some(libc::EINVAL);
-            self.skip.store(if unknown { NEVER } else { PAUSE }, Ordering::Relaxed);
+            let skip = match error.raw_os_error() {
+                Some(libc::EINVAL) => NEVER,
+                // Somebody was busy with just this piece.
+                Some(libc::EAGAIN) => 0,
+                _ => PAUSE,
+            };
+            self.skip.store(skip, Ordering::Relaxed);
             tracing::debug!(%error, "memory is taken page by page");
+            eprintln!("XX {error}");
         }
         taken.is_ok()
     }
@@ -58,7 +115,12 @@ impl LargePieces {
         window.show(file, offset)?;
         // Of a piece of which nothing is there the kernel thinks that it was punched meanwhile.
         window.advise(first - offset, PAGE_SIZE, libc::MADV_POPULATE_WRITE)?;
-        window.advise(0, PIECE, libc::MADV_COLLAPSE)
+        let collapse = || window.advise(0, PIECE, libc::MADV_COLLAPSE);
+        // Somebody in the kernel may be busy with the page just now.
+        collapse().or_else(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN) => collapse(),
+            _ => Err(error),
+        })
     }
 }
 
@@ -149,6 +211,27 @@ mod tests {
         assert!(
             bytes[5000..5100].iter().all(|byte| *byte == 7) && bytes[5100..].iter().all(|byte| *byte == 0)
         );
+    }
+
+    #[test]
+    fn pages_are_cut_where_pieces_of_the_file_end() {
+        let cut = |offset: u64, pages| parts(offset * PAGE_SIZE, pages).collect::<Vec<_>>();
+        let part = |piece, pages| Part { piece, pages };
+        assert_eq!(cut(0, 0..512), [part(0, 0..512)]);
+        assert_eq!(cut(500, 100..700), [part(0, 100..112), part(1, 112..624), part(2, 624..700)]);
+        assert_eq!(cut(500, 100..100), []);
+    }
+
+    #[test]
+    fn what_comes_of_a_piece_is_counted_over_runs() {
+        let mut coming = Coming::default();
+        let mut add = |region, piece, pages| {
+            coming.add(region, Part { piece, pages }).map(|before| (before.pages.clone(), before.is_much()))
+        };
+        assert_eq!(add(0, 3, 10..50), Some((0..0, false)));
+        assert_eq!(add(0, 3, 60..160), None);
+        assert_eq!(add(0, 4, 512..520), Some((10..160, true)));
+        assert_eq!(add(1, 4, 1000..1001), Some((512..520, false)));
     }
 
     #[test]
