@@ -1,6 +1,6 @@
 //! Memlane itself in a lab: a daemon on each host, guests attached to them, and orders.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -62,6 +62,14 @@ pub struct Vmm {
 #[derive(Debug)]
 pub struct VmmSession {
     stream: BufReader<UnixStream>,
+}
+
+/// A guest that is followed. What is told of it should be fetched a few times a second.
+#[derive(Debug)]
+pub struct Following {
+    stream: BufReader<UnixStream>,
+    /// A line that has not come in full.
+    line: Vec<u8>,
 }
 
 /// What `memlanectl` said.
@@ -256,6 +264,20 @@ impl Rig {
         Ok(guests.iter().find(|guest| guest["name"] == name).cloned())
     }
 
+    /// A host's daemon's metrics, in Prometheus' text format.
+    ///
+    /// # Errors
+    ///
+    /// If the daemon does not answer.
+    pub fn metrics(&self, id: HostId) -> Result<String> {
+        let mut stream = UnixStream::connect(self.api_socket(id)).context("connecting to the daemon")?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: memlaned\r\nConnection: close\r\n\r\n")?;
+        let answer = io::read_to_string(stream).context("reading the daemon's metrics")?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("the daemon's answer has no end")?;
+        ensure!(head.starts_with("HTTP/1.1 200"), "the daemon tells no metrics: {head}");
+        Ok(body.to_owned())
+    }
+
     /// A `memlanectl` command for a host's daemon.
     pub fn ctl_command(&self, id: HostId, arguments: &[&str]) -> Command {
         let mut command = self.lab.host(id).command(self.programs.path("memlanectl"));
@@ -382,6 +404,18 @@ impl VmmSession {
         self.ask("stats")
     }
 
+    /// Has the VMM tell how far the guest is, every so often while there is a guest.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM has ended.
+    pub fn follow(mut self, every: Duration) -> Result<Following> {
+        let request = format!("{{\"do\":\"follow\",\"every_us\":{}}}\n", every.as_micros());
+        self.stream.get_mut().write_all(request.as_bytes())?;
+        self.stream.get_ref().set_nonblocking(true)?;
+        Ok(Following { stream: self.stream, line: Vec::new() })
+    }
+
     fn ask(&mut self, what: &str) -> Result<Value> {
         self.stream.get_mut().write_all(format!("{{\"do\":\"{what}\"}}\n").as_bytes())?;
         let mut line = String::new();
@@ -390,6 +424,30 @@ impl VmmSession {
         match answer.get("error") {
             Some(error) => bail!("{error}"),
             None => Ok(answer["ok"].take()),
+        }
+    }
+}
+
+impl Following {
+    /// What was told since this was asked last, without waiting; `None` once the VMM has ended.
+    ///
+    /// # Errors
+    ///
+    /// If what was told is no JSON.
+    pub fn told(&mut self) -> Result<Option<Vec<Value>>> {
+        let mut told = Vec::new();
+        loop {
+            match self.stream.read_until(b'\n', &mut self.line) {
+                Ok(_) if self.line.ends_with(b"\n") => {
+                    let mut answer: Value =
+                        serde_json::from_slice(&self.line).context("what the VMM tells is no JSON")?;
+                    told.push(answer["ok"].take());
+                    self.line.clear();
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Some(told)),
+                // Its end is told by whoever waits for it.
+                Ok(_) | Err(_) => return Ok((!told.is_empty()).then_some(told)),
+            }
         }
     }
 }

@@ -5,27 +5,33 @@
 //! {"do":"reset-stalls"}  -> {"ok": null}
 //! {"do":"verify"}        -> {"ok": Report}
 //! {"do":"quit"}          -> {"ok": null}
+//! {"do":"follow","every_us":2000}  -> {"ok": Progress}, again and again while there is a guest here
 //! anything wrong         -> {"error": "why"}
 //! ```
+//!
+//! Whoever follows a guest need not read each answer as it comes: the socket holds some hundreds.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::oracle::Report;
-use crate::statistics::Stats;
-use crate::vmm::{GuestVmm, Observer};
+use crate::statistics::{Progress, Stats};
+use crate::vmm::{GuestVmm, Observer, Standing};
 
 /// Bytes of the longest request.
 const MAX_REQUEST: u64 = 4096;
 /// Bytes of the longest answer.
 const MAX_ANSWER: u64 = 4 << 20;
+/// Shortest time between two looks at a guest that is followed, in microseconds.
+const LEAST_EVERY_US: u64 = 100;
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
@@ -34,6 +40,7 @@ enum Request {
     ResetStalls,
     Verify,
     Quit,
+    Follow { every_us: u64 },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -78,15 +85,40 @@ fn serve_client(
     let mut reader = BufReader::new(stream.try_clone()?);
     while let Some(line) = read_line(&mut reader, MAX_REQUEST)? {
         let answer = match serde_json::from_slice(&line) {
+            Ok(Request::Follow { every_us }) => {
+                return follow(&mut stream, observer, Duration::from_micros(every_us.max(LEAST_EVERY_US)));
+            }
             Ok(request) => answer(request, vmm, observer, quit),
             Err(error) => Err(format!("the request is not understood: {error}")),
         };
-        let answer = answer.map_or_else(Answer::Error, Answer::Ok);
-        let mut line = serde_json::to_vec(&answer)?;
-        line.push(b'\n');
-        stream.write_all(&line)?;
+        say(&mut stream, answer)?;
     }
     Ok(())
+}
+
+/// Tells how far the guest is, until it is given up or nobody listens any more.
+fn follow(stream: &mut UnixStream, observer: &Observer, every: Duration) -> io::Result<()> {
+    let mut next = Instant::now();
+    loop {
+        match observer.standing() {
+            Standing::Running | Standing::Paused => {
+                let progress = serde_json::to_value(observer.progress());
+                say(stream, progress.map_err(|error| error.to_string()))?;
+            }
+            // Its memory is not all here, and looking at it would wait for it.
+            Standing::Incoming | Standing::Loaded => {}
+            Standing::Discarded => return Ok(()),
+        }
+        // What was missed is not made up for.
+        next = (next + every).max(Instant::now());
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn say(stream: &mut UnixStream, answer: Result<Value, String>) -> io::Result<()> {
+    let mut line = serde_json::to_vec(&answer.map_or_else(Answer::Error, Answer::Ok))?;
+    line.push(b'\n');
+    stream.write_all(&line)
 }
 
 fn answer(
@@ -107,6 +139,7 @@ fn answer(
             let _ = quit.send(());
             Ok(Value::Null)
         }
+        Request::Follow { .. } => unreachable!("it has many answers, which are given elsewhere"),
     };
     value.map_err(|error| format!("the answer cannot be written: {error}"))
 }
@@ -143,10 +176,27 @@ impl Client {
         self.ask(&Request::Quit)
     }
 
+    /// How far the guest is, every so often, while there is a guest.
+    pub fn follow(mut self, every: Duration) -> io::Result<impl Iterator<Item = io::Result<Progress>>> {
+        self.send(&Request::Follow { every_us: every.as_micros() as u64 })?;
+        Ok(std::iter::from_fn(move || match self.receive() {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            answer => Some(answer),
+        }))
+    }
+
     fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> io::Result<T> {
+        self.send(request)?;
+        self.receive()
+    }
+
+    fn send(&mut self, request: &Request) -> io::Result<()> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line)?;
+        self.stream.get_mut().write_all(&line)
+    }
+
+    fn receive<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         let line = read_line(&mut self.stream, MAX_ANSWER)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match serde_json::from_slice(&line)? {
             Answer::Ok(value) => Ok(serde_json::from_value(value)?),

@@ -56,6 +56,17 @@ pub struct Stats {
     pub tracking_stall_ns: Option<u64>,
 }
 
+/// How far the guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// When that was seen, `CLOCK_REALTIME`, nanoseconds.
+    pub realtime_ns: u64,
+    /// Steps done by all vCPUs that write, since the guest's very beginning.
+    pub steps: u64,
+    /// Pages read by all vCPUs that only read, since then.
+    pub reads: u64,
+}
+
 /// Stalls of about one length.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Bucket {
@@ -168,9 +179,14 @@ pub fn steps(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
 }
 
 /// Pages read by each vCPU that only reads.
-fn reads(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
+pub fn reads(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
     let readers = layout.writers()..layout.vcpus();
     readers.map(|vcpu| ControlBlock::of(ram, layout, vcpu).reads.load(Ordering::Relaxed)).collect()
+}
+
+/// All of what vCPUs counted. They may report anything, so it may overflow.
+pub fn sum(counts: &[u64]) -> u64 {
+    counts.iter().fold(0, |sum, count| sum.wrapping_add(*count))
 }
 
 /// The blocks of the vCPUs that write; only they note stalls.

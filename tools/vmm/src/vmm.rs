@@ -17,7 +17,7 @@ use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::process::{self, ProcessGuest};
 use crate::guest::{ControlBlock, Guest, Layout};
 use crate::oracle::{Oracle, Report};
-use crate::statistics::{Notes, Stats, steps};
+use crate::statistics::{Notes, Progress, Stats, reads, steps, sum};
 use crate::workload::{SLOTS, Workload};
 
 /// The name under which VMMs of this program know each other.
@@ -259,11 +259,9 @@ impl Vmm for GuestVmm {
 impl Observer {
     /// How the guest is doing.
     pub fn stats(&self) -> Stats {
-        let standing = *lock(&self.standing);
+        let standing = self.standing();
         let mut stats = lock(&self.notes).stats(&self.ram, &self.layout, &self.guest.clock());
         stats.standing = standing.name().into();
-        // What a guest reports may be anything, so the sums may overflow.
-        let sum = |counts: &[u64]| counts.iter().fold(0u64, |sum, count| sum.wrapping_add(*count));
         let counts = [sum(&stats.steps), sum(&stats.reads)];
         if let Some((when, before)) = lock(&self.counted).replace((Instant::now(), counts)) {
             let seconds = when.elapsed().as_secs_f64();
@@ -271,6 +269,19 @@ impl Observer {
             (stats.steps_per_second, stats.reads_per_second) = (rate(0), rate(1));
         }
         stats
+    }
+
+    /// How far it is. This only looks at memory, which in post-copy may have to come first.
+    pub fn progress(&self) -> Progress {
+        let steps = sum(&steps(&self.ram, &self.layout));
+        let reads = sum(&reads(&self.ram, &self.layout));
+        // After what it tells the time of, for that may have taken some.
+        Progress { realtime_ns: self.guest.clock().realtime, steps, reads }
+    }
+
+    /// What the guest is doing.
+    pub fn standing(&self) -> Standing {
+        *lock(&self.standing)
     }
 
     /// Forgets the stalls so far.

@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use memlane_vmm::control::Client;
+use memlane_vmm::statistics::Progress;
 
 fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_memlane-vmm"))
@@ -70,6 +71,10 @@ fn it_runs_until_it_is_told_to_quit() {
     assert!(client.verify().unwrap().equal);
     let stats = client.stats().unwrap();
     assert_eq!((stats.steps.len(), stats.reads.len()), (1, 1));
+    let followed = Client::connect(&path).unwrap().follow(Duration::from_millis(5)).unwrap();
+    let seen: Vec<Progress> = followed.take(20).collect::<Result<_, _>>().unwrap();
+    assert!(seen.is_sorted_by(|one, next| one.realtime_ns < next.realtime_ns && one.steps <= next.steps));
+    assert!(seen[19].reads > seen[0].reads, "{seen:?}");
     client.quit().unwrap();
     assert!(child.wait().unwrap().success());
     assert!(!path.exists(), "the control socket is removed");

@@ -1,0 +1,84 @@
+//! What a host's interfaces have carried.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+
+use anyhow::{Context, Result};
+
+use crate::host::Host;
+
+/// The counters of a host's interfaces, as its kernel keeps them. Reading them disturbs nobody.
+#[derive(Debug)]
+pub struct InterfaceCounters {
+    /// It shows the namespace in which it was opened, whoever reads it.
+    file: File,
+    text: String,
+}
+
+/// What an interface has carried since it was made, headers included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    /// Bytes that came.
+    pub received_bytes: u64,
+    /// Bytes that were sent.
+    pub sent_bytes: u64,
+}
+
+impl Host {
+    /// Opens the counters of this host's interfaces.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be opened inside the host.
+    pub fn interface_counters(&self) -> Result<InterfaceCounters> {
+        let file = self.run_in(|| File::open("/proc/thread-self/net/dev"))?;
+        let file = file.with_context(|| format!("opening the counters of {}'s interfaces", self.name()))?;
+        Ok(InterfaceCounters { file, text: String::new() })
+    }
+}
+
+impl InterfaceCounters {
+    /// What each interface has carried, by name.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel does not tell.
+    pub fn read(&mut self) -> Result<impl Iterator<Item = (&str, Carried)>> {
+        self.text.clear();
+        self.file
+            .rewind()
+            .and_then(|()| self.file.read_to_string(&mut self.text))
+            .context("reading counters")?;
+        Ok(parse(&self.text))
+    }
+}
+
+/// Lines of `/proc/net/dev`: a name, then 8 numbers of what was received, then 8 of what was sent.
+fn parse(text: &str) -> impl Iterator<Item = (&str, Carried)> {
+    text.lines().filter_map(|line| {
+        let (name, numbers) = line.split_once(':')?;
+        let mut numbers = numbers.split_whitespace().map(str::parse);
+        let (received_bytes, sent_bytes) = (numbers.next()?.ok()?, numbers.nth(7)?.ok()?);
+        Some((name.trim(), Carried { received_bytes, sent_bytes }))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_told_from_headings() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes    packets errs|bytes    packets errs\n\
+                    \x20   lo:     120       2    0    0    0     0          0         0      120       2    0    0    0     0       0          0\n\
+                    port10:99 1 0 0 0 0 0 0 7 1 0 0 0 0 0 0\n";
+        let seen: Vec<_> = parse(text).collect();
+        assert_eq!(
+            seen,
+            [
+                ("lo", Carried { received_bytes: 120, sent_bytes: 120 }),
+                ("port10", Carried { received_bytes: 99, sent_bytes: 7 }),
+            ]
+        );
+    }
+}
