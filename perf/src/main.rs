@@ -1,12 +1,14 @@
 //! See the package description, and `memlane-perf --help`.
 
 use std::fmt::Display;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Size};
 use memlane_perf::baseline::memory::{self, MemoryState};
 use memlane_perf::baseline::raw::{self, RawOptions};
+use memlane_perf::page;
 use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::report::Report;
 use memlane_perf::scenario::Order;
@@ -22,6 +24,10 @@ struct Cli {
     /// End the output with one line of JSON, or with one for each of several scenarios
     #[arg(long, global = true)]
     json: bool,
+    /// Write a page with tables and pictures of what scenarios found; only the picture of a guest that moved, if the
+    /// file ends with .svg
+    #[arg(long, global = true, value_name = "FILE.html")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -65,10 +71,18 @@ struct RawArgs {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
+    let of_scenario = matches!(cli.command, Command::Scenario(_));
+    ensure!(of_scenario || cli.report.is_none(), "--report is about scenarios only");
     match cli.command {
         Command::Scenario(order) => {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
-            order.carry_out(&Programs::build(true)?, &mut |report| tell(report, cli.json))
+            let mut reports = Vec::new();
+            order.carry_out(&Programs::build(true)?, &mut |report| {
+                tell(report, cli.json)?;
+                reports.push(report.clone());
+                // After each, so that what was measured is there if another one fails.
+                cli.report.as_deref().map_or(Ok(()), |file| write(&reports, file))
+            })
         }
         Command::Raw(args) => {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
@@ -106,6 +120,19 @@ fn tell(report: &Report, json: bool) -> Result<()> {
         println!("{}", report.json());
     }
     Ok(())
+}
+
+/// Writes a page about all that was found so far.
+fn write(reports: &[Report], file: &Path) -> Result<()> {
+    let text = match file.extension().is_some_and(|extension| extension == "svg") {
+        true => page::picture(reports),
+        false => Some(page::page(reports)),
+    };
+    let Some(text) = text else {
+        eprintln!("no guest was seen at work so far, so there is no picture of one");
+        return Ok(());
+    };
+    std::fs::write(file, text).with_context(|| format!("writing the report {}", file.display()))
 }
 
 fn print(report: &(impl Display + Serialize), json: bool) -> Result<()> {

@@ -16,7 +16,7 @@ fn moves_uneven_shares_into_either_kind_of_memory() {
         let report = measure(&lab, &options).expect("a measurement");
         assert_eq!((report.ports, report.bytes), (3, options.bytes));
         assert!(report.seconds > 0.0 && report.cpu_seconds_per_gb > 0.0);
-        let rpc = report.rpc;
+        let rpc = &report.rpc;
         assert!(0.0 < rpc.rpc_p50_us && rpc.rpc_p50_us <= rpc.rpc_p99_us && rpc.rpc_p99_us <= rpc.rpc_max_us);
         let json = serde_json::to_value(&report).expect("JSON");
         assert!(json["rpc_p50_us"].is_f64() && json["rpc_p99_us"].is_f64(), "{json}");

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::baseline::memory::MemoryState;
 use crate::baseline::raw::{RawOptions, Transfer};
+use crate::report::Waits;
 
 /// What [`raw::measure`](super::raw::measure) found. GB and Gbit are powers of ten.
 #[derive(Debug, Clone, Serialize)]
@@ -35,7 +36,7 @@ pub struct RawReport {
 }
 
 /// What [`rpc::measure`](super::rpc::measure) found, in microseconds.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct RpcFigures {
     /// Pages asked for.
     pub rpc_requests: usize,
@@ -49,6 +50,9 @@ pub struct RpcFigures {
     pub rpc_one_cpu_p50_us: f64,
     /// And of 99 of 100.
     pub rpc_one_cpu_p99_us: f64,
+    /// How long each took, between two processors.
+    #[serde(skip)]
+    pub waits: Waits,
 }
 
 impl RpcFigures {
@@ -68,6 +72,7 @@ impl RpcFigures {
             rpc_max_us: within(&two, 100),
             rpc_one_cpu_p50_us: within(&one, 50),
             rpc_one_cpu_p99_us: within(&one, 99),
+            waits: Waits::of(&two),
         }
     }
 }

@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Readers, Rig, Size, Vmm};
+use memlaned::api::types::Migration;
+use serde::Deserialize as _;
 use serde_json::Value;
 
 use crate::cpu::{self, Meter, Used};
-use crate::report::Figures;
+use crate::report::{Figures, Trace, Waits};
+use crate::scenario::Measured;
+use crate::timeline::{Recorder, Timeline};
 use crate::unix_time;
 pub use many::{Together, migrate_together};
 
@@ -72,6 +76,10 @@ pub struct Moved {
     pub writes_per_second: Option<f64>,
     /// How fast the vCPUs were that only read, if the guest has any.
     pub readers: Option<Readers>,
+    /// What the guest and the ports did from moment to moment.
+    pub timeline: Timeline,
+    /// How long it waited for each page that was not there; none if it had all of them.
+    pub waits: Option<Waits>,
 }
 
 impl Guest {
@@ -108,9 +116,14 @@ impl Guest {
         mut look: impl FnMut(&Rig, &Value),
     ) -> Result<Moved> {
         let mut ends = self.start(rig, GUEST)?;
+        // Before what is used is measured, so that looking on is in either measurement. There is nothing to see of a guest
+        // that does nothing.
+        let vmms = if self.is_idle() { &[][..] } else { &[&ends.source, &ends.destination] };
+        let recorder = Recorder::start(vmms, rig.lab().host(HostId::B))?;
         let mut meter = ends.meter(rig)?;
         let idle = meter.idle(WARM_UP);
 
+        let waits_before = waits(rig)?;
         let mut readers = match self.readers {
             0 => None,
             readers => Some(Readers::before(&mut ends.source, self.vcpus..self.vcpus + readers)?),
@@ -130,8 +143,14 @@ impl Guest {
         let source_daemon = cpu::of_process(daemon)? - daemon_before;
         let arrived = migration["outcome"] == "completed";
         let runs_at = resumed_at(&migration).filter(|_| arrived).unwrap_or(ended_at);
-        let guest = if arrived { ends.check()? } else { Value::Null };
+        let guest = if arrived { ends.destination.stats()? } else { Value::Null };
         let written = if arrived { Some(Written::by(&guest)?.since(&written)) } else { None };
+        let told = Migration::deserialize(&migration).context("what memlanectl watch said last")?;
+        let timeline = recorder.finish(&told)?;
+        let waits = told.postcopy.is_some().then(|| waits(rig)).transpose()?;
+        if arrived {
+            ends.check()?;
+        }
         Ok(Moved {
             migration,
             guest,
@@ -141,7 +160,13 @@ impl Guest {
             source_daemon,
             writes_per_second: written,
             readers,
+            timeline,
+            waits: waits.map(|waits| waits.since(&waits_before)),
         })
+    }
+
+    fn is_idle(&self) -> bool {
+        self.writes == Writes::Rate(0) && self.readers == 0
     }
 
     /// Starts its VMM on host A, and the one that waits for it on host B.
@@ -206,9 +231,8 @@ impl Ends {
         Meter::new(vmms.into_iter().chain([HostId::A, HostId::B].map(|id| rig.daemon(id).pid())))
     }
 
-    /// Compares the guest that has arrived with the model, and returns what it says of itself.
-    fn check(mut self) -> Result<Value> {
-        let guest = self.destination.stats()?;
+    /// Compares the guest that has arrived with the model.
+    fn check(mut self) -> Result<()> {
         let report = self.destination.verify()?;
         ensure!(
             report["equal"] == true,
@@ -216,8 +240,7 @@ impl Ends {
             report["differences"]
         );
         drop(self.source);
-        self.destination.quit()?;
-        Ok(guest)
+        self.destination.quit()
     }
 }
 
@@ -241,7 +264,23 @@ impl Moved {
         Ok(self)
     }
 
-    /// What every scenario wants to know. Rates are of the contents of the guest's memory, without headers.
+    /// What is found of every move.
+    ///
+    /// # Errors
+    ///
+    /// As [`Moved::figures`].
+    pub fn measured(self) -> Result<Measured> {
+        let figures = self.figures()?;
+        Ok(self.with_figures(figures))
+    }
+
+    /// The same with other figures, to which a scenario has added its own.
+    pub fn with_figures(self, figures: Figures) -> Measured {
+        let trace = Trace { timeline: Some(self.timeline), waits: self.waits };
+        Measured { figures, detail: self.migration, trace }
+    }
+
+    /// What every scenario wants to know in figures. Rates are of the contents of the guest's memory, without headers.
     ///
     /// # Errors
     ///
@@ -288,6 +327,11 @@ fn ensure_completed(migration: &Value) -> Result<()> {
     let reason = migration["reason"].as_str().unwrap_or("it does not say why");
     ensure!(migration["outcome"] == "completed", "{} was not moved: {reason}", migration["guest"]);
     Ok(())
+}
+
+/// How long guests have waited for pages on host B since its daemon began.
+fn waits(rig: &Rig) -> Result<Waits> {
+    Ok(Waits::of_metrics(&rig.metrics(HostId::B)?, "memlane_postcopy_fault_seconds"))
 }
 
 /// When the guest ran again, if it did: both hosts are this machine, and have one clock.

@@ -4,6 +4,7 @@ mod figures;
 mod machine;
 mod spread;
 mod text;
+mod waits;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,8 +14,12 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 pub use figures::Figures;
+pub(crate) use figures::Words;
 use machine::Machine;
 pub use spread::Spread;
+pub use waits::Waits;
+
+use crate::timeline::Timeline;
 
 /// Who moved a guest, or what was done instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -53,6 +58,18 @@ pub struct Run {
     pub figures: Figures,
     /// What else there is to be known of it, such as the migration as the daemon tells it.
     pub detail: Value,
+    /// What pictures show of it.
+    #[serde(skip)]
+    pub trace: Trace,
+}
+
+/// What happened in a measurement from moment to moment, for pictures of it. It would be long in JSON.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// A move.
+    pub timeline: Option<Timeline>,
+    /// How long each page took that somebody waited for.
+    pub waits: Option<Waits>,
 }
 
 /// All measurements of a scenario.
@@ -185,6 +202,11 @@ impl Runs {
         best.map(|(case, _)| case).with_context(|| format!("there is no case whose {figure} could be best"))
     }
 
+    /// One figure of a case over all repetitions that have it.
+    pub(crate) fn spread(&self, case: &Case, figure: &str) -> Option<Spread> {
+        self.spreads(case).value(figure)
+    }
+
     fn spreads(&self, case: &Case) -> Figures<Spread> {
         Figures::over(self.of(case).map(|run| &run.figures))
     }
@@ -259,7 +281,7 @@ mod tests {
 
     fn run(repetition: u32, case: Case, rate: f64) -> Run {
         let figures = Figures::from([("gbit_per_second", rate), ("total_seconds", 16.0 / rate)]);
-        Run { repetition, case, figures, detail: Value::Null }
+        Run { repetition, case, figures, detail: Value::Null, trace: Trace::default() }
     }
 
     /// Two repetitions of Memlane and of two kinds of QEMU.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::figures::Words;
-use super::{Report, Spread};
+use super::{Figures, Report, Spread};
 
 /// Narrowest column of figures.
 const LEAST_WIDTH: usize = 8;
@@ -30,30 +30,41 @@ impl fmt::Display for Report {
 impl Report {
     /// A line for each case, and a column for each figure.
     fn write_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let rows: Vec<(String, super::Figures<Spread>)> =
+        let rows = self.table();
+        let width = |column: usize| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            cells.max().unwrap_or(0).max(if column == 0 { 0 } else { LEAST_WIDTH })
+        };
+        let widths: Vec<usize> = (0..rows.first().map_or(0, Vec::len)).map(width).collect();
+        for row in &rows {
+            let mut line = String::new();
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                line += &if column == 0 { format!("  {cell:width$}") } else { format!("  {cell:>width$}") };
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// A row of headings, and one for each case: its name and its figures, empty where there is none.
+    pub(crate) fn table(&self) -> Vec<Vec<String>> {
+        let cases: Vec<(String, Figures<Spread>)> =
             self.runs.cases().into_iter().map(|case| (case.to_string(), self.runs.spreads(case))).collect();
         let mut columns = self.columns.clone();
         if columns.is_empty() {
-            for (name, _) in rows.iter().flat_map(|(_, figures)| figures.iter()) {
+            for (name, _) in cases.iter().flat_map(|(_, figures)| figures.iter()) {
                 if !columns.contains(&name) {
                     columns.push(name);
                 }
             }
         }
-        let names = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-        let mut lines = vec![format!("  {:names$}", "")];
-        lines.extend(rows.iter().map(|(name, _)| format!("  {name:names$}")));
-        for column in columns {
-            let mut cells = vec![Words(column).to_string()];
-            let cell =
-                |figures: &super::Figures<Spread>| figures.value(column).map(|spread| spread.to_string());
-            cells.extend(rows.iter().map(|(_, figures)| cell(figures).unwrap_or_default()));
-            let width = cells.iter().map(|cell| cell.chars().count()).max().unwrap_or(0).max(LEAST_WIDTH);
-            for (line, cell) in lines.iter_mut().zip(cells) {
-                line.push_str(&format!("  {cell:>width$}"));
-            }
+        let headings = columns.iter().map(|column| Words(column).to_string());
+        let mut rows = vec![[String::new()].into_iter().chain(headings).collect()];
+        for (name, figures) in cases {
+            let cell = |column| figures.value(column).map_or_else(String::new, |spread| spread.to_string());
+            rows.push([name].into_iter().chain(columns.iter().map(|column| cell(column))).collect());
         }
-        lines.iter().try_for_each(|line| writeln!(f, "{}", line.trim_end()))
+        rows
     }
 }
 
@@ -61,21 +72,23 @@ impl Report {
 mod tests {
     use serde_json::{Value, json};
 
-    use crate::report::{By, Figures, Report, Run, Runs};
+    use crate::report::{By, Figures, Report, Run, Runs, Trace};
 
     #[test]
     fn a_table_has_a_line_for_each_case_and_says_nothing_where_nothing_was_measured() {
         let mut runs = Runs::default();
         for repetition in 1..=2 {
             let mut figures = Figures::from([("gbit_per_second", 12.0 + f64::from(repetition))]);
-            runs.push(Run {
+            let run = |case, figures| Run {
                 repetition,
-                case: By::Raw.case(""),
-                figures: figures.clone(),
+                case,
+                figures,
                 detail: Value::Null,
-            });
+                trace: Trace::default(),
+            };
+            runs.push(run(By::Raw.case(""), figures.clone()));
             figures.set("downtime_ms", 7.25);
-            runs.push(Run { repetition, case: By::Memlane.case("fresh"), figures, detail: Value::Null });
+            runs.push(run(By::Memlane.case("fresh"), figures));
         }
         let mut report = Report::new("bulk", "one guest".into(), &json!({}), runs).expect("settings");
         report.ratio("vs_raw", vec![0.93], "of what sockets carry");

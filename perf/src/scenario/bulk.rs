@@ -70,7 +70,7 @@ impl Scenario for Bulk {
                     let guest = Guest { prepared: state == MemoryState::Prepared, ..guest.clone() };
                     let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                     lanes.set(moved.lanes());
-                    (moved.figures()?, moved.migration)
+                    return moved.measured();
                 }
                 What::Raw(state) => {
                     let each = lanes.get().div_ceil(usize::from(self.ports));
@@ -83,7 +83,7 @@ impl Scenario for Bulk {
                 }
                 What::Memcpy => (copied(&contents)?, Value::Null),
             };
-            Ok(Measured { figures, detail })
+            Ok(Measured { figures, detail, ..Measured::default() })
         })?;
         self.report(runs)
     }

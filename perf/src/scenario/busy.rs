@@ -103,7 +103,7 @@ impl Busy {
         figures.set("writes_per_second", writes);
         figures.set("ideal_gb", ideal / 1e9);
         figures.set("bytes_vs_ideal", sent / ideal);
-        Ok(Measured { figures, detail: moved.migration })
+        Ok(moved.with_figures(figures))
     }
 
     fn report(&self, runs: Runs, line: f64) -> Result<Report> {

@@ -61,6 +61,15 @@ impl Scenario for LostPort {
     }
 }
 
+impl How {
+    fn happens(self) -> &'static str {
+        match self {
+            Self::Down => "goes down",
+            Self::Silent => "drops everything",
+        }
+    }
+}
+
 impl LostPort {
     fn lose_one(&self, rig: &mut Rig, guest: &Guest, how: How, line: f64) -> Result<Measured> {
         let mut lost: Option<(f64, Result<()>)> = None;
@@ -74,7 +83,7 @@ impl LostPort {
         if lost.is_some() {
             set_lost(rig, how, false).context("giving the port back")?;
         }
-        let moved = moved?.arrived()?;
+        let mut moved = moved?.arrived()?;
         let (lost_at, done) =
             lost.context("the guest was there before the port was to be lost: make --ram larger")?;
         done.context("taking the port away")?;
@@ -85,8 +94,10 @@ impl LostPort {
         figures.set("ideal_seconds", ideal);
         figures.set("vs_ideal", moved.seconds / ideal);
         figures.set("beyond_memory", moved.number("bytes_sent")? / self.ram.bytes() as f64 - 1.0);
-        ensure_lost_alone(&moved, &rig.lab().hosts()[0].ports()[PORT].interface)?;
-        Ok(Measured { figures, detail: moved.migration })
+        let port = &rig.lab().hosts()[0].ports()[PORT].interface;
+        ensure_lost_alone(&moved, port)?;
+        moved.timeline.note(lost_at, format!("{port} {}", how.happens()));
+        Ok(moved.with_figures(figures))
     }
 
     /// What a move takes at least of which a port was lost `after` so many seconds.

@@ -69,12 +69,9 @@ impl Scenario for Many {
                 figures.set("slowest_vs_mean", slowest_vs_mean(&moved.seconds));
                 let limit = |key| moved.migrations.iter().filter_map(move |moved| moved[key].as_f64());
                 figures.set("longest_downtime_ms", limit("downtime_seconds").fold(0.0, f64::max) * 1e3);
-                Ok(Measured { figures, detail: json!(moved.migrations) })
+                Ok(Measured { figures, detail: json!(moved.migrations), ..Measured::default() })
             }
-            Way::One => {
-                let moved = one.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?;
-                Ok(Measured { figures: moved.figures()?, detail: moved.migration })
-            }
+            Way::One => one.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
         })?;
 
         let [(together, _), (alone, _)] = &cases;

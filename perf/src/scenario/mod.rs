@@ -18,7 +18,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use memlane_lab::{LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
 use serde_json::Value;
 
-use crate::report::{Case, Figures, Report, Run, Runs};
+use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
 pub use lostport::LostPort;
@@ -100,12 +100,14 @@ pub struct Bench {
 }
 
 /// What was found of a case once.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Measured {
     /// Its figures.
     pub figures: Figures,
     /// What else there is to be known.
     pub detail: Value,
+    /// What pictures show of it.
+    pub trace: Trace,
 }
 
 impl Order {
@@ -198,9 +200,9 @@ impl Bench {
             for turn in 0..cases.len() {
                 let (case, what) = &cases[(turn + repetition as usize - 1) % cases.len()];
                 eprintln!("{scenario}: repetition {repetition} of {}, {case}", self.repetitions);
-                let Measured { figures, detail } =
+                let Measured { figures, detail, trace } =
                     measure(what).with_context(|| format!("measuring {case}"))?;
-                runs.push(Run { repetition, case: case.clone(), figures, detail });
+                runs.push(Run { repetition, case: case.clone(), figures, detail, trace });
             }
         }
         Ok(runs)

@@ -9,15 +9,19 @@
 //!   (see [`Readers`](memlane_lab::Readers)). Left out if a stun was over before the reader was seen for long enough.
 //! - **limit_kept**: the part of all runs in which the pause was within the limit; the pauses themselves are
 //!   **stun_downtime_ms**, **postcopy_downtime_ms** and **auto_downtime_ms**.
+//!
+//! The baseline **raw** asks for single pages over the same ports while nothing moves (see
+//! [`rpc`](crate::baseline::rpc)): no page that the guest waits for can come sooner.
 
 use anyhow::Result;
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
-use serde_json::json;
+use memlane_lab::{LabOptions, Rate, Requirement, Rig, Size, why_not};
+use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario};
+use crate::baseline::rpc;
 use crate::memlane::{Guest, Moved, Writes};
-use crate::report::{By, Report, Runs};
+use crate::report::{By, Case, Figures, Report, Runs, Trace};
 
 /// As `memlanectl migrate --converge` knows them.
 const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
@@ -62,7 +66,11 @@ impl Scenario for Outrun {
         };
         let max_stun = self.max_stun.to_string();
 
-        let runs = bench.interleave(Self::NAME, &WAYS.map(|way| (By::Memlane.case(way), way)), |way| {
+        let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));
+        let cases: Vec<(Case, Option<&str>)> =
+            moves.into_iter().chain([(By::Raw.case("page"), None)]).collect();
+        let runs = bench.interleave(Self::NAME, &cases, |way| {
+            let Some(way) = way else { return single_pages(&rig) };
             let mut order = vec!["--converge", way];
             if *way == "stun" {
                 order.extend(["--max-stun", &max_stun]);
@@ -71,6 +79,14 @@ impl Scenario for Outrun {
         })?;
         self.report(runs)
     }
+}
+
+/// How soon pages come over a connection on which nothing else is.
+fn single_pages(rig: &Rig) -> Result<Measured> {
+    let rpc = rpc::measure(rig.lab())?;
+    let figures = Figures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
+    let trace = Trace { timeline: None, waits: Some(rpc.waits) };
+    Ok(Measured { figures, detail: Value::Null, trace })
 }
 
 fn measured(moved: Moved) -> Result<Measured> {
@@ -91,7 +107,9 @@ fn measured(moved: Moved) -> Result<Measured> {
     figures.set_some("fault_p50_us", postcopy["fault_p50_us"].as_f64());
     figures.set_some("fault_p99_us", postcopy["fault_p99_us"].as_f64());
     let readers = moved.readers.as_ref().map(|readers| readers.json());
-    Ok(Measured { figures, detail: json!({ "migration": moved.migration, "readers": readers }) })
+    let measured = moved.with_figures(figures);
+    let detail = json!({ "migration": measured.detail, "readers": readers });
+    Ok(Measured { detail, ..measured })
 }
 
 impl Outrun {
@@ -155,6 +173,8 @@ impl Outrun {
             "reader_slowdown_percent",
             "fault_p50_us",
             "fault_p99_us",
+            "rpc_p50_us",
+            "rpc_p99_us",
         ];
         Ok(report)
     }

@@ -52,13 +52,10 @@ impl Scenario for Shaped {
 
         let cases = [(By::Memlane.case("fresh"), Way::Memlane), (By::Raw.case("fresh"), Way::Raw)];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
-            Way::Memlane => {
-                let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
-                Ok(Measured { figures: moved.figures()?, detail: moved.migration })
-            }
+            Way::Memlane => guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?.measured(),
             Way::Raw => {
                 let figures = raw::transfer(rig.lab(), &memory, 1, MemoryState::Fresh)?.figures(memory.len());
-                Ok(Measured { figures, detail: json!(null) })
+                Ok(Measured { figures, ..Measured::default() })
             }
         })?;
 

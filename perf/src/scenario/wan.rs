@@ -60,14 +60,11 @@ impl Scenario for Wan {
 
         let cases = [(By::Memlane.case(""), Way::Memlane), (By::Raw.case(""), Way::Raw)];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
-            Way::Memlane => {
-                let moved = guest.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?;
-                Ok(Measured { figures: moved.figures()?, detail: moved.migration })
-            }
+            Way::Memlane => guest.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
             Way::Raw => {
                 let took = raw::transfer(rig.lab(), &memory, RAW_CONNECTIONS, MemoryState::Fresh)?;
                 let detail = json!({ "connections_per_port": RAW_CONNECTIONS });
-                Ok(Measured { figures: took.figures(memory.len()), detail })
+                Ok(Measured { figures: took.figures(memory.len()), detail, ..Measured::default() })
             }
         })?;
 

@@ -11,7 +11,7 @@
 use anyhow::{Result, ensure};
 use clap::Args;
 use memlane_lab::{LabOptions, Requirement, Size, why_not};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Bench, Measured, Scenario};
 use crate::baseline::memory::{self, MemoryState, SharedMemory};
@@ -60,9 +60,9 @@ impl Scenario for Zero {
                 let mut figures = moved.figures()?;
                 figures.set(CPU, moved.source_daemon);
                 figures.set("zero_gb", moved.number("zero_pages")? * PAGE / 1e9);
-                Ok(Measured { figures, detail: moved.migration })
+                Ok(moved.with_figures(figures))
             }
-            What::Read => Ok(Measured { figures: self.read()?, detail: Value::Null }),
+            What::Read => Ok(Measured { figures: self.read()?, ..Measured::default() }),
         })?;
         let [zeros, holes, read] = cases.map(|(case, _)| case);
         self.report(runs, &zeros, &holes, &read)

@@ -159,7 +159,11 @@ impl Qemu {
             })?;
             match outcome {
                 Outcome::Whole(moved) => {
-                    return Ok(Measured { figures: moved.figures(self.ram.bytes()), detail: moved.told });
+                    return Ok(Measured {
+                        figures: moved.figures(self.ram.bytes()),
+                        detail: moved.told,
+                        ..Measured::default()
+                    });
                 }
                 Outcome::Broken(how) => {
                     let failed = format!("the guest did not arrive whole: {how}");

@@ -1,0 +1,34 @@
+//! What figures are to reach.
+
+use super::ratios::{Aim, Target};
+use crate::report::Report;
+use Target::{AtLeast, AtMost};
+
+/// By scenario, and by name.
+const TARGETS: &[(&str, &str, Target)] = &[
+    ("bulk", "vs_raw", AtLeast(0.9)),
+    ("bulk", "vs_qemu", AtLeast(1.15)),
+    ("bulk", "cpu_vs_raw", AtMost(1.25)),
+    ("bulk", "cpu_vs_qemu", AtMost(0.8)),
+    ("bulk", "fresh_vs_qemu", AtLeast(1.5)),
+    ("shaped", "of_line", AtLeast(0.97)),
+    ("lostport", "vs_ideal", AtMost(1.1)),
+    ("busy", "prediction_error_p90_ms", AtMost(20.0)),
+    ("zero", "zero_scan_gbytes_per_s", AtLeast(8.0)),
+    ("zero", "vs_read", AtLeast(0.8)),
+    ("wan", "of_line", AtLeast(0.85)),
+];
+
+/// What a figure is to reach, if anything.
+pub(super) fn find(scenario: &str, name: &str) -> Option<Target> {
+    TARGETS.iter().find(|(of, known, _)| *of == scenario && *known == name).map(|(.., target)| *target)
+}
+
+/// The figures of a report that have targets.
+pub(super) fn of(report: &Report) -> Vec<Aim<'_>> {
+    let aims = report.ratios.iter().filter_map(|ratio| {
+        let target = find(report.scenario, &ratio.name)?;
+        Some(Aim { scenario: report.scenario, name: &ratio.name, spread: ratio.spread, target })
+    });
+    aims.collect()
+}
