@@ -7,7 +7,6 @@
 mod backing;
 mod extents;
 mod known;
-mod large;
 mod mapped;
 mod marks;
 mod zero;
@@ -28,7 +27,6 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
-use self::large::{Coming, LargePieces};
 use self::mapped::MappedBlocks;
 
 pub use backing::Backing;
@@ -49,7 +47,6 @@ pub struct GuestRam {
     marks: Arc<PageSet>,
     data: KnownData,
     in_tables: MappedBlocks,
-    large: LargePieces,
     sealed: bool,
 }
 
@@ -137,8 +134,7 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
-        let large = LargePieces::default();
-        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, large, sealed })
+        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -246,7 +242,8 @@ impl GuestRam {
     /// Maps `pages` (`MADV_POPULATE_READ`), for reading and writing since the mapping is shared.
     ///
     /// Of pages that are there already the kernel maps 16 at a time, as it never does for writing: a
-    /// tenth of the time that [`prepare`](Self::prepare) takes. Memory is taken for those that are not.
+    /// tenth of the time that [`prepare`](Self::prepare) takes. Memory is taken for others among them, but where
+    /// nothing is there at all nothing is done: taking a page as it is written costs less.
     /// What was mapped this way before is passed over, and so is what is mapped as soon by a fault or
     /// two: fewer pages than those 16, and huge pages, of which moreover nobody can tell whether they
     /// are there.
@@ -254,60 +251,10 @@ impl GuestRam {
         for (index, piece) in self.pieces(pages) {
             let unmapped = self.in_tables.unmapped(&piece);
             let many = unmapped.end - unmapped.start >= mapped::BLOCK_PAGES;
-            if many && !backing::is_huge(&self.regions[index]) {
+            if many && !backing::is_huge(&self.regions[index]) && self.first_data(&unmapped)?.is_some() {
                 self.populate(unmapped.clone(), Advice::LinuxPopulateRead)?;
                 self.in_tables.note(&unmapped);
             }
-        }
-        Ok(())
-    }
-
-    /// Makes these runs of pages, in ascending order, quick to fill with what is about to come. What is there is
-    /// mapped, as by [`map_pages`](Self::map_pages). Where nothing is there, memory is taken 2 MiB at a time if a
-    /// good part of so much is to come; otherwise it is taken as it is filled, which costs less than taking
-    /// it beforehand page by page.
-    pub fn make_room(&self, runs: impl Iterator<Item = Range<u64>>) -> io::Result<()> {
-        let mut coming = Coming::default();
-        for run in runs {
-            for (index, piece) in self.pieces(run) {
-                let fresh = self.in_tables.unmapped(&piece);
-                if fresh.is_empty() || backing::is_huge(&self.regions[index]) {
-                    continue;
-                }
-                if self.first_data(&fresh)?.is_some() {
-                    self.map_pages(fresh)?;
-                    continue;
-                }
-                let (_, offset) = self.file_range(index, &fresh);
-                for part in large::parts(offset, fresh) {
-                    if let Some(before) = coming.add(index, part) {
-                        self.take_large(&before)?;
-                    }
-                }
-            }
-        }
-        self.take_large(&coming)
-    }
-
-    /// Takes and maps memory for a piece of which much is to come, if nothing of it is there.
-    fn take_large(&self, coming: &Coming) -> io::Result<()> {
-        if !coming.is_much() {
-            return Ok(());
-        }
-        let (index, pages) = (coming.region, coming.pages.clone());
-        let (file, first) = self.file_range(index, &pages);
-        let offset = first - first % large::PIECE;
-        let ahead = (first - offset) / PAGE_SIZE;
-        let region = &self.mapped[index].pages;
-        let Some(start) = pages.start.checked_sub(ahead).filter(|start| *start >= region.start) else {
-            return Ok(());
-        };
-        let piece = start..start + large::PIECE / PAGE_SIZE;
-        if piece.end <= region.end
-            && self.first_data(&piece)?.is_none()
-            && self.large.take(file, offset, first)
-        {
-            self.map_pages(pages)?;
         }
         Ok(())
     }

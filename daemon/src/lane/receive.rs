@@ -119,9 +119,10 @@ impl Receiver {
 
     /// Receives the pages straight into guest memory.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
-        let data = self.runs.iter().filter(|run| run.content == Content::Data);
-        // What cannot be taken or mapped in one go is when it is written.
-        let _ = self.inbound.ram.make_room(data.map(|run| run.pages.clone()));
+        for run in self.runs.iter().filter(|run| run.content == Content::Data) {
+            // What cannot be mapped in one go is when it is written.
+            let _ = self.inbound.ram.map_pages(run.pages.clone());
+        }
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;

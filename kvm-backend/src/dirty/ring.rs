@@ -406,7 +406,8 @@ impl Ring {
     /// How many entries KVM has published since the last look, collected or not.
     fn look(&mut self) -> u32 {
         let before = self.seen;
-        if self.next.wrapping_sub(self.seen).cast_signed() > 0 {
+        // It is ahead of what was collected by a ring at most, so otherwise it is behind, however far.
+        if self.seen.wrapping_sub(self.next) > self.size.0 {
             self.seen = self.next;
         }
         while self.seen.wrapping_sub(self.reset) < self.size.0

@@ -182,32 +182,3 @@ fn descriptors_of_strangers_are_checked() {
     let second = Region { offset: PAGE_SIZE, ..region(MIB, 2 * PAGE_SIZE) };
     refused(vec![(region(0, 2 * PAGE_SIZE), twice), (second, other)], "regions 0 and 1 lie over each other");
 }
-
-#[test]
-fn room_is_made_in_large_pieces_where_much_comes() {
-    let ram = GuestRam::create(&[(0, 8 << 20)], &Backing::Memfd).unwrap();
-    let held = || ram.data_extents(0..ram.pages()).unwrap();
-    // Too few, or too few of each piece.
-    let make_room = |runs: Vec<Range<u64>>| ram.make_room(runs.into_iter()).unwrap();
-    let there = 1590..1700;
-    make_room(vec![10..20, 30..40]);
-    make_room(vec![450..600, 1030..1031]);
-    assert_eq!(held(), []);
-    // Where something is there the rest is taken page by page.
-    ram.memory().write_obj(7u8, GuestAddress(1600 * PAGE_SIZE)).unwrap();
-    make_room(vec![there.clone()]);
-    assert_eq!(held(), vec![there.clone()]);
-    make_room(vec![700..750, 760..800, 900..1100]);
-    if held().len() == 1 {
-        return eprintln!("SKIPPED room_is_made_in_large_pieces_where_much_comes: none is to be had");
-    }
-    assert_eq!(held(), [512..1024, there.clone()], "less than a quarter of the next piece is to come");
-    make_room(vec![1024..1200, 1300..1536]);
-    assert_eq!(held(), [512..1536, there.clone()]);
-    assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(1600 * PAGE_SIZE)).unwrap(), 7);
-    // Given back, it can be taken again.
-    ram.punch(512..1536).unwrap();
-    assert_eq!(held(), vec![there.clone()]);
-    make_room(vec![512..900, 901..1024]);
-    assert_eq!(held(), [512..1024, there.clone()]);
-}
