@@ -56,7 +56,7 @@ pub struct Options {
     /// Memory that the guest writes [default: a quarter of it]
     #[arg(long)]
     working_set: Option<Size>,
-    /// How written pages are found [default: ring where stun may come, so that it costs readers nothing, else log;
+    /// How written pages are found [default: ring where stun may come, so that it costs readers little, else log;
     /// pagemap for a process and QEMU]
     #[arg(long, value_enum)]
     tracker: Option<Tracker>,
