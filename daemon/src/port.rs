@@ -265,14 +265,3 @@ pub fn abandon(socket: impl AsFd) {
         hang_up(socket);
     }
 }
-
-/// Gives a connection a send buffer of so many bytes, more than the host allows everyone if need be
-/// (`SO_SNDBUFFORCE`, socket(7)).
-pub fn force_send_buffer(socket: impl AsFd, bytes: u64) {
-    let size = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    let (value, length) = ((&raw const size).cast(), size_of_val(&size) as libc::socklen_t);
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the option is an int, which the call reads. In vain without CAP_NET_ADMIN: the kernel then
-    // goes on sizing the buffer by itself. `SO_SNDBUF` would stop it from that, and often at less.
-    unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, value, length) };
-}

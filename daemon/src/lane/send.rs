@@ -11,6 +11,7 @@ use io_uring::{opcode, types};
 use memlane_protocol::liveness::Condition;
 use memlane_protocol::window::{Flow, Window};
 use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
+use rustix::net::sockopt::set_socket_send_buffer_size_force;
 
 use super::encode::{claim_frame, encode_frame};
 use super::evidence::Evidence;
@@ -18,7 +19,7 @@ use super::message::Message;
 use super::pulse::{LOOK, Pulse};
 use super::ring::{Completion, Held, Ring};
 use super::{LaneError, LaneStats, Outbound, Seat};
-use crate::port::{abandon, force_send_buffer};
+use crate::port::abandon;
 
 /// What the kernel gives a connection as send buffer by itself, unless the host is configured otherwise.
 const SELF_TUNED_BYTES: u64 = 4 << 20;
@@ -309,7 +310,9 @@ impl Sender {
         let wanted = self.limit.bytes();
         // Less than a quarter more is not worth a system call.
         if wanted > self.send_buffer + self.send_buffer / 4 {
-            force_send_buffer(&*self.socket, wanted);
+            // In vain without CAP_NET_ADMIN: the kernel then goes on sizing the buffer by itself. `SO_SNDBUF`
+            // would stop it from that, and often at less.
+            let _ = set_socket_send_buffer_size_force(&*self.socket, wanted as usize);
             self.send_buffer = wanted;
         }
     }
