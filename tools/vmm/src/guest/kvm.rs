@@ -15,7 +15,7 @@ use memlane_kvm::vcpu::{Capabilities, VcpuState, tsc_offset};
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 
 use super::clock::{Reading, TscClock};
-use super::vcpu::{Seat, Vcpu, install_kick, kick, lock};
+use super::vcpu::{Seat, Vcpu, install_kick, lock};
 use super::{Guest, Layout, long_mode};
 use crate::gate::Gate;
 use crate::workload::SLOTS;
@@ -47,6 +47,7 @@ pub struct KvmGuest {
     clock: Arc<TscClock>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
+    seats: Arc<[Seat]>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     vm: Arc<VmFd>,
     /// After the VM, which writes it.
@@ -104,7 +105,7 @@ impl KvmGuest {
                 for vcpu in &vcpus {
                     tracker.add_vcpu(vcpu).map_err(failed("map a dirty ring"))?;
                 }
-                let seats = seats.clone();
+                let seats = Arc::clone(&seats);
                 tracker.hold_vcpus(move |vcpu| seats[vcpu].kick());
                 handle = Some(tracker.handle());
                 Box::new(tracker)
@@ -127,6 +128,7 @@ impl KvmGuest {
             clock: Arc::default(),
             gate: Arc::new(Gate::closed(vcpus.len())),
             threads: Vec::new(),
+            seats,
             vcpus: vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
             vm,
             _ram: Arc::clone(ram),
@@ -141,7 +143,7 @@ impl KvmGuest {
                 layout: layout.clone(),
                 clock: Arc::clone(&guest.clock),
                 ring: handle.clone(),
-                seats: seats.clone(),
+                seats: Arc::clone(&guest.seats),
             };
             guest.threads.push(vcpu.start().map_err(failed("start a thread"))?);
         }
@@ -154,7 +156,7 @@ impl KvmGuest {
     }
 
     fn kick(&self) {
-        self.threads.iter().for_each(kick);
+        self.seats.iter().for_each(Seat::kick);
     }
 
     /// Finds out how far the guest's TSC is from the host's; the vCPUs stand still.

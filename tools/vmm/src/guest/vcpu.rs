@@ -13,7 +13,7 @@ use memlane_kvm::dirty::ring::EXIT_RING_FULL;
 use memlane_kvm::ram::GuestRam;
 use memlane_kvm::vcpu::complete_io;
 use rustix::io::Errno;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::clock::TscClock;
 use super::code::SLEEP_PORT;
@@ -62,16 +62,10 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(null_mut()) };
 }
 
-/// Installs what [`kick`] needs, for the whole process.
+/// Installs what [`Seat::kick`] needs, for the whole process.
 pub fn install_kick() -> Result<(), String> {
     register_signal_handler(SIGRTMIN(), leave_guest)
         .map_err(|error| format!("cannot handle the signal that stops vCPUs: {error}"))
-}
-
-/// Makes a vCPU's thread leave the guest, or not enter it.
-pub fn kick(thread: &JoinHandle<()>) {
-    // An error means that the thread has ended, and runs no guest.
-    let _ = thread.kill(SIGRTMIN());
 }
 
 impl Vcpu {
