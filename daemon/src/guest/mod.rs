@@ -203,11 +203,7 @@ impl Guest {
         let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
         match protection {
             Some(tracking) => tracking.harvest(into).await,
-            None => {
-                let harvest = self.driver.harvest(into).await?;
-                self.learn_pace().await?;
-                Ok(harvest)
-            }
+            None => self.driver.harvest(into).await,
         }
     }
 
@@ -230,6 +226,8 @@ impl Guest {
         if self.shape.regions.iter().all(|region| u64::from(region.page_bytes) == PAGE_SIZE) {
             self.let_writes_go();
         }
+        // For the last time, and not in the pause.
+        self.learn_pace().await?;
         self.driver.pause().await
     }
 
