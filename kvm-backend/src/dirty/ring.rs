@@ -291,6 +291,8 @@ impl Shared {
             if !self.reset(ring)? {
                 return Err(TrackError::RingStuck { left: ring.unreset() });
             }
+            // Nobody knows how much of what was passed over had been written.
+            ring.seen = ring.next;
         }
         if on {
             self.append(true)?;
