@@ -12,12 +12,12 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
 use super::line::payload_gbit_per_second;
+use super::writer::Writer;
 use super::{Bench, Measured, Scenario};
-use crate::memlane::{Guest, Moved, PAGE, Writes};
+use crate::memlane::{Moved, PAGE, Writes};
 use crate::report::{By, Case, Report, Runs};
 
 /// Rounds after which a series does not end.
@@ -26,18 +26,8 @@ const MOST_ROUNDS: usize = 10_000;
 /// What to measure.
 #[derive(Args, Debug, Clone)]
 pub struct Busy {
-    /// Memory of the guest
-    #[arg(long, default_value = "1GiB")]
-    pub ram: Size,
-    /// Memory that it writes [default: a quarter of it]
-    #[arg(long)]
-    pub working_set: Option<Size>,
-    /// Ports between the two hosts
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub ports: u8,
-    /// What each port carries
-    #[arg(long, default_value = "1gbit")]
-    pub port_rate: Rate,
+    #[command(flatten)]
+    writer: Writer,
     /// How much the guest writes, in percent of what the ports carry
     #[arg(long, value_delimiter = ',', default_values_t = [30, 60, 90], value_parser = clap::value_parser!(u32).range(1..=95))]
     pub shares: Vec<u32>,
@@ -48,21 +38,15 @@ impl Scenario for Busy {
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         ensure!(!self.shares.is_empty(), "--shares names no share");
-        let lab = LabOptions {
-            ports: usize::from(self.ports),
-            port_rate: Some(self.port_rate),
-            ..LabOptions::default()
-        };
-        let line = payload_gbit_per_second(self.port_rate, lab.mtu) * f64::from(self.ports);
+        let lab = self.writer.lab();
+        let line = payload_gbit_per_second(self.writer.port_rate, lab.mtu) * f64::from(self.writer.ports);
         let wire = line * 1e9 / 8.0 / PAGE;
         let mut rig = bench.rig(lab)?;
-        let kvm = why_not(&[Requirement::Kvm]).is_none();
 
         let cases: Vec<(Case, u32)> = self.shares.iter().map(|share| (case(*share), *share)).collect();
         let runs = bench.interleave(Self::NAME, &cases, |share| {
             let writes = Writes::Rate((wire * f64::from(*share) / 100.0) as u64);
-            let guest = Guest { writes, working_set: Some(self.working_set()), ..Guest::idle(self.ram, kvm) };
-            let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
+            let moved = self.writer.guest(writes).migrate(&mut rig, &[], |_, _| {})?.arrived()?;
             self.measured(moved, wire)
         })?;
         self.report(runs, line)
@@ -75,10 +59,6 @@ fn case(share: u32) -> Case {
 }
 
 impl Busy {
-    fn working_set(&self) -> Size {
-        self.working_set.unwrap_or_else(|| self.ram.part(4))
-    }
-
     fn measured(&self, moved: Moved, wire: f64) -> Result<Measured> {
         let mut figures = moved.figures()?;
         let milliseconds = |key: &str| Ok::<f64, anyhow::Error>(moved.number(key)? * 1e3);
@@ -92,7 +72,7 @@ impl Busy {
         let before: f64 = rounds.iter().filter_map(|round| round["bytes"].as_f64()).sum();
         let guest = Series {
             pages: moved.number("pages_total")?,
-            working_set: self.working_set().bytes() as f64 / PAGE,
+            working_set: self.writer.working_set().bytes() as f64 / PAGE,
             writes,
             wire,
         };
@@ -142,21 +122,10 @@ impl Busy {
             let values = runs.values(case, "bytes_vs_ideal")?;
             ratios.push((format!("bytes_vs_ideal_{share}"), values, format!("the same at {share} %")));
         }
-        let headline = format!(
-            "a guest of {} writes {} of it all over, over {} port(s) of {}",
-            self.ram,
-            self.working_set(),
-            self.ports,
-            self.port_rate
-        );
-        let settings = json!({
-            "ram_bytes": self.ram.bytes(),
-            "working_set_bytes": self.working_set().bytes(),
-            "ports": self.ports,
-            "port_bits_per_second": self.port_rate.bits_per_second(),
-            "payload_gbit_per_second": line,
-            "shares_percent": self.shares,
-        });
+        let headline = self.writer.headline("all over");
+        let settings = self
+            .writer
+            .settings([("payload_gbit_per_second", json!(line)), ("shares_percent", json!(self.shares))]);
         let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);

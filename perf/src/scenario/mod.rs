@@ -11,6 +11,7 @@ mod outrun;
 mod qemu;
 mod shaped;
 mod wan;
+mod writer;
 mod zero;
 
 use anyhow::{Context, Result, bail};

@@ -15,9 +15,10 @@
 
 use anyhow::Result;
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Rig, Size, why_not};
+use memlane_lab::Rig;
 use serde_json::{Value, json};
 
+use super::writer::Writer;
 use super::{Bench, Measured, Scenario};
 use crate::baseline::rpc;
 use crate::memlane::{Guest, Moved, Writes};
@@ -29,18 +30,8 @@ const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
 /// What to measure.
 #[derive(Args, Debug, Clone)]
 pub struct Outrun {
-    /// Memory of the guest
-    #[arg(long, default_value = "1GiB")]
-    pub ram: Size,
-    /// Memory that it writes [default: a quarter of it]
-    #[arg(long)]
-    pub working_set: Option<Size>,
-    /// Ports between the two hosts
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub ports: u8,
-    /// What each port carries
-    #[arg(long, default_value = "1gbit")]
-    pub port_rate: Rate,
+    #[command(flatten)]
+    writer: Writer,
     /// How much of its writing stun may keep the guest from, where nothing comes after it; what comes before post-copy
     /// is the daemon's to say
     #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = clap::value_parser!(u8).range(..=99))]
@@ -51,19 +42,8 @@ impl Scenario for Outrun {
     const NAME: &'static str = "outrun";
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
-        let lab = LabOptions {
-            ports: usize::from(self.ports),
-            port_rate: Some(self.port_rate),
-            ..LabOptions::default()
-        };
-        let mut rig = bench.rig(lab)?;
-        let kvm = why_not(&[Requirement::Kvm]).is_none();
-        let guest = Guest {
-            writes: Writes::FlatOut,
-            working_set: Some(self.working_set()),
-            readers: 1,
-            ..Guest::idle(self.ram, kvm)
-        };
+        let mut rig = bench.rig(self.writer.lab())?;
+        let guest = Guest { readers: 1, ..self.writer.guest(Writes::FlatOut) };
         let max_stun = self.max_stun.to_string();
 
         let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));
@@ -113,10 +93,6 @@ fn measured(moved: Moved) -> Result<Measured> {
 }
 
 impl Outrun {
-    fn working_set(&self) -> Size {
-        self.working_set.unwrap_or_else(|| self.ram.part(4))
-    }
-
     fn report(&self, runs: Runs) -> Result<Report> {
         let cases = WAYS.map(|way| By::Memlane.case(way));
         let [stun, ..] = &cases;
@@ -145,20 +121,8 @@ impl Outrun {
             let meaning = "what stun cost a vCPU that only reads, in percent of its speed".to_owned();
             ratios.push(("reader_slowdown_percent".to_owned(), slowdown, meaning));
         }
-        let headline = format!(
-            "a guest of {} writes {} of it as fast as it can, over {} port(s) of {}",
-            self.ram,
-            self.working_set(),
-            self.ports,
-            self.port_rate
-        );
-        let settings = json!({
-            "ram_bytes": self.ram.bytes(),
-            "working_set_bytes": self.working_set().bytes(),
-            "ports": self.ports,
-            "port_bits_per_second": self.port_rate.bits_per_second(),
-            "max_stun_percent": self.max_stun,
-        });
+        let headline = self.writer.headline("as fast as it can");
+        let settings = self.writer.settings([("max_stun_percent", json!(self.max_stun))]);
         let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
