@@ -6,6 +6,7 @@
 
 mod backing;
 mod extents;
+mod fresh;
 mod known;
 mod mapped;
 mod marks;
@@ -26,6 +27,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use self::fresh::Filling;
 use self::known::KnownData;
 use self::mapped::MappedBlocks;
 
@@ -47,6 +49,7 @@ pub struct GuestRam {
     marks: Arc<PageSet>,
     data: KnownData,
     in_tables: MappedBlocks,
+    filling: Filling,
     sealed: bool,
 }
 
@@ -134,7 +137,8 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
-        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, sealed })
+        let filling = Filling::default();
+        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, filling, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in

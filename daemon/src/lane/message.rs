@@ -1,6 +1,7 @@
 //! A gathered or scattered message: a head of our own, then pieces of guest memory.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
@@ -29,23 +30,42 @@ impl Message {
 
     /// Points the message at `head` and then at the memory of all runs with data.
     pub fn fill(&mut self, head: &mut [u8], ram: &GuestRam, runs: &[Run]) {
-        self.pieces.clear();
-        if !head.is_empty() {
-            self.pieces.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
-        }
+        self.clear();
+        self.add(head);
         for run in runs.iter().filter(|run| run.content == Content::Data) {
-            for slice in ram.slices(run.pages.clone()) {
-                let piece = libc::iovec { iov_base: slice.ptr.cast(), iov_len: slice.len };
-                match self.pieces.last_mut() {
-                    Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
-                        last.iov_len += piece.iov_len;
-                    }
-                    _ => self.pieces.push(piece),
-                }
-            }
+            self.add_pages(ram, run.pages.clone());
         }
-        self.next = 0;
-        self.remaining = self.pieces.iter().map(|piece| piece.iov_len).sum();
+    }
+
+    /// Empties the message.
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        (self.next, self.remaining) = (0, 0);
+        self.point();
+    }
+
+    /// Adds a buffer to the end, which must stay where it is while the message is used.
+    pub fn add(&mut self, buffer: &mut [u8]) {
+        if !buffer.is_empty() {
+            self.add_piece(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
+        }
+    }
+
+    /// Adds guest memory to the end.
+    pub fn add_pages(&mut self, ram: &GuestRam, pages: Range<u64>) {
+        for slice in ram.slices(pages) {
+            self.add_piece(libc::iovec { iov_base: slice.ptr.cast(), iov_len: slice.len });
+        }
+    }
+
+    fn add_piece(&mut self, piece: libc::iovec) {
+        self.remaining += piece.iov_len;
+        match self.pieces.last_mut() {
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == piece.iov_base => {
+                last.iov_len += piece.iov_len;
+            }
+            _ => self.pieces.push(piece),
+        }
         self.point();
     }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,8 +43,11 @@ pub struct Receiver {
     table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
-    /// Where pages arrive that are placed whole; empty where they go straight to guest memory.
+    /// Where pages arrive that do not go straight to guest memory: those that are placed whole, and those
+    /// of which nothing is there yet.
     staging: Box<[u8]>,
+    /// Runs of the frame of which nothing is there yet.
+    fresh: Vec<Range<u64>>,
     sequence: u64,
     /// Bytes that wake the thread.
     low_water: usize,
@@ -58,9 +62,10 @@ impl Receiver {
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
-        let staging = if inbound.placing.is_some() { MAX_PAYLOAD_BYTES as usize } else { 0 };
         Ok(Self {
-            staging: vec![0; staging].into(),
+            // Takes no memory until it is used.
+            staging: vec![0; MAX_PAYLOAD_BYTES as usize].into(),
+            fresh: Vec::with_capacity(MAX_RUNS),
             inbound,
             stats,
             socket,
@@ -117,14 +122,27 @@ impl Receiver {
         placing.place(&self.runs, payload, By::Stream).map_err(LaneError::io("place pages"))
     }
 
-    /// Receives the pages straight into guest memory.
+    /// Receives the pages straight into guest memory, but for those of which nothing is there yet: each of
+    /// them would be a fault in the midst of receiving, which costs more than a copy.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
+        let ram = &self.inbound.ram;
+        let mut staged = 0;
+        self.message.clear();
+        self.fresh.clear();
         for run in self.runs.iter().filter(|run| run.content == Content::Data) {
-            // What cannot be mapped in one go is when it is written.
-            let _ = self.inbound.ram.map_pages(run.pages.clone());
+            if ram.is_fresh(&run.pages) {
+                let buffer = staged..staged + run.payload_bytes() as usize;
+                staged = buffer.end;
+                self.message.add(&mut self.staging[buffer]);
+                self.fresh.push(run.pages.clone());
+            } else {
+                // What cannot be mapped in one go is when it is written.
+                let _ = ram.map_pages(run.pages.clone());
+                self.message.add_pages(ram, run.pages.clone());
+            }
         }
-        self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
+        self.write_fresh().map_err(LaneError::io("write pages to the guest's memory"))?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;
         for run in &self.runs {
             match run.content {
@@ -134,6 +152,17 @@ impl Receiver {
                     self.inbound.ram.punch(run.pages.clone()).map_err(LaneError::io("give pages back"))
                 }
             }?;
+        }
+        Ok(())
+    }
+
+    /// Puts the staged runs where they belong.
+    fn write_fresh(&self) -> io::Result<()> {
+        let mut staged = &self.staging[..];
+        for pages in &self.fresh {
+            let (bytes, rest) = staged.split_at(((pages.end - pages.start) * PAGE_SIZE) as usize);
+            staged = rest;
+            self.inbound.ram.write_fresh(pages.clone(), bytes)?;
         }
         Ok(())
     }

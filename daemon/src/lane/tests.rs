@@ -24,9 +24,13 @@ fn fill(ram: &GuestRam) {
 }
 
 fn fill_page(ram: &GuestRam, page: u64) {
+    write_word(ram, page, page + 1);
+}
+
+fn write_word(ram: &GuestRam, page: u64, word: u64) {
     let slice = ram.slices(page..page + 1).next().unwrap();
     // SAFETY: within the slice, which nobody else uses.
-    unsafe { slice.ptr.cast::<u64>().write(page + 1) };
+    unsafe { slice.ptr.cast::<u64>().write(word) };
 }
 
 fn first_word(ram: &GuestRam, page: u64) -> u64 {
@@ -141,6 +145,27 @@ fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Ar
         crate::port::hang_up(&*near);
     });
     (sent, received)
+}
+
+/// What is there already is received in place, and what is not beside it, in one frame.
+#[test]
+fn every_page_arrives_whatever_was_there_before() {
+    let (here, there) = (ram(), ram());
+    // Longer and shorter than what is mapped in one go, and a single one.
+    for touched in [10..11, 100..105, 200..260, 1000..1500] {
+        touched.for_each(|page| fill_page(&there, page));
+    }
+    let outbound = Arc::new(Outbound::new(here.clone()));
+    for round in 1..=2 {
+        (0..PAGES).for_each(|page| write_word(&here, page, page + round * PAGES));
+        outbound.dirty.insert_range(0..PAGES);
+        // So that there are runs of several lengths.
+        (5..PAGES).step_by(190).for_each(|page| _ = outbound.dirty.remove_range(page..page + 3));
+        carry(&outbound, &there);
+        for page in (0..PAGES).filter(|page| !(5..8).contains(&(page % 190))) {
+            assert_eq!(first_word(&there, page), page + round * PAGES, "page {page}");
+        }
+    }
 }
 
 fn held_pages(ram: &GuestRam) -> u64 {

@@ -1,0 +1,103 @@
+//! Writing memory that nobody has touched, where taking a page costs more than filling it.
+
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use memlane_protocol::PAGE_SIZE;
+
+use super::{GuestRam, backing};
+
+/// Held while the files are asked for holes, or written. The kernel lets in one thread at a time, and has
+/// the others spin meanwhile: here they sleep.
+#[derive(Debug, Default)]
+pub(super) struct Filling(Mutex<()>);
+
+impl Filling {
+    fn wait(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestRam {
+    /// Whether nothing of `pages` is there, so that [`write_fresh`](Self::write_fresh) is the better way
+    /// to fill them. Never so of huge pages, which cannot be written that way.
+    pub fn is_fresh(&self, pages: &Range<u64>) -> bool {
+        let nothing_mapped = self.pieces(pages.clone()).all(|(index, piece)| {
+            !backing::is_huge(&self.regions[index]) && self.in_tables.unmapped(&piece) == piece
+        });
+        if !nothing_mapped {
+            return false;
+        }
+        let _turn = self.filling.wait();
+        self.pieces(pages.clone()).all(|(_, piece)| matches!(self.first_data(&piece), Ok(None)))
+    }
+
+    /// Writes `bytes`, as many as `pages` hold, to the file behind them and not through the mapping: the
+    /// kernel then takes pages for them by the dozen, without a fault for each, and does not make them
+    /// zero first. It takes less than half the time.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written; some of the pages may then hold what was to be written.
+    pub fn write_fresh(&self, pages: Range<u64>, bytes: &[u8]) -> io::Result<()> {
+        let _turn = self.filling.wait();
+        let mut rest = bytes;
+        for (index, piece) in self.pieces(pages) {
+            let wanted = ((piece.end - piece.start) * PAGE_SIZE) as usize;
+            let Some((bytes, left)) = rest.split_at_checked(wanted) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            rest = left;
+            let (file, offset) = self.file_range(index, &piece);
+            file.write_all_at(bytes, offset)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::Backing;
+
+    const PAGE: usize = PAGE_SIZE as usize;
+
+    #[test]
+    fn what_is_written_beside_the_mapping_is_seen_through_it() {
+        // The regions of one file, with a gap between them in the guest's address space.
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let backing = Backing::File(directory.path().join("ram"));
+        std::fs::File::create(directory.path().join("ram")).unwrap();
+        let ram = GuestRam::create(&[(0, 5 * PAGE_SIZE), (1 << 20, 3 * PAGE_SIZE)], &backing).unwrap();
+        assert!(ram.is_fresh(&(0..8)));
+        let bytes: Vec<u8> = (3..7u8).flat_map(|page| [page; PAGE]).collect();
+        ram.write_fresh(3..7, &bytes).unwrap();
+        let mut page = [0; PAGE];
+        for number in 0..8 {
+            assert!(ram.copy_page(number, &mut page));
+            assert_eq!(page, [if (3..7).contains(&number) { number as u8 } else { 0 }; PAGE]);
+        }
+        assert!(!ram.is_fresh(&(2..4)) && !ram.is_fresh(&(6..8)));
+        ram.punch(3..7).unwrap();
+        assert!(ram.is_fresh(&(3..7)));
+    }
+
+    #[test]
+    fn bytes_that_do_not_fill_the_pages_are_refused() {
+        let ram = GuestRam::create(&[(0, 4 * PAGE_SIZE)], &Backing::Memfd).unwrap();
+        let error = ram.write_fresh(0..2, &[1; PAGE]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(ram.is_fresh(&(0..4)));
+    }
+
+    #[test]
+    fn what_others_have_touched_is_not_fresh() {
+        let ram = GuestRam::create(&[(0, 64 * PAGE_SIZE)], &Backing::Memfd).unwrap();
+        let fds = ram.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+        let other = GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap();
+        other.prepare(40..41).unwrap();
+        assert!(ram.is_fresh(&(0..40)) && ram.is_fresh(&(41..64)) && !ram.is_fresh(&(0..64)));
+    }
+}
