@@ -9,7 +9,6 @@ use memlane_lab::{Lab, LabOptions, Programs, Rate, Size};
 use memlane_perf::baseline::memory::{self, MemoryState};
 use memlane_perf::baseline::raw::{self, RawOptions};
 use memlane_perf::page;
-use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::report::Report;
 use memlane_perf::scenario::Order;
 use memlaned::config::Span;
@@ -43,8 +42,6 @@ enum Command {
         #[arg(long, default_value = "1GiB")]
         bytes: Size,
     },
-    /// How long a guest waits for pages in post-copy, beside how soon sockets bring a single page (needs root)
-    Postcopy(PostcopyOptions),
 }
 
 #[derive(Args)]
@@ -100,11 +97,6 @@ fn main() -> Result<()> {
             print(&raw::measure(&lab, &options)?, cli.json)
         }
         Command::Memcpy { bytes } => print(&memory::measure_memcpy(in_memory(bytes)?)?, cli.json),
-        Command::Postcopy(options) => {
-            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
-            let programs = Programs::build(true)?;
-            print(&postcopy::measure(&programs, &options)?, cli.json)
-        }
     }
 }
 

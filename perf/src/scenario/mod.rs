@@ -8,6 +8,7 @@ mod line;
 mod lostport;
 mod many;
 mod outrun;
+mod postcopy;
 mod qemu;
 mod shaped;
 mod wan;
@@ -19,12 +20,14 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use memlane_lab::{LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
 use serde_json::Value;
 
+use crate::baseline::rpc;
 use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
 pub use lostport::LostPort;
 pub use many::Many;
 pub use outrun::Outrun;
+pub use postcopy::Postcopy;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
 pub use wan::Wan;
@@ -59,6 +62,8 @@ pub enum Order {
     Busy(With<Busy>),
     /// A guest that writes faster than the ports carry: stun, post-copy, and the one after the other
     Outrun(With<Outrun>),
+    /// How long guests wait for pages in post-copy, against single pages over raw sockets and QEMU's own post-copy
+    Postcopy(With<Postcopy>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
     Zero(With<Zero>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
@@ -124,6 +129,7 @@ impl Order {
             Self::Shaped(order) => order.carry_out(programs, tell),
             Self::Busy(order) => order.carry_out(programs, tell),
             Self::Outrun(order) => order.carry_out(programs, tell),
+            Self::Postcopy(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
@@ -208,4 +214,12 @@ impl Bench {
         }
         Ok(runs)
     }
+}
+
+/// How soon pages come over a connection on which nothing else is.
+fn single_pages(rig: &Rig) -> Result<Measured> {
+    let rpc = rpc::measure(rig.lab())?;
+    let figures = Figures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
+    let trace = Trace { timeline: None, waits: Some(rpc.waits) };
+    Ok(Measured { figures, detail: Value::Null, trace })
 }
