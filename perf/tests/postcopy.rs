@@ -9,7 +9,7 @@ fn all_waits_are_measured() {
     if skip("all_waits_are_measured", &needs) {
         return;
     }
-    let bench = Bench { programs: Programs::build(false).expect("programs"), repetitions: 1 };
+    let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
     let scenario = Postcopy {
         ram: Size::from_mib(64),
         working_set: None,

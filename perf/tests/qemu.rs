@@ -11,7 +11,7 @@ fn every_way_of_moving_is_measured() {
     if skip("every_way_of_moving_is_measured", Requirement::LAB_WITH_LINUX) {
         return;
     }
-    let bench = Bench { programs: Programs::build(false).expect("programs"), repetitions: 1 };
+    let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
     let scenario = Qemu {
         ram: Size::from_mib(256),
         touched: Some(Size::from_mib(32)),

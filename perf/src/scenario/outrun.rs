@@ -41,7 +41,7 @@ impl Scenario for Outrun {
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let mut rig = bench.rig(self.writer.lab())?;
-        let guest = Guest { readers: 1, ..self.writer.guest(Writes::FlatOut) };
+        let guest = Guest { readers: 1, ..self.writer.guest(rig.lab(), Writes::FlatOut) };
         let max_stun = self.max_stun.to_string();
 
         let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));
