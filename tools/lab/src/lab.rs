@@ -177,6 +177,7 @@ impl Lab {
     ///
     /// If one cannot be reached, lacks an address, or has no room.
     pub fn over_ssh(hosts: &Hosts, programs: &Programs) -> Result<Self> {
+        namespace::sweep();
         let directory = directory(&unique_id())?;
         let cleanup = Registration::new({
             let directory = directory.clone();

@@ -52,7 +52,7 @@ pub use programs::Programs;
 pub use rate::Rate;
 pub use readers::Readers;
 pub use remote::Remote;
-pub use requirements::{Missing, QEMU, Requirement, missing, say_skipped, skip, why_not};
+pub use requirements::{Missing, QEMU, Requirement, SSHD, missing, say_skipped, skip, why_not};
 pub use rig::{Answer, Following, Rig, RigOptions, Vmm, VmmSession};
 pub use size::Size;
 pub use wait::wait_for;
