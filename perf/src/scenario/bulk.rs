@@ -62,9 +62,15 @@ impl Scenario for Bulk {
         let mut rig = bench.rig(lab)?;
         let remote = rig.lab().is_remote();
         let ports = rig.lab().host(HostId::A).ports().len();
-        let contents = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
-        // QEMU's memory and monitors are to be had on this machine alone.
-        let firmware = if remote { None } else { Some(Firmware::new(rig.lab(), &contents)?) };
+        let bytes = self.ram.bytes().try_into()?;
+        // Other hosts make their own, and QEMU's memory and monitors are to be had on this machine alone.
+        let (contents, firmware) = if remote {
+            (SharedMemory::new(bytes, MemoryState::Fresh)?, None)
+        } else {
+            let contents = SharedMemory::with_pattern(bytes)?;
+            let firmware = Firmware::new(rig.lab(), &contents)?;
+            (contents, Some(firmware))
+        };
         let guest = Guest::idle(self.ram, rig.lab().has_kvm());
         // Memlane comes first, and says how many it had.
         let lanes = Cell::new(ports);
@@ -135,18 +141,15 @@ impl Bulk {
         let (memlane_fresh, raw_fresh) = (case(By::Memlane, fresh), case(By::Raw, fresh));
         let over = |above, below, figure| runs.quotients((above, figure), (below, figure));
         let round_one = |above, below| runs.quotients((above, "round_one_gbit_per_second"), (below, RATE));
-        let mut ratios =
-            vec![("vs_raw", round_one(&memlane, &raw)?, "round one, of what raw sockets carried".to_owned())];
-        ratios.push((
-            "cpu_vs_raw",
-            over(&memlane, &raw, CPU)?,
-            "processor time for a GB, of that of raw".to_owned(),
-        ));
-        ratios.push((
-            "fresh_vs_raw",
-            round_one(&memlane_fresh, &raw_fresh)?,
-            "as vs_raw, into fresh memory".to_owned(),
-        ));
+        let mut ratios = vec![
+            ("vs_raw", round_one(&memlane, &raw)?, "round one, of what raw sockets carried".to_owned()),
+            ("cpu_vs_raw", over(&memlane, &raw, CPU)?, "processor time for a GB, of that of raw".to_owned()),
+            (
+                "fresh_vs_raw",
+                round_one(&memlane_fresh, &raw_fresh)?,
+                "as vs_raw, into fresh memory".to_owned(),
+            ),
+        ];
         if runs.cases().iter().any(|case| case.by == By::Qemu) {
             let best = |state| {
                 let cases = Way::PRECOPY.map(|way| qemu(way, state));
