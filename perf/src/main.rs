@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Size, agent};
 use memlane_perf::baseline::memory::{self, MemoryState};
+use memlane_perf::baseline::qemu::files;
 use memlane_perf::baseline::raw::{self, RawOptions, Receiver};
 use memlane_perf::cpu;
 use memlane_perf::page;
@@ -113,7 +114,7 @@ fn agent(directory: &Path) -> Result<()> {
     let mut receiver = Receiver::default();
     agent::serve(directory, std::io::stdin().lock(), std::io::stdout(), &mut |name, order| match name {
         cpu::ORDER => Some(cpu::tell(order)),
-        _ => receiver.carry_out(name, order),
+        _ => receiver.carry_out(name, order).or_else(|| files::carry_out(name, order)),
     })
 }
 

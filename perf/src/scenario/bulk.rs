@@ -9,7 +9,7 @@
 //!   contents in a shared file on tmpfs, and is as idle: it runs its firmware, which waits for a disk;
 //! - **memcpy**: one core that copies the same memory.
 //!
-//! Between hosts that are there already only raw is measured beside Memlane.
+//! Hosts that are there already may lack QEMU, which is left out then, as memcpy is.
 //!
 //! Against raw counts round one, and against QEMU the whole move, from the order until the guest runs there. Processor
 //! time is that of both ends and of the kernel's threads, for each GB sent.
@@ -18,7 +18,7 @@ use std::cell::Cell;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use memlane_lab::{HostId, LabOptions, Requirement, Size};
+use memlane_lab::{HostId, LabOptions, QEMU, Requirement, Size};
 use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario};
@@ -63,20 +63,25 @@ impl Scenario for Bulk {
         let remote = rig.lab().is_remote();
         let ports = rig.lab().host(HostId::A).ports().len();
         let bytes = self.ram.bytes().try_into()?;
-        // Other hosts make their own, and QEMU's memory and monitors are to be had on this machine alone.
-        let (contents, firmware) = if remote {
-            (SharedMemory::new(bytes, MemoryState::Fresh)?, None)
+        // Hosts that are there already make their own.
+        let contents = if remote {
+            SharedMemory::new(bytes, MemoryState::Fresh)
         } else {
-            let contents = SharedMemory::with_pattern(bytes)?;
-            let firmware = Firmware::new(rig.lab(), &contents)?;
-            (contents, Some(firmware))
-        };
+            SharedMemory::with_pattern(bytes)
+        }?;
+        let with_qemu = rig.lab().hosts().iter().all(|host| host.has(QEMU));
+        let firmware = with_qemu.then(|| Firmware::new(rig.lab(), bytes)).transpose()?;
         let guest = Guest::idle(self.ram, rig.lab().has_kvm());
         // Memlane comes first, and says how many it had.
         let lanes = Cell::new(ports);
 
         let mut cases: Vec<(Case, What)> = cases();
-        cases.retain(|(_, what)| !remote || matches!(what, What::Memlane(_) | What::Raw(_)));
+        // This machine is none of the hosts then.
+        cases.retain(|(_, what)| match what {
+            What::Memcpy => !remote,
+            What::Qemu(..) => with_qemu,
+            _ => true,
+        });
         let runs = bench.interleave(Self::NAME, &cases, |what| {
             let (figures, detail) = match *what {
                 What::Memlane(state) => {

@@ -18,7 +18,6 @@ use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario, single_pages};
-use crate::baseline::memory::SharedMemory;
 use crate::baseline::qemu::toucher::{LEAST_WAIT, Mover, Touched, Toucher};
 use crate::baseline::report::microseconds_within;
 use crate::memlane::{Guest, Moved, PAGE, Writes};
@@ -72,10 +71,7 @@ impl Scenario for Postcopy {
             LabOptions { ports: usize::from(self.ports), port_rate: self.port_rate, ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
         let writer = self.writer();
-        let toucher = {
-            let contents = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
-            Toucher::new(rig.lab(), &contents)?
-        };
+        let toucher = Toucher::new(rig.lab(), self.ram.bytes().try_into()?)?;
         let shim = bench.programs.shim();
 
         let runs = bench.interleave(Self::NAME, &cases(), |what| match *what {

@@ -11,11 +11,13 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
+use crate::namespace::MEMORY;
 use crate::process::{die_with_parent, tail};
 
 /// The longest order that is listened to.
@@ -23,6 +25,8 @@ const LONGEST_ORDER: usize = 1 << 20;
 
 struct Agent {
     directory: PathBuf,
+    /// The same on tmpfs, for guests' memory.
+    memory: PathBuf,
     started: BTreeMap<u32, Child>,
 }
 
@@ -38,14 +42,17 @@ pub fn serve(
     mut answers: impl Write,
     more: &mut dyn FnMut(&str, &Value) -> Option<Result<Value>>,
 ) -> Result<()> {
-    let mut agent = Agent { directory: directory.to_owned(), started: BTreeMap::new() };
+    let name = directory.file_name().context("the agent's directory has no name")?;
+    let memory = Path::new(MEMORY).join(name);
+    let mut agent = Agent { directory: directory.to_owned(), memory, started: BTreeMap::new() };
+    fs::create_dir(&agent.memory).with_context(|| format!("creating {}", agent.memory.display()))?;
     let mut answer = |answer: Value| -> Result<()> {
         writeln!(answers, "{answer}")?;
         answers.flush().context("answering the harness")
     };
     // Whoever reached this host knows by which address.
     let reached = std::env::var("SSH_CONNECTION").unwrap_or_default();
-    answer(json!({ "ok": { "address": reached.split_whitespace().nth(2) } }))?;
+    answer(json!({ "ok": { "address": reached.split_whitespace().nth(2), "memory": agent.memory } }))?;
     let mut orders = orders;
     loop {
         let mut line = Vec::new();
@@ -79,6 +86,9 @@ impl Agent {
             "listens" => Ok(json!(text(order, "path").is_ok_and(|path| UnixStream::connect(path).is_ok()))),
             "log" => tail(&self.log(order)).map(Value::from).context("reading a log"),
             "interface" => interface(order),
+            "remove" => text(order, "path").map(|path| json!(fs::remove_file(path).is_ok())),
+            "time" => Ok(json!(unix_time())),
+            "exists" => text(order, "path").map(|path| json!(Path::new(path).exists())),
             "opens" => text(order, "path").map(|path| json!(opens(path))),
             _ => return None,
         })
@@ -142,14 +152,21 @@ impl Drop for Agent {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // Nobody is left to be told.
-        let _ = fs::remove_dir_all(&self.directory);
+        for directory in [&self.directory, &self.memory] {
+            // Nobody is left to be told.
+            let _ = fs::remove_dir_all(directory);
+        }
     }
 }
 
 fn read(order: &Value) -> Result<Value> {
     let path = text(order, "path")?;
     Ok(Value::from(fs::read_to_string(path).with_context(|| format!("reading {path}"))?))
+}
+
+/// Seconds since 1970-01-01T00:00:00Z.
+pub(crate) fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// Whether a file is there to be read and written.

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -14,9 +15,15 @@ use crate::namespace::Namespace;
 use crate::network;
 use crate::process::Process;
 use crate::programs::Programs;
+use crate::qmp::Monitor;
 use crate::rate::Rate;
 use crate::remote::Remote;
+use crate::requirements::{Requirement, why_not};
 use crate::tun::Tun;
+use crate::wait::wait_for;
+
+/// Longest wait for a QEMU that starts: it may take all RAM from the host first.
+const START: Duration = Duration::from_secs(60);
 
 /// A network namespace that stands for a host, or a host that is reached over ssh, with a directory of its own.
 #[derive(Debug)]
@@ -77,7 +84,8 @@ impl Host {
 
     /// A host that is reached over ssh.
     pub(crate) fn over_ssh(name: String, remote: Arc<Remote>, control: Ipv4Addr, ports: Vec<Port>) -> Self {
-        let directory = remote.directory().to_owned();
+        let [directory, memory_directory] =
+            [remote.directory(), remote.memory_directory()].map(Path::to_owned);
         Self {
             name,
             place: Place::Remote(remote),
@@ -85,8 +93,8 @@ impl Host {
             ports,
             far_ends: Vec::new(),
             bridge: None,
-            memory_directory: directory.clone(),
             directory,
+            memory_directory,
         }
     }
 
@@ -139,6 +147,47 @@ impl Host {
             None => std::fs::read_to_string(path).with_context(|| format!("reading {path}")),
             Some(remote) => remote.read(path),
         }
+    }
+
+    /// Whether /dev/kvm can be used here.
+    pub fn has_kvm(&self) -> bool {
+        match self.remote() {
+            None => why_not(&[Requirement::Kvm]).is_none(),
+            Some(remote) => {
+                remote.ask("opens", json!({ "path": "/dev/kvm" })).is_ok_and(|opens| opens == true)
+            }
+        }
+    }
+
+    /// Whether this host has a file.
+    pub fn has(&self, path: &str) -> bool {
+        match self.remote() {
+            None => Path::new(path).exists(),
+            Some(remote) => remote.ask("exists", json!({ "path": path })).is_ok_and(|exists| exists == true),
+        }
+    }
+
+    /// Removes a file of this host, if it is there.
+    pub fn remove(&self, path: &Path) {
+        match self.remote() {
+            None => drop(std::fs::remove_file(path)),
+            Some(remote) => drop(remote.ask("remove", json!({ "path": path }))),
+        }
+    }
+
+    /// Connects with the monitor of a QEMU whose socket of this name is in the host's directory, as
+    /// [`Monitor::connect_while`] does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Monitor::connect_while`].
+    pub fn monitor(&self, socket: &str, mut runs: impl FnMut() -> bool) -> Result<Monitor> {
+        let path = self.reach(socket)?;
+        let Some(remote) = self.remote() else { return Monitor::connect_while(&path, runs) };
+        // This end of the way there listens in any case.
+        wait_for("QEMU's monitor", START, || (self.listens(socket) || !runs()).then_some(()))?;
+        let ahead = remote.clock_ahead()?;
+        Ok(Monitor::connect_while(&path, runs)?.with_clock_ahead(ahead))
     }
 
     /// A Unix socket that leads to the one of this name in the host's directory, even before somebody listens there.

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
 
 use crate::cable::{Cable, Loss};
 use crate::cleanup::Registration;
@@ -194,12 +193,7 @@ impl Lab {
 
     /// Whether both hosts have a usable /dev/kvm.
     pub fn has_kvm(&self) -> bool {
-        self.hosts.iter().all(|host| match host.remote() {
-            None => why_not(&[Requirement::Kvm]).is_none(),
-            Some(remote) => {
-                remote.ask("opens", json!({ "path": "/dev/kvm" })).is_ok_and(|opens| opens == true)
-            }
-        })
+        self.hosts.iter().all(Host::has_kvm)
     }
 
     /// The MTU of the ports, in bytes: the least, if they differ.

@@ -15,11 +15,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::agent::unix_time;
 use crate::cleanup::Registration;
 use crate::wait::wait_for;
 
 /// Longest wait for a connection that was made to be of use to others.
 const SHARED: Duration = Duration::from_secs(10);
+
+/// How often a clock is asked for: the quickest answer counts.
+const CLOCK_ASKED: u32 = 8;
 
 /// Receives the agent, and becomes it. Whatever happens before, the directory goes with the shell.
 const BOOTSTRAP: &str = "set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf \"$d\"' EXIT; echo \"$d\"; \
@@ -34,6 +38,7 @@ pub struct Remote {
     /// Where this process keeps its ends of the host's sockets, and of the connection.
     local: PathBuf,
     directory: PathBuf,
+    memory: PathBuf,
     /// The address by which it was reached.
     address: Option<String>,
     pipes: Mutex<Pipes>,
@@ -91,11 +96,13 @@ impl Remote {
             ssh,
             local: local.to_owned(),
             directory,
+            memory: PathBuf::new(),
             address: None,
             pipes: Mutex::new(Pipes { orders: Some(orders), answers, child }),
             _cleanup: cleanup,
         };
         let hello = remote.answer().with_context(|| format!("starting the harness's agent on {target}"))?;
+        remote.memory = hello["memory"].as_str().context("an agent without memory")?.into();
         remote.address = hello["address"].as_str().map(str::to_owned);
         wait_for("ssh to share its connection", SHARED, || local.join("ssh").exists().then_some(()))?;
         Ok(remote)
@@ -109,6 +116,29 @@ impl Remote {
     /// The directory of the harness there. It goes with the agent.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The same on tmpfs.
+    pub(crate) fn memory_directory(&self) -> &Path {
+        &self.memory
+    }
+
+    /// How far its clock is ahead of that of this machine, in seconds; off by half a round trip at most.
+    ///
+    /// # Errors
+    ///
+    /// As [`Remote::ask`].
+    pub(crate) fn clock_ahead(&self) -> Result<f64> {
+        let mut best = (f64::INFINITY, 0.0);
+        for _ in 0..CLOCK_ASKED {
+            let before = unix_time();
+            let there = self.ask("time", json!({}))?.as_f64().context("an agent that tells no time")?;
+            let after = unix_time();
+            if after - before < best.0 {
+                best = (after - before, there - f64::midpoint(before, after));
+            }
+        }
+        Ok(best.1)
     }
 
     /// The address by which it was reached.

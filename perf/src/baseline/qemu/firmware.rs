@@ -1,6 +1,5 @@
 //! A guest that runs nothing but its firmware.
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab, wait_for};
 
 use super::machine::{End, Machine, Removed, compare};
-use super::{Migration, Moved, Way};
+use super::{Migration, Moved, Way, files};
 use crate::baseline::memory::MemoryState;
 use crate::cpu::Meter;
 
@@ -30,15 +29,16 @@ pub struct Firmware {
 }
 
 impl Firmware {
-    /// A guest on host A of `lab` with `contents` as its memory.
+    /// A guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
     ///
     /// # Errors
     ///
     /// If there is not so much memory.
-    pub fn new(lab: &Lab, contents: &[u8]) -> Result<Self> {
-        let memory = lab.host(HostId::A).memory_directory().join("firmware");
-        fs::write(&memory, contents).with_context(|| format!("writing {}", memory.display()))?;
-        Ok(Self { memory, bytes: contents.len() })
+    pub fn new(lab: &Lab, bytes: usize) -> Result<Self> {
+        let host = lab.host(HostId::A);
+        let memory = host.memory_directory().join("firmware");
+        files::fill(host, &memory, bytes)?;
+        Ok(Self { memory, bytes })
     }
 
     /// Starts the guest in the same lab, has QEMU move it over the first port to host B, into memory in the state `destination`, and
@@ -51,18 +51,19 @@ impl Firmware {
     /// If QEMU refuses or fails, or the guest's memory is not what it was.
     pub fn migrate(&self, lab: &Lab, way: Way, destination: MemoryState) -> Result<Moved> {
         let copy = lab.host(HostId::B).memory_directory().join("firmware");
-        let _removed = Removed(&copy);
+        let _removed = Removed(lab.host(HostId::B), &copy);
         let machine = |id, memory, prealloc| {
             let host = lab.host(id);
             let machine = Machine { memory, bytes: self.bytes, prealloc, incoming: id == HostId::B };
             End::start(host, "firmware", machine.command(host))
         };
         let mut source = machine(HostId::A, &self.memory, true).context("starting the source's QEMU")?;
-        await_quiet(&source)?;
+        await_quiet(lab, &source)?;
         let prealloc = destination == MemoryState::Prepared;
         let mut destination =
             machine(HostId::B, &copy, prealloc).context("starting the destination's QEMU")?;
-        let meter = Meter::new([source.process.pid(), destination.process.pid()])?;
+        let processes = [(HostId::A, source.process.pid()), (HostId::B, destination.process.pid())];
+        let meter = Meter::on(lab, processes)?;
         let migration =
             Migration { source: &mut source.monitor, destination: &mut destination.monitor, meter };
         let moved = migration.by_qemu(way, lab.host(HostId::B).ports()[0].address)?;
@@ -71,14 +72,14 @@ impl Firmware {
         // Of low memory a part is empty, or none.
         let least = self.bytes.saturating_sub(2 * LOW_MEMORY) as u64;
         ensure!(moved.ram_bytes >= least, "QEMU has sent {} bytes only", moved.ram_bytes);
-        compare(&self.memory, &copy, LOW_MEMORY)?;
+        compare((lab.host(HostId::A), &self.memory), (lab.host(HostId::B), &copy), LOW_MEMORY)?;
         Ok(moved)
     }
 }
 
 /// Waits until the firmware has found that there is nothing to boot.
-fn await_quiet(source: &End) -> Result<()> {
-    let mut meter = Meter::new([source.process.pid()])?;
+fn await_quiet(lab: &Lab, source: &End) -> Result<()> {
+    let mut meter = Meter::on(lab, [(HostId::A, source.process.pid())])?;
     wait_for("the firmware to wait for a disk", BOOT, || {
         let used = meter.idle(WATCH);
         (used.processes < QUIET * used.elapsed).then_some(())

@@ -1,17 +1,14 @@
 //! A QEMU with nothing but a processor and memory, which is a file.
 
-use std::fs::{self, File};
-use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::linux::Accelerator;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Host, Process, QEMU};
 
-/// Bytes that are compared at once.
-const PIECE: usize = 1 << 20;
+use super::files;
 
 /// What a QEMU is made of.
 pub(super) struct Machine<'a> {
@@ -32,13 +29,14 @@ pub(super) struct End {
     pub(super) monitor: Monitor,
 }
 
-/// A file that goes when nobody needs it any more.
-pub(super) struct Removed<'a>(pub(super) &'a Path);
+/// A file of a host that goes when nobody needs it any more.
+pub(super) struct Removed<'a>(pub(super) &'a Host, pub(super) &'a Path);
 
 impl Machine<'_> {
     /// What starts it on `host`.
     pub(super) fn command(&self, host: &Host) -> Command {
-        let (accelerator, _) = Accelerator::choose();
+        let processor = host.read("/proc/cpuinfo").unwrap_or_default();
+        let (accelerator, _) = Accelerator::of(&processor, host.has_kvm());
         let prealloc = if self.prealloc { "on" } else { "off" };
         let ram = format!(
             "memory-backend-file,id=ram0,share=on,size={},prealloc={prealloc},mem-path={}",
@@ -64,52 +62,37 @@ impl End {
     ///
     /// If QEMU does not come up; the end of its log is in the error.
     pub(super) fn start(host: &Host, name: &str, mut command: Command) -> Result<Self> {
-        let socket = host.directory().join(format!("{name}.harness"));
-        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        let socket = format!("{name}.harness");
+        let path = host.directory().join(&socket);
+        // Of one before.
+        host.remove(&path);
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
         let mut process = host.spawn(name, command)?;
-        let monitor = Monitor::connect_while(&socket, || process.is_running());
+        let monitor = host.monitor(&socket, || process.is_running());
         Ok(Self { monitor: monitor.with_context(|| process.log_tail())?, process })
     }
 }
 
 impl Drop for Removed<'_> {
     fn drop(&mut self) {
-        // It may never have been made; what is left goes with the lab.
-        let _ = fs::remove_file(self.0);
+        self.0.remove(self.1);
     }
 }
 
-/// Compares the memory of both ends, but for the `low` memory that the guest goes on writing.
+/// Compares a file of each host, but for the `low` memory that the guest goes on writing.
 ///
 /// # Errors
 ///
 /// If they differ.
-pub(super) fn compare(source: &Path, destination: &Path, low: usize) -> Result<()> {
-    let open = |path: &Path| File::open(path).with_context(|| format!("opening {}", path.display()));
-    let (mut source, mut destination) = (open(source)?, open(destination)?);
-    let (mut here, mut there) = (vec![0; PIECE], vec![0; PIECE]);
-    for at in (0..).step_by(PIECE) {
-        let bytes = fill(&mut source, &mut here)?;
-        ensure!(bytes == fill(&mut destination, &mut there)?, "the guest's memory has another size there");
-        ensure!(
-            at < low || here[..bytes] == there[..bytes],
-            "the guest's memory differs at the destination, somewhere in the MiB at {at:#x}"
-        );
-        if bytes < PIECE {
-            break;
-        }
+pub(super) fn compare(source: (&Host, &Path), destination: (&Host, &Path), low: usize) -> Result<()> {
+    let (here, there) =
+        (files::digests_on(source.0, source.1)?, files::digests_on(destination.0, destination.1)?);
+    ensure!(here.len() == there.len(), "the guest's memory has another size there");
+    let low = low / files::PIECE;
+    let differs = here.iter().zip(&there).skip(low).position(|(here, there)| here != there);
+    if let Some(piece) = differs {
+        let at = (low + piece) * files::PIECE;
+        bail!("the guest's memory differs at the destination, somewhere in the MiB at {at:#x}");
     }
     Ok(())
-}
-
-/// Reads until `piece` is full or the file ends.
-fn fill(file: &mut File, piece: &mut [u8]) -> Result<usize> {
-    let mut read = 0;
-    while read < piece.len() {
-        match file.read(&mut piece[read..]).context("reading a guest's memory")? {
-            0 => break,
-            bytes => read += bytes,
-        }
-    }
-    Ok(read)
 }

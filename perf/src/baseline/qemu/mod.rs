@@ -4,6 +4,7 @@
 //! after a second even where KVM does not run it, and its memory holds what the harness has put there. [`toucher`] is
 //! one that runs a program of the harness's, which reads its memory and notes how long it waits for it.
 
+pub mod files;
 pub mod firmware;
 mod machine;
 mod migration;

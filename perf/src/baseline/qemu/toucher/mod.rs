@@ -16,7 +16,7 @@ use memlane_lab::{Host, HostId, Lab, Rig, wait_for};
 use serde_json::json;
 
 use super::machine::{End, Machine, Removed, compare};
-use super::{Migration, Moved, Way};
+use super::{Migration, Moved, Way, files};
 use crate::cpu::Meter;
 
 /// A read that takes less was of memory that is there. A page from another host takes longer, and what the guest is kept
@@ -63,13 +63,12 @@ pub struct Touched {
 }
 
 impl Toucher {
-    /// A guest on host A of `lab` with `contents` as its memory.
+    /// A guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
     ///
     /// # Errors
     ///
     /// If there is not so much memory, or it is more than the guest can have.
-    pub fn new(lab: &Lab, contents: &[u8]) -> Result<Self> {
-        let bytes = contents.len();
+    pub fn new(lab: &Lab, bytes: usize) -> Result<Self> {
         ensure!(
             (2 * program::LOW_MEMORY..=program::MOST_MEMORY).contains(&bytes),
             "the guest that times its own reads can have from {} to {} MiB of memory, not {}; choose another --ram",
@@ -79,7 +78,7 @@ impl Toucher {
         );
         let host = lab.host(HostId::A);
         let memory = host.memory_directory().join(NAME);
-        fs::write(&memory, contents).with_context(|| format!("writing {}", memory.display()))?;
+        files::fill(host, &memory, bytes)?;
         let ticks = ticks_per_second();
         let image = host.directory().join("toucher.image");
         let program = program::image(bytes, (LEAST_WAIT.as_secs_f64() * ticks) as u32);
@@ -95,7 +94,7 @@ impl Toucher {
     pub fn migrate(&self, rig: &Rig, shim: &Path, mover: Mover) -> Result<Touched> {
         let lab = rig.lab();
         let copy = lab.host(HostId::B).memory_directory().join(NAME);
-        let _removed = Removed(&copy);
+        let _removed = Removed(lab.host(HostId::B), &copy);
         let memory =
             File::options().read(true).write(true).open(&self.memory).context("opening its memory")?;
         program::reset(&memory)?;
@@ -128,7 +127,7 @@ impl Toucher {
         let waits =
             ticks.iter().map(|ticks| Duration::from_secs_f64(f64::from(*ticks) / self.ticks)).collect();
         destination.monitor.execute("stop", json!({}))?;
-        compare(&self.memory, &copy, program::LOW_MEMORY)?;
+        compare((lab.host(HostId::A), &self.memory), (lab.host(HostId::B), &copy), program::LOW_MEMORY)?;
         destination.process.kill()?;
         source.process.kill()?;
         if mover == Mover::Daemons {
