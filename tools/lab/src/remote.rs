@@ -1,7 +1,7 @@
 //! A host that is reached over ssh.
 //!
-//! One connection per host: it carries this program's own copy there, which becomes the [`agent`](crate::agent), and
-//! everything else shares it (`ControlMaster`). Sockets of the host's programs are reached through it as well.
+//! One connection per host: it carries a copy of the harness's program there, which is run as the
+//! [`agent`](crate::agent), and everything else shares it (`ControlMaster`). Sockets of the host's programs are reached through it as well.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -25,9 +25,9 @@ const SHARED: Duration = Duration::from_secs(10);
 /// How often a clock is asked for: the quickest answer counts.
 const CLOCK_ASKED: u32 = 8;
 
-/// Receives the agent, and becomes it. Whatever happens before, the directory goes with the shell.
-const BOOTSTRAP: &str = "set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf \"$d\"' EXIT; echo \"$d\"; \
-                         head -c SIZE > \"$d/agent\"; chmod 700 \"$d/agent\"; exec \"$d/agent\" agent \"$d\"";
+/// Receives the agent and runs it. Whatever becomes of that, the directories go.
+const BOOTSTRAP: &str = r#"set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf "$d" "/dev/shm/${d##*/}"' EXIT;
+    echo "$d"; head -c SIZE > "$d/agent"; chmod 700 "$d/agent"; "$d/agent" agent "$d""#;
 
 /// A host that is reached over ssh, and an agent there. All of it goes when this is dropped.
 #[derive(Debug)]
