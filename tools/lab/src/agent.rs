@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, Write};
+use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ use serde_json::{Value, json};
 use crate::namespace::MEMORY;
 use crate::process::{die_with_parent, tail};
 
-/// The longest order that is listened to.
-const LONGEST_ORDER: usize = 1 << 20;
+/// The longest order that is listened to, in bytes.
+const LONGEST_ORDER: u64 = 1 << 20;
 
 struct Agent {
     directory: PathBuf,
@@ -38,14 +38,14 @@ struct Agent {
 /// If orders cannot be read or answered; not if one fails, which is its answer.
 pub fn serve(
     directory: &Path,
-    orders: impl BufRead,
+    mut orders: impl BufRead,
     mut answers: impl Write,
     more: &mut dyn FnMut(&str, &Value) -> Option<Result<Value>>,
 ) -> Result<()> {
     let name = directory.file_name().context("the agent's directory has no name")?;
     let memory = Path::new(MEMORY).join(name);
+    fs::create_dir(&memory).with_context(|| format!("creating {}", memory.display()))?;
     let mut agent = Agent { directory: directory.to_owned(), memory, started: BTreeMap::new() };
-    fs::create_dir(&agent.memory).with_context(|| format!("creating {}", agent.memory.display()))?;
     let mut answer = |answer: Value| -> Result<()> {
         writeln!(answers, "{answer}")?;
         answers.flush().context("answering the harness")
@@ -53,10 +53,9 @@ pub fn serve(
     // Whoever reached this host knows by which address.
     let reached = std::env::var("SSH_CONNECTION").unwrap_or_default();
     answer(json!({ "ok": { "address": reached.split_whitespace().nth(2), "memory": agent.memory } }))?;
-    let mut orders = orders;
     loop {
         let mut line = Vec::new();
-        let read = std::io::Read::take(&mut orders, LONGEST_ORDER as u64).read_until(b'\n', &mut line);
+        let read = orders.by_ref().take(LONGEST_ORDER).read_until(b'\n', &mut line);
         if read.context("reading an order of the harness")? == 0 || !line.ends_with(b"\n") {
             return Ok(());
         }

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -22,6 +22,8 @@ use crate::wait::wait_for;
 /// Longest wait for a connection that was made to be of use to others.
 const SHARED: Duration = Duration::from_secs(10);
 
+/// The longest answer that is listened to, in bytes.
+const LONGEST_ANSWER: u64 = 16 << 20;
 /// How often a clock is asked for: the quickest answer counts.
 const CLOCK_ASKED: u32 = 8;
 
@@ -220,7 +222,8 @@ impl Pipes {
 
     fn answer(&mut self) -> Result<Value> {
         let mut line = String::new();
-        ensure!(self.answers.read_line(&mut line)? > 0, "the connection is lost");
+        let read = self.answers.by_ref().take(LONGEST_ANSWER).read_line(&mut line)?;
+        ensure!(read > 0 && line.ends_with('\n'), "the connection is lost");
         let mut answer: Value = serde_json::from_str(&line).context("its answer is no JSON")?;
         match answer["error"].as_str() {
             Some(error) => bail!("{error}"),
