@@ -7,7 +7,7 @@ use std::process::Command;
 
 use clap::Parser;
 use memlane_lab::{
-    HostId, Hosts, Lab, LabOptions, Process, Programs, Requirement, SSHD, Size, skip, wait_for,
+    HostId, Hosts, Lab, LabOptions, Process, Programs, Requirement, SSHD, Size, skip, wait_for, why_not,
 };
 use memlane_perf::scenario::{Bench, Bulk, Order, Scenario};
 
