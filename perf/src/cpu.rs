@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use memlane_lab::{Host, HostId, Lab, Remote};
+use serde::Deserialize as _;
+use serde_json::{Value, json};
 
 /// The kernel's threads that carry packets, or do other work that was put off, for whoever caused it.
 const KERNEL_THREADS: [&str; 3] = ["ksoftirqd/", "kworker/", "napi/"];
@@ -16,6 +20,14 @@ const KTHREADD: u32 = 2;
 /// these works nobody can tell, so all of their time counts, less what was seen of it when nothing was moved.
 #[derive(Debug, Clone)]
 pub struct Meter {
+    machines: Vec<Machine>,
+}
+
+/// A machine, and what is measured there.
+#[derive(Debug, Clone)]
+struct Machine {
+    /// This one if there is none.
+    remote: Option<Arc<Remote>>,
     /// What each process was last seen to have used.
     processes: BTreeMap<u32, f64>,
 }
@@ -25,8 +37,8 @@ pub struct Meter {
 pub struct Reading {
     at: Instant,
     processes: f64,
-    /// Of each of the kernel's threads: they come and go.
-    kernel: BTreeMap<u32, f64>,
+    /// Of each of the kernel's threads, on each machine: they come and go.
+    kernel: BTreeMap<(usize, u32), f64>,
 }
 
 /// What was used between two readings.
@@ -41,31 +53,62 @@ pub struct Used {
 }
 
 impl Meter {
-    /// Measures these processes, with all their threads.
+    /// Measures these processes of this machine, with all their threads.
     ///
     /// # Errors
     ///
     /// If one of them is gone.
     pub fn new(processes: impl IntoIterator<Item = u32>) -> Result<Self> {
-        let used = processes.into_iter().map(|pid| {
-            let used = of_process(pid);
-            Ok((pid, used.with_context(|| format!("asking for the processor time of process {pid}"))?))
-        });
-        Ok(Self { processes: used.collect::<Result<_>>()? })
+        Self::of_machines([(None, processes.into_iter().collect())])
+    }
+
+    /// The same of processes on the hosts of `lab`, which may be one machine.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is gone.
+    pub fn on(lab: &Lab, processes: impl IntoIterator<Item = (HostId, u32)>) -> Result<Self> {
+        let processes: Vec<_> = processes.into_iter().collect();
+        if !lab.is_remote() {
+            return Self::new(processes.into_iter().map(|(_, pid)| pid));
+        }
+        Self::of_machines([HostId::A, HostId::B].map(|id| {
+            let here = processes.iter().filter(|(on, _)| *on == id).map(|(_, pid)| *pid);
+            (lab.host(id).remote().cloned(), here.collect())
+        }))
+    }
+
+    fn of_machines(machines: impl IntoIterator<Item = (Option<Arc<Remote>>, Vec<u32>)>) -> Result<Self> {
+        let machine = |(remote, processes): (Option<Arc<Remote>>, Vec<u32>)| {
+            let mut machine = Machine { remote, processes: BTreeMap::new() };
+            let (used, _) = machine.ask(&processes, false)?;
+            for pid in processes {
+                let used = used.get(&pid);
+                let used = used.with_context(|| format!("asking for the processor time of process {pid}"))?;
+                machine.processes.insert(pid, *used);
+            }
+            Ok(machine)
+        };
+        Ok(Self { machines: machines.into_iter().map(machine).collect::<Result<_>>()? })
     }
 
     /// Looks at the processes only, which takes little time. Of one that will end by itself no more is known than what
     /// the last look has found.
     pub fn look(&mut self) {
-        for (pid, used) in &mut self.processes {
-            *used = of_process(*pid).unwrap_or(*used);
+        for machine in &mut self.machines {
+            machine.look(false);
         }
     }
 
     /// What was used until now.
     pub fn read(&mut self) -> Reading {
-        self.look();
-        Reading { processes: self.processes.values().sum(), kernel: of_kernel(), at: Instant::now() }
+        let mut kernel = BTreeMap::new();
+        for (index, machine) in self.machines.iter_mut().enumerate() {
+            let threads = machine.look(true);
+            kernel.extend(threads.into_iter().map(|(pid, used)| ((index, pid), used)));
+        }
+        let processes = self.machines.iter().flat_map(|machine| machine.processes.values()).sum();
+        Reading { processes, kernel, at: Instant::now() }
     }
 
     /// Watches for a while how much is used when nothing is moved.
@@ -76,12 +119,48 @@ impl Meter {
     }
 }
 
+impl Machine {
+    /// Looks at the processes, and, if they are asked for, at the kernel's threads, which are returned.
+    fn look(&mut self, kernel: bool) -> BTreeMap<u32, f64> {
+        let processes: Vec<u32> = self.processes.keys().copied().collect();
+        let (used, threads) = self.ask(&processes, kernel).unwrap_or_default();
+        // Of one that has ended the last remains.
+        self.processes.extend(used);
+        threads
+    }
+
+    /// What these processes have used that there are, and the kernel's threads if they are asked for.
+    fn ask(&self, processes: &[u32], kernel: bool) -> Result<(BTreeMap<u32, f64>, BTreeMap<u32, f64>)> {
+        let Some(remote) = &self.remote else { return Ok(used_here(processes, kernel)) };
+        let told = remote.ask(ORDER, json!({ "processes": processes, "kernel": kernel }))?;
+        serde_json::from_value(told).context("what an agent tells of processor time")
+    }
+}
+
+/// What an agent is asked for here.
+pub const ORDER: &str = "cpu";
+
+/// An agent's answer to [`ORDER`].
+///
+/// # Errors
+///
+/// If it is asked for something else.
+pub fn tell(order: &Value) -> Result<Value> {
+    let processes = Vec::<u32>::deserialize(&order["processes"]).context("an order without processes")?;
+    Ok(json!(used_here(&processes, order["kernel"] == true)))
+}
+
+fn used_here(processes: &[u32], kernel: bool) -> (BTreeMap<u32, f64>, BTreeMap<u32, f64>) {
+    let used = processes.iter().filter_map(|pid| Some((*pid, of_process(*pid).ok()?)));
+    (used.collect(), if kernel { of_kernel() } else { BTreeMap::new() })
+}
+
 impl Reading {
     /// What was used since `start`, an earlier reading of the same meter.
     pub fn since(&self, start: &Self) -> Used {
-        let kernel = self.kernel.iter().map(|(pid, now)| {
+        let kernel = self.kernel.iter().map(|(thread, now)| {
             // One that is new has used all of it since.
-            (now - start.kernel.get(pid).copied().unwrap_or(0.0)).max(0.0)
+            (now - start.kernel.get(thread).copied().unwrap_or(0.0)).max(0.0)
         });
         Used {
             elapsed: (self.at - start.at).as_secs_f64(),
@@ -98,6 +177,17 @@ impl Used {
         // What the kernel does anyway comes and goes: it must not make what was seen less than nothing.
         self.processes - anyway(idle.processes) + (self.kernel - anyway(idle.kernel)).max(0.0)
     }
+}
+
+/// The same as [`of_process`], of a process on a host.
+///
+/// # Errors
+///
+/// If there is no such process (any more).
+pub fn on(host: &Host, pid: u32) -> Result<f64> {
+    let machine = Machine { remote: host.remote().cloned(), processes: BTreeMap::new() };
+    let (used, _) = machine.ask(&[pid], false)?;
+    used.get(&pid).copied().with_context(|| format!("asking for the processor time of process {pid}"))
 }
 
 /// Processor seconds, user and system, that a process has used with all its threads, those that have ended included.

@@ -10,7 +10,6 @@ pub mod cpu;
 pub mod memlane;
 pub mod page;
 mod picture;
-pub mod postcopy;
 pub mod report;
 pub mod scenario;
 pub mod timeline;

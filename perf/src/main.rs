@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use memlane_lab::{Lab, LabOptions, Programs, Rate, Size};
+use memlane_lab::{Lab, LabOptions, Programs, Rate, Size, agent};
 use memlane_perf::baseline::memory::{self, MemoryState};
-use memlane_perf::baseline::raw::{self, RawOptions};
+use memlane_perf::baseline::qemu::files;
+use memlane_perf::baseline::raw::{self, RawOptions, Receiver};
+use memlane_perf::cpu;
 use memlane_perf::page;
-use memlane_perf::postcopy::{self, PostcopyOptions};
 use memlane_perf::report::Report;
 use memlane_perf::scenario::Order;
 use memlaned::config::Span;
@@ -43,8 +44,12 @@ enum Command {
         #[arg(long, default_value = "1GiB")]
         bytes: Size,
     },
-    /// How long a guest waits for pages in post-copy, beside how soon sockets bring a single page (needs root)
-    Postcopy(PostcopyOptions),
+    /// The harness's other half on a host that is reached over ssh
+    #[command(hide = true)]
+    Agent {
+        /// What it may write to, and removes at the end
+        directory: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -99,13 +104,18 @@ fn main() -> Result<()> {
             };
             print(&raw::measure(&lab, &options)?, cli.json)
         }
+        Command::Agent { directory } => agent(&directory),
         Command::Memcpy { bytes } => print(&memory::measure_memcpy(in_memory(bytes)?)?, cli.json),
-        Command::Postcopy(options) => {
-            memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
-            let programs = Programs::build(true)?;
-            print(&postcopy::measure(&programs, &options)?, cli.json)
-        }
     }
+}
+
+/// Carries out orders that come over ssh.
+fn agent(directory: &Path) -> Result<()> {
+    let mut receiver = Receiver::default();
+    agent::serve(directory, std::io::stdin().lock(), std::io::stdout(), &mut |name, order| match name {
+        cpu::ORDER => Some(cpu::tell(order)),
+        _ => receiver.carry_out(name, order).or_else(|| files::carry_out(name, order)),
+    })
 }
 
 /// A size that this process can have.

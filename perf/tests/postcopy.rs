@@ -1,15 +1,16 @@
-//! Post-copy is measured in both modes. Root is needed.
+//! Post-copy is measured of both guests, beside what they are held against. Root and QEMU are needed.
 
 use memlane_lab::{Programs, Rate, Requirement, Size, skip};
-use memlane_perf::postcopy::{PostcopyOptions, measure};
+use memlane_perf::scenario::{Bench, Postcopy, Scenario};
 
 #[test]
-fn both_modes_are_measured() {
-    if skip("both_modes_are_measured", Requirement::LAB) {
+fn all_waits_are_measured() {
+    let needs = [Requirement::LAB, &[Requirement::Qemu]].concat();
+    if skip("all_waits_are_measured", &needs) {
         return;
     }
-    let programs = Programs::build(false).expect("programs");
-    let options = PostcopyOptions {
+    let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
+    let scenario = Postcopy {
         ram: Size::from_mib(64),
         working_set: None,
         dirty_rate: None,
@@ -17,19 +18,30 @@ fn both_modes_are_measured() {
         readers: 1,
         ports: 2,
         port_rate: Some("500mbit".parse::<Rate>().expect("a rate")),
-        repetitions: 1,
     };
-    let report = measure(&programs, &options).expect("a measurement");
-    assert_eq!(report.modes.len(), 2);
-    for (mode, figures) in &report.modes {
-        let [run] = &figures.runs[..] else { panic!("one run: {figures:?}") };
-        let faults = run.faults;
-        assert!(faults.faults > 0 && faults.pages_streamed > 0, "{mode}: {run:?}");
-        assert!(
-            faults.fault_p50_us <= faults.fault_p99_us && faults.fault_p99_us <= faults.fault_max_us,
-            "{run:?}"
-        );
-        assert!(0.0 < faults.seconds && faults.seconds < run.total_seconds, "{mode}: {run:?}");
+    let small = Postcopy { ram: Size::from_mib(16), ..scenario.clone() };
+    let error = small.measure(&bench).expect_err("nothing is left to be read");
+    assert!(error.to_string().contains("--ram"), "{error}");
+
+    let report = scenario.measure(&bench).expect("a measurement");
+    let json = report.json();
+    let figures = |by: &str, how: &str| -> Vec<f64> {
+        let case = if by == "memlane" { &json[by][how] } else { &json["baselines"][by][how] };
+        let names = ["faults", "requests", "fault_p50_us", "fault_p99_us", "fault_max_us"];
+        names.map(|name| case[name]["median"].as_f64().expect(name)).into()
+    };
+    for (by, how) in
+        [("memlane", "now"), ("memlane", "hybrid"), ("memlane", "qemu guest"), ("qemu", "postcopy-preempt")]
+    {
+        let [faults, requests, p50, p99, max] = figures(by, how)[..] else { unreachable!("five names") };
+        assert!(faults > 0.0 && requests > 0.0, "{by} {how}: {json}");
+        assert!(0.0 < p50 && p50 <= p99 && p99 <= max, "{by} {how}: {json}");
     }
-    assert!(report.rpc_p50_us.median <= report.rpc_p99_us.median);
+    for name in ["p50_vs_rpc", "p99_over_rpc_us", "p50_vs_qemu", "p99_vs_qemu"] {
+        assert!(json["ratios"][name].is_f64(), "no {name} in {json}");
+    }
+    assert!(json["memlane"]["now"]["stream_gbit_per_second"]["median"].as_f64() > Some(0.0), "{json}");
+    // A guest that times itself has a distribution to be drawn.
+    let drawn = report.runs.iter().filter(|run| run.trace.waits.is_some()).count();
+    assert_eq!(drawn, 5);
 }

@@ -1,7 +1,7 @@
 //! A guest is moved by Memlane and by QEMU itself, and arrives whole. Root and QEMU are needed.
 
 use memlane_lab::{Lab, LabOptions, Programs, Requirement, Size, skip};
-use memlane_perf::baseline::memory::{MemoryState, SharedMemory};
+use memlane_perf::baseline::memory::MemoryState;
 use memlane_perf::baseline::qemu::Way;
 use memlane_perf::baseline::qemu::firmware::Firmware;
 use memlane_perf::scenario::{Bench, Qemu, Scenario};
@@ -11,7 +11,7 @@ fn every_way_of_moving_is_measured() {
     if skip("every_way_of_moving_is_measured", Requirement::LAB_WITH_LINUX) {
         return;
     }
-    let bench = Bench { programs: Programs::build(false).expect("programs"), repetitions: 1 };
+    let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
     let scenario = Qemu {
         ram: Size::from_mib(256),
         touched: Some(Size::from_mib(32)),
@@ -48,8 +48,7 @@ fn a_guest_that_runs_its_firmware_moves_whole() {
         return;
     }
     let lab = Lab::new(LabOptions::default()).expect("a lab");
-    let contents = SharedMemory::with_pattern(64 << 20).expect("memory");
-    let guest = Firmware::new(&lab, &contents).expect("a guest");
+    let guest = Firmware::new(&lab, 64 << 20).expect("a guest");
     for (way, memory) in [(Way::Plain, MemoryState::Prepared), (Way::Multifd(2), MemoryState::Fresh)] {
         // It compares both ends itself.
         let moved = guest.migrate(&lab, way, memory).expect("a move");

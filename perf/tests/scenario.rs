@@ -8,7 +8,7 @@ fn a_scenario_makes_a_report() {
     if skip("a_scenario_makes_a_report", Requirement::LAB) {
         return;
     }
-    let bench = Bench { programs: Programs::build(false).expect("programs"), repetitions: 1 };
+    let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
     let rate = "1gbit".parse::<Rate>().expect("a rate");
     let shaped = Shaped { ram: Size::from_mib(32), ports: 2, port_rate: rate };
     let report = shaped.measure(&bench).expect("a measurement");

@@ -7,12 +7,12 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::baseline::report::{CopyFigures, MemcpyReport};
 
 /// Whether the pages of a mapping are there before the measurement starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryState {
     /// Every page was allocated and mapped beforehand.

@@ -3,6 +3,8 @@
 //! One connection is what a lane is, a thread and a ring at either end, without pages to track, frames to write or
 //! acknowledgements to wait for. What Memlane loses against this, it loses by its own doing.
 
+mod remote;
+
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Barrier;
 use std::thread::ScopedJoinHandle;
@@ -18,6 +20,7 @@ use crate::baseline::ring::SocketRing;
 use crate::baseline::rpc;
 use crate::cpu::Meter;
 use crate::report::Figures;
+pub use remote::Receiver;
 
 /// What one send or receive moves, about what a lane submits at once.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -66,7 +69,7 @@ pub fn measure(lab: &Lab, options: &RawOptions) -> Result<RawReport> {
 }
 
 /// Moves all of `source` from host A to host B of `lab` over all its ports, into memory in the state `destination`, and
-/// compares what arrived.
+/// compares what arrived. Hosts that are reached over ssh move as many bytes of their own.
 ///
 /// # Errors
 ///
@@ -85,6 +88,9 @@ pub fn transfer(
         "{} bytes are too few for {connections} connections: each takes 1 MiB or more",
         source.len()
     );
+    if lab.is_remote() {
+        return remote::transfer(lab, source.len(), connections_per_port, destination);
+    }
     let mut destination = SharedMemory::new(source.len(), destination)?;
     let sockets: Vec<(TcpStream, TcpStream)> = ports
         .iter()

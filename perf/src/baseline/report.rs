@@ -60,11 +60,7 @@ impl RpcFigures {
     pub(crate) fn new(mut two: Vec<Duration>, mut one: Vec<Duration>) -> Self {
         two.sort_unstable();
         one.sort_unstable();
-        // The smallest time that so many percent of all do not exceed.
-        let within = |times: &[Duration], percent: usize| {
-            let rank = (times.len() * percent).div_ceil(100).max(1);
-            times[rank - 1].as_secs_f64() * 1e6
-        };
+        let within = microseconds_within;
         Self {
             rpc_requests: two.len(),
             rpc_p50_us: within(&two, 50),
@@ -75,6 +71,16 @@ impl RpcFigures {
             waits: Waits::of(&two),
         }
     }
+}
+
+/// The smallest of these sorted times that so many percent of all do not exceed.
+///
+/// # Panics
+///
+/// If there are none.
+pub(crate) fn microseconds_within(times: &[Duration], percent: usize) -> f64 {
+    let rank = (times.len() * percent).div_ceil(100).max(1);
+    times[rank - 1].as_secs_f64() * 1e6
 }
 
 impl fmt::Display for RpcFigures {

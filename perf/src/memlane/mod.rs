@@ -2,7 +2,7 @@
 
 mod many;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Readers, Rig, Size, Vmm};
@@ -129,9 +129,10 @@ impl Guest {
             readers => Some(Readers::before(&mut ends.source, self.vcpus..self.vcpus + readers)?),
         };
         let daemon = rig.daemon(HostId::A).pid();
-        let written = Written::by(&ends.source.stats()?)?;
+        let of_daemon = |rig: &Rig| cpu::on(rig.lab().host(HostId::A), daemon);
+        let written = Written::by(&ends.source.stats()?);
 
-        let (before, daemon_before, ordered_at) = (meter.read(), cpu::of_process(daemon)?, unix_time());
+        let (before, daemon_before, ordered_at) = (meter.read(), of_daemon(rig)?, unix_time());
         let id = order(rig, GUEST, arguments)?;
         let migration = rig.watch(HostId::A, &id, |migration| {
             look(rig, migration);
@@ -140,12 +141,14 @@ impl Guest {
             }
         })?;
         let (used, ended_at) = (meter.read().since(&before), unix_time());
-        let source_daemon = cpu::of_process(daemon)? - daemon_before;
+        let source_daemon = of_daemon(rig)? - daemon_before;
         let arrived = migration["outcome"] == "completed";
         let runs_at = resumed_at(&migration).filter(|_| arrived).unwrap_or(ended_at);
         let guest = if arrived { ends.destination.stats()? } else { Value::Null };
-        let written = if arrived { Some(Written::by(&guest)?.since(&written)) } else { None };
+        let written = arrived.then(|| Written::by(&guest).since(&written));
         let told = Migration::deserialize(&migration).context("what memlanectl watch said last")?;
+        // The clock of a host that is there already is not that of this machine.
+        let ordered_at = if rig.lab().is_remote() { told.started_at_unix_seconds } else { ordered_at };
         let timeline = recorder.finish(&told)?;
         let waits = told.postcopy.is_some().then(|| waits(rig)).transpose()?;
         if arrived {
@@ -201,20 +204,19 @@ impl Guest {
 /// How much a guest has written until some moment.
 struct Written {
     pages: f64,
-    at_ns: f64,
+    at: Instant,
 }
 
 impl Written {
-    /// As its VMM tells it.
-    fn by(stats: &Value) -> Result<Self> {
+    /// As its VMM has just told it. What it tells of the time is of its own host's clock.
+    fn by(stats: &Value) -> Self {
         let steps = stats["steps"].as_array().into_iter().flatten().filter_map(Value::as_f64);
-        let at_ns = stats["monotonic_ns"].as_f64().context("the VMM tells no time")?;
-        Ok(Self { pages: steps.sum(), at_ns })
+        Self { pages: steps.sum(), at: Instant::now() }
     }
 
-    /// Pages a second since then. Both hosts are this machine, and have one clock.
+    /// Pages a second since then.
     fn since(&self, before: &Self) -> f64 {
-        (self.pages - before.pages) * 1e9 / (self.at_ns - before.at_ns)
+        (self.pages - before.pages) / (self.at - before.at).as_secs_f64()
     }
 }
 
@@ -227,8 +229,9 @@ struct Ends {
 
 impl Ends {
     fn meter(&mut self, rig: &mut Rig) -> Result<Meter> {
-        let vmms = [self.source.process().pid(), self.destination.process().pid()];
-        Meter::new(vmms.into_iter().chain([HostId::A, HostId::B].map(|id| rig.daemon(id).pid())))
+        let vmms = [(HostId::A, self.source.process().pid()), (HostId::B, self.destination.process().pid())];
+        let daemons = [HostId::A, HostId::B].map(|id| (id, rig.daemon(id).pid()));
+        Meter::on(rig.lab(), vmms.into_iter().chain(daemons))
     }
 
     /// Compares the guest that has arrived with the model.
@@ -334,7 +337,7 @@ fn waits(rig: &Rig) -> Result<Waits> {
     Ok(Waits::of_metrics(&rig.metrics(HostId::B)?, "memlane_postcopy_fault_seconds"))
 }
 
-/// When the guest ran again, if it did: both hosts are this machine, and have one clock.
+/// When the guest ran again, if it did, by the clock of the source's host: in the lab both hosts are this machine.
 fn resumed_at(migration: &Value) -> Option<f64> {
     Some(migration["stopped_at_seconds"].as_f64()? + migration["downtime_seconds"].as_f64()?)
 }

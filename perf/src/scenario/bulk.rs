@@ -9,14 +9,16 @@
 //!   contents in a shared file on tmpfs, and is as idle: it runs its firmware, which waits for a disk;
 //! - **memcpy**: one core that copies the same memory.
 //!
+//! Hosts that are there already may lack QEMU, which is left out then, as memcpy is.
+//!
 //! Against raw counts round one, and against QEMU the whole move, from the order until the guest runs there. Processor
 //! time is that of both ends and of the kernel's threads, for each GB sent.
 
 use std::cell::Cell;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
-use memlane_lab::{LabOptions, Requirement, Size, why_not};
+use memlane_lab::{HostId, LabOptions, QEMU, Requirement, Size};
 use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario};
@@ -53,17 +55,33 @@ impl Scenario for Bulk {
     const NAME: &'static str = "bulk";
     const NEEDS: &'static [Requirement] =
         &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+    const ON_HOSTS: bool = true;
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
-        let contents = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
-        let firmware = Firmware::new(rig.lab(), &contents)?;
-        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        let remote = rig.lab().is_remote();
+        let ports = rig.lab().host(HostId::A).ports().len();
+        let bytes = self.ram.bytes().try_into()?;
+        // Hosts that are there already make their own.
+        let contents = if remote {
+            SharedMemory::new(bytes, MemoryState::Fresh)
+        } else {
+            SharedMemory::with_pattern(bytes)
+        }?;
+        let with_qemu = rig.lab().hosts().iter().all(|host| host.has(QEMU));
+        let firmware = with_qemu.then(|| Firmware::new(rig.lab(), bytes)).transpose()?;
+        let guest = Guest::idle(self.ram, rig.lab().has_kvm());
         // Memlane comes first, and says how many it had.
-        let lanes = Cell::new(usize::from(self.ports));
+        let lanes = Cell::new(ports);
 
-        let cases: Vec<(Case, What)> = cases();
+        let mut cases: Vec<(Case, What)> = cases();
+        // This machine is none of the hosts then.
+        cases.retain(|(_, what)| match what {
+            What::Memcpy => !remote,
+            What::Qemu(..) => with_qemu,
+            _ => true,
+        });
         let runs = bench.interleave(Self::NAME, &cases, |what| {
             let (figures, detail) = match *what {
                 What::Memlane(state) => {
@@ -73,11 +91,12 @@ impl Scenario for Bulk {
                     return moved.measured();
                 }
                 What::Raw(state) => {
-                    let each = lanes.get().div_ceil(usize::from(self.ports));
+                    let each = lanes.get().div_ceil(ports);
                     let took = raw::transfer(rig.lab(), &contents, each, state)?;
                     (took.figures(contents.len()), json!({ "connections_per_port": each }))
                 }
                 What::Qemu(way, state) => {
+                    let firmware = firmware.as_ref().context("there is no guest in QEMU")?;
                     let moved = firmware.migrate(rig.lab(), way, state)?;
                     (moved.figures(self.ram.bytes()), moved.told)
                 }
@@ -85,7 +104,7 @@ impl Scenario for Bulk {
             };
             Ok(Measured { figures, detail, ..Measured::default() })
         })?;
-        self.report(runs)
+        self.report(runs, ports)
     }
 }
 
@@ -120,33 +139,47 @@ fn copied(contents: &SharedMemory) -> Result<Figures> {
 }
 
 impl Bulk {
-    fn report(&self, runs: Runs) -> Result<Report> {
-        let case = |by: By, state: MemoryState| by.case(state.as_str());
-        let best = |state| {
-            let cases = Way::PRECOPY.map(|way| qemu(way, state));
-            runs.best(&cases, RATE).cloned()
-        };
+    fn report(&self, runs: Runs, ports: usize) -> Result<Report> {
         let (prepared, fresh) = (MemoryState::Prepared, MemoryState::Fresh);
-        let (memlane, raw, stock) = (case(By::Memlane, prepared), case(By::Raw, prepared), best(prepared)?);
-        let (memlane_fresh, raw_fresh, stock_fresh) =
-            (case(By::Memlane, fresh), case(By::Raw, fresh), best(fresh)?);
+        let case = |by: By, state: MemoryState| by.case(state.as_str());
+        let (memlane, raw) = (case(By::Memlane, prepared), case(By::Raw, prepared));
+        let (memlane_fresh, raw_fresh) = (case(By::Memlane, fresh), case(By::Raw, fresh));
         let over = |above, below, figure| runs.quotients((above, figure), (below, figure));
         let round_one = |above, below| runs.quotients((above, "round_one_gbit_per_second"), (below, RATE));
-        let ratios = [
+        let mut ratios = vec![
             ("vs_raw", round_one(&memlane, &raw)?, "round one, of what raw sockets carried".to_owned()),
-            ("vs_qemu", over(&memlane, &stock, RATE)?, format!("the whole move, times as fast as {stock}")),
             ("cpu_vs_raw", over(&memlane, &raw, CPU)?, "processor time for a GB, of that of raw".to_owned()),
-            ("cpu_vs_qemu", over(&memlane, &stock, CPU)?, format!("the same, of that of {stock}")),
             (
                 "fresh_vs_raw",
                 round_one(&memlane_fresh, &raw_fresh)?,
                 "as vs_raw, into fresh memory".to_owned(),
             ),
-            (
-                "fresh_vs_qemu",
-                over(&memlane_fresh, &stock_fresh, RATE)?,
-                format!("the whole move into fresh memory, times as fast as {stock_fresh}"),
-            ),
+        ];
+        if runs.cases().iter().any(|case| case.by == By::Qemu) {
+            let best = |state| {
+                let cases = Way::PRECOPY.map(|way| qemu(way, state));
+                runs.best(&cases, RATE).cloned()
+            };
+            let (stock, stock_fresh) = (best(prepared)?, best(fresh)?);
+            ratios.extend([
+                (
+                    "vs_qemu",
+                    over(&memlane, &stock, RATE)?,
+                    format!("the whole move, times as fast as {stock}"),
+                ),
+                (
+                    "cpu_vs_qemu",
+                    over(&memlane, &stock, CPU)?,
+                    format!("processor time for a GB, of that of {stock}"),
+                ),
+                (
+                    "fresh_vs_qemu",
+                    over(&memlane_fresh, &stock_fresh, RATE)?,
+                    format!("the whole move into fresh memory, times as fast as {stock_fresh}"),
+                ),
+            ]);
+        }
+        ratios.extend([
             (
                 "idle_downtime_ms",
                 runs.values(&memlane, "downtime_ms")?,
@@ -157,9 +190,9 @@ impl Bulk {
                 runs.values(&memlane, "vmm_state_ms")?,
                 "of which the VMM saved and loaded its own state".to_owned(),
             ),
-        ];
-        let headline = format!("an idle guest of {}, incompressible, over {} port(s)", self.ram, self.ports);
-        let settings = json!({ "ram_bytes": self.ram.bytes(), "ports": self.ports });
+        ]);
+        let headline = format!("an idle guest of {}, incompressible, over {ports} port(s)", self.ram);
+        let settings = json!({ "ram_bytes": self.ram.bytes(), "ports": ports });
         let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);

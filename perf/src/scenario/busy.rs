@@ -35,21 +35,22 @@ pub struct Busy {
 
 impl Scenario for Busy {
     const NAME: &'static str = "busy";
+    const ON_HOSTS: bool = true;
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         ensure!(!self.shares.is_empty(), "--shares names no share");
-        let lab = self.writer.lab();
-        let line = payload_gbit_per_second(self.writer.port_rate, lab.mtu) * f64::from(self.writer.ports);
+        let mut rig = bench.rig(self.writer.lab())?;
+        let writer = self.writer.on(rig.lab());
+        let line = payload_gbit_per_second(writer.port_rate, rig.lab().mtu()) * f64::from(writer.ports);
         let wire = line * 1e9 / 8.0 / PAGE;
-        let mut rig = bench.rig(lab)?;
 
         let cases: Vec<(Case, u32)> = self.shares.iter().map(|share| (case(*share), *share)).collect();
         let runs = bench.interleave(Self::NAME, &cases, |share| {
             let writes = Writes::Rate((wire * f64::from(*share) / 100.0) as u64);
-            let moved = self.writer.guest(writes).migrate(&mut rig, &[], |_, _| {})?.arrived()?;
+            let moved = writer.guest(rig.lab(), writes).migrate(&mut rig, &[], |_, _| {})?.arrived()?;
             self.measured(moved, wire)
         })?;
-        self.report(runs, line)
+        Self { writer, ..self.clone() }.report(runs, line)
     }
 }
 

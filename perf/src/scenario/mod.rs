@@ -4,27 +4,32 @@
 
 mod bulk;
 mod busy;
+mod hosts;
 mod line;
 mod lostport;
 mod many;
 mod outrun;
+mod postcopy;
 mod qemu;
 mod shaped;
 mod wan;
 mod writer;
 mod zero;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use memlane_lab::{LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
-use serde_json::Value;
+use memlane_lab::{Hosts, LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
+use serde_json::{Value, json};
 
+use crate::baseline::rpc;
 use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
+pub use hosts::OverSsh;
 pub use lostport::LostPort;
 pub use many::Many;
 pub use outrun::Outrun;
+pub use postcopy::Postcopy;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
 pub use wan::Wan;
@@ -36,6 +41,8 @@ pub trait Scenario {
     const NAME: &'static str;
     /// What it needs of the machine.
     const NEEDS: &'static [Requirement] = Requirement::LAB;
+    /// Whether it can do with hosts that are there already, whose ports nobody shapes, delays or takes down.
+    const ON_HOSTS: bool = false;
 
     /// Measures.
     ///
@@ -59,6 +66,8 @@ pub enum Order {
     Busy(With<Busy>),
     /// A guest that writes faster than the ports carry: stun, post-copy, and the one after the other
     Outrun(With<Outrun>),
+    /// How long guests wait for pages in post-copy, against single pages over raw sockets and QEMU's own post-copy
+    Postcopy(With<Postcopy>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
     Zero(With<Zero>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
@@ -89,6 +98,9 @@ pub struct Common {
     /// Measurements of each kind
     #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub repetitions: u32,
+    /// Hosts that are there already.
+    #[command(flatten)]
+    pub hosts: OverSsh,
 }
 
 /// What scenarios are measured with.
@@ -96,6 +108,8 @@ pub struct Common {
 pub struct Bench {
     /// Memlane's programs.
     pub programs: Programs,
+    /// Hosts that are there already; else the harness makes some.
+    pub hosts: Option<Hosts>,
     /// How often each case is measured.
     pub repetitions: u32,
 }
@@ -124,6 +138,7 @@ impl Order {
             Self::Shaped(order) => order.carry_out(programs, tell),
             Self::Busy(order) => order.carry_out(programs, tell),
             Self::Outrun(order) => order.carry_out(programs, tell),
+            Self::Postcopy(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
@@ -138,6 +153,7 @@ fn carry_out_all(
     common: &Common,
     tell: &mut dyn FnMut(&Report) -> Result<()>,
 ) -> Result<()> {
+    ensure!(common.hosts.hosts()?.is_none(), "name the scenarios: not all can do with --hosts");
     let repetitions = common.repetitions.to_string();
     let mut failed = Vec::new();
     for order in
@@ -164,22 +180,41 @@ struct Defaults {
 
 impl<S: Scenario + Args> With<S> {
     fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
-        if let Some(missing) = why_not(S::NEEDS) {
-            bail!("cannot measure {}: {missing}", S::NAME);
+        let hosts = self.common.hosts.hosts()?;
+        match &hosts {
+            Some(_) if !S::ON_HOSTS => {
+                bail!("{} needs hosts that the harness makes; leave --hosts away", S::NAME)
+            }
+            Some(_) => {}
+            None => {
+                if let Some(missing) = why_not(S::NEEDS) {
+                    bail!("cannot measure {}: {missing}", S::NAME);
+                }
+            }
         }
-        let bench = Bench { programs: programs.clone(), repetitions: self.common.repetitions };
-        tell(&self.scenario.measure(&bench)?)
+        let bench = Bench { programs: programs.clone(), hosts, repetitions: self.common.repetitions };
+        let mut report = self.scenario.measure(&bench)?;
+        if let Some(hosts) = &bench.hosts {
+            let [source, destination] = &hosts.targets;
+            report.notes.push(format!("between {source} and {destination}, whose ports nobody shaped"));
+            report.settings.insert("hosts".to_owned(), json!(hosts.targets));
+        }
+        tell(&report)
     }
 }
 
 impl Bench {
-    /// Two hosts with daemons that accept ports however slow: those of a scenario are slow on purpose.
+    /// Two hosts with daemons that accept ports however slow: those of a scenario are slow on purpose. Of hosts that are
+    /// there already `lab` says only how fast their ports are.
     ///
     /// # Errors
     ///
-    /// Those of [`Rig::new`].
+    /// Those of [`Rig::new`] or [`Rig::over_ssh`].
     pub fn rig(&self, lab: LabOptions) -> Result<Rig> {
         let tables = "[limits]\nmin_bandwidth = \"1mbit\"\n".to_owned();
+        if let Some(hosts) = &self.hosts {
+            return Rig::over_ssh(&self.programs, hosts, lab.port_rate, tables);
+        }
         Rig::new(&self.programs, RigOptions { lab, tables, ..RigOptions::default() })
     }
 
@@ -208,4 +243,12 @@ impl Bench {
         }
         Ok(runs)
     }
+}
+
+/// How soon pages come over a connection on which nothing else is.
+fn single_pages(rig: &Rig) -> Result<Measured> {
+    let rpc = rpc::measure(rig.lab())?;
+    let figures = Figures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
+    let trace = Trace { timeline: None, waits: Some(rpc.waits) };
+    Ok(Measured { figures, detail: Value::Null, trace })
 }

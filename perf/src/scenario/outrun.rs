@@ -15,14 +15,12 @@
 
 use anyhow::Result;
 use clap::Args;
-use memlane_lab::Rig;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::writer::Writer;
-use super::{Bench, Measured, Scenario};
-use crate::baseline::rpc;
+use super::{Bench, Measured, Scenario, single_pages};
 use crate::memlane::{Guest, Moved, Writes};
-use crate::report::{By, Case, Figures, Report, Runs, Trace};
+use crate::report::{By, Case, Report, Runs};
 
 /// As `memlanectl migrate --converge` knows them.
 const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
@@ -43,7 +41,7 @@ impl Scenario for Outrun {
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let mut rig = bench.rig(self.writer.lab())?;
-        let guest = Guest { readers: 1, ..self.writer.guest(Writes::FlatOut) };
+        let guest = Guest { readers: 1, ..self.writer.guest(rig.lab(), Writes::FlatOut) };
         let max_stun = self.max_stun.to_string();
 
         let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));
@@ -59,14 +57,6 @@ impl Scenario for Outrun {
         })?;
         self.report(runs)
     }
-}
-
-/// How soon pages come over a connection on which nothing else is.
-fn single_pages(rig: &Rig) -> Result<Measured> {
-    let rpc = rpc::measure(rig.lab())?;
-    let figures = Figures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
-    let trace = Trace { timeline: None, waits: Some(rpc.waits) };
-    Ok(Measured { figures, detail: Value::Null, trace })
 }
 
 fn measured(moved: Moved) -> Result<Measured> {

@@ -1,7 +1,7 @@
 //! What `busy` and `outrun` have in common: a guest that writes, and the shaped ports that it moves over.
 
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
+use memlane_lab::{HostId, Lab, LabOptions, Rate, Size};
 use serde_json::{Value, json};
 
 use crate::memlane::{Guest, Writes};
@@ -30,10 +30,16 @@ impl Writer {
         LabOptions { ports, port_rate, ..LabOptions::default() }
     }
 
-    /// The guest; a virtual machine where there is KVM.
-    pub fn guest(&self, writes: Writes) -> Guest {
-        let kvm = why_not(&[Requirement::Kvm]).is_none();
-        Guest { writes, working_set: Some(self.working_set()), ..Guest::idle(self.ram, kvm) }
+    /// The same on the hosts of `lab`, which have as many ports as they have.
+    pub fn on(&self, lab: &Lab) -> Self {
+        // No more than `--ports` and `--addresses` can name.
+        let ports = u8::try_from(lab.host(HostId::A).ports().len()).unwrap_or(u8::MAX);
+        Self { ports, ..self.clone() }
+    }
+
+    /// The guest on the hosts of `lab`; a virtual machine where there is KVM.
+    pub fn guest(&self, lab: &Lab, writes: Writes) -> Guest {
+        Guest { writes, working_set: Some(self.working_set()), ..Guest::idle(self.ram, lab.has_kvm()) }
     }
 
     /// Memory that it writes.

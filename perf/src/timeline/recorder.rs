@@ -68,6 +68,13 @@ impl Recorder {
         let order = migration.started_at_unix_seconds;
         // Two VMMs told of one guest.
         seen.progress.sort_by(|one, other| one.seconds.total_cmp(&other.seconds));
+        // The source's goes on telling how far the guest was when it left, for a moment, while it runs on there.
+        let mut furthest = 0;
+        seen.progress.retain(|progress| {
+            let ahead = progress.written >= furthest;
+            furthest = furthest.max(progress.written);
+            ahead
+        });
         for progress in &mut seen.progress {
             progress.seconds -= order;
         }

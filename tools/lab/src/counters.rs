@@ -2,17 +2,25 @@
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
 use crate::host::Host;
+use crate::remote::Remote;
 
 /// The counters of a host's interfaces, as its kernel keeps them. Reading them disturbs nobody.
 #[derive(Debug)]
 pub struct InterfaceCounters {
-    /// It shows the namespace in which it was opened, whoever reads it.
-    file: File,
+    from: From,
     text: String,
+}
+
+#[derive(Debug)]
+enum From {
+    /// It shows the namespace in which it was opened, whoever reads it.
+    Here(File),
+    There(Arc<Remote>),
 }
 
 /// What an interface has carried since it was made, headers included.
@@ -31,9 +39,15 @@ impl Host {
     ///
     /// If they cannot be opened inside the host.
     pub fn interface_counters(&self) -> Result<InterfaceCounters> {
-        let file = self.run_in(|| File::open("/proc/thread-self/net/dev"))?;
-        let file = file.with_context(|| format!("opening the counters of {}'s interfaces", self.name()))?;
-        Ok(InterfaceCounters { file, text: String::new() })
+        let from = match self.remote() {
+            Some(remote) => From::There(Arc::clone(remote)),
+            None => {
+                let file = self.run_in(|| File::open("/proc/thread-self/net/dev"))?;
+                let failed = || format!("opening the counters of {}'s interfaces", self.name());
+                From::Here(file.with_context(failed)?)
+            }
+        };
+        Ok(InterfaceCounters { from, text: String::new() })
     }
 }
 
@@ -45,10 +59,13 @@ impl InterfaceCounters {
     /// If the kernel does not tell.
     pub fn read(&mut self) -> Result<impl Iterator<Item = (&str, Carried)>> {
         self.text.clear();
-        self.file
-            .rewind()
-            .and_then(|()| self.file.read_to_string(&mut self.text))
-            .context("reading counters")?;
+        match &mut self.from {
+            From::Here(file) => {
+                let read = file.rewind().and_then(|()| file.read_to_string(&mut self.text));
+                read.context("reading counters")?;
+            }
+            From::There(remote) => self.text = remote.read("/proc/net/dev")?,
+        }
         Ok(parse(&self.text))
     }
 }

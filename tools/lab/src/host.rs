@@ -2,23 +2,34 @@
 
 use std::ffi::OsStr;
 use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use crate::namespace::Namespace;
 use crate::network;
 use crate::process::Process;
+use crate::programs::Programs;
+use crate::qmp::Monitor;
 use crate::rate::Rate;
+use crate::remote::Remote;
+use crate::requirements::{Requirement, why_not};
 use crate::tun::Tun;
+use crate::wait::wait_for;
 
-/// A network namespace that stands for a host, with a directory of its own.
+/// Longest wait for a QEMU that starts: it may take all RAM from the host first.
+const START: Duration = Duration::from_secs(60);
+
+/// A network namespace that stands for a host, or a host that is reached over ssh, with a directory of its own.
 #[derive(Debug)]
 pub struct Host {
     name: String,
-    namespace: Namespace,
+    place: Place,
     control_address: Ipv4Addr,
     ports: Vec<Port>,
     /// What is at the other ends of the ports' cables, where these are cables of our own.
@@ -26,6 +37,12 @@ pub struct Host {
     bridge: Option<Bridge>,
     directory: PathBuf,
     memory_directory: PathBuf,
+}
+
+#[derive(Debug)]
+enum Place {
+    Namespace(Namespace),
+    Remote(Arc<Remote>),
 }
 
 /// An interface that is lent to migration traffic.
@@ -61,7 +78,136 @@ impl Host {
         bridge: Option<Bridge>,
         [directory, memory_directory]: [PathBuf; 2],
     ) -> Self {
-        Self { name, namespace, control_address, ports, far_ends, bridge, directory, memory_directory }
+        let place = Place::Namespace(namespace);
+        Self { name, place, control_address, ports, far_ends, bridge, directory, memory_directory }
+    }
+
+    /// A host that is reached over ssh.
+    pub(crate) fn over_ssh(name: String, remote: Arc<Remote>, control: Ipv4Addr, ports: Vec<Port>) -> Self {
+        let [directory, memory_directory] =
+            [remote.directory(), remote.memory_directory()].map(Path::to_owned);
+        Self {
+            name,
+            place: Place::Remote(remote),
+            control_address: control,
+            ports,
+            far_ends: Vec::new(),
+            bridge: None,
+            directory,
+            memory_directory,
+        }
+    }
+
+    fn made_here(&self) -> Result<&Namespace> {
+        match &self.place {
+            Place::Namespace(namespace) => Ok(namespace),
+            Place::Remote(remote) => {
+                bail!("this needs hosts that the harness makes, and {} is none", remote.target())
+            }
+        }
+    }
+
+    /// The connection to it, if it is reached over ssh.
+    pub fn remote(&self) -> Option<&Arc<Remote>> {
+        match &self.place {
+            Place::Namespace(_) => None,
+            Place::Remote(remote) => Some(remote),
+        }
+    }
+
+    /// Whether the host is reached over ssh. Only programs, files and sockets of it are to be had then.
+    pub fn is_remote(&self) -> bool {
+        self.remote().is_some()
+    }
+
+    /// Where a program of Memlane's is on this host.
+    pub fn program(&self, programs: &Programs, name: &str) -> PathBuf {
+        self.remote().map_or_else(|| programs.path(name), |remote| remote.directory().join(name))
+    }
+
+    /// Writes a file on this host.
+    ///
+    /// # Errors
+    ///
+    /// If that fails.
+    pub fn write(&self, path: &Path, text: &str) -> Result<()> {
+        match self.remote() {
+            None => std::fs::write(path, text).with_context(|| format!("writing {}", path.display())),
+            Some(remote) => remote.ask("write", json!({ "path": path, "text": text })).map(drop),
+        }
+    }
+
+    /// The contents of a file on this host.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read.
+    pub fn read(&self, path: &str) -> Result<String> {
+        match self.remote() {
+            None => std::fs::read_to_string(path).with_context(|| format!("reading {path}")),
+            Some(remote) => remote.read(path),
+        }
+    }
+
+    /// Whether /dev/kvm can be used here.
+    pub fn has_kvm(&self) -> bool {
+        match self.remote() {
+            None => why_not(&[Requirement::Kvm]).is_none(),
+            Some(remote) => {
+                remote.ask("opens", json!({ "path": "/dev/kvm" })).is_ok_and(|opens| opens == true)
+            }
+        }
+    }
+
+    /// Whether this host has a file.
+    pub fn has(&self, path: &str) -> bool {
+        match self.remote() {
+            None => Path::new(path).exists(),
+            Some(remote) => remote.ask("exists", json!({ "path": path })).is_ok_and(|exists| exists == true),
+        }
+    }
+
+    /// Removes a file of this host, if it is there.
+    pub fn remove(&self, path: &Path) {
+        match self.remote() {
+            None => drop(std::fs::remove_file(path)),
+            Some(remote) => drop(remote.ask("remove", json!({ "path": path }))),
+        }
+    }
+
+    /// Connects with the monitor of a QEMU whose socket of this name is in the host's directory, as
+    /// [`Monitor::connect_while`] does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Monitor::connect_while`].
+    pub fn monitor(&self, socket: &str, mut runs: impl FnMut() -> bool) -> Result<Monitor> {
+        let path = self.reach(socket)?;
+        let Some(remote) = self.remote() else { return Monitor::connect_while(&path, runs) };
+        // This end of the way there listens in any case.
+        wait_for("QEMU's monitor", START, || (self.listens(socket) || !runs()).then_some(()))?;
+        let ahead = remote.clock_ahead()?;
+        Ok(Monitor::connect_while(&path, runs)?.with_clock_ahead(ahead))
+    }
+
+    /// A Unix socket that leads to the one of this name in the host's directory, even before somebody listens there.
+    ///
+    /// # Errors
+    ///
+    /// If ssh refuses.
+    pub fn reach(&self, socket: &str) -> Result<PathBuf> {
+        self.remote().map_or_else(|| Ok(self.directory.join(socket)), |remote| remote.forward(socket))
+    }
+
+    /// Whether somebody listens at the socket of this name in the host's directory.
+    pub fn listens(&self, socket: &str) -> bool {
+        let path = self.directory.join(socket);
+        match self.remote() {
+            None => UnixStream::connect(path).is_ok(),
+            Some(remote) => {
+                remote.ask("listens", json!({ "path": path })).is_ok_and(|listens| listens == true)
+            }
+        }
     }
 
     /// `host-a` or `host-b`.
@@ -70,13 +216,21 @@ impl Host {
     }
 
     /// The name of the network namespace, for `ip -netns NAME`.
+    ///
+    /// # Panics
+    ///
+    /// If the host is none.
     pub fn namespace(&self) -> &str {
-        self.namespace.name()
+        self.made_here().expect("who asks has made the host").name()
     }
 
     /// The path of the network namespace, for setns(2).
+    ///
+    /// # Panics
+    ///
+    /// If the host is none.
     pub fn namespace_path(&self) -> PathBuf {
-        self.namespace.path()
+        self.made_here().expect("who asks has made the host").path()
     }
 
     /// The address on the control link, which is never limited in rate.
@@ -112,8 +266,8 @@ impl Host {
     /// If `ip` refuses, or the lab was made without bridges.
     pub fn add_tap(&self, name: &str) -> Result<()> {
         let bridge = self.bridge().context("a tap needs a lab with bridges")?;
-        network::add_tap(self.namespace(), name)?;
-        network::enslave(self.namespace(), name, &bridge.interface)
+        network::add_tap(self.made_here()?.name(), name)?;
+        network::enslave(self.made_here()?.name(), name, &bridge.interface)
     }
 
     /// A command that runs `program` inside this host.
@@ -122,9 +276,13 @@ impl Host {
     /// a crash. [`Host::spawn`] starts it from a thread that lives as long as this process.
     ///
     /// The program sees this host's interfaces in /sys/class/net, and no cgroups in /sys/fs/cgroup.
+    ///
+    /// On a host that is reached over ssh only [`Host::spawn`] runs it, with its arguments and no environment of its own.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        self.namespace.confine(&mut command);
+        if let Place::Namespace(namespace) = &self.place {
+            namespace.confine(&mut command);
+        }
         command
     }
 
@@ -136,7 +294,11 @@ impl Host {
     /// If the log cannot be opened or the program cannot be started.
     pub fn spawn(&self, name: &str, command: Command) -> Result<Process> {
         let log = self.directory.join(format!("{name}.log"));
-        Process::spawn(name, command, log).with_context(|| format!("starting {name} on {}", self.name))
+        let process = match &self.place {
+            Place::Namespace(_) => Process::spawn(name, command, log),
+            Place::Remote(remote) => Process::spawn_there(name, &command, remote),
+        };
+        process.with_context(|| format!("starting {name} on {}", self.name))
     }
 
     /// Runs `work` on a thread of its own inside this host. Sockets that it opens stay in this host wherever they
@@ -144,9 +306,9 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// If the thread cannot enter the namespace.
+    /// If the thread cannot enter the namespace, or the host is none.
     pub fn run_in<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        self.namespace.run_in(work)
+        self.made_here()?.run_in(work)
     }
 
     /// Takes port `index` down, as a pulled cable would: the other end loses its carrier.
@@ -177,7 +339,7 @@ impl Host {
 
     fn set_port(&self, index: usize, up: bool) -> Result<()> {
         let interface = &self.ports[index].interface;
-        network::set_link(self.namespace(), interface, up)?;
+        network::set_link(self.made_here()?.name(), interface, up)?;
         match self.far_ends.get(index) {
             Some(far) => far.set_carrier(up).with_context(|| format!("setting the carrier of {interface}")),
             None => Ok(()),
@@ -186,7 +348,7 @@ impl Host {
 
     /// Has everything that this host sends through port `index` vanish, or no more: both ends of the port stay up.
     pub(crate) fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
-        network::silence(self.namespace(), &self.ports[index].interface, silent)
+        network::silence(self.made_here()?.name(), &self.ports[index].interface, silent)
     }
 
     /// Sets what this host may send through port `index`; `None` lifts the limit. What it receives is up to the
@@ -200,6 +362,6 @@ impl Host {
     ///
     /// If there is no such port.
     pub fn set_port_rate(&self, index: usize, rate: Option<Rate>) -> Result<()> {
-        network::shape(self.namespace(), &self.ports[index].interface, rate)
+        network::shape(self.made_here()?.name(), &self.ports[index].interface, rate)
     }
 }

@@ -1,7 +1,7 @@
 //! The two hosts and what joins them.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -11,10 +11,12 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cable::{Cable, Loss};
 use crate::cleanup::Registration;
 use crate::host::{Bridge, Host, Port};
+use crate::hosts::Hosts;
 use crate::lan::Lan;
 use crate::namespace::{self, MEMORY, Namespace};
 use crate::network;
 use crate::process;
+use crate::programs::Programs;
 use crate::rate::Rate;
 use crate::requirements::{Requirement, why_not};
 use crate::tun::Tun;
@@ -94,6 +96,7 @@ impl HostId {
 #[derive(Debug)]
 pub struct Lab {
     hosts: [Host; 2],
+    mtu: u32,
     lan: Option<Lan>,
     // Their interfaces go when the hosts have let go of them too.
     _cables: Vec<Cable>,
@@ -115,11 +118,7 @@ impl Lab {
         namespace::sweep();
 
         let id = unique_id();
-        let directory = tempfile::Builder::new()
-            .prefix(&format!("{id}-"))
-            .tempdir()
-            .context("creating the directory of a lab")?
-            .keep();
+        let directory = directory(&id)?;
         let memory = Path::new(MEMORY).join(format!("{id}-memory"));
         let names = [HostId::A, HostId::B].map(|host| format!("{id}-{}", host.letter()));
         let lan_names = ["switch", "client"].map(|name| format!("{id}-{name}"));
@@ -167,7 +166,39 @@ impl Lab {
             false => None,
         };
         cables.extend(control);
-        Ok(Self { hosts, lan, _cables: cables, _cleanup: cleanup })
+        Ok(Self { hosts, mtu: options.mtu, lan, _cables: cables, _cleanup: cleanup })
+    }
+
+    /// Reaches hosts that are there already, and copies `programs` there. They have no more than their ports, which
+    /// nobody shapes.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be reached, lacks an address, or has no room.
+    pub fn over_ssh(hosts: &Hosts, programs: &Programs) -> Result<Self> {
+        namespace::sweep();
+        let directory = directory(&unique_id())?;
+        let cleanup = Registration::new({
+            let directory = directory.clone();
+            move || drop(std::fs::remove_dir_all(&directory))
+        });
+        let (hosts, mtu) = hosts.reach(programs, &directory)?;
+        Ok(Self { hosts, mtu, lan: None, _cables: Vec::new(), _cleanup: cleanup })
+    }
+
+    /// Whether the hosts are reached over ssh.
+    pub fn is_remote(&self) -> bool {
+        self.hosts[0].is_remote()
+    }
+
+    /// Whether both hosts have a usable /dev/kvm.
+    pub fn has_kvm(&self) -> bool {
+        self.hosts.iter().all(Host::has_kvm)
+    }
+
+    /// The MTU of the ports, in bytes: the least, if they differ.
+    pub fn mtu(&self) -> u32 {
+        self.mtu
     }
 
     /// One of the hosts.
@@ -221,6 +252,12 @@ impl Lab {
 fn unique_id() -> String {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A directory of a lab, whose name says whose it is.
+fn directory(id: &str) -> Result<PathBuf> {
+    let directory = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir();
+    Ok(directory.context("creating the directory of a lab")?.keep())
 }
 
 /// A cable of our own, where the kernel's would not do.

@@ -5,15 +5,20 @@
 //! process instead, between two tun interfaces. Programs run inside a host with [`Host::command`] and [`Host::spawn`];
 //! sockets are opened inside it with [`Host::run_in`].
 //!
+//! A lab can also be made of two [`Hosts`] that are there already and are reached over ssh: there is an [`agent`] of ours
+//! on each then, and what only a host can have that was made here is refused.
+//!
 //! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
 //! SIGTERM once [`cleanup_on_signal`] was called, and otherwise with the next lab that anybody makes.
 
+pub mod agent;
 mod cable;
 mod capture;
 mod cleanup;
 mod client;
 mod counters;
 mod host;
+mod hosts;
 mod huge_pages;
 mod lab;
 mod lan;
@@ -25,6 +30,7 @@ mod programs;
 pub mod qmp;
 mod rate;
 mod readers;
+mod remote;
 mod requirements;
 mod rig;
 mod size;
@@ -37,6 +43,7 @@ pub use cleanup::cleanup_on_signal;
 pub use client::{Counters, Session, tell_guest};
 pub use counters::{Carried, InterfaceCounters};
 pub use host::{Bridge, Host, Port};
+pub use hosts::Hosts;
 pub use huge_pages::HugePages;
 pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
 pub use lan::Lan;
@@ -44,7 +51,8 @@ pub use process::Process;
 pub use programs::Programs;
 pub use rate::Rate;
 pub use readers::Readers;
-pub use requirements::{Missing, QEMU, Requirement, missing, say_skipped, skip, why_not};
+pub use remote::Remote;
+pub use requirements::{Missing, QEMU, Requirement, SSHD, missing, say_skipped, skip, why_not};
 pub use rig::{Answer, Following, Rig, RigOptions, Vmm, VmmSession};
 pub use size::Size;
 pub use wait::wait_for;

@@ -65,16 +65,11 @@ impl Namespace {
     /// Makes `command` run inside the namespace, and die with the thread that starts it.
     pub(crate) fn confine(&self, command: &mut Command) {
         let file = Arc::clone(&self.file);
-        let parent = rustix::process::getpid();
+        process::die_with_parent(command);
         // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor takes locks.
         // (`Errno` converts to `io::Error` without allocating.)
         unsafe {
             command.pre_exec(move || {
-                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-                // The parent may have died before the line above.
-                if rustix::process::getppid() != Some(parent) {
-                    return Err(io::Error::from_raw_os_error(rustix::io::Errno::OWNERDEAD.raw_os_error()));
-                }
                 enter(&file)?;
                 show_own_interfaces_in_sys()
             });

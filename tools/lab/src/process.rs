@@ -1,19 +1,25 @@
 //! Programs that a lab runs.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{LazyLock, mpsc};
+use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
+use serde_json::json;
 
+use crate::remote::{Remote, Started};
+
+/// How often a program on another host is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 /// The most that [`Process::log_tail`] returns.
 const LOG_TAIL_BYTES: u64 = 4096;
 
@@ -21,9 +27,14 @@ const LOG_TAIL_BYTES: u64 = 4096;
 #[derive(Debug)]
 pub struct Process {
     name: String,
-    child: Child,
-    pidfd: OwnedFd,
+    at: Place,
     log: PathBuf,
+}
+
+#[derive(Debug)]
+enum Place {
+    Here { child: Child, pidfd: OwnedFd },
+    There(Started),
 }
 
 impl Process {
@@ -41,7 +52,19 @@ impl Process {
             spawn_from_lasting_thread(command).with_context(|| format!("running {}", program.display()))?;
         let pidfd =
             rustix::process::pidfd_open(pid_of(&child), PidfdFlags::empty()).context("opening a pidfd")?;
-        Ok(Self { name: name.to_owned(), child, pidfd, log })
+        Ok(Self { name: name.to_owned(), at: Place::Here { child, pidfd }, log })
+    }
+
+    /// Starts `command` on a host that is reached over ssh.
+    pub(crate) fn spawn_there(name: &str, command: &Command, host: &Arc<Remote>) -> Result<Self> {
+        let text = |word: &OsStr| word.to_str().map(str::to_owned).context("a word that is no UTF-8");
+        let arguments = command.get_args().map(text).collect::<Result<Vec<_>>>()?;
+        let program = text(command.get_program())?;
+        let order = json!({ "name": name, "program": program, "arguments": arguments });
+        let pid = host.ask("start", order)?.as_u64().and_then(|pid| u32::try_from(pid).ok());
+        let started = Started { host: Arc::clone(host), pid: pid.context("an agent that tells no process")? };
+        let log = host.directory().join(format!("{name}.log"));
+        Ok(Self { name: name.to_owned(), at: Place::There(started), log })
     }
 
     /// The name that the process was started under.
@@ -49,14 +72,17 @@ impl Process {
         &self.name
     }
 
-    /// The process ID.
+    /// The process ID, on its host.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        match &self.at {
+            Place::Here { child, .. } => child.id(),
+            Place::There(started) => started.pid,
+        }
     }
 
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        matches!(self.status(), Ok(None))
     }
 
     /// Sends SIGKILL and waits for the end, as in a crash. Does nothing if the process has ended.
@@ -65,8 +91,17 @@ impl Process {
     ///
     /// If the system refuses.
     pub fn kill(&mut self) -> io::Result<ExitStatus> {
-        self.child.kill()?;
-        self.child.wait()
+        match &mut self.at {
+            Place::Here { child, .. } => {
+                child.kill()?;
+                child.wait()
+            }
+            Place::There(started) => {
+                started.signal("kill").and_then(|()| started.status()).map_err(io::Error::other)?.ok_or_else(
+                    || io::Error::other("the host's agent says that a process runs which it has killed"),
+                )
+            }
+        }
     }
 
     /// Sends SIGTERM, and does not wait. Does nothing if the process has ended.
@@ -75,9 +110,12 @@ impl Process {
     ///
     /// If the system refuses.
     pub fn terminate(&mut self) -> io::Result<()> {
-        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::TERM) {
-            Err(Errno::SRCH) => Ok(()),
-            result => Ok(result?),
+        match &self.at {
+            Place::Here { pidfd, .. } => match rustix::process::pidfd_send_signal(pidfd, Signal::TERM) {
+                Err(Errno::SRCH) => Ok(()),
+                result => Ok(result?),
+            },
+            Place::There(started) => started.signal("terminate").map_err(io::Error::other),
         }
     }
 
@@ -89,30 +127,46 @@ impl Process {
     pub fn wait_timeout(&mut self, timeout: Duration) -> io::Result<Option<ExitStatus>> {
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some(status) = self.child.try_wait()? {
+            if let Some(status) = self.status()? {
                 return Ok(Some(status));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
+            let Place::Here { pidfd, .. } = &self.at else {
+                std::thread::sleep(left.min(LOOK));
+                continue;
+            };
             // A pidfd becomes readable when its process ends.
             let left = Timespec::try_from(left).map_err(io::Error::other)?;
-            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&left)) {
+            match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&left)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// The file that holds what the program wrote to stdout and stderr.
+    /// How it has ended, if it has.
+    fn status(&mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.at {
+            Place::Here { child, .. } => child.try_wait(),
+            Place::There(started) => started.status().map_err(io::Error::other),
+        }
+    }
+
+    /// The file on its host that holds what the program wrote to stdout and stderr.
     pub fn log(&self) -> &Path {
         &self.log
     }
 
     /// The last 4 KiB of the log, in whole lines, for error messages.
     pub fn log_tail(&self) -> String {
-        tail(&self.log).unwrap_or_else(|error| format!("(cannot read {}: {error})", self.log.display()))
+        let tail = match &self.at {
+            Place::Here { .. } => tail(&self.log).map_err(anyhow::Error::from),
+            Place::There(started) => started.log_tail(&self.name),
+        };
+        tail.unwrap_or_else(|error| format!("(cannot read {}: {error})", self.log.display()))
     }
 }
 
@@ -120,6 +174,20 @@ impl Drop for Process {
     fn drop(&mut self) {
         // Fails only if the process has ended.
         let _ = self.kill();
+    }
+}
+
+/// Makes `command` die with the thread that starts it, so that nothing survives a crash.
+pub(crate) fn die_with_parent(command: &mut Command) {
+    let parent = rustix::process::getpid();
+    // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor takes locks.
+    // (`Errno` converts to `io::Error` without allocating.)
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            // The parent may have died before the line above.
+            if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(Errno::OWNERDEAD.into()) }
+        });
     }
 }
 
@@ -163,7 +231,7 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     answer.recv().expect("the spawner answers every order")
 }
 
-fn tail(path: &Path) -> io::Result<String> {
+pub(crate) fn tail(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let start = file.metadata()?.len().saturating_sub(LOG_TAIL_BYTES);
     file.seek(SeekFrom::Start(start))?;

@@ -24,6 +24,8 @@ pub struct Monitor {
     /// What has been read of a line whose end has not come yet.
     line: Vec<u8>,
     events: VecDeque<Event>,
+    /// How far the clock of QEMU's host is ahead, in seconds.
+    ahead: f64,
 }
 
 /// Something that happened to a QEMU.
@@ -32,7 +34,7 @@ pub struct Event {
     name: String,
     /// What belongs to it.
     pub data: Value,
-    /// When, by QEMU's own account: seconds since 1970-01-01T00:00:00Z.
+    /// When, by QEMU's own account and this machine's clock: seconds since 1970-01-01T00:00:00Z.
     pub at: f64,
 }
 
@@ -60,11 +62,17 @@ impl Monitor {
         let stream = connected.and_then(|connected| connected).with_context(|| {
             format!("connecting to {}: if QEMU has ended, its log says why", socket.display())
         })?;
-        let mut monitor = Self { stream: BufReader::new(stream), line: Vec::new(), events: VecDeque::new() };
+        let mut monitor =
+            Self { stream: BufReader::new(stream), line: Vec::new(), events: VecDeque::new(), ahead: 0.0 };
         let greeting = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
         ensure!(greeting["QMP"].is_object(), "{} is no QMP monitor: it says {greeting}", socket.display());
         monitor.execute("qmp_capabilities", json!({}))?;
         Ok(monitor)
+    }
+
+    /// The same of a QEMU on a host whose clock is so many seconds ahead of that of this machine.
+    pub(crate) fn with_clock_ahead(self, ahead: f64) -> Self {
+        Self { ahead, ..self }
     }
 
     /// Gives a command and returns its answer.
@@ -81,7 +89,7 @@ impl Monitor {
             let left = until.saturating_duration_since(Instant::now());
             let mut message =
                 self.next(left).with_context(failed)?.with_context(|| format!("no answer to {order}"))?;
-            if let Some(event) = Event::of(&message) {
+            if let Some(event) = Event::of(&message, self.ahead) {
                 self.events.push_back(event);
             } else if let Some(error) = message.get("error") {
                 bail!("QEMU refuses {order}: {}", error["desc"].as_str().unwrap_or("it does not say why"));
@@ -102,7 +110,7 @@ impl Monitor {
         }
         let until = Instant::now() + timeout;
         while let Some(message) = self.next(until.saturating_duration_since(Instant::now()))? {
-            match Event::of(&message) {
+            match Event::of(&message, self.ahead) {
                 Some(event) if event.name == name => return Ok(Some(event)),
                 Some(event) => self.events.push_back(event),
                 None => bail!("QEMU answers what was not asked: {message}"),
@@ -141,12 +149,12 @@ impl Monitor {
 }
 
 impl Event {
-    fn of(message: &Value) -> Option<Self> {
+    fn of(message: &Value, ahead: f64) -> Option<Self> {
         let time = &message["timestamp"];
         Some(Self {
             name: message["event"].as_str()?.to_owned(),
             data: message["data"].clone(),
-            at: time["seconds"].as_f64()? + time["microseconds"].as_f64()? / 1e6,
+            at: time["seconds"].as_f64()? + time["microseconds"].as_f64()? / 1e6 - ahead,
         })
     }
 }

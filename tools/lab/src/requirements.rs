@@ -10,6 +10,9 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 /// The QEMU that is used.
 pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
+/// The ssh server that is used, which has to be started by its full path.
+pub const SSHD: &str = "/usr/sbin/sshd";
+
 /// Something that a lab, or what runs in it, needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Requirement {
@@ -25,6 +28,8 @@ pub enum Requirement {
     Qemu,
     /// A kernel for Linux guests, unpacked already.
     Kernel,
+    /// [`SSHD`], and what comes with it.
+    Sshd,
 }
 
 impl Requirement {
@@ -86,11 +91,13 @@ fn reason(requirement: Requirement) -> Option<String> {
     match requirement {
         Requirement::Root if !rustix::process::geteuid().is_root() => Some("not root (use sudo)".into()),
         Requirement::Root => network_namespaces(),
-        Requirement::Ip => in_path("ip"),
-        Requirement::Tc => in_path("tc"),
+        Requirement::Ip => in_path("ip", "iproute2"),
+        Requirement::Tc => in_path("tc", "iproute2"),
         Requirement::Kvm => kvm(),
         Requirement::Qemu if Path::new(QEMU).exists() => None,
         Requirement::Qemu => Some(format!("there is no {QEMU} (install qemu-system-x86)")),
+        Requirement::Sshd if Path::new(SSHD).exists() => in_path("ssh", "openssh-client"),
+        Requirement::Sshd => Some(format!("there is no {SSHD} (install openssh-server)")),
         Requirement::Kernel if Kernel::present().is_some() => None,
         Requirement::Kernel => {
             Some("no kernel for Linux guests is unpacked (`cargo xtask test` does it)".into())
@@ -106,10 +113,10 @@ fn network_namespaces() -> Option<String> {
     Some(format!("root here may not make network namespaces ({error}): CAP_SYS_ADMIN is needed"))
 }
 
-fn in_path(program: &str) -> Option<String> {
+fn in_path(program: &str, package: &str) -> Option<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
-    (!found).then(|| format!("`{program}` is not in PATH (install iproute2; it may live in /usr/sbin)"))
+    (!found).then(|| format!("`{program}` is not in PATH (install {package}; it may live in /usr/sbin)"))
 }
 
 fn kvm() -> Option<String> {

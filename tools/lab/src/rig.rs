@@ -10,10 +10,12 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::host::Host;
+use crate::hosts::Hosts;
 use crate::lab::{HostId, Lab, LabOptions};
 use crate::linux::LinuxGuest;
 use crate::process::Process;
 use crate::programs::Programs;
+use crate::rate::Rate;
 use crate::requirements::QEMU;
 use crate::wait::wait_for;
 
@@ -21,6 +23,9 @@ use crate::wait::wait_for;
 const START: Duration = Duration::from_secs(60);
 /// Longest wait for an answer of a VMM: it may have to replay a long run.
 const ANSWER: Duration = Duration::from_secs(300);
+
+/// Name of the socket of a daemon's API, in its host's directory.
+const API_SOCKET: &str = "api.sock";
 
 /// Two hosts with a daemon each.
 #[derive(Debug)]
@@ -91,8 +96,28 @@ impl Rig {
     /// If the lab cannot be made, or a daemon does not come up.
     pub fn new(programs: &Programs, options: RigOptions) -> Result<Self> {
         let RigOptions { lab, keys, tables, may_start_guests } = options;
-        let speed = lab.port_rate.map(|rate| format!("{}bit", rate.bits_per_second()));
-        let lab = Lab::new(lab)?;
+        let speed = lab.port_rate;
+        Self::start(programs, Lab::new(lab)?, speed, (keys, tables), may_start_guests)
+    }
+
+    /// Reaches hosts that are there already and starts both daemons, with `tables` added to both configurations. Each
+    /// port carries so much, if that is known.
+    ///
+    /// # Errors
+    ///
+    /// If a host cannot be reached, or a daemon does not come up.
+    pub fn over_ssh(programs: &Programs, hosts: &Hosts, speed: Option<Rate>, tables: String) -> Result<Self> {
+        Self::start(programs, Lab::over_ssh(hosts, programs)?, speed, (String::new(), tables), false)
+    }
+
+    fn start(
+        programs: &Programs,
+        lab: Lab,
+        speed: Option<Rate>,
+        (keys, tables): (String, String),
+        may_start_guests: bool,
+    ) -> Result<Self> {
+        let speed = speed.map(|rate| format!("{}bit", rate.bits_per_second()));
         let (programs, daemons) = (programs.clone(), [None, None]);
         let mut rig = Self { programs, keys, tables, may_start_guests, speed, daemons, started: 0, lab };
         for id in [HostId::A, HostId::B] {
@@ -116,9 +141,11 @@ impl Rig {
         self.daemons[id as usize].as_mut().expect("the daemon has been started")
     }
 
-    /// Where a host's daemon listens for orders.
+    /// Where a host's daemon listens for orders, as it is reached from here.
     pub fn api_socket(&self, id: HostId) -> PathBuf {
-        self.lab.host(id).directory().join("api.sock")
+        let host = self.lab.host(id);
+        // Whoever asks has started the daemon, and that has reached its socket before.
+        host.reach(API_SOCKET).unwrap_or_else(|_| host.directory().join(API_SOCKET))
     }
 
     /// A host's configuration file.
@@ -134,8 +161,7 @@ impl Rig {
     pub fn write_config(&self, id: HostId, more: &str) -> Result<()> {
         let other = if id == HostId::A { HostId::B } else { HostId::A };
         let text = self.config(self.lab.host(id), self.lab.host(other)) + more;
-        let file = self.config_file(id);
-        std::fs::write(&file, text).with_context(|| format!("writing {}", file.display()))
+        self.lab.host(id).write(&self.config_file(id), &text)
     }
 
     fn config(&self, host: &Host, peer: &Host) -> String {
@@ -152,7 +178,7 @@ impl Rig {
             control = host.control_address(),
             keys = self.keys,
             memory = host.memory_directory().display(),
-            shim = self.programs.shim().display(),
+            shim = host.program(&self.programs, "libmemlane_shim.so").display(),
             may_start_guests = self.may_start_guests,
             peer = peer.name(),
             peer_control = peer.control_address(),
@@ -180,12 +206,12 @@ impl Rig {
     pub fn start_daemon(&mut self, id: HostId) -> Result<()> {
         self.stop_daemon(id)?;
         let (host, file) = (self.lab.host(id), self.config_file(id));
-        let mut command = host.command(self.programs.path("memlaned"));
+        let mut command = host.command(host.program(&self.programs, "memlaned"));
         command.arg("--config").arg(file);
         let mut daemon = host.spawn("memlaned", command)?;
-        let socket = self.api_socket(id);
+        host.reach(API_SOCKET)?;
         let up = wait_for("the daemon", START, || {
-            (!daemon.is_running() || UnixStream::connect(&socket).is_ok()).then_some(())
+            (!daemon.is_running() || host.listens(API_SOCKET)).then_some(())
         });
         up.with_context(|| daemon.log_tail())?;
         ensure!(daemon.is_running(), "memlaned has ended:\n{}", daemon.log_tail());
@@ -230,12 +256,12 @@ impl Rig {
     pub fn start_vmm_unattended(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<Vmm> {
         self.started += 1;
         let host = self.lab.host(id);
-        let control = host.directory().join(format!("vmm{}.sock", self.started));
-        let mut command = host.command(self.programs.path("memlane-vmm"));
+        let control = format!("vmm{}.sock", self.started);
+        let mut command = host.command(host.program(&self.programs, "memlane-vmm"));
         command.args(["--name", name]).arg("--attach").arg(host.directory().join("attach.sock"));
-        command.arg("--control").arg(&control).args(arguments);
+        command.arg("--control").arg(host.directory().join(&control)).args(arguments);
         let process = host.spawn(&format!("vmm{}", self.started), command)?;
-        Ok(Vmm { process, control })
+        Ok(Vmm { process, control: host.reach(&control)? })
     }
 
     /// Makes what a Linux guest needs on both hosts, a tap on each, and writes its guest file, whose path is returned.

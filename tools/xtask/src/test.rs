@@ -12,8 +12,12 @@ use memlane_lab::{Requirement, missing};
 use serde_json::Value;
 
 /// Debian's packages of what tests need.
-const PACKAGES: &[(Requirement, &str)] =
-    &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Qemu, "qemu-system-x86")];
+const PACKAGES: &[(Requirement, &str)] = &[
+    (Requirement::Ip, "iproute2"),
+    (Requirement::Tc, "iproute2"),
+    (Requirement::Qemu, "qemu-system-x86"),
+    (Requirement::Sshd, "openssh-server"),
+];
 
 /// Programs of tests that run at once: each waits for timeouts and for other processes most of the time.
 const AT_ONCE: usize = 2;

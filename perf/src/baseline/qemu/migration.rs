@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::qmp::Monitor;
-use memlane_lab::wait_for;
+use memlane_lab::{HostId, Rig, wait_for};
 use serde_json::{Value, json};
 
-use super::{Way, uri};
+use super::{DOWNTIME_LIMIT, Way, uri};
 use crate::cpu::{Meter, Reading, Used};
 use crate::report::Figures;
 use crate::unix_time;
@@ -50,7 +50,7 @@ pub struct Moved {
 }
 
 /// The moment at which the guest runs at the destination.
-pub struct Arrival {
+struct Arrival {
     at: f64,
     /// What was used by then.
     used: Reading,
@@ -68,6 +68,9 @@ impl Migration<'_> {
         self.destination.execute("migrate-incoming", json!({ "uri": uri(address) }))?;
         self.measure(|migration| {
             migration.source.execute("migrate", json!({ "uri": uri(address) }))?;
+            if way == Way::Postcopy {
+                migration.source.execute("migrate-start-postcopy", json!({}))?;
+            }
             let arrival = migration.await_arrival(goes_on)?;
             let told = wait_for("the end of QEMU's own migration", PATIENCE, || {
                 let state = migration.source.execute("query-migrate", json!({}));
@@ -79,16 +82,36 @@ impl Migration<'_> {
         })
     }
 
+    /// Has the daemons move the guest from host A to host B, with more `arguments` to `memlanectl migrate`.
+    ///
+    /// # Errors
+    ///
+    /// If the order is refused, or the guest does not arrive.
+    pub fn by_daemons(&mut self, rig: &Rig, guest: &str, arguments: &[&str]) -> Result<Moved> {
+        let destination = rig.lab().host(HostId::B).name();
+        let limit = format!("{}ms", DOWNTIME_LIMIT.as_millis());
+        let order = [&["migrate", guest, destination, "--downtime-limit", &limit], arguments].concat();
+        self.measure(|migration| {
+            std::thread::scope(|scope| {
+                let order = scope.spawn(|| rig.ctl(HostId::A, &order));
+                let arrival = migration.await_arrival(|_| Ok(!order.is_finished()));
+                let answer = order.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+                ensure!(answer.code == 0, "memlanectl migrate: {}", answer.text.trim());
+                let told = answer.last()?.clone();
+                let bytes =
+                    told["bytes_sent"].as_u64().with_context(|| format!("no bytes_sent in {told}"))?;
+                Ok((arrival?, bytes, told))
+            })
+        })
+    }
+
     /// Measures what `order` does, which returns the guest's arrival, the bytes that were sent for RAM, and what else
     /// was told.
     ///
     /// # Errors
     ///
     /// Those of `order`, and if the guest never stood still at the source.
-    pub fn measure(
-        &mut self,
-        order: impl FnOnce(&mut Self) -> Result<(Arrival, u64, Value)>,
-    ) -> Result<Moved> {
+    fn measure(&mut self, order: impl FnOnce(&mut Self) -> Result<(Arrival, u64, Value)>) -> Result<Moved> {
         self.source.forget_events()?;
         self.destination.forget_events()?;
         let idle = self.meter.idle(IDLE);
@@ -110,10 +133,7 @@ impl Migration<'_> {
     /// # Errors
     ///
     /// Those of `under_way`, and if it ends without an arrival.
-    pub fn await_arrival(
-        &mut self,
-        mut under_way: impl FnMut(&mut Monitor) -> Result<bool>,
-    ) -> Result<Arrival> {
+    fn await_arrival(&mut self, mut under_way: impl FnMut(&mut Monitor) -> Result<bool>) -> Result<Arrival> {
         let until = Instant::now() + LONGEST;
         loop {
             // Before the event is looked for, which comes before the end.

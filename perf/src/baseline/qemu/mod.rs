@@ -1,10 +1,14 @@
 //! QEMU's own migration, of a guest that any scenario can have.
 //!
 //! [`firmware`] is a guest that runs nothing but its firmware, which waits for a disk that never comes: it is there
-//! after a second even where KVM does not run it, and its memory holds what the harness has put there.
+//! after a second even where KVM does not run it, and its memory holds what the harness has put there. [`toucher`] is
+//! one that runs a program of the harness's, which reads its memory and notes how long it waits for it.
 
+pub mod files;
 pub mod firmware;
+mod machine;
 mod migration;
+pub mod toucher;
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -14,7 +18,7 @@ use anyhow::Result;
 use memlane_lab::qmp::Monitor;
 use serde_json::{Value, json};
 
-pub use migration::{Arrival, Migration, Moved};
+pub use migration::{Migration, Moved};
 
 /// Longest pause that the guest may see.
 pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
@@ -28,6 +32,8 @@ pub enum Way {
     Plain,
     /// Over so many more connections.
     Multifd(u8),
+    /// By post-copy at once, with a connection of its own for the pages that the guest waits for.
+    Postcopy,
 }
 
 impl Way {
@@ -46,6 +52,11 @@ impl Way {
         let mut parameters = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": downtime });
         match self {
             Self::Plain => {}
+            Self::Postcopy => {
+                capabilities.extend(["postcopy-ram", "postcopy-preempt"].map(capability));
+                // What fits into the limit QEMU sends in the pause, and on a fast link that may be all there is.
+                parameters["downtime-limit"] = Value::from(1);
+            }
             Self::Multifd(channels) => {
                 capabilities.push(capability("multifd"));
                 parameters["multifd-channels"] = Value::from(channels);
@@ -61,6 +72,7 @@ impl fmt::Display for Way {
         match self {
             Self::Plain => f.pad("plain"),
             Self::Multifd(channels) => f.pad(&format!("multifd{channels}")),
+            Self::Postcopy => f.pad("postcopy"),
         }
     }
 }

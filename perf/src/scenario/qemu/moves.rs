@@ -6,11 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use memlane_lab::linux::LinuxGuest;
 use memlane_lab::{Counters, HostId, Rig, Session};
-use serde_json::Value;
 
 use super::end::End;
 use super::{Mover, PATIENCE};
-use crate::baseline::qemu::{Arrival, DOWNTIME_LIMIT, Migration, Moved};
+use crate::baseline::qemu::{Migration, Moved};
 use crate::cpu::Meter;
 
 /// Longest wait for a guest to boot and to fill its memory, on a processor that may be emulated.
@@ -51,7 +50,7 @@ pub(super) fn run(
         meter: Meter::new(processes)?,
     };
     let moved = match mover {
-        Mover::Daemons => migration.measure(|migration| by_daemons(migration, rig, guest))?,
+        Mover::Daemons => migration.by_daemons(rig, &guest.name, &[])?,
         Mover::Qemu(way) => migration.by_qemu(way, rig.lab().host(HostId::B).ports()[0].address)?,
     };
     let outcome = match check(rig, guest, &before) {
@@ -78,19 +77,4 @@ fn check(rig: &Rig, guest: &LinuxGuest, before: &Counters) -> Result<()> {
     // Each vCPU has as many pages as any other.
     ensure!(checked >= pages - pages % u64::from(guest.vcpus), "the guest has checked {checked} pages only");
     Ok(())
-}
-
-fn by_daemons(migration: &mut Migration<'_>, rig: &Rig, guest: &LinuxGuest) -> Result<(Arrival, u64, Value)> {
-    let destination = rig.lab().host(HostId::B).name();
-    let limit = format!("{}ms", DOWNTIME_LIMIT.as_millis());
-    let arguments = ["migrate", &guest.name, destination, "--downtime-limit", &limit];
-    std::thread::scope(|scope| {
-        let order = scope.spawn(|| rig.ctl(HostId::A, &arguments));
-        let arrival = migration.await_arrival(|_| Ok(!order.is_finished()));
-        let answer = order.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        ensure!(answer.code == 0, "memlanectl migrate: {}", answer.text.trim());
-        let told = answer.last()?.clone();
-        let bytes = told["bytes_sent"].as_u64().with_context(|| format!("no bytes_sent in {told}"))?;
-        Ok((arrival?, bytes, told))
-    })
 }

@@ -61,7 +61,13 @@ impl Accelerator {
     /// KVM where a stock Linux can be expected to boot under it, else TCG, and why.
     pub fn choose() -> (Self, &'static str) {
         let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        let kvm = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        Self::of(&processor, kvm)
+    }
+
+    /// The same for a host with such a /proc/cpuinfo, and maybe a usable /dev/kvm.
+    pub fn of(processor: &str, kvm: bool) -> (Self, &'static str) {
+        if !kvm {
             (Self::Tcg, "/dev/kvm cannot be opened")
         } else if !processor.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
             // There are such machines: their KVM does without the processor's help, and only so much of its work.
