@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::baseline::memory::{MemoryState, SharedMemory};
+use crate::baseline::memory::{MemoryState, SharedMemory, warm_up};
 use crate::baseline::report::RawReport;
 use crate::baseline::ring::SocketRing;
 use crate::baseline::rpc;
@@ -90,6 +90,9 @@ pub fn transfer(
     );
     if lab.is_remote() {
         return remote::transfer(lab, source.len(), connections_per_port, destination);
+    }
+    if destination == MemoryState::Fresh {
+        warm_up(source.len() as u64)?;
     }
     let mut destination = SharedMemory::new(source.len(), destination)?;
     let sockets: Vec<(TcpStream, TcpStream)> = ports

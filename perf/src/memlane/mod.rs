@@ -10,6 +10,7 @@ use memlaned::api::types::Migration;
 use serde::Deserialize as _;
 use serde_json::Value;
 
+use crate::baseline::memory::warm_up;
 use crate::cpu::{self, Meter, Used};
 use crate::report::{Figures, Trace, Waits};
 use crate::scenario::Measured;
@@ -45,6 +46,8 @@ pub struct Guest {
     pub prepared: bool,
     /// Whether it is a virtual machine; else threads of a process.
     pub kvm: bool,
+    /// How its writes are noticed, as `memlane-vmm --tracker` takes it; the VMM's own choice if not given.
+    pub tracker: Option<&'static str>,
 }
 
 /// How a guest writes its memory.
@@ -98,6 +101,7 @@ impl Guest {
             populated: false,
             prepared: false,
             kvm,
+            tracker: None,
         }
     }
 
@@ -123,6 +127,9 @@ impl Guest {
         let mut meter = ends.meter(rig)?;
         let idle = meter.idle(WARM_UP);
 
+        if !self.prepared && !rig.lab().is_remote() {
+            warm_up(self.ram.bytes())?;
+        }
         let waits_before = waits(rig)?;
         let mut readers = match self.readers {
             0 => None,
@@ -187,6 +194,9 @@ impl Guest {
         option("--fill", self.fill.to_owned());
         option("--vcpus", (self.vcpus + self.readers).to_string());
         option("--readers", self.readers.to_string());
+        if let Some(tracker) = self.tracker {
+            option("--tracker", tracker.to_owned());
+        }
         if let Some(working_set) = self.working_set {
             option("--working-set", working_set.to_string());
         }

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::line::payload_gbit_per_second;
 use super::{Bench, Measured, Scenario};
-use crate::memlane::{Guest, Moved};
+use crate::memlane::{Guest, Moved, PAGE};
 use crate::report::{By, Case, Report, Runs};
 use crate::unix_time;
 
@@ -93,7 +93,10 @@ impl LostPort {
         figures.set("lost_after_seconds", after);
         figures.set("ideal_seconds", ideal);
         figures.set("vs_ideal", moved.seconds / ideal);
-        figures.set("beyond_memory", moved.number("bytes_sent")? / self.ram.bytes() as f64 - 1.0);
+        // What holds nothing travels as a descriptor, if at all.
+        let empty = (moved.number("zero_pages")? + moved.number("hole_pages")?) * PAGE;
+        let memory = self.ram.bytes() as f64 - empty;
+        figures.set("beyond_memory", moved.number("bytes_sent")? / memory - 1.0);
         let port = &rig.lab().hosts()[0].ports()[PORT].interface;
         ensure_lost_alone(&moved, port)?;
         moved.timeline.note(lost_at, format!("{port} {}", how.happens()));

@@ -41,7 +41,9 @@ impl Scenario for Outrun {
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let mut rig = bench.rig(self.writer.lab())?;
-        let guest = Guest { readers: 1, ..self.writer.guest(rig.lab(), Writes::FlatOut) };
+        // What README recommends for guests that may be stunned.
+        let tracker = rig.lab().has_kvm().then_some("ring");
+        let guest = Guest { readers: 1, tracker, ..self.writer.guest(rig.lab(), Writes::FlatOut) };
         let max_stun = self.max_stun.to_string();
 
         let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));

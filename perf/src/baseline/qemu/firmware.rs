@@ -8,7 +8,7 @@ use memlane_lab::{HostId, Lab, wait_for};
 
 use super::machine::{End, Machine, Removed, compare};
 use super::{Migration, Moved, Way, files};
-use crate::baseline::memory::MemoryState;
+use crate::baseline::memory::{MemoryState, warm_up};
 use crate::cpu::Meter;
 
 /// Memory in which firmware goes on writing, such as its clock.
@@ -66,6 +66,9 @@ impl Firmware {
         let meter = Meter::on(lab, processes)?;
         let migration =
             Migration { source: &mut source.monitor, destination: &mut destination.monitor, meter };
+        if !prealloc && !lab.is_remote() {
+            warm_up(self.bytes as u64)?;
+        }
         let moved = migration.by_qemu(way, lab.host(HostId::B).ports()[0].address)?;
         destination.process.kill()?;
         source.process.kill()?;

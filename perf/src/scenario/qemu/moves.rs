@@ -9,6 +9,7 @@ use memlane_lab::{Counters, HostId, Rig, Session};
 
 use super::end::End;
 use super::{Mover, PATIENCE};
+use crate::baseline::memory::warm_up;
 use crate::baseline::qemu::{Migration, Moved};
 use crate::cpu::Meter;
 
@@ -39,6 +40,7 @@ pub(super) fn run(
     let before = hear(rig, guest, BOOT).context("waiting for the guest to boot")?;
     let mut destination = start(HostId::B).context("starting the destination's QEMU")?;
     sleep(SETTLE);
+    warm_up(guest.ram.bytes())?;
 
     let mut processes = vec![source.pid, destination.pid];
     if mover == Mover::Daemons {
