@@ -27,11 +27,18 @@ impl Message {
         Box::new(Self { header, pieces: Vec::new(), next: 0, remaining: 0 })
     }
 
+    /// Points the message at `head` and then at `body`.
+    pub fn fill_plain(&mut self, head: &mut [u8], body: &mut [u8]) {
+        self.pieces.clear();
+        self.pieces.extend([head, body].into_iter().filter(|bytes| !bytes.is_empty()).map(piece));
+        self.begin();
+    }
+
     /// Points the message at `head` and then at the memory of all runs with data.
     pub fn fill(&mut self, head: &mut [u8], ram: &GuestRam, runs: &[Run]) {
         self.pieces.clear();
         if !head.is_empty() {
-            self.pieces.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
+            self.pieces.push(piece(head));
         }
         for run in runs.iter().filter(|run| run.content == Content::Data) {
             for slice in ram.slices(run.pages.clone()) {
@@ -44,9 +51,7 @@ impl Message {
                 }
             }
         }
-        self.next = 0;
-        self.remaining = self.pieces.iter().map(|piece| piece.iov_len).sum();
-        self.point();
+        self.begin();
     }
 
     /// Steps over `count` bytes that the kernel has taken or filled.
@@ -98,9 +103,19 @@ impl Message {
         &raw mut self.header
     }
 
+    fn begin(&mut self) {
+        self.next = 0;
+        self.remaining = self.pieces.iter().map(|piece| piece.iov_len).sum();
+        self.point();
+    }
+
     fn point(&mut self) {
         let rest = &mut self.pieces[self.next..];
         self.header.msg_iov = if rest.is_empty() { ptr::null_mut() } else { rest.as_mut_ptr() };
         self.header.msg_iovlen = rest.len();
     }
+}
+
+fn piece(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }

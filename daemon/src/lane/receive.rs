@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{opcode, types};
-use memlane_kvm::ram::is_zero;
+use memlane_kvm::ram::{GuestRam, is_zero};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{
-    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, RUN_BYTES, Run,
+    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
 };
 
+use super::compress::grown;
 use super::encode::checksum;
 use super::message::Message;
 use super::placing::{By, Placing};
@@ -42,8 +43,10 @@ pub struct Receiver {
     table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
-    /// Where pages arrive that are placed whole; empty where they go straight to guest memory.
-    staging: Box<[u8]>,
+    /// Where pages arrive that do not go straight to guest memory; as long as the largest frame was.
+    staging: Vec<u8>,
+    /// Where compressed ones do before that.
+    block: Vec<u8>,
     sequence: u64,
     /// Bytes that wake the thread.
     low_water: usize,
@@ -58,9 +61,9 @@ impl Receiver {
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
-        let staging = if inbound.placing.is_some() { MAX_PAYLOAD_BYTES as usize } else { 0 };
         Ok(Self {
-            staging: vec![0; staging].into(),
+            staging: Vec::new(),
+            block: Vec::new(),
             inbound,
             stats,
             socket,
@@ -88,7 +91,7 @@ impl Receiver {
     fn receive_frame(&mut self) -> Result<(), LaneError> {
         self.message.fill(&mut self.head[..], &self.inbound.ram, &[]);
         self.read_all()?;
-        let frame = Frame::decode(&self.head[..])?;
+        let frame = Frame::decode_any(&self.head[..])?;
         let expected = self.sequence + 1;
         if frame.sequence != expected {
             return Err(LaneError::Sequence { expected, found: frame.sequence });
@@ -100,6 +103,7 @@ impl Receiver {
         frame.decode_runs(&self.table[..frame.runs * RUN_BYTES], pages, &mut self.runs)?;
         match self.inbound.placing.clone() {
             Some(placing) => self.place(&frame, &placing)?,
+            None if frame.compressed => self.write_decompressed(&frame)?,
             None => self.write(&frame)?,
         }
         self.sequence = expected;
@@ -109,12 +113,19 @@ impl Receiver {
 
     /// Receives the pages beside guest memory, and places them.
     fn place(&mut self, frame: &Frame, placing: &Placing) -> Result<(), LaneError> {
-        let bytes = frame.payload_bytes as usize;
-        self.message.fill(&mut self.staging[..bytes], &self.inbound.ram, &[]);
-        self.read_all()?;
-        let payload = &self.staging[..bytes];
-        check_still(frame, payload)?;
-        placing.place(&self.runs, payload, By::Stream).map_err(LaneError::io("place pages"))
+        let bytes = self.stage(frame)?;
+        let contents = &self.staging[..bytes];
+        check_still(frame, contents)?;
+        placing.place(&self.runs, contents, By::Stream).map_err(LaneError::io("place pages"))
+    }
+
+    /// Receives compressed pages, and copies what they were into guest memory.
+    fn write_decompressed(&mut self, frame: &Frame) -> Result<(), LaneError> {
+        let bytes = self.stage(frame)?;
+        let contents = &self.staging[..bytes];
+        check(frame, || crc32c::crc32c(contents))?;
+        fill(&self.inbound.ram, &self.runs, contents);
+        self.empty_runs()
     }
 
     /// Receives the pages straight into guest memory.
@@ -126,6 +137,30 @@ impl Receiver {
         self.message.fill(&mut [], &self.inbound.ram, &self.runs);
         self.read_all()?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;
+        self.empty_runs()
+    }
+
+    /// Receives the pages beside guest memory, and returns how many bytes they are. The header has been
+    /// checked, and bounds both lengths.
+    fn stage(&mut self, frame: &Frame) -> Result<usize, LaneError> {
+        let (payload, contents) = (frame.payload_bytes as usize, contents_bytes(&self.runs) as usize);
+        let arriving = if frame.compressed { &mut self.block } else { &mut self.staging };
+        let arriving = grown(arriving, payload);
+        self.message.fill(arriving, &self.inbound.ram, &[]);
+        self.read_all()?;
+        if frame.compressed {
+            let staging = grown(&mut self.staging, contents);
+            let found = lz4_flex::block::decompress_into(&self.block[..payload], staging)?;
+            if found != contents {
+                let what = "the length of the pages in a compressed frame";
+                return Err(WireError::Value { what, found: found as u64 }.into());
+            }
+        }
+        Ok(contents)
+    }
+
+    /// Makes the pages empty that the frame says are.
+    fn empty_runs(&self) -> Result<(), LaneError> {
         for run in &self.runs {
             match run.content {
                 Content::Data => Ok(()),
@@ -213,8 +248,13 @@ impl Receiver {
     fn count(&self, frame: &Frame) {
         let bytes = FRAME_HEADER_BYTES as u64 + (frame.runs * RUN_BYTES) as u64 + frame.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, bytes);
-        LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
-        LaneStats::add(&self.stats.data_pages, frame.payload_bytes / PAGE_SIZE);
+        let contents = contents_bytes(&self.runs);
+        LaneStats::add(&self.stats.acked_bytes, contents);
+        LaneStats::add(&self.stats.data_pages, contents / PAGE_SIZE);
+        if frame.compressed {
+            LaneStats::add(&self.stats.uncompressed_bytes, contents);
+            LaneStats::add(&self.stats.compressed_bytes, frame.payload_bytes);
+        }
         let zeros = self.runs.iter().filter(|run| run.content != Content::Data);
         LaneStats::add(&self.stats.zero_pages, zeros.map(|run| run.pages.end - run.pages.start).sum());
     }
@@ -229,7 +269,8 @@ impl Drop for Receiver {
             // The ring is broken: the kernel may yet write to all of it.
             let message = mem::replace(&mut self.message, Message::new());
             let heads = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
-            mem::forget((self.inbound.clone(), message, heads, mem::take(&mut self.staging)));
+            let contents = (mem::take(&mut self.staging), mem::take(&mut self.block));
+            mem::forget((self.inbound.clone(), message, heads, contents));
         }
     }
 }
@@ -248,6 +289,22 @@ fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
             Err(WireError::Checksum { what: "frame", found, computed })
         }
         _ => Ok(()),
+    }
+}
+
+/// Copies the bytes of all runs with data to where they belong.
+fn fill(ram: &GuestRam, runs: &[Run], contents: &[u8]) {
+    let mut rest = contents;
+    for run in runs.iter().filter(|run| run.content == Content::Data) {
+        // What cannot be mapped in one go is when it is written.
+        let _ = ram.map_pages(run.pages.clone());
+        for slice in ram.slices(run.pages.clone()) {
+            let (bytes, left) = rest.split_at(slice.len);
+            rest = left;
+            // SAFETY: the slice is as long, and mapped as long as the RAM lives; no guest runs on this
+            // memory yet, and the bytes are our own.
+            unsafe { slice.ptr.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        }
     }
 }
 

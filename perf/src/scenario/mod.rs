@@ -4,6 +4,7 @@
 
 mod bulk;
 mod busy;
+mod compressible;
 mod line;
 mod lostport;
 mod many;
@@ -22,6 +23,7 @@ use serde_json::Value;
 use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
+pub use compressible::Compressible;
 pub use lostport::LostPort;
 pub use many::Many;
 pub use outrun::Outrun;
@@ -61,6 +63,8 @@ pub enum Order {
     Outrun(With<Outrun>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
     Zero(With<Zero>),
+    /// A guest over one port of 1 Gbit/s with compression and without, of memory that LZ4 makes a third of, and of other
+    Compressible(With<Compressible>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
     #[command(name = "lostport")]
     LostPort(With<LostPort>),
@@ -125,6 +129,7 @@ impl Order {
             Self::Busy(order) => order.carry_out(programs, tell),
             Self::Outrun(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
+            Self::Compressible(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
             Self::Wan(order) => order.carry_out(programs, tell),
