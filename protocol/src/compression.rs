@@ -25,7 +25,7 @@ const LEAST_BYTES: u64 = 16 << 10;
 /// Frames that are passed over at most after one that would not become smaller.
 const MOST_PASSED_OVER: u32 = 63;
 /// How long a lane leaves compressing alone when there was no processor for it,
-const FIRST_REST: Duration = Duration::from_secs(1);
+const FIRST_REST: Duration = Duration::from_millis(250);
 /// which doubles up to this, unless it went well for as long in between.
 const LONGEST_REST: Duration = Duration::from_secs(30);
 
@@ -118,10 +118,10 @@ impl Compression {
             (_, Duration::ZERO) => EXPECTED_SPEED,
             (bytes, took) => bytes as f64 / took.as_secs_f64(),
         };
-        let is_worth_it = speed >= WORTH * self.wire;
         match self.since {
-            Some(since) if crowded > CROWDED_OUT || !is_worth_it => self.leave(since, now),
-            None if held_up && crowded <= CROWDED && is_worth_it && now >= self.not_before => {
+            // Acknowledgements come in bursts: what is just as fast as the wire may be faster.
+            Some(since) if crowded > CROWDED_OUT || speed < self.wire => self.leave(since, now),
+            None if held_up && crowded <= CROWDED && speed >= WORTH * self.wire && now >= self.not_before => {
                 self.since = Some(now);
             }
             _ => {}
