@@ -255,7 +255,8 @@ impl HostBackend {
         let postcopy = order.postcopy.map(Into::into);
         let max_stun_percent = order.max_stun_percent.unwrap_or(limits.max_stun_percent(converge));
         let policy = Policy { downtime_limit, max_rounds, converge, max_stun_percent, postcopy };
-        Wishes { policy, verify: order.verify }
+        let compression = order.compression.map_or(limits.compression, Into::into);
+        Wishes { policy, verify: order.verify, compression }
     }
 }
 

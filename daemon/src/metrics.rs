@@ -193,6 +193,8 @@ const BYTES_SENT: &str = "memlane_bytes_sent_total";
 const BYTES_RECEIVED: &str = "memlane_bytes_received_total";
 const ZERO_COPY_BYTES: &str = "memlane_zero_copy_bytes_total";
 const COPIED_BYTES: &str = "memlane_copied_bytes_total";
+const UNCOMPRESSED_BYTES: &str = "memlane_uncompressed_bytes_total";
+const COMPRESSED_BYTES: &str = "memlane_compressed_bytes_total";
 const BANDWIDTH: &str = "memlane_bandwidth_bytes_per_second";
 const LANES_LOST: &str = "memlane_lanes_lost_total";
 const LANES_REOPENED: &str = "memlane_lanes_reopened_total";
@@ -240,7 +242,7 @@ const WIRE: &[f64] = &[
 /// Of a write to disk.
 const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
-const ALL: [(&str, Kind, Unit, &str); 30] = [
+const ALL: [(&str, Kind, Unit, &str); 32] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (MIGRATIONS, Kind::Counter, Unit::Count, "Migrations that ended, counted at their source, by outcome."),
@@ -249,6 +251,8 @@ const ALL: [(&str, Kind, Unit, &str); 30] = [
     (BYTES_RECEIVED, Kind::Counter, Unit::Bytes, "Bytes that lanes received, by port."),
     (ZERO_COPY_BYTES, Kind::Counter, Unit::Bytes, "Bytes sent straight from guest memory, by port."),
     (COPIED_BYTES, Kind::Counter, Unit::Bytes, "Bytes that the kernel copied to send them, by port."),
+    (UNCOMPRESSED_BYTES, Kind::Counter, Unit::Bytes, "Bytes of pages that lanes compressed, by port."),
+    (COMPRESSED_BYTES, Kind::Counter, Unit::Bytes, "Bytes that these became, by port."),
     (BANDWIDTH, Kind::Gauge, Unit::Bytes, "What lanes deliver, measured lately, by port."),
     (LANES_LOST, Kind::Counter, Unit::Count, "Lanes that were lost while they sent, by port."),
     (LANES_REOPENED, Kind::Counter, Unit::Count, "Lanes that came in the place of lost ones, by port."),
@@ -409,6 +413,7 @@ mod tests {
             port.received(5);
             port.zero_copy(600);
             port.copied(400);
+            port.compressed(300, 100);
             port.bandwidth(1.25e9);
             guests(2);
             migrations_active(1);
@@ -437,6 +442,8 @@ mod tests {
             ("memlane_bytes_received_total{port=\"a\"}", 5.0),
             ("memlane_zero_copy_bytes_total{port=\"a\"}", 600.0),
             ("memlane_copied_bytes_total{port=\"a\"}", 400.0),
+            ("memlane_uncompressed_bytes_total{port=\"a\"}", 300.0),
+            ("memlane_compressed_bytes_total{port=\"a\"}", 100.0),
             ("memlane_bandwidth_bytes_per_second{port=\"a\"}", 1.25e9),
             ("memlane_guests", 2.0),
             ("memlane_migrations_active", 1.0),

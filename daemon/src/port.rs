@@ -171,6 +171,8 @@ pub struct Opened {
     pub local: SocketAddr,
     /// Time that a greeting and its answer took.
     pub round_trip: Duration,
+    /// Version of the protocol that both ends speak.
+    pub version: u16,
 }
 
 /// Connects from `port` to `remote` and greets. Blocks for a few seconds at the most.
@@ -194,11 +196,14 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     let greeted = Instant::now();
     let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
     let round_trip = greeted.elapsed();
-    if let Answer::Refused { reason } = answer {
-        return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
-    }
+    let version = match answer {
+        Answer::Welcome { version } => version,
+        Answer::Refused { reason } => {
+            return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
+        }
+    };
     let local = stream.local_addr().map_err(failed("look at a connection"))?;
-    Ok(Opened { socket: stream.into(), local, round_trip })
+    Ok(Opened { socket: stream.into(), local, round_trip, version })
 }
 
 fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {

@@ -14,7 +14,9 @@ use common::{
 use memlane_lab::{HostId, LabOptions};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::{Accept, Control, Port};
-use memlane_protocol::wire::frame::{Ack, Content, FRAME_HEADER_BYTES, Run, encode_head};
+use memlane_protocol::wire::frame::{
+    Ack, Content, FRAME_HEADER_BYTES, Run, encode_compressed_head, encode_head,
+};
 use memlane_protocol::wire::hello::{Answer, Purpose};
 use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
@@ -33,9 +35,10 @@ fn versions_and_names() {
     for port in [CONTROL_PORT, LANE_PORT] {
         let versions =
             |oldest, newest| answer_to(port, &|hello| (hello.oldest, hello.newest) = (oldest, newest));
-        assert_eq!(versions(1, 9), Answer::Welcome { version: 1 });
+        assert_eq!(versions(1, 9), Answer::Welcome { version: 2 });
+        assert_eq!(versions(1, 1), Answer::Welcome { version: 1 });
         let Answer::Refused { reason } = versions(9, 9) else { panic!("version 9 is welcome") };
-        for part in ["this host speaks versions 1 to 1", "host-a speaks 9 to 9", "upgrade the older one"] {
+        for part in ["this host speaks versions 1 to 2", "host-a speaks 9 to 9", "upgrade the older one"] {
             assert!(reason.contains(part), "{reason}");
         }
     }
@@ -207,6 +210,20 @@ fn nonsense_on_a_lane() {
         bytes
     };
     let zeros = |pages| Run { pages, content: Content::Zero };
+    // An LZ4 block of so many pages, in a frame of pages 3 and 4.
+    let compressed = |pages_in_it: usize, checksum: Option<u32>| {
+        let block = lz4_flex::block::compress(&vec![0x5a; pages_in_it * PAGE]);
+        let mut bytes = Vec::new();
+        encode_compressed_head(&mut bytes, 1, &[data(3..5)], checksum, block.len() as u64);
+        [bytes, block].concat()
+    };
+    let garbage = {
+        let mut bytes = Vec::new();
+        encode_compressed_head(&mut bytes, 1, &[data(3..5)], None, 100);
+        [bytes, vec![0xff; 100]].concat()
+    };
+    let mut not_shorter = good.clone();
+    not_shorter[6..8].copy_from_slice(&2u16.to_le_bytes());
     // The layout of a frame's header: magic, runs, flags, sequence, payload; of a run: first, pages, content.
     let bad = [
         (patched(0, b"XXXX"), "wrong magic"),
@@ -224,6 +241,11 @@ fn nonsense_on_a_lane() {
         (frame(0, data(3..5), None), "frame 0 where 1 is next"),
         ([good.clone(), good.clone()].concat(), "frame 1 where 2 is next"),
         (frame(1, data(3..5), Some(1)), "checksum of the frame"),
+        (garbage, "a frame cannot be decompressed"),
+        (compressed(100, None), "a frame cannot be decompressed"),
+        (compressed(1, None), "the length of the pages in a compressed frame cannot be 4096"),
+        (not_shorter, "the length of a frame with these runs cannot be 8192"),
+        (compressed(2, Some(1)), "checksum of the frame is 0x00000001"),
     ];
     let (peer, accept) = offered(&stage, &offer);
     for (number, (bytes, why)) in (0..).zip(&bad) {

@@ -219,8 +219,27 @@ impl GuestRam {
 
     /// Copies what a page holds, while the guest may be writing it; whether there is such a page.
     pub fn copy_page(&self, page: u64, into: &mut [u8; PAGE_SIZE as usize]) -> bool {
-        let address = self.address_of(page).map(GuestAddress);
-        address.is_some_and(|address| self.memory.read_slice(into, address).is_ok())
+        page.checked_add(1).is_some_and(|end| self.copy_pages(page..end, into))
+    }
+
+    /// Copies what `pages` hold, while the guest may be writing them: each byte is read once. Nothing is
+    /// copied unless there are such pages, and `into` is as long as they.
+    pub fn copy_pages(&self, pages: Range<u64>, into: &mut [u8]) -> bool {
+        let within = pages.end <= self.pages() && pages.start <= pages.end;
+        if !within || (pages.end - pages.start) * PAGE_SIZE != into.len() as u64 {
+            return false;
+        }
+        let mut rest = into;
+        for (_, piece) in self.pieces(pages) {
+            let (into, left) = rest.split_at_mut(((piece.end - piece.start) * PAGE_SIZE) as usize);
+            rest = left;
+            let address = self.address_of(piece.start).map(GuestAddress);
+            let copied = address.is_some_and(|address| self.memory.read_slice(into, address).is_ok());
+            if !copied {
+                return false;
+            }
+        }
+        true
     }
 
     /// Makes `pages` zero and gives back what they took (`FALLOC_FL_PUNCH_HOLE`). Of a 2 MiB

@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use memlane_protocol::compression;
 use memlane_protocol::convergence::Converge;
 use memlane_protocol::wire::Label;
 
@@ -109,6 +110,8 @@ pub struct Limits {
     /// How much of its writing a guest may lose to stun, in percent, where the order does not say; see
     /// [`Limits::max_stun_percent`] for what holds where this does not say either.
     pub max_stun: Option<u8>,
+    /// Whether lanes may compress, where the order does not say.
+    pub compression: compression::Mode,
     /// A peer or a lane that says nothing for so long is gone.
     pub silence: Duration,
     /// Memory that arriving guests must leave free on this host.
@@ -184,6 +187,7 @@ impl Default for Limits {
             max_rounds: 50,
             converge: Converge::None,
             max_stun: None,
+            compression: compression::Mode::Auto,
             silence: Duration::from_secs(5),
             memory_reserve: Size(256 << 20),
         }
@@ -350,6 +354,9 @@ fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
         })?,
         max_stun: or(table.take("max_stun"), None, |value| {
             value.integer(0..=99).map(|percent| Some(percent as u8))
+        })?,
+        compression: or(table.take("compression"), default.compression, |value| {
+            value.parse("\"auto\" or \"off\"")
         })?,
         silence: or(table.take("silence"), default.silence, |value| span(value, 100, 600_000))?,
         memory_reserve: or(table.take("memory_reserve"), default.memory_reserve, |value| {

@@ -1,5 +1,7 @@
 use std::fs;
 
+use memlane_protocol::compression::Mode;
+
 use super::*;
 
 const FILE: &str = "/etc/memlane/memlaned.toml";
@@ -72,6 +74,7 @@ fn all_keys_are_read() {
         max_rounds = 7
         converge = "auto"
         max_stun = 60
+        compression = "off"
         silence = "2s"
         memory_reserve = "1GiB"
         [guests]
@@ -116,6 +119,7 @@ fn all_keys_are_read() {
             max_rounds: 7,
             converge: Converge::Auto,
             max_stun: Some(60),
+            compression: Mode::Off,
             silence: Duration::from_secs(2),
             memory_reserve: Size(1 << 30),
         }
@@ -219,6 +223,7 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
             "\"stun\", \"postcopy\"",
         ),
         ("[limits]\nmax_stun = 100".to_owned(), 3, "limits.max_stun", "100", "from 0 to 99"),
+        ("[limits]\ncompression = true".to_owned(), 3, "limits.compression", "true", "\"auto\" or \"off\""),
         ("[limits]\nsilence = \"1us\"".to_owned(), 3, "limits.silence", "\"1us\"", "from 100ms to 10min"),
         ("[limits]\nmemory_reserve = \"1GB\"".to_owned(), 3, "limits.memory_reserve", "\"1GB\"", "GiB"),
     ];

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use memlane_kvm::ram::{GuestRam, is_zero};
 use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, encode_head};
+use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, contents_bytes, encode_head};
 
 use super::Outbound;
 
@@ -26,11 +26,13 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs:
     if let Some(_one_at_a_time) = outbound.lock_whole() {
         return claim_whole(outbound, cursor, runs);
     }
-    let (mut room, mut room_for_contents) = (outbound.room() / PAGE_SIZE, most_bytes / PAGE_SIZE);
+    // What a page takes of the room if it has contents: others take 1.
+    let whole = outbound.zeros_beside;
+    let mut room = outbound.room().min(most_bytes) / PAGE_SIZE * whole;
     let mut wrapped = false;
-    while room > 0 && room_for_contents > 0 && runs.len() < MAX_RUNS {
+    while room >= whole && runs.len() < MAX_RUNS {
         // One claimed run may fall apart into as many runs as it has pages.
-        let most = room.min(room_for_contents).min((MAX_RUNS - runs.len()) as u64);
+        let most = (room / whole).min((MAX_RUNS - runs.len()) as u64);
         let Some(pages) = outbound.dirty.claim(&outbound.in_flight, *cursor, most) else {
             if wrapped || *cursor == 0 {
                 break;
@@ -39,17 +41,14 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs:
             continue;
         };
         *cursor = pages.end;
-        room -= pages.end - pages.start;
+        let claimed = pages.end - pages.start;
         // Which may become longer.
         let last = runs.len().saturating_sub(1);
-        let before = payload_bytes(&runs[last..]);
+        let before = contents_bytes(&runs[last..]);
         sort_out(outbound, pages, runs);
-        room_for_contents -= (payload_bytes(&runs[last..]) - before) / PAGE_SIZE;
+        let with_contents = (contents_bytes(&runs[last..]) - before) / PAGE_SIZE;
+        room -= with_contents * whole + (claimed - with_contents);
     }
-}
-
-fn payload_bytes(runs: &[Run]) -> u64 {
-    runs.iter().map(Run::payload_bytes).sum()
 }
 
 /// Claims whole pages of the guest's own size for one frame.

@@ -28,6 +28,13 @@ impl Message {
         Box::new(Self { header, pieces: Vec::new(), next: 0, remaining: 0 })
     }
 
+    /// Points the message at `head` and then at `body`.
+    pub fn fill_plain(&mut self, head: &mut [u8], body: &mut [u8]) {
+        self.clear();
+        self.add(head);
+        self.add(body);
+    }
+
     /// Points the message at `head` and then at the memory of all runs with data.
     pub fn fill(&mut self, head: &mut [u8], ram: &GuestRam, runs: &[Run]) {
         self.clear();

@@ -5,6 +5,7 @@
 //! ahead. At the destination every lane writes into one [`Inbound`], straight into guest memory.
 
 mod answer;
+mod compress;
 mod encode;
 mod evidence;
 mod faults;
@@ -61,6 +62,9 @@ pub enum LaneError {
     /// The other end sent what no lane sends.
     #[error("the other end broke the protocol: {0}")]
     Protocol(#[from] WireError),
+    /// A compressed frame whose payload is no LZ4 block, or is one of more than the frame's pages.
+    #[error("the other end broke the protocol: a frame cannot be decompressed: {0}")]
+    Compressed(#[from] lz4_flex::block::DecompressError),
     /// A frame out of order, or an acknowledgement of what was not sent.
     #[error("the other end broke the protocol: frame {found} where {expected} is next")]
     Sequence {
@@ -79,6 +83,8 @@ impl LaneError {
 
 /// Most bytes in one frame of small pages,
 const FRAME_BYTES: u64 = 1 << 20;
+/// or so many times as many of pages that hold nothing: looking at these takes less than a frame does,
+const ZEROS_BESIDE: u64 = 8;
 /// and in post-copy,
 const STREAM_FRAME_BYTES: u64 = 64 << 10;
 /// where the next [`SMALL_FRAMES`] after a page that an access waited for are smaller still: a kernel
@@ -104,6 +110,8 @@ pub struct Outbound {
     /// Set where pages to send may be holes in memory: lanes then look for them before they read,
     /// since reading a hole takes memory for it, and send them as holes.
     pub sparse: AtomicBool,
+    /// Lanes may compress what they send.
+    pub compress: bool,
     /// Rung when a lane finds nothing to claim, has nothing in flight, or ends.
     pub bell: Notify,
     /// Where lanes go on: behind the page that an access waited for last; [`NOWHERE`] if there is none.
@@ -115,6 +123,8 @@ pub struct Outbound {
     /// Locked while pages are claimed or added, where only whole pages of the guest's own size may be.
     whole: Option<Mutex<()>>,
     largest_frame: u64,
+    /// Pages that hold nothing and take as much of a frame's room as one with contents.
+    zeros_beside: u64,
     /// Most bytes in one frame now; less where little is left, so that all lanes get some of it.
     frame_bytes: AtomicU64,
     /// Claims that have begun: grows before a lane looks at `dirty`.
@@ -131,7 +141,7 @@ pub struct Outbound {
 impl Outbound {
     /// For lanes that send from `ram` while the guest runs there.
     pub fn new(ram: Arc<GuestRam>) -> Self {
-        Self::make(ram, None, FRAME_BYTES)
+        Self { zeros_beside: ZEROS_BESIDE, ..Self::make(ram, None, FRAME_BYTES) }
     }
 
     /// For lanes that send from the memory of a guest which stands still there, and runs at the
@@ -149,12 +159,14 @@ impl Outbound {
             in_flight: PageSet::new(ram.pages()),
             still: AtomicBool::new(false),
             sparse: AtomicBool::new(false),
+            compress: false,
             bell: Notify::new(),
             nearest: AtomicU64::new(NOWHERE),
             small_frames: AtomicU32::new(0),
             held: AtomicBool::new(false),
             whole,
             largest_frame,
+            zeros_beside: 1,
             frame_bytes: AtomicU64::new(largest_frame),
             claims: AtomicU64::new(0),
             settled: AtomicU64::new(0),

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{opcode, types};
-use memlane_kvm::ram::is_zero;
+use memlane_kvm::ram::{GuestRam, is_zero};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{
-    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, RUN_BYTES, Run,
+    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
 };
 
+use super::compress::grown;
 use super::encode::checksum;
 use super::message::Message;
 use super::placing::{By, Placing};
@@ -43,9 +44,11 @@ pub struct Receiver {
     table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
-    /// Where pages arrive that do not go straight to guest memory: those that are placed whole, and those
-    /// of which nothing is there yet.
-    staging: Box<[u8]>,
+    /// Where pages arrive that do not go straight to guest memory: those that are placed whole, those that
+    /// come compressed, and those of which nothing is there yet. As long as was needed at most.
+    staging: Vec<u8>,
+    /// Where compressed ones do before that.
+    block: Vec<u8>,
     /// Runs of the frame of which nothing is there yet.
     fresh: Vec<Range<u64>>,
     sequence: u64,
@@ -63,8 +66,8 @@ impl Receiver {
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
         Ok(Self {
-            // Takes no memory until it is used.
-            staging: vec![0; MAX_PAYLOAD_BYTES as usize].into(),
+            staging: Vec::new(),
+            block: Vec::new(),
             fresh: Vec::with_capacity(MAX_RUNS),
             inbound,
             stats,
@@ -93,7 +96,7 @@ impl Receiver {
     fn receive_frame(&mut self) -> Result<(), LaneError> {
         self.message.fill(&mut self.head[..], &self.inbound.ram, &[]);
         self.read_all()?;
-        let frame = Frame::decode(&self.head[..])?;
+        let frame = Frame::decode_any(&self.head[..])?;
         let expected = self.sequence + 1;
         if frame.sequence != expected {
             return Err(LaneError::Sequence { expected, found: frame.sequence });
@@ -105,6 +108,7 @@ impl Receiver {
         frame.decode_runs(&self.table[..frame.runs * RUN_BYTES], pages, &mut self.runs)?;
         match self.inbound.placing.clone() {
             Some(placing) => self.place(&frame, &placing)?,
+            None if frame.compressed => self.write_decompressed(&frame)?,
             None => self.write(&frame)?,
         }
         self.sequence = expected;
@@ -114,36 +118,70 @@ impl Receiver {
 
     /// Receives the pages beside guest memory, and places them.
     fn place(&mut self, frame: &Frame, placing: &Placing) -> Result<(), LaneError> {
-        let bytes = frame.payload_bytes as usize;
-        self.message.fill(&mut self.staging[..bytes], &self.inbound.ram, &[]);
-        self.read_all()?;
-        let payload = &self.staging[..bytes];
-        check_still(frame, payload)?;
-        placing.place(&self.runs, payload, By::Stream).map_err(LaneError::io("place pages"))
+        let bytes = self.stage(frame)?;
+        let contents = &self.staging[..bytes];
+        check_still(frame, contents)?;
+        placing.place(&self.runs, contents, By::Stream).map_err(LaneError::io("place pages"))
+    }
+
+    /// Receives compressed pages, and copies what they were into guest memory.
+    fn write_decompressed(&mut self, frame: &Frame) -> Result<(), LaneError> {
+        let bytes = self.stage(frame)?;
+        let contents = &self.staging[..bytes];
+        check(frame, || crc32c::crc32c(contents))?;
+        fill(&self.inbound.ram, &self.runs, contents)
+            .map_err(LaneError::io("write pages to the guest's memory"))?;
+        self.empty_runs()
     }
 
     /// Receives the pages straight into guest memory, but for those of which nothing is there yet: each of
     /// them would be a fault in the midst of receiving, which costs more than a copy.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
         let ram = &self.inbound.ram;
-        let mut staged = 0;
-        self.message.clear();
         self.fresh.clear();
-        for run in self.runs.iter().filter(|run| run.content == Content::Data) {
-            if ram.is_fresh(&run.pages) {
-                let buffer = staged..staged + run.payload_bytes() as usize;
-                staged = buffer.end;
-                self.message.add(&mut self.staging[buffer]);
-                self.fresh.push(run.pages.clone());
+        let runs = self.runs.iter().filter(|run| run.content == Content::Data);
+        self.fresh.extend(runs.clone().map(|run| run.pages.clone()).filter(|pages| ram.is_fresh(pages)));
+        let mut staged = grown(&mut self.staging, self.fresh.iter().map(bytes_of).sum());
+        let mut fresh = self.fresh.iter().peekable();
+        self.message.clear();
+        for Run { pages, .. } in runs {
+            if fresh.next_if_eq(&pages).is_some() {
+                let (buffer, rest) = staged.split_at_mut(bytes_of(pages));
+                staged = rest;
+                self.message.add(buffer);
             } else {
                 // What cannot be mapped in one go is when it is written.
-                let _ = ram.map_pages(run.pages.clone());
-                self.message.add_pages(ram, run.pages.clone());
+                let _ = ram.map_pages(pages.clone());
+                self.message.add_pages(ram, pages.clone());
             }
         }
         self.read_all()?;
         self.write_fresh().map_err(LaneError::io("write pages to the guest's memory"))?;
         check(frame, || checksum(&self.inbound.ram, &self.runs))?;
+        self.empty_runs()
+    }
+
+    /// Receives the pages beside guest memory, and returns how many bytes they are. The header has been
+    /// checked, and bounds both lengths.
+    fn stage(&mut self, frame: &Frame) -> Result<usize, LaneError> {
+        let (payload, contents) = (frame.payload_bytes as usize, contents_bytes(&self.runs) as usize);
+        let arriving = if frame.compressed { &mut self.block } else { &mut self.staging };
+        let arriving = grown(arriving, payload);
+        self.message.fill(arriving, &self.inbound.ram, &[]);
+        self.read_all()?;
+        if frame.compressed {
+            let staging = grown(&mut self.staging, contents);
+            let found = lz4_flex::block::decompress_into(&self.block[..payload], staging)?;
+            if found != contents {
+                let what = "the length of the pages in a compressed frame";
+                return Err(WireError::Value { what, found: found as u64 }.into());
+            }
+        }
+        Ok(contents)
+    }
+
+    /// Makes the pages empty that the frame says are.
+    fn empty_runs(&self) -> Result<(), LaneError> {
         for run in &self.runs {
             match run.content {
                 Content::Data => Ok(()),
@@ -160,7 +198,7 @@ impl Receiver {
     fn write_fresh(&self) -> io::Result<()> {
         let mut staged = &self.staging[..];
         for pages in &self.fresh {
-            let (bytes, rest) = staged.split_at(((pages.end - pages.start) * PAGE_SIZE) as usize);
+            let (bytes, rest) = staged.split_at(bytes_of(pages));
             staged = rest;
             self.inbound.ram.write_fresh(pages.clone(), bytes)?;
         }
@@ -242,8 +280,13 @@ impl Receiver {
     fn count(&self, frame: &Frame) {
         let bytes = FRAME_HEADER_BYTES as u64 + (frame.runs * RUN_BYTES) as u64 + frame.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, bytes);
-        LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
-        LaneStats::add(&self.stats.data_pages, frame.payload_bytes / PAGE_SIZE);
+        let contents = contents_bytes(&self.runs);
+        LaneStats::add(&self.stats.acked_bytes, contents);
+        LaneStats::add(&self.stats.data_pages, contents / PAGE_SIZE);
+        if frame.compressed {
+            LaneStats::add(&self.stats.uncompressed_bytes, contents);
+            LaneStats::add(&self.stats.compressed_bytes, frame.payload_bytes);
+        }
         let zeros = self.runs.iter().filter(|run| run.content != Content::Data);
         LaneStats::add(&self.stats.zero_pages, zeros.map(|run| run.pages.end - run.pages.start).sum());
     }
@@ -258,7 +301,8 @@ impl Drop for Receiver {
             // The ring is broken: the kernel may yet write to all of it.
             let message = mem::replace(&mut self.message, Message::new());
             let heads = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
-            mem::forget((self.inbound.clone(), message, heads, mem::take(&mut self.staging)));
+            let contents = (mem::take(&mut self.staging), mem::take(&mut self.block));
+            mem::forget((self.inbound.clone(), message, heads, contents));
         }
     }
 }
@@ -278,6 +322,33 @@ fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Copies the bytes of all runs with data to where they belong.
+fn fill(ram: &GuestRam, runs: &[Run], contents: &[u8]) -> io::Result<()> {
+    let mut rest = contents;
+    for Run { pages, .. } in runs.iter().filter(|run| run.content == Content::Data) {
+        let (mut bytes, left) = rest.split_at(bytes_of(pages));
+        rest = left;
+        if ram.is_fresh(pages) {
+            ram.write_fresh(pages.clone(), bytes)?;
+            continue;
+        }
+        // What cannot be mapped in one go is when it is written.
+        let _ = ram.map_pages(pages.clone());
+        for slice in ram.slices(pages.clone()) {
+            let (piece, left) = bytes.split_at(slice.len);
+            bytes = left;
+            // SAFETY: the slice is as long, and mapped as long as the RAM lives; no guest runs on this
+            // memory yet, and the bytes are our own.
+            unsafe { slice.ptr.copy_from_nonoverlapping(piece.as_ptr(), piece.len()) };
+        }
+    }
+    Ok(())
+}
+
+fn bytes_of(pages: &Range<u64>) -> usize {
+    ((pages.end - pages.start) * PAGE_SIZE) as usize
 }
 
 /// Makes a run of pages zero, without bringing memory into being where there is none.

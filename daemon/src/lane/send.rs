@@ -10,9 +10,13 @@ use std::time::{Duration, Instant};
 use io_uring::{opcode, types};
 use memlane_protocol::liveness::Condition;
 use memlane_protocol::window::{Flow, Window};
-use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
+use memlane_protocol::wire::frame::{
+    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
+    encode_compressed_head,
+};
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 
+use super::compress::{Block, Compressor};
 use super::encode::{claim_frame, encode_frame};
 use super::evidence::Evidence;
 use super::message::Message;
@@ -45,6 +49,8 @@ pub struct Sender {
     silence: Duration,
     pulse: Pulse,
     evidence: Evidence,
+    /// Where the order and the other end allow it.
+    compressor: Option<Compressor>,
     cursor: u64,
     /// Number of the newest frame.
     sequence: u64,
@@ -61,7 +67,10 @@ pub struct Sender {
     /// Acknowledged, but the kernel may still look at them.
     lingering: Vec<Slot>,
     spare: Vec<Slot>,
+    /// Bytes of payload on their way,
     window_bytes: u64,
+    /// and those that have arrived.
+    delivered_bytes: u64,
     /// The newest frame of the window is still being handed to the kernel.
     sending: bool,
     wake_value: Box<u64>,
@@ -77,6 +86,9 @@ struct Slot {
     runs: Vec<Run>,
     head: Vec<u8>,
     message: Box<Message>,
+    /// Bytes of its pages,
+    contents_bytes: u64,
+    /// and what of them is on the wire: less, if they are compressed.
     payload_bytes: u64,
     zero_copy: bool,
     /// The kernel has not yet released the pages of a zero-copy send.
@@ -84,18 +96,20 @@ struct Slot {
 }
 
 impl Sender {
-    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket`. To be
-    /// made on its own thread.
+    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket` to an end
+    /// that `reads_compressed` frames or not. To be made on its own thread.
     pub fn new(
         outbound: Arc<Outbound>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
         (seat, number): (Arc<Seat>, u16),
+        reads_compressed: bool,
         silence: Duration,
     ) -> Result<Self, LaneError> {
         // Lanes begin apart, so that each walks through memory of its own.
         let first = seat.beginning(outbound.ram.pages());
         let pulse = Pulse::new(&*socket);
+        let compress = outbound.compress && reads_compressed;
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: outbound.ram.whole(first..first + 1).start,
@@ -107,6 +121,7 @@ impl Sender {
             silence,
             pulse,
             evidence: Evidence::new(),
+            compressor: compress.then(Compressor::new).flatten(),
             sequence: 0,
             acknowledged: 0,
             window: VecDeque::new(),
@@ -116,6 +131,7 @@ impl Sender {
             lingering: Vec::new(),
             spare: Vec::new(),
             window_bytes: 0,
+            delivered_bytes: 0,
             sending: false,
             wake_value: Box::new(0),
             acks: vec![0; ACK_BYTES * ACKS_AT_ONCE].into(),
@@ -198,17 +214,39 @@ impl Sender {
                 self.full = false;
                 self.limit.rest();
             }
+            if let Some(compressor) = &mut self.compressor {
+                compressor.idle();
+            }
             return Ok(());
         }
         self.sequence += 1;
         slot.sequence = self.sequence;
-        slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
-        slot.zero_copy = self.evidence.choose(slot.payload_bytes);
-        slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
+        slot.contents_bytes = contents_bytes(&slot.runs);
+        if !self.encode_compressed(&mut slot) {
+            slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
+            slot.zero_copy = self.evidence.choose(slot.payload_bytes);
+            slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
+        }
         self.window_bytes += slot.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, slot.message.remaining() as u64);
         self.window.push_back(slot);
         self.submit_newest()
+    }
+
+    /// Makes a frame of what the pages are compressed to, if that is to be done.
+    fn encode_compressed(&mut self, slot: &mut Slot) -> bool {
+        let compressor = self.compressor.as_mut();
+        let block = compressor.and_then(|compressor| compressor.compress(&self.outbound.ram, &slot.runs));
+        let Some(Block { bytes, contents }) = block else { return false };
+        slot.payload_bytes = bytes.len() as u64;
+        slot.zero_copy = false;
+        let checksum = self.outbound.still.load(Ordering::Acquire).then(|| crc32c::crc32c(contents));
+        encode_compressed_head(&mut slot.head, slot.sequence, &slot.runs, checksum, slot.payload_bytes);
+        // The block is left alone until this frame has been handed over, and the next one begins.
+        slot.message.fill_plain(&mut slot.head, bytes);
+        LaneStats::add(&self.stats.uncompressed_bytes, slot.contents_bytes);
+        LaneStats::add(&self.stats.compressed_bytes, slot.payload_bytes);
+        true
     }
 
     /// Hands what remains of the newest frame to the kernel.
@@ -227,8 +265,9 @@ impl Sender {
         };
         // SAFETY: the message and its head lie on the heap and are left alone until the send is
         // complete, the frame acknowledged, and its pages released by the kernel. `outbound`
-        // keeps guest memory mapped. When the lane ends earlier, `drop` waits for the same, or
-        // gives up the memory for good.
+        // keeps guest memory mapped. A compressed block is never sent without copying, and is
+        // written over by the next frame at the earliest, which begins when this send is complete.
+        // When the lane ends earlier, `drop` waits for the same, or gives up the memory for good.
         unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
             .map_err(LaneError::io("submit a frame"))?;
         self.sending = true;
@@ -302,11 +341,14 @@ impl Sender {
 
     fn think_over_the_limit(&mut self) {
         let flow = Flow {
-            acked_bytes: self.stats.acked_bytes.load(Ordering::Relaxed),
+            acked_bytes: self.delivered_bytes,
             round_trip: self.pulse.round_trip(),
             full: mem::take(&mut self.full),
         };
         self.limit.observe(self.pulse.now(), &flow);
+        if let Some(compressor) = &mut self.compressor {
+            compressor.observe(self.pulse.now(), self.delivered_bytes);
+        }
         let wanted = self.limit.bytes();
         // Less than a quarter more is not worth a system call.
         if wanted > self.send_buffer + self.send_buffer / 4 {
@@ -333,7 +375,8 @@ impl Sender {
             }
             self.outbound.settle(1);
             self.window_bytes -= slot.payload_bytes;
-            LaneStats::add(&self.stats.acked_bytes, slot.payload_bytes);
+            self.delivered_bytes += slot.payload_bytes;
+            LaneStats::add(&self.stats.acked_bytes, slot.contents_bytes);
             let rest = if slot.notifications == 0 { &mut self.spare } else { &mut self.lingering };
             rest.push(slot);
         }
@@ -378,6 +421,9 @@ impl Drop for Sender {
         }
         if held == Held::All {
             // The ring is broken: the kernel may yet read guest memory and write to the buffers.
+            if let Some(compressor) = &mut self.compressor {
+                compressor.leak();
+            }
             let buffers = (mem::take(&mut self.acks), mem::take(&mut self.wake_value));
             mem::forget((self.outbound.clone(), buffers));
         }
@@ -391,6 +437,7 @@ impl Slot {
             runs: Vec::with_capacity(MAX_RUNS),
             head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
             message: Message::new(),
+            contents_bytes: 0,
             payload_bytes: 0,
             zero_copy: false,
             notifications: 0,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Counters of one lane. All that count only grow.
 #[derive(Debug, Default)]
 pub struct LaneStats {
-    /// Bytes of pages that were acknowledged.
+    /// Bytes of pages that were acknowledged, as they are before they are compressed.
     pub acked_bytes: AtomicU64,
     /// Bytes of pages, tables and headers that were sent or received.
     pub wire_bytes: AtomicU64,
@@ -18,6 +18,10 @@ pub struct LaneStats {
     pub zero_copy_bytes: AtomicU64,
     /// Payload bytes that the kernel copied.
     pub copied_bytes: AtomicU64,
+    /// Bytes of pages that were compressed,
+    pub uncompressed_bytes: AtomicU64,
+    /// and what became of them.
+    pub compressed_bytes: AtomicU64,
     /// The shortest round trip that its connection has had lately, in microseconds; 0 while unknown.
     pub round_trip_us: AtomicU64,
     /// The lane has ended,
@@ -41,6 +45,10 @@ pub struct Totals {
     pub zero_copy_bytes: u64,
     /// See [`LaneStats`].
     pub copied_bytes: u64,
+    /// See [`LaneStats`].
+    pub uncompressed_bytes: u64,
+    /// See [`LaneStats`].
+    pub compressed_bytes: u64,
 }
 
 impl LaneStats {
@@ -54,6 +62,8 @@ impl LaneStats {
             zero_pages: now(&self.zero_pages),
             zero_copy_bytes: now(&self.zero_copy_bytes),
             copied_bytes: now(&self.copied_bytes),
+            uncompressed_bytes: now(&self.uncompressed_bytes),
+            compressed_bytes: now(&self.compressed_bytes),
         }
     }
 
@@ -71,6 +81,8 @@ impl Totals {
             zero_pages: each(self.zero_pages, other.zero_pages),
             zero_copy_bytes: each(self.zero_copy_bytes, other.zero_copy_bytes),
             copied_bytes: each(self.copied_bytes, other.copied_bytes),
+            uncompressed_bytes: each(self.uncompressed_bytes, other.uncompressed_bytes),
+            compressed_bytes: each(self.compressed_bytes, other.compressed_bytes),
         }
     }
 }

@@ -1,11 +1,16 @@
 //! What a source may believe of its lanes, with real sockets and without.
 
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use memlane_kvm::ram::Backing;
 use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::frame::{
+    Content, FRAME_HEADER_BYTES, RUN_BYTES, contents_bytes, encode_compressed_head,
+};
+use proptest::prelude::*;
 
 use super::encode::claim_frame;
 use super::*;
@@ -78,16 +83,20 @@ fn knows_of_pages_in_hand_and_of_orphans() {
 }
 
 #[test]
-fn a_small_window_bounds_contents_and_not_zeros() {
+fn a_small_window_bounds_contents_and_zeros_hardly() {
     let outbound = Outbound::new(ram());
     fill(&outbound.ram);
     outbound.dirty.insert_range(0..PAGES);
     let (mut cursor, mut runs) = (0, Vec::new());
     claim_frame(&outbound, &mut cursor, 16 * PAGE_SIZE, &mut runs);
-    let contents: u64 = runs.iter().map(Run::payload_bytes).sum();
-    assert!((15..=16).contains(&(contents / PAGE_SIZE)), "{contents} bytes");
-    assert_eq!(outbound.in_flight.count(), cursor);
-    assert!(cursor > 40, "two of three pages are zero: {cursor}");
+    // A page of 16, and two that are taken for an eighth of one, again and again.
+    assert_eq!(contents_bytes(&runs), 13 * PAGE_SIZE);
+    assert_eq!((outbound.in_flight.count(), cursor), (37, 37));
+    let empty = Outbound::new(ram());
+    empty.dirty.insert_range(0..PAGES);
+    let mut cursor = 0;
+    claim_frame(&empty, &mut cursor, 16 * PAGE_SIZE, &mut runs);
+    assert_eq!((runs.len(), cursor), (1, 16 * 8 - 7), "less than a page with contents may take is left");
 }
 
 /// The first lane's peer closes without a word; the second brings everything across.
@@ -99,7 +108,9 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
     let send = |number: u16, socket: Arc<OwnedFd>| {
         let (outbound, lane) = (outbound.clone(), (outbound.take_seat().unwrap(), number));
-        std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
+        std::thread::spawn(move || {
+            Sender::new(outbound, Arc::default(), socket, lane, true, LONG).unwrap().run()
+        })
     };
     outbound.dirty.insert_range(0..PAGES);
 
@@ -140,7 +151,9 @@ fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Ar
     std::thread::scope(|scope| {
         let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
         scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
-        scope.spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run());
+        scope.spawn(|| {
+            Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, true, LONG).unwrap().run()
+        });
         until(|| outbound.all_acknowledged());
         crate::port::hang_up(&*near);
     });
@@ -205,4 +218,76 @@ fn pages_that_were_emptied_are_given_back_at_both_ends() {
     }
     assert_eq!(held_pages(&here), PAGES - 1200 + 1);
     assert_eq!(held_pages(&there), PAGES.div_ceil(3) - 400 + 1);
+}
+
+/// A frame of page 7, whose bytes lie between two runs that have none, as an LZ4 block of `contents`.
+fn compressed(contents: &[u8], checksum: Option<u32>) -> Vec<u8> {
+    let run = |pages, content| Run { pages, content };
+    let runs = [run(5..7, Content::Zero), run(7..8, Content::Data), run(8..9, Content::Hole)];
+    let block = lz4_flex::block::compress(contents);
+    let mut frame = Vec::new();
+    encode_compressed_head(&mut frame, 1, &runs, checksum, block.len() as u64);
+    frame.extend(block);
+    frame
+}
+
+/// What a receiver into `there` ends with when it has been sent this, and the other end has hung up.
+fn received(there: &Arc<GuestRam>, frame: &[u8]) -> LaneError {
+    let (near, far) = connection();
+    TcpStream::from(near).write_all(frame).unwrap();
+    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
+    Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run()
+}
+
+#[test]
+fn compressed_pages_are_written_where_they_belong() {
+    let there = ram();
+    fill(&there);
+    let contents: Vec<u8> =
+        (0..PAGE_SIZE as usize / 16).flat_map(|line| [[line as u8; 8], [7; 8]].concat()).collect();
+    let ended = received(&there, &compressed(&contents, Some(crc32c::crc32c(&contents))));
+    // It may be that the acknowledgement finds nobody.
+    assert!(matches!(ended, LaneError::HungUp | LaneError::Io { .. }), "{ended}");
+    let mut page = [0; PAGE_SIZE as usize];
+    assert!(there.copy_page(7, &mut page) && page[..] == contents);
+    assert_eq!([3, 5, 6, 8, 9].map(|page| first_word(&there, page)), [4, 0, 0, 0, 10]);
+}
+
+#[test]
+fn blocks_that_lie_end_the_lane_and_write_nothing() {
+    let there = ram();
+    let page = vec![7; PAGE_SIZE as usize];
+    let cut = |frame: Vec<u8>| {
+        // The block is there to its end, says the header, and it is none.
+        let head = FRAME_HEADER_BYTES + 3 * RUN_BYTES;
+        [&frame[..head], &vec![0xff; frame.len() - head]].concat()
+    };
+    for (frame, why) in [
+        (compressed(&page[1..], None), "the length of the pages in a compressed frame cannot be 4095"),
+        (compressed(&page.repeat(100), None), "cannot be decompressed"),
+        (cut(compressed(&page, None)), "cannot be decompressed"),
+        (compressed(&page, Some(1)), "checksum of the frame"),
+    ] {
+        let error = received(&there, &frame).to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    assert_eq!(held_pages(&there), 0);
+}
+
+proptest! {
+    /// Whatever is said to be a block: the lane ends, or its page is what a decompressor makes of it.
+    #[test]
+    fn a_block_may_be_anything(block in prop::collection::vec(any::<u8>(), 1..200)) {
+        let there = ram();
+        let mut frame = Vec::new();
+        let runs = [Run { pages: 7..8, content: Content::Data }];
+        encode_compressed_head(&mut frame, 1, &runs, None, block.len() as u64);
+        frame.extend(&block);
+        received(&there, &frame);
+        let mut page = [0; PAGE_SIZE as usize];
+        prop_assert!(there.copy_page(7, &mut page));
+        let expected = lz4_flex::block::decompress(&block, PAGE_SIZE as usize);
+        let expected = expected.ok().filter(|bytes| bytes.len() == page.len());
+        prop_assert_eq!(&page[..], &expected.unwrap_or(vec![0; page.len()])[..]);
+    }
 }

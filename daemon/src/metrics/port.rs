@@ -3,7 +3,8 @@
 use metrics::{Counter, Gauge, Label, counter, gauge};
 
 use super::{
-    BANDWIDTH, BYTES_RECEIVED, BYTES_SENT, COPIED_BYTES, LANES_LOST, LANES_REOPENED, ZERO_COPY_BYTES,
+    BANDWIDTH, BYTES_RECEIVED, BYTES_SENT, COMPRESSED_BYTES, COPIED_BYTES, LANES_LOST, LANES_REOPENED,
+    UNCOMPRESSED_BYTES, ZERO_COPY_BYTES,
 };
 
 /// Meters of one port. Cloned for each lane; each call is an atomic addition.
@@ -13,6 +14,8 @@ pub struct PortMeter {
     received: Counter,
     zero_copy: Counter,
     copied: Counter,
+    uncompressed: Counter,
+    compressed: Counter,
     bandwidth: Gauge,
     lost: Counter,
     reopened: Counter,
@@ -27,6 +30,8 @@ impl PortMeter {
             received: counter!(BYTES_RECEIVED, labels()),
             zero_copy: counter!(ZERO_COPY_BYTES, labels()),
             copied: counter!(COPIED_BYTES, labels()),
+            uncompressed: counter!(UNCOMPRESSED_BYTES, labels()),
+            compressed: counter!(COMPRESSED_BYTES, labels()),
             bandwidth: gauge!(BANDWIDTH, labels()),
             lost: counter!(LANES_LOST, labels()),
             reopened: counter!(LANES_REOPENED, labels()),
@@ -35,6 +40,7 @@ impl PortMeter {
         meter.received(0);
         meter.zero_copy(0);
         meter.copied(0);
+        meter.compressed(0, 0);
         meter.bandwidth(0.0);
         meter.lost(0);
         meter.reopened.increment(0);
@@ -59,6 +65,12 @@ impl PortMeter {
     /// The kernel copied bytes that were to be sent.
     pub fn copied(&self, bytes: u64) {
         self.copied.increment(bytes);
+    }
+
+    /// A lane compressed so many bytes of pages to so many.
+    pub fn compressed(&self, from: u64, to: u64) {
+        self.uncompressed.increment(from);
+        self.compressed.increment(to);
     }
 
     /// What the port's lanes deliver together, measured lately.

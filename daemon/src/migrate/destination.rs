@@ -179,7 +179,8 @@ impl Run {
     fn start(&mut self, lane: ArrivedLane) {
         let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
         let local = self.executor.host.port_address(&port);
-        self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
+        let end = LaneEnd { port, number, local, remote, socket, reads_compressed: false };
+        self.lanes.receive(end, &self.inbound);
     }
 
     async fn hear(&mut self, message: Result<Control, LinkError>) -> Option<Event> {

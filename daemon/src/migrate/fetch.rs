@@ -267,7 +267,8 @@ async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), L
                 // More than that are dropped, and so closed.
                 LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
                 LaneKind::Pages(number) => {
-                    let end = LaneEnd { port, number, local: String::new(), remote, socket };
+                    let (local, reads_compressed) = (String::new(), false);
+                    let end = LaneEnd { port, number, local, remote, socket, reads_compressed };
                     session.lanes.receive(end, &session.inbound);
                 }
             }

@@ -68,6 +68,8 @@ pub struct LaneEnd {
     pub remote: SocketAddr,
     /// The connection.
     pub socket: OwnedFd,
+    /// The other end was asked, and reads compressed frames.
+    pub reads_compressed: bool,
 }
 
 impl Lanes {
@@ -80,12 +82,13 @@ impl Lanes {
     /// Starts a lane that sends from `outbound`.
     pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
         let (outbound, number, seat) = (outbound.clone(), end.number, outbound.take_seat());
+        let reads_compressed = end.reads_compressed;
         self.start(end, false, move |stats, socket| {
             let seat = match seat {
                 Ok(seat) => seat,
                 Err(source) => return LaneError::Io { doing: "make an eventfd", source },
             };
-            match Sender::new(outbound, stats, socket, (seat, number), silence) {
+            match Sender::new(outbound, stats, socket, (seat, number), reads_compressed, silence) {
                 Ok(sender) => sender.run(),
                 Err(error) => error,
             }
@@ -120,7 +123,7 @@ impl Lanes {
         answers: bool,
         work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
     ) {
-        let LaneEnd { port, number, local, remote, socket } = end;
+        let LaneEnd { port, number, local, remote, socket, .. } = end;
         let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
         let (thread_socket, thread_stats) = (socket.clone(), stats.clone());
         let ending = Ending { stats: stats.clone(), running: self.running.clone() };
@@ -283,6 +286,8 @@ impl Lanes {
         progress.bytes_sent = self.wire_bytes();
         progress.pages_sent = self.data_pages();
         progress.zero_pages = self.zero_pages();
+        let Totals { uncompressed_bytes, compressed_bytes, .. } = self.totals();
+        (progress.uncompressed_bytes, progress.compressed_bytes) = (uncompressed_bytes, compressed_bytes);
         progress.lanes = self.lanes.iter().map(Lane::view).collect();
     }
 }
@@ -377,6 +382,7 @@ impl Lane {
         traffic.add(&self.port, fresh.wire_bytes, 0);
         self.meter.zero_copy(fresh.zero_copy_bytes);
         self.meter.copied(fresh.copied_bytes);
+        self.meter.compressed(fresh.uncompressed_bytes, fresh.compressed_bytes);
         let losses = self.losses();
         self.meter.lost((losses - std::mem::replace(&mut self.counted_losses, losses)).into());
         metrics::pages_sent(PageKind::Data, fresh.data_pages);
@@ -399,7 +405,7 @@ mod tests {
         .unwrap();
         let port = "p0".parse().unwrap();
         let (local, remote) = ("here".to_owned(), "[::1]:1".parse().unwrap());
-        (LaneEnd { port, number, local, remote, socket }, peer)
+        (LaneEnd { port, number, local, remote, socket, reads_compressed: false }, peer)
     }
 
     /// Works until it is hung up on.

@@ -238,7 +238,10 @@ impl Server {
     fn show(&self, session: &mut Session, (sent, pages, zeros): (u64, u64, u64)) {
         session.lanes.measure(true);
         self.ticket.update(|progress| {
+            // These lanes compress nothing.
+            let compressed = (progress.uncompressed_bytes, progress.compressed_bytes);
             session.lanes.show(progress);
+            (progress.uncompressed_bytes, progress.compressed_bytes) = compressed;
             progress.bytes_sent += sent;
             progress.pages_sent += pages;
             progress.zero_pages += zeros;

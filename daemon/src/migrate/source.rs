@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::PageSet;
 use memlane_protocol::bandwidth::Bandwidth;
+use memlane_protocol::compression;
 use memlane_protocol::convergence::{Measured, Policy};
 use memlane_protocol::handover::{Action, Event, Message, Outcome, Phase, Source};
 use memlane_protocol::wire::control::Control;
@@ -40,6 +41,8 @@ pub struct Wishes {
     pub policy: Policy,
     /// Compare digests in the pause.
     pub verify: bool,
+    /// Whether lanes may compress.
+    pub compression: compression::Mode,
 }
 
 /// A stage of the work that goes on while messages are listened to.
@@ -80,7 +83,9 @@ impl Run {
         plan: Plan,
         wishes: Wishes,
     ) -> Self {
-        let outbound = Arc::new(Outbound::new(guest.ram.clone()));
+        let mut outbound = Outbound::new(guest.ram.clone());
+        outbound.compress = wishes.compression == compression::Mode::Auto;
+        let outbound = Arc::new(outbound);
         let mut lanes = Lanes::new(host.traffic.clone());
         for end in plan.lanes {
             lanes.send(end, &outbound, host.config.limits.silence);

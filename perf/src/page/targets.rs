@@ -16,6 +16,8 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("busy", "prediction_error_p90_ms", AtMost(20.0)),
     ("postcopy", "p50_vs_qemu", AtMost(1.0)),
     ("postcopy", "p99_vs_qemu", AtMost(1.0)),
+    ("compressible", "compressible_speedup", AtLeast(2.0)),
+    ("compressible", "incompressible_vs_off", AtLeast(0.98)),
     ("zero", "zero_scan_gbytes_per_s", AtLeast(8.0)),
     ("zero", "vs_read", AtLeast(0.8)),
     ("wan", "of_line", AtLeast(0.85)),

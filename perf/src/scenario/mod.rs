@@ -5,6 +5,7 @@
 mod bulk;
 mod busy;
 mod hosts;
+mod compressible;
 mod line;
 mod lostport;
 mod many;
@@ -26,6 +27,7 @@ use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
 pub use hosts::OverSsh;
+pub use compressible::Compressible;
 pub use lostport::LostPort;
 pub use many::Many;
 pub use outrun::Outrun;
@@ -70,6 +72,8 @@ pub enum Order {
     Postcopy(With<Postcopy>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
     Zero(With<Zero>),
+    /// A guest over one port of 1 Gbit/s with compression and without, of memory that LZ4 makes a third of, and of other
+    Compressible(With<Compressible>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
     #[command(name = "lostport")]
     LostPort(With<LostPort>),
@@ -140,6 +144,7 @@ impl Order {
             Self::Outrun(order) => order.carry_out(programs, tell),
             Self::Postcopy(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
+            Self::Compressible(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
             Self::Wan(order) => order.carry_out(programs, tell),

@@ -5,8 +5,8 @@
 //! and to say so to the destination. So `zero_scan_gbytes_per_s` is what one core scans in a second.
 //!
 //! The baseline **read** is one core that reads memory of the same size, with as many zeros, which nobody else uses:
-//! when it has just mapped it, as the daemon has a guest's memory (`vs_read`), and when it has touched every page of it
-//! before, so that no page has to be mapped any more (`vs_mapped_read`).
+//! when it has just mapped it (`vs_read`), and when it has touched every page of it before, so that no page has to be
+//! mapped any more (`vs_mapped_read`). The daemon maps a guest's memory when its VMM comes, in the background.
 
 use anyhow::{Result, ensure};
 use clap::Args;

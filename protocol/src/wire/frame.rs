@@ -3,6 +3,9 @@
 //! A frame is a [header](FRAME_HEADER_BYTES), a table of runs, and the bytes of the runs that
 //! carry any, in the table's order. The header and the table are small and read first, so that
 //! the bytes can be received straight into guest memory.
+//!
+//! In place of those bytes a frame may carry one LZ4 block (without a length in front) that
+//! decompresses to exactly as many: from [`COMPRESSED_SINCE`] on, and never on a lane for faults.
 
 use std::ops::Range;
 
@@ -18,8 +21,11 @@ pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
 pub const RUN_BYTES: usize = size_of::<RawRun>();
 /// Runs in one frame.
 pub const MAX_RUNS: usize = 256;
-/// Bytes of pages in one frame: a huge page, which post-copy has to place in one piece.
+/// Bytes of pages in one frame, compressed or not: a huge page, which post-copy has to place in
+/// one piece.
 pub const MAX_PAYLOAD_BYTES: u64 = 2 << 20;
+/// The first version of the protocol in which frames may be compressed.
+pub const COMPRESSED_SINCE: u16 = 2;
 /// Pages in one run without bytes: 1 GiB.
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
 /// Bytes of an acknowledgement.
@@ -59,11 +65,13 @@ pub struct Frame {
     pub sequence: u64,
     /// Entries in the table of runs, at most [`MAX_RUNS`].
     pub runs: usize,
-    /// Bytes of pages that follow the table, at most [`MAX_PAYLOAD_BYTES`].
+    /// Bytes that follow the table, at most [`MAX_PAYLOAD_BYTES`].
     pub payload_bytes: u64,
-    /// CRC32C of the payload; only while the guest stands still, since live pages change under
-    /// the sum.
+    /// CRC32C of the pages' bytes, as they are before they are compressed; only while the guest
+    /// stands still, since live pages change under the sum.
     pub checksum: Option<u32>,
+    /// The payload is an LZ4 block, and shorter than the pages' bytes.
+    pub compressed: bool,
 }
 
 /// All frames up to one have been written to guest memory.
@@ -83,7 +91,7 @@ pub enum Want {
 }
 
 impl Run {
-    /// Bytes that the run takes in its frame's payload.
+    /// Bytes that the run takes in its frame's payload, before that is compressed.
     pub fn payload_bytes(&self) -> u64 {
         match self.content {
             Content::Data => (self.pages.end - self.pages.start) * PAGE_SIZE,
@@ -92,49 +100,55 @@ impl Run {
     }
 }
 
+/// Bytes of the pages that a frame with these runs brings.
+pub fn contents_bytes(runs: &[Run]) -> u64 {
+    runs.iter().map(Run::payload_bytes).sum()
+}
+
 /// Writes header and table of a frame with these runs to `out`, which is cleared first.
 /// Returns the payload's length in bytes.
 ///
 /// # Panics
 /// If the runs break the limits above or one is empty; the sender keeps them.
 pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Option<u32>) -> u64 {
-    let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
-    assert!(runs.len() <= MAX_RUNS && payload_bytes <= MAX_PAYLOAD_BYTES, "frame over its limits");
-    out.clear();
-    put(
-        out,
-        &RawFrame {
-            magic: FRAME_MAGIC,
-            runs: (runs.len() as u16).into(),
-            flags: (if checksum.is_some() { HAS_CHECKSUM } else { 0 }).into(),
-            sequence: sequence.into(),
-            payload_bytes: (payload_bytes as u32).into(),
-            checksum: checksum.unwrap_or(0).into(),
-        },
-    );
-    for run in runs {
-        let pages = run.pages.end.saturating_sub(run.pages.start);
-        assert!((1..=MAX_ZERO_PAGES).contains(&pages), "run over its limits");
-        put(
-            out,
-            &RawRun {
-                first: run.pages.start.into(),
-                pages: (pages as u32).into(),
-                content: match run.content {
-                    Content::Data => DATA,
-                    Content::Zero => ZERO,
-                    Content::Hole => HOLE,
-                }
-                .into(),
-            },
-        );
-    }
-    payload_bytes
+    let frame = Frame {
+        sequence,
+        runs: runs.len(),
+        payload_bytes: contents_bytes(runs),
+        checksum,
+        compressed: false,
+    };
+    frame.encode(out, runs);
+    frame.payload_bytes
+}
+
+/// The same of a frame whose payload is an LZ4 block of so many bytes.
+///
+/// # Panics
+/// As [`encode_head`]; and if the block is not shorter than the pages' bytes.
+pub fn encode_compressed_head(
+    out: &mut Vec<u8>,
+    sequence: u64,
+    runs: &[Run],
+    checksum: Option<u32>,
+    payload_bytes: u64,
+) {
+    assert!((1..contents_bytes(runs)).contains(&payload_bytes), "a block that is not shorter");
+    Frame { sequence, runs: runs.len(), payload_bytes, checksum, compressed: true }.encode(out, runs);
 }
 
 impl Frame {
-    /// Reads a header, [`FRAME_HEADER_BYTES`] long.
+    /// Reads a header, [`FRAME_HEADER_BYTES`] long, where frames are not compressed.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        Self::read(bytes, HAS_CHECKSUM)
+    }
+
+    /// Reads a header, [`FRAME_HEADER_BYTES`] long, where frames may be compressed.
+    pub fn decode_any(bytes: &[u8]) -> Result<Self, WireError> {
+        Self::read(bytes, HAS_CHECKSUM | COMPRESSED)
+    }
+
+    fn read(bytes: &[u8], known_flags: u16) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
         let raw: &RawFrame = reader.take("frame header")?;
         reader.end()?;
@@ -142,7 +156,7 @@ impl Frame {
             return Err(WireError::Magic { what: "frame", expected: FRAME_MAGIC, found: raw.magic });
         }
         let (flags, runs) = (raw.flags.get(), raw.runs.get());
-        if flags & !HAS_CHECKSUM != 0 {
+        if flags & !known_flags != 0 {
             return Err(WireError::Unknown { what: "frame flags", found: flags.into() });
         }
         let limit = |what, found: u64, limit: u64| match found > limit {
@@ -156,17 +170,19 @@ impl Frame {
             runs: runs.into(),
             payload_bytes: raw.payload_bytes.get().into(),
             checksum: (flags & HAS_CHECKSUM != 0).then_some(raw.checksum.get()),
+            compressed: flags & COMPRESSED != 0,
         })
     }
 
     /// Reads the table that follows this header into `runs`, which is cleared first. Every run
-    /// lies below `pages`, and together they are as long as the header says.
+    /// lies below `pages`, and together they are as long as the header says; longer, and within
+    /// the same limit, if they are compressed.
     pub fn decode_runs(&self, table: &[u8], pages: u64, runs: &mut Vec<Run>) -> Result<(), WireError> {
         runs.clear();
         let mut reader = Reader::new(table);
         let raw = reader.list::<RawRun>("table of runs", self.runs as u64, MAX_RUNS)?;
         reader.end()?;
-        let mut payload_bytes = 0;
+        let mut contents_bytes = 0;
         for run in raw {
             let (first, count) = (run.first.get(), u64::from(run.pages.get()));
             let (content, most) = match run.content.get() {
@@ -190,16 +206,60 @@ impl Frame {
                 return Err(WireError::TooLarge { what: "end of a run of pages", found, limit: pages });
             }
             let run = Run { pages: first..first + count, content };
-            payload_bytes += run.payload_bytes();
+            contents_bytes += run.payload_bytes();
             runs.push(run);
         }
-        if payload_bytes != self.payload_bytes {
+        if contents_bytes > MAX_PAYLOAD_BYTES {
+            let (what, limit) = ("bytes of pages in a frame", MAX_PAYLOAD_BYTES);
+            return Err(WireError::TooLarge { what, found: contents_bytes, limit });
+        }
+        let fits = match self.compressed {
+            true => (1..contents_bytes).contains(&self.payload_bytes),
+            false => self.payload_bytes == contents_bytes,
+        };
+        if !fits {
             return Err(WireError::Value {
                 what: "the length of a frame with these runs",
                 found: self.payload_bytes,
             });
         }
         Ok(())
+    }
+
+    fn encode(&self, out: &mut Vec<u8>, runs: &[Run]) {
+        let within = runs.len() <= MAX_RUNS && contents_bytes(runs) <= MAX_PAYLOAD_BYTES;
+        assert!(within, "frame over its limits");
+        let flag = |set: bool, flag: u16| if set { flag } else { 0 };
+        let flags = flag(self.checksum.is_some(), HAS_CHECKSUM) | flag(self.compressed, COMPRESSED);
+        out.clear();
+        put(
+            out,
+            &RawFrame {
+                magic: FRAME_MAGIC,
+                runs: (self.runs as u16).into(),
+                flags: flags.into(),
+                sequence: self.sequence.into(),
+                payload_bytes: (self.payload_bytes as u32).into(),
+                checksum: self.checksum.unwrap_or(0).into(),
+            },
+        );
+        for run in runs {
+            let pages = run.pages.end.saturating_sub(run.pages.start);
+            assert!((1..=MAX_ZERO_PAGES).contains(&pages), "run over its limits");
+            put(
+                out,
+                &RawRun {
+                    first: run.pages.start.into(),
+                    pages: (pages as u32).into(),
+                    content: match run.content {
+                        Content::Data => DATA,
+                        Content::Zero => ZERO,
+                        Content::Hole => HOLE,
+                    }
+                    .into(),
+                },
+            );
+        }
     }
 }
 
@@ -257,6 +317,7 @@ impl Want {
 }
 
 const HAS_CHECKSUM: u16 = 1;
+const COMPRESSED: u16 = 2;
 const DATA: u32 = 1;
 const ZERO: u32 = 2;
 const HOLE: u32 = 3;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use memlane_protocol::compression::Mode;
 use memlane_protocol::convergence::{Converge, Postcopy};
 use memlaned::api::client::DEFAULT_SOCKET;
 use memlaned::api::types::Order;
@@ -197,6 +198,10 @@ pub struct OrderArgs {
     /// (hybrid). Until the rest has come, the guest is lost if either host dies
     #[arg(long, value_name = "now|hybrid", conflicts_with = "verify")]
     pub postcopy: Option<Postcopy>,
+    /// Compress pages (LZ4) while a port is too slow for them and a processor is free (auto), or never
+    /// (off) [default: the daemon's limits.compression]
+    #[arg(long, value_name = "auto|off")]
+    pub compression: Option<Mode>,
 }
 
 impl OrderArgs {
@@ -212,6 +217,7 @@ impl OrderArgs {
             converge: self.converge.map(Into::into),
             max_stun_percent: self.max_stun,
             postcopy: self.postcopy.map(Into::into),
+            compression: self.compression.map(Into::into),
         }
     }
 }

@@ -74,6 +74,10 @@ pub fn of(migration: &Migration) -> String {
     if migration.bytes_sent > 0 {
         let verb = if migration.role == Role::Source { "sent" } else { "received" };
         row(verb, sent(migration));
+        if migration.compressed_bytes > 0 {
+            let (from, to) = (migration.uncompressed_bytes, migration.compressed_bytes);
+            row("LZ4", format!("{} of these were {}", units::bytes(to), units::bytes(from)));
+        }
         if migration.total_seconds > 0.0 {
             row("rate", units::rate(migration.bytes_sent as f64 / migration.total_seconds));
         }
@@ -218,6 +222,8 @@ mod tests {
         migration.downtime_predicted_seconds = Some(0.0091);
         migration.bytes_sent = 4 << 30;
         migration.pages_sent = 1 << 20;
+        migration.uncompressed_bytes = 9 << 30;
+        migration.compressed_bytes = 3 << 30;
         migration.zero_pages = 1;
         migration.rounds = vec![Round::default(); 3];
         migration.digest_verified = Some(true);
@@ -232,6 +238,7 @@ mod tests {
              total     4.00 s\n  \
              downtime  8.30 ms (predicted 9.10 ms, limit 300 ms)\n  \
              sent      4.00 GiB in 3 rounds: 1,048,576 pages, 1 zero page\n  \
+             LZ4       3.00 GiB of these were 9.00 GiB\n  \
              rate      8.59 Gbit/s\n  \
              port a    ███████████████░░░░░  75 %   3.00 GiB  6.44 Gbit/s, 1 of 2 lanes lost\n  \
              port b    █████░░░░░░░░░░░░░░░  25 %   1.00 GiB  2.15 Gbit/s\n  \

@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn replaying_backwards_gives_the_same() {
-        let fill = Fill { zero: 100, random: 0, compressible: 0 };
+        let fill = Fill { zero: 100, random: 0, compressible: 0, mixed: 0 };
         for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
             let workload =
                 Workload { seed: 3, pattern, rate: Rate::FlatOut, working_set_pages: 11, readers: 0, fill };

@@ -56,6 +56,8 @@ pub struct Fill {
     pub random: u8,
     /// Pages that a compressor makes small.
     pub compressible: u8,
+    /// Pages that LZ4 makes a third of.
+    pub mixed: u8,
 }
 
 /// One write of 8 bytes.
@@ -247,16 +249,23 @@ impl Fill {
     pub fn write(&self, seed: u64, page: u64, into: &mut [u64; SLOTS]) {
         let mut random = mix(seed ^ mix(!page)) | 1;
         let draw = self.draw(seed, page);
-        if draw < u64::from(self.zero) {
+        let mut next = || {
+            random = step(random);
+            random
+        };
+        let (zero, random) = (u64::from(self.zero), u64::from(self.random));
+        if draw < zero {
             into.fill(0);
-        } else if draw < u64::from(self.zero) + u64::from(self.random) {
-            for slot in into {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                *slot = random;
+        } else if draw < zero + random {
+            into.fill_with(next);
+        } else if draw < zero + random + u64::from(self.mixed) {
+            // Like records: 14 bytes of each are its own, and the others those of the one before.
+            for slots in into.chunks_mut(8) {
+                let (short, long) = (next() >> 16, next());
+                slots.copy_from_slice(&[short, page, 0, 0x2020_2020_2020_2020, page, long, seed, page]);
             }
         } else {
+            let random = next();
             // Like a table: one line over and over, with a counter in it.
             for (line, slots) in into.chunks_mut(8).enumerate() {
                 slots.copy_from_slice(&[random, page, line as u64, 0, 0, 0, 0x2020_2020_2020_2020, random]);
@@ -293,7 +302,7 @@ impl FromStr for Fill {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut fill = Self { zero: 0, random: 0, compressible: 0 };
+        let mut fill = Self { zero: 0, random: 0, compressible: 0, mixed: 0 };
         for share in text.split(',') {
             let parsed = share.split_once('=').and_then(|(name, value)| {
                 let percent = value.parse::<u8>().ok().filter(|percent| *percent <= 100)?;
@@ -301,6 +310,7 @@ impl FromStr for Fill {
                     "zero" => fill.zero = percent,
                     "random" => fill.random = percent,
                     "compressible" => fill.compressible = percent,
+                    "mixed" => fill.mixed = percent,
                     _ => return None,
                 }
                 Some(())
@@ -309,7 +319,8 @@ impl FromStr for Fill {
                 return Err(format!("{share:?} is no share; write zero=50,random=30,compressible=20"));
             }
         }
-        match u32::from(fill.zero) + u32::from(fill.random) + u32::from(fill.compressible) {
+        match [fill.zero, fill.random, fill.compressible, fill.mixed].into_iter().map(u32::from).sum::<u32>()
+        {
             100 => Ok(fill),
             sum => Err(format!("the shares add up to {sum} percent, and must make 100")),
         }
@@ -329,7 +340,7 @@ mod tests {
     use super::*;
 
     fn workload(pattern: Pattern) -> Workload {
-        let fill = Fill { zero: 50, random: 30, compressible: 20 };
+        let fill = Fill { zero: 50, random: 30, compressible: 20, mixed: 0 };
         Workload { seed: 1, pattern, rate: Rate::FlatOut, working_set_pages: 1000, readers: 0, fill }
     }
 
@@ -412,6 +423,17 @@ mod tests {
         }
         assert!((46_000..54_000).contains(&zero), "{zero}");
         assert!((26_000..34_000).contains(&random), "{random}");
+    }
+
+    #[test]
+    fn records_have_fields_of_their_own_and_others() {
+        let fill: Fill = "mixed=100".parse().unwrap();
+        let mut page = [0; SLOTS];
+        fill.write(7, 3, &mut page);
+        for (one, next) in page.chunks(8).zip(page[8..].chunks(8)) {
+            let differ = (0..8).filter(|field| one[*field] != next[*field]).collect::<Vec<_>>();
+            assert_eq!((differ, one[0] >> 48), (vec![0, 5], 0));
+        }
     }
 
     #[test]

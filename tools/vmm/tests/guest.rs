@@ -37,7 +37,7 @@ fn config(kvm: bool) -> Config {
             rate: Rate::FlatOut,
             working_set_pages: 1500,
             readers: 0,
-            fill: Fill { zero: 50, random: 30, compressible: 20 },
+            fill: Fill { zero: 50, random: 30, compressible: 20, mixed: 0 },
         },
         nics: vec![],
         without: vec![],

@@ -55,13 +55,17 @@ pub struct Migration {
     pub pages_remaining: u64,
     /// Bytes on the wire, headers included.
     pub bytes_sent: u64,
+    /// Bytes of pages that were compressed before they were sent,
+    pub uncompressed_bytes: u64,
+    /// and what became of them on the wire.
+    pub compressed_bytes: u64,
     /// Pages sent with their contents; a page sent twice counts twice.
     pub pages_sent: u64,
     /// Pages sent as zeroes, without contents.
     pub zero_pages: u64,
     /// Pages sent as holes, without being read.
     pub hole_pages: u64,
-    /// What all lanes deliver together, measured lately.
+    /// Bytes of pages, as they are before they are compressed, that all lanes deliver together, measured lately.
     pub bandwidth_bytes_per_second: f64,
     /// Rounds so far; the last one may be under way.
     pub rounds: Vec<Round>,
@@ -264,6 +268,8 @@ impl Migration {
             pages_total: 0,
             pages_remaining: 0,
             bytes_sent: 0,
+            uncompressed_bytes: 0,
+            compressed_bytes: 0,
             pages_sent: 0,
             zero_pages: 0,
             hole_pages: 0,

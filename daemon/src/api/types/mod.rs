@@ -13,4 +13,6 @@ pub use host::{GuestInfo, NicInfo, PeerInfo, PortInfo, Standing, Status};
 pub use migration::{
     Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Postcopy, Role, Round, Stun,
 };
-pub use order::{CheckReport, Converge, Estimate, Finding, Order, PortCheck, Severity, WhenPostcopy};
+pub use order::{
+    CheckReport, Compression, Converge, Estimate, Finding, Order, PortCheck, Severity, WhenPostcopy,
+};

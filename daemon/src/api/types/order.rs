@@ -1,6 +1,6 @@
 //! What is ordered, and what a dry run of it finds.
 
-use memlane_protocol::convergence;
+use memlane_protocol::{compression, convergence};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -38,6 +38,9 @@ pub struct Order {
     /// would shrink.
     #[serde(default)]
     pub postcopy: Option<WhenPostcopy>,
+    /// Whether lanes may compress pages; default: the daemon's `limits.compression`.
+    #[serde(default)]
+    pub compression: Option<Compression>,
 }
 
 /// What to do with a guest that writes faster than the ports carry.
@@ -100,6 +103,34 @@ impl From<convergence::Postcopy> for WhenPostcopy {
         match when {
             convergence::Postcopy::Now => Self::Now,
             convergence::Postcopy::Hybrid => Self::Hybrid,
+        }
+    }
+}
+
+/// Whether lanes compress what they send (LZ4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// While a lane is held up by its wire and a processor is free, and only what becomes much smaller.
+    Auto,
+    /// Never.
+    Off,
+}
+
+impl From<Compression> for compression::Mode {
+    fn from(mode: Compression) -> Self {
+        match mode {
+            Compression::Auto => Self::Auto,
+            Compression::Off => Self::Off,
+        }
+    }
+}
+
+impl From<compression::Mode> for Compression {
+    fn from(mode: compression::Mode) -> Self {
+        match mode {
+            compression::Mode::Auto => Self::Auto,
+            compression::Mode::Off => Self::Off,
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::PAGE_SIZE;
 use crate::wire::WireError;
 use crate::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES,
-    RUN_BYTES, Run, WANT_BYTES, Want, encode_head,
+    RUN_BYTES, Run, WANT_BYTES, Want, contents_bytes, encode_compressed_head, encode_head,
 };
 
 /// Pages of data that fit into a frame.
@@ -28,10 +28,40 @@ proptest! {
         prop_assert_eq!(head.len(), FRAME_HEADER_BYTES + runs.len() * RUN_BYTES);
         let (header, table) = head.split_at(FRAME_HEADER_BYTES);
         let frame = Frame::decode(header);
-        prop_assert_eq!(&frame, &Ok(Frame { sequence, runs: runs.len(), payload_bytes, checksum }));
+        let compressed = false;
+        prop_assert_eq!(&frame, &Ok(Frame { sequence, runs: runs.len(), payload_bytes, checksum, compressed }));
+        prop_assert_eq!(&Frame::decode_any(header), &frame);
         let mut found = vec![data(0, 1)];
         prop_assert_eq!(frame.unwrap().decode_runs(table, pages, &mut found), Ok(()));
         prop_assert_eq!(found, runs);
+    }
+
+    #[test]
+    fn a_compressed_frame_comes_back_where_it_may_come(
+        (pages, runs) in strategies::frame(),
+        share in 0.0..1.0f64,
+        checksum: Option<u32>,
+    ) {
+        let contents = contents_bytes(&runs);
+        prop_assume!(contents > 0);
+        let payload_bytes = ((contents as f64 * share) as u64).max(1);
+        let mut head = Vec::new();
+        encode_compressed_head(&mut head, 5, &runs, checksum, payload_bytes);
+        let (header, table) = head.split_at(FRAME_HEADER_BYTES);
+        let refused = Frame::decode(header).unwrap_err();
+        prop_assert!(matches!(refused, WireError::Unknown { what: "frame flags", .. }), "{}", refused);
+        let frame = Frame::decode_any(header).unwrap();
+        let (runs_in_table, compressed) = (runs.len(), true);
+        let expected = Frame { sequence: 5, runs: runs_in_table, payload_bytes, checksum, compressed };
+        prop_assert_eq!(frame, expected);
+        let mut found = Vec::new();
+        prop_assert_eq!(frame.decode_runs(table, pages, &mut found), Ok(()));
+        prop_assert_eq!(found, runs);
+        // One that is as long as what is in it, or empty, is none.
+        for payload_bytes in [0, contents, contents + 1] {
+            let frame = Frame { payload_bytes, ..frame };
+            prop_assert!(frame.decode_runs(table, pages, &mut Vec::new()).is_err());
+        }
     }
 
     #[test]
@@ -72,14 +102,16 @@ proptest! {
     #[test]
     fn a_frame_may_say_anything(
         pages in 0..1000u64,
-        flags in 0..3u16,
+        flags in 0..5u16,
         runs in prop::collection::vec(
             (prop_oneof![0..1000u64, any::<u64>()], 0..300u32, 0..5u32),
             0..6,
         ),
         payload_pages in 0..300u32,
+        less in 0..2u32,
     ) {
-        let header = header(runs.len() as u16, flags, payload_pages * PAGE_SIZE as u32);
+        let payload_bytes = (payload_pages * PAGE_SIZE as u32).saturating_sub(less);
+        let header = header(runs.len() as u16, flags, payload_bytes);
         let runs = runs.into_iter().map(|(first, pages, content)| entry(first, pages, content));
         survives(&[header, runs.collect::<Vec<_>>().concat()].concat(), pages)?;
     }
@@ -112,7 +144,8 @@ proptest! {
 /// Reads a frame as a lane does; what is believed is within all bounds.
 fn survives(bytes: &[u8], pages: u64) -> TestCaseResult {
     let (header, rest) = bytes.split_at(FRAME_HEADER_BYTES.min(bytes.len()));
-    let Ok(frame) = Frame::decode(header) else { return Ok(()) };
+    let Ok(frame) = Frame::decode_any(header) else { return Ok(()) };
+    prop_assert_eq!(Frame::decode(header).is_ok(), !frame.compressed);
     prop_assert!(frame.runs <= MAX_RUNS && frame.payload_bytes <= MAX_PAYLOAD_BYTES);
     let table = &rest[..rest.len().min(frame.runs * RUN_BYTES)];
     let mut runs = Vec::new();
@@ -124,10 +157,16 @@ fn survives(bytes: &[u8], pages: u64) -> TestCaseResult {
         prop_assert!(run.pages.start < run.pages.end && run.pages.end <= pages, "{run:?} of {pages}");
         prop_assert!(run.pages.end - run.pages.start <= MAX_ZERO_PAGES);
     }
-    prop_assert_eq!(runs.iter().map(Run::payload_bytes).sum::<u64>(), frame.payload_bytes);
+    let contents = contents_bytes(&runs);
+    prop_assert!(contents <= MAX_PAYLOAD_BYTES);
     let mut again = Vec::new();
-    prop_assert_eq!(encode_head(&mut again, frame.sequence, &runs, frame.checksum), frame.payload_bytes);
-    prop_assert_eq!(Frame::decode(&again[..FRAME_HEADER_BYTES]), Ok(frame));
+    if frame.compressed {
+        prop_assert!(frame.payload_bytes > 0 && frame.payload_bytes < contents);
+        encode_compressed_head(&mut again, frame.sequence, &runs, frame.checksum, frame.payload_bytes);
+    } else {
+        prop_assert_eq!(encode_head(&mut again, frame.sequence, &runs, frame.checksum), contents);
+    }
+    prop_assert_eq!(Frame::decode_any(&again[..FRAME_HEADER_BYTES]), Ok(frame));
     Ok(())
 }
 
@@ -158,6 +197,8 @@ fn a_header_over_its_limits_is_refused() {
         let want = Err(WireError::Unknown { what: "frame flags", found: flags.into() });
         assert_eq!(Frame::decode(&header(1, flags, 0)), want);
     }
+    let want = Err(WireError::Unknown { what: "frame flags", found: 6 });
+    assert_eq!(Frame::decode_any(&header(1, 6, 0)), want);
     assert!(Frame::decode(&header(MAX_RUNS as u16, 1, MAX_PAYLOAD_BYTES as u32)).is_ok());
 }
 
@@ -204,14 +245,26 @@ fn runs_are_together_as_long_as_the_header_says() {
     }
     // Each run is within its limit, and all of them are not.
     let table = [entry(0, MAX_DATA_PAGES as u32, 1), entry(0, 1, 1)].concat();
-    let frame = Frame { sequence: 1, runs: 2, payload_bytes: MAX_PAYLOAD_BYTES, checksum: None };
-    assert!(frame.decode_runs(&table, PAGES, &mut Vec::new()).is_err());
+    for compressed in [false, true] {
+        let (sequence, payload_bytes, checksum) = (1, MAX_PAYLOAD_BYTES, None);
+        let frame = Frame { sequence, runs: 2, payload_bytes, checksum, compressed };
+        let found = MAX_PAYLOAD_BYTES + PAGE_SIZE;
+        let refused =
+            WireError::TooLarge { what: "bytes of pages in a frame", found, limit: MAX_PAYLOAD_BYTES };
+        assert_eq!(frame.decode_runs(&table, PAGES, &mut Vec::new()), Err(refused));
+    }
 }
 
 #[test]
 #[should_panic = "frame over its limits"]
 fn too_much_data_is_not_encoded() {
     encode_head(&mut Vec::new(), 1, &[data(0, MAX_DATA_PAGES), data(0, 1)], None);
+}
+
+#[test]
+#[should_panic = "a block that is not shorter"]
+fn a_block_that_is_not_shorter_is_not_encoded() {
+    encode_compressed_head(&mut Vec::new(), 1, &[data(0, 1)], None, PAGE_SIZE);
 }
 
 #[test]
@@ -232,7 +285,7 @@ fn data(first: u64, pages: u64) -> Run {
 }
 
 fn decode_one(table: Vec<u8>, payload_bytes: u64) -> Result<(), WireError> {
-    let frame = Frame { sequence: 1, runs: 1, payload_bytes, checksum: None };
+    let frame = Frame { sequence: 1, runs: 1, payload_bytes, checksum: None, compressed: false };
     frame.decode_runs(&table, PAGES, &mut Vec::new())
 }
 

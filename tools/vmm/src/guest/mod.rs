@@ -206,7 +206,7 @@ mod tests {
     }
 
     fn workload(working_set_pages: u64, readers: u16) -> Workload {
-        let fill = Fill { zero: 100, random: 0, compressible: 0 };
+        let fill = Fill { zero: 100, random: 0, compressible: 0, mixed: 0 };
         let (pattern, rate) = (Pattern::Uniform, Rate::FlatOut);
         Workload { seed: 1, pattern, rate, working_set_pages, readers, fill }
     }

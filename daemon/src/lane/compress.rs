@@ -1,0 +1,217 @@
+//! LZ4 at the sending end: a frame's pages, copied and compressed.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use lz4_flex::block::{compress_into, get_maximum_output_size};
+use memlane_kvm::ram::GuestRam;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::compression::{Compression, Load};
+use memlane_protocol::wire::frame::{Content, Run, contents_bytes};
+
+/// Of so many pages of a frame one is looked at.
+const SAMPLED: u64 = 16;
+
+/// Compresses what one lane sends, where that is worth it. Its buffers hold one frame.
+pub struct Compressor {
+    decisions: Compression,
+    clock: ThreadClock,
+    /// Contents as they were when they were looked at: the guest goes on writing its own.
+    contents: Vec<u8>,
+    block: Vec<u8>,
+}
+
+/// What is to be sent in place of a frame's pages.
+pub struct Block<'a> {
+    /// The compressed bytes.
+    pub bytes: &'a mut [u8],
+    /// What was compressed.
+    pub contents: &'a [u8],
+}
+
+impl Compressor {
+    /// For the calling thread's lane. `None` where nobody can tell what holds that up.
+    pub fn new() -> Option<Self> {
+        let clock = ThreadClock::open()?;
+        let (contents, block) = (Vec::new(), Vec::new());
+        Some(Self { decisions: Compression::default(), clock, contents, block })
+    }
+
+    /// The lane has nothing to send.
+    pub fn idle(&mut self) {
+        self.decisions.idle();
+    }
+
+    /// Takes in how the lane does at `now`, a time since any fixed moment, when so many bytes of payload
+    /// were acknowledged.
+    pub fn observe(&mut self, now: Duration, wire_bytes: u64) {
+        if self.decisions.is_due(now)
+            && let Some((ran, crowded)) = self.clock.read()
+        {
+            self.decisions.observe(now, Load { wire_bytes, ran, crowded });
+        }
+    }
+
+    /// The pages of a frame in a shorter form, if they have one and it is worth the work.
+    pub fn compress(&mut self, ram: &GuestRam, runs: &[Run]) -> Option<Block<'_>> {
+        let bytes = contents_bytes(runs);
+        if !self.decisions.wants_sample(bytes) {
+            return None;
+        }
+        let sample = runs.iter().filter(|run| run.content == Content::Data).flat_map(sampled_pages);
+        let (sampled, compressed) = self.sample(ram, sample);
+        if !self.decisions.judge_sample(sampled, compressed) {
+            return None;
+        }
+        let began = Instant::now();
+        let filled = copy(ram, runs, grown(&mut self.contents, bytes as usize))?;
+        let block = grown(&mut self.block, get_maximum_output_size(filled.len()));
+        let length = compress_into(filled, block).ok()?;
+        let worth = self.decisions.judge_frame(bytes, length as u64, began.elapsed());
+        let contents = &self.contents[..bytes as usize];
+        worth.then_some(Block { bytes: &mut self.block[..length], contents })
+    }
+
+    /// Bytes of these pages, and what each of them by itself becomes, together.
+    fn sample(&mut self, ram: &GuestRam, pages: impl Iterator<Item = u64>) -> (u64, u64) {
+        let mut page = [0; PAGE_SIZE as usize];
+        let block = grown(&mut self.block, get_maximum_output_size(page.len()));
+        let (mut sampled, mut compressed) = (0, 0);
+        for number in pages {
+            if ram.copy_page(number, &mut page) {
+                sampled += PAGE_SIZE;
+                compressed += compress_into(&page, block).map_or(PAGE_SIZE, |bytes| bytes as u64);
+            }
+        }
+        (sampled, compressed)
+    }
+
+    /// What the kernel may still read when its ring is broken.
+    pub fn leak(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.block));
+    }
+}
+
+/// Some of a run's pages, in the middle of where they stand for others.
+fn sampled_pages(run: &Run) -> impl Iterator<Item = u64> + use<> {
+    let pages = run.pages.clone();
+    let middle = (pages.end - pages.start).min(SAMPLED) / 2;
+    (pages.start + middle..pages.end).step_by(SAMPLED as usize)
+}
+
+fn copy<'a>(ram: &GuestRam, runs: &[Run], into: &'a mut [u8]) -> Option<&'a [u8]> {
+    let mut rest = &mut *into;
+    for run in runs.iter().filter(|run| run.content == Content::Data) {
+        let (piece, left) = rest.split_at_mut(run.payload_bytes() as usize);
+        rest = left;
+        if !ram.copy_pages(run.pages.clone(), piece) {
+            return None;
+        }
+    }
+    Some(into)
+}
+
+/// The beginning of `buffer`, which is made as long if it is not.
+pub fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    if buffer.len() < bytes {
+        buffer.resize(bytes, 0);
+    }
+    &mut buffer[..bytes]
+}
+
+/// What the scheduler knows of the calling thread: `schedstat` of proc(5).
+struct ThreadClock(File);
+
+impl ThreadClock {
+    fn open() -> Option<Self> {
+        let clock = Self(File::open("/proc/thread-self/schedstat").ok()?);
+        clock.read().is_some().then_some(clock)
+    }
+
+    /// Time for which the thread ran, and for which it waited for a processor.
+    fn read(&self) -> Option<(Duration, Duration)> {
+        let mut bytes = [0; 128];
+        let count = rustix::io::pread(&self.0, &mut bytes, 0).ok()?;
+        let text = std::str::from_utf8(&bytes[..count]).ok()?;
+        let mut times = text.split_whitespace().map_while(|field| field.parse().ok());
+        Some((Duration::from_nanos(times.next()?), Duration::from_nanos(times.next()?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memlane_kvm::ram::Backing;
+
+    use super::*;
+
+    const PAGES: u64 = 64;
+
+    /// One that a wire of 100 MB/s holds up.
+    fn held_up() -> Compressor {
+        let mut compressor =
+            Compressor { clock: ThreadClock(File::open("/dev/null").unwrap()), ..Compressor::new().unwrap() };
+        let idle = Load { wire_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
+        for second in 0..2 {
+            let load = Load { wire_bytes: second * 100_000_000, ..idle };
+            compressor.decisions.observe(Duration::from_secs(second), load);
+        }
+        compressor
+    }
+
+    /// Memory whose lines all begin alike; `noise` of the 8 words of a line are of no pattern.
+    fn ram(noise: usize) -> GuestRam {
+        let ram = GuestRam::create(&[(0, PAGES * PAGE_SIZE)], &Backing::Memfd).unwrap();
+        let slice = ram.slices(0..PAGES).next().unwrap();
+        let mut random = 1u64;
+        for word in 0..slice.len / 8 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let value = if word % 8 < noise { random ^ random >> 29 } else { 5 };
+            // SAFETY: within the slice, which nobody else uses.
+            unsafe { slice.ptr.cast::<u64>().add(word).write(value) };
+        }
+        ram
+    }
+
+    fn run(pages: std::ops::Range<u64>, content: Content) -> Run {
+        Run { pages, content }
+    }
+
+    #[test]
+    fn pages_are_compressed_in_the_order_of_their_runs() {
+        let runs = [run(40..50, Content::Data), run(50..60, Content::Zero), run(3..33, Content::Data)];
+        let (mut compressor, ram) = (held_up(), ram(2));
+        let block = compressor.compress(&ram, &runs).unwrap();
+        let mut expected = vec![0; 40 * PAGE_SIZE as usize];
+        let (first, second) = expected.split_at_mut(10 * PAGE_SIZE as usize);
+        assert!(ram.copy_pages(40..50, first) && ram.copy_pages(3..33, second));
+        assert!(block.contents == expected && 2 * block.bytes.len() < expected.len());
+        let decompressed = lz4_flex::block::decompress(block.bytes, expected.len()).unwrap();
+        assert!(decompressed == expected);
+    }
+
+    #[test]
+    fn what_has_no_pattern_stays_and_so_does_what_no_wire_holds_up() {
+        let runs = [run(0..PAGES, Content::Data)];
+        assert!(held_up().compress(&ram(8), &runs).is_none());
+        assert!(Compressor::new().unwrap().compress(&ram(2), &runs).is_none());
+        assert!(held_up().compress(&ram(2), &[run(0..PAGES + 1, Content::Data)]).is_none(), "no such pages");
+        assert!(held_up().compress(&ram(2), &[run(0..PAGES, Content::Zero)]).is_none());
+    }
+
+    #[test]
+    fn a_thread_has_run() {
+        let Some(clock) = ThreadClock::open() else { return };
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(20) {}
+        assert!(clock.read().unwrap().0 > Duration::ZERO);
+    }
+
+    #[test]
+    fn samples_are_spread_over_a_run() {
+        let pages = |pages| sampled_pages(&Run { pages, content: Content::Data }).collect::<Vec<_>>();
+        assert_eq!(pages(5..6), [5]);
+        assert_eq!(pages(0..7), [3]);
+        assert_eq!(pages(100..140), [108, 124]);
+        assert_eq!(pages(0..256).len(), 16);
+    }
+}
