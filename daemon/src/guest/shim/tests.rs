@@ -6,7 +6,7 @@ use std::path::Path;
 
 use memlane_kvm::packet;
 use memlane_kvm::userfault::{Userfault, WRITE_PROTECT_ASYNC};
-use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm};
+use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm, VERSIONS};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::*;
@@ -54,7 +54,7 @@ impl Bench {
 
     async fn shim(&self) -> Peer {
         let (peer, answer) = self.greet(FromVmm::Shim { oldest: 1, newest: 9 }).await;
-        assert_eq!(answer, Some(ToVmm::Welcome { version: 1 }));
+        assert_eq!(answer, Some(ToVmm::Welcome { version: VERSIONS.1 }));
         peer
     }
 
