@@ -9,7 +9,9 @@ use super::text::RawLabel;
 use super::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
 
 /// Versions of the protocol between daemons that this build speaks, oldest and newest.
-pub const VERSIONS: (u16, u16) = (1, 1);
+///
+/// Since 2 digests name their pieces, and pieces of zeros have none.
+pub const VERSIONS: (u16, u16) = (2, 2);
 /// Bytes of a [`Hello`].
 pub const HELLO_BYTES: usize = size_of::<RawHello>();
 /// Bytes of an [`Answer`] before its text.
