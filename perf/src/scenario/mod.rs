@@ -10,6 +10,7 @@ mod many;
 mod outrun;
 mod qemu;
 mod shaped;
+mod sparse;
 mod wan;
 mod writer;
 mod zero;
@@ -27,6 +28,7 @@ pub use many::Many;
 pub use outrun::Outrun;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
+pub use sparse::Sparse;
 pub use wan::Wan;
 pub use zero::Zero;
 
@@ -66,6 +68,8 @@ pub enum Order {
     LostPort(With<LostPort>),
     /// 8 guests at once, against one that has as much memory as all of them
     Many(With<Many>),
+    /// A guest of 24 TiB of which 1 GiB is resident, against one that has nothing else
+    Sparse(With<Sparse>),
     /// One port of 1 Gbit/s with a round trip of 150 ms, against what it carries
     Wan(With<Wan>),
     /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
@@ -127,6 +131,7 @@ impl Order {
             Self::Zero(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
+            Self::Sparse(order) => order.carry_out(programs, tell),
             Self::Wan(order) => order.carry_out(programs, tell),
             Self::Qemu(order) => order.carry_out(programs, tell),
         }
