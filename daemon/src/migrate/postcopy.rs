@@ -157,6 +157,6 @@ mod tests {
     fn gaps_and_parts_make_all() {
         assert_eq!(gaps(&(0..9), &[]), vec![0..9]);
         assert_eq!(gaps(&(0..9), &[2..3, 3..5, 8..9]), [0..2, 5..8]);
-        assert_eq!(gaps(&(0..9), &[0..9]), vec![0..0; 0]);
+        assert!(gaps(&(0..9), &[0..4, 4..9]).is_empty());
     }
 }
