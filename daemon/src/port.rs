@@ -171,8 +171,6 @@ pub struct Opened {
     pub local: SocketAddr,
     /// Time that a greeting and its answer took.
     pub round_trip: Duration,
-    /// Version of the protocol that both ends speak.
-    pub version: u16,
 }
 
 /// Connects from `port` to `remote` and greets. Blocks for a few seconds at the most.
@@ -196,14 +194,11 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     let greeted = Instant::now();
     let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
     let round_trip = greeted.elapsed();
-    let version = match answer {
-        Answer::Welcome { version } => version,
-        Answer::Refused { reason } => {
-            return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
-        }
-    };
+    if let Answer::Refused { reason } = answer {
+        return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
+    }
     let local = stream.local_addr().map_err(failed("look at a connection"))?;
-    Ok(Opened { socket: stream.into(), local, round_trip, version })
+    Ok(Opened { socket: stream.into(), local, round_trip })
 }
 
 fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {

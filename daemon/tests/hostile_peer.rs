@@ -17,7 +17,7 @@ use memlane_protocol::wire::control::{Accept, Control, Port};
 use memlane_protocol::wire::frame::{
     Ack, Content, FRAME_HEADER_BYTES, Run, encode_compressed_head, encode_head,
 };
-use memlane_protocol::wire::hello::{Answer, Purpose};
+use memlane_protocol::wire::hello::{Answer, Purpose, VERSIONS};
 use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 const PAGE: usize = 4096;
@@ -35,10 +35,11 @@ fn versions_and_names() {
     for port in [CONTROL_PORT, LANE_PORT] {
         let versions =
             |oldest, newest| answer_to(port, &|hello| (hello.oldest, hello.newest) = (oldest, newest));
-        assert_eq!(versions(1, 9), Answer::Welcome { version: 2 });
-        assert_eq!(versions(1, 1), Answer::Welcome { version: 1 });
+        let (oldest, newest) = VERSIONS;
+        assert_eq!(versions(oldest, 9), Answer::Welcome { version: newest });
         let Answer::Refused { reason } = versions(9, 9) else { panic!("version 9 is welcome") };
-        for part in ["this host speaks versions 1 to 2", "host-a speaks 9 to 9", "upgrade the older one"] {
+        let ours = format!("this host speaks versions {oldest} to {newest}");
+        for part in [ours.as_str(), "host-a speaks 9 to 9", "upgrade the older one"] {
             assert!(reason.contains(part), "{reason}");
         }
     }

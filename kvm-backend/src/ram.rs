@@ -256,6 +256,19 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Takes `pages` from the guest, as a VMM does for its balloon: they are zero from now on, and trackers
+    /// find that.
+    pub fn discard(&self, pages: Range<u64>) -> io::Result<()> {
+        // Holes stay as they are, and are not to be found.
+        let held = self.data_extents(pages)?;
+        for extent in held {
+            self.punch(extent.clone())?;
+            // Afterwards, as with writes.
+            self.marks.insert_range(extent);
+        }
+        Ok(())
+    }
+
     /// Takes memory for `pages` and maps it for writing (`MADV_POPULATE_WRITE`), so that the
     /// first write to them costs nothing more. What the pages hold stays.
     pub fn prepare(&self, pages: Range<u64>) -> io::Result<()> {

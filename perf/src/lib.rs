@@ -9,6 +9,7 @@ pub mod baseline;
 pub mod cpu;
 pub mod memlane;
 pub mod page;
+pub mod peak;
 mod picture;
 pub mod report;
 pub mod scenario;

@@ -1,4 +1,4 @@
-//! [`PageSet`]: which pages of a guest, as a two-level bitmap that many threads share.
+//! [`PageSet`]: which pages of a guest, as a bitmap that many threads share, under two levels of summary.
 //!
 //! Pages are numbered densely over a guest's regions in order, so gaps in the guest's address
 //! space cost nothing. A page is always 4 KiB here, whatever backs it.
@@ -11,14 +11,16 @@ use zerocopy::FromZeros;
 /// Bytes in a page, the unit of tracking and of transfer.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Bits in a word, and words under one bit of the summary.
+/// Bits in a word, and words under one bit of the level above.
 const WORD: u64 = 64;
 
-/// A set of pages: one bit a page, and above it a summary with one bit a word.
+/// A set of pages: one bit a page, above it a summary with one bit a word, and above that its top with one
+/// bit a word of the summary.
 ///
-/// The summary says which words *may* hold something, so that a scan of a huge and nearly
-/// empty set reads 1/4096 of a bit a page. All operations take `&self` and may run on many
-/// threads at once.
+/// A bit of a summary says that the word under it *may* hold something. A scan goes from the top down, so
+/// that it reads 200 KB for the emptiest of sets over 24 TiB, and beyond that goes with what the set holds.
+/// So does the memory that it takes: words that nobody has written stay untouched, and take none.
+/// All operations take `&self` and may run on many threads at once.
 ///
 /// The words may be the set's own, or a mapping shared with another process
 /// ([`PageSet::over`]); whatever that process writes there, no page at or above
@@ -49,10 +51,11 @@ impl PageSet {
         Self { pages, words }
     }
 
-    /// 64-bit words that a set over `pages` pages takes, summary included.
+    /// 64-bit words that a set over `pages` pages takes: the bits, their summary, and its top, one after another.
     pub fn words_needed(pages: u64) -> usize {
         let leaves = pages.div_ceil(WORD);
-        (leaves + leaves.div_ceil(WORD)) as usize
+        let groups = leaves.div_ceil(WORD);
+        (leaves + groups + groups.div_ceil(WORD)) as usize
     }
 }
 
@@ -99,12 +102,15 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
         }
     }
 
-    /// Takes the pages of `range` out; returns how many were there.
+    /// Takes the pages of `range` out; returns how many were there. It looks at every word of the range.
     pub fn remove_range(&self, range: Range<u64>) -> u64 {
         let mut gone = 0;
         for (word, mask) in self.masks(range) {
-            let old = self.leaf(word).fetch_and(!mask, Ordering::AcqRel);
-            gone += u64::from((old & mask).count_ones());
+            // Words that hold nothing are not written, and so take no memory.
+            if self.leaf(word).load(Ordering::Acquire) & mask != 0 {
+                let old = self.leaf(word).fetch_and(!mask, Ordering::AcqRel);
+                gone += u64::from((old & mask).count_ones());
+            }
         }
         gone
     }
@@ -123,9 +129,9 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
 
     /// Whether the set holds nothing.
     ///
-    /// Exact while nobody takes pages out. A page that is added while another thread empties the
-    /// same word may be missed until that thread has put the summary right again: who must not
-    /// miss it makes sure that all who take are done.
+    /// Exact while nobody takes pages out. A page that is added while another thread empties what
+    /// lies under the same word of the summary may be missed until that thread has put the summary
+    /// right again: who must not miss it makes sure that all who take are done.
     pub fn is_empty(&self) -> bool {
         self.marked_words(0..self.pages).all(|word| self.load(word) == 0)
     }
@@ -244,25 +250,46 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
 
     /// Sets `mask` in `word`; returns the bits that are new.
     fn add(&self, word: u64, mask: u64) -> u64 {
-        let old = self.leaf(word).fetch_or(mask, Ordering::AcqRel);
-        // After the bits: whoever clears this summary bit looks at the word once more.
-        self.summary(word).fetch_or(1 << (word % WORD), Ordering::AcqRel);
+        let old = self.leaf(word).fetch_or(mask, Ordering::SeqCst);
+        self.mark(word);
         mask & !old
     }
 
-    /// Clears `mask` in `word` and, if that empties it, its summary bit; returns what was set.
+    /// Clears `mask` in `word` and, if that empties it, what marks it; returns what was set.
     fn take(&self, word: u64, mask: u64) -> u64 {
-        let old = self.leaf(word).fetch_and(!mask, Ordering::AcqRel);
-        // Bits that came since are a reason to leave the mark; those that come between this look
-        // and the clearing are hidden until the mark is back.
-        if old & !mask == 0 && self.leaf(word).load(Ordering::Acquire) == 0 {
-            let bit = 1 << (word % WORD);
-            self.summary(word).fetch_and(!bit, Ordering::AcqRel);
-            if self.leaf(word).load(Ordering::Acquire) != 0 {
-                self.summary(word).fetch_or(bit, Ordering::AcqRel);
-            }
+        let old = self.leaf(word).fetch_and(!mask, Ordering::SeqCst);
+        // Bits that came since are a reason to leave the mark.
+        if old & !mask == 0 && self.leaf(word).load(Ordering::SeqCst) == 0 {
+            self.unmark(word);
         }
         old & mask & self.valid(word)
+    }
+
+    /// Marks `word` in the summary, and that in the top.
+    ///
+    /// From the bottom up, and after the bits: whoever clears a mark looks once more at what is under it.
+    /// One of the two sees what the other has written, as all of it is sequentially consistent. A mark that
+    /// is there already is not written again, so that threads do not take the line from each other.
+    fn mark(&self, word: u64) {
+        set(self.summary(word));
+        set(self.top(word / WORD));
+    }
+
+    /// Clears what marks `word`, which was empty. Bits that come meanwhile are hidden until the mark is back.
+    fn unmark(&self, word: u64) {
+        let (marks, bit) = self.summary(word);
+        marks.fetch_and(!bit, Ordering::SeqCst);
+        if self.leaf(word).load(Ordering::SeqCst) != 0 {
+            // In the top too: another thread may have found the summary empty, and cleared that.
+            return self.mark(word);
+        }
+        if marks.load(Ordering::SeqCst) == 0 {
+            let (top, bit) = self.top(word / WORD);
+            top.fetch_and(!bit, Ordering::SeqCst);
+            if marks.load(Ordering::SeqCst) != 0 {
+                set((top, bit));
+            }
+        }
     }
 
     /// The word's bits, without those beyond the last page.
@@ -274,8 +301,15 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
         &self.words[word as usize]
     }
 
-    fn summary(&self, word: u64) -> &AtomicU64 {
-        &self.words[(self.leaves() + word / WORD) as usize]
+    /// What marks `word`: a word of the summary, and its bit there.
+    fn summary(&self, word: u64) -> (&AtomicU64, u64) {
+        (&self.words[(self.leaves() + word / WORD) as usize], 1 << (word % WORD))
+    }
+
+    /// What marks word `group` of the summary: a word of the top, and its bit there.
+    fn top(&self, group: u64) -> (&AtomicU64, u64) {
+        let tops = self.leaves() + self.leaves().div_ceil(WORD);
+        (&self.words[(tops + group / WORD) as usize], 1 << (group % WORD))
     }
 
     fn leaves(&self) -> u64 {
@@ -298,15 +332,15 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
         words.map(move |word| (word, self.mask_in(word, &range)))
     }
 
-    /// Words that overlap `range` and that the summary marks, in order.
+    /// Words that overlap `range` and that are marked, in order.
     fn marked_words(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
         let end = range.end.min(self.pages).div_ceil(WORD);
-        let mut word = range.start / WORD;
+        let mut word = self.marked_from(range.start / WORD, end);
         std::iter::from_fn(move || {
             while word < end {
-                let marks = self.summary(word).load(Ordering::Acquire) >> (word % WORD);
+                let marks = self.summary(word).0.load(Ordering::Acquire) >> (word % WORD);
                 if marks == 0 {
-                    word = (word / WORD + 1) * WORD;
+                    word = self.marked_from((word / WORD + 1) * WORD, end);
                     continue;
                 }
                 word += u64::from(marks.trailing_zeros());
@@ -318,6 +352,26 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
             }
             None
         })
+    }
+
+    /// The first word from `word` on whose summary the top marks; `end` or beyond if there is none before.
+    fn marked_from(&self, word: u64, end: u64) -> u64 {
+        let (mut group, groups) = (word / WORD, end.div_ceil(WORD));
+        while group < groups {
+            let marks = self.top(group).0.load(Ordering::Acquire) >> (group % WORD);
+            if marks != 0 {
+                return word.max((group + u64::from(marks.trailing_zeros())) * WORD);
+            }
+            group = (group / WORD + 1) * WORD;
+        }
+        end
+    }
+}
+
+/// Sets a mark, if it is not set.
+fn set((marks, bit): (&AtomicU64, u64)) {
+    if marks.load(Ordering::SeqCst) & bit == 0 {
+        marks.fetch_or(bit, Ordering::SeqCst);
     }
 }
 

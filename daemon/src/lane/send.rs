@@ -96,20 +96,19 @@ struct Slot {
 }
 
 impl Sender {
-    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket` to an end
-    /// that `reads_compressed` frames or not. To be made on its own thread.
+    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket`. To be
+    /// made on its own thread.
     pub fn new(
         outbound: Arc<Outbound>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
         (seat, number): (Arc<Seat>, u16),
-        reads_compressed: bool,
         silence: Duration,
     ) -> Result<Self, LaneError> {
         // Lanes begin apart, so that each walks through memory of its own.
         let first = seat.beginning(outbound.ram.pages());
         let pulse = Pulse::new(&*socket);
-        let compress = outbound.compress && reads_compressed;
+        let compress = outbound.compress;
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: outbound.ram.whole(first..first + 1).start,

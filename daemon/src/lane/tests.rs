@@ -108,9 +108,7 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
     let send = |number: u16, socket: Arc<OwnedFd>| {
         let (outbound, lane) = (outbound.clone(), (outbound.take_seat().unwrap(), number));
-        std::thread::spawn(move || {
-            Sender::new(outbound, Arc::default(), socket, lane, true, LONG).unwrap().run()
-        })
+        std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
     };
     outbound.dirty.insert_range(0..PAGES);
 
@@ -151,9 +149,7 @@ fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Ar
     std::thread::scope(|scope| {
         let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
         scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
-        scope.spawn(|| {
-            Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, true, LONG).unwrap().run()
-        });
+        scope.spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run());
         until(|| outbound.all_acknowledged());
         crate::port::hang_up(&*near);
     });

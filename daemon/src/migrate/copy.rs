@@ -34,6 +34,9 @@ use crate::metrics::{self, PageKind};
 /// Pages armed at once, just ahead of the lanes: a VMM never protects much of its guest in
 /// one go.
 const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
+/// The same where nothing is: there is nothing to protect but what comes into being at that very moment. Not
+/// all of a large guest at once, since KVM's dirty log is told of each page all the same.
+const HOLE_PAGES: u64 = (64 << 30) / PAGE_SIZE;
 /// Armed pages that wait for the lanes.
 const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 /// How often progress is looked at, and how long a ring of the bell may be missed.
@@ -168,7 +171,9 @@ impl Copying {
             }
             self.until_all_claimed().await?;
             self.sample();
+            let looked = Instant::now();
             let dirtied_pages = self.harvest().await?;
+            let harvest_seconds = looked.elapsed().as_secs_f64();
             let duration = started.elapsed();
             let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
             self.outbound.wake(remaining);
@@ -178,8 +183,8 @@ impl Copying {
             self.ticket.update(|progress| {
                 let round = progress.rounds.last_mut().expect("pushed when the round began");
                 let pages = if number == 1 { sent } else { pages };
-                *round =
-                    RoundView { round: number, pages, bytes, seconds: duration.as_secs_f64(), dirtied_pages };
+                let seconds = duration.as_secs_f64();
+                *round = RoundView { round: number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
             });
             let remaining_bytes = remaining * PAGE_SIZE;
             let round = Round { number, duration, dirtied_pages, remaining_bytes };
@@ -274,8 +279,10 @@ impl Copying {
     async fn first_round(&self) -> Result<(), CopyError> {
         let pages = self.guest.ram.pages();
         let mut holes = Vec::new();
-        for first in (0..pages).step_by(PIECE_PAGES as usize) {
-            let piece = first..(first + PIECE_PAGES).min(pages);
+        let mut first = 0;
+        while first < pages {
+            let piece = next_piece(&self.guest.ram, first).await.map_err(CopyError::Memory)?;
+            first = piece.end;
             let data = match self.guest.driver.arm(piece.clone()).await? {
                 Some(data) => data,
                 None => data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?,
@@ -299,7 +306,11 @@ impl Copying {
             }
         }
         self.send_holes(&mut holes).await?;
-        // A hole must be a hole there before the page behind it can be sent as data.
+        self.until_holes_are_made().await
+    }
+
+    /// A hole must be a hole there before the page behind it can be sent as data.
+    async fn until_holes_are_made(&self) -> Result<(), CopyError> {
         let until = Instant::now() + self.patience();
         while self.holes_made.get() < self.holes_sent.get() {
             self.wait_for_lanes().await?;
@@ -329,7 +340,8 @@ impl Copying {
         ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
     }
 
-    async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
+    /// Tells the destination that these pages are zero.
+    pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
         let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
         if pages == 0 {
             return Ok(());
@@ -449,6 +461,18 @@ impl Copying {
             };
         });
     }
+}
+
+/// The pages from `first` on that are armed together: a piece, or many if there is nothing in them now. That
+/// is no promise, as the guest runs: they are looked at once they are armed.
+async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u64>> {
+    let ram = ram.clone();
+    let look = move || {
+        let (piece, hole) = (first + PIECE_PAGES, first + HOLE_PAGES);
+        let data = ram.next_data(first..hole)?.unwrap_or(hole);
+        Ok(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages()))
+    };
+    tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }
 
 /// What of `pages` may hold something. On a thread of its own: looking for the end of a long run

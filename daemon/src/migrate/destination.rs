@@ -179,8 +179,7 @@ impl Run {
     fn start(&mut self, lane: ArrivedLane) {
         let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
         let local = self.executor.host.port_address(&port);
-        let end = LaneEnd { port, number, local, remote, socket, reads_compressed: false };
-        self.lanes.receive(end, &self.inbound);
+        self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
     }
 
     async fn hear(&mut self, message: Result<Control, LinkError>) -> Option<Event> {
@@ -241,9 +240,15 @@ impl Run {
                 let digests = tokio::task::spawn_blocking(move || digest_all(&ram)).await;
                 let digests = digests.expect("digesting does not panic");
                 let digests = digests.map_err(|error| format!("cannot digest memory: {error}"))?;
-                for (index, digests) in digests.chunks(MAX_DIGESTS).enumerate() {
-                    let first = (index * MAX_DIGESTS) as u64;
-                    self.answer(Control::Digests { first, digests: digests.to_vec() }).await?;
+                let mut rest = digests.as_slice();
+                loop {
+                    let (digests, later) = rest.split_at(rest.len().min(MAX_DIGESTS));
+                    rest = later;
+                    let last = rest.is_empty();
+                    self.answer(Control::Digests { digests: digests.to_vec(), last }).await?;
+                    if last {
+                        break;
+                    }
                 }
             }
             Control::Missing(missing) => {

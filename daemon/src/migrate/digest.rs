@@ -1,5 +1,6 @@
 //! Digests of all RAM, to prove that both ends hold the same.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
@@ -14,23 +15,21 @@ const CHUNK_PAGES: u64 = DIGEST_CHUNK_BYTES / PAGE_SIZE;
 /// Threads that digest.
 const THREADS: u64 = 4;
 
-/// XXH3-128 of every [`DIGEST_CHUNK_BYTES`] of `ram`, in order. Nothing may write to it
+/// The number of a chunk of [`DIGEST_CHUNK_BYTES`], and the XXH3-128 of what it holds.
+pub type Digest = (u64, u128);
+
+/// Digests of all chunks of `ram` that are not all zero, in order. Nothing may write to it
 /// meanwhile. Holes count as zeros and stay holes.
-pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<u128>> {
-    let chunks = ram.pages().div_ceil(CHUNK_PAGES);
+pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
+    let chunks = chunks(ram);
     let zeros = vec![0u8; PAGE_SIZE as usize];
-    let zero_chunk = {
-        let mut hash = Xxh3::new();
-        (0..CHUNK_PAGES).for_each(|_| hash.update(&zeros));
-        hash.digest128()
-    };
     let share = chunks.div_ceil(THREADS).max(1) * CHUNK_PAGES;
     thread::scope(|scope| {
         let workers: Vec<_> = (0..THREADS)
             .map(|part| (part * share).min(ram.pages())..((part + 1) * share).min(ram.pages()))
-            .map(|pages| scope.spawn(|| digest_share(ram, pages, &zeros, zero_chunk)))
+            .map(|pages| scope.spawn(|| digest_share(ram, pages, &zeros)))
             .collect();
-        let mut digests = Vec::with_capacity(chunks as usize);
+        let mut digests = Vec::new();
         for worker in workers {
             digests.extend(worker.join().expect("digesting does not panic")?);
         }
@@ -38,22 +37,29 @@ pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<u128>> {
     })
 }
 
+/// How many chunks there are.
+pub fn chunks(ram: &GuestRam) -> u64 {
+    ram.pages().div_ceil(CHUNK_PAGES)
+}
+
 /// The digests of `pages`, which begin with a chunk.
-fn digest_share(
-    ram: &GuestRam,
-    pages: Range<u64>,
-    zeros: &[u8],
-    zero_chunk: u128,
-) -> std::io::Result<Vec<u128>> {
+fn digest_share(ram: &GuestRam, pages: Range<u64>, zeros: &[u8]) -> std::io::Result<Vec<Digest>> {
+    let of_zeros = |chunk| digest(ram, chunk, &[], zeros);
+    let whole = of_zeros(0..CHUNK_PAGES);
     let extents = ram.data_extents(pages.clone())?;
-    let mut rest = extents.as_slice();
+    let (mut rest, mut next) = (extents.as_slice(), pages.start);
     let mut digests = Vec::new();
-    for first in pages.clone().step_by(CHUNK_PAGES as usize) {
+    while let Some(extent) = rest.first() {
+        let first = next.max(extent.start / CHUNK_PAGES * CHUNK_PAGES);
         let chunk = first..(first + CHUNK_PAGES).min(pages.end);
-        rest = &rest[rest.partition_point(|extent| extent.end <= chunk.start)..];
+        next = chunk.end;
         let data = &rest[..rest.partition_point(|extent| extent.start < chunk.end)];
-        let whole = chunk.end - chunk.start == CHUNK_PAGES;
-        digests.push(if data.is_empty() && whole { zero_chunk } else { digest(ram, chunk, data, zeros) });
+        let found = digest(ram, chunk.clone(), data, zeros);
+        let is_whole = chunk.end - chunk.start == CHUNK_PAGES;
+        if found != if is_whole { whole } else { of_zeros(chunk) } {
+            digests.push((first / CHUNK_PAGES, found));
+        }
+        rest = &rest[rest.partition_point(|extent| extent.end <= next)..];
     }
     Ok(digests)
 }
@@ -76,19 +82,16 @@ fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) 
     hash.digest128()
 }
 
-/// Says where two lists of digests differ, or nothing if they do not.
-pub fn difference(ram: &GuestRam, here: &[u128], there: &[u128]) -> Option<String> {
-    if here.len() != there.len() {
-        return Some(format!("{} digests here, {} there", here.len(), there.len()));
-    }
-    let differing: Vec<u64> =
-        (0..).zip(here.iter().zip(there)).filter(|(_, (a, b))| a != b).map(|(chunk, _)| chunk).collect();
-    let first = *differing.first()?;
-    let address = ram.address_of(first * CHUNK_PAGES).unwrap_or(0);
+/// Says where what two hosts hold differs, or nothing if it does not. Chunks without a digest are zero.
+pub fn difference(ram: &GuestRam, here: &[Digest], there: &[Digest]) -> Option<String> {
+    let (here, there): (BTreeSet<&Digest>, BTreeSet<&Digest>) =
+        (here.iter().collect(), there.iter().collect());
+    let differing: BTreeSet<u64> = here.symmetric_difference(&there).map(|(chunk, _)| *chunk).collect();
+    let address = ram.address_of(differing.first()? * CHUNK_PAGES).unwrap_or(0);
     Some(format!(
         "{} of {} pieces of 2 MiB differ, the first at guest address {address:#x}",
         differing.len(),
-        here.len()
+        chunks(ram)
     ))
 }
 
@@ -118,10 +121,33 @@ mod tests {
         }
         write(&there, 1000, 0);
         let digests = digest_all(&here).unwrap();
-        assert_eq!(digests.len(), 4);
+        let numbers: Vec<u64> = digests.iter().map(|(chunk, _)| *chunk).collect();
+        assert_eq!(numbers, [0, 1, 2, 3]);
         assert_eq!(difference(&here, &digests, &digest_all(&there).unwrap()), None);
         write(&there, 1280, 8);
         let text = difference(&here, &digests, &digest_all(&there).unwrap()).unwrap();
         assert!(text.contains("1 of 4 pieces") && text.contains("0x400000"), "{text}");
+    }
+
+    #[test]
+    fn what_is_zero_has_no_digest_and_is_compared_all_the_same() {
+        // The last piece is none of 2 MiB.
+        let layout = [(0, 1 << 40), (2 << 40, 3 << 20)];
+        let make = || Arc::new(GuestRam::create(&layout, &Backing::Memfd).unwrap());
+        let (here, there) = (make(), make());
+        let last = here.pages() - 1;
+        for page in [0, 511, 100 << 18, last] {
+            write(&here, page, 0);
+        }
+        assert_eq!(digest_all(&here).unwrap(), []);
+        assert_eq!(difference(&here, &[], &digest_all(&there).unwrap()), None);
+        for page in [100 << 18, last] {
+            write(&there, page, 1);
+            let numbers: Vec<_> = digest_all(&there).unwrap().iter().map(|(chunk, _)| *chunk).collect();
+            assert_eq!(numbers, [page / CHUNK_PAGES]);
+            assert!(difference(&here, &[], &digest_all(&there).unwrap()).is_some());
+            assert!(difference(&there, &digest_all(&there).unwrap(), &[]).is_some());
+            there.punch(page..page + 1).unwrap();
+        }
     }
 }

@@ -267,8 +267,7 @@ async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), L
                 // More than that are dropped, and so closed.
                 LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
                 LaneKind::Pages(number) => {
-                    let (local, reads_compressed) = (String::new(), false);
-                    let end = LaneEnd { port, number, local, remote, socket, reads_compressed };
+                    let end = LaneEnd { port, number, local: String::new(), remote, socket };
                     session.lanes.receive(end, &session.inbound);
                 }
             }

@@ -68,8 +68,6 @@ pub struct LaneEnd {
     pub remote: SocketAddr,
     /// The connection.
     pub socket: OwnedFd,
-    /// The other end was asked, and reads compressed frames.
-    pub reads_compressed: bool,
 }
 
 impl Lanes {
@@ -82,13 +80,12 @@ impl Lanes {
     /// Starts a lane that sends from `outbound`.
     pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
         let (outbound, number, seat) = (outbound.clone(), end.number, outbound.take_seat());
-        let reads_compressed = end.reads_compressed;
         self.start(end, false, move |stats, socket| {
             let seat = match seat {
                 Ok(seat) => seat,
                 Err(source) => return LaneError::Io { doing: "make an eventfd", source },
             };
-            match Sender::new(outbound, stats, socket, (seat, number), reads_compressed, silence) {
+            match Sender::new(outbound, stats, socket, (seat, number), silence) {
                 Ok(sender) => sender.run(),
                 Err(error) => error,
             }
@@ -123,7 +120,7 @@ impl Lanes {
         answers: bool,
         work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
     ) {
-        let LaneEnd { port, number, local, remote, socket, .. } = end;
+        let LaneEnd { port, number, local, remote, socket } = end;
         let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
         let (thread_socket, thread_stats) = (socket.clone(), stats.clone());
         let ending = Ending { stats: stats.clone(), running: self.running.clone() };
@@ -405,7 +402,7 @@ mod tests {
         .unwrap();
         let port = "p0".parse().unwrap();
         let (local, remote) = ("here".to_owned(), "[::1]:1".parse().unwrap());
-        (LaneEnd { port, number, local, remote, socket, reads_compressed: false }, peer)
+        (LaneEnd { port, number, local, remote, socket }, peer)
     }
 
     /// Works until it is hung up on.

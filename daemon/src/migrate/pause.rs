@@ -7,7 +7,7 @@ use std::time::Instant;
 use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
 
 use super::copy::{CopyError, Copying};
-use super::digest::{difference, digest_all};
+use super::digest::{Digest, chunks, difference, digest_all};
 use super::unix_seconds;
 use crate::api::types::Phase;
 use crate::guest::SavedState;
@@ -63,14 +63,22 @@ impl Copying {
         let ram = self.guest.ram.clone();
         let digesting = tokio::task::spawn_blocking(move || digest_all(&ram));
         let mut there = Vec::new();
-        let chunks =
-            self.guest.shape.ram_bytes().div_ceil(memlane_protocol::wire::control::DIGEST_CHUNK_BYTES);
-        while (there.len() as u64) < chunks {
-            match self.answer().await? {
-                Control::Digests { first, digests } if first == there.len() as u64 && !digests.is_empty() => {
-                    there.extend(digests);
-                }
-                _ => return Err(CopyError::Protocol("something else than its next digests")),
+        loop {
+            let Control::Digests { digests, last } = self.answer().await? else {
+                return Err(CopyError::Protocol("something else than its digests"));
+            };
+            let known = there.len();
+            there.extend(digests);
+            let from = known.saturating_sub(1);
+            let in_order = there[from..].is_sorted_by(|before: &Digest, after| before.0 < after.0);
+            if !in_order || there.last().is_some_and(|(chunk, _)| *chunk >= chunks(&self.guest.ram)) {
+                return Err(CopyError::Protocol("digests that are out of order, or of no memory"));
+            }
+            if last {
+                break;
+            }
+            if there.len() == known {
+                return Err(CopyError::Protocol("no digests where some are left"));
             }
         }
         let here = digesting.await.expect("digesting does not panic").map_err(CopyError::Memory)?;

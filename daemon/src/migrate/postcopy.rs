@@ -3,7 +3,14 @@
 //! What is out of date at the destination is dropped there while the guest still runs here; in the pause
 //! only what was written since, and the VMM's state, have to be told. From the moment that the
 //! destination knows all that is missing, it is served.
+//!
+//! Of a guest that was never looked through ([`Postcopy::Now`]) everything is missing that its memory holds
+//! as data, in blocks; all between is made zero at the destination. In the pause whatever holds data then,
+//! and did not before, is told.
+//!
+//! [`Postcopy::Now`]: memlane_protocol::convergence::Postcopy::Now
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use memlane_protocol::PageSet;
@@ -18,6 +25,9 @@ use crate::guest::SavedState;
 const MANY: u64 = 4096;
 /// Looks before the pause.
 const LOOKS: u32 = 3;
+/// Pages that are told together where nobody knows which were written, if one of them holds data (2 MiB):
+/// so few blocks, and stretches between them, are looked at again in the pause.
+const BLOCK_PAGES: u64 = 512;
 
 impl Copying {
     /// Gets the destination ready to run the guest without all of its memory, while it runs here.
@@ -34,9 +44,7 @@ impl Copying {
         let serving = Serving::begin(server).await?;
         self.postcopy.replace(Some(serving));
         if !tracked {
-            let all = PageSet::new(self.guest.ram.pages());
-            all.insert_range(0..all.pages());
-            return self.tell_missing(&all).await;
+            return self.tell_all().await;
         }
         for _ in 0..LOOKS {
             self.harvest().await?;
@@ -66,8 +74,47 @@ impl Copying {
             // Device models have come to rest and saved themselves: nothing is written any more.
             self.harvest().await?;
             self.tell_dirty().await?;
+        } else {
+            self.tell_new_blocks().await?;
         }
         Ok(saved)
+    }
+
+    /// Tells which blocks of the guest's memory hold data, and that the rest is to be zero.
+    async fn tell_all(&self) -> Result<(), CopyError> {
+        let all = 0..self.guest.ram.pages();
+        let blocks = self.data_blocks(vec![all.clone()]).await?;
+        let mut holes = gaps(&all, &blocks);
+        // Dealt with before what follows them, and so before the guest runs there.
+        self.send_holes(&mut holes).await?;
+        self.tell_blocks(blocks).await
+    }
+
+    /// Tells which blocks hold data that did not when they were looked at.
+    async fn tell_new_blocks(&self) -> Result<(), CopyError> {
+        let told: Vec<_> = self.told_missing.runs().collect();
+        let blocks = self.data_blocks(gaps(&(0..self.told_missing.pages()), &told)).await?;
+        if blocks.is_empty() { Ok(()) } else { self.tell_blocks(blocks).await }
+    }
+
+    async fn tell_blocks(&self, blocks: Vec<Range<u64>>) -> Result<(), CopyError> {
+        let fresh = PageSet::new(self.told_missing.pages());
+        for block in blocks {
+            self.told_missing.insert_range(block.clone());
+            fresh.insert_range(block);
+        }
+        self.tell_missing(&fresh).await
+    }
+
+    /// The blocks within `parts` that hold data.
+    async fn data_blocks(&self, parts: Vec<Range<u64>>) -> Result<Vec<Range<u64>>, CopyError> {
+        let ram = self.guest.ram.clone();
+        let look = move || {
+            let blocks = parts.into_iter().map(|part| ram.data_blocks(part, BLOCK_PAGES));
+            blocks.collect::<std::io::Result<Vec<_>>>()
+        };
+        let looked = tokio::task::spawn_blocking(look).await.expect("looking does not panic");
+        Ok(looked.map_err(CopyError::Memory)?.concat())
     }
 
     /// Tells what of the dirty pages the destination has not been told; returns how many.
@@ -92,5 +139,24 @@ impl Copying {
             Control::MissingDone => Ok(()),
             _ => Err(CopyError::Protocol("something else than that pages are dropped")),
         }
+    }
+}
+
+/// What of `all` lies between `parts`, which are in order.
+fn gaps(all: &Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
+    let starts = std::iter::once(all.start).chain(parts.iter().map(|part| part.end));
+    let ends = parts.iter().map(|part| part.start).chain(std::iter::once(all.end));
+    starts.zip(ends).map(|(start, end)| start..end).filter(|gap| !gap.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_and_parts_make_all() {
+        assert_eq!(gaps(&(0..9), &[]), vec![0..9]);
+        assert_eq!(gaps(&(0..9), &[2..3, 3..5, 8..9]), [0..2, 5..8]);
+        assert!(gaps(&(0..9), &[0..4, 4..9]).is_empty());
     }
 }

@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use memlane_protocol::wire::control::Port;
-use memlane_protocol::wire::frame::COMPRESSED_SINCE;
 use memlane_protocol::wire::hello::{Purpose, Token};
 
 use super::lanes::LaneEnd;
@@ -81,8 +80,7 @@ impl Routes {
         let opening = tokio::task::spawn_blocking(move || {
             let opened = port::open(&ours, remote, &name, purpose)?;
             let (local, socket) = (opened.local.to_string(), opened.socket);
-            let reads_compressed = opened.version >= COMPRESSED_SINCE;
-            Ok::<_, String>(LaneEnd { port: ours.name, number, local, remote, socket, reads_compressed })
+            Ok::<_, String>(LaneEnd { port: ours.name, number, local, remote, socket })
         });
         async move { opening.await.expect("opening a lane does not panic") }
     }

@@ -1,5 +1,6 @@
 //! [`Armed`]: which pages a tracker reports on.
 
+use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
 use std::sync::atomic::AtomicU64;
 
@@ -11,9 +12,12 @@ const WORD: u64 = 64;
 
 /// The pages armed so far. Arming a page twice would forget a write to it, and a page that was
 /// never armed must not be reported: this set keeps a tracker from both.
+///
+/// It is kept as runs, since it grows by long ones that touch: all memory of a guest is one, however large.
 #[derive(Debug)]
 pub(super) struct Armed {
-    words: Vec<u64>,
+    /// The end of each run by its beginning. No two touch.
+    runs: BTreeMap<u64, u64>,
     pages: u64,
     count: u64,
 }
@@ -21,7 +25,7 @@ pub(super) struct Armed {
 impl Armed {
     /// None of `pages` pages.
     pub(super) fn new(pages: u64) -> Self {
-        Self { words: vec![0; pages.div_ceil(WORD) as usize], pages, count: 0 }
+        Self { runs: BTreeMap::new(), pages, count: 0 }
     }
 
     /// How many pages are armed.
@@ -30,7 +34,7 @@ impl Armed {
     }
 
     pub(super) fn clear(&mut self) {
-        self.words.fill(0);
+        self.runs.clear();
         self.count = 0;
     }
 
@@ -55,37 +59,32 @@ impl Armed {
 
     /// Adds pages; those beyond the last are ignored.
     pub(super) fn add(&mut self, pages: Range<u64>) {
-        let end = pages.end.min(self.pages);
-        let mut page = pages.start;
-        while page < end {
-            let bits = (WORD - page % WORD).min(end - page);
-            let mask = ones(bits) << (page % WORD);
-            let word = &mut self.words[(page / WORD) as usize];
-            self.count += u64::from((mask & !*word).count_ones());
-            *word |= mask;
-            page += bits;
+        let (mut start, mut end) = (pages.start, pages.end.min(self.pages));
+        if start >= end {
+            return;
         }
+        // Runs that overlap or touch, from the last on, become one with it.
+        while let Some((&first, &last)) = self.runs.range(..=end).next_back().filter(|run| *run.1 >= start) {
+            self.runs.remove(&first);
+            self.count -= last - first;
+            (start, end) = (start.min(first), end.max(last));
+        }
+        self.runs.insert(start, end);
+        self.count += end - start;
     }
 
     /// The 64 pages from `page` on, bit 0 first.
     pub(super) fn bits(&self, page: u64) -> u64 {
-        let word = |at: u64| self.words.get(at as usize).copied().unwrap_or(0);
-        let (at, shift) = (page / WORD, page % WORD);
-        match shift {
-            0 => word(at),
-            _ => word(at) >> shift | word(at + 1) << (WORD - shift),
-        }
+        let runs = self.runs(page..page.saturating_add(WORD));
+        runs.map(|run| ones(run.end - run.start) << (run.start - page)).fold(0, |all, bits| all | bits)
     }
 
     /// The armed runs within `pages`, in order.
     pub(super) fn runs(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
-        let end = pages.end.min(self.pages);
-        let mut from = pages.start;
-        std::iter::from_fn(move || {
-            let first = self.find(from, end, true)?;
-            from = self.find(first, end, false).unwrap_or(end);
-            Some(first..from)
-        })
+        let before = self.runs.range(..pages.start).next_back().map(|(_, end)| pages.start..*end);
+        let later = self.runs.range(pages.start..pages.end.max(pages.start));
+        let runs = before.into_iter().chain(later.map(|(start, end)| *start..*end));
+        runs.map(move |run| run.start..run.end.min(pages.end)).filter(|run| !run.is_empty())
     }
 
     /// Moves the pages of `from` that are armed into `into` and drops the rest; returns how
@@ -107,19 +106,6 @@ impl Armed {
             }
         }
         new
-    }
-
-    /// The first page in `from..end` that is armed, or not armed.
-    fn find(&self, mut from: u64, end: u64, armed: bool) -> Option<u64> {
-        while from < end {
-            let word = self.words[(from / WORD) as usize];
-            let wanted = (if armed { word } else { !word }) >> (from % WORD);
-            if wanted != 0 {
-                return Some(from + u64::from(wanted.trailing_zeros())).filter(|page| *page < end);
-            }
-            from = (from / WORD + 1) * WORD;
-        }
-        None
     }
 }
 

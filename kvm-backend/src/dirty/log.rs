@@ -25,6 +25,9 @@ use crate::shared::SharedWords;
 /// faults has to wait for it.
 const PIECE_PAGES: u64 = 4096;
 
+/// Pages whose bits are put together to be cleared (4 GiB), however many are armed at once.
+const MASK_PAGES: u64 = 1 << 20;
+
 /// Pages in a word of the bitmap; ranges to clear begin and end at its multiples.
 const WORD: u64 = 64;
 
@@ -134,8 +137,8 @@ impl DirtyTracker for LogTracker {
             for slot in &self.slots {
                 let slot_pages = slot.pages();
                 let part = run.start.max(slot_pages.start)..run.end.min(slot_pages.end);
-                if !part.is_empty() {
-                    let part = part.start - slot.first_page..part.end - slot.first_page;
+                for from in part.clone().step_by(MASK_PAGES as usize) {
+                    let part = from - slot.first_page..part.end.min(from + MASK_PAGES) - slot.first_page;
                     let (first, mut bits) = mask(part);
                     self.clear(slot, first, &mut bits)?;
                 }

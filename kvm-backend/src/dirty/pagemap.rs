@@ -4,6 +4,10 @@
 //! page lifts the protection and goes on. `PAGEMAP_SCAN` (`Documentation/admin-guide/mm/pagemap.rst`)
 //! tells the pages that are no longer protected, and protects them again in the same step.
 //! It sees all writers of this process: vCPUs, threads, and the kernel on their behalf.
+//!
+//! Only where the guest's files hold data is memory protected, page table by page table: protecting a hole
+//! makes page tables for it, 2 GiB of them for each TiB. What comes into being elsewhere is found in the
+//! files, as whatever they hold there was not there when it was looked for last.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,11 +22,17 @@ use crate::ram::GuestRam;
 use crate::shared::SharedWords;
 use crate::userfault::{Faults, Userfault, UserfaultError, WRITE_PROTECT_ASYNC};
 
+/// Pages under one page table.
+const TABLE_PAGES: u64 = 512;
+const LOOKING: &str = "looking for data in the guest's memory";
+
 /// Finds dirty pages by `PAGEMAP_SCAN`, in the process that runs the guest.
 pub struct PagemapTracker {
     ram: Arc<GuestRam>,
     pagemap: PagemapScan,
     armed: Armed,
+    /// What of that is protected unless it was written since; the rest held no data when it was looked at.
+    guarded: Armed,
     /// Open while tracking is on.
     userfault: Option<Userfault>,
 }
@@ -36,8 +46,8 @@ impl PagemapTracker {
         let pagemap =
             File::open("/proc/self/pagemap").map_err(TrackError::kernel("opening /proc/self/pagemap"))?;
         open_userfault()?;
-        let armed = Armed::new(ram.pages());
-        Ok(Self { ram, pagemap: PagemapScan::new(pagemap), armed, userfault: None })
+        let (armed, guarded) = (Armed::new(ram.pages()), Armed::new(ram.pages()));
+        Ok(Self { ram, pagemap: PagemapScan::new(pagemap), armed, guarded, userfault: None })
     }
 
     /// `pages`, which lie in one region, grown to whole backing pages.
@@ -57,7 +67,36 @@ impl PagemapTracker {
         start..start + (pages.end - pages.start) * PAGE_SIZE
     }
 
-    /// Protects the written ones of the armed pages `run` again and adds them to `into`.
+    /// Protects the page tables of `pages`, none of which is guarded, whose pages hold data; returns these pages.
+    fn guard(&mut self, pages: Range<u64>) -> Result<Vec<Range<u64>>, TrackError> {
+        let userfault = self.userfault.as_ref().ok_or(TrackError::NotStarted)?;
+        let tables = self.ram.data_blocks(pages, TABLE_PAGES).map_err(TrackError::kernel(LOOKING))?;
+        for table in &tables {
+            let mut from = table.start;
+            while from < table.end {
+                let part = from..table.end.min(from + PIECE_PAGES);
+                userfault
+                    .write_protect(self.addresses(&part), true)
+                    .map_err(TrackError::kernel("protecting pages (UFFDIO_WRITEPROTECT)"))?;
+                from = part.end;
+                self.guarded.add(part);
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Guards what has come into being in `pages`, which were armed and not guarded, and adds it to `into`.
+    fn harvest_fresh(&mut self, pages: Range<u64>, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
+        let mut new = 0;
+        for table in self.guard(pages)? {
+            // Looked at after it was protected: whatever comes later is found written.
+            let data = self.ram.data_extents(table).map_err(TrackError::kernel(LOOKING))?;
+            new += data.into_iter().map(|extent| into.insert_range(extent)).sum::<u64>();
+        }
+        Ok(new)
+    }
+
+    /// Protects the written ones of the guarded pages `run` again and adds them to `into`.
     fn harvest_run(&self, run: &Range<u64>, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
         let addresses = self.addresses(run);
         let page = |address: u64| {
@@ -86,6 +125,7 @@ impl DirtyTracker for PagemapTracker {
     fn start(&mut self) -> Result<(), TrackError> {
         if self.userfault.is_none() {
             self.armed.clear();
+            self.guarded.clear();
             self.ram.marks().clear();
             let userfault = open_userfault()?;
             // Closing it on an early return takes back what is registered by then.
@@ -100,22 +140,16 @@ impl DirtyTracker for PagemapTracker {
     }
 
     fn arm(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
-        let userfault = self.userfault.as_ref().ok_or(TrackError::NotStarted)?;
+        if self.userfault.is_none() {
+            return Err(TrackError::NotStarted);
+        }
         for run in self.armed.missing(pages)? {
-            for (index, piece) in self.ram.pieces(run) {
-                let mut piece = self.grow(index, &piece);
+            let pieces: Vec<_> = self.ram.pieces(run).collect();
+            for (index, piece) in pieces {
                 // What was grown into may be armed already, and is then armed whole.
-                for missing in self.armed.missing(piece.clone())? {
-                    piece = missing;
-                    while !piece.is_empty() {
-                        let end = piece.end.min(piece.start + PIECE_PAGES);
-                        let part = piece.start..end;
-                        userfault
-                            .write_protect(self.addresses(&part), true)
-                            .map_err(TrackError::kernel("protecting pages (UFFDIO_WRITEPROTECT)"))?;
-                        self.armed.add(part);
-                        piece.start = end;
-                    }
+                for missing in self.armed.missing(self.grow(index, &piece))? {
+                    self.guard(missing.clone())?;
+                    self.armed.add(missing);
                 }
             }
         }
@@ -131,9 +165,17 @@ impl DirtyTracker for PagemapTracker {
             return Err(TrackError::NotStarted);
         }
         let mut new = self.armed.drain(self.ram.marks(), into);
-        for (_, piece) in self.ram.pieces(0..self.ram.pages()) {
-            for run in self.armed.runs(piece) {
-                new += self.harvest_run(&run, into)?;
+        let ram = self.ram.clone();
+        for (_, piece) in ram.pieces(0..ram.pages()) {
+            let armed: Vec<_> = self.armed.runs(piece).collect();
+            for run in armed {
+                let fresh = self.guarded.missing(run.clone())?;
+                for guarded in self.guarded.runs(run) {
+                    new += self.harvest_run(&guarded, into)?;
+                }
+                for pages in fresh {
+                    new += self.harvest_fresh(pages, into)?;
+                }
             }
         }
         Ok(new)
@@ -142,6 +184,7 @@ impl DirtyTracker for PagemapTracker {
     fn stop(&mut self) -> Result<(), TrackError> {
         if let Some(userfault) = self.userfault.take() {
             self.armed.clear();
+            self.guarded.clear();
             for (_, piece) in self.ram.pieces(0..self.ram.pages()) {
                 userfault
                     .unregister(self.addresses(&piece))

@@ -11,7 +11,8 @@
 //!
 //! KVM asks whether a ring is nearly full only when it enters the guest. A vCPU whose
 //! instructions it emulates many at a time can write on beyond the end and over entries that
-//! nobody has collected. Such a ring is noticed, all pages are protected anew, and count as written.
+//! nobody has collected. Such a ring is noticed, all pages are protected anew, and those that hold something
+//! count as written.
 
 use std::io;
 use std::ops::Range;
@@ -52,6 +53,9 @@ const LEAST_ENTRIES: u32 = 4096;
 /// Turns without progress after which resetting is given up. A reset ends early when a signal
 /// is pending, so a turn or two without progress are no fault.
 const RESET_TURNS: u32 = 100;
+
+/// Pages that count as written together after an overflow, if one of them holds something.
+const BLOCK_PAGES: u64 = 512;
 
 /// The size of the rings of a virtual machine that has them: see [`enable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,7 +282,7 @@ impl Shared {
     }
 
     /// Sets rings right of which one has overflowed: entries were lost, so all pages are
-    /// protected anew, and count as written.
+    /// protected anew, and all that hold something count as written.
     fn recover(&self, rings: &mut [Ring], pending: &PageSet, on: bool) -> Result<(), TrackError> {
         tracing::warn!("a vCPU wrote on beyond the end of its dirty ring; all pages count as written");
         // So that nothing is appended while entries are handed back unseen.
@@ -297,7 +301,12 @@ impl Shared {
         if on {
             self.append(true)?;
         }
-        pending.insert_range(0..pending.pages());
+        // Looked at after all is protected: what comes into being later is appended again.
+        let held = self.ram.data_blocks(0..self.ram.pages(), BLOCK_PAGES);
+        let held = held.map_err(TrackError::kernel("looking for data in the guest's memory"))?;
+        for pages in held {
+            pending.insert_range(pages);
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@ mod foreign;
 mod guest;
 mod held;
 mod other;
+mod sparse;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -49,6 +49,38 @@ impl GuestRam {
         Ok(extents)
     }
 
+    /// The blocks of so many pages, counted from page 0, that may hold something other than zeros,
+    /// cut to `pages`; those that touch are one run.
+    ///
+    /// Where memory is held here and there it costs a system call for each block that holds some, and
+    /// nothing for what lies between, however much; it does not look at how blocks are filled.
+    pub fn data_blocks(&self, pages: Range<u64>, block_pages: u64) -> io::Result<Vec<Range<u64>>> {
+        let mut blocks: Vec<Range<u64>> = Vec::new();
+        for (index, mut piece) in self.pieces(pages) {
+            let huge = backing::is_huge(&self.regions[index]);
+            while let Some(first) = self.seek_data(index, &piece)? {
+                let block = first / block_pages * block_pages;
+                let start = piece.start.max(block);
+                let end = if huge { piece.end } else { piece.end.min(block + block_pages) };
+                match blocks.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => blocks.push(start..end),
+                }
+                piece.start = end;
+            }
+        }
+        Ok(blocks)
+    }
+
+    /// The first of `pages` that may hold something other than zeros. However far off it is, finding it costs
+    /// a system call for each region.
+    pub fn next_data(&self, pages: Range<u64>) -> io::Result<Option<u64>> {
+        self.pieces(pages)
+            .map(|(index, piece)| self.seek_data(index, &piece))
+            .find_map(io::Result::transpose)
+            .transpose()
+    }
+
     /// Has the next [`data_extents`](Self::data_extents) see the holes that other processes have
     /// made up to now.
     pub(crate) fn look_anew(&self) {

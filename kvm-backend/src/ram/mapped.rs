@@ -39,7 +39,12 @@ impl MappedBlocks {
 
     /// Some of `pages` may not be mapped any more.
     pub(super) fn forget(&self, pages: &Range<u64>) {
-        self.0.remove_range(pages.start / BLOCK_PAGES..pages.end.div_ceil(BLOCK_PAGES));
+        let (mut from, end) = (pages.start / BLOCK_PAGES, pages.end.div_ceil(BLOCK_PAGES));
+        // Run by run, as holes are made that are far longer than what is noted in them.
+        while let Some(run) = self.0.next_run(from, u64::MAX).filter(|run| run.start < end) {
+            from = run.end.min(end);
+            self.0.remove_range(run.start..from);
+        }
     }
 }
 

@@ -122,7 +122,9 @@ pub fn warm_up(bytes: u64) -> Result<()> {
     const MOST_BYTES: u64 = 4 << 30;
     // What the kernel takes for itself comes on top.
     let bytes = (bytes + bytes / 4).min(MOST_BYTES);
-    SharedMemory::new(bytes.try_into()?, MemoryState::Prepared).map(drop).context("warming up the machine's memory")
+    SharedMemory::new(bytes.try_into()?, MemoryState::Prepared)
+        .map(drop)
+        .context("warming up the machine's memory")
 }
 
 /// How fast one core reads memory that is there, and does nothing with it.

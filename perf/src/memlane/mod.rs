@@ -36,6 +36,8 @@ pub struct Guest {
     pub writes: Writes,
     /// Memory that it writes; a quarter of all if not given.
     pub working_set: Option<Size>,
+    /// Memory that it may touch, spread over all; all of it if not given. Only of a process.
+    pub resident: Option<Size>,
     /// Virtual CPUs that write.
     pub vcpus: u16,
     /// Virtual CPUs that only read.
@@ -96,6 +98,7 @@ impl Guest {
             fill: Self::INCOMPRESSIBLE,
             writes: Writes::Rate(0),
             working_set: None,
+            resident: None,
             vcpus: 1,
             readers: 0,
             populated: false,
@@ -199,6 +202,9 @@ impl Guest {
         }
         if let Some(working_set) = self.working_set {
             option("--working-set", working_set.to_string());
+        }
+        if let Some(resident) = self.resident {
+            option("--resident", resident.to_string());
         }
         match self.writes {
             Writes::Rate(rate) => option("--rate", rate.to_string()),

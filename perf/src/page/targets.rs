@@ -20,6 +20,9 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("compressible", "incompressible_vs_off", AtLeast(0.98)),
     ("zero", "zero_scan_gbytes_per_s", AtLeast(8.0)),
     ("zero", "vs_read", AtLeast(0.8)),
+    ("sparse", "vs_dense", AtMost(1.5)),
+    ("sparse", "empty_round_ms", AtMost(50.0)),
+    ("sparse", "daemon_memory_gib", AtMost(2.0)),
     ("wan", "of_line", AtLeast(0.85)),
 ];
 

@@ -4,8 +4,8 @@
 
 mod bulk;
 mod busy;
-mod hosts;
 mod compressible;
+mod hosts;
 mod line;
 mod lostport;
 mod many;
@@ -13,6 +13,7 @@ mod outrun;
 mod postcopy;
 mod qemu;
 mod shaped;
+mod sparse;
 mod wan;
 mod writer;
 mod zero;
@@ -26,14 +27,15 @@ use crate::baseline::rpc;
 use crate::report::{Case, Figures, Report, Run, Runs, Trace};
 pub use bulk::Bulk;
 pub use busy::Busy;
-pub use hosts::OverSsh;
 pub use compressible::Compressible;
+pub use hosts::OverSsh;
 pub use lostport::LostPort;
 pub use many::Many;
 pub use outrun::Outrun;
 pub use postcopy::Postcopy;
 pub use qemu::Qemu;
 pub use shaped::Shaped;
+pub use sparse::Sparse;
 pub use wan::Wan;
 pub use zero::Zero;
 
@@ -79,6 +81,8 @@ pub enum Order {
     LostPort(With<LostPort>),
     /// 8 guests at once, against one that has as much memory as all of them
     Many(With<Many>),
+    /// A guest of 24 TiB of which 1 GiB is resident, against one that has nothing else
+    Sparse(With<Sparse>),
     /// One port of 1 Gbit/s with a round trip of 150 ms, against what it carries
     Wan(With<Wan>),
     /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
@@ -147,6 +151,7 @@ impl Order {
             Self::Compressible(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
+            Self::Sparse(order) => order.carry_out(programs, tell),
             Self::Wan(order) => order.carry_out(programs, tell),
             Self::Qemu(order) => order.carry_out(programs, tell),
         }

@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     fn round(round: u32, seconds: f64) -> Round {
-        Round { round, pages: 100, bytes: 500_000, seconds, dirtied_pages: 10 }
+        Round { round, pages: 100, bytes: 500_000, seconds, dirtied_pages: 10, harvest_seconds: 0.01 }
     }
 
     #[test]

@@ -34,59 +34,17 @@ fn op(pages: u64) -> impl Strategy<Value = Op> {
 proptest! {
     #[test]
     fn behaves_as_a_set(pages in 1..9000u64, ops in proptest::collection::vec(op(9000), 1..60)) {
-        let (set, other, flying) = (PageSet::new(pages), PageSet::new(pages), PageSet::new(pages));
-        let (mut want, mut want_other, mut want_flying) =
-            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-        for op in ops {
-            match op {
-                Op::Insert(page) => prop_assert_eq!(set.insert(page), page < pages && want.insert(page)),
-                Op::InsertRange(a, b) => {
-                    let new = (a..b.min(pages)).filter(|page| want.insert(*page)).count();
-                    prop_assert_eq!(set.insert_range(a..b), new as u64);
-                }
-                Op::InsertWord(word, bits) => {
-                    let marked = (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit);
-                    let new = marked.filter(|page| *page < pages && want.insert(*page)).count();
-                    prop_assert_eq!(set.insert_word(word, bits), new as u64);
-                }
-                Op::RemoveRange(a, b) => {
-                    let gone = (a..b.min(pages)).filter(|page| want.remove(page)).count();
-                    prop_assert_eq!(set.remove_range(a..b), gone as u64);
-                }
-                Op::DrainTo(a, b) => {
-                    let moved: Vec<u64> = want.iter().copied().filter(|page| (a..b).contains(page)).collect();
-                    let new = moved.iter().filter(|page| { want.remove(page); want_other.insert(**page) }).count();
-                    prop_assert_eq!(set.drain_into(a..b, &other), new as u64);
-                }
-                Op::Claim(from, most) => {
-                    let first = want.iter().copied().find(|page| *page >= from && !want_flying.contains(page));
-                    let run = set.claim(&flying, from, most);
-                    prop_assert_eq!(run.is_some(), first.is_some() && most > 0);
-                    if let Some(run) = run {
-                        prop_assert_eq!(Some(run.start), first);
-                        prop_assert!(run.end - run.start <= most);
-                        let stop = run.end;
-                        for page in run {
-                            prop_assert!(want.remove(&page) && want_flying.insert(page));
-                        }
-                        let full = stop - first.unwrap() == most;
-                        prop_assert!(full || !want.contains(&stop) || want_flying.contains(&stop));
-                    }
-                }
-                Op::Acknowledge => {
-                    for run in flying.runs() { flying.remove_range(run); }
-                    want_flying.clear();
-                }
-            }
-            prop_assert_eq!(set.count(), want.len() as u64);
-            prop_assert_eq!(set.is_empty(), want.is_empty());
-            prop_assert_eq!(other.count(), want_other.len() as u64);
-        }
-        let runs: Vec<_> = set.runs().collect();
-        prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
-        prop_assert_eq!(runs.into_iter().flatten().collect::<Vec<_>>(), want.into_iter().collect::<Vec<_>>());
-        set.clear();
-        prop_assert!(set.is_empty());
+        check(pages, ops)?;
+    }
+
+    /// With several words of the top, and operations on both sides of where they, the words under them, and
+    /// those under these meet.
+    #[test]
+    fn behaves_as_a_set_where_words_of_each_level_meet(
+        pages in 700_000..800_000u64,
+        ops in proptest::collection::vec(op_far_apart(), 1..40),
+    ) {
+        check(pages, ops)?;
     }
 
     #[test]
@@ -102,6 +60,90 @@ proptest! {
         set.drain_into(0..u64::MAX, &into);
         prop_assert!(into.runs().all(|run| run.end <= pages));
     }
+}
+
+/// A page close to where words of some level meet.
+fn corner() -> impl Strategy<Value = u64> {
+    let unit = prop_oneof![Just(64u64), Just(4096), Just(262_144)];
+    (unit, 0..4u64, 0..5u64).prop_map(|(unit, times, beyond)| (unit * times + beyond).saturating_sub(2))
+}
+
+fn op_far_apart() -> impl Strategy<Value = Op> {
+    let length = prop_oneof![0..200u64, 0..9000u64];
+    prop_oneof![
+        corner().prop_map(Op::Insert),
+        (corner(), length.clone()).prop_map(|(a, more)| Op::InsertRange(a, a + more)),
+        (corner(), any::<u64>()).prop_map(|(a, b)| Op::InsertWord(a / 64, b)),
+        (corner(), length.clone()).prop_map(|(a, more)| Op::RemoveRange(a, a + more)),
+        (corner(), corner()).prop_map(|(a, b)| Op::DrainTo(a, b)),
+        (corner(), 0..200u64).prop_map(|(a, b)| Op::Claim(a, b)),
+        Just(Op::Acknowledge),
+    ]
+}
+
+/// Does the same to sets and to `BTreeSet`s.
+fn check(pages: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
+    let (set, other, flying) = (PageSet::new(pages), PageSet::new(pages), PageSet::new(pages));
+    let (mut want, mut want_other, mut want_flying) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for op in ops {
+        match op {
+            Op::Insert(page) => prop_assert_eq!(set.insert(page), page < pages && want.insert(page)),
+            Op::InsertRange(a, b) => {
+                let new = (a..b.min(pages)).filter(|page| want.insert(*page)).count();
+                prop_assert_eq!(set.insert_range(a..b), new as u64);
+            }
+            Op::InsertWord(word, bits) => {
+                let marked = (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit);
+                let new = marked.filter(|page| *page < pages && want.insert(*page)).count();
+                prop_assert_eq!(set.insert_word(word, bits), new as u64);
+            }
+            Op::RemoveRange(a, b) => {
+                let gone = (a..b.min(pages)).filter(|page| want.remove(page)).count();
+                prop_assert_eq!(set.remove_range(a..b), gone as u64);
+            }
+            Op::DrainTo(a, b) => {
+                let moved: Vec<u64> = want.iter().copied().filter(|page| (a..b).contains(page)).collect();
+                let new = moved
+                    .iter()
+                    .filter(|page| {
+                        want.remove(page);
+                        want_other.insert(**page)
+                    })
+                    .count();
+                prop_assert_eq!(set.drain_into(a..b, &other), new as u64);
+            }
+            Op::Claim(from, most) => {
+                let first = want.iter().copied().find(|page| *page >= from && !want_flying.contains(page));
+                let run = set.claim(&flying, from, most);
+                prop_assert_eq!(run.is_some(), first.is_some() && most > 0);
+                if let Some(run) = run {
+                    prop_assert_eq!(Some(run.start), first);
+                    prop_assert!(run.end - run.start <= most);
+                    let stop = run.end;
+                    for page in run {
+                        prop_assert!(want.remove(&page) && want_flying.insert(page));
+                    }
+                    let full = stop - first.unwrap() == most;
+                    prop_assert!(full || !want.contains(&stop) || want_flying.contains(&stop));
+                }
+            }
+            Op::Acknowledge => {
+                for run in flying.runs() {
+                    flying.remove_range(run);
+                }
+                want_flying.clear();
+            }
+        }
+        prop_assert_eq!(set.count(), want.len() as u64);
+        prop_assert_eq!(set.is_empty(), want.is_empty());
+        prop_assert_eq!(other.count(), want_other.len() as u64);
+    }
+    let runs: Vec<_> = set.runs().collect();
+    prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
+    prop_assert_eq!(runs.into_iter().flatten().collect::<Vec<_>>(), want.into_iter().collect::<Vec<_>>());
+    set.clear();
+    prop_assert!(set.is_empty());
+    Ok(())
 }
 
 #[test]
@@ -159,4 +201,50 @@ fn many_claimants_lose_no_page_and_share_none() {
     for page in 0..PAGES as usize {
         assert_eq!(sent[page].load(Ordering::Relaxed), written[page].load(Ordering::Relaxed), "page {page}");
     }
+}
+
+/// Threads add, and one takes, all under few words of each level, which so fill and empty all the time. What was
+/// not taken by then is found when all is quiet.
+#[test]
+fn what_is_added_while_others_take_is_not_hidden_in_the_end() {
+    const PAGES: u64 = 1 << 20;
+    for round in 0..200u64 {
+        let (set, taken) = (PageSet::new(PAGES), PageSet::new(PAGES));
+        let page =
+            |number: u64| (number % 4) * 262_144 + (number % 8 / 4) * 4096 + (number % 16 / 8) * 64 + number;
+        let adding = AtomicU64::new(3);
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (set, adding) = (&set, &adding);
+                scope.spawn(move || {
+                    (0..20).for_each(|step| assert!(set.insert(page(thread * 20 + step))));
+                    adding.fetch_sub(1, Ordering::AcqRel);
+                });
+            }
+            while adding.load(Ordering::Acquire) > 0 {
+                set.drain_into(0..PAGES, &taken);
+            }
+        });
+        set.drain_into(0..PAGES, &taken);
+        assert_eq!(taken.count(), 60, "round {round}");
+        assert!(set.is_empty() && (0..60).all(|number| taken.contains(page(number))));
+    }
+}
+
+#[test]
+fn a_huge_set_is_as_quick_as_what_it_holds() {
+    const PAGES: u64 = (24 << 40) / super::PAGE_SIZE;
+    let (set, flying) = (PageSet::new(PAGES), PageSet::new(PAGES));
+    let held = [0, 4095, 4096, 262_144, PAGES / 2, PAGES - 1];
+    assert!(held.iter().all(|page| set.insert(*page)));
+    // Each of these would take minutes if it went through all pages.
+    for _ in 0..1000 {
+        assert!(set.count() == 6 && !set.is_empty() && flying.is_empty());
+        assert_eq!(set.next_run(PAGES / 2 + 1, u64::MAX), Some(PAGES - 1..PAGES));
+    }
+    assert_eq!(set.runs().flatten().collect::<Vec<_>>(), [0, 4095, 4096, 262_144, PAGES / 2, PAGES - 1]);
+    assert_eq!(set.claim(&flying, PAGES / 2 + 1, 9), Some(PAGES - 1..PAGES));
+    assert_eq!(set.drain_into(0..PAGES, &flying), 5);
+    set.clear();
+    assert!(set.is_empty() && flying.count() == 6);
 }

@@ -16,7 +16,9 @@ use super::machine::GuestShape;
 use super::{Reader, WireError, put, put_text};
 
 /// Versions of this protocol that this build speaks, oldest and newest.
-pub const VERSIONS: (u16, u16) = (1, 1);
+///
+/// Since 2 the set of harvested pages has a top (see [`PageSet::words_needed`](crate::PageSet::words_needed)).
+pub const VERSIONS: (u16, u16) = (2, 2);
 /// Bytes of the largest packet.
 pub const MAX_PACKET_BYTES: usize = 32 << 10;
 /// Bytes of VMM state that may be saved or loaded (RAM is not part of it).

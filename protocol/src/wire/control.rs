@@ -65,12 +65,12 @@ pub enum Control {
     },
     /// Source: the guest stands still and all pages are acknowledged; digest all RAM.
     Verify,
-    /// Destination: digests of consecutive pieces of [`DIGEST_CHUNK_BYTES`].
+    /// Destination: digests of pieces of [`DIGEST_CHUNK_BYTES`]. Those that none names are all zero.
     Digests {
-        /// Number of the first piece.
-        first: u64,
-        /// XXH3-128 of each.
-        digests: Vec<u128>,
+        /// Number of each piece, and its XXH3-128; in order over all messages.
+        digests: Vec<(u64, u128)>,
+        /// Whether all of them have been told with this one.
+        last: bool,
     },
     /// Source: the VMM's state, all of it or the next piece.
     State {
@@ -175,10 +175,10 @@ impl Control {
                 kind::ROUND
             }
             Self::Verify => kind::VERIFY,
-            Self::Digests { first, digests } => {
-                put(out, &RawList { first: (*first).into(), count: (digests.len() as u32).into() });
-                for digest in digests {
-                    put(out, &U128::new(*digest));
+            Self::Digests { digests, last } => {
+                put(out, &[U32::new(digests.len() as u32), U32::from(u32::from(*last))]);
+                for (piece, digest) in digests {
+                    put(out, &RawDigest { piece: (*piece).into(), digest: (*digest).into() });
                 }
                 kind::DIGESTS
             }
@@ -247,12 +247,10 @@ impl Control {
             }
             kind::VERIFY => Self::Verify,
             kind::DIGESTS => {
-                let raw: &RawList = reader.take("digests")?;
-                let digests = reader.list::<U128>("count of digests", raw.count.get().into(), MAX_DIGESTS)?;
-                Self::Digests {
-                    first: raw.first.get(),
-                    digests: digests.iter().map(|digest| digest.get()).collect(),
-                }
+                let [count, last] = reader.take::<[U32; 2]>("digests")?.map(U32::get);
+                let digests = reader.list::<RawDigest>("count of digests", count.into(), MAX_DIGESTS)?;
+                let digests = digests.iter().map(|raw| (raw.piece.get(), raw.digest.get()));
+                Self::Digests { digests: digests.collect(), last: last != 0 }
             }
             kind::STATE => decode_state(&mut reader)?,
             kind::FETCH => Self::Fetch(*reader.take("migration to fetch")?),
@@ -379,9 +377,9 @@ struct RawRound {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct RawList {
-    first: U64,
-    count: U32,
+struct RawDigest {
+    piece: U64,
+    digest: U128,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]

@@ -5,7 +5,7 @@
 //! the bytes can be received straight into guest memory.
 //!
 //! In place of those bytes a frame may carry one LZ4 block (without a length in front) that
-//! decompresses to exactly as many: from [`COMPRESSED_SINCE`] on, and never on a lane for faults.
+//! decompresses to exactly as many: never on a lane for faults.
 
 use std::ops::Range;
 
@@ -24,8 +24,6 @@ pub const MAX_RUNS: usize = 256;
 /// Bytes of pages in one frame, compressed or not: a huge page, which post-copy has to place in
 /// one piece.
 pub const MAX_PAYLOAD_BYTES: u64 = 2 << 20;
-/// The first version of the protocol in which frames may be compressed.
-pub const COMPRESSED_SINCE: u16 = 2;
 /// Pages in one run without bytes: 1 GiB.
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
 /// Bytes of an acknowledgement.

@@ -11,7 +11,8 @@ pub struct Size {
     bytes: u64,
 }
 
-const UNITS: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+const UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
 impl Size {
     /// A size in MiB.
@@ -67,7 +68,8 @@ mod tests {
 
     #[test]
     fn reads_what_it_writes() {
-        for (text, bytes) in [("512MiB", 512 << 20), ("2GiB", 2 << 30), ("4097B", 4097)] {
+        for (text, bytes) in [("512MiB", 512 << 20), ("2GiB", 2 << 30), ("24TiB", 24 << 40), ("4097B", 4097)]
+        {
             let size: Size = text.parse().expect("a size");
             assert_eq!((size.bytes(), size.to_string().as_str()), (bytes, text));
         }

@@ -10,7 +10,7 @@ const MAGIC: [u8; 4] = *b"MLAT";
 const HEADER_BYTES: usize = 12;
 const MAX_TEXT_BYTES: usize = 1024;
 /// The version of the protocol that this shim speaks.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 const DONE: u16 = 2;
 const FAILED: u16 = 3;

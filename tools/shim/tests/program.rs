@@ -11,7 +11,7 @@ use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
 use common::{Built, Connection, Daemon, LONG, Memory, RamFile, Running, VARIABLE, preload};
 use memlane_lab::{say_skipped, wait_for};
-use memlane_protocol::wire::attach::{Request, ToVmm};
+use memlane_protocol::wire::attach::{Request, ToVmm, VERSIONS};
 
 const PAGES: u64 = 600;
 
@@ -170,7 +170,7 @@ fn whatever_else_a_daemon_says_does_no_harm() {
     let nonsense = [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0; 20_000],
-        ToVmm::Welcome { version: 2 }.encode(),
+        ToVmm::Welcome { version: VERSIONS.1 + 1 }.encode(),
         request[..11].to_vec(),
     ];
     let mut connection = connection;

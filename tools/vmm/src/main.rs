@@ -36,6 +36,10 @@ struct Flags {
     /// Put half of the memory above a hole in the guest's address space
     #[arg(long)]
     gap: bool,
+    /// Memory that the guest may touch, in 64 pieces from the beginning to the end of it all; only of a process
+    /// [default: all]
+    #[arg(long, value_parser = bytes)]
+    resident: Option<u64>,
     /// What the memory is made of: memfd, huge (2 MiB pages), or a path on tmpfs or hugetlbfs
     #[arg(long, default_value = "memfd", value_parser = backing)]
     backing: Backing,
@@ -54,7 +58,7 @@ struct Flags {
     /// How written pages are found [default: log for kvm, pagemap for process]
     #[arg(long, value_enum)]
     tracker: Option<Tracker>,
-    /// Memory that the guest writes [default: a quarter of the RAM]
+    /// Memory that the guest writes [default: a quarter of what it may touch]
     #[arg(long, value_parser = bytes)]
     working_set: Option<u64>,
     /// Pages written a second by all virtual CPUs together; 0 for an idle guest
@@ -186,9 +190,12 @@ impl Flags {
         if self.nic.len() > MAX_NICS {
             bail!("a guest can have {MAX_NICS} network interfaces, not {}", self.nic.len());
         }
-        let working_set = self.working_set.unwrap_or(self.ram / 4 / PAGE_SIZE * PAGE_SIZE);
-        if !working_set.is_multiple_of(PAGE_SIZE) {
-            bail!("the working set must be whole pages of 4KiB");
+        let working_set =
+            self.working_set.unwrap_or(self.resident.unwrap_or(self.ram) / 4 / PAGE_SIZE * PAGE_SIZE);
+        if !working_set.is_multiple_of(PAGE_SIZE)
+            || self.resident.is_some_and(|resident| !resident.is_multiple_of(PAGE_SIZE))
+        {
+            bail!("what is resident, and the working set, must be whole pages of 4KiB");
         }
         let workload = Workload {
             seed: self.seed,
@@ -202,6 +209,7 @@ impl Flags {
             name: self.name,
             ram_bytes: self.ram,
             gap: self.gap,
+            resident: self.resident,
             backing: self.backing,
             prepare: self.prepare,
             vcpus: self.vcpus,
@@ -224,7 +232,8 @@ fn bytes(text: &str) -> Result<u64, String> {
         "KiB" | "K" => 10,
         "MiB" | "M" => 20,
         "GiB" | "G" => 30,
-        unit => return Err(format!("unknown unit {unit:?}; use KiB, MiB or GiB")),
+        "TiB" | "T" => 40,
+        unit => return Err(format!("unknown unit {unit:?}; use KiB, MiB, GiB or TiB")),
     };
     let number: u64 = text[..digits].parse().map_err(|_| "a number of bytes is needed, such as 256MiB")?;
     number.checked_mul(1 << shift).ok_or_else(|| "this is more than 64 bits can tell".into())

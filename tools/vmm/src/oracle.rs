@@ -38,7 +38,8 @@ pub struct Oracle {
 pub struct Report {
     /// It is, all of it.
     pub equal: bool,
-    /// Pages of RAM, all of which were compared; holes in its file were taken as zeros.
+    /// Pages of RAM, all of which were compared; holes in its file were taken as zeros, as those must be that the
+    /// guest never touches.
     pub pages: u64,
     /// Steps that all vCPUs that write have done.
     pub steps: u64,
@@ -103,7 +104,7 @@ impl Oracle {
     /// Compares all of RAM, of a guest that stands still, with the model.
     pub fn compare(&self, ram: &GuestRam) -> std::io::Result<Report> {
         let data = ram.data_extents(0..ram.pages())?;
-        let pieces = pieces(ram.pages(), &data);
+        let pieces = pieces(&self.layout.touched(), &data);
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let next = std::sync::atomic::AtomicUsize::new(0);
         let work = || {
@@ -137,8 +138,8 @@ impl Oracle {
     fn begin(&mut self) {
         let working_set = self.layout.working_set();
         self.model = vec![0; (working_set.end - working_set.start) as usize * SLOTS];
-        for (page, slots) in working_set.zip(self.model.as_chunks_mut::<SLOTS>().0) {
-            self.workload.fill.write(self.workload.seed, page, slots);
+        for (number, slots) in working_set.zip(self.model.as_chunks_mut::<SLOTS>().0) {
+            self.workload.fill.write(self.workload.seed, self.layout.page(number), slots);
         }
         let writers = 0..self.layout.writers();
         self.steppers = writers.map(|vcpu| self.layout.stepper(&self.workload, vcpu)).collect();
@@ -172,11 +173,13 @@ impl Oracle {
             *into = self.image.get(&page).copied().unwrap_or([0; SLOTS]);
             return (0..self.layout.vcpus()).all(|vcpu| !self.layout.block(vcpu).contains(&page));
         }
-        if working_set.contains(&page) {
-            let at = (page - working_set.start) as usize * SLOTS;
-            into.copy_from_slice(&self.model[at..at + SLOTS]);
-        } else {
-            self.workload.fill.write(self.workload.seed, page, into);
+        match self.layout.number(page) {
+            Some(number) if working_set.contains(&number) => {
+                let at = (number - working_set.start) as usize * SLOTS;
+                into.copy_from_slice(&self.model[at..at + SLOTS]);
+            }
+            Some(_) => self.workload.fill.write(self.workload.seed, page, into),
+            None => into.fill(0),
         }
         true
     }
@@ -186,7 +189,7 @@ impl Oracle {
     fn is_next_step(&self, page: u64, expected: &mut Page, found: &Page) -> bool {
         let Some(vcpu) = self.writer(page).filter(|_| self.stops_anywhere) else { return false };
         let step = self.steppers[usize::from(vcpu)].clone().next();
-        if self.layout.part(vcpu).start + step.page != page {
+        if self.layout.page(self.layout.part(vcpu).start + step.page) != page {
             return false;
         }
         let counted = std::mem::replace(&mut expected[step.slot], step.value);
@@ -198,7 +201,8 @@ impl Oracle {
     }
 
     fn writer(&self, page: u64) -> Option<u16> {
-        (0..self.layout.writers()).find(|vcpu| self.layout.part(*vcpu).contains(&page))
+        let number = self.layout.number(page)?;
+        (0..self.layout.writers()).find(|vcpu| self.layout.part(*vcpu).contains(&number))
     }
 
     fn name(&self, page: u64) -> String {
@@ -263,20 +267,24 @@ impl Wrong {
     }
 }
 
-/// All pages in pieces, each with whether it is data or a hole.
-fn pieces(pages: u64, data: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
+/// In pieces, each with whether it is data or a hole: all data, wherever it is, and the holes in what the guest may
+/// have touched.
+fn pieces(touched: &[Range<u64>], data: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
     let mut pieces = Vec::new();
     let mut add = |range: Range<u64>, is_data| {
         let starts = range.clone().step_by(PIECE_PAGES as usize);
         pieces.extend(starts.map(|start| (start..(start + PIECE_PAGES).min(range.end), is_data)));
     };
-    let mut at = 0;
-    for extent in data {
-        add(at..extent.start, false);
-        add(extent.clone(), true);
-        at = extent.end;
+    for range in touched {
+        let mut at = range.start;
+        let from = data.partition_point(|extent| extent.end <= range.start);
+        for extent in data[from..].iter().take_while(|extent| extent.start < range.end) {
+            add(at..extent.start, false);
+            at = extent.end;
+        }
+        add(at..range.end, false);
     }
-    add(at..pages, false);
+    data.iter().for_each(|extent| add(extent.clone(), true));
     pieces
 }
 
@@ -304,17 +312,15 @@ mod tests {
     }
 
     #[test]
-    fn pieces_cover_every_page_once() {
-        let pieces = pieces(100_000, &[0..10, 20..60_000, 99_999..100_000]);
-        let mut at = 0;
-        for (range, is_data) in &pieces {
-            assert_eq!(range.start, at);
-            assert_eq!(
-                *is_data,
-                range.start < 10 || (20..60_000).contains(&range.start) || range.start == 99_999
-            );
-            at = range.end;
-        }
-        assert_eq!(at, 100_000);
+    fn pieces_cover_data_and_what_was_touched_once() {
+        let touched = [0..30, 50_000..100_000];
+        let data = [0..10, 20..60_000, 70_000..70_001, 200_000..200_001];
+        let pieces = pieces(&touched, &data);
+        let within = |ranges: &[Range<u64>], page| ranges.iter().any(|range| range.contains(&page));
+        let mut pages: Vec<(u64, bool)> =
+            pieces.into_iter().flat_map(|(range, is_data)| range.map(move |page| (page, is_data))).collect();
+        pages.sort_unstable();
+        let expected = (0..200_001).filter(|page| within(&touched, *page) || within(&data, *page));
+        assert!(pages.into_iter().eq(expected.map(|page| (page, within(&data, page)))));
     }
 }

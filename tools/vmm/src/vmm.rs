@@ -15,7 +15,7 @@ use memlane_protocol::wire::machine::{GuestShape, Nic, TrackerKind};
 
 use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::process::{self, ProcessGuest};
-use crate::guest::{ControlBlock, Guest, Layout};
+use crate::guest::{ControlBlock, Guest, Layout, SYSTEM_PAGES};
 use crate::oracle::{Oracle, Report};
 use crate::statistics::{Notes, Progress, Stats, reads, steps, sum};
 use crate::workload::{SLOTS, Workload};
@@ -32,6 +32,8 @@ pub struct Config {
     pub ram_bytes: u64,
     /// Half of RAM above the hole in the address space, however little it is.
     pub gap: bool,
+    /// Bytes of RAM that the guest may touch, in pieces from its beginning to its end; all of it if not given.
+    pub resident: Option<u64>,
     /// What RAM is made of.
     pub backing: Backing,
     /// Take all of RAM from the system at the start.
@@ -96,7 +98,7 @@ pub enum Standing {
 impl GuestVmm {
     /// Makes the guest. It stands still.
     pub fn new(config: Config) -> Result<Self, String> {
-        let layout = Layout::new(config.ram_bytes, config.gap, config.vcpus, &config.workload)?;
+        let layout = layout(&config)?;
         let ram = GuestRam::create(layout.regions(), &config.backing)
             .map_err(|error| format!("cannot make the guest's memory: {error}"))?;
         let ram = Arc::new(ram);
@@ -329,6 +331,20 @@ impl Standing {
     }
 }
 
+fn layout(config: &Config) -> Result<Layout, String> {
+    let Config { ram_bytes, gap, vcpus, ref workload, .. } = *config;
+    match config.resident {
+        None => Layout::new(ram_bytes, gap, vcpus, workload),
+        Some(_) if config.kvm => {
+            Err("the guest of a virtual machine may touch all of its RAM; use a process".into())
+        }
+        Some(_) if config.prepare => {
+            Err("all of RAM is taken from the system, or some of it resident".into())
+        }
+        Some(bytes) => Layout::spread(ram_bytes, gap, vcpus, workload, bytes / PAGE_SIZE),
+    }
+}
+
 /// Writes what is there before the first step. Pages of zeros are left as holes.
 fn write_memory(
     ram: &GuestRam,
@@ -340,9 +356,9 @@ fn write_memory(
     ram.punch(0..ram.pages()).map_err(|error| format!("cannot empty the guest's memory: {error}"))?;
     let image = guest.image();
     let mut contents = [0; SLOTS];
-    for slice in ram.slices(0..ram.pages()) {
+    for slice in layout.touched().into_iter().flat_map(|pages| ram.slices(pages)) {
         for (index, page) in (slice.first_page..slice.first_page + slice.len as u64 / PAGE_SIZE).enumerate() {
-            if page >= layout.working_set().start {
+            if page >= SYSTEM_PAGES {
                 if workload.fill.is_zero(workload.seed, page) {
                     continue;
                 }

@@ -25,6 +25,7 @@ fn config(kvm: bool) -> Config {
     Config {
         name: "guest".parse().unwrap(),
         ram_bytes: 32 << 20,
+        resident: None,
         gap: false,
         backing: Backing::Memfd,
         prepare: false,

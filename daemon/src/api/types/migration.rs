@@ -164,6 +164,8 @@ pub struct Round {
     pub seconds: f64,
     /// Pages that the guest wrote meanwhile.
     pub dirtied_pages: u64,
+    /// How long it took to find them.
+    pub harvest_seconds: f64,
 }
 
 /// How a guest's writes are slowed while it is copied. All rates are over the time that they were.

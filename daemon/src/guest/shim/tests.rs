@@ -6,7 +6,7 @@ use std::path::Path;
 
 use memlane_kvm::packet;
 use memlane_kvm::userfault::{Userfault, WRITE_PROTECT_ASYNC};
-use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm};
+use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm, VERSIONS};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::*;
@@ -54,7 +54,7 @@ impl Bench {
 
     async fn shim(&self) -> Peer {
         let (peer, answer) = self.greet(FromVmm::Shim { oldest: 1, newest: 9 }).await;
-        assert_eq!(answer, Some(ToVmm::Welcome { version: 1 }));
+        assert_eq!(answer, Some(ToVmm::Welcome { version: VERSIONS.1 }));
         peer
     }
 
@@ -136,9 +136,9 @@ fn strangers_are_refused() {
     tokio_uring::start(async {
         let shim = |oldest, newest| FromVmm::Shim { oldest, newest };
         let bench = Bench::new("12345").await;
-        bench.refuses(shim(1, 1), "see attach_users").await;
+        bench.refuses(shim(VERSIONS.0, VERSIONS.1), "see attach_users").await;
         let bench = Bench::new(&rustix::process::geteuid().as_raw().to_string()).await;
-        bench.refuses(shim(2, 3), "the shim speaks 2 to 3").await;
+        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 3 to 4").await;
         // No more than there is room for, except in the place of one of the same process.
         let shims = &bench.host.shims;
         let socket = || {
@@ -151,7 +151,7 @@ fn strangers_are_refused() {
         let one = socket();
         let others = (0..MOST as u32).map(|pid| (u32::MAX - pid, one.clone()));
         shims.connected.send_modify(|connected| connected.extend(others));
-        bench.refuses(shim(1, 1), "1024 shims are connected").await;
+        bench.refuses(shim(VERSIONS.0, VERSIONS.1), "1024 shims are connected").await;
         shims.connected.send_modify(|connected| {
             connected.remove(&u32::MAX);
             connected.insert(me(), socket());

@@ -1,6 +1,7 @@
 //! [`Fingerprints`]: what a guest's memory held at one time, to find what has changed since.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,38 +15,74 @@ use crate::guest::{DriverError, Harvest};
 /// Threads that look.
 const THREADS: u64 = 4;
 
-/// XXH3-64 of every page. Holes count as zeros and stay holes.
+/// XXH3-64 of every page that is data. Holes count as zeros and stay holes.
 ///
 /// The guest may write meanwhile: what a page that is being written is taken for, nobody knows.
-pub struct Fingerprints(Vec<u64>);
+pub struct Fingerprints(Vec<Extent>);
+
+/// A run of data, and a print of each of its pages.
+struct Extent {
+    first: u64,
+    prints: Vec<u64>,
+}
 
 impl Fingerprints {
     /// Looks at all of `ram`.
     pub async fn take(ram: Arc<GuestRam>) -> Result<Self, DriverError> {
-        let look = move || {
-            let mut prints = vec![0; ram.pages() as usize];
-            look_at_all(&ram, &mut prints, &|_, _, print, now| *print = now.print)?;
-            Ok(Self(prints))
-        };
-        tokio::task::spawn_blocking(look).await.expect("looking does not panic").map_err(failed)
+        let look = move || in_shares(&ram, &|pages| look_at(&ram, pages));
+        let shares = tokio::task::spawn_blocking(look).await.expect("looking does not panic");
+        Ok(Self(shares.map_err(failed)?.into_iter().flatten().collect()))
     }
 
     /// Looks again, and adds the pages that hold something else now to `into`.
-    pub async fn compare(mut self, ram: Arc<GuestRam>, into: &PageSet) -> Result<Harvest, DriverError> {
+    pub async fn compare(self, ram: Arc<GuestRam>, into: &PageSet) -> Result<Harvest, DriverError> {
         let compare = move || {
             let changed = PageSet::new(ram.pages());
             let holes = AtomicBool::new(false);
-            look_at_all(&ram, &mut self.0, &|ram, page, print, now| {
-                if *print != now.print {
+            in_shares(&ram, &|pages| {
+                let now = Self(look_at(&ram, pages.clone())?);
+                self.changed_since(&now, pages, |page, hole| {
                     changed.insert_range(ram.whole(page..page + 1));
-                    holes.fetch_or(now.hole, Ordering::Relaxed);
-                }
+                    holes.fetch_or(hole, Ordering::Relaxed);
+                });
+                Ok(())
             })?;
             Ok((changed, holes.into_inner()))
         };
         let compared = tokio::task::spawn_blocking(compare).await.expect("looking does not panic");
         let (changed, holes) = compared.map_err(failed)?;
         Ok(Harvest { new: changed.drain_into(0..changed.pages(), into), holes })
+    }
+
+    /// Tells the pages of `pages` that are not `now` what they were, and whether each is a hole now.
+    fn changed_since(&self, now: &Self, pages: Range<u64>, mut tell: impl FnMut(u64, bool)) {
+        let zero = xxh3_64(&[0; PAGE_SIZE as usize]);
+        for (page, print) in now.within(&pages) {
+            if self.of(page).unwrap_or(zero) != print {
+                tell(page, false);
+            }
+        }
+        for (page, print) in self.within(&pages) {
+            if print != zero && now.of(page).is_none() {
+                tell(page, true);
+            }
+        }
+    }
+
+    /// The print of a page; `None` of a hole.
+    fn of(&self, page: u64) -> Option<u64> {
+        let index = self.0.partition_point(|extent| extent.first <= page).checked_sub(1)?;
+        let Extent { first, prints } = &self.0[index];
+        prints.get((page - first) as usize).copied()
+    }
+
+    /// The prints of those of `pages` that are data.
+    fn within<'a>(&'a self, pages: &Range<u64>) -> impl Iterator<Item = (u64, u64)> + use<'a> {
+        let pages = pages.clone();
+        let from = self.0.partition_point(|extent| extent.first + extent.prints.len() as u64 <= pages.start);
+        let extents = self.0[from..].iter().take_while(move |extent| extent.first < pages.end);
+        let all = extents.flat_map(|extent| (extent.first..).zip(extent.prints.iter().copied()));
+        all.filter(move |(page, _)| pages.contains(page))
     }
 }
 
@@ -54,49 +91,36 @@ fn failed(error: io::Error) -> DriverError {
     DriverError::Failed { request: "start tracking", reason }
 }
 
-/// A page as it is now.
-#[derive(Clone, Copy)]
-struct Seen {
-    print: u64,
-    hole: bool,
-}
-
-/// What is done with a page, and with what was kept of it.
-type Visit<'a> = &'a (dyn Fn(&GuestRam, u64, &mut u64, Seen) + Sync);
-
-fn look_at_all(ram: &GuestRam, kept: &mut [u64], visit: Visit<'_>) -> io::Result<()> {
+/// Has threads do `work` for a share of the pages each; returns what they give, in order.
+fn in_shares<T: Send>(
+    ram: &GuestRam,
+    work: &(dyn Fn(Range<u64>) -> io::Result<T> + Sync),
+) -> io::Result<Vec<T>> {
     let share = ram.pages().div_ceil(THREADS).max(1);
     thread::scope(|scope| {
-        let shares = kept.chunks_mut(share as usize).zip((0..).step_by(share as usize));
+        let shares = (0..ram.pages()).step_by(share as usize);
         let workers: Vec<_> =
-            shares.map(|(kept, first)| scope.spawn(move || look_at(ram, first, kept, visit))).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().expect("looking does not panic"))
+            shares.map(|first| scope.spawn(move || work(first..ram.pages().min(first + share)))).collect();
+        workers.into_iter().map(|worker| worker.join().expect("looking does not panic")).collect()
     })
 }
 
-/// Looks at the pages from `first` on, of which `kept` keeps something.
-fn look_at(ram: &GuestRam, first: u64, kept: &mut [u64], visit: Visit<'_>) -> io::Result<()> {
+/// Prints of what is data.
+fn look_at(ram: &GuestRam, pages: Range<u64>) -> io::Result<Vec<Extent>> {
     let mut page_bytes = [0; PAGE_SIZE as usize];
-    let hole = Seen { print: xxh3_64(&page_bytes), hole: true };
-    let pages = first..first + kept.len() as u64;
-    let mut visit = |page: u64, seen| visit(ram, page, &mut kept[(page - first) as usize], seen);
-    let mut next = pages.start;
-    for data in ram.data_extents(pages.clone())? {
-        (next..data.start).for_each(|page| visit(page, hole));
-        next = data.end;
-        for page in data {
+    let extents = ram.data_extents(pages)?.into_iter().map(|data| {
+        let first = data.start;
+        let prints = data.map(|page| {
             ram.copy_page(page, &mut page_bytes);
-            visit(page, Seen { print: xxh3_64(&page_bytes), hole: false });
-        }
-    }
-    (next..pages.end).for_each(|page| visit(page, hole));
-    Ok(())
+            xxh3_64(&page_bytes)
+        });
+        Extent { first, prints: prints.collect() }
+    });
+    Ok(extents.collect())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
-
     use memlane_kvm::ram::Backing;
 
     use super::*;

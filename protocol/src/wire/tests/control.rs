@@ -74,7 +74,7 @@ fn the_largest_messages_fit_into_a_body() {
         Control::Accept(Accept { token: [2; 16], ports: vec![port; MAX_PORTS] }),
         Control::Refuse(vec![refusal; MAX_REFUSALS]),
         Control::Holes((0..MAX_RANGES as u64).map(|page| page * 2..page * 2 + 1).collect()),
-        Control::Digests { first: 0, digests: vec![u128::MAX; MAX_DIGESTS] },
+        Control::Digests { digests: vec![(u64::MAX, u128::MAX); MAX_DIGESTS], last: true },
         Control::State { total: MAX_STATE_BYTES, offset: MAX_STATE_BYTES - bytes.len() as u64, bytes },
         Control::Missing(Missing { first: 64, words: vec![u64::MAX; MAX_WORDS], last: true }),
     ] {
@@ -121,7 +121,7 @@ fn counts_are_checked_before_their_lists_are_read() {
         assert_eq!(Control::decode(6, &body), refused("count of holes", found, MAX_RANGES));
 
         let found = MAX_DIGESTS + more;
-        let body = [vec![0; 8], (found as u32).to_le_bytes().to_vec()].concat();
+        let body = [(found as u32).to_le_bytes(), [0; 4]].concat();
         assert_eq!(Control::decode(10, &body), refused("count of digests", found, MAX_DIGESTS));
 
         let found = MAX_STATE_CHUNK_BYTES + more;

@@ -148,8 +148,8 @@ pub fn control() -> impl Strategy<Value = Control> {
         Just(Control::HolesDone),
         any::<(u32, u64)>().prop_map(|(round, pages)| Control::Round { round, pages }),
         Just(Control::Verify),
-        (any::<u64>(), vec(any::<u128>(), 0..40))
-            .prop_map(|(first, digests)| Control::Digests { first, digests }),
+        (vec(any::<(u64, u128)>(), 0..40), any::<bool>())
+            .prop_map(|(digests, last)| Control::Digests { digests, last }),
         state(),
         any::<[u8; 16]>().prop_map(Control::Fetch),
         (0..=u64::MAX / 64, vec(any::<u64>(), 0..40), any::<bool>())

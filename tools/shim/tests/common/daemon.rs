@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use memlane_kvm::packet;
-use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, Reply, Request, ToVmm};
+use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, Reply, Request, ToVmm, VERSIONS};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -40,7 +40,7 @@ impl Daemon {
     /// Waits for the shim of process `pid`, and welcomes it.
     pub fn welcome(&self, pid: u32) -> Connection {
         let connection = self.accept(pid);
-        connection.send(&ToVmm::Welcome { version: 1 }, &[]);
+        connection.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
         connection
     }
 
@@ -52,7 +52,10 @@ impl Daemon {
         assert_eq!(peer.pid.as_raw_nonzero().get() as u32, pid);
         let connection = Connection(socket);
         let (greeting, descriptors) = connection.receive().expect("a greeting");
-        assert_eq!((greeting, descriptors.len()), (FromVmm::Shim { oldest: 1, newest: 1 }, 0));
+        assert_eq!(
+            (greeting, descriptors.len()),
+            (FromVmm::Shim { oldest: VERSIONS.1, newest: VERSIONS.1 }, 0)
+        );
         connection
     }
 

@@ -8,6 +8,9 @@
 //! page 512..    the working set, one part for each vCPU that writes
 //! then          pages that are filled once and never written
 //! ```
+//!
+//! That is the order of their numbers. In a [spread](Layout::spread) guest, pages from 512 on lie in pieces far
+//! apart, and most of its memory is never touched.
 
 pub mod block;
 pub mod clock;
@@ -15,6 +18,7 @@ pub mod code;
 pub mod kvm;
 pub mod long_mode;
 pub mod process;
+mod spread;
 mod vcpu;
 
 use std::collections::BTreeMap;
@@ -22,8 +26,9 @@ use std::ops::Range;
 use std::time::Duration;
 
 use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::wire::machine::Machine;
+use memlane_protocol::wire::machine::{MAX_RAM_BYTES, Machine};
 
+use self::spread::Spread;
 use crate::workload::{SLOTS, Stepper, Workload};
 
 pub use block::{ControlBlock, Stall};
@@ -46,6 +51,8 @@ const LOW_BYTES: u64 = 3 << 30;
 const HIGH_ADDRESS: u64 = 4 << 30;
 /// Lengths of RAM and regions are multiples of this.
 const UNIT: u64 = 2 << 20;
+/// Most RAM of a guest that may touch all of it.
+const MOST_BYTES: u64 = 256 << 30;
 
 /// A guest of either kind, as its VMM handles it.
 pub trait Guest: Send + Sync {
@@ -86,12 +93,42 @@ pub struct Layout {
     vcpus: u16,
     writers: u16,
     working_set: Range<u64>,
+    spread: Option<Spread>,
 }
 
 impl Layout {
     /// The layout of a guest with `ram_bytes` of memory, a multiple of 2 MiB. With `gap`, half
     /// of it lies above the hole, however little it is.
     pub fn new(ram_bytes: u64, gap: bool, vcpus: u16, workload: &Workload) -> Result<Self, String> {
+        if ram_bytes > MOST_BYTES {
+            return Err(format!(
+                "RAM can be {} GiB at most, unless only some of it is resident",
+                MOST_BYTES >> 30
+            ));
+        }
+        Self::any(ram_bytes, gap, vcpus, workload)
+    }
+
+    /// The same of a guest that touches `resident_pages` of its memory and never any other, besides the first
+    /// 2 MiB: in [pieces](spread::PIECES) from its beginning to its very end, each with its share of the
+    /// working set. No virtual machine can be that.
+    pub fn spread(
+        ram_bytes: u64,
+        gap: bool,
+        vcpus: u16,
+        workload: &Workload,
+        resident_pages: u64,
+    ) -> Result<Self, String> {
+        if ram_bytes > MAX_RAM_BYTES {
+            return Err(format!("RAM can be {} TiB at most", MAX_RAM_BYTES >> 40));
+        }
+        let layout = Self::any(ram_bytes, gap, vcpus, workload)?;
+        let free = SYSTEM_PAGES..layout.pages();
+        let spread = Spread::new(free, workload.working_set_pages, resident_pages)?;
+        Ok(Self { spread: Some(spread), ..layout })
+    }
+
+    fn any(ram_bytes: u64, gap: bool, vcpus: u16, workload: &Workload) -> Result<Self, String> {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(format!("a guest has 1 to {MAX_VCPUS} vCPUs, not {vcpus}"));
         }
@@ -104,9 +141,6 @@ impl Layout {
         };
         if !ram_bytes.is_multiple_of(UNIT) || ram_bytes < 2 * UNIT {
             return Err("RAM must be a multiple of 2MiB, and at least 4MiB".into());
-        }
-        if ram_bytes > 256 << 30 {
-            return Err("RAM can be 256GiB at most".into());
         }
         let low = if gap { (ram_bytes / 2).next_multiple_of(UNIT) } else { ram_bytes }.min(LOW_BYTES);
         let mut regions = vec![(0, low)];
@@ -122,7 +156,7 @@ impl Layout {
             ));
         }
         let working_set = SYSTEM_PAGES..SYSTEM_PAGES + workload.working_set_pages;
-        Ok(Self { regions, vcpus, writers, working_set })
+        Ok(Self { regions, vcpus, writers, working_set, spread: None })
     }
 
     /// Address and length of each region of RAM, in bytes.
@@ -150,12 +184,52 @@ impl Layout {
         self.regions.iter().map(|(_, bytes)| bytes / PAGE_SIZE).sum()
     }
 
-    /// The working set.
+    /// The page of a number: of those that may be touched, in the order told above.
+    pub fn page(&self, number: u64) -> u64 {
+        match &self.spread {
+            Some(spread) if number >= SYSTEM_PAGES => spread.page(number - SYSTEM_PAGES),
+            _ => number,
+        }
+    }
+
+    /// The number of a page; `None` if it is never touched.
+    pub fn number(&self, page: u64) -> Option<u64> {
+        match &self.spread {
+            Some(spread) if page >= SYSTEM_PAGES => Some(SYSTEM_PAGES + spread.number(page)?),
+            _ => Some(page),
+        }
+    }
+
+    /// The pages that may be touched, in order.
+    pub fn touched(&self) -> Vec<Range<u64>> {
+        match &self.spread {
+            Some(spread) => std::iter::once(0..SYSTEM_PAGES).chain(spread.pieces()).collect(),
+            None => std::iter::once(0..self.pages()).collect(),
+        }
+    }
+
+    /// Where pages of consecutive numbers lie: the first number of each run, and its pages.
+    pub fn runs(&self, numbers: Range<u64>) -> Vec<(u64, Range<u64>)> {
+        if self.spread.is_none() {
+            return vec![(numbers.start, numbers)];
+        }
+        let mut runs: Vec<(u64, Range<u64>)> = Vec::new();
+        for number in numbers {
+            let page = self.page(number);
+            match runs.last_mut() {
+                Some((_, run)) if run.end == page => run.end += 1,
+                _ => runs.push((number, page..page + 1)),
+            }
+        }
+        runs
+    }
+
+    /// Numbers of the working set.
     pub fn working_set(&self) -> Range<u64> {
         self.working_set.clone()
     }
 
-    /// The part of the working set that a vCPU writes; a reader has all of it to read.
+    /// Numbers of the part of the working set that a vCPU writes; a reader has all of it to read.
     pub fn part(&self, vcpu: u16) -> Range<u64> {
         if self.is_reader(vcpu) {
             return self.working_set();
@@ -256,5 +330,25 @@ mod tests {
             assert!(layout(ram, false, vcpus, pages).is_err(), "{ram} {vcpus} {pages}");
         }
         assert!(layout(512 << 30, false, 1, 9).is_err());
+        assert!(Layout::spread(65 << 40, false, 1, &workload(64, 0), 128).is_err());
+    }
+
+    #[test]
+    fn a_spread_guest_touches_its_pieces_and_nothing_else() {
+        let layout = Layout::spread(24 << 40, false, 2, &workload(640, 0), 6400).unwrap();
+        let touched = layout.touched();
+        assert_eq!(touched[0], 0..SYSTEM_PAGES);
+        assert_eq!(touched.last().unwrap().end, layout.pages());
+        assert!(touched.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        let pages: u64 = touched.iter().map(|piece| piece.end - piece.start).sum();
+        assert_eq!(pages, SYSTEM_PAGES + 6400);
+        let mut numbers: Vec<u64> =
+            touched.into_iter().flatten().map(|page| layout.number(page).unwrap()).collect();
+        assert!(numbers.iter().all(|number| layout.number(layout.page(*number)) == Some(*number)));
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(0..SYSTEM_PAGES + 6400));
+        assert_eq!(layout.number(layout.pages() / 2 + 6400), None);
+        // Either vCPU writes all over its half, and the second one up to the last piece.
+        assert!(layout.page(layout.part(1).end - 1) > layout.pages() - 101);
     }
 }

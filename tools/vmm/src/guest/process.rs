@@ -260,15 +260,19 @@ impl Progress {
 
 /// A part of the working set, in this process.
 struct Part<'a> {
-    slices: Vec<memlane_kvm::ram::HostSlice>,
-    first: u64,
+    /// By the number of the first page, counted in the part.
+    slices: Vec<(u64, memlane_kvm::ram::HostSlice)>,
     _ram: &'a GuestRam,
 }
 
 impl<'a> Part<'a> {
     fn new(ram: &'a GuestRam, layout: &Layout, vcpu: u16) -> Self {
-        let pages = layout.part(vcpu);
-        Self { slices: ram.slices(pages.clone()).collect(), first: pages.start, _ram: ram }
+        let numbers = layout.part(vcpu);
+        let slices = layout.runs(numbers.clone()).into_iter().flat_map(|(first, pages)| {
+            let begin = pages.start;
+            ram.slices(pages).map(move |slice| (first - numbers.start + slice.first_page - begin, slice))
+        });
+        Self { slices: slices.collect(), _ram: ram }
     }
 
     fn write(&self, page: u64, slot: usize, value: u64) {
@@ -282,10 +286,9 @@ impl<'a> Part<'a> {
     }
 
     fn page(&self, page: u64) -> &[AtomicU64; SLOTS] {
-        let page = self.first + page;
-        let slice = self.slices.iter().rev().find(|slice| slice.first_page <= page);
-        let slice = slice.expect("steps stay within the part");
-        let offset = (page - slice.first_page) as usize * PAGE_SIZE as usize;
+        let index = self.slices.partition_point(|(first, _)| *first <= page);
+        let (first, slice) = &self.slices[index.checked_sub(1).expect("the first slice begins with page 0")];
+        let offset = (page - first) as usize * PAGE_SIZE as usize;
         assert!(offset < slice.len, "steps stay within the part");
         // SAFETY: the page lies within the slice, which lives as long as the RAM is borrowed; slices
         // are whole pages. The memory is shared, so all who use it take it for atomics.
