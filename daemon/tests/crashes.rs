@@ -46,10 +46,11 @@ fn is_word(message: &Control, word: Message) -> bool {
     matches!(message, Control::Handover { message, .. } if *message == word)
 }
 
-/// Orders the guest named after the point to move, and returns when it is held up there.
+/// Orders the guest named after the point to move, and returns when it is held up there. On a busy machine the
+/// pause may be long; that is not what these tests are about.
 fn begin(stage: &Stage, tap: &Tap, point: &Point) -> common::Order {
     tap.hold(point.from, point.is);
-    let order = stage.begin(point.name, &["--verify"]);
+    let order = stage.begin(point.name, &["--verify", "--downtime-limit", "5s"]);
     tap.wait();
     order
 }

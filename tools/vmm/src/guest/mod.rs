@@ -110,7 +110,7 @@ impl Layout {
     }
 
     /// The same of a guest that touches `resident_pages` of its memory and never any other, besides the first
-    /// 2 MiB: in [pieces](spread::PIECES) from its beginning to its very end, each with its share of the
+    /// 2 MiB: in pieces from its beginning to its very end, each with its share of the
     /// working set. No virtual machine can be that.
     pub fn spread(
         ram_bytes: u64,
