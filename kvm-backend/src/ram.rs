@@ -6,10 +6,10 @@
 
 mod backing;
 mod extents;
-mod fresh;
 mod known;
 mod mapped;
 mod marks;
+mod write;
 mod zero;
 
 use std::fs::File;
@@ -27,9 +27,9 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use self::fresh::Filling;
 use self::known::KnownData;
 use self::mapped::MappedBlocks;
+use self::write::Writing;
 
 pub use backing::Backing;
 pub use marks::Marks;
@@ -49,7 +49,7 @@ pub struct GuestRam {
     marks: Arc<PageSet>,
     data: KnownData,
     in_tables: MappedBlocks,
-    filling: Filling,
+    writing: Writing,
     sealed: bool,
 }
 
@@ -137,8 +137,8 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(guest)
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
-        let filling = Filling::default();
-        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, filling, sealed })
+        let writing = Writing::default();
+        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, writing, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -256,11 +256,14 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Takes `pages` from the guest, as a VMM does for its balloon: they are zero from now on, and trackers
-    /// find that.
+    /// Takes `pages` from the guest, as a VMM does for its balloon: they are zero from now on, and its tracker
+    /// finds that.
+    ///
+    /// Not while the guest is stunned by protection, where its own tracker rests, nor while some of its memory
+    /// is still to come by post-copy: the balloon has to wait then.
     pub fn discard(&self, pages: Range<u64>) -> io::Result<()> {
         // Holes stay as they are, and are not to be found.
-        let held = self.data_extents(pages)?;
+        let held = self.extents_now(pages)?;
         for extent in held {
             self.punch(extent.clone())?;
             // Afterwards, as with writes.

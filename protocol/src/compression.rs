@@ -18,6 +18,10 @@ const CROWDED: f64 = 0.25;
 const CROWDED_OUT: f64 = 0.5;
 /// How many times as fast as the wire compressing must be, and how many times as long what is not compressed.
 const WORTH: f64 = 1.25;
+/// Over so long it is seen whether a lane that compresses gets more across than its wire took without,
+const JUDGED_OVER: Duration = Duration::from_secs(1);
+/// and so often it does not compress for a [`PERIOD`], to learn what the wire takes by now.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// Bytes per second that are expected of a compressor of which nothing is known.
 const EXPECTED_SPEED: f64 = 500e6;
 /// Frames with fewer bytes of contents are sent as they are.
@@ -47,8 +51,10 @@ pub struct UnknownMode(pub String);
 /// What a lane and its thread have done so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Bytes of payload that were acknowledged.
+    /// Bytes of payload that were acknowledged,
     pub wire_bytes: u64,
+    /// and those of the pages that they brought.
+    pub contents_bytes: u64,
     /// Time for which the thread ran,
     pub ran: Duration,
     /// and for which it could have, had a processor been free.
@@ -61,6 +67,12 @@ pub struct Compression {
     measured: Option<(Duration, Load)>,
     /// Compressing since then.
     since: Option<Duration>,
+    /// Not compressing for a moment, to see how the wire does.
+    looking: bool,
+    /// When to look next.
+    next_look: Duration,
+    /// From when on it is seen what gets across, and what had by then.
+    judged: Option<(Duration, u64)>,
     /// Bytes per second that the wire took when it held the lane up.
     wire: f64,
     /// Bytes of contents that were compressed since the lane was measured, and the time that it took.
@@ -80,6 +92,9 @@ impl Default for Compression {
         Self {
             measured: None,
             since: None,
+            looking: false,
+            next_look: Duration::ZERO,
+            judged: None,
             wire: 0.0,
             compressed: (0, Duration::ZERO),
             not_before: Duration::ZERO,
@@ -93,7 +108,7 @@ impl Default for Compression {
 impl Compression {
     /// The lane had nothing to send: what is measured begins anew.
     pub fn idle(&mut self) {
-        self.measured = None;
+        (self.measured, self.judged) = (None, None);
     }
 
     /// Whether enough time has passed at `now`, a time since any fixed moment, to [observe](Self::observe).
@@ -118,19 +133,41 @@ impl Compression {
             (_, Duration::ZERO) => EXPECTED_SPEED,
             (bytes, took) => bytes as f64 / took.as_secs_f64(),
         };
-        match self.since {
-            // Acknowledgements come in bursts: what is just as fast as the wire may be faster.
-            Some(since) if crowded > CROWDED_OUT || speed < self.wire => self.leave(since, now),
-            None if held_up && crowded <= CROWDED && speed >= WORTH * self.wire && now >= self.not_before => {
-                self.since = Some(now);
+        let worth_it = held_up && crowded <= CROWDED && speed >= WORTH * self.wire;
+        let compressing = self.since;
+        match compressing {
+            Some(since) if std::mem::take(&mut self.looking) => {
+                (self.next_look, self.judged) = (now + LOOK_AGAIN, None);
+                if !worth_it {
+                    self.leave(since, now);
+                }
             }
-            _ => {}
+            // Acknowledgements come in bursts: what is just as fast as the wire may be faster.
+            Some(since) if crowded > CROWDED_OUT || speed < self.wire || self.falls_behind(now, &load) => {
+                self.leave(since, now);
+            }
+            Some(_) => self.looking = now >= self.next_look,
+            None if worth_it && now >= self.not_before => {
+                (self.since, self.next_look, self.judged) = (Some(now), now + LOOK_AGAIN, None);
+            }
+            None => {}
         }
+    }
+
+    /// Whether less gets across than did without compressing, everything included that it takes.
+    fn falls_behind(&mut self, now: Duration, load: &Load) -> bool {
+        let (from, contents_bytes) = *self.judged.get_or_insert((now, load.contents_bytes));
+        let took = now.saturating_sub(from);
+        if took < JUDGED_OVER {
+            return false;
+        }
+        self.judged = Some((now, load.contents_bytes));
+        (load.contents_bytes.saturating_sub(contents_bytes) as f64) < self.wire * took.as_secs_f64()
     }
 
     /// Whether to look at what a few pages of a frame with so many bytes of contents would become.
     pub fn wants_sample(&mut self, bytes: u64) -> bool {
-        if self.since.is_none() || bytes < LEAST_BYTES {
+        if self.since.is_none() || self.looking || bytes < LEAST_BYTES {
             return false;
         }
         let passed_over = self.pass_over > 0;

@@ -153,12 +153,22 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
 
     /// The first run of pages at or after `from`, of at most `most` pages.
     pub fn next_run(&self, from: u64, most: u64) -> Option<Range<u64>> {
-        let marked = self.marked_words(from..self.pages);
+        self.run_within(from..self.pages, most)
+    }
+
+    /// The first run within `range`, or the part of it that lies there. What lies beyond is not looked at.
+    pub fn next_run_within(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let range = range.start..range.end.min(self.pages);
+        self.run_within(range.clone(), range.end.saturating_sub(range.start)).filter(|run| !run.is_empty())
+    }
+
+    fn run_within(&self, Range { start: from, end: beyond }: Range<u64>, most: u64) -> Option<Range<u64>> {
+        let marked = self.marked_words(from..beyond);
         let (word, bits) =
             marked.map(|word| (word, self.load(word) & !below(from, word))).find(|(_, bits)| *bits != 0)?;
         let start = bits.trailing_zeros();
         let first = word * WORD + u64::from(start);
-        let limit = first.saturating_add(most.max(1)).min(self.pages);
+        let limit = first.saturating_add(most.max(1)).min(beyond);
         // Of this word, what was seen at the first look: its bits may have been taken since.
         let mut end = first + u64::from((bits >> start).trailing_ones());
         while end.is_multiple_of(WORD) && end < limit {
@@ -168,7 +178,7 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
                 break;
             }
         }
-        Some(first..end.min(limit))
+        (first < limit).then(|| first..end.min(limit))
     }
 
     /// The runs of the set in order, each as long as it can be.

@@ -57,17 +57,22 @@ pub struct Switch {
 
 impl Guest {
     /// Holds the guest's writes to so many pages of 4 KiB per second from now on; what it has written
-    /// until then is added to `into`.
+    /// until then is added to `into`. Pages of `in_flight` are being sent, as may be those of `into`.
     ///
     /// The guest runs on meanwhile. After an error writes may have been missed.
-    pub async fn stun(&self, into: &PageSet, pages_per_second: u64) -> Result<Switch, DriverError> {
+    pub async fn stun(
+        &self,
+        into: &PageSet,
+        in_flight: &PageSet,
+        pages_per_second: u64,
+    ) -> Result<Switch, DriverError> {
         if let Some(switch) = self.pace(into, pages_per_second).await? {
             return Ok(switch);
         }
         let memory = self.driver.open_memory(false).await?;
         match self.shape.tracker {
             TrackerKind::Log | TrackerKind::Ring => self.overlap(memory, into, pages_per_second).await,
-            TrackerKind::Pagemap => self.exchange(memory, into, pages_per_second).await,
+            TrackerKind::Pagemap => self.exchange(memory, into, in_flight, pages_per_second).await,
         }
     }
 
@@ -100,21 +105,29 @@ impl Guest {
     }
 
     /// Memory can be protected by one userfaultfd at a time. What is written while one gives way to the
-    /// other is found by what memory holds before and after.
+    /// other is found by what memory holds before and after; but for what is sent in between, which may
+    /// have been sent as it was neither before nor after: all of that is sent again.
     async fn exchange(
         &self,
         memory: VmmMemory,
         into: &PageSet,
+        in_flight: &PageSet,
         pages_per_second: u64,
     ) -> Result<Switch, DriverError> {
         let started = Instant::now();
         let before = Fingerprints::take(self.ram.clone()).await?;
         // Whatever was in place when it was looked at, or was being written, is told of here.
-        let told = self.driver.harvest(into).await?;
+        let unsettled = PageSet::new(self.ram.pages());
+        // In the order in which a page goes.
+        add(&unsettled, into);
+        add(&unsettled, in_flight);
+        let told = self.driver.harvest(&unsettled).await?;
+        add(into, &unsettled);
         self.driver.stop_tracking().await?;
         let tracking = Tracking::start(memory, Some(pages_per_second))?;
         tracking.arm_all().await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
+        add(into, &unsettled);
         // And what is written from here on, by the tracker.
         let changed = before.compare(self.ram.clone(), into).await?;
         let harvest = Harvest { new: told.new + changed.new, holes: told.holes || changed.holes };
@@ -170,4 +183,8 @@ impl Guest {
         let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
         protection.as_ref().and_then(|tracking| tracking.releaser()).map(act)
     }
+}
+
+fn add(to: &PageSet, pages: &PageSet) {
+    pages.runs().for_each(|run| _ = to.insert_range(run));
 }

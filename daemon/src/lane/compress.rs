@@ -42,13 +42,13 @@ impl Compressor {
         self.decisions.idle();
     }
 
-    /// Takes in how the lane does at `now`, a time since any fixed moment, when so many bytes of payload
-    /// were acknowledged.
-    pub fn observe(&mut self, now: Duration, wire_bytes: u64) {
+    /// Takes in how the lane does at `now`, a time since any fixed moment, when so many bytes of payload,
+    /// and of the pages that they brought, were acknowledged.
+    pub fn observe(&mut self, now: Duration, wire_bytes: u64, contents_bytes: u64) {
         if self.decisions.is_due(now)
             && let Some((ran, crowded)) = self.clock.read()
         {
-            self.decisions.observe(now, Load { wire_bytes, ran, crowded });
+            self.decisions.observe(now, Load { wire_bytes, contents_bytes, ran, crowded });
         }
     }
 
@@ -150,7 +150,7 @@ mod tests {
     fn held_up() -> Compressor {
         let mut compressor =
             Compressor { clock: ThreadClock(File::open("/dev/null").unwrap()), ..Compressor::new().unwrap() };
-        let idle = Load { wire_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
+        let idle = Load { wire_bytes: 0, contents_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
         for second in 0..2 {
             let load = Load { wire_bytes: second * 100_000_000, ..idle };
             compressor.decisions.observe(Duration::from_secs(second), load);

@@ -2,7 +2,8 @@
 //!
 //! At the source every lane of a migration works from one [`Outbound`]: it claims a run of
 //! pages when its own window has room, so a slow port takes less and nothing is assigned
-//! ahead. At the destination every lane writes into one [`Inbound`], straight into guest memory.
+//! ahead. At the destination every lane writes into one [`Inbound`]: straight into guest memory, but for
+//! pages that nobody has touched there yet, compressed ones, and those of a guest that runs already.
 
 mod answer;
 mod compress;

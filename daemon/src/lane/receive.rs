@@ -200,7 +200,7 @@ impl Receiver {
         for pages in &self.fresh {
             let (bytes, rest) = staged.split_at(bytes_of(pages));
             staged = rest;
-            self.inbound.ram.write_fresh(pages.clone(), bytes)?;
+            self.inbound.ram.write_pages(pages.clone(), bytes)?;
         }
         Ok(())
     }
@@ -281,7 +281,7 @@ impl Receiver {
         let bytes = FRAME_HEADER_BYTES as u64 + (frame.runs * RUN_BYTES) as u64 + frame.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, bytes);
         let contents = contents_bytes(&self.runs);
-        LaneStats::add(&self.stats.acked_bytes, contents);
+        LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
         LaneStats::add(&self.stats.data_pages, contents / PAGE_SIZE);
         if frame.compressed {
             LaneStats::add(&self.stats.uncompressed_bytes, contents);
@@ -328,21 +328,9 @@ fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
 fn fill(ram: &GuestRam, runs: &[Run], contents: &[u8]) -> io::Result<()> {
     let mut rest = contents;
     for Run { pages, .. } in runs.iter().filter(|run| run.content == Content::Data) {
-        let (mut bytes, left) = rest.split_at(bytes_of(pages));
+        let (bytes, left) = rest.split_at(bytes_of(pages));
         rest = left;
-        if ram.is_fresh(pages) {
-            ram.write_fresh(pages.clone(), bytes)?;
-            continue;
-        }
-        // What cannot be mapped in one go is when it is written.
-        let _ = ram.map_pages(pages.clone());
-        for slice in ram.slices(pages.clone()) {
-            let (piece, left) = bytes.split_at(slice.len);
-            bytes = left;
-            // SAFETY: the slice is as long, and mapped as long as the RAM lives; no guest runs on this
-            // memory yet, and the bytes are our own.
-            unsafe { slice.ptr.copy_from_nonoverlapping(piece.as_ptr(), piece.len()) };
-        }
+        ram.write_pages(pages.clone(), bytes)?;
     }
     Ok(())
 }

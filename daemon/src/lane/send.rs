@@ -67,9 +67,9 @@ pub struct Sender {
     /// Acknowledged, but the kernel may still look at them.
     lingering: Vec<Slot>,
     spare: Vec<Slot>,
-    /// Bytes of payload on their way,
+    /// Bytes of payload on their way.
     window_bytes: u64,
-    /// and those that have arrived.
+    /// Bytes of pages that have arrived, as they are before they are compressed.
     delivered_bytes: u64,
     /// The newest frame of the window is still being handed to the kernel.
     sending: bool,
@@ -340,13 +340,17 @@ impl Sender {
 
     fn think_over_the_limit(&mut self) {
         let flow = Flow {
-            acked_bytes: self.delivered_bytes,
+            acked_bytes: self.stats.acked_bytes.load(Ordering::Relaxed),
             round_trip: self.pulse.round_trip(),
             full: mem::take(&mut self.full),
         };
         self.limit.observe(self.pulse.now(), &flow);
         if let Some(compressor) = &mut self.compressor {
-            compressor.observe(self.pulse.now(), self.delivered_bytes);
+            compressor.observe(
+                self.pulse.now(),
+                self.stats.acked_bytes.load(Ordering::Relaxed),
+                self.delivered_bytes,
+            );
         }
         let wanted = self.limit.bytes();
         // Less than a quarter more is not worth a system call.
@@ -374,8 +378,8 @@ impl Sender {
             }
             self.outbound.settle(1);
             self.window_bytes -= slot.payload_bytes;
-            self.delivered_bytes += slot.payload_bytes;
-            LaneStats::add(&self.stats.acked_bytes, slot.contents_bytes);
+            self.delivered_bytes += slot.contents_bytes;
+            LaneStats::add(&self.stats.acked_bytes, slot.payload_bytes);
             let rest = if slot.notifications == 0 { &mut self.spare } else { &mut self.lingering };
             rest.push(slot);
         }

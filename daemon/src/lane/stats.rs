@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Counters of one lane. All that count only grow.
 #[derive(Debug, Default)]
 pub struct LaneStats {
-    /// Bytes of pages that were acknowledged, as they are before they are compressed.
+    /// Bytes of pages that were acknowledged, as they travel. What is forecast from them holds for pages that
+    /// cannot be compressed, too.
     pub acked_bytes: AtomicU64,
     /// Bytes of pages, tables and headers that were sent or received.
     pub wire_bytes: AtomicU64,

@@ -470,7 +470,8 @@ async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u6
     let look = move || {
         let (piece, hole) = (first + PIECE_PAGES, first + HOLE_PAGES);
         let data = ram.next_data(first..hole)?.unwrap_or(hole);
-        Ok(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages()))
+        // Huge pages are armed whole, wherever they begin.
+        Ok(ram.whole(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages())))
     };
     tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }

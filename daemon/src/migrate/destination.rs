@@ -289,7 +289,7 @@ impl Run {
             return Err(format!("the source sent the hole {hole:?} of a guest of {pages} pages"));
         }
         let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
-        self.ticket.update(|progress| progress.hole_pages += count);
+        self.ticket.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));
         let punching = move || holes.into_iter().try_for_each(|hole| ram.punch(hole));
         let punched = tokio::task::spawn_blocking(punching).await.expect("punching does not panic");
         punched.map_err(|error| format!("cannot make pages zero: {error}"))

@@ -16,7 +16,8 @@ impl Copying {
         if self.guest.stun_report().is_some() {
             return Ok(self.guest.set_stun(pages_per_second).await?);
         }
-        let switch = self.guest.stun(&self.outbound.dirty, pages_per_second).await?;
+        let switch =
+            self.guest.stun(&self.outbound.dirty, &self.outbound.in_flight, pages_per_second).await?;
         if switch.harvest.holes {
             self.outbound.sparse.store(true, Ordering::Release);
         }

@@ -87,10 +87,13 @@ impl PagemapTracker {
 
     /// Guards what has come into being in `pages`, which were armed and not guarded, and adds it to `into`.
     fn harvest_fresh(&mut self, pages: Range<u64>, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
-        let mut new = 0;
+        let (mut new, end) = (0, pages.end);
         for table in self.guard(pages)? {
-            // Looked at after it was protected: whatever comes later is found written.
-            let data = self.ram.data_extents(table).map_err(TrackError::kernel(LOOKING))?;
+            // Looked at after it was protected: whatever comes later is found written. What follows the last
+            // one may be data for long, and the other way of looking walks to the end of that.
+            let data =
+                if table.end < end { self.ram.data_extents(table) } else { self.ram.extents_now(table) };
+            let data = data.map_err(TrackError::kernel(LOOKING))?;
             new += data.into_iter().map(|extent| into.insert_range(extent)).sum::<u64>();
         }
         Ok(new)

@@ -301,9 +301,10 @@ impl Shared {
         if on {
             self.append(true)?;
         }
-        // Looked at after all is protected: what comes into being later is appended again.
-        let held = self.ram.data_blocks(0..self.ram.pages(), BLOCK_PAGES);
-        let held = held.map_err(TrackError::kernel("looking for data in the guest's memory"))?;
+        // Looked at after all is protected: what comes into being later is appended again. Where nobody can
+        // tell what holds data, all of it may.
+        let all = 0..self.ram.pages();
+        let held = self.ram.data_blocks(all.clone(), BLOCK_PAGES).unwrap_or_else(|_| vec![all]);
         for pages in held {
             pending.insert_range(pages);
         }

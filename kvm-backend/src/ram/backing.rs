@@ -111,6 +111,10 @@ fn check_kind(index: usize, region: &Region, fd: BorrowedFd<'_>, stat: &Stat) ->
     if kind != FileType::RegularFile {
         return wrong(format!("no regular file ({kind:?})"));
     }
+    // What is written to it would not go where it belongs (pwrite(2)).
+    if rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::APPEND)) {
+        return wrong("opened for appending (O_APPEND)".into());
+    }
     let system = rustix::fs::fstatfs(fd).map_err(|error| RamError::Kernel {
         index,
         doing: "asking for its file system",

@@ -39,11 +39,11 @@ impl MappedBlocks {
 
     /// Some of `pages` may not be mapped any more.
     pub(super) fn forget(&self, pages: &Range<u64>) {
-        let (mut from, end) = (pages.start / BLOCK_PAGES, pages.end.div_ceil(BLOCK_PAGES));
+        let mut blocks = pages.start / BLOCK_PAGES..pages.end.div_ceil(BLOCK_PAGES);
         // Run by run, as holes are made that are far longer than what is noted in them.
-        while let Some(run) = self.0.next_run(from, u64::MAX).filter(|run| run.start < end) {
-            from = run.end.min(end);
-            self.0.remove_range(run.start..from);
+        while let Some(run) = self.0.next_run_within(blocks.clone()) {
+            blocks.start = run.end;
+            self.0.remove_range(run);
         }
     }
 }

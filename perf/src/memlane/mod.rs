@@ -131,7 +131,7 @@ impl Guest {
         let idle = meter.idle(WARM_UP);
 
         if !self.prepared && !rig.lab().is_remote() {
-            warm_up(self.ram.bytes())?;
+            warm_up(self.resident.unwrap_or(self.ram).bytes())?;
         }
         let waits_before = waits(rig)?;
         let mut readers = match self.readers {

@@ -165,7 +165,7 @@ impl Bulk {
                 (
                     "vs_qemu",
                     over(&memlane, &stock, RATE)?,
-                    format!("the whole move, times as fast as {stock}"),
+                    format!("the whole move, times as fast as {stock}, which has all its connections on the first port"),
                 ),
                 (
                     "cpu_vs_qemu",

@@ -57,7 +57,9 @@ impl Scenario for Compressible {
             let mut figures = moved.figures()?;
             let (from, to) = (moved.number("uncompressed_bytes")?, moved.number("compressed_bytes")?);
             figures.set("compressed_share", from / (moved.number("pages_total")? * crate::memlane::PAGE));
-            if from > 0.0 && fill == COMPRESSIBLE {
+            ensure!(compression == "auto" || from == 0.0, "pages were compressed although that was off");
+            if compression == "auto" && fill == COMPRESSIBLE {
+                ensure!(from > 0.0, "the lane has not compressed anything");
                 ensure!(THIRD.contains(&(to / from)), "LZ4 makes {:.2} of the guest's memory", to / from);
                 figures.set("compressed_to", to / from);
             }

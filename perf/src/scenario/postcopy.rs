@@ -187,7 +187,7 @@ impl Postcopy {
                 runs.quotients((&ours, P50), (&theirs, P50))?,
                 format!(
                     "what half of the waits of the guest in stock QEMU did not exceed, by the guest's own clock: \
-                     moved by Memlane, over moved by QEMU's post-copy with preempt; reads from {least} µs are waits"
+                     moved by Memlane, over moved by QEMU's post-copy with preempt over the first port; reads from {least} µs are waits"
                 ),
             ),
             (

@@ -10,12 +10,14 @@ struct Lane {
     compression: Compression,
     now: Duration,
     load: Load,
+    /// What travels is so many times as long when it has arrived.
+    contents: f64,
 }
 
 impl Lane {
     fn new() -> Self {
-        let load = Load { wire_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
-        Self { compression: Compression::default(), now: Duration::ZERO, load }
+        let load = Load { wire_bytes: 0, contents_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
+        Self { compression: Compression::default(), now: Duration::ZERO, load, contents: 3.0 }
     }
 
     fn goes_on(&mut self, seconds: f64, wire: f64, ran: f64, crowded: f64) -> &mut Self {
@@ -23,6 +25,7 @@ impl Lane {
         for _ in 0..(seconds / step).round() as u32 {
             self.now += PERIOD;
             self.load.wire_bytes += (wire * step) as u64;
+            self.load.contents_bytes += (self.contents * wire * step) as u64;
             self.load.ran += Duration::from_secs_f64(ran * step);
             self.load.crowded += Duration::from_secs_f64(crowded * step);
             assert!(self.compression.is_due(self.now));
@@ -41,7 +44,35 @@ fn a_lane_that_its_wire_holds_up_compresses() {
     let mut lane = Lane::new();
     assert!(!lane.compresses());
     assert!(lane.goes_on(0.3, 125e6, 0.1, 0.0).compresses());
-    assert!(lane.goes_on(10.0, 125e6, 0.8, 0.0).compresses(), "it runs because it compresses");
+    assert!(lane.goes_on(9.0, 125e6, 0.8, 0.0).compresses(), "it runs because it compresses");
+}
+
+#[test]
+fn it_looks_now_and_then_whether_the_wire_has_become_faster() {
+    let mut lane = Lane::new();
+    assert!(lane.goes_on(0.3, 125e6, 0.1, 0.0).compresses());
+    // Without compressing for a moment the wire holds it up as before.
+    let mut looks = 0;
+    for _ in 0..300 {
+        let asleep = lane.compression.looking;
+        looks += u32::from(asleep);
+        assert_eq!(lane.compresses(), !asleep);
+        lane.goes_on(0.1, 125e6, if asleep { 0.1 } else { 0.8 }, 0.0);
+    }
+    assert_eq!(looks, 2);
+    while !lane.compression.looking {
+        lane.goes_on(0.1, 125e6, 0.8, 0.0);
+    }
+    assert!(!lane.goes_on(0.1, 1.2e9, 0.8, 0.0).compresses());
+    assert!(!lane.goes_on(60.0, 1.2e9, 0.8, 0.0).compresses());
+}
+
+#[test]
+fn it_goes_back_where_less_gets_across_than_without() {
+    let mut lane = Lane { contents: 2.5, ..Lane::new() };
+    assert!(lane.goes_on(0.3, 125e6, 0.1, 0.0).compresses());
+    assert!(lane.goes_on(5.0, 60e6, 0.9, 0.0).compresses(), "150 MB/s, where the wire took 125");
+    assert!(!lane.goes_on(1.2, 40e6, 0.9, 0.0).compresses());
 }
 
 #[test]

@@ -248,3 +248,17 @@ fn a_huge_set_is_as_quick_as_what_it_holds() {
     set.clear();
     assert!(set.is_empty() && flying.count() == 6);
 }
+
+#[test]
+fn a_run_within_a_range_ends_with_it_and_none_beyond_is_found() {
+    const PAGES: u64 = 10_000;
+    let set = PageSet::new(PAGES);
+    set.insert_range(10..300);
+    set.insert_range(PAGES - 70..PAGES);
+    assert_eq!(set.next_run_within(0..20), Some(10..20));
+    assert_eq!(set.next_run_within(100..PAGES), Some(100..300));
+    assert_eq!(set.next_run_within(PAGES - 3..PAGES + 9), Some(PAGES - 3..PAGES));
+    for nothing in [0..10, 300..PAGES - 70, 20..20, PAGES..PAGES + 1, 0..0] {
+        assert_eq!(set.next_run_within(nothing), None);
+    }
+}

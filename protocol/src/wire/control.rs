@@ -250,7 +250,16 @@ impl Control {
                 let [count, last] = reader.take::<[U32; 2]>("digests")?.map(U32::get);
                 let digests = reader.list::<RawDigest>("count of digests", count.into(), MAX_DIGESTS)?;
                 let digests = digests.iter().map(|raw| (raw.piece.get(), raw.digest.get()));
-                Self::Digests { digests: digests.collect(), last: last != 0 }
+                let last = match last {
+                    0 | 1 => last == 1,
+                    _ => {
+                        return Err(WireError::Value {
+                            what: "whether these digests are the last",
+                            found: last.into(),
+                        });
+                    }
+                };
+                Self::Digests { digests: digests.collect(), last }
             }
             kind::STATE => decode_state(&mut reader)?,
             kind::FETCH => Self::Fetch(*reader.take("migration to fetch")?),

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,11 @@ pub fn serve(
 ) -> Result<()> {
     let name = directory.file_name().context("the agent's directory has no name")?;
     let memory = Path::new(MEMORY).join(name);
-    fs::create_dir(&memory).with_context(|| format!("creating {}", memory.display()))?;
+    // What guests hold is nobody else's to read.
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&memory)
+        .with_context(|| format!("creating {}", memory.display()))?;
     let mut agent = Agent { directory: directory.to_owned(), memory, started: BTreeMap::new() };
     let mut answer = |answer: Value| -> Result<()> {
         writeln!(answers, "{answer}")?;

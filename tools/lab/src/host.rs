@@ -48,7 +48,7 @@ enum Place {
 /// An interface that is lent to migration traffic.
 #[derive(Debug, Clone)]
 pub struct Port {
-    /// The interface's name, `port0` and so on, the same on both hosts.
+    /// The interface's name; `port0` and so on, which is what daemons call ports, where the lab made it.
     pub interface: String,
     /// Its address, in a /24 shared with the same port of the other host.
     pub address: Ipv4Addr,

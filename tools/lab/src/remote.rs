@@ -28,7 +28,7 @@ const LONGEST_ANSWER: u64 = 16 << 20;
 const CLOCK_ASKED: u32 = 8;
 
 /// Receives the agent and runs it. Whatever becomes of that, the directories go.
-const BOOTSTRAP: &str = r#"set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf "$d" "/dev/shm/${d##*/}"' EXIT;
+const BOOTSTRAP: &str = r#"set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf "$d" "/dev/shm/${d##*/}"' EXIT; trap 'exit 1' HUP INT TERM;
     echo "$d"; head -c SIZE > "$d/agent"; chmod 700 "$d/agent"; "$d/agent" agent "$d""#;
 
 /// A host that is reached over ssh, and an agent there. All of it goes when this is dropped.

@@ -183,10 +183,11 @@ impl Rig {
             peer = peer.name(),
             peer_control = peer.control_address(),
         );
-        for port in host.ports() {
+        // Daemons pair ports by their names, and the interfaces of hosts that are there already may differ in theirs.
+        for (number, port) in host.ports().iter().enumerate() {
             let (interface, address) = (&port.interface, port.address);
             text += &format!(
-                "[[port]]\nname = \"{interface}\"\ninterface = \"{interface}\"\naddress = \"{address}\"\n"
+                "[[port]]\nname = \"port{number}\"\ninterface = \"{interface}\"\naddress = \"{address}\"\n"
             );
             if let Some(speed) = &self.speed {
                 text += &format!("speed = \"{speed}\"\n");

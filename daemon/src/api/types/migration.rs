@@ -55,9 +55,9 @@ pub struct Migration {
     pub pages_remaining: u64,
     /// Bytes on the wire, headers included.
     pub bytes_sent: u64,
-    /// Bytes of pages that were compressed before they were sent,
+    /// Bytes of pages that were compressed to be sent, before that; those of a lost lane count again.
     pub uncompressed_bytes: u64,
-    /// and what became of them on the wire.
+    /// Bytes that `uncompressed_bytes` became.
     pub compressed_bytes: u64,
     /// Pages sent with their contents; a page sent twice counts twice.
     pub pages_sent: u64,
@@ -165,6 +165,7 @@ pub struct Round {
     /// Pages that the guest wrote meanwhile.
     pub dirtied_pages: u64,
     /// How long it took to find them.
+    #[serde(default)]
     pub harvest_seconds: f64,
 }
 

@@ -1,4 +1,4 @@
-//! Writing memory that nobody has touched, where taking a page costs more than filling it.
+//! Writing guest memory from a buffer, where taking a page costs more than filling it.
 
 use std::io;
 use std::ops::Range;
@@ -9,40 +9,45 @@ use memlane_protocol::PAGE_SIZE;
 
 use super::{GuestRam, backing};
 
+/// Fewer pages than these are as soon faulted in as asked about.
+const WORTH_ASKING: u64 = 4;
+
 /// Held while the files are asked for holes, or written. The kernel lets in one thread at a time, and has
 /// the others spin meanwhile: here they sleep.
 #[derive(Debug, Default)]
-pub(super) struct Filling(Mutex<()>);
+pub(super) struct Writing(Mutex<()>);
 
-impl Filling {
+impl Writing {
     fn wait(&self) -> MutexGuard<'_, ()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl GuestRam {
-    /// Whether nothing of `pages` is there, so that [`write_fresh`](Self::write_fresh) is the better way
-    /// to fill them. Never so of huge pages, which cannot be written that way.
+    /// Whether nothing of `pages` is there, so that [`write_pages`](Self::write_pages) is a better way to fill
+    /// them than the mapping. Never so of huge pages, nor of very few.
     pub fn is_fresh(&self, pages: &Range<u64>) -> bool {
         let nothing_mapped = self.pieces(pages.clone()).all(|(index, piece)| {
             !backing::is_huge(&self.regions[index]) && self.in_tables.unmapped(&piece) == piece
         });
-        if !nothing_mapped {
+        if !nothing_mapped || pages.end.saturating_sub(pages.start) < WORTH_ASKING {
             return false;
         }
-        let _turn = self.filling.wait();
+        let _turn = self.writing.wait();
         self.pieces(pages.clone()).all(|(_, piece)| matches!(self.first_data(&piece), Ok(None)))
     }
 
     /// Writes `bytes`, as many as `pages` hold, to the file behind them and not through the mapping: the
     /// kernel then takes pages for them by the dozen, without a fault for each, and does not make them
-    /// zero first. It takes less than half the time.
+    /// zero first, which takes less than half the time. Nor is there a signal where memory has run out.
+    ///
+    /// Huge pages cannot be written that way, and are taken first. No guest may run on this memory.
     ///
     /// # Errors
     ///
-    /// If the file cannot be written; some of the pages may then hold what was to be written.
-    pub fn write_fresh(&self, pages: Range<u64>, bytes: &[u8]) -> io::Result<()> {
-        let _turn = self.filling.wait();
+    /// If there is no memory for them; some of the pages may then hold what was to be written.
+    pub fn write_pages(&self, pages: Range<u64>, bytes: &[u8]) -> io::Result<()> {
+        let _turn = self.writing.wait();
         let mut rest = bytes;
         for (index, piece) in self.pieces(pages) {
             let wanted = ((piece.end - piece.start) * PAGE_SIZE) as usize;
@@ -50,8 +55,25 @@ impl GuestRam {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
             rest = left;
-            let (file, offset) = self.file_range(index, &piece);
-            file.write_all_at(bytes, offset)?;
+            if backing::is_huge(&self.regions[index]) {
+                self.copy_into(piece, bytes)?;
+            } else {
+                let (file, offset) = self.file_range(index, &piece);
+                file.write_all_at(bytes, offset)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_into(&self, pages: Range<u64>, bytes: &[u8]) -> io::Result<()> {
+        self.prepare(pages.clone())?;
+        let mut rest = bytes;
+        for slice in self.slices(pages) {
+            let (bytes, left) = rest.split_at(slice.len);
+            rest = left;
+            // SAFETY: the slice is as long, and mapped as long as this lives; no guest runs on this memory, and
+            // the bytes are the caller's.
+            unsafe { slice.ptr.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         }
         Ok(())
     }
@@ -73,13 +95,13 @@ mod tests {
         let ram = GuestRam::create(&[(0, 5 * PAGE_SIZE), (1 << 20, 3 * PAGE_SIZE)], &backing).unwrap();
         assert!(ram.is_fresh(&(0..8)));
         let bytes: Vec<u8> = (3..7u8).flat_map(|page| [page; PAGE]).collect();
-        ram.write_fresh(3..7, &bytes).unwrap();
+        ram.write_pages(3..7, &bytes).unwrap();
         let mut page = [0; PAGE];
         for number in 0..8 {
             assert!(ram.copy_page(number, &mut page));
             assert_eq!(page, [if (3..7).contains(&number) { number as u8 } else { 0 }; PAGE]);
         }
-        assert!(!ram.is_fresh(&(2..4)) && !ram.is_fresh(&(6..8)));
+        assert!(!ram.is_fresh(&(2..6)) && !ram.is_fresh(&(4..8)));
         ram.punch(3..7).unwrap();
         assert!(ram.is_fresh(&(3..7)));
     }
@@ -87,7 +109,7 @@ mod tests {
     #[test]
     fn bytes_that_do_not_fill_the_pages_are_refused() {
         let ram = GuestRam::create(&[(0, 4 * PAGE_SIZE)], &Backing::Memfd).unwrap();
-        let error = ram.write_fresh(0..2, &[1; PAGE]).unwrap_err();
+        let error = ram.write_pages(0..2, &[1; PAGE]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         assert!(ram.is_fresh(&(0..4)));
     }
