@@ -7,8 +7,13 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// What a lane begins with.
+/// What a lane begins with,
 const FIRST_BYTES: u64 = 1 << 20;
+/// or, on a long way, with what holds this many bytes per second there, so that it does not stand in TCP's
+/// way, which begins slowly itself and never sends faster for a sender that sends little,
+const FIRST_RATE: f64 = 64e6;
+/// but no more than this, which a slow port would keep for long.
+const MOST_FIRST_BYTES: u64 = 16 << 20;
 const LEAST_BYTES: u64 = 512 << 10;
 const MOST_BYTES: u64 = 64 << 20;
 /// On a short way, where a round trip takes no time, a lane holds what it delivers in this time,
@@ -45,6 +50,8 @@ pub struct Flow {
 #[derive(Clone, Debug)]
 pub struct Window {
     bytes: u64,
+    /// What it began with, and has at least until it has been measured for a while.
+    first: u64,
     /// Bytes per second, newest last.
     rates: VecDeque<f64>,
     sample: Option<Sample>,
@@ -57,13 +64,13 @@ struct Sample {
     full: bool,
 }
 
-impl Default for Window {
-    fn default() -> Self {
-        Self { bytes: FIRST_BYTES, rates: VecDeque::new(), sample: None }
-    }
-}
-
 impl Window {
+    /// That of a lane with such a round trip, which has not sent anything.
+    pub fn new(round_trip: Duration) -> Self {
+        let first = on_the_line(FIRST_RATE, round_trip).clamp(FIRST_BYTES, MOST_FIRST_BYTES);
+        Self { bytes: first, first, rates: VecDeque::new(), sample: None }
+    }
+
     /// Bytes of pages that may be on their way.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -114,9 +121,13 @@ impl Window {
     fn right_size(&self, round_trip: Duration) -> u64 {
         let rate = self.best();
         let held = ((rate * HOLD.as_secs_f64()) as u64).min(MOST_HELD_BYTES);
-        let on_the_line = (ROUND_TRIPS * rate * round_trip.as_secs_f64()) as u64;
-        held.max(on_the_line).clamp(LEAST_BYTES, MOST_BYTES)
+        let least = if self.rates.len() < SAMPLES { self.first } else { LEAST_BYTES };
+        held.max(on_the_line(rate, round_trip)).clamp(least, MOST_BYTES)
     }
+}
+
+fn on_the_line(rate: f64, round_trip: Duration) -> u64 {
+    (ROUND_TRIPS * rate * round_trip.as_secs_f64()) as u64
 }
 
 #[cfg(test)]
@@ -148,7 +159,7 @@ mod tests {
     }
 
     fn settled(rate: f64, round_trip: Duration) -> Window {
-        let mut window = Window::default();
+        let mut window = Window::new(MS);
         settle(&mut window, Duration::ZERO, rate, round_trip, Duration::from_secs(10));
         window
     }
@@ -157,10 +168,24 @@ mod tests {
 
     #[test]
     fn a_long_line_is_filled_after_a_few_round_trips() {
-        let mut window = Window::default();
+        let mut window = Window::new(MS);
         settle(&mut window, Duration::ZERO, 125e6, 150 * MS, 1200 * MS);
         assert!(window.bytes() as f64 > 1.9 * 125e6 * 0.15, "{}", window.bytes());
         assert_eq!(window.frame_bytes(), window.bytes() / 4);
+    }
+
+    #[test]
+    fn a_long_line_is_not_held_up_while_tcp_begins() {
+        let mut window = Window::new(150 * MS);
+        let (mut rate, mut acked, mut now) = (0.6e6, 0.0, Duration::ZERO);
+        while rate < 125e6 {
+            assert!(window.bytes() as f64 >= MOST_FIRST_BYTES as f64, "{} at {rate} B/s", window.bytes());
+            now += 150 * MS;
+            acked += rate * 0.15;
+            window.observe(now, &Flow { acked_bytes: acked as u64, round_trip: 150 * MS, full: false });
+            rate *= 2.0;
+        }
+        assert_eq!(Window::new(MS).bytes(), FIRST_BYTES);
     }
 
     #[test]
@@ -188,7 +213,7 @@ mod tests {
 
     #[test]
     fn zeros_are_no_measure_of_a_line() {
-        let mut window = Window::default();
+        let mut window = Window::new(MS);
         for tick in 0..100 {
             window.observe(50 * MS * tick, &Flow { acked_bytes: 0, round_trip: MS, full: false });
         }
@@ -213,7 +238,7 @@ mod tests {
 
     #[test]
     fn it_follows_a_line_that_becomes_slower_or_faster() {
-        let mut window = Window::default();
+        let mut window = Window::new(MS);
         let mut now = Duration::ZERO;
         for (rate, expected) in [(125e6, 37_500_000), (12.5e6, 3_750_000), (50e6, 15_000_000)] {
             now = settle(&mut window, now, rate, 150 * MS, Duration::from_secs(5));
@@ -227,7 +252,7 @@ mod tests {
         fn it_stays_within_bounds(
             flows in prop::collection::vec(any::<(u32, u64, u32, bool, bool)>(), 0..60),
         ) {
-            let (mut window, mut now) = (Window::default(), Duration::ZERO);
+            let (mut window, mut now) = (Window::new(MS), Duration::ZERO);
             for (passed, acked_bytes, round_trip, full, rests) in flows {
                 now += Duration::from_micros(passed.into());
                 let round_trip = Duration::from_nanos(round_trip.into());

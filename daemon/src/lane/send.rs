@@ -108,6 +108,7 @@ impl Sender {
         // Lanes begin apart, so that each walks through memory of its own.
         let first = seat.beginning(outbound.ram.pages());
         let pulse = Pulse::new(&*socket);
+        let limit = Window::new(pulse.round_trip());
         let compress = outbound.compress;
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
@@ -124,7 +125,7 @@ impl Sender {
             sequence: 0,
             acknowledged: 0,
             window: VecDeque::new(),
-            limit: Window::default(),
+            limit,
             full: false,
             send_buffer: SELF_TUNED_BYTES,
             lingering: Vec::new(),
