@@ -105,6 +105,8 @@ pub struct Executor {
     pub reply: Option<oneshot::Sender<Message>>,
     /// Why things went as they did, for the operator.
     pub reason: Option<String>,
+    /// The VMM was gone before there was a reason.
+    gone: bool,
     /// Time spent in making records durable.
     pub journal_time: Duration,
     /// Time that loading took, for the word that says so.
@@ -139,6 +141,7 @@ impl Executor {
             arrivals,
             reply: None,
             reason: None,
+            gone: false,
             journal_time: Duration::ZERO,
             load_time: Duration::ZERO,
             resume_time: Duration::ZERO,
@@ -159,6 +162,9 @@ impl Executor {
 
     /// Takes in what happened to the VMM, and says what that means for the half.
     pub async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
+        if std::mem::take(&mut self.gone) {
+            self.reason = None;
+        }
         match news {
             VmmNews::Lost(process) => {
                 info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
@@ -193,6 +199,12 @@ impl Executor {
             // It came too late to be told anything: it attaches again, and is judged anew.
             guest.driver.hang_up();
         }
+    }
+
+    /// The VMM does not answer since it is gone. What has become of it is about to be known better, and is the
+    /// reason of all that is heard meanwhile.
+    pub fn note_gone(&mut self) {
+        self.gone |= self.reason.is_none();
     }
 
     /// Keeps the first reason that is given.
@@ -283,9 +295,9 @@ impl Executor {
                 // It may or may not have done it. Without its daemon it keeps to its own rules,
                 // and says how it stands when it is back.
                 warn!(guest = %self.entry.guest, %failure, "the VMM did not answer");
-                // What has become of one that is gone is about to be known better.
-                if !matches!(failure, DriverError::Gone) {
-                    self.blame(failure);
+                match failure {
+                    DriverError::Gone => self.note_gone(),
+                    _ => self.blame(failure),
                 }
                 guest.driver.hang_up();
                 return self.leave_unanswered(action);

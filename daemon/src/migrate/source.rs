@@ -212,9 +212,9 @@ impl Run {
                 self.stage = None;
                 Some(result.unwrap_or_else(|error| {
                     warn!(guest = %self.ticket.guest, %error, "the migration fails");
-                    // What has become of a VMM that is gone is about to be known better.
-                    if !matches!(error, CopyError::Driver(DriverError::Gone)) {
-                        self.executor.blame(error);
+                    match error {
+                        CopyError::Driver(DriverError::Gone) => self.executor.note_gone(),
+                        _ => self.executor.blame(error),
                     }
                     Event::Failed
                 }))

@@ -14,7 +14,7 @@ fn program() -> Command {
 #[test]
 fn wrong_flags_are_explained() {
     for (flags, words) in [
-        ("--ram 1XB", "KiB, MiB or GiB"),
+        ("--ram 1XB", "KiB, MiB, GiB or TiB"),
         ("--ram 3000000", "multiple of 2MiB"),
         ("--ram 2MiB", "at least 4MiB"),
         ("--ram 64MiB --working-set 63MiB", "leave 2MiB of RAM to the system"),
