@@ -1,10 +1,13 @@
 //! Several guests that are moved at once.
 
+use std::panic::resume_unwind;
+
 use anyhow::{Context, Result};
 use memlane_lab::{HostId, Rig};
 use serde_json::Value;
 
 use super::{Ends, Guest, WARM_UP, ensure_completed, order, resumed_at};
+use crate::baseline::memory::warm_up;
 use crate::unix_time;
 
 /// Guests that were moved at once.
@@ -18,8 +21,7 @@ pub struct Together {
     pub migrations: Vec<Value>,
 }
 
-/// Starts `count` guests of one kind on host A, orders all of them to move to host B, one order right after the other
-/// and with more `arguments` to `memlanectl migrate`, and compares the memory of each with its model when all have
+/// Starts `count` guests of one kind on host A, orders all of them at once to move to host B, with more `arguments` to `memlanectl migrate`, and compares the memory of each with its model when all have
 /// arrived.
 ///
 /// # Errors
@@ -29,8 +31,8 @@ pub fn migrate_together(guest: &Guest, rig: &mut Rig, count: usize, arguments: &
     let names: Vec<String> = (1..=count).map(|number| format!("web{number}")).collect();
     let ends: Vec<Ends> = names.iter().map(|name| guest.start(rig, name)).collect::<Result<_>>()?;
     std::thread::sleep(WARM_UP);
-    let ordered: Vec<(f64, String)> =
-        names.iter().map(|name| Ok((unix_time(), order(rig, name, arguments)?))).collect::<Result<_>>()?;
+    warm_up(guest.ram.bytes() * count as u64)?;
+    let ordered = order_all(rig, &names, arguments)?;
     let mut migrations = Vec::new();
     let mut running_at = Vec::new();
     for (_, id) in &ordered {
@@ -43,6 +45,20 @@ pub fn migrate_together(guest: &Guest, rig: &mut Rig, count: usize, arguments: &
         ends.check()?;
     }
     let seconds = running_at.iter().zip(&ordered).map(|(ran, (ordered, _))| ran - ordered).collect();
-    let first = ordered.first().context("there are guests to be moved")?.0;
+    let first = ordered
+        .iter()
+        .map(|(ordered, _)| *ordered)
+        .reduce(f64::min)
+        .context("there are guests to be moved")?;
     Ok(Together { seconds, total_seconds: running_at.into_iter().fold(first, f64::max) - first, migrations })
+}
+
+/// When each order was given, and what the migration is called.
+fn order_all(rig: &Rig, names: &[String], arguments: &[&str]) -> Result<Vec<(f64, String)>> {
+    std::thread::scope(|scope| {
+        let give = |name| move || Ok((unix_time(), order(rig, name, arguments)?));
+        let orders: Vec<_> = names.iter().map(|name| scope.spawn(give(name))).collect();
+        let given = orders.into_iter().map(|order| order.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        given.collect()
+    })
 }
