@@ -80,20 +80,21 @@ pub(super) fn draw(timeline: &Timeline) -> Option<Picture> {
 
 /// What is shown, and what each line is, in its colour.
 fn head(svg: &mut Svg, lines: &[(&Line, f64)]) {
-    let mut x = 0.0;
-    let mut add = |class: &str, text: &str| {
-        svg.text(class, Anchor::Start, (x, 14.0), text);
-        x += width_of(text) + if class == "title" { 22.0 } else { 4.0 };
-    };
-    add("title", "What the guest gets done");
-    add("soft", "100 % is what it did before the order:");
-    for (index, (line, mean)) in lines.iter().enumerate() {
-        let text = format!("{} {}", line.name, Unit::PagesPerSecond.text(*mean));
-        add(&format!("strong t-{}", line.colour), &text);
-        if index + 1 < lines.len() {
-            add("soft", "and");
+    let texts = lines.iter().map(|(line, mean)| {
+        (format!("strong t-{}", line.colour), format!("{} {}", line.name, Unit::PagesPerSecond.text(*mean)))
+    });
+    let texts: Vec<_> = texts.collect();
+    let mut parts = vec![
+        (0.0, "title", "What the guest gets done"),
+        (14.0, "soft", "100 % is what it did before the order:"),
+    ];
+    for (index, (class, text)) in texts.iter().enumerate() {
+        if index > 0 {
+            parts.push((5.0, "soft", "and"));
         }
+        parts.push((5.0, class, text));
     }
+    svg.texts((0.0, 14.0), &parts);
 }
 
 /// From a little before the order until a little after the end.

@@ -43,8 +43,7 @@ impl Panel {
     /// What the panel shows, above it.
     pub(crate) fn title(&self, svg: &mut Svg, title: &str, rest: &str) {
         let (x, y) = (self.left() - GUTTER, self.top() - 16.0);
-        svg.text("title", Anchor::Start, (x, y), title);
-        svg.text("soft", Anchor::Start, (x + width_of(title) * 1.08 + 10.0, y), rest);
+        svg.texts((x, y), &[(0.0, "title", title), (10.0, "soft", rest)]);
     }
 
     /// Lines across the panel at about so many round values, which are named at its left. The last one has the unit.

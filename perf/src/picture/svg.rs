@@ -42,6 +42,16 @@ impl Svg {
         let _ = write!(self.text, "{}</text>", Escaped(text));
     }
 
+    /// Adds texts one after another, each so far from the one before, however wide the reader's font is.
+    pub(crate) fn texts(&mut self, (x, y): (f64, f64), texts: &[(f64, &str, &str)]) {
+        self.open("text", "", &[("x", &Px(x)), ("y", &Px(y))], ">");
+        for (apart, class, text) in texts {
+            self.open("tspan", class, &[("dx", &Px(*apart))], ">");
+            let _ = write!(self.text, "{}</tspan>", Escaped(text));
+        }
+        self.text.push_str("</text>");
+    }
+
     /// Adds a line through points; nothing if there is no second one.
     pub(crate) fn line(&mut self, class: &str, points: &[(f64, f64)]) {
         if points.len() > 1 {
