@@ -14,6 +14,10 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("shaped", "of_line", AtLeast(0.97)),
     ("lostport", "vs_ideal", AtMost(1.1)),
     ("busy", "prediction_error_p90_ms", AtMost(20.0)),
+    ("busy", "bytes_vs_ideal", AtMost(1.15)),
+    ("outrun", "reader_slowdown_percent", AtMost(5.0)),
+    ("postcopy", "p50_vs_rpc", AtMost(2.0)),
+    ("postcopy", "p99_over_rpc_us", AtMost(1000.0)),
     ("postcopy", "p50_vs_qemu", AtMost(1.0)),
     ("postcopy", "p99_vs_qemu", AtMost(1.0)),
     ("compressible", "compressible_speedup", AtLeast(2.0)),
@@ -23,6 +27,8 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("sparse", "vs_dense", AtMost(1.5)),
     ("sparse", "empty_round_ms", AtMost(50.0)),
     ("sparse", "daemon_memory_gib", AtMost(2.0)),
+    ("many", "slowest_vs_mean", AtLeast(0.8)),
+    ("many", "total_vs_one", AtLeast(0.9)),
     ("wan", "of_line", AtLeast(0.85)),
 ];
 
