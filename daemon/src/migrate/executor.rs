@@ -312,7 +312,12 @@ impl Executor {
             {
                 warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
             }
-            return Some(self.resumed());
+            let event = self.resumed();
+            if let (Event::Resumed, Some(placing), Some(link)) = (event, &self.placing, &self.link) {
+                // All of its memory came before it ran: told ahead of the word that ends it, as ever.
+                let _ = link.send(&Control::Fetched(placing.report())).await;
+            }
+            return Some(event);
         }
         Some(done)
     }
