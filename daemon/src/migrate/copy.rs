@@ -1,20 +1,18 @@
-//! Copying while the guest runs: round one over all memory, then what was written meanwhile,
-//! until the pause fits the limit.
+//! Copying while the guest runs: [round one](super::first_round) over all memory, then what was
+//! written meanwhile, until the pause fits the limit.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use memlane_kvm::ram::GuestRam;
 use memlane_protocol::bandwidth::Bandwidth;
 use memlane_protocol::convergence::{
     Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round, Verdict,
 };
-use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use memlane_protocol::wire::control::Control;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use tokio::sync::{Mutex, mpsc};
 use tracing::info;
@@ -29,16 +27,8 @@ use crate::guest::{DriverError, Guest, StunReport};
 use crate::host::Host;
 use crate::lane::Outbound;
 use crate::link::{LinkError, LinkSender};
-use crate::metrics::{self, PageKind};
+use crate::metrics;
 
-/// Pages armed at once, just ahead of the lanes: a VMM never protects much of its guest in
-/// one go.
-const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
-/// The same where nothing is: there is nothing to protect but what comes into being at that very moment. Not
-/// all of a large guest at once, since KVM's dirty log is told of each page all the same.
-const HOLE_PAGES: u64 = (64 << 30) / PAGE_SIZE;
-/// Armed pages that wait for the lanes.
-const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 /// How often progress is looked at, and how long a ring of the bell may be missed.
 const LOOK: Duration = Duration::from_millis(20);
 /// Longest wait for an answer of the destination, besides its work.
@@ -274,59 +264,6 @@ impl Copying {
         Ok(found.new)
     }
 
-    /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
-    /// so a page that comes into being later is noticed as written.
-    async fn first_round(&self) -> Result<(), CopyError> {
-        let pages = self.guest.ram.pages();
-        let mut holes = Vec::new();
-        let mut first = 0;
-        while first < pages {
-            let piece = next_piece(&self.guest.ram, first).await.map_err(CopyError::Memory)?;
-            first = piece.end;
-            let data = match self.guest.driver.arm(piece.clone()).await? {
-                Some(data) => data,
-                None => data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?,
-            };
-            let mut fresh = 0;
-            let mut hole_from = piece.start;
-            for extent in data {
-                add_hole(&mut holes, hole_from..extent.start);
-                hole_from = extent.end;
-                fresh += self.outbound.dirty.insert_range(extent);
-            }
-            add_hole(&mut holes, hole_from..piece.end);
-            if holes.len() >= MAX_RANGES / 2 {
-                self.send_holes(&mut holes).await?;
-            }
-            if fresh > 0 {
-                self.outbound.wake(pages - piece.start);
-            }
-            while self.outbound.dirty.count() > AHEAD_PAGES {
-                self.wait_for_lanes().await?;
-            }
-        }
-        self.send_holes(&mut holes).await?;
-        self.until_holes_are_made().await
-    }
-
-    /// A hole must be a hole there before the page behind it can be sent as data.
-    async fn until_holes_are_made(&self) -> Result<(), CopyError> {
-        let until = Instant::now() + self.patience();
-        while self.holes_made.get() < self.holes_sent.get() {
-            self.wait_for_lanes().await?;
-            if Instant::now() > until {
-                return Err(CopyError::Protocol("no word that holes are made"));
-            }
-        }
-        Ok(())
-    }
-
-    /// The destination has dealt with one message about holes.
-    pub fn holes_made(&self) {
-        self.holes_made.set(self.holes_made.get() + 1);
-        self.outbound.bell.notify_one();
-    }
-
     /// The destination writes nothing of this lane any more: the others send what it had.
     pub fn take_back(&self, lane: u16) {
         self.outbound.take_back(lane);
@@ -334,25 +271,10 @@ impl Copying {
     }
 
     /// How long to wait for the destination when it may have to go through all of memory.
-    fn patience(&self) -> Duration {
+    pub fn patience(&self) -> Duration {
         /// Slower than this, in bytes per second, nobody goes through memory.
         const SLOWEST: u64 = 128 << 20;
         ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
-    }
-
-    /// Tells the destination that these pages are zero.
-    pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
-        let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
-        if pages == 0 {
-            return Ok(());
-        }
-        metrics::pages_sent(PageKind::Hole, pages);
-        self.ticket.update(|progress| progress.hole_pages += pages);
-        for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
-            self.link.send(&Control::Holes(ranges.to_vec())).await?;
-            self.holes_sent.set(self.holes_sent.get() + 1);
-        }
-        Ok(())
     }
 
     /// The destination's next answer, for which it may have to go through all of memory.
@@ -463,40 +385,11 @@ impl Copying {
     }
 }
 
-/// The pages from `first` on that are armed together: a piece, or many if there is nothing in them now. That
-/// is no promise, as the guest runs: they are looked at once they are armed.
-async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u64>> {
-    let ram = ram.clone();
-    let look = move || {
-        let (piece, hole) = (first + PIECE_PAGES, first + HOLE_PAGES);
-        let data = ram.next_data(first..hole)?.unwrap_or(hole);
-        // Huge pages are armed whole, wherever they begin.
-        Ok(ram.whole(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages())))
-    };
-    tokio::task::spawn_blocking(look).await.expect("looking does not panic")
-}
-
-/// What of `pages` may hold something. On a thread of its own: looking for the end of a long run
-/// of data takes the kernel long.
-pub async fn data_extents(ram: &Arc<GuestRam>, pages: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
-    let ram = ram.clone();
-    let look = tokio::task::spawn_blocking(move || ram.data_extents(pages));
-    look.await.expect("looking does not panic")
-}
-
 /// A destination that gives up closes its lanes before it says why: leaves it a moment for that.
 async fn no_lanes() -> CopyError {
     const LAST_WORDS: Duration = Duration::from_millis(200);
     tokio::time::sleep(LAST_WORDS).await;
     CopyError::NoLanes
-}
-
-fn add_hole(holes: &mut Vec<Range<u64>>, hole: Range<u64>) {
-    match holes.last_mut() {
-        _ if hole.is_empty() => {}
-        Some(last) if last.end == hole.start => last.end = hole.end,
-        _ => holes.push(hole),
-    }
 }
 
 fn view(forecast: &Forecast) -> ForecastView {

@@ -1,6 +1,5 @@
 //! Digests of all RAM, to prove that both ends hold the same.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
@@ -82,17 +81,30 @@ fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) 
     hash.digest128()
 }
 
-/// Says where what two hosts hold differs, or nothing if it does not. Chunks without a digest are zero.
-pub fn difference(ram: &GuestRam, here: &[Digest], there: &[Digest]) -> Option<String> {
-    let (here, there): (BTreeSet<&Digest>, BTreeSet<&Digest>) =
-        (here.iter().collect(), there.iter().collect());
-    let differing: BTreeSet<u64> = here.symmetric_difference(&there).map(|(chunk, _)| *chunk).collect();
-    let address = ram.address_of(differing.first()? * CHUNK_PAGES).unwrap_or(0);
+/// Says where what two hosts hold differs, or nothing if it does not. Both lists are in order, and chunks
+/// without a digest are zero.
+pub fn difference(ram: &GuestRam, mut here: &[Digest], mut there: &[Digest]) -> Option<String> {
+    let (mut first, mut differing) = (None, 0);
+    while let Some(chunk) = here.first().into_iter().chain(there.first()).map(|(chunk, _)| *chunk).min() {
+        if take(&mut here, chunk) != take(&mut there, chunk) {
+            first.get_or_insert(chunk);
+            differing += 1;
+        }
+    }
+    let address = ram.address_of(first? * CHUNK_PAGES).unwrap_or(0);
     Some(format!(
-        "{} of {} pieces of 2 MiB differ, the first at guest address {address:#x}",
-        differing.len(),
+        "{differing} of {} pieces of 2 MiB differ, the first at guest address {address:#x}",
         chunks(ram)
     ))
+}
+
+/// The digest of `chunk`, if it is the next one.
+fn take(digests: &mut &[Digest], chunk: u64) -> Option<u128> {
+    let ((next, digest), rest) = digests.split_first()?;
+    (*next == chunk).then(|| {
+        *digests = rest;
+        *digest
+    })
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
 //! Moving a guest: the daemon's part, which does what `memlane_protocol` decides.
 //!
 //! [`source`] and [`destination`] are the two halves of a migration. Both let an executor
-//! (`executor`) carry out what their half of the handover orders; `copy` and `pause` are what
-//! the source does before and in the switchover.
+//! (`executor`) carry out what their half of the handover orders; `copy` (with its `first_round`)
+//! and `pause` are what the source does before and in the switchover.
 
 mod copy;
 pub mod destination;
 mod digest;
 mod executor;
 mod fetch;
+mod first_round;
 mod lanes;
 mod missing;
 mod pause;

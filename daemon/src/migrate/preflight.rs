@@ -11,7 +11,7 @@ use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
-use super::copy::data_extents;
+use super::first_round::data_extents;
 use super::lanes::LaneEnd;
 use super::routes::{Route, Routes};
 use crate::api::types::{Estimate, Finding, PortCheck, Severity};
