@@ -1,5 +1,7 @@
 //! Network ports lent to migration: where lanes are awaited, and how they are opened.
 
+pub mod congestion;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -16,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio_uring::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
+use self::congestion::Congestion;
 use crate::config::PortConfig;
 use crate::link::{LinkError, answer_greeting};
 
@@ -185,8 +188,11 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     if let Some(interface) = &port.interface {
         socket.bind_device(Some(interface.as_bytes())).map_err(failed("use the interface"))?;
     }
+    let congestion = Congestion::choose(&socket, port.congestion_control.as_deref())
+        .map_err(failed("use the congestion control that is configured"))?;
     socket.bind(&SockAddr::from(SocketAddr::new(port.address, 0))).map_err(failed("bind"))?;
     socket.connect_timeout(&remote.into(), CONNECT).map_err(failed("connect"))?;
+    congestion.settle(&socket);
     socket.set_tcp_nodelay(true).map_err(failed("prepare a connection"))?;
     let (oldest, newest) = VERSIONS;
     let hello = Hello { oldest, newest, host: host.clone(), purpose };
@@ -238,6 +244,19 @@ pub fn set_low_water(socket: impl AsFd, bytes: usize) {
     // SAFETY: the option is an int, which the call reads. In vain on a socket of another kind, whose
     // reader is then woken more often.
     unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length) };
+}
+
+/// What the kernel knows of a TCP connection (tcp(7)); of another kind nothing.
+pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
+    // SAFETY: all of its fields are numbers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the structure is as long as it is said to be, and an older kernel writes less.
+    let result = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
+    };
+    (result == 0).then_some(info)
 }
 
 /// Whether this host holds `address`.

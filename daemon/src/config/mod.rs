@@ -74,6 +74,8 @@ pub struct PortConfig {
     pub speed: Option<Rate>,
     /// Lanes that a migration opens, at most [`MAX_LANES`].
     pub lanes: u16,
+    /// Congestion control of lanes, by the name that the kernel has for it; otherwise as suits the way.
+    pub congestion_control: Option<String>,
 }
 
 /// `[[peer]]`
@@ -281,6 +283,10 @@ fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, ConfigError> {
             lanes: or(table.take("lanes"), 1, |value| {
                 value.integer(1..=MAX_LANES).map(|lanes| lanes as u16)
             })?,
+            congestion_control: table
+                .take("congestion_control")
+                .map(|value| value.congestion_control())
+                .transpose()?,
         };
         if port.address.is_unspecified() || port.address.is_multicast() {
             return Err(address.wrong(allowed));

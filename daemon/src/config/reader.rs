@@ -199,6 +199,16 @@ impl<'t> Value<'t> {
         if valid { Ok(name.to_owned()) } else { Err(self.wrong(INTERFACE)) }
     }
 
+    /// The name of a congestion control of TCP.
+    pub fn congestion_control(&self) -> Result<String, ConfigError> {
+        let allowed =
+            "a congestion control that net.ipv4.tcp_allowed_congestion_control lists, such as \"cubic\"";
+        let name = self.text(allowed)?;
+        // TCP_CA_NAME_MAX in the kernel's include/net/tcp.h, with a zero at the end.
+        let valid = (1..16).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic());
+        if valid { Ok(name.to_owned()) } else { Err(self.wrong(allowed)) }
+    }
+
     /// A path from the root.
     pub fn path(&self) -> Result<PathBuf, ConfigError> {
         let allowed = "a path that begins with /";

@@ -55,6 +55,7 @@ fn all_keys_are_read() {
         address = "10.1.0.1"
         speed = "10gbit"
         lanes = 2
+        congestion_control = "bbr"
         [[port]]
         name = "b"
         address = "fd00::1"
@@ -95,6 +96,7 @@ fn all_keys_are_read() {
             address: "10.1.0.1".parse().unwrap(),
             speed: Some(Rate(10_000_000_000)),
             lanes: 2,
+            congestion_control: Some("bbr".to_owned()),
         }
     );
     assert_eq!((config.ports[1].lanes, config.ports[1].speed), (1, None));
@@ -183,6 +185,13 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
         (format!("{port}speed = 10"), 5, "port.speed", "10", "gbit"),
         (format!("{port}lanes = 0"), 5, "port.lanes", "0", "from 1 to 16"),
         (format!("{port}lanes = 17"), 5, "port.lanes", "17", "from 1 to 16"),
+        (
+            format!("{port}congestion_control = \"\""),
+            5,
+            "port.congestion_control",
+            "\"\"",
+            "tcp_allowed_congestion_control",
+        ),
         ("[[peer]]\nname = \"b\"\ncontrol = \"b\"".to_owned(), 4, "peer.control", "\"b\"", "ADDRESS:PORT"),
         (
             "host = \"a\"\n[[peer]]\nname = \"a\"\ncontrol = \"10.0.0.1\"".to_owned(),

@@ -1,9 +1,11 @@
 //! Looks after a lane's connection: whether the way to the other end still carries anything.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use memlane_protocol::liveness::{Condition, Liveness, Vitals};
+
+use crate::port::tcp_info;
 
 /// How often the kernel is asked.
 pub const LOOK: Duration = Duration::from_millis(50);
@@ -58,19 +60,6 @@ fn vitals(info: &libc::tcp_info) -> Vitals {
 fn shortest_round_trip(info: &libc::tcp_info) -> Duration {
     // Before the first one the shortest is as long as can be.
     Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
-}
-
-/// What the kernel knows of a TCP connection (tcp(7)); of another kind nothing.
-pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
-    // SAFETY: all of its fields are numbers.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the structure is as long as it is said to be, and an older kernel writes less.
-    let result = unsafe {
-        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
-    };
-    (result == 0).then_some(info)
 }
 
 #[cfg(test)]

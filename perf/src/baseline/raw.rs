@@ -1,18 +1,21 @@
 //! The raw limit: what sockets carry from shared memory to shared memory when nothing else is done.
 //!
-//! One connection is what a lane is, a thread and a ring at either end, without pages to track, frames to write or
-//! acknowledgements to wait for. What Memlane loses against this, it loses by its own doing.
+//! One connection is what a lane is, a thread and a ring at either end and the same congestion control, without pages
+//! to track, frames to write or acknowledgements to wait for. What Memlane loses against this, it loses by its own
+//! doing.
 
 mod remote;
 
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Barrier;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab};
+use memlaned::port::congestion::Congestion;
 use rustix::time::{ClockId, clock_gettime};
+use socket2::{Domain, Socket, Type};
 
 use crate::baseline::memory::{MemoryState, SharedMemory, warm_up};
 use crate::baseline::report::RawReport;
@@ -155,9 +158,18 @@ struct End {
 fn connect(lab: &Lab, address: Ipv4Addr) -> Result<(TcpStream, TcpStream)> {
     let listener = lab.host(HostId::B).run_in(|| TcpListener::bind((address, 0)))??;
     let address = listener.local_addr()?;
-    let client = lab.host(HostId::A).run_in(|| TcpStream::connect(address))??;
+    let client = lab.host(HostId::A).run_in(|| connect_to(address))??;
     let (server, _) = listener.accept()?;
     Ok((client, server))
+}
+
+/// Connects with the congestion control that lanes have: it decides on half of what a connection carries.
+fn connect_to(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    let congestion = Congestion::choose(&socket, None)?;
+    socket.connect(&address.into())?;
+    congestion.settle(&socket);
+    Ok(socket.into())
 }
 
 /// Makes the ring on its own thread, waits for all others, and does `work`. The socket goes with the ring, so that

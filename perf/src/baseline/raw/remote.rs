@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{CHUNK_BYTES, End, IDLE, Transfer, collect, receive_all, run, send_all};
+use super::{CHUNK_BYTES, End, IDLE, Transfer, collect, connect_to, receive_all, run, send_all};
 use crate::baseline::memory::{MemoryState, SharedMemory};
 use crate::cpu::Meter;
 
@@ -133,7 +133,7 @@ impl Receiver {
 fn send_to(order: &Send) -> Result<Value> {
     check(order.to.len(), order.bytes)?;
     let source = SharedMemory::with_pattern(order.bytes)?;
-    let connect = |to: &SocketAddr| TcpStream::connect(to).with_context(|| format!("connecting to {to}"));
+    let connect = |to: &SocketAddr| connect_to(*to).with_context(|| format!("connecting to {to}"));
     let sockets: Vec<TcpStream> = order.to.iter().map(connect).collect::<Result<_>>()?;
     let share = source.len().div_ceil(sockets.len());
     let start = Barrier::new(sockets.len() + 1);
