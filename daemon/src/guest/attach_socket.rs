@@ -152,6 +152,7 @@ fn introduce(hello: Hello, descriptors: Vec<OwnedFd>, host: &Host) -> Result<Int
     }
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
+    ram.look_on();
     Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), version))
 }
 

@@ -105,7 +105,7 @@ async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u6
 
 /// What of `pages` may hold something. On a thread of its own: looking for the end of a long run
 /// of data takes the kernel long.
-pub async fn data_extents(ram: &Arc<GuestRam>, pages: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
+async fn data_extents(ram: &Arc<GuestRam>, pages: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
     let ram = ram.clone();
     let look = tokio::task::spawn_blocking(move || ram.data_extents(pages));
     look.await.expect("looking does not panic")

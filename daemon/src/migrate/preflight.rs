@@ -6,12 +6,10 @@ mod summon;
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
-use super::first_round::data_extents;
 use super::lanes::LaneEnd;
 use super::routes::{Route, Routes};
 use crate::api::types::{Estimate, Finding, PortCheck, Severity};
@@ -77,7 +75,7 @@ pub async fn send(
     request: Request,
     findings: &mut Findings,
 ) -> Option<Plan> {
-    findings.estimate = estimate(guest).await;
+    findings.estimate = estimate(guest);
     look_at_source(guest, findings).await;
     if findings.refused() && !request.check_only {
         return None;
@@ -137,12 +135,10 @@ async fn look_at_source(guest: &Guest, findings: &mut Findings) {
     }
 }
 
-async fn estimate(guest: &Guest) -> Estimate {
-    let extents = data_extents(&guest.ram, 0..guest.ram.pages()).await.unwrap_or_default();
-    let data_pages: u64 = extents.iter().map(|extent| extent.end - extent.start).sum();
+fn estimate(guest: &Guest) -> Estimate {
     Estimate {
         ram_bytes: guest.shape.ram_bytes(),
-        data_bytes: data_pages * PAGE_SIZE,
+        data_bytes: guest.ram.held_bytes().unwrap_or(0),
         bytes_per_second: None,
         seconds: None,
     }

@@ -1,5 +1,6 @@
 //! What a guest's files hold as data, and where they have holes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
@@ -28,6 +29,21 @@ impl GuestRam {
             }
         }
         Ok(extents)
+    }
+
+    /// Bytes that the files hold, swapped or not, at once and without looking for where (`st_blocks`). Those that a
+    /// file holds beside the guest's memory count with them, up to the memory's length.
+    pub fn held_bytes(&self) -> io::Result<u64> {
+        /// What `st_blocks` counts, whatever the file system's blocks.
+        const BLOCK: u64 = 512;
+        // By file: the bytes of its regions, and what it holds.
+        let mut files = BTreeMap::new();
+        for (region, mapped) in self.regions.iter().zip(&self.mapped) {
+            let stat = rustix::fs::fstat(&*mapped.file)?;
+            let held = u64::try_from(stat.st_blocks).unwrap_or(0) * BLOCK;
+            files.entry((stat.st_dev, stat.st_ino)).or_insert((0, held)).0 += region.bytes;
+        }
+        Ok(files.values().map(|(bytes, held)| *bytes.min(held)).sum())
     }
 
     /// As [`data_extents`](Self::data_extents), and every hole is left out, whoever made it and

@@ -80,7 +80,9 @@ fn holes_are_found_and_made() {
     assert_eq!(ram.data_extents(0..512).unwrap(), [3..5, 255..257, 300..301]);
     assert_eq!(ram.data_extents(4..256).unwrap(), [4..5, 255..256]);
     assert_eq!(ram.data_extents(400..9999).unwrap(), []);
+    assert_eq!(ram.held_bytes().unwrap(), 5 * PAGE_SIZE);
     ram.punch(4..257).unwrap();
+    assert_eq!(ram.held_bytes().unwrap(), 2 * PAGE_SIZE);
     assert_eq!(ram.data_extents(0..512).unwrap(), [3..4, 300..301]);
     ram.prepare(2..7).unwrap();
     assert_eq!(ram.data_extents(0..512).unwrap(), [2..7, 300..301]);
@@ -181,4 +183,16 @@ fn descriptors_of_strangers_are_checked() {
     let other = twice.as_fd().try_clone_to_owned().unwrap();
     let second = Region { offset: PAGE_SIZE, ..region(MIB, 2 * PAGE_SIZE) };
     refused(vec![(region(0, 2 * PAGE_SIZE), twice), (second, other)], "regions 0 and 1 lie over each other");
+}
+
+#[test]
+fn regions_of_one_file_hold_together_what_it_holds() {
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    let backing = Backing::File(file.path().to_owned());
+    let ram = GuestRam::create(&[(0, MIB), (4 * MIB, MIB)], &backing).unwrap();
+    ram.prepare(250..260).unwrap();
+    assert_eq!(ram.held_bytes().unwrap(), 10 * PAGE_SIZE);
+    // What lies beyond the guest's memory cannot be told apart.
+    std::os::unix::fs::FileExt::write_at(file.as_file(), &[1], 2 * MIB).unwrap();
+    assert_eq!(ram.held_bytes().unwrap(), 11 * PAGE_SIZE);
 }

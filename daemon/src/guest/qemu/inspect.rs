@@ -51,6 +51,7 @@ pub async fn inspect(
     let regions = memory(qmp).await?;
     let shape_regions = regions.iter().map(|(region, _)| *region).collect();
     let ram = Arc::new(GuestRam::map(regions)?);
+    ram.look_on();
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     let cpus = items(&cpus);

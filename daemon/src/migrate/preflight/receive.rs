@@ -112,8 +112,7 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
 
 /// Why this host's memory does not do, if it does not.
 fn memory_missing(host: &Host, offer: &Offer, guest: &Guest) -> Option<String> {
-    let extents = guest.ram.data_extents(0..guest.ram.pages()).unwrap_or_default();
-    let held: u64 = extents.iter().map(|extent| (extent.end - extent.start) * PAGE_SIZE).sum();
+    let held = guest.ram.held_bytes().unwrap_or(0);
     // A VMM on huge pages has reserved them; one whose memory is touched holds it.
     let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
     let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };
