@@ -33,7 +33,7 @@ use self::write::Writing;
 
 pub use backing::Backing;
 pub use marks::Marks;
-pub use zero::is_zero;
+pub use zero::{is_zero, zero_pages};
 
 pub use crate::error::RamError;
 

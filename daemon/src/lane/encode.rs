@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use memlane_kvm::ram::{GuestRam, is_zero};
+use memlane_kvm::ram::{GuestRam, zero_pages};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, contents_bytes, encode_head};
 
@@ -115,10 +115,8 @@ pub fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     // What cannot be mapped in one go is when it is read.
     let _ = ram.map_pages(pages.clone());
     for slice in ram.slices(pages) {
-        for index in 0..slice.len as u64 / PAGE_SIZE {
-            // SAFETY: inside the slice, which is mapped as long as `ram` lives.
-            let zero = unsafe { is_zero(slice.ptr.add((index * PAGE_SIZE) as usize)) };
-            let page = slice.first_page + index;
+        // SAFETY: the slice is mapped as long as `ram` lives.
+        for (page, zero) in (slice.first_page..).zip(unsafe { zero_pages(slice) }) {
             add(runs, page..page + 1, if zero { Content::Zero } else { Content::Data });
         }
     }

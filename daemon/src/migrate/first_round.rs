@@ -24,16 +24,20 @@ impl Copying {
     /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
     /// so a page that comes into being later is noticed as written.
     pub async fn first_round(&self) -> Result<(), CopyError> {
-        let pages = self.guest.ram.pages();
+        let ram = &self.guest.ram;
+        let pages = ram.pages();
         let mut holes = Vec::new();
         let mut first = 0;
         while first < pages {
-            let piece = next_piece(&self.guest.ram, first).await.map_err(CopyError::Memory)?;
+            let piece = next_piece(ram, first).await.map_err(CopyError::Memory)?;
+            let begins = first == 0;
             first = piece.end;
             let data = match self.guest.driver.arm(piece.clone()).await? {
-                Some(data) => data,
-                None => data_extents(&self.guest.ram, piece.clone()).await.map_err(CopyError::Memory)?,
+                Some(data) => Ok(data),
+                None if begins => first_extents(ram, piece.clone()).await,
+                None => data_extents(ram, piece.clone()).await,
             };
+            let data = data.map_err(CopyError::Memory)?;
             let mut fresh = 0;
             let mut hole_from = piece.start;
             for extent in data {
@@ -100,6 +104,19 @@ async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u6
         // Huge pages are armed whole, wherever they begin.
         Ok(ram.whole(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages())))
     };
+    tokio::task::spawn_blocking(look).await.expect("looking does not panic")
+}
+
+/// What the first piece holds, soon, since lanes have nothing to do before. Meanwhile the kernel looks for the end
+/// of the run that goes on in the next one.
+async fn first_extents(ram: &Arc<GuestRam>, piece: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
+    let (ram, ahead) = (ram.clone(), ram.clone());
+    let end = piece.end;
+    let look = move || {
+        if piece.end - piece.start > PIECE_PAGES { ram.data_extents(piece) } else { ram.extents_now(piece) }
+    };
+    // It is remembered what was found.
+    drop(tokio::task::spawn_blocking(move || ahead.data_extents(end - 1..end)));
     tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }
 
