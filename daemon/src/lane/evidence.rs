@@ -1,8 +1,9 @@
-//! Zero-copy by evidence.
+//! How a lane hands frames over, by evidence.
 //!
 //! The kernel may copy after all where it was asked not to (over loopback, veth, or a driver
 //! without scatter-gather); then a zero-copy send costs more than a plain one. So a lane
-//! tries, believes what `IORING_SEND_ZC_REPORT_USAGE` tells, and looks again now and then.
+//! tries, believes what `IORING_SEND_ZC_REPORT_USAGE` tells, and looks again now and then. Between
+//! the trials it sends by reference through a pipe.
 
 /// Frames sent in each trial.
 const TRIAL_FRAMES: u32 = 4;
@@ -11,36 +12,54 @@ const BYTES_BETWEEN_TRIALS: u64 = 16 << 30;
 /// A frame with less than this is copied cheaper than its pages are pinned.
 const WORTH_BYTES: u64 = 32 << 10;
 
-/// Whether a lane asks for zero-copy.
+/// How a frame is handed to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By copying it.
+    Copy,
+    /// By a zero-copy send, of which the kernel says when it is done with the pages, and whether it copied them.
+    ZeroCopy,
+    /// Through a pipe: by reference, of which nothing is said.
+    Splice,
+}
+
+/// What has been seen of the ways to send.
 #[derive(Debug)]
 pub struct Evidence {
     trial_frames_left: u32,
     bytes_to_next_trial: u64,
     works: bool,
+    splices: bool,
 }
 
 impl Evidence {
-    pub fn new() -> Self {
-        Self { trial_frames_left: TRIAL_FRAMES, bytes_to_next_trial: BYTES_BETWEEN_TRIALS, works: false }
+    /// Of a lane that has a pipe, if `splices`.
+    pub fn new(splices: bool) -> Self {
+        Self {
+            trial_frames_left: TRIAL_FRAMES,
+            bytes_to_next_trial: BYTES_BETWEEN_TRIALS,
+            works: false,
+            splices,
+        }
     }
 
-    /// Whether to send the next frame of so many bytes without copying.
-    pub fn choose(&mut self, bytes: u64) -> bool {
+    /// How to send the next frame, of so many bytes.
+    pub fn choose(&mut self, bytes: u64) -> Way {
         if bytes < WORTH_BYTES {
-            return false;
+            return Way::Copy;
         }
         if self.works {
-            return true;
+            return Way::ZeroCopy;
         }
         if self.trial_frames_left > 0 {
             self.trial_frames_left -= 1;
-            return true;
+            return Way::ZeroCopy;
         }
         self.bytes_to_next_trial = self.bytes_to_next_trial.saturating_sub(bytes);
         if self.bytes_to_next_trial == 0 {
-            *self = Self::new();
+            *self = Self::new(self.splices);
         }
-        false
+        if self.splices { Way::Splice } else { Way::Copy }
     }
 
     /// The kernel tells whether it copied a frame that was sent without copying.
@@ -52,8 +71,14 @@ impl Evidence {
     }
 
     /// The kernel cannot send this way at all.
-    pub fn give_up(&mut self) {
-        *self = Self { trial_frames_left: 0, bytes_to_next_trial: u64::MAX, works: false };
+    pub fn give_up(&mut self, way: Way) {
+        match way {
+            Way::Copy => {}
+            Way::ZeroCopy => {
+                (self.trial_frames_left, self.bytes_to_next_trial, self.works) = (0, u64::MAX, false);
+            }
+            Way::Splice => self.splices = false,
+        }
     }
 }
 
@@ -62,14 +87,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn goes_back_to_copies_and_tries_again_later() {
-        let mut evidence = Evidence::new();
-        assert!(evidence.choose(1 << 20));
-        evidence.learn(true);
-        let plain = (0..1u64 << 15).take_while(|_| !evidence.choose(1 << 20)).count();
-        assert_eq!(plain as u64, BYTES_BETWEEN_TRIALS >> 20);
-        evidence.learn(false);
-        assert!((0..1000).all(|_| evidence.choose(1 << 20)));
-        assert!(!evidence.choose(4096), "small frames are always copied");
+    fn goes_back_to_a_pipe_or_copies_and_tries_again_later() {
+        for (splices, otherwise) in [(true, Way::Splice), (false, Way::Copy)] {
+            let mut evidence = Evidence::new(splices);
+            assert_eq!(evidence.choose(1 << 20), Way::ZeroCopy);
+            evidence.learn(true);
+            let until_trial = (0..1u64 << 15).take_while(|_| evidence.choose(1 << 20) == otherwise).count();
+            assert_eq!(until_trial as u64, BYTES_BETWEEN_TRIALS >> 20);
+            evidence.learn(false);
+            assert!((0..1000).all(|_| evidence.choose(1 << 20) == Way::ZeroCopy));
+            assert_eq!(evidence.choose(4096), Way::Copy, "small frames are always copied");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_not_tried_again() {
+        let mut evidence = Evidence::new(true);
+        evidence.give_up(Way::ZeroCopy);
+        assert!((0..1u64 << 15).all(|_| evidence.choose(1 << 20) == Way::Splice));
+        evidence.give_up(Way::Splice);
+        assert_eq!(evidence.choose(1 << 20), Way::Copy);
     }
 }

@@ -115,6 +115,11 @@ impl Message {
         self.remaining
     }
 
+    /// What is still to go.
+    pub fn rest(&self) -> &[libc::iovec] {
+        &self.pieces[self.next..]
+    }
+
     /// For the kernel.
     pub fn as_ptr(&self) -> *const libc::msghdr {
         &raw const self.header

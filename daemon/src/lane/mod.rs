@@ -18,6 +18,8 @@ mod receive;
 mod ring;
 mod roster;
 mod send;
+mod slot;
+mod splice;
 mod stats;
 
 use std::collections::BTreeMap;

@@ -10,18 +10,16 @@ use std::time::{Duration, Instant};
 use io_uring::{opcode, types};
 use memlane_protocol::liveness::Condition;
 use memlane_protocol::window::{Flow, Window};
-use memlane_protocol::wire::frame::{
-    ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
-    encode_compressed_head,
-};
+use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, contents_bytes, encode_compressed_head};
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 
 use super::compress::{Block, Compressor};
 use super::encode::{claim_frame, encode_frame};
-use super::evidence::Evidence;
-use super::message::Message;
+use super::evidence::{Evidence, Way};
 use super::pulse::{LOOK, Pulse};
 use super::ring::{Completion, Held, Ring};
+use super::slot::Slot;
+use super::splice::{Progress, Splicer};
 use super::{LaneError, LaneStats, Outbound, Seat};
 use crate::port::abandon;
 
@@ -49,6 +47,8 @@ pub struct Sender {
     silence: Duration,
     pulse: Pulse,
     evidence: Evidence,
+    /// Where the system has a pipe to spare.
+    splicer: Option<Splicer>,
     /// Where the order and the other end allow it.
     compressor: Option<Compressor>,
     cursor: u64,
@@ -80,21 +80,6 @@ pub struct Sender {
     last_ack: Instant,
 }
 
-/// One frame, from its claim to its acknowledgement.
-struct Slot {
-    sequence: u64,
-    runs: Vec<Run>,
-    head: Vec<u8>,
-    message: Box<Message>,
-    /// Bytes of its pages,
-    contents_bytes: u64,
-    /// and what of them is on the wire: less, if they are compressed.
-    payload_bytes: u64,
-    zero_copy: bool,
-    /// The kernel has not yet released the pages of a zero-copy send.
-    notifications: u32,
-}
-
 impl Sender {
     /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket`. To be
     /// made on its own thread.
@@ -110,6 +95,7 @@ impl Sender {
         let pulse = Pulse::new(&*socket);
         let limit = Window::new(pulse.round_trip());
         let compress = outbound.compress;
+        let splicer = Splicer::new().ok();
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: outbound.ram.whole(first..first + 1).start,
@@ -120,7 +106,8 @@ impl Sender {
             number,
             silence,
             pulse,
-            evidence: Evidence::new(),
+            evidence: Evidence::new(splicer.is_some()),
+            splicer,
             compressor: compress.then(Compressor::new).flatten(),
             sequence: 0,
             acknowledged: 0,
@@ -164,12 +151,7 @@ impl Sender {
 
     /// Fills the window, waits for something to happen, and deals with it.
     fn turn(&mut self) -> Result<(), LaneError> {
-        let full = self.window_bytes >= self.limit.bytes();
-        // A frame that is not handed over yet waits for room in the send buffer.
-        self.full |= full || self.sending;
-        if !self.sending && !full && self.window.len() < self.limit.frames() {
-            self.send_next()?;
-        }
+        self.fill_window()?;
         let longest = if self.window.is_empty() { HEARTBEAT } else { LOOK };
         self.ring.wait(longest).map_err(LaneError::io("wait for the lane's io_uring"))?;
         while let Some(completion) = self.ring.completed() {
@@ -180,6 +162,19 @@ impl Sender {
             }
         }
         self.look_at_the_way()
+    }
+
+    fn fill_window(&mut self) -> Result<(), LaneError> {
+        // A frame that is not handed over yet waits for room in the send buffer.
+        self.full |= self.sending;
+        while !self.sending {
+            let full = self.window_bytes >= self.limit.bytes();
+            self.full |= full;
+            if full || self.window.len() >= self.limit.frames() || !self.send_next()? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Whether there is still a way to the other end, and somebody there who acknowledges.
@@ -201,8 +196,8 @@ impl Sender {
         }
     }
 
-    /// Claims a frame and hands it to the kernel; rings the bell if there is none to claim.
-    fn send_next(&mut self) -> Result<(), LaneError> {
+    /// Claims a frame and hands it to the kernel; rings the bell and returns false if there is none to claim.
+    fn send_next(&mut self) -> Result<bool, LaneError> {
         let mut slot = self.spare.pop().unwrap_or_else(Slot::new);
         let most_bytes = self.limit.frame_bytes();
         claim_frame(&self.outbound, &mut self.cursor, most_bytes, &mut slot.runs);
@@ -217,20 +212,21 @@ impl Sender {
             if let Some(compressor) = &mut self.compressor {
                 compressor.idle();
             }
-            return Ok(());
+            return Ok(false);
         }
         self.sequence += 1;
         slot.sequence = self.sequence;
         slot.contents_bytes = contents_bytes(&slot.runs);
         if !self.encode_compressed(&mut slot) {
             slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
-            slot.zero_copy = self.evidence.choose(slot.payload_bytes);
+            slot.way = self.evidence.choose(slot.payload_bytes);
             slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
         }
         self.window_bytes += slot.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, slot.message.remaining() as u64);
         self.window.push_back(slot);
-        self.submit_newest()
+        self.hand_over_newest()?;
+        Ok(true)
     }
 
     /// Makes a frame of what the pages are compressed to, if that is to be done.
@@ -239,7 +235,7 @@ impl Sender {
         let block = compressor.and_then(|compressor| compressor.compress(&self.outbound.ram, &slot.runs));
         let Some(Block { bytes, contents }) = block else { return false };
         slot.payload_bytes = bytes.len() as u64;
-        slot.zero_copy = false;
+        slot.way = Way::Copy;
         let checksum = self.outbound.still.load(Ordering::Acquire).then(|| crc32c::crc32c(contents));
         encode_compressed_head(&mut slot.head, slot.sequence, &slot.runs, checksum, slot.payload_bytes);
         // The block is left alone until this frame has been handed over, and the next one begins.
@@ -250,14 +246,23 @@ impl Sender {
     }
 
     /// Hands what remains of the newest frame to the kernel.
+    fn hand_over_newest(&mut self) -> Result<(), LaneError> {
+        self.sending = true;
+        let slot = self.window.back_mut().expect("a frame has just been put into the window");
+        match (slot.way, &mut self.splicer) {
+            (Way::Splice, Some(_)) => self.splice_newest(),
+            _ => self.submit_newest(),
+        }
+    }
+
     fn submit_newest(&mut self) -> Result<(), LaneError> {
         /// `IORING_SEND_ZC_REPORT_USAGE`: say in the notification whether the pages were copied.
         const REPORT_USAGE: u16 = 1 << 3;
         let fd = types::Fd(self.socket.as_raw_fd());
-        let slot = self.window.back_mut().expect("a frame has just been put into the window");
+        let slot = self.window.back_mut().expect("the frame being sent stays in the window");
         let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
         let message = slot.message.as_ptr();
-        let entry = if slot.zero_copy {
+        let entry = if slot.way == Way::ZeroCopy {
             slot.notifications += 1;
             opcode::SendMsgZc::new(fd, message).ioprio(REPORT_USAGE).flags(flags).build()
         } else {
@@ -269,9 +274,33 @@ impl Sender {
         // written over by the next frame at the earliest, which begins when this send is complete.
         // When the lane ends earlier, `drop` waits for the same, or gives up the memory for good.
         unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
-            .map_err(LaneError::io("submit a frame"))?;
-        self.sending = true;
-        Ok(())
+            .map_err(LaneError::io("submit a frame"))
+    }
+
+    /// Sends through the pipe what the socket has room for, and the rest when it has more.
+    fn splice_newest(&mut self) -> Result<(), LaneError> {
+        let slot = self.window.back_mut().expect("the frame being sent stays in the window");
+        let splicer = self.splicer.as_mut().expect("who splices has a pipe");
+        // SAFETY: the message points to the slot's head and to guest memory, which `outbound` keeps mapped.
+        let progress = unsafe { splicer.send(&*self.socket, &mut slot.message, slot.payload_bytes as usize) };
+        match progress.map_err(LaneError::io("send pages"))? {
+            Progress::Done => {
+                self.handed_over();
+                Ok(())
+            }
+            Progress::NoRoom => {
+                let fd = types::Fd(self.socket.as_raw_fd());
+                let entry = opcode::PollAdd::new(fd, libc::POLLOUT as u32).build();
+                // SAFETY: it points to nothing.
+                unsafe { self.ring.push(&entry.user_data(FRAMES + slot.sequence)) }
+                    .map_err(LaneError::io("wait for room in the send buffer"))
+            }
+            Progress::Impossible => {
+                self.evidence.give_up(Way::Splice);
+                slot.way = Way::Copy;
+                self.submit_newest()
+            }
+        }
     }
 
     fn take_sent(&mut self, sequence: u64, completion: Completion) -> Result<(), LaneError> {
@@ -280,26 +309,37 @@ impl Sender {
             return Ok(());
         }
         let slot = self.window.back_mut().expect("the frame being sent stays in the window");
-        if !completion.more && slot.zero_copy {
+        if !completion.more && slot.way == Way::ZeroCopy {
             slot.notifications -= 1; // the send failed, so no notification follows
         }
         match completion.result {
+            // There is room.
+            Ok(_) if slot.way == Way::Splice => {}
             Ok(count) => slot.message.advance(count as usize),
-            Err(error) if slot.zero_copy && cannot_zero_copy(&error) => {
-                self.evidence.give_up();
-                slot.zero_copy = false;
+            Err(error) if slot.way == Way::ZeroCopy && cannot_zero_copy(&error) => {
+                self.evidence.give_up(Way::ZeroCopy);
+                slot.way = Way::Copy;
             }
             Err(error) => return Err(LaneError::io("send pages")(error)),
         }
-        if slot.message.remaining() > 0 {
-            return self.submit_newest();
+        if slot.message.remaining() > 0 || slot.way == Way::Splice {
+            return self.hand_over_newest();
         }
-        if !slot.zero_copy {
-            LaneStats::add(&self.stats.copied_bytes, slot.payload_bytes);
+        self.handed_over();
+        Ok(())
+    }
+
+    /// The kernel has taken the newest frame.
+    fn handed_over(&mut self) {
+        let slot = self.window.back().expect("the frame being sent stays in the window");
+        match slot.way {
+            Way::Copy => LaneStats::add(&self.stats.copied_bytes, slot.payload_bytes),
+            Way::Splice => LaneStats::add(&self.stats.zero_copy_bytes, slot.payload_bytes),
+            // The notification tells.
+            Way::ZeroCopy => {}
         }
         self.sending = false;
         self.retire();
-        Ok(())
     }
 
     /// The kernel has let go of the pages of a zero-copy send.
@@ -308,7 +348,7 @@ impl Sender {
         let mut slots = self.window.iter_mut().chain(&mut self.lingering);
         let Some(slot) = slots.find(|slot| slot.sequence == sequence) else { return };
         slot.notifications -= 1;
-        if slot.notifications == 0 && slot.zero_copy {
+        if slot.notifications == 0 && slot.way == Way::ZeroCopy {
             let counter = if copied { &self.stats.copied_bytes } else { &self.stats.zero_copy_bytes };
             LaneStats::add(counter, slot.payload_bytes);
         }
@@ -430,21 +470,6 @@ impl Drop for Sender {
             }
             let buffers = (mem::take(&mut self.acks), mem::take(&mut self.wake_value));
             mem::forget((self.outbound.clone(), buffers));
-        }
-    }
-}
-
-impl Slot {
-    fn new() -> Self {
-        Self {
-            sequence: 0,
-            runs: Vec::with_capacity(MAX_RUNS),
-            head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
-            message: Message::new(),
-            contents_bytes: 0,
-            payload_bytes: 0,
-            zero_copy: false,
-            notifications: 0,
         }
     }
 }
