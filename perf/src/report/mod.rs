@@ -155,7 +155,7 @@ impl Runs {
         cases
     }
 
-    /// One figure of a case, for each repetition.
+    /// One figure of a case, each time it was measured.
     ///
     /// # Errors
     ///
@@ -168,22 +168,25 @@ impl Runs {
         Ok(values)
     }
 
-    /// A figure of one case over a figure of another, for each repetition.
+    /// A figure of one case over a figure of another, for each repetition: of medians, if a case comes several times in
+    /// one.
     ///
     /// # Errors
     ///
     /// As [`Runs::values`]; and if the two were not repeated as often.
     pub fn quotients(&self, over: (&Case, &str), under: (&Case, &str)) -> Result<Vec<f64>> {
-        let (above, below) = (self.values(over.0, over.1)?, self.values(under.0, under.1)?);
-        ensure!(
-            above.len() == below.len(),
-            "{} was measured {} times, and {} {}",
-            over.0,
-            above.len(),
-            under.0,
-            below.len()
-        );
-        Ok(above.iter().zip(&below).map(|(above, below)| above / below).collect())
+        let (above, below) = (self.medians(over.0, over.1)?, self.medians(under.0, under.1)?);
+        ensure!(above.keys().eq(below.keys()), "{} and {} were not repeated as often", over.0, under.0);
+        Ok(above.values().zip(below.values()).map(|(above, below)| above / below).collect())
+    }
+
+    /// One figure of a case by repetition.
+    fn medians(&self, case: &Case, figure: &str) -> Result<BTreeMap<u32, f64>> {
+        let mut values: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
+        for (run, value) in self.of(case).zip(self.values(case, figure)?) {
+            values.entry(run.repetition).or_default().push(value);
+        }
+        Ok(values.into_iter().map(|(repetition, values)| (repetition, Spread::of(values).median)).collect())
     }
 
     /// Of these cases, that whose median of `figure` is largest.
@@ -305,6 +308,14 @@ mod tests {
         assert_eq!(quotients(&plain).expect("figures"), [2.0, 1.5]);
         assert_eq!(quotients(&multifd).expect("figures"), [1.6, 2.0]);
         assert!(quotients(&By::Raw.case("")).is_err());
+        let mut runs = runs.clone();
+        for rate in [1.0, 4.0] {
+            runs.push(run(2, By::Memlane.case("prepared"), rate));
+        }
+        let of_medians = runs.quotients((&memlane, "gbit_per_second"), (&plain, "gbit_per_second"));
+        assert_eq!(of_medians.expect("figures"), [2.0, 1.0]);
+        runs.push(run(3, memlane.clone(), 1.0));
+        assert!(runs.quotients((&memlane, "gbit_per_second"), (&plain, "gbit_per_second")).is_err());
         assert!(runs.values(&plain, "none").unwrap_err().to_string().contains("qemu plain has no none"));
         let best = runs.best([&multifd, &plain], "gbit_per_second").expect("cases");
         assert_eq!(best, &multifd, "of two that are equal the first");

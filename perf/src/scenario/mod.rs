@@ -43,10 +43,13 @@ pub use zero::Zero;
 pub trait Scenario {
     /// Its name, as on the command line.
     const NAME: &'static str;
-    /// What it needs of the machine.
-    const NEEDS: &'static [Requirement] = Requirement::LAB;
     /// Whether it can do with hosts that are there already, whose ports nobody shapes, delays or takes down.
     const ON_HOSTS: bool = false;
+
+    /// What it needs of the machine.
+    fn needs(&self) -> &'static [Requirement] {
+        Requirement::LAB
+    }
 
     /// Measures.
     ///
@@ -197,7 +200,7 @@ impl<S: Scenario + Args> With<S> {
             }
             Some(_) => {}
             None => {
-                if let Some(missing) = why_not(S::NEEDS) {
+                if let Some(missing) = why_not(self.scenario.needs()) {
                     bail!("cannot measure {}: {missing}", S::NAME);
                 }
             }

@@ -63,8 +63,10 @@ enum What {
 
 impl Scenario for Postcopy {
     const NAME: &'static str = "postcopy";
-    const NEEDS: &'static [Requirement] =
-        &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+
+    fn needs(&self) -> &'static [Requirement] {
+        Requirement::LAB_WITH_QEMU
+    }
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         let lab =

@@ -36,6 +36,9 @@ impl Requirement {
     /// What [`Lab::new`](crate::Lab::new) needs.
     pub const LAB: &[Self] = &[Self::Root, Self::Ip, Self::Tc];
 
+    /// What a lab with QEMU needs.
+    pub const LAB_WITH_QEMU: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu];
+
     /// What a lab with KVM guests needs.
     pub const LAB_WITH_KVM: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Kvm];
 

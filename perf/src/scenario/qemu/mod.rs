@@ -88,8 +88,10 @@ impl Mover {
 
 impl Scenario for Qemu {
     const NAME: &'static str = "qemu";
-    const NEEDS: &'static [Requirement] =
-        &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+
+    fn needs(&self) -> &'static [Requirement] {
+        Requirement::LAB_WITH_QEMU
+    }
 
     fn measure(&self, bench: &Bench) -> Result<Report> {
         ensure!(
