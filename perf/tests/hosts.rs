@@ -93,7 +93,9 @@ fn hosts_that_are_there_already_are_measured() {
     let reachable = Reachable::new();
     let programs = Programs::build(false).expect("programs");
     let bench = Bench { programs, hosts: Some(reachable.hosts.clone()), repetitions: 1 };
-    let report = Bulk { ram: Size::from_mib(64), ports: 1 }.measure(&bench).expect("a measurement");
+    let report = Bulk { ram: Size::from_mib(64), ports: 1, without_qemu: false }
+        .measure(&bench)
+        .expect("a measurement");
     let json = report.json();
     assert_eq!(json["settings"]["ports"], 2, "as many as there are");
     for figures in [&json["memlane"]["prepared"], &json["baselines"]["raw"]["fresh"]] {
