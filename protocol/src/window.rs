@@ -2,7 +2,8 @@
 //!
 //! Too little, and the line runs empty before acknowledgements are back; too much, and a slow port holds pages
 //! for long that the others could have sent, and that the end of a round or of the pause waits for. The right
-//! amount follows from what the lane delivers and from the round trip, and both are only known by measuring.
+//! amount follows from what the lane delivers and from the round trip, and both are only known by measuring;
+//! at the end also from [what is left](hold).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -20,6 +21,8 @@ const MOST_BYTES: u64 = 64 << 20;
 const HOLD: Duration = Duration::from_millis(30);
 /// but no more than this, which keeps a processor busy that wakes up late.
 const MOST_HELD_BYTES: u64 = 4 << 20;
+/// and no less, where little is left, than what it delivers in this time: to wait for a processor takes as long.
+const LEAST_HOLD: Duration = Duration::from_millis(4);
 /// On a long way it has so many times on its way what a round trip takes: twice as much as the line holds, so
 /// that the next measurement shows whether it could be more.
 const ROUND_TRIPS: f64 = 2.0;
@@ -30,10 +33,24 @@ const SAMPLES: usize = 8;
 
 /// Bytes of a small frame.
 const LEAST_FRAME_BYTES: u64 = 64 << 10;
+/// A lane holds at least this, however slow it is: two small frames.
+const LEAST_HELD_BYTES: u64 = 2 * LEAST_FRAME_BYTES;
 /// A window has room for so many frames.
 const FRAMES: u64 = 4;
 /// Frames on their way, where these are small: each takes memory at both ends.
 const LEAST_FRAMES: usize = 64;
+
+/// How much each lane may hold, as the time in which it delivers that, where all together deliver
+/// `bytes_per_second` and `left_bytes` wait for being claimed.
+///
+/// Half of what those take: whoever comes first would else hold all that is left at the end, while the others have
+/// nothing to do. So lanes of any speed are done at about the same time.
+pub fn hold(left_bytes: u64, bytes_per_second: u64) -> Duration {
+    match bytes_per_second {
+        0 => HOLD,
+        rate => Duration::from_secs_f64(left_bytes as f64 / rate as f64 / 2.0).clamp(LEAST_HOLD, HOLD),
+    }
+}
 
 /// A lane, when something was acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +67,8 @@ pub struct Flow {
 #[derive(Clone, Debug)]
 pub struct Window {
     bytes: u64,
+    /// What a long way holds of that.
+    on_the_line: u64,
     /// What it began with, and has at least until it has been measured for a while.
     first: u64,
     /// Bytes per second, newest last.
@@ -68,12 +87,25 @@ impl Window {
     /// That of a lane with such a round trip, which has not sent anything.
     pub fn new(round_trip: Duration) -> Self {
         let first = on_the_line(FIRST_RATE, round_trip).clamp(FIRST_BYTES, MOST_FIRST_BYTES);
-        Self { bytes: first, first, rates: VecDeque::new(), sample: None }
+        Self { bytes: first, on_the_line: 0, first, rates: VecDeque::new(), sample: None }
     }
 
     /// Bytes of pages that may be on their way.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// The same if no more may be [held](hold) than is delivered in this time.
+    pub fn bytes_held(&self, hold: Duration) -> u64 {
+        if hold >= HOLD || self.rates.is_empty() {
+            return self.bytes;
+        }
+        delivered_in(self.best(), hold).max(self.on_the_line).max(LEAST_HELD_BYTES).min(self.bytes)
+    }
+
+    /// Bytes per second that the lane delivers at its best; 0 before that was measured.
+    pub fn bytes_per_second(&self) -> u64 {
+        self.best() as u64
     }
 
     /// Frames that may be on their way.
@@ -82,8 +114,8 @@ impl Window {
     }
 
     /// Bytes of pages that one frame may have.
-    pub fn frame_bytes(&self) -> u64 {
-        (self.bytes / FRAMES).max(LEAST_FRAME_BYTES)
+    pub fn frame_bytes(&self, hold: Duration) -> u64 {
+        (self.bytes_held(hold) / FRAMES).max(LEAST_FRAME_BYTES)
     }
 
     /// Nothing is on its way and there is nothing to send: what is measured begins with what is sent next.
@@ -110,7 +142,8 @@ impl Window {
             self.rates.push_back(rate);
         }
         self.sample = Some(Sample { since: now, acked_bytes, full: false });
-        let bytes = self.right_size(round_trip);
+        self.on_the_line = on_the_line(self.best(), round_trip);
+        let bytes = self.right_size();
         self.bytes = if full { bytes } else { bytes.max(self.bytes) };
     }
 
@@ -118,16 +151,19 @@ impl Window {
         self.rates.iter().copied().fold(0.0, f64::max)
     }
 
-    fn right_size(&self, round_trip: Duration) -> u64 {
-        let rate = self.best();
-        let held = ((rate * HOLD.as_secs_f64()) as u64).min(MOST_HELD_BYTES);
+    fn right_size(&self) -> u64 {
+        let held = delivered_in(self.best(), HOLD).min(MOST_HELD_BYTES);
         let least = if self.rates.len() < SAMPLES { self.first } else { LEAST_BYTES };
-        held.max(on_the_line(rate, round_trip)).clamp(least, MOST_BYTES)
+        held.max(self.on_the_line).clamp(least, MOST_BYTES)
     }
 }
 
+fn delivered_in(bytes_per_second: f64, time: Duration) -> u64 {
+    (bytes_per_second * time.as_secs_f64()) as u64
+}
+
 fn on_the_line(rate: f64, round_trip: Duration) -> u64 {
-    (ROUND_TRIPS * rate * round_trip.as_secs_f64()) as u64
+    delivered_in(ROUND_TRIPS * rate, round_trip)
 }
 
 #[cfg(test)]
@@ -171,7 +207,7 @@ mod tests {
         let mut window = Window::new(MS);
         settle(&mut window, Duration::ZERO, 125e6, 150 * MS, 1200 * MS);
         assert!(window.bytes() as f64 > 1.9 * 125e6 * 0.15, "{}", window.bytes());
-        assert_eq!(window.frame_bytes(), window.bytes() / 4);
+        assert_eq!(window.frame_bytes(HOLD), window.bytes() / 4);
     }
 
     #[test]
@@ -193,7 +229,34 @@ mod tests {
         assert_eq!(settled(3e9, MS / 10).bytes(), MOST_HELD_BYTES);
         assert_eq!(settled(125e6, MS / 10).bytes(), 125_000_000 * 3 / 100);
         let slow = settled(1.25e6, MS);
-        assert_eq!((slow.bytes(), slow.frame_bytes(), slow.frames()), (LEAST_BYTES, 128 << 10, LEAST_FRAMES));
+        assert_eq!(
+            (slow.bytes(), slow.frame_bytes(HOLD), slow.frames()),
+            (LEAST_BYTES, 128 << 10, LEAST_FRAMES)
+        );
+    }
+
+    #[test]
+    fn where_little_is_left_lanes_hold_what_they_deliver_in_the_same_time() {
+        let (fast, slow) = (settled(125e6, MS / 10), settled(12.5e6, MS / 10));
+        let rate = fast.bytes_per_second() + slow.bytes_per_second();
+        assert!(rate.abs_diff(137_500_000) < 2_000_000, "{rate}");
+        let held = |left| [&fast, &slow].map(|window| window.bytes_held(hold(left, rate)));
+        assert_eq!(held(1 << 30), [fast.bytes(), slow.bytes()]);
+        // 20 ms for both, of which they may hold 10.
+        let [of_fast, of_slow] = held(2_750_000);
+        assert!(of_fast.abs_diff(1_250_000) < 25_000, "{of_fast}");
+        assert_eq!(of_slow, LEAST_HELD_BYTES, "which it delivers in these 10 ms, or nearly");
+        assert_eq!(fast.frame_bytes(hold(2_750_000, rate)), of_fast / 4);
+        // There is always room for something, and enough for a processor that comes late.
+        assert_eq!(held(0), [(fast.bytes_per_second() as f64 * 0.004) as u64, LEAST_HELD_BYTES]);
+    }
+
+    #[test]
+    fn a_long_line_is_full_to_the_end() {
+        let window = settled(125e6, 150 * MS);
+        assert_eq!(window.bytes_held(LEAST_HOLD), window.bytes());
+        assert_eq!(Window::new(MS).bytes_held(LEAST_HOLD), FIRST_BYTES, "nothing is known yet");
+        assert_eq!(hold(0, 0), HOLD);
     }
 
     #[test]
@@ -261,8 +324,10 @@ mod tests {
                     window.rest();
                 }
                 prop_assert!((LEAST_BYTES..=MOST_BYTES).contains(&window.bytes()));
-                prop_assert!(window.frame_bytes() >= LEAST_FRAME_BYTES && window.frames() >= LEAST_FRAMES);
+                prop_assert!(window.frame_bytes(HOLD) >= LEAST_FRAME_BYTES && window.frames() >= LEAST_FRAMES);
                 prop_assert!(window.frames() <= 1024);
+                let held = window.bytes_held(hold(acked_bytes, round_trip.as_nanos() as u64));
+                prop_assert!((LEAST_HELD_BYTES..=window.bytes()).contains(&held));
             }
         }
 

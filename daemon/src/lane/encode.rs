@@ -23,9 +23,15 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs:
     if let Some(nearest) = outbound.take_nearest() {
         *cursor = nearest;
     }
-    if let Some(_one_at_a_time) = outbound.lock_whole() {
-        return claim_whole(outbound, cursor, runs);
+    match outbound.lock_whole() {
+        Some(_one_at_a_time) => claim_whole(outbound, cursor, runs),
+        None => claim_small(outbound, cursor, most_bytes, runs),
     }
+    outbound.left.claimed(runs.iter().map(|run| run.pages.end - run.pages.start).sum());
+}
+
+/// Claims pages one by one for one frame.
+fn claim_small(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
     // What a page takes of the room if it has contents: others take 1.
     let whole = outbound.zeros_beside;
     let mut room = outbound.room().min(most_bytes) / PAGE_SIZE * whole;

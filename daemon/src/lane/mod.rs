@@ -11,6 +11,7 @@ mod encode;
 mod evidence;
 mod faults;
 mod latency;
+mod left;
 mod message;
 mod placing;
 mod pulse;
@@ -43,6 +44,7 @@ pub use roster::Seat;
 pub use send::Sender;
 pub use stats::{LaneStats, Totals};
 
+use left::Left;
 use roster::Roster;
 
 /// Why a lane ended before its work was done.
@@ -130,6 +132,8 @@ pub struct Outbound {
     zeros_beside: u64,
     /// Most bytes in one frame now; less where little is left, so that all lanes get some of it.
     frame_bytes: AtomicU64,
+    /// What nobody has claimed yet.
+    left: Left,
     /// Claims that have begun: grows before a lane looks at `dirty`.
     claims: AtomicU64,
     /// Claims that are over: grows after the last change to `dirty` and `in_flight` that the
@@ -171,6 +175,7 @@ impl Outbound {
             largest_frame,
             zeros_beside: 1,
             frame_bytes: AtomicU64::new(largest_frame),
+            left: Left::default(),
             claims: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             orphans: Mutex::default(),
@@ -189,6 +194,7 @@ impl Outbound {
         const SMALLEST: u64 = 64 << 10;
         let share = pages * PAGE_SIZE / (2 * self.roster.len().max(1) as u64);
         self.frame_bytes.store(share.clamp(SMALLEST, self.largest_frame), Ordering::Relaxed);
+        self.left.set(pages, self.roster.bytes_per_second());
         self.roster.wake();
     }
 

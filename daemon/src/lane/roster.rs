@@ -18,6 +18,7 @@ pub struct Roster {
 pub struct Seat {
     waker: OwnedFd,
     doubtful: AtomicBool,
+    bytes_per_second: AtomicU64,
     /// Lanes that came before.
     before: u64,
 }
@@ -27,7 +28,12 @@ impl Roster {
     pub fn take(&self) -> io::Result<Arc<Seat>> {
         let waker = eventfd(0, EventfdFlags::CLOEXEC)?;
         let before = self.taken.fetch_add(1, Ordering::Relaxed);
-        let seat = Arc::new(Seat { waker, doubtful: AtomicBool::new(false), before });
+        let seat = Arc::new(Seat {
+            waker,
+            doubtful: AtomicBool::new(false),
+            bytes_per_second: AtomicU64::new(0),
+            before,
+        });
         let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
         seats.retain(|seat| seat.strong_count() > 0);
         seats.push(Arc::downgrade(&seat));
@@ -37,6 +43,11 @@ impl Roster {
     /// How many there are.
     pub fn len(&self) -> usize {
         self.seats().len()
+    }
+
+    /// What all of them deliver together, as far as they know.
+    pub fn bytes_per_second(&self) -> u64 {
+        self.seats().iter().map(|seat| seat.bytes_per_second.load(Ordering::Relaxed)).sum()
     }
 
     /// Wakes all of them.
@@ -66,6 +77,11 @@ impl Seat {
     /// Tells the others whether an answer is overdue on this lane.
     pub fn set_doubtful(&self, doubtful: bool) {
         self.doubtful.store(doubtful, Ordering::Relaxed);
+    }
+
+    /// Tells the others what this lane delivers at its best.
+    pub fn set_bytes_per_second(&self, rate: u64) {
+        self.bytes_per_second.store(rate, Ordering::Relaxed);
     }
 
     /// Where the lane begins among `pages` pages: far from all others, however many there are.

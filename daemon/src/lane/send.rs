@@ -168,9 +168,10 @@ impl Sender {
         // A frame that is not handed over yet waits for room in the send buffer.
         self.full |= self.sending;
         while !self.sending {
-            let full = self.window_bytes >= self.limit.bytes();
-            self.full |= full;
-            if full || self.window.len() >= self.limit.frames() || !self.send_next()? {
+            self.full |= self.window_bytes >= self.limit.bytes();
+            let hold = self.outbound.left.hold();
+            let full = self.window_bytes >= self.limit.bytes_held(hold);
+            if full || self.window.len() >= self.limit.frames() || !self.send_next(hold)? {
                 break;
             }
         }
@@ -197,9 +198,9 @@ impl Sender {
     }
 
     /// Claims a frame and hands it to the kernel; rings the bell and returns false if there is none to claim.
-    fn send_next(&mut self) -> Result<bool, LaneError> {
+    fn send_next(&mut self, hold: Duration) -> Result<bool, LaneError> {
         let mut slot = self.spare.pop().unwrap_or_else(Slot::new);
-        let most_bytes = self.limit.frame_bytes();
+        let most_bytes = self.limit.frame_bytes(hold);
         claim_frame(&self.outbound, &mut self.cursor, most_bytes, &mut slot.runs);
         if slot.runs.is_empty() {
             self.spare.push(slot);
@@ -386,6 +387,7 @@ impl Sender {
             full: mem::take(&mut self.full),
         };
         self.limit.observe(self.pulse.now(), &flow);
+        self.seat.set_bytes_per_second(self.limit.bytes_per_second());
         if let Some(compressor) = &mut self.compressor {
             compressor.observe(
                 self.pulse.now(),

@@ -165,8 +165,9 @@ impl Copying {
             let dirtied_pages = self.harvest().await?;
             let harvest_seconds = looked.elapsed().as_secs_f64();
             let duration = started.elapsed();
-            let remaining = self.outbound.dirty.count() + self.outbound.in_flight.count();
-            self.outbound.wake(remaining);
+            let unclaimed = self.outbound.dirty.count();
+            let remaining = unclaimed + self.outbound.in_flight.count();
+            self.outbound.wake(unclaimed);
             let bytes = self.lanes.borrow().wire_bytes() - bytes_before;
             let sent = self.lanes.borrow().pages() - pages_before;
             metrics::round(duration, dirtied_pages);

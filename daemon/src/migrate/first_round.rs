@@ -50,7 +50,7 @@ impl Copying {
                 self.send_holes(&mut holes).await?;
             }
             if fresh > 0 {
-                self.outbound.wake(pages - piece.start);
+                self.outbound.wake(self.outbound.dirty.count() + pages - piece.end);
             }
             while self.outbound.dirty.count() > AHEAD_PAGES {
                 self.wait_for_lanes().await?;
