@@ -22,6 +22,8 @@ pub use many::{Together, migrate_together};
 pub const GUEST: &str = "web1";
 /// How long it runs before it is moved, so that it moves in full swing; what is used meanwhile is used anyway.
 const WARM_UP: Duration = Duration::from_secs(1);
+/// How often an idle guest wakes up. More often than that is work: this machine may need 0.1 ms of a processor for it.
+const IDLE_TICK_MS: u64 = 10;
 /// Bytes of a page.
 pub(crate) const PAGE: f64 = 4096.0;
 
@@ -207,7 +209,12 @@ impl Guest {
             option("--resident", resident.to_string());
         }
         match self.writes {
-            Writes::Rate(rate) => option("--rate", rate.to_string()),
+            Writes::Rate(rate) => {
+                option("--rate", rate.to_string());
+                if rate == 0 {
+                    option("--tick-ms", IDLE_TICK_MS.to_string());
+                }
+            }
             Writes::FlatOut => arguments.push("--flat-out".to_owned()),
         }
         arguments.extend(incoming.then(|| "--incoming".to_owned()));

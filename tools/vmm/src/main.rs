@@ -19,7 +19,7 @@ use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::machine::{MAX_NICS, Nic, TrackerKind};
 use memlane_vmm::control;
 use memlane_vmm::vmm::{Config, GuestVmm};
-use memlane_vmm::workload::{Fill, Pattern, Rate, Workload};
+use memlane_vmm::workload::{Fill, Pattern, Rate, TICK, Workload};
 use tracing_subscriber::EnvFilter;
 
 /// Runs a guest that writes its memory and can prove it whole, for tests and demonstrations of
@@ -64,6 +64,9 @@ struct Flags {
     /// Pages written a second by all virtual CPUs together; 0 for an idle guest
     #[arg(long, default_value_t = 1000, conflicts_with = "flat_out")]
     rate: u64,
+    /// Milliseconds from one wake-up of a virtual CPU to the next, unless it is flat out; it sees pauses that last longer
+    #[arg(long, value_name = "TICK", default_value_t = TICK.as_millis() as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    tick_ms: u64,
     /// Write as fast as possible
     #[arg(long)]
     flat_out: bool,
@@ -201,6 +204,7 @@ impl Flags {
             seed: self.seed,
             pattern: self.pattern,
             rate: if self.flat_out { Rate::FlatOut } else { Rate::PagesPerSecond(self.rate) },
+            tick: Duration::from_millis(self.tick_ms),
             working_set_pages: working_set / PAGE_SIZE,
             readers: self.readers,
             fill: self.fill,

@@ -291,14 +291,21 @@ fn pieces(touched: &[Range<u64>], data: &[Range<u64>]) -> Vec<(Range<u64>, bool)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workload::{Fill, Pattern, Rate};
+    use crate::workload::{Fill, Pattern, Rate, TICK};
 
     #[test]
     fn replaying_backwards_gives_the_same() {
         let fill = Fill { zero: 100, random: 0, compressible: 0, mixed: 0 };
         for pattern in [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold] {
-            let workload =
-                Workload { seed: 3, pattern, rate: Rate::FlatOut, working_set_pages: 11, readers: 0, fill };
+            let workload = Workload {
+                seed: 3,
+                pattern,
+                rate: Rate::FlatOut,
+                tick: TICK,
+                working_set_pages: 11,
+                readers: 0,
+                fill,
+            };
             let (mut all, mut halves) = (vec![0; 11 * SLOTS], vec![0; 11 * SLOTS]);
             let (mut one, mut two) = (workload.stepper(0, 1), workload.stepper(0, 1));
             let steps = 100 * 11 * SLOTS as u64;

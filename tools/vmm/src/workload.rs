@@ -4,11 +4,15 @@
 //! The guest code does the same steps in assembler; where the two differ, this is the truth.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 /// 8-byte slots in a page.
 pub const SLOTS: usize = 512;
 /// A reader computes `sum = (sum ^ slot) * READ_FACTOR` over all slots of a page. It is odd, so that nothing is lost.
 pub const READ_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// How often guests wake up, if nothing else is said.
+pub const TICK: Duration = Duration::from_millis(1);
 
 /// What a guest is told to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +23,8 @@ pub struct Workload {
     pub pattern: Pattern,
     /// How fast.
     pub rate: Rate,
+    /// How often a guest wakes up to write that is not flat out: the time from one wake-up to the next.
+    pub tick: Duration,
     /// Pages that are written, shared out among the vCPUs that write.
     pub working_set_pages: u64,
     /// How many of the vCPUs, the last ones, only read and compute.
@@ -341,7 +347,15 @@ mod tests {
 
     fn workload(pattern: Pattern) -> Workload {
         let fill = Fill { zero: 50, random: 30, compressible: 20, mixed: 0 };
-        Workload { seed: 1, pattern, rate: Rate::FlatOut, working_set_pages: 1000, readers: 0, fill }
+        Workload {
+            seed: 1,
+            pattern,
+            rate: Rate::FlatOut,
+            tick: TICK,
+            working_set_pages: 1000,
+            readers: 0,
+            fill,
+        }
     }
 
     #[test]

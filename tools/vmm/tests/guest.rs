@@ -17,7 +17,7 @@ use memlane_vmm::control::{self, Client};
 use memlane_vmm::guest::{ControlBlock, Layout};
 use memlane_vmm::statistics::Stats;
 use memlane_vmm::vmm::{Config, GuestVmm, Standing};
-use memlane_vmm::workload::{Fill, Pattern, Rate, Workload};
+use memlane_vmm::workload::{Fill, Pattern, Rate, TICK, Workload};
 
 const PATTERNS: [Pattern; 3] = [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold];
 
@@ -36,6 +36,7 @@ fn config(kvm: bool) -> Config {
             seed: 42,
             pattern: Pattern::Uniform,
             rate: Rate::FlatOut,
+            tick: TICK,
             working_set_pages: 1500,
             readers: 0,
             fill: Fill { zero: 50, random: 30, compressible: 20, mixed: 0 },

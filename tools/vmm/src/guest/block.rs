@@ -20,8 +20,6 @@ pub const LATE_NS: u64 = 250_000;
 /// Reads after which a reader counts them. It is its only write to memory, rare enough that what slows writes does not
 /// slow it: it waits for this page once in a round of pre-copy, and not at each read.
 pub const READS_PER_COUNT: u64 = 1024;
-/// Time between two looks at the clock of a guest that is not flat out.
-const PERIOD_NS: u64 = 1_000_000;
 /// Steps in `1 << 32` units, before a flat-out guest looks at its parameters again.
 const FLAT_OUT: u64 = 256 << 32;
 
@@ -106,9 +104,10 @@ impl ControlBlock {
         let (per_period, period, threshold) = match workload.rate {
             Rate::FlatOut => (FLAT_OUT, 0, ticks(STALL_NS)),
             Rate::PagesPerSecond(pages) => {
+                let period = workload.tick.as_nanos() as u64;
                 let each = (u128::from(pages) << 32) / u128::from(layout.writers());
-                let each = each * u128::from(PERIOD_NS) / 1_000_000_000;
-                (u64::try_from(each).unwrap_or(FLAT_OUT), ticks(PERIOD_NS), ticks(LATE_NS))
+                let each = each * u128::from(period) / 1_000_000_000;
+                (u64::try_from(each).unwrap_or(FLAT_OUT), ticks(period), ticks(LATE_NS))
             }
         };
         for (field, value) in [

@@ -273,7 +273,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workload::{Fill, Pattern, Rate};
+    use crate::workload::{Fill, Pattern, Rate, TICK};
 
     fn layout(ram_bytes: u64, gap: bool, vcpus: u16, working_set_pages: u64) -> Result<Layout, String> {
         Layout::new(ram_bytes, gap, vcpus, &workload(working_set_pages, 0))
@@ -282,7 +282,7 @@ mod tests {
     fn workload(working_set_pages: u64, readers: u16) -> Workload {
         let fill = Fill { zero: 100, random: 0, compressible: 0, mixed: 0 };
         let (pattern, rate) = (Pattern::Uniform, Rate::FlatOut);
-        Workload { seed: 1, pattern, rate, working_set_pages, readers, fill }
+        Workload { seed: 1, pattern, rate, tick: TICK, working_set_pages, readers, fill }
     }
 
     #[test]
