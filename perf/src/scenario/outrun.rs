@@ -4,7 +4,8 @@
 //! fits, **postcopy** runs it at its destination without all of its memory, and **auto** does the one within bounds and
 //! then the other. One of its vCPUs only reads, for whom stun should be no burden.
 //!
-//! - **stun_released_vs_target**: the rate at which writes were let go, over the rate that was aimed at.
+//! - **stun_released_vs_target**: the rate at which writes were let go, over the rate that was aimed at. Left out if a
+//!   guest did not outrun its ports, so that no write had to wait.
 //! - **reader_slowdown_percent**: by how much slower the reader was while writes waited than while pages were only sent
 //!   (see [`Readers`](memlane_lab::Readers)). Left out if a stun was over before the reader was seen for long enough.
 //! - **limit_kept**: the part of all runs in which the pause was within the limit; the pauses themselves are
@@ -104,11 +105,18 @@ impl Outrun {
             vec![kept],
             "part of all runs whose pause was within the limit".to_owned(),
         ));
-        ratios.push((
-            "stun_released_vs_target".to_owned(),
-            runs.values(stun, "stun_released_vs_target")?,
-            "writes let go with stun, over what was aimed at".to_owned(),
-        ));
+        let mut notes = Vec::new();
+        match runs.values(stun, "stun_released_vs_target") {
+            Ok(released) => ratios.push((
+                "stun_released_vs_target".to_owned(),
+                released,
+                "writes let go with stun, over what was aimed at".to_owned(),
+            )),
+            Err(_) => notes.push(
+                "the ports kept up with the guest, and no write had to wait: try a lower --port-rate"
+                    .to_owned(),
+            ),
+        }
         if let Ok(slowdown) = runs.values(stun, "reader_slowdown_percent") {
             let meaning = "what stun cost a vCPU that only reads, in percent of its speed".to_owned();
             ratios.push(("reader_slowdown_percent".to_owned(), slowdown, meaning));
@@ -119,6 +127,7 @@ impl Outrun {
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }
+        report.notes.extend(notes);
         report.columns = vec![
             "total_seconds",
             "rounds",
