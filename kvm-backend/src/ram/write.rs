@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use memlane_protocol::PAGE_SIZE;
 
@@ -13,7 +13,7 @@ use super::{GuestRam, backing};
 const WORTH_ASKING: u64 = 4;
 
 /// Held while the files are asked for holes, or written. The kernel lets in one thread at a time, and has
-/// the others spin meanwhile: here they sleep.
+/// the others spin meanwhile: here they sleep, or go another way.
 #[derive(Debug, Default)]
 pub(super) struct Writing(Mutex<()>);
 
@@ -21,11 +21,21 @@ impl Writing {
     fn wait(&self) -> MutexGuard<'_, ()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Not if somebody else is at it.
+    fn try_now(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.0.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
 }
 
 impl GuestRam {
     /// Whether nothing of `pages` is there, so that [`write_pages`](Self::write_pages) is a better way to fill
-    /// them than the mapping. Never so of huge pages, nor of very few.
+    /// them than the mapping. Never so of huge pages, nor of very few; nor while another thread writes, since the
+    /// mapping takes pages beside it, and waiting for a turn takes longer than making them zero.
     pub fn is_fresh(&self, pages: &Range<u64>) -> bool {
         let nothing_mapped = self.pieces(pages.clone()).all(|(index, piece)| {
             !backing::is_huge(&self.regions[index]) && self.in_tables.unmapped(&piece) == piece
@@ -33,7 +43,7 @@ impl GuestRam {
         if !nothing_mapped || pages.end.saturating_sub(pages.start) < WORTH_ASKING {
             return false;
         }
-        let _turn = self.writing.wait();
+        let Some(_turn) = self.writing.try_now() else { return false };
         self.pieces(pages.clone()).all(|(_, piece)| matches!(self.first_data(&piece), Ok(None)))
     }
 
@@ -104,6 +114,15 @@ mod tests {
         assert!(!ram.is_fresh(&(2..6)) && !ram.is_fresh(&(4..8)));
         ram.punch(3..7).unwrap();
         assert!(ram.is_fresh(&(3..7)));
+    }
+
+    #[test]
+    fn who_would_have_to_wait_goes_another_way() {
+        let ram = GuestRam::create(&[(0, 8 * PAGE_SIZE)], &Backing::Memfd).unwrap();
+        let turn = ram.writing.wait();
+        assert!(!ram.is_fresh(&(0..8)));
+        drop(turn);
+        assert!(ram.is_fresh(&(0..8)));
     }
 
     #[test]
