@@ -112,6 +112,8 @@ pub struct Outbound {
     pub in_flight: PageSet,
     /// Set while the guest stands still: frames then carry a checksum.
     pub still: AtomicBool,
+    /// The guest runs on the memory that is sent, until it is still.
+    live: bool,
     /// Set where pages to send may be holes in memory: lanes then look for them before they read,
     /// since reading a hole takes memory for it, and send them as holes.
     pub sparse: AtomicBool,
@@ -157,7 +159,7 @@ impl Outbound {
         let huge = ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
         let outbound = Self::make(ram, huge.then(Mutex::default), STREAM_FRAME_BYTES);
         outbound.still.store(true, Ordering::Release);
-        outbound
+        Self { live: false, ..outbound }
     }
 
     fn make(ram: Arc<GuestRam>, whole: Option<Mutex<()>>, largest_frame: u64) -> Self {
@@ -165,6 +167,7 @@ impl Outbound {
             dirty: PageSet::new(ram.pages()),
             in_flight: PageSet::new(ram.pages()),
             still: AtomicBool::new(false),
+            live: true,
             sparse: AtomicBool::new(false),
             compress: false,
             bell: Notify::new(),
@@ -182,6 +185,12 @@ impl Outbound {
             roster: Roster::default(),
             ram,
         }
+    }
+
+    /// Whether the guest has just been stopped. Device models may still write then while they come to rest, which
+    /// must not come between a frame's sum and its bytes: those are better copied at once.
+    fn comes_to_rest(&self) -> bool {
+        self.live && self.still.load(Ordering::Acquire)
     }
 
     /// A seat for a lane that is about to begin.
