@@ -56,6 +56,8 @@ impl Copying {
                 self.wait_for_lanes().await?;
             }
         }
+        // Memory may have ended in holes, which were counted until now.
+        self.outbound.wake(self.outbound.dirty.count());
         self.send_holes(&mut holes).await?;
         self.until_holes_are_made().await
     }

@@ -47,7 +47,9 @@ impl Congestion {
     /// Gives the host's own back if the way is long, of a socket that has connected.
     pub fn settle(self, socket: impl AsFd) {
         let Some(paced) = self.paced else { return };
-        let long = tcp_info(&socket).is_some_and(|info| u128::from(info.tcpi_min_rtt) >= LONG.as_micros());
+        let measured = |micros: &u32| *micros != u32::MAX;
+        let round_trip = tcp_info(&socket).map(|info| info.tcpi_min_rtt).filter(measured);
+        let long = round_trip.is_some_and(|micros| u128::from(micros) >= LONG.as_micros());
         if long {
             // It was there a moment ago, and is the default, which is allowed to all.
             let _ = SockRef::from(&socket).set_tcp_congestion(&paced);

@@ -32,7 +32,8 @@ impl GuestRam {
     }
 
     /// Bytes that the files hold, swapped or not, at once and without looking for where (`st_blocks`). Those that a
-    /// file holds beside the guest's memory count with them, up to the memory's length.
+    /// file holds beside the guest's memory count with them, up to the memory's length, and so does what was reserved
+    /// (`fallocate`) and never written.
     pub fn held_bytes(&self) -> io::Result<u64> {
         /// What `st_blocks` counts, whatever the file system's blocks.
         const BLOCK: u64 = 512;
