@@ -21,7 +21,7 @@ use serde_json::json;
 use super::writer::Writer;
 use super::{Bench, Measured, Scenario, single_pages};
 use crate::memlane::{Guest, Moved, Writes};
-use crate::report::{By, Case, Report, Runs};
+use crate::report::{By, Case, Report, Run, Runs};
 
 /// As `memlanectl migrate --converge` knows them.
 const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
@@ -105,17 +105,12 @@ impl Outrun {
             vec![kept],
             "part of all runs whose pause was within the limit".to_owned(),
         ));
-        let mut notes = Vec::new();
-        match runs.values(stun, "stun_released_vs_target") {
-            Ok(released) => ratios.push((
-                "stun_released_vs_target".to_owned(),
-                released,
-                "writes let go with stun, over what was aimed at".to_owned(),
-            )),
-            Err(_) => notes.push(
-                "the ports kept up with the guest, and no write had to wait: try a lower --port-rate"
-                    .to_owned(),
-            ),
+        let seen = |run: &Run| run.figures.value("stun_released_vs_target");
+        let released: Vec<f64> = runs.of(stun).filter_map(seen).collect();
+        let (stunned, all) = (released.len(), runs.of(stun).count());
+        if !released.is_empty() {
+            let meaning = "writes let go with stun, over what was aimed at".to_owned();
+            ratios.push(("stun_released_vs_target".to_owned(), released, meaning));
         }
         if let Ok(slowdown) = runs.values(stun, "reader_slowdown_percent") {
             let meaning = "what stun cost a vCPU that only reads, in percent of its speed".to_owned();
@@ -127,7 +122,13 @@ impl Outrun {
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }
-        report.notes.extend(notes);
+        if stunned < all {
+            report.notes.push(format!(
+                "in {} of {all} runs with stun the ports kept up with the guest, and no write had to wait: try a lower \
+                 --port-rate",
+                all - stunned
+            ));
+        }
         report.columns = vec![
             "total_seconds",
             "rounds",

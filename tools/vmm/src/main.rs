@@ -64,7 +64,8 @@ struct Flags {
     /// Pages written a second by all virtual CPUs together; 0 for an idle guest
     #[arg(long, default_value_t = 1000, conflicts_with = "flat_out")]
     rate: u64,
-    /// Milliseconds from one wake-up of a virtual CPU to the next, unless it is flat out; it sees pauses that last longer
+    /// Milliseconds from one wake-up of a virtual CPU to the next, unless it is flat out; up to so much of a pause is not
+    /// seen by the guest's own clock
     #[arg(long, value_name = "TICK", default_value_t = TICK.as_millis() as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
     tick_ms: u64,
     /// Write as fast as possible
