@@ -49,11 +49,13 @@ impl Copying {
             if holes.len() >= MAX_RANGES / 2 {
                 self.send_holes(&mut holes).await?;
             }
+            let mut ahead = self.outbound.dirty.count();
             if fresh > 0 {
-                self.outbound.wake(self.outbound.dirty.count() + pages - piece.end);
+                self.outbound.wake(ahead + pages - piece.end);
             }
-            while self.outbound.dirty.count() > AHEAD_PAGES {
+            while ahead > AHEAD_PAGES {
                 self.wait_for_lanes().await?;
+                ahead = self.outbound.dirty.count();
             }
         }
         // Memory may have ended in holes, which were counted until now.
