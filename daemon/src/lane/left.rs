@@ -34,3 +34,22 @@ impl Left {
         hold(bytes, self.bytes_per_second.load(Ordering::Relaxed))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_less_is_left_the_less_may_be_held() {
+        const MS: Duration = Duration::from_millis(1);
+        let left = Left::default();
+        // 40 ms of pages at 1000 pages a millisecond, of which each lane may hold half.
+        left.set(40_000, 1_000_000 * PAGE_SIZE);
+        assert_eq!(left.hold(), 20 * MS);
+        left.claimed(20_000);
+        assert_eq!(left.hold(), 10 * MS);
+        // Others may have found more than was said.
+        left.claimed(30_000);
+        assert_eq!(left.hold(), 4 * MS);
+    }
+}

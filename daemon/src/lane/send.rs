@@ -220,9 +220,10 @@ impl Sender {
         slot.contents_bytes = contents_bytes(&slot.runs);
         if !self.encode_compressed(&mut slot) {
             slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
-            slot.way = match self.outbound.comes_to_rest() {
-                true => Way::Copy,
-                false => self.evidence.choose(slot.payload_bytes),
+            slot.way = if self.outbound.comes_to_rest() {
+                Way::Copy
+            } else {
+                self.evidence.choose(slot.payload_bytes)
             };
             slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
         }

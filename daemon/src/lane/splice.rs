@@ -29,7 +29,7 @@ pub struct Splicer {
 pub enum Progress {
     /// All is handed over.
     Done,
-    /// The socket takes no more for now.
+    /// The socket is full: the rest goes on when it has room.
     NoRoom,
     /// This memory cannot be referred to. What has not been handed over is to be sent another way.
     Impossible,

@@ -83,6 +83,15 @@ fn knows_of_pages_in_hand_and_of_orphans() {
 }
 
 #[test]
+fn a_guest_comes_to_rest_where_it_ran_and_nowhere_else() {
+    let outbound = Outbound::new(ram());
+    assert!(!outbound.comes_to_rest(), "it runs");
+    outbound.still.store(true, Ordering::Release);
+    assert!(outbound.comes_to_rest());
+    assert!(!Outbound::of_still_guest(ram()).comes_to_rest(), "it runs elsewhere");
+}
+
+#[test]
 fn a_small_window_bounds_contents_and_zeros_hardly() {
     let outbound = Outbound::new(ram());
     fill(&outbound.ram);
