@@ -22,7 +22,8 @@ pub use many::{Together, migrate_together};
 pub const GUEST: &str = "web1";
 /// How long it runs before it is moved, so that it moves in full swing; what is used meanwhile is used anyway.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// How often an idle guest wakes up. More often than that is work: this machine may need 0.1 ms of a processor for it.
+/// From one wake-up of an idle guest to the next, in milliseconds. More often would be work, where each takes up to 0.2 ms of a
+/// processor that the lanes need.
 const IDLE_TICK_MS: u64 = 10;
 /// Bytes of a page.
 pub(crate) const PAGE: f64 = 4096.0;

@@ -66,7 +66,7 @@ struct Flags {
     rate: u64,
     /// Milliseconds from one wake-up of a virtual CPU to the next, unless it is flat out; up to so much of a pause is not
     /// seen by the guest's own clock
-    #[arg(long, value_name = "TICK", default_value_t = TICK.as_millis() as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(long, value_name = "MS", default_value_t = TICK.as_millis() as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
     tick_ms: u64,
     /// Write as fast as possible
     #[arg(long)]
