@@ -108,7 +108,7 @@ async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Mess
         };
         return tokio::time::timeout(PATIENCE, asked).await.ok()?;
     }
-    if host.journal.known(&migration).is_some() {
+    if host.journal.known(peer, &migration).is_some() {
         return None; // it is remembered, and its half will answer when it is asked again
     }
     match message {

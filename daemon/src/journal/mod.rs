@@ -15,12 +15,14 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tokio_uring::fs::File;
 use tracing::error;
 
-use crate::hex;
+mod entry;
+
+use entry::{Change, Line};
+pub use entry::{Entry, Key, VmmIdentity};
 
 const FILE: &str = "handover.jsonl";
 const LOCK: &str = "lock";
@@ -65,33 +67,6 @@ pub enum JournalError {
     },
 }
 
-/// A process, told apart from a later one with the same number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VmmIdentity {
-    /// Its number; 0 if it is not known.
-    pub pid: u32,
-    /// When it started, in clock ticks since the host booted (`proc(5)`, field 22 of
-    /// `/proc/PID/stat`); 0 if it is not known.
-    pub started: u64,
-}
-
-/// What the journal knows of one migration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// The migration.
-    pub migration: MigrationId,
-    /// The guest.
-    pub guest: Label,
-    /// The other host.
-    pub peer: Label,
-    /// The guest's VMM on this host.
-    pub vmm: VmmIdentity,
-    /// How far the handover came on this host.
-    pub record: Record,
-    /// The guest runs here, or is about to, and part of its memory is still at the source.
-    pub fetching: bool,
-}
-
 /// The journal of this host. Let whatever is begun here finish: a write that nobody waits for
 /// any more may or may not have happened.
 pub struct Journal {
@@ -104,26 +79,11 @@ pub struct Journal {
     /// What the file is long.
     room: Cell<u64>,
     /// Migrations that are not over, as the file has them.
-    entries: RefCell<BTreeMap<MigrationId, Entry>>,
+    entries: RefCell<BTreeMap<Key, Entry>>,
     /// Entries must reach the disk in the order in which they were made.
     writing: Mutex<()>,
     /// Locked for as long as it is open.
     _lock: std::fs::File,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Line {
-    migration: String,
-    guest: String,
-    peer: String,
-    #[serde(default)]
-    pid: u32,
-    #[serde(default)]
-    started: u64,
-    #[serde(default)]
-    fetching: bool,
-    /// `None`: forget the migration.
-    record: Option<String>,
 }
 
 impl Journal {
@@ -170,9 +130,9 @@ impl Journal {
         Ok((journal, open))
     }
 
-    /// What is durable of a migration that is not over.
-    pub fn known(&self, migration: &MigrationId) -> Option<Entry> {
-        self.entries.borrow().get(migration).cloned()
+    /// What is durable of a migration with `peer` that is not over.
+    pub fn known(&self, peer: &Label, migration: &MigrationId) -> Option<Entry> {
+        self.entries.borrow().get(&(peer.clone(), *migration)).cloned()
     }
 
     /// Makes `record` durable as the newest of the migration; `entry.record` does not matter.
@@ -180,7 +140,7 @@ impl Journal {
     pub async fn write(&self, entry: &Entry, record: Record) -> Result<(), JournalError> {
         let _in_order = self.writing.lock().await;
         self.append(line(entry, Some(record))).await?;
-        self.entries.borrow_mut().insert(entry.migration, Entry { record, ..entry.clone() });
+        self.entries.borrow_mut().insert(entry.key(), Entry { record, ..entry.clone() });
         Ok(())
     }
 
@@ -188,7 +148,7 @@ impl Journal {
     pub async fn forget(&self, entry: &Entry) -> Result<(), JournalError> {
         let _in_order = self.writing.lock().await;
         self.append(line(entry, None)).await?;
-        self.entries.borrow_mut().remove(&entry.migration);
+        self.entries.borrow_mut().remove(&entry.key());
         Ok(())
     }
 
@@ -248,15 +208,7 @@ fn lock(directory: &Path) -> Result<std::fs::File, JournalError> {
 }
 
 fn line(entry: &Entry, record: Option<Record>) -> Vec<u8> {
-    let line = Line {
-        migration: hex::encode(&entry.migration),
-        guest: entry.guest.to_string(),
-        peer: entry.peer.to_string(),
-        pid: entry.vmm.pid,
-        started: entry.vmm.started,
-        fetching: entry.fetching,
-        record: record.map(|record| record.to_string()),
-    };
+    let line = Line::new(entry, record);
     let mut bytes = serde_json::to_vec(&line).expect("strings and numbers always become JSON");
     bytes.push(b'\n');
     bytes
@@ -264,7 +216,7 @@ fn line(entry: &Entry, record: Option<Record>) -> Vec<u8> {
 
 /// The entries of migrations that are not over. A last line without its end was never
 /// durable, so nothing was done on the strength of it.
-fn parse(path: &Path, bytes: &[u8]) -> Result<BTreeMap<MigrationId, Entry>, JournalError> {
+fn parse(path: &Path, bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, JournalError> {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let (text, room) = bytes.split_at(end);
     let mut open = BTreeMap::new();
@@ -273,21 +225,10 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<BTreeMap<MigrationId, Entry>, Jour
         lines += 1;
         let damaged = |why: String| JournalError::Damaged { path: path.to_owned(), line: lines, why };
         let line: Line = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-        let migration = hex::decode(&line.migration)
-            .ok_or_else(|| damaged(format!("`{}` names no migration", line.migration)))?;
-        let Some(record) = line.record else {
-            open.remove(&migration);
-            continue;
+        match line.change().map_err(damaged)? {
+            Change::Set(entry) => open.insert(entry.key(), entry),
+            Change::Forget(key) => open.remove(&key),
         };
-        let entry = Entry {
-            migration,
-            guest: line.guest.parse().map_err(|error| damaged(format!("{error}")))?,
-            peer: line.peer.parse().map_err(|error| damaged(format!("{error}")))?,
-            vmm: VmmIdentity { pid: line.pid, started: line.started },
-            fetching: line.fetching,
-            record: record.parse().map_err(|error| damaged(format!("{error}")))?,
-        };
-        open.insert(migration, entry);
     }
     // A crash may leave any part of the line that was being written. The beginning of a line
     // after NULs is none: a line before it is lost.
@@ -321,16 +262,33 @@ mod tests {
             journal.write(&two, Record::Prepared).await.unwrap();
             journal.write(&one, Record::Committed).await.unwrap();
             journal.write(&two, Record::Running).await.unwrap();
-            assert_eq!(journal.known(&two.migration), Some(entry(2, Record::Running)));
+            assert_eq!(journal.known(&two.peer, &two.migration), Some(entry(2, Record::Running)));
             drop(journal);
             let (journal, open) = Journal::open(directory.path()).await.unwrap();
             assert_eq!(open, [one.clone(), entry(2, Record::Running)]);
-            assert_eq!(journal.known(&one.migration), Some(one.clone()));
+            assert_eq!(journal.known(&one.peer, &one.migration), Some(one.clone()));
             journal.forget(&one).await.unwrap();
-            assert_eq!(journal.known(&one.migration), None);
+            assert_eq!(journal.known(&one.peer, &one.migration), None);
             drop(journal);
             let (_, open) = Journal::open(directory.path()).await.unwrap();
             assert_eq!(open, [entry(2, Record::Running)]);
+        });
+    }
+
+    #[test]
+    fn another_peers_migration_of_the_same_identity_is_another() {
+        let directory = tempfile::tempdir().unwrap();
+        tokio_uring::start(async {
+            let (journal, _) = Journal::open(directory.path()).await.unwrap();
+            let one = entry(1, Record::Committed);
+            let other = Entry { peer: "host-c".parse().unwrap(), ..entry(1, Record::Prepared) };
+            journal.write(&one, Record::Committed).await.unwrap();
+            journal.write(&other, Record::Prepared).await.unwrap();
+            assert_eq!(journal.known(&one.peer, &one.migration), Some(one.clone()));
+            journal.forget(&other).await.unwrap();
+            drop(journal);
+            let (_, open) = Journal::open(directory.path()).await.unwrap();
+            assert_eq!(open, [one]);
         });
     }
 
@@ -396,7 +354,7 @@ mod tests {
             assert_eq!(written().len() as u64, journal.end.get());
             assert!(journal.write(&one, Record::Finished).await.is_err());
             assert!(journal.forget(&one).await.is_err());
-            assert_eq!(journal.known(&one.migration), Some(one.clone()));
+            assert_eq!(journal.known(&one.peer, &one.migration), Some(one.clone()));
             assert_eq!(
                 parse(Path::new("/journal"), &written()).unwrap().into_values().collect::<Vec<_>>(),
                 [one]
