@@ -26,7 +26,7 @@ const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement:
 pub fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<Stage> {
     let lab = LabOptions { bridge: true, ..LabOptions::default() };
     let (keys, tables) = (keys.to_owned(), LIMITS.to_owned());
-    Stage::with(test, NEEDS, RigOptions { lab, keys, tables, may_start_guests })
+    Stage::with(test, NEEDS, RigOptions { lab, keys, tables, may_start_guests, ..RigOptions::default() })
 }
 
 /// A QEMU with two monitors: one for the daemon, and one for the test.

@@ -35,6 +35,7 @@ mod requirements;
 mod rig;
 mod size;
 mod tun;
+mod user;
 mod wait;
 
 pub use cable::Loss;
@@ -55,4 +56,5 @@ pub use remote::Remote;
 pub use requirements::{Missing, QEMU, Requirement, SSHD, missing, say_skipped, skip, why_not};
 pub use rig::{Answer, Following, Rig, RigOptions, Vmm, VmmSession};
 pub use size::Size;
+pub use user::DaemonUser;
 pub use wait::wait_for;

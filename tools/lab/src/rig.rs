@@ -17,6 +17,7 @@ use crate::process::Process;
 use crate::programs::Programs;
 use crate::rate::Rate;
 use crate::requirements::QEMU;
+use crate::user::DaemonUser;
 use crate::wait::wait_for;
 
 /// Longest wait for a daemon or a VMM to come up, on a machine that is busy with other things.
@@ -36,6 +37,7 @@ pub struct Rig {
     /// Tables to add to both configurations.
     tables: String,
     may_start_guests: bool,
+    daemon_user: DaemonUser,
     speed: Option<String>,
     daemons: [Option<Process>; 2],
     started: u32,
@@ -54,6 +56,8 @@ pub struct RigOptions {
     pub tables: String,
     /// Whether each daemon starts QEMU for guests that the other one sends.
     pub may_start_guests: bool,
+    /// Who both daemons run as.
+    pub daemon_user: DaemonUser,
 }
 
 /// A running `memlane-vmm`.
@@ -95,9 +99,8 @@ impl Rig {
     ///
     /// If the lab cannot be made, or a daemon does not come up.
     pub fn new(programs: &Programs, options: RigOptions) -> Result<Self> {
-        let RigOptions { lab, keys, tables, may_start_guests } = options;
-        let speed = lab.port_rate;
-        Self::start(programs, Lab::new(lab)?, speed, (keys, tables), may_start_guests)
+        let speed = options.lab.port_rate;
+        Self::start(programs, Lab::new(options.lab.clone())?, speed, options)
     }
 
     /// Reaches hosts that are there already and starts both daemons, with `tables` added to both configurations. Each
@@ -107,20 +110,18 @@ impl Rig {
     ///
     /// If a host cannot be reached, or a daemon does not come up.
     pub fn over_ssh(programs: &Programs, hosts: &Hosts, speed: Option<Rate>, tables: String) -> Result<Self> {
-        Self::start(programs, Lab::over_ssh(hosts, programs)?, speed, (String::new(), tables), false)
+        let options = RigOptions { tables, ..RigOptions::default() };
+        Self::start(programs, Lab::over_ssh(hosts, programs)?, speed, options)
     }
 
-    fn start(
-        programs: &Programs,
-        lab: Lab,
-        speed: Option<Rate>,
-        (keys, tables): (String, String),
-        may_start_guests: bool,
-    ) -> Result<Self> {
+    fn start(programs: &Programs, lab: Lab, speed: Option<Rate>, options: RigOptions) -> Result<Self> {
+        let RigOptions { lab: _, keys, tables, may_start_guests, daemon_user } = options;
         let speed = speed.map(|rate| format!("{}bit", rate.bits_per_second()));
         let (programs, daemons) = (programs.clone(), [None, None]);
-        let mut rig = Self { programs, keys, tables, may_start_guests, speed, daemons, started: 0, lab };
+        let mut rig =
+            Self { programs, keys, tables, may_start_guests, daemon_user, speed, daemons, started: 0, lab };
         for id in [HostId::A, HostId::B] {
+            rig.daemon_user.settle(rig.lab.host(id))?;
             rig.write_config(id, "")?;
             rig.start_daemon(id)?;
         }
@@ -207,8 +208,9 @@ impl Rig {
     pub fn start_daemon(&mut self, id: HostId) -> Result<()> {
         self.stop_daemon(id)?;
         let (host, file) = (self.lab.host(id), self.config_file(id));
-        let mut command = host.command(host.program(&self.programs, "memlaned"));
-        command.arg("--config").arg(file);
+        let words = self.daemon_user.words(&host.program(&self.programs, "memlaned"));
+        let mut command = host.command(&words[0]);
+        command.args(&words[1..]).arg("--config").arg(file);
         let mut daemon = host.spawn("memlaned", command)?;
         host.reach(API_SOCKET)?;
         let up = wait_for("the daemon", START, || {

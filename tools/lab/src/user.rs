@@ -1,0 +1,90 @@
+//! Who a daemon runs as: root, or what its unit for systemd makes of it.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::host::Host;
+
+/// What Memlane ships for systemd.
+const UNIT: &str = include_str!("../../../systemd/memlaned.service");
+/// The number of the unit's user in a lab, which need not be a user of the machine.
+const UID: u32 = 64_055;
+
+/// Who the daemons run as.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DaemonUser {
+    /// Root, who may do everything.
+    #[default]
+    Root,
+    /// A user of its own with the capabilities that `systemd/memlaned.service` gives, and nothing else.
+    /// VMMs are root's all the same, as that user may not open /dev/kvm: to the daemon they are somebody else's.
+    Unit,
+    /// As [`DaemonUser::Unit`], but for this capability, such as `CAP_KILL`.
+    UnitWithout(&'static str),
+}
+
+impl DaemonUser {
+    /// Gives the user what it needs of a host: its directories.
+    pub(crate) fn settle(&self, host: &Host) -> Result<()> {
+        if *self == Self::Root {
+            return Ok(());
+        }
+        ensure!(!host.is_remote(), "daemons on hosts reached over ssh run as whoever logs in there");
+        for directory in [host.directory(), host.memory_directory()] {
+            std::os::unix::fs::chown(directory, Some(UID), Some(UID))
+                .with_context(|| format!("giving {} to the daemon's user", directory.display()))?;
+        }
+        // Nobody else is to look into the lab, but whoever knows the way may pass.
+        let lab = host.directory().parent().context("a host's directory that lies in none")?;
+        std::fs::set_permissions(lab, std::os::unix::fs::PermissionsExt::from_mode(0o711))
+            .with_context(|| format!("letting the daemon's user through {}", lab.display()))
+    }
+
+    /// The words that run `program` as this user.
+    pub(crate) fn words(&self, program: &Path) -> Vec<OsString> {
+        let Some(capabilities) = self.capabilities() else { return vec![program.into()] };
+        let each = |sign: char| capabilities.iter().map(move |name| format!("{sign}{name}"));
+        let listed = each('+').collect::<Vec<_>>().join(",");
+        let mut words =
+            vec!["setpriv".into(), format!("--reuid={UID}").into(), format!("--regid={UID}").into()];
+        // Becoming somebody else has the kernel forget with whom to die.
+        words.extend(["--clear-groups", "--no-new-privs", "--pdeathsig=KILL"].map(OsString::from));
+        for set in ["--inh-caps", "--ambient-caps", "--bounding-set"] {
+            words.push(format!("{set}=-all,{listed}").into());
+        }
+        words.push(program.into());
+        words
+    }
+
+    /// Names of its capabilities, as setpriv(1) writes them; `None` for all.
+    fn capabilities(&self) -> Option<Vec<String>> {
+        let without = match self {
+            Self::Root => return None,
+            Self::Unit => None,
+            Self::UnitWithout(capability) => Some(*capability),
+        };
+        let given = UNIT.lines().find_map(|line| line.strip_prefix("AmbientCapabilities="));
+        let given = given.unwrap_or_default().split_whitespace();
+        let kept = given.filter(|name| Some(*name) != without);
+        Some(kept.map(|name| name.trim_start_matches("CAP_").to_lowercase()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unit_says_what_its_user_may_do() {
+        assert_eq!(DaemonUser::Root.words(Path::new("/bin/memlaned")), ["/bin/memlaned"]);
+        let bounding = UNIT.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+        let ambient = UNIT.lines().find_map(|line| line.strip_prefix("AmbientCapabilities="));
+        assert_eq!(ambient, bounding, "what is not in both sets is not had");
+        let capabilities = DaemonUser::Unit.capabilities().expect("some");
+        assert!(capabilities.contains(&"net_raw".to_owned()), "{capabilities:?}");
+        let without = DaemonUser::UnitWithout("CAP_NET_RAW").capabilities().expect("some");
+        assert!(!without.contains(&"net_raw".to_owned()), "{without:?}");
+    }
+}
