@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
+use crate::task;
+
 /// Frames sent for each address.
 const ROUNDS: u32 = 5;
 /// Time between the first and the second frame.
@@ -39,7 +41,7 @@ pub fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
         }
     };
     send(&guest);
-    tokio::task::spawn_local(async move {
+    task::spawn("announcing a guest", async move {
         let mut gap = FIRST_GAP;
         for _ in 1..ROUNDS {
             tokio::time::sleep(gap).await;

@@ -29,6 +29,7 @@ use crate::migrate::Ticket;
 use crate::migrate::preflight::{self, Findings, Request};
 use crate::migrate::source::{self, Wishes};
 use crate::port::{holds, interface_state};
+use crate::task;
 
 /// The host, as the API sees it.
 pub struct HostBackend(pub Rc<Host>);
@@ -147,7 +148,10 @@ impl Backend for HostBackend {
         });
         host.add(ticket.clone());
         let first = ticket.progress.borrow().clone();
-        tokio::task::spawn_local(source::run(host.clone(), guest, entry, (ticket, arrivals), plan, wishes));
+        task::spawn(
+            "source of a migration",
+            source::run(host.clone(), guest, entry, (ticket, arrivals), plan, wishes),
+        );
         Ok(first)
     }
 

@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use crate::host::Host;
 use crate::link::{Link, LinkError, answer_greeting};
 use crate::migrate::{Ticket, Word, destination};
+use crate::task;
 
 /// Connections of other daemons at once.
 const AT_ONCE: usize = 128;
@@ -31,7 +32,7 @@ pub async fn serve(listener: TcpListener, host: Rc<Host>) {
         match listener.accept().await {
             Ok((stream, remote)) => {
                 let host = host.clone();
-                tokio::task::spawn_local(async move {
+                task::spawn("control connection", async move {
                     let _permit = permit;
                     if let Err(error) = take_in(stream, remote, &host).await {
                         info!(%remote, %error, "a control connection came to nothing");

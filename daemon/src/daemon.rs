@@ -16,7 +16,7 @@ use crate::guest::{attach_socket, qemu};
 use crate::host::Host;
 use crate::journal::{Journal, JournalError};
 use crate::migrate::recover;
-use crate::{control, metrics, port, systemd};
+use crate::{control, metrics, port, systemd, task};
 
 /// Longest wait for migrations to be called off when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -64,8 +64,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     recover::all(&host, unfinished);
     listen(&host).await?;
     qemu::resume_keeping(&host);
-    tokio::task::spawn_local(metrics::upkeep());
-    tokio::task::spawn_local(systemd::watchdog());
+    task::spawn("metrics upkeep", metrics::upkeep());
+    task::spawn("service watchdog", systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
     info!(host = %name, peers, ports, version = env!("CARGO_PKG_VERSION"), "ready");
     warn!("traffic between daemons, guests' memory included, is not encrypted (insecure = true)");
@@ -94,7 +94,7 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
         let address = SocketAddr::new(port.address, config.lane_port);
         let listener =
             port::listen(address).await.map_err(failed(address, &format!("port {}", port.name)))?;
-        tokio::task::spawn_local(port::serve(listener, port.name.clone(), host.rendezvous.clone()));
+        task::spawn("lane port", port::serve(listener, port.name.clone(), host.rendezvous.clone()));
     }
     // Last, so that whoever finds these sockets finds everything.
     let path = config.attach_socket.clone();
@@ -103,11 +103,11 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
     let backend = Rc::new(HostBackend(host.clone()));
     if let Some(address) = config.metrics {
         let listener = tokio::net::TcpListener::bind(address).await.map_err(failed(address, "metrics"))?;
-        tokio::task::spawn_local(server::serve_metrics(listener, backend.clone()));
+        task::spawn("metrics server", server::serve_metrics(listener, backend.clone()));
     }
-    tokio::task::spawn_local(control::serve(control, host.clone()));
-    tokio::task::spawn_local(server::serve(api, backend));
-    tokio::task::spawn_local(attach_socket::serve(attach, host.clone()));
+    task::spawn("control port", control::serve(control, host.clone()));
+    task::spawn("API server", server::serve(api, backend));
+    task::spawn("attach socket", attach_socket::serve(attach, host.clone()));
     Ok(())
 }
 

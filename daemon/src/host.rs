@@ -21,6 +21,7 @@ use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::migrate::{Ticket, preflight, recover};
 use crate::port::{Rendezvous, Traffic};
+use crate::task;
 
 /// Migrations that are remembered after their end.
 const REMEMBERED: usize = 100;
@@ -90,7 +91,7 @@ impl Host {
         map_ahead(name.to_string(), &guest.ram);
         let host = self.clone();
         let attached = guest.clone();
-        tokio::task::spawn_local(async move {
+        task::spawn("watch of a VMM", async move {
             attached.driver.gone().await;
             info!(guest = %name, pid = attached.process.identity().pid, "a VMM is gone");
             let mut guests = host.guests.borrow_mut();
@@ -108,9 +109,9 @@ impl Host {
             // A migration that works on it already, and waits for it or is about to.
             guest.migration.replace(Some(ticket.id));
             let (ticket, guest) = (ticket.clone(), guest.clone());
-            tokio::task::spawn_local(async move { ticket.returns.send(guest).await });
+            task::spawn("return of a VMM", async move { ticket.returns.send(guest).await });
         } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
-            tokio::task::spawn_local(recover::unknown(self.clone(), guest));
+            task::spawn("recovery of an unknown guest", recover::unknown(self.clone(), guest));
         }
     }
 
@@ -181,7 +182,7 @@ impl Host {
         metrics::migrations_active(self.active());
         let host = self.clone();
         let mut progress = ticket.progress.subscribe();
-        tokio::task::spawn_local(async move {
+        task::spawn("count of migrations", async move {
             let _ = progress.wait_for(|progress| progress.outcome.is_some()).await;
             metrics::migrations_active(host.active());
         });

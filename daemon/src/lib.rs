@@ -22,4 +22,5 @@ pub mod migrate;
 pub mod port;
 pub mod priority;
 pub mod systemd;
+pub mod task;
 pub mod unix_socket;

@@ -20,6 +20,8 @@ use tokio::time::timeout;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
 
+use crate::task;
+
 /// Longest time for connecting and for each half of the greeting.
 const GREETING: Duration = Duration::from_secs(3);
 /// Pings whose round trips are remembered.
@@ -130,9 +132,9 @@ impl Link {
         });
         let (sender, messages) = mpsc::channel(READ_AHEAD);
         let link = LinkSender { stream: stream.clone(), shared: shared.clone() };
-        let writer = tokio::task::spawn_local(write(stream.clone(), to_write));
-        let reader = tokio::task::spawn_local(read(link.clone(), sender.clone()));
-        let watcher = tokio::task::spawn_local(watch(link, sender, silence));
+        let writer = task::spawn("link writer", write(stream.clone(), to_write));
+        let reader = task::spawn("link reader", read(link.clone(), sender.clone()));
+        let watcher = task::spawn("link watcher", watch(link, sender, silence));
         Self { stream, shared, messages, tasks: vec![writer, reader, watcher] }
     }
 

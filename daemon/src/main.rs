@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use memlaned::config::Config;
+use memlaned::task;
 use tracing_subscriber::EnvFilter;
 
 /// Moves running KVM guests between hosts.
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
     }
-    match tokio_uring::start(memlaned::daemon::run(config)) {
+    match tokio_uring::start(task::watched("main", memlaned::daemon::run(config))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("memlaned: {error}");

@@ -21,6 +21,7 @@ use tracing::{debug, warn};
 use self::congestion::Congestion;
 use crate::config::PortConfig;
 use crate::link::{LinkError, answer_greeting};
+use crate::task;
 
 /// Longest time for a lane to connect and greet.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -121,7 +122,7 @@ pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous
         match listener.accept().await {
             Ok((stream, remote)) => {
                 let (port, rendezvous) = (port.clone(), rendezvous.clone());
-                tokio::task::spawn_local(async move {
+                task::spawn("lane connection", async move {
                     let _permit = permit;
                     if let Err(error) = take_in(stream, remote, port.clone(), &rendezvous).await {
                         debug!(%port, %remote, %error, "a connection to this port came to nothing");

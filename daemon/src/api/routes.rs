@@ -18,6 +18,7 @@ use super::types::{
     PortInfo, Status,
 };
 use super::{Backend, body};
+use crate::task;
 
 /// Events of one stream are at least so far apart; what changes between them is told once.
 pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
@@ -317,7 +318,7 @@ fn abandon(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
 fn events(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     let changes = backend.watch(id)?;
     let (sender, body) = Channel::new(1);
-    tokio::task::spawn_local(feed(changes, sender));
+    task::spawn("event stream", feed(changes, sender));
     let mut answer = answer_of(StatusCode::OK, "text/event-stream", Either::Right(body));
     answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     Ok(answer)
@@ -346,7 +347,7 @@ async fn to_its_end<T: 'static>(
     work: impl Future<Output = Result<T, ApiError>> + 'static,
 ) -> Result<T, ApiError> {
     let failed = |error| ApiError::new(ErrorCode::Internal, format!("the daemon failed at this: {error}"));
-    tokio::task::spawn_local(work).await.map_err(failed)?
+    task::spawn("API request", work).await.map_err(failed)?
 }
 
 /// Writes events until the migration has ended or the reader is gone.

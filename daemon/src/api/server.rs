@@ -23,6 +23,7 @@ use tokio::time::sleep;
 use super::Backend;
 use super::body::{MAX_BODY_BYTES, REQUEST_TIMEOUT};
 use super::routes::{self, Answer};
+use crate::task;
 use crate::unix_socket;
 
 /// Connections served at once; more wait to be accepted.
@@ -95,7 +96,7 @@ impl Connections {
             }
         };
         let permit = self.free.clone().acquire_owned().await.expect("it is never closed");
-        self.tasks.spawn_local(async move {
+        task::spawn_in(&mut self.tasks, "API connection", async move {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(REQUEST_TIMEOUT)

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::attached::{receive, send};
 use super::{Attached, Guest, Process, shim};
 use crate::host::Host;
+use crate::task;
 
 /// Longest time that a VMM may take to introduce itself.
 const GREETING: Duration = Duration::from_secs(5);
@@ -49,7 +50,7 @@ pub async fn serve(listener: AsyncFd<OwnedFd>, host: Rc<Host>) {
         match accept(&listener).await {
             Ok(socket) => {
                 let host = host.clone();
-                tokio::task::spawn_local(async move {
+                task::spawn("attaching VMM", async move {
                     if let Err(error) = greet(socket, &host).await {
                         warn!(error, "a VMM or a shim could not attach");
                     }

@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 
 use super::memory::{DEVICE, Handles, open_device};
 use super::{Driver, DriverError, Harvest, Paced, SavedState, VmmMemory};
+use crate::task;
 
 /// Longest time that a VMM may take for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -52,7 +53,7 @@ impl Attached {
     pub fn new(socket: AsyncFd<OwnedFd>, ram: Option<Arc<GuestRam>>) -> Self {
         let socket = Rc::new(socket);
         let connection = Rc::new(Connection { waiting: RefCell::default(), gone: watch::Sender::new(false) });
-        tokio::task::spawn_local(read_replies(socket.clone(), connection.clone()));
+        task::spawn("answers of a VMM", read_replies(socket.clone(), connection.clone()));
         Self {
             socket,
             asking: Mutex::new(()),

@@ -14,6 +14,7 @@ use tracing::debug;
 
 use super::memory::{DEVICE, Handles, open_device};
 use super::{Attached, Driver, DriverError};
+use crate::task;
 
 /// Shims that may be connected at once. Children of a VMM that load the shim too count as well.
 pub const MOST: usize = 1024;
@@ -144,7 +145,7 @@ impl Shims {
         let shim = Rc::new(Attached::new(socket, None));
         let shims = self.clone();
         let connected = shim.clone();
-        tokio::task::spawn_local(async move {
+        task::spawn("watch of a shim", async move {
             connected.gone().await;
             debug!(pid, "a shim is gone");
             shims.connected.send_if_modified(|shims| {

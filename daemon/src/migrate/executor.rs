@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::journal::Entry;
 use crate::lane::Placing;
 use crate::link::{Link, LinkError};
+use crate::task;
 
 /// How often what has not been answered is asked again.
 pub const TICK: Duration = Duration::from_secs(1);
@@ -408,7 +409,7 @@ impl Executor {
         }
         let (host, entry, ticket) = (self.host.clone(), self.entry.clone(), self.ticket.clone());
         let exchanging = self.exchanging.clone();
-        tokio::task::spawn_local(async move {
+        task::spawn("word over a connection of its own", async move {
             match ask(&host, &entry, &word).await {
                 Ok(Some(message)) => {
                     // Nobody waits for the answer to an answer.

@@ -13,6 +13,7 @@ use crate::api::types::{Outcome as OutcomeView, Phase, Role};
 use crate::guest::{Guest, Process};
 use crate::host::Host;
 use crate::journal::Entry;
+use crate::task;
 
 /// Takes up everything that the journal held when the daemon started.
 pub fn all(host: &Rc<Host>, unfinished: Vec<Entry>) {
@@ -55,7 +56,7 @@ fn take_up(host: &Rc<Host>, vmm: Vmm, entry: Entry, record: Option<Record>, role
     ticket.update(|progress| progress.phase = Phase::Committing);
     host.add(ticket.clone());
     let executor = Executor::new(host.clone(), entry, vmm, None, (ticket.clone(), arrivals));
-    tokio::task::spawn_local(async move {
+    task::spawn("recovery of a migration", async move {
         let reason = match role {
             Role::Source => match Source::recover(record) {
                 Ok((half, actions)) => drive(executor, half, actions).await,

@@ -10,6 +10,7 @@ use tracing::{debug, info};
 
 use super::lanes::LaneEnd;
 use super::routes::{Route, Routes};
+use crate::task;
 
 /// How long a port is left alone when it has lost a lane.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -79,7 +80,7 @@ impl Reopener {
                 continue;
             };
             tries.under_way = true;
-            self.opening.spawn_local(async move { (index, opening.await) });
+            task::spawn_in(&mut self.opening, "reopening of a lane", async move { (index, opening.await) });
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::api::types::Postcopy;
 use crate::host::Host;
 use crate::lane::Outbound;
 use crate::link::{Link, LinkError};
+use crate::task;
 
 /// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -88,12 +89,12 @@ impl Serving {
     /// Opens the first session, and serves from then on.
     pub async fn begin(server: Server) -> Result<Self, ServeError> {
         let session = server.open().await?;
-        Ok(Self(tokio::task::spawn_local(server.serve(Some(session)))))
+        Ok(Self(task::spawn("server of missing pages", server.serve(Some(session)))))
     }
 
     /// Serves as soon as the destination can be reached.
     pub fn again(server: Server) -> Self {
-        Self(tokio::task::spawn_local(server.serve(None)))
+        Self(task::spawn("server of missing pages", server.serve(None)))
     }
 }
 

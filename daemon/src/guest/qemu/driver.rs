@@ -35,6 +35,7 @@ use crate::guest::shim::Shims;
 use crate::guest::tracking::Tracking;
 use crate::guest::{Driver, DriverError, Harvest, Obstacle, Process, SavedState, VmmMemory};
 use crate::host::Host;
+use crate::task;
 
 /// Name of the descriptor over which QEMU's state travels.
 const CHANNEL: &str = "memlane";
@@ -172,7 +173,7 @@ impl Driver for Qemu {
         let channel = self.channel().await?;
         self.qmp.expect_migration();
         self.qmp.execute("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
-        *self.state.borrow_mut() = Some(tokio::task::spawn_local(read_state(channel)));
+        *self.state.borrow_mut() = Some(task::spawn("state of a QEMU", read_state(channel)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
@@ -205,7 +206,7 @@ impl Driver for Qemu {
         }
         let (qmp, settings) = (self.qmp.clone(), self.settings.take().unwrap_or_default());
         if self.incoming.take() {
-            tokio::task::spawn_local(async move {
+            task::spawn("tidying a QEMU up", async move {
                 announce(&qmp).await;
                 tidy(&qmp, settings).await;
             });

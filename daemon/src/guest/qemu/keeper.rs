@@ -24,6 +24,7 @@ use super::register::Record;
 use super::settings::Settings;
 use crate::guest::{DriverError, Guest, Process};
 use crate::host::Host;
+use crate::task;
 
 /// How often a QEMU is looked for whose monitor does not answer.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -60,7 +61,7 @@ pub fn resume_keeping(host: &Rc<Host>) {
     for record in host.register.all() {
         let Ok(name) = record.name.parse::<Label>() else { continue };
         let place = Place::new(host, name);
-        tokio::task::spawn_local(place.stay(record, None, None));
+        task::spawn("keeper of a QEMU", place.stay(record, None, None));
     }
 }
 
@@ -91,7 +92,7 @@ impl Place {
             Ok((guest, record)) => {
                 info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
                 self.host.guest_attached(guest.clone());
-                tokio::task::spawn_local(self.stay(record, Some(guest.clone()), Some(started.child)));
+                task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
                 Ok(guest)
             }
             Err(error) => {
@@ -106,7 +107,7 @@ impl Place {
     pub async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
         let (guest, record) = self.take_in(&record, true).await?;
         self.host.guest_attached(guest.clone());
-        tokio::task::spawn_local(self.stay(record, Some(guest.clone()), None));
+        task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), None));
         Ok(guest)
     }
 

@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
 use crate::guest::DriverError;
+use crate::task;
 
 /// Longest line that QEMU may send: long lists of devices have some ten thousand bytes.
 const MAX_LINE_BYTES: u64 = 4 << 20;
@@ -119,7 +120,7 @@ impl Qmp {
             resumed: Cell::default(),
             gone: watch::Sender::new(false),
         });
-        tokio::task::spawn_local(read(lines, news.clone()));
+        task::spawn("monitor of a QEMU", read(lines, news.clone()));
         let (asking, torn, next_id) = (Mutex::default(), Cell::default(), Cell::new(1));
         let version = [major, minor, micro];
         let qmp = Self { writer, asking, torn, next_id, news, pid, user, version };

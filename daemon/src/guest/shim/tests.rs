@@ -35,7 +35,10 @@ impl Bench {
         let (journal, _) = Journal::open(&directory.path().join("journal")).await.unwrap();
         let socket = directory.path().join("attach.sock");
         let host = Host::new(config, journal);
-        tokio::task::spawn_local(attach_socket::serve(attach_socket::bind(&socket).unwrap(), host.clone()));
+        crate::task::spawn(
+            "attach socket",
+            attach_socket::serve(attach_socket::bind(&socket).unwrap(), host.clone()),
+        );
         Self { host, socket, _directory: directory }
     }
 

@@ -1,0 +1,137 @@
+//! Tasks of the control thread, and the watch over how long each of them keeps it.
+//!
+//! All of the control plane is one thread: while a task computes or waits in the kernel, no ping is
+//! answered and no guest's pause goes on. So each poll of a task is measured in debug builds and tests,
+//! and one that [stood still](LONGEST) is logged with the task's name. Release builds measure nothing.
+//!
+//! What counts is the time from the begin of a poll to its end without that in which the thread could
+//! have run and others had the processor (`run_delay` of `/proc/PID/task/TID/schedstat`): a busy host
+//! delays every thread, and tells nothing about this one. What is left is what the task has computed, or
+//! waited for in the kernel.
+
+use std::future::Future;
+
+use tokio::task::{JoinHandle, JoinSet};
+
+/// The longest time in milliseconds that a poll may keep the control thread.
+pub const LONGEST_MS: u64 = 20;
+
+/// Runs a task on this thread beside the others. The name is for the log: what the task is for.
+pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    tokio::task::spawn_local(watched(name, future))
+}
+
+/// As [`spawn`], as one of a set.
+pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F)
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    set.spawn_local(watched(name, future));
+}
+
+/// The same future, watched where this is a debug build.
+#[cfg(not(debug_assertions))]
+pub fn watched<F: Future>(_name: &'static str, future: F) -> F {
+    future
+}
+
+#[cfg(debug_assertions)]
+pub use watch::watched;
+
+#[cfg(debug_assertions)]
+mod watch {
+    use std::fs::File;
+    use std::future::Future;
+    use std::os::unix::fs::FileExt;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+    use std::time::{Duration, Instant};
+
+    use tracing::warn;
+
+    /// The same future, watched.
+    pub fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
+        Watched { name, future: Some(Box::pin(future)) }
+    }
+
+    /// A future whose polls, and whose end, are measured.
+    pub struct Watched<F> {
+        name: &'static str,
+        /// `None` once it is done.
+        future: Option<Pin<Box<F>>>,
+    }
+
+    impl<F: Future> Future for Watched<F> {
+        type Output = F::Output;
+
+        fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+            let started = Started::now();
+            let future = self.future.as_mut().expect("a future that is done is not polled");
+            let polled = future.as_mut().poll(context);
+            if polled.is_ready() {
+                // What it holds may take as long to let go of as it took to get.
+                self.future = None;
+            }
+            started.end(self.name);
+            polled
+        }
+    }
+
+    impl<F> Drop for Watched<F> {
+        fn drop(&mut self) {
+            if let Some(future) = self.future.take() {
+                let started = Started::now();
+                drop(future);
+                started.end(self.name);
+            }
+        }
+    }
+
+    /// When a poll began.
+    struct Started {
+        at: Instant,
+        delayed: Duration,
+        computed: Duration,
+    }
+
+    impl Started {
+        fn now() -> Self {
+            Self { at: Instant::now(), delayed: delayed(), computed: computed() }
+        }
+
+        fn end(self, task: &'static str) {
+            let took = self.at.elapsed();
+            if took.as_millis() <= u128::from(super::LONGEST_MS) {
+                return;
+            }
+            let still = took.saturating_sub(delayed().saturating_sub(self.delayed)).as_millis();
+            if still > u128::from(super::LONGEST_MS) {
+                let computed = computed().saturating_sub(self.computed);
+                warn!(?took, ?computed, "the control thread stood still for {still} ms in {task}");
+            }
+        }
+    }
+
+    /// How long this thread has waited for a processor in all.
+    fn delayed() -> Duration {
+        thread_local! {
+            static STATISTICS: Option<File> = File::open("/proc/thread-self/schedstat").ok();
+        }
+        let mut text = [0; 128];
+        let read = |file: &Option<File>| file.as_ref()?.read_at(&mut text, 0).ok();
+        let length = STATISTICS.with(read).unwrap_or(0);
+        let delay = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').nth(1));
+        Duration::from_nanos(delay.and_then(|delay| delay.parse().ok()).unwrap_or(0))
+    }
+
+    /// How long it has had one.
+    fn computed() -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::try_from(time).unwrap_or_default()
+    }
+}
