@@ -135,3 +135,79 @@ mod watch {
         Duration::try_from(time).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex};
+    use std::time::{Duration, Instant};
+
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    use super::*;
+
+    /// What is logged while a task does this, on a thread of its own.
+    fn logged(work: impl FnOnce() + Send + 'static) -> String {
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Log {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let control = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let task = async { spawn("the task", async move { work() }).await.unwrap() };
+            tracing::subscriber::with_default(subscriber, || {
+                runtime.block_on(tokio::task::LocalSet::new().run_until(task))
+            });
+        });
+        control.join().unwrap();
+        let log = log.0.lock().unwrap();
+        String::from_utf8(log.clone()).unwrap()
+    }
+
+    #[test]
+    fn a_task_that_keeps_the_thread_is_told() {
+        assert_eq!(logged(|| ()), "");
+        let log = logged(|| std::thread::sleep(Duration::from_millis(40)));
+        assert!(log.contains("the control thread stood still for ") && log.contains("in the task"), "{log}");
+    }
+
+    #[test]
+    fn waiting_for_a_processor_is_not_told() {
+        let busy = Arc::new(AtomicBool::new(true));
+        let all = sched_getaffinity(None).unwrap();
+        let mut one = CpuSet::new();
+        one.set((0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).unwrap());
+        let others: Vec<_> = (0..12)
+            .map(|_| {
+                let busy = busy.clone();
+                std::thread::spawn(move || {
+                    sched_setaffinity(None, &one).unwrap();
+                    while busy.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                })
+            })
+            .collect();
+        let log = logged(move || {
+            sched_setaffinity(None, &one).unwrap();
+            let started = Instant::now();
+            while started.elapsed() < Duration::from_millis(80) {
+                std::hint::spin_loop();
+            }
+        });
+        busy.store(false, Ordering::Relaxed);
+        others.into_iter().for_each(|other| other.join().unwrap());
+        assert_eq!(log, "");
+    }
+}
