@@ -14,10 +14,12 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod machine;
+mod plain;
 mod text;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub use plain::{is_obeyed, plain};
 pub use text::{BadLabel, Label};
 
 /// Why bytes from a peer or a VMM were not understood.
@@ -143,10 +145,11 @@ impl<'a> Reader<'a> {
         self.list::<u8>(what, count, limit)
     }
 
-    /// Text to the end of the message.
+    /// Text to the end of the message, made [`plain`].
     pub(crate) fn text(&mut self, what: &'static str) -> Result<String, WireError> {
         let bytes = self.bytes(what, self.rest.len() as u64, MAX_TEXT_BYTES)?;
-        String::from_utf8(bytes.to_vec()).map_err(|_| WireError::Text(what))
+        let text = std::str::from_utf8(bytes).map_err(|_| WireError::Text(what))?;
+        Ok(plain(text).into_owned())
     }
 
     /// The message must end here.

@@ -19,9 +19,9 @@ pub fn label() -> impl Strategy<Value = Label> {
     "[A-Za-z0-9][A-Za-z0-9._-]{0,62}".prop_map(|name| name.parse().unwrap())
 }
 
-/// Text of all alphabets that is not cut.
+/// Plain text of all alphabets that is not cut.
 pub fn text() -> impl Strategy<Value = String> {
-    "\\PC{0,120}"
+    "[\\PC&&[^\\p{Zl}\\p{Zp}]]{0,120}"
 }
 
 pub fn guest_shape() -> impl Strategy<Value = GuestShape> {

@@ -7,11 +7,11 @@ use crate::handover::Message;
 use crate::wire::attach::{FromVmm, Reply, ToVmm};
 use crate::wire::control::{Control, Refusal, Respect};
 use crate::wire::hello::Answer;
-use crate::wire::{Label, MAX_TEXT_BYTES, Reader, WireError, put_text};
+use crate::wire::{Label, MAX_TEXT_BYTES, Reader, WireError, is_obeyed, put_text};
 
 proptest! {
     #[test]
-    fn a_long_text_is_cut_at_a_character(start in 0..4usize, fill in "\\PC", tail in "\\PC{0,20}") {
+    fn a_long_text_is_cut_at_a_character(start in 0..4usize, fill in "[\\PC&&[^\\p{Zl}\\p{Zp}]]", tail in "\\PC{0,20}") {
         let text = "x".repeat(start) + &fill.repeat(MAX_TEXT_BYTES) + &tail;
         let mut out = Vec::new();
         put_text(&mut out, &text);
@@ -19,6 +19,24 @@ proptest! {
         prop_assert!(text.starts_with(written));
         prop_assert!(out.len() <= MAX_TEXT_BYTES && out.len() + fill.len() > MAX_TEXT_BYTES);
         prop_assert_eq!(Reader::new(&out).text("text"), Ok(written.to_owned()));
+    }
+
+    #[test]
+    fn no_reason_has_control_characters(reason: String, word in any::<[char; 3]>()) {
+        let reason = reason + "\u{1b}[2J" + &String::from_iter(word);
+        let (handover, refused) = (
+            Control::Handover { migration: [1; 16], message: Message::Abort, nanoseconds: 0, reason: reason.clone() },
+            ToVmm::Refused { reason: reason.clone() },
+        );
+        let Ok(Control::Handover { reason: heard, .. }) = Control::read(&handover.write()) else { panic!() };
+        prop_assert!(!heard.contains(is_obeyed), "{heard:?}");
+        let Ok(ToVmm::Refused { reason: heard }) = ToVmm::read(&refused.write()) else { panic!() };
+        prop_assert!(!heard.contains(is_obeyed), "{heard:?}");
+        let refusal = Control::Refuse(vec![Refusal { what: Respect::Memory, reason: reason.clone() }]);
+        let Ok(Control::Refuse(refusals)) = Control::read(&refusal.write()) else { panic!() };
+        prop_assert!(!refusals[0].reason.contains(is_obeyed), "{refusals:?}");
+        let Ok(Answer::Refused { reason: heard }) = Answer::read(&Answer::Refused { reason }.write()) else { panic!() };
+        prop_assert!(!heard.contains(is_obeyed), "{heard:?}");
     }
 
     #[test]
