@@ -11,12 +11,13 @@ use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::hello;
 use memlane_protocol::wire::{BadLabel, Label};
 use tokio::sync::watch;
+use tracing::info;
 
-use crate::api::Backend;
 use crate::api::types::{
     ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, NicInfo, Order, PeerInfo,
     PortInfo, Role, Standing as StandingView, Status,
 };
+use crate::api::{Backend, Caller};
 use crate::config::PortConfig;
 use crate::guest::Guest;
 use crate::guest::qemu::definition::{Definition, DefinitionError};
@@ -66,27 +67,30 @@ impl Backend for HostBackend {
         self.0.guests().iter().map(|guest| guest_info(&self.0, guest)).collect()
     }
 
-    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+    async fn launch(&self, caller: Caller, launch: Launch) -> Result<GuestInfo, ApiError> {
         let Launch { definition, incoming } = launch;
         let invalid = |error: DefinitionError| ApiError::new(ErrorCode::Invalid, error.to_string());
         let definition = Definition::parse(Path::new("guest file"), &definition).map_err(invalid)?;
         let name = definition.name.clone();
+        info!(guest = %name, incoming, %caller, "ordered to launch a guest");
         let launched = qemu::launch(&self.0, definition, incoming).await;
         let guest = launched.map_err(|error| told(ErrorCode::CannotLaunch, "launch", &name, error))?;
         Ok(guest_info(&self.0, &guest))
     }
 
-    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+    async fn attach(&self, caller: Caller, attach: Attach) -> Result<GuestInfo, ApiError> {
         let Attach { name, qmp, incoming } = attach;
         let invalid = |error: BadLabel| ApiError::new(ErrorCode::Invalid, error.to_string());
         let name: Label = name.parse().map_err(invalid)?;
+        info!(guest = %name, incoming, %caller, "ordered to attach a guest");
         let attached = qemu::attach(&self.0, name.clone(), qmp.into(), incoming).await;
         let guest = attached.map_err(|error| told(ErrorCode::CannotAttach, "attach", &name, error))?;
         Ok(guest_info(&self.0, &guest))
     }
 
-    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+    async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError> {
         let guest = self.guest(name)?;
+        info!(guest = name, %caller, "ordered to detach a guest");
         // Before it is forgotten.
         let info = guest_info(&self.0, &guest);
         let name = &guest.shape.name;
@@ -117,17 +121,19 @@ impl Backend for HostBackend {
         })
     }
 
-    async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
+    async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError> {
         let (guest, peer) = self.parties(&order)?;
         let wishes = self.wishes(&order);
         let request = self.request(&order, false);
+        let id = hex::encode(&request.migration);
+        info!(guest = %guest.shape.name, %peer, migration = id, %caller, "ordered to move a guest");
         // Taken before anything is awaited, so that no second order can take the guest too.
         guest.migration.replace(Some(request.migration));
         let mut findings = Findings::default();
         let Some(plan) = preflight::send(&self.0, &guest, &peer, request, &mut findings).await else {
             guest.migration.take();
             for finding in findings.findings.iter().filter(|finding| finding.what != "host") {
-                tracing::info!(guest = %guest.shape.name, %peer, what = finding.what, detail = finding.detail, "preflight");
+                info!(guest = %guest.shape.name, %peer, what = finding.what, detail = finding.detail, "preflight");
             }
             metrics::refused("preflight");
             return Err(ApiError::new(ErrorCode::Refused, findings.reasons()));
@@ -155,8 +161,9 @@ impl Backend for HostBackend {
         Ok(first)
     }
 
-    fn cancel(&self, id: &str) -> Result<Migration, ApiError> {
+    fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
         let ticket = self.find(id)?;
+        info!(guest = %ticket.guest, migration = id, %caller, "ordered to cancel a migration");
         if !ticket.cancellable.get() {
             let progress = ticket.progress.borrow();
             let why = match (progress.role, progress.outcome) {
@@ -171,8 +178,9 @@ impl Backend for HostBackend {
         Ok(ticket.progress.borrow().clone())
     }
 
-    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+    fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
         let ticket = self.find(id)?;
+        info!(guest = %ticket.guest, migration = id, %caller, "ordered to abandon what is missing of a guest");
         if !ticket.abandonable.get() {
             let why = match ticket.progress.borrow().outcome {
                 Some(outcome) => format!("it has ended: {outcome}"),

@@ -4,6 +4,7 @@
 //! answers reach a socket and [`client`] how to ask from Rust.
 
 mod body;
+mod caller;
 pub mod client;
 pub mod openapi;
 pub mod routes;
@@ -13,6 +14,8 @@ pub mod types;
 #[cfg(test)]
 mod tests;
 
+pub use caller::Caller;
+
 use async_trait::async_trait;
 use tokio::sync::watch;
 
@@ -21,7 +24,7 @@ use types::{ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, 
 /// Who answers: the host.
 ///
 /// The methods that are not `async` answer at once. The others bound their own time; they are
-/// run to their end even if whoever asked goes away.
+/// run to their end even if whoever asked goes away. Those that change something are told who asked.
 #[async_trait(?Send)]
 pub trait Backend {
     /// The daemon and its host.
@@ -33,11 +36,11 @@ pub trait Backend {
     /// Attached guests.
     fn guests(&self) -> Vec<GuestInfo>;
     /// Starts a QEMU guest.
-    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError>;
+    async fn launch(&self, caller: Caller, launch: Launch) -> Result<GuestInfo, ApiError>;
     /// Takes a QEMU guest that others started.
-    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError>;
+    async fn attach(&self, caller: Caller, attach: Attach) -> Result<GuestInfo, ApiError>;
     /// Lets go of a QEMU guest, which goes on without the daemon; tells what it was.
-    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError>;
+    async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError>;
     /// Migrations under way and those that ended lately, the oldest first.
     fn migrations(&self) -> Vec<Migration>;
     /// One of them.
@@ -45,11 +48,11 @@ pub trait Backend {
     /// Does the preflight of an order, and nothing else.
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError>;
     /// Does the preflight of an order and begins it; it then runs on its own.
-    async fn migrate(&self, order: Order) -> Result<Migration, ApiError>;
+    async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError>;
     /// Asks a migration to end with the guest at the source. It has ended when its outcome says so.
-    fn cancel(&self, id: &str) -> Result<Migration, ApiError>;
+    fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
     /// Gives up what is missing of a guest that runs at its destination without all of its memory.
-    fn abandon(&self, id: &str) -> Result<Migration, ApiError>;
+    fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
     /// Follows a migration. The sender sets the outcome last and may then be dropped.
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
     /// All metrics, as Prometheus reads them.

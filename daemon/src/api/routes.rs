@@ -17,7 +17,7 @@ use super::types::{
     ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
     PortInfo, Status,
 };
-use super::{Backend, body};
+use super::{Backend, Caller, body};
 use crate::task;
 
 /// Events of one stream are at least so far apart; what changes between them is told once.
@@ -68,8 +68,22 @@ pub(super) enum Call {
     Metrics,
 }
 
+impl Call {
+    /// Whether it changes something: what the log then names whoever asked for.
+    fn changes_something(self) -> bool {
+        matches!(
+            self,
+            Self::Launch | Self::Attach | Self::Detach | Self::Migrate | Self::Cancel | Self::Abandon
+        )
+    }
+}
+
 /// Answers one request. Errors are answers too.
-pub(super) async fn answer<B>(backend: Rc<dyn Backend>, request: Request<B>) -> Result<Answer, Infallible>
+pub(super) async fn answer<B>(
+    backend: Rc<dyn Backend>,
+    caller: Caller,
+    request: Request<B>,
+) -> Result<Answer, Infallible>
 where
     B: Body,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -77,7 +91,7 @@ where
     let found = find(request.method(), request.uri().path()).map(|(call, id)| (call, id.to_owned()));
     Ok(match found {
         Ok((call, id)) => {
-            dispatch(backend, call, &id, request.into_body()).await.unwrap_or_else(error_answer)
+            dispatch(backend, caller, call, &id, request.into_body()).await.unwrap_or_else(error_answer)
         }
         Err(unrouted) => unrouted.answer(),
     })
@@ -144,26 +158,33 @@ fn matches<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     }
 }
 
-async fn dispatch<B>(backend: Rc<dyn Backend>, call: Call, id: &str, sent: B) -> Result<Answer, ApiError>
+async fn dispatch<B>(
+    backend: Rc<dyn Backend>,
+    caller: Caller,
+    call: Call,
+    id: &str,
+    sent: B,
+) -> Result<Answer, ApiError>
 where
     B: Body,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let host = &*backend;
+    let caller = if call.changes_something() { caller.named().await } else { caller };
     match call {
         Call::Status => Ok(status(host)),
         Call::Ports => Ok(ports(host)),
         Call::Peers => Ok(peers(host)),
         Call::Guests => Ok(guests(host)),
-        Call::Launch => launch(backend, body::read(sent).await?).await,
-        Call::Attach => attach(backend, body::read(sent).await?).await,
-        Call::Detach => detach(backend, id.to_owned()).await,
+        Call::Launch => launch(backend, caller, body::read(sent).await?).await,
+        Call::Attach => attach(backend, caller, body::read(sent).await?).await,
+        Call::Detach => detach(backend, caller, id.to_owned()).await,
         Call::Check => check(backend, body::read(sent).await?).await,
         Call::Migrations => Ok(migrations(host)),
-        Call::Migrate => migrate(backend, body::read(sent).await?).await,
+        Call::Migrate => migrate(backend, caller, body::read(sent).await?).await,
         Call::Migration => migration(host, id),
-        Call::Cancel => cancel(host, id),
-        Call::Abandon => abandon(host, id),
+        Call::Cancel => cancel(host, caller, id),
+        Call::Abandon => abandon(host, caller, id),
         Call::Events => events(host, id),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host)),
@@ -203,8 +224,8 @@ fn guests(backend: &dyn Backend) -> Answer {
         (status = "5XX", body = ErrorBody),
     )
 )]
-async fn launch(backend: Rc<dyn Backend>, launch: Launch) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.launch(launch).await }).await?;
+async fn launch(backend: Rc<dyn Backend>, caller: Caller, launch: Launch) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.launch(caller, launch).await }).await?;
     Ok(json(StatusCode::CREATED, &guest))
 }
 
@@ -217,8 +238,8 @@ async fn launch(backend: Rc<dyn Backend>, launch: Launch) -> Result<Answer, ApiE
         (status = "5XX", body = ErrorBody),
     )
 )]
-async fn attach(backend: Rc<dyn Backend>, attach: Attach) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.attach(attach).await }).await?;
+async fn attach(backend: Rc<dyn Backend>, caller: Caller, attach: Attach) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.attach(caller, attach).await }).await?;
     Ok(json(StatusCode::CREATED, &guest))
 }
 
@@ -232,8 +253,8 @@ async fn attach(backend: Rc<dyn Backend>, attach: Attach) -> Result<Answer, ApiE
         (status = "5XX", body = ErrorBody),
     )
 )]
-async fn detach(backend: Rc<dyn Backend>, name: String) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.detach(&name).await }).await?;
+async fn detach(backend: Rc<dyn Backend>, caller: Caller, name: String) -> Result<Answer, ApiError> {
+    let guest = to_its_end(async move { backend.detach(caller, &name).await }).await?;
     Ok(json(StatusCode::OK, &guest))
 }
 
@@ -268,8 +289,8 @@ fn migrations(backend: &dyn Backend) -> Answer {
         (status = "5XX", body = ErrorBody),
     )
 )]
-async fn migrate(backend: Rc<dyn Backend>, order: Order) -> Result<Answer, ApiError> {
-    let migration = to_its_end(async move { backend.migrate(order).await }).await?;
+async fn migrate(backend: Rc<dyn Backend>, caller: Caller, order: Order) -> Result<Answer, ApiError> {
+    let migration = to_its_end(async move { backend.migrate(caller, order).await }).await?;
     Ok(json(StatusCode::CREATED, &migration))
 }
 
@@ -289,8 +310,8 @@ fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     params(("id" = String, Path, description = "Identity of the migration")),
     responses((status = 202, description = "Asked to end", body = Migration), (status = "4XX", body = ErrorBody))
 )]
-fn cancel(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
-    Ok(json(StatusCode::ACCEPTED, &backend.cancel(id)?))
+fn cancel(backend: &dyn Backend, caller: Caller, id: &str) -> Result<Answer, ApiError> {
+    Ok(json(StatusCode::ACCEPTED, &backend.cancel(caller, id)?))
 }
 
 /// Gives up what is missing of a guest that runs at its destination in post-copy, for when the other
@@ -301,8 +322,8 @@ fn cancel(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     params(("id" = String, Path, description = "Identity of the migration")),
     responses((status = 202, description = "Given up", body = Migration), (status = "4XX", body = ErrorBody))
 )]
-fn abandon(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
-    Ok(json(StatusCode::ACCEPTED, &backend.abandon(id)?))
+fn abandon(backend: &dyn Backend, caller: Caller, id: &str) -> Result<Answer, ApiError> {
+    Ok(json(StatusCode::ACCEPTED, &backend.abandon(caller, id)?))
 }
 
 /// Follows a migration as server-sent events: `migration` whenever something changed, at most

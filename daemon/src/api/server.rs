@@ -20,9 +20,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::Backend;
 use super::body::{MAX_BODY_BYTES, REQUEST_TIMEOUT};
 use super::routes::{self, Answer};
+use super::{Backend, Caller};
 use crate::task;
 use crate::unix_socket;
 
@@ -52,9 +52,12 @@ pub fn bind(socket: &Path) -> Result<UnixListener, ServerError> {
 pub async fn serve(listener: UnixListener, backend: Rc<dyn Backend>) -> Infallible {
     let mut connections = Connections::default();
     loop {
-        let accepted = listener.accept().await.map(|(stream, _)| TokioIo::new(stream));
-        let backend = backend.clone();
-        connections.add(accepted, move |request| routes::answer(backend.clone(), request)).await;
+        let accepted = listener.accept().await.map(|(stream, _)| stream);
+        let caller = accepted.as_ref().map(Caller::of).unwrap_or_default();
+        let (accepted, backend) = (accepted.map(TokioIo::new), backend.clone());
+        connections
+            .add(accepted, move |request| routes::answer(backend.clone(), caller.clone(), request))
+            .await;
     }
 }
 

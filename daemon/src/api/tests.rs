@@ -14,10 +14,10 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
-use super::Backend;
 use super::client::{Client, ClientError};
 use super::server;
 use super::types::*;
+use super::{Backend, Caller};
 
 struct Fake {
     migration: watch::Sender<Migration>,
@@ -47,19 +47,19 @@ impl Backend for Fake {
     fn guests(&self) -> Vec<GuestInfo> {
         Vec::new()
     }
-    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+    async fn launch(&self, _: Caller, launch: Launch) -> Result<GuestInfo, ApiError> {
         match launch.definition.as_str() {
             "" => Err(ApiError::new(ErrorCode::CannotLaunch, "there is no QEMU")),
             name => Ok(guest(name, launch.incoming)),
         }
     }
-    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+    async fn attach(&self, _: Caller, attach: Attach) -> Result<GuestInfo, ApiError> {
         match attach.qmp.as_str() {
             "/none" => Err(ApiError::new(ErrorCode::CannotAttach, "nobody listens")),
             _ => Ok(guest(&attach.name, attach.incoming)),
         }
     }
-    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+    async fn detach(&self, _: Caller, name: &str) -> Result<GuestInfo, ApiError> {
         match name {
             "linked" => Err(ApiError::new(ErrorCode::CannotDetach, "linked attached by itself")),
             name => Ok(guest(name, false)),
@@ -74,7 +74,9 @@ impl Backend for Fake {
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
         Ok(CheckReport { ok: true, guest: order.guest, host: order.host, ..CheckReport::default() })
     }
-    async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
+    async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError> {
+        // Client and server are one process here.
+        assert!(caller.pid == Some(std::process::id()) && caller.uid.is_some() && caller.program.is_some());
         match order.guest.as_str() {
             "web1" => {
                 self.orders.borrow_mut().push(order);
@@ -84,12 +86,12 @@ impl Backend for Fake {
             other => Err(ApiError::new(ErrorCode::UnknownGuest, format!("no guest {other}"))),
         }
     }
-    fn cancel(&self, id: &str) -> Result<Migration, ApiError> {
+    fn cancel(&self, _: Caller, id: &str) -> Result<Migration, ApiError> {
         self.known(id)?;
         self.migration.send_modify(|migration| migration.outcome = Some(Outcome::Cancelled));
         self.migration(id)
     }
-    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+    fn abandon(&self, _: Caller, id: &str) -> Result<Migration, ApiError> {
         self.known(id)?;
         Err(ApiError::new(ErrorCode::TooLate, "nothing is missing"))
     }

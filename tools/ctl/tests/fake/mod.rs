@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use memlaned::api::client::Client;
 use memlaned::api::types::*;
-use memlaned::api::{Backend, server};
+use memlaned::api::{Backend, Caller, server};
 use tempfile::TempDir;
 use tokio::sync::{Notify, watch};
 use tokio::task::LocalSet;
@@ -166,7 +166,7 @@ impl Backend for Fake {
     fn guests(&self) -> Vec<GuestInfo> {
         self.guests.borrow().clone()
     }
-    async fn launch(&self, launch: Launch) -> Result<GuestInfo, ApiError> {
+    async fn launch(&self, _: Caller, launch: Launch) -> Result<GuestInfo, ApiError> {
         match launch.definition.as_str() {
             "name = \"web1\"\n" => Err(ApiError::new(ErrorCode::CannotLaunch, "there is a guest web1")),
             "name = \"qemu1\"\n" => {
@@ -175,13 +175,13 @@ impl Backend for Fake {
             _ => Err(ApiError::new(ErrorCode::Invalid, "guest file:1: name is missing")),
         }
     }
-    async fn attach(&self, attach: Attach) -> Result<GuestInfo, ApiError> {
+    async fn attach(&self, _: Caller, attach: Attach) -> Result<GuestInfo, ApiError> {
         match attach.name.as_str() {
             "web1" => Err(ApiError::new(ErrorCode::CannotAttach, "there is a guest web1")),
             name => Ok(self.take(name, &attach.qmp, attach.incoming)),
         }
     }
-    async fn detach(&self, name: &str) -> Result<GuestInfo, ApiError> {
+    async fn detach(&self, _: Caller, name: &str) -> Result<GuestInfo, ApiError> {
         let mut guests = self.guests.borrow_mut();
         let unknown = || ApiError::new(ErrorCode::UnknownGuest, format!("no guest {name} is attached"));
         let found = guests.iter().position(|guest| guest.name == name).ok_or_else(unknown)?;
@@ -211,7 +211,7 @@ impl Backend for Fake {
         let ok = findings.is_empty();
         Ok(CheckReport { ok, guest: order.guest, host: order.host, findings, ..CheckReport::default() })
     }
-    async fn migrate(&self, order: Order) -> Result<Migration, ApiError> {
+    async fn migrate(&self, _: Caller, order: Order) -> Result<Migration, ApiError> {
         match order.guest.as_str() {
             "big1" => return Err(ApiError::new(ErrorCode::Refused, "too little memory at host-b")),
             "slow1" => {
@@ -230,7 +230,7 @@ impl Backend for Fake {
         }
         Ok(migration)
     }
-    fn cancel(&self, id: &str) -> Result<Migration, ApiError> {
+    fn cancel(&self, _: Caller, id: &str) -> Result<Migration, ApiError> {
         let sender = self.find(id)?;
         let guest = sender.borrow().guest.clone();
         if guest == "late1" {
@@ -239,7 +239,7 @@ impl Backend for Fake {
         end(&sender, Outcome::Cancelled, "host-a", None);
         self.migration(id)
     }
-    fn abandon(&self, id: &str) -> Result<Migration, ApiError> {
+    fn abandon(&self, _: Caller, id: &str) -> Result<Migration, ApiError> {
         let sender = self.find(id)?;
         if sender.borrow().guest != "late1" {
             return Err(ApiError::new(ErrorCode::TooLate, "nothing of it is missing"));

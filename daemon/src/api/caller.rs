@@ -1,0 +1,61 @@
+//! Who asks: what the kernel says of the process at the other end of the API's socket.
+
+use std::fmt;
+
+use memlane_protocol::wire::plain;
+use tokio::net::UnixStream;
+
+/// Who gives an order, for the log. Shown as `memlanectl (uid 0, pid 4711)`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Caller {
+    /// User of the process, as it connected; none where the kernel does not say.
+    pub uid: Option<u32>,
+    /// The process that connected; none if it cannot be seen from here.
+    pub pid: Option<u32>,
+    /// Name of its program (`/proc/PID/comm`), once that was [looked up](Self::named). A process may change
+    /// that name, so that it is no proof of anything.
+    pub program: Option<String>,
+}
+
+impl Caller {
+    /// The process that made this connection (`SO_PEERCRED`, unix(7)).
+    pub fn of(stream: &UnixStream) -> Self {
+        let Ok(credentials) = stream.peer_cred() else { return Self::default() };
+        let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+        Self { uid: Some(credentials.uid()), pid, program: None }
+    }
+
+    /// With the name of its program, while that still runs.
+    pub async fn named(mut self) -> Self {
+        if let Some(pid) = self.pid {
+            let read = move || std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            let name = tokio::task::spawn_blocking(read).await.ok().and_then(Result::ok);
+            self.program = name.map(|name| plain(name.trim_end()).into_owned());
+        }
+        self
+    }
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let number = |number: Option<u32>| number.map_or("unknown".to_owned(), |number| number.to_string());
+        let (uid, pid) = (number(self.uid), number(self.pid));
+        write!(f, "{} (uid {uid}, pid {pid})", self.program.as_deref().unwrap_or("a program"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_connects_is_known() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let caller = Caller::of(&here).named().await;
+        let (uid, pid) = (rustix::process::getuid().as_raw(), std::process::id());
+        assert_eq!((caller.uid, caller.pid), (Some(uid), Some(pid)));
+        let name = std::fs::read_to_string("/proc/self/comm").unwrap();
+        assert_eq!(caller.to_string(), format!("{} (uid {uid}, pid {pid})", name.trim_end()));
+        assert_eq!(Caller::default().to_string(), "a program (uid unknown, pid unknown)");
+    }
+}
