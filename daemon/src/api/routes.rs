@@ -68,16 +68,6 @@ pub(super) enum Call {
     Metrics,
 }
 
-impl Call {
-    /// Whether it changes something: what the log then names whoever asked for.
-    fn changes_something(self) -> bool {
-        matches!(
-            self,
-            Self::Launch | Self::Attach | Self::Detach | Self::Migrate | Self::Cancel | Self::Abandon
-        )
-    }
-}
-
 /// Answers one request. Errors are answers too.
 pub(super) async fn answer<B>(
     backend: Rc<dyn Backend>,
@@ -170,7 +160,6 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let host = &*backend;
-    let caller = if call.changes_something() { caller.named().await } else { caller };
     match call {
         Call::Status => Ok(status(host)),
         Call::Ports => Ok(ports(host)),
@@ -183,8 +172,8 @@ where
         Call::Migrations => Ok(migrations(host)),
         Call::Migrate => migrate(backend, caller, body::read(sent).await?).await,
         Call::Migration => migration(host, id),
-        Call::Cancel => cancel(host, caller, id),
-        Call::Abandon => abandon(host, caller, id),
+        Call::Cancel => cancel(backend, caller, id.to_owned()).await,
+        Call::Abandon => abandon(backend, caller, id.to_owned()).await,
         Call::Events => events(host, id),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host)),
@@ -225,7 +214,7 @@ fn guests(backend: &dyn Backend) -> Answer {
     )
 )]
 async fn launch(backend: Rc<dyn Backend>, caller: Caller, launch: Launch) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.launch(caller, launch).await }).await?;
+    let guest = to_its_end(async move { backend.launch(caller.named().await, launch).await }).await?;
     Ok(json(StatusCode::CREATED, &guest))
 }
 
@@ -239,7 +228,7 @@ async fn launch(backend: Rc<dyn Backend>, caller: Caller, launch: Launch) -> Res
     )
 )]
 async fn attach(backend: Rc<dyn Backend>, caller: Caller, attach: Attach) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.attach(caller, attach).await }).await?;
+    let guest = to_its_end(async move { backend.attach(caller.named().await, attach).await }).await?;
     Ok(json(StatusCode::CREATED, &guest))
 }
 
@@ -254,7 +243,7 @@ async fn attach(backend: Rc<dyn Backend>, caller: Caller, attach: Attach) -> Res
     )
 )]
 async fn detach(backend: Rc<dyn Backend>, caller: Caller, name: String) -> Result<Answer, ApiError> {
-    let guest = to_its_end(async move { backend.detach(caller, &name).await }).await?;
+    let guest = to_its_end(async move { backend.detach(caller.named().await, &name).await }).await?;
     Ok(json(StatusCode::OK, &guest))
 }
 
@@ -290,7 +279,7 @@ fn migrations(backend: &dyn Backend) -> Answer {
     )
 )]
 async fn migrate(backend: Rc<dyn Backend>, caller: Caller, order: Order) -> Result<Answer, ApiError> {
-    let migration = to_its_end(async move { backend.migrate(caller, order).await }).await?;
+    let migration = to_its_end(async move { backend.migrate(caller.named().await, order).await }).await?;
     Ok(json(StatusCode::CREATED, &migration))
 }
 
@@ -310,8 +299,9 @@ fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     params(("id" = String, Path, description = "Identity of the migration")),
     responses((status = 202, description = "Asked to end", body = Migration), (status = "4XX", body = ErrorBody))
 )]
-fn cancel(backend: &dyn Backend, caller: Caller, id: &str) -> Result<Answer, ApiError> {
-    Ok(json(StatusCode::ACCEPTED, &backend.cancel(caller, id)?))
+async fn cancel(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<Answer, ApiError> {
+    let migration = to_its_end(async move { backend.cancel(caller.named().await, &id) }).await?;
+    Ok(json(StatusCode::ACCEPTED, &migration))
 }
 
 /// Gives up what is missing of a guest that runs at its destination in post-copy, for when the other
@@ -322,8 +312,9 @@ fn cancel(backend: &dyn Backend, caller: Caller, id: &str) -> Result<Answer, Api
     params(("id" = String, Path, description = "Identity of the migration")),
     responses((status = 202, description = "Given up", body = Migration), (status = "4XX", body = ErrorBody))
 )]
-fn abandon(backend: &dyn Backend, caller: Caller, id: &str) -> Result<Answer, ApiError> {
-    Ok(json(StatusCode::ACCEPTED, &backend.abandon(caller, id)?))
+async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<Answer, ApiError> {
+    let migration = to_its_end(async move { backend.abandon(caller.named().await, &id) }).await?;
+    Ok(json(StatusCode::ACCEPTED, &migration))
 }
 
 /// Follows a migration as server-sent events: `migration` whenever something changed, at most
