@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod migrate;
 pub mod port;
 pub mod priority;
+pub mod private;
 pub mod systemd;
 pub mod task;
 pub mod unix_socket;

@@ -1,5 +1,5 @@
 //! What the daemon remembers of the QEMUs that it keeps: a file of JSON for each, in `guests/`
-//! beside the journal.
+//! beside the journal. No QEMU outlives its host, so neither need these files.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use tracing::warn;
 use super::definition::{Definition, Paths};
 use crate::config::GuestsConfig;
 use crate::journal::VmmIdentity;
+use crate::private;
 
 /// A record cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -146,10 +147,8 @@ impl Register {
     pub fn write(&self, record: &Record) -> Result<(), RegisterError> {
         let path = self.path(&record.name);
         let write = || {
-            std::fs::create_dir_all(&self.0)?;
-            let beside = path.with_extension("new");
-            std::fs::write(&beside, serde_json::to_vec_pretty(record)?)?;
-            std::fs::rename(&beside, &path)
+            private::directory(&self.0)?;
+            private::put_volatile(&path, &serde_json::to_vec_pretty(record)?)
         };
         write().map_err(|source| RegisterError { guest: record.name.clone(), path: path.clone(), source })
     }
