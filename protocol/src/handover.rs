@@ -175,7 +175,8 @@ pub enum Event {
     /// [`Action::Resume`] failed, and the guest has not executed an instruction since it was
     /// paused or loaded. If that is not certain, it is [`Event::VmmGone`] instead. To be said as
     /// well of a guest that was never started, when a restarted daemon at the destination does
-    /// not know which of its pages are missing.
+    /// not know which of its pages are missing: at once, before anybody asks that it be started,
+    /// and whatever becomes of its VMM.
     ResumeFailed,
     /// [`Action::Discard`] was carried out.
     Discarded,

@@ -84,6 +84,7 @@ fn a_daemon_that_cheats_is_caught() {
         (Fault::ForgetsMissing, fetch_crash, Violation::is_unsafe),
         (Fault::ForgetsComplete, fetch_crash, Violation::is_unsafe),
         (Fault::RunsWithHoles, fetch_crash, Violation::is_unsafe),
+        (Fault::LosesWhatNeverRan, fetch_crash, Violation::is_unsafe),
         (Fault::GivesUpWithoutTrace, fetch_calm, Violation::is_unsafe),
         (Fault::FetchingIsRunning, fetch_calm, Violation::is_unsafe),
         (Fault::FreesOnPeerLost, fetch_calm, Violation::is_unsafe),

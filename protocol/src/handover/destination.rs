@@ -49,7 +49,9 @@ impl Destination {
     }
 
     /// Takes up a migration after the daemon was restarted, from the last record that the
-    /// journal holds of it. If the VMM is no longer there, [`Event::VmmGone`] is to follow. To be
+    /// journal holds of it. If the VMM is no longer there, [`Event::VmmGone`] is to follow; if the
+    /// guest cannot run here since nobody knows which of its pages are missing,
+    /// [`Event::ResumeFailed`], which gives back at once what was only prepared. To be
     /// called as well, with `None`, for an incoming VMM that names a migration of which the
     /// journal knows nothing (but not for a VMM that runs: that is simply a guest of this host).
     ///
@@ -116,7 +118,8 @@ impl Destination {
             (Starting, Event::JournalFailed(Record::Running)) => self.go(Prepared, []),
 
             // It never ran. Should a record still be on its way to the journal, `Declined` follows it.
-            (Preparing | Prepared | Starting, Event::VmmGone) | (Resuming, Event::ResumeFailed) => {
+            (Preparing | Prepared | Starting, Event::VmmGone)
+            | (Prepared | Resuming, Event::ResumeFailed) => {
                 self.go(Declining { writing: true }, [Action::Journal(Record::Declined)])
             }
 

@@ -180,6 +180,21 @@ fn a_vmm_that_ends_before_it_was_told_to_run_never_ran() {
 }
 
 #[test]
+fn what_was_prepared_and_cannot_run_is_given_back_at_once() {
+    let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert_eq!(destination.on(Event::ResumeFailed), [Action::Journal(Record::Declined)]);
+    // The commit does not wait for the VMM to be seen to end, nor does the answer.
+    assert_eq!(destination.on(Event::Message(Message::Commit)), []);
+    assert_eq!(
+        destination.on(Event::Journalled(Record::Declined)),
+        [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::TakenBack)]
+    );
+    assert_eq!(destination.on(Event::VmmGone), []);
+    assert_eq!(destination.on(Event::Message(Message::Commit)), [Action::Send(Message::Declined)]);
+    assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
+}
+
+#[test]
 fn a_journal_that_refuses_is_tried_again() {
     let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
     assert_eq!(destination.on(Event::VmmGone), [Action::Journal(Record::Declined)]);

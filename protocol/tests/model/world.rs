@@ -52,8 +52,10 @@ pub enum Fault {
     ForgetsMissing,
     /// or one that has all for one that lacks pages,
     ForgetsComplete,
-    /// or starts a guest of which it does not know which pages it lacks.
+    /// or starts a guest of which it does not know which pages it lacks,
     RunsWithHoles,
+    /// or takes a guest that it cannot start, and never has, for one that is lost.
+    LosesWhatNeverRan,
     /// The destination gives a guest up, and would fetch again after a crash.
     GivesUpWithoutTrace,
     /// The source takes `Fetching` for `Running`.
@@ -321,6 +323,7 @@ impl World {
 
     fn destination_vmm_obeys(&mut self, fails: bool) {
         let (again, for_the_first_time) = (self.resumed(true), self.resumed(false));
+        let fault = self.fault;
         let host = &mut self.destination;
         let command = host.commands.remove(0);
         match (command, host.vmm) {
@@ -331,7 +334,10 @@ impl World {
                 self.budget.vmm -= 1;
             }
             (Action::Resume, Vmm::Loaded) if for_the_first_time == Event::Abandoned => {
-                host.hear(Event::ResumeFailed);
+                host.hear(match fault {
+                    Fault::LosesWhatNeverRan => Event::Abandoned,
+                    _ => Event::ResumeFailed,
+                });
             }
             (Action::Resume, Vmm::Loaded) => {
                 host.vmm = Vmm::Running;
@@ -370,6 +376,10 @@ impl World {
             host.hear(Event::VmmGone);
         }
         self.carry_out(at, actions);
+        let prepared = at == Side::Destination && record == Some(Record::Prepared);
+        if prepared && self.is_hopeless() && self.fault != Fault::LosesWhatNeverRan {
+            self.tell(at, Event::ResumeFailed);
+        }
     }
 
     fn cheat_on_peer_lost(&mut self, at: Side) {

@@ -69,6 +69,11 @@ impl World {
         self.fetch.memory == Memory::Missing
     }
 
+    /// Whether the destination's daemon knows that the guest can never be whole there.
+    pub fn is_hopeless(&self) -> bool {
+        self.fetch.memory == Memory::Hopeless
+    }
+
     /// Whether the destination can get the last page now.
     pub fn can_fetch(&self) -> bool {
         self.fetch.served
@@ -139,7 +144,8 @@ impl World {
             self.destination.vmm == Vmm::Ended || fetch.given_up_at_source || fetch.given_up_at_destination;
         let is_true = match outcome {
             Outcome::Completed => fetch.memory == Memory::Whole,
-            Outcome::Lost => really_lost,
+            // What has never run there can be given back.
+            Outcome::Lost => really_lost && (at == Side::Source || self.destination_ran),
             _ => true,
         };
         if !is_true {
