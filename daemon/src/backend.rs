@@ -235,6 +235,14 @@ impl HostBackend {
             let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
             return Err(ApiError::new(ErrorCode::AlreadyMoving, text));
         }
+        if guest.lost.get() {
+            let text = format!(
+                "guest {} waits for memory that will never come, so that it cannot move; end its VMM (process {})",
+                order.guest,
+                guest.process.identity().pid
+            );
+            return Err(ApiError::new(ErrorCode::Refused, text));
+        }
         if guest.incomplete.get() {
             let text = format!("part of guest {}'s memory was given up, so that it cannot move", order.guest);
             return Err(ApiError::new(ErrorCode::Refused, text));
@@ -294,6 +302,7 @@ fn told(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiErro
 
 fn guest_info(host: &Host, guest: &Guest) -> GuestInfo {
     let standing = match guest.standing.get() {
+        Standing::Running if guest.lost.get() => StandingView::Lost,
         Standing::Running if guest.is_moving() => StandingView::Migrating,
         Standing::Running => StandingView::Running,
         Standing::Incoming => StandingView::Incoming,

@@ -1,7 +1,7 @@
 //! This host: its guests, ports, peers and migrations.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ use crate::config::{Config, PeerConfig};
 use crate::guest::qemu::{Keepers, Register};
 use crate::guest::shim::Shims;
 use crate::guest::{Guest, map_ahead};
-use crate::journal::Journal;
+use crate::journal::{Journal, VmmIdentity};
 use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::migrate::{Ticket, preflight, recover};
@@ -45,6 +45,8 @@ pub struct Host {
     /// When it started.
     pub started: Instant,
     guests: RefCell<BTreeMap<Label, Rc<Guest>>>,
+    /// Guests that can never be whole, and whose VMMs could not be ended.
+    lost: RefCell<HashSet<(Label, VmmIdentity)>>,
     migrations: RefCell<Vec<Rc<Ticket>>>,
     /// Forecasts, by the kind of VMM.
     predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
@@ -64,6 +66,7 @@ impl Host {
             register,
             started: Instant::now(),
             guests: RefCell::default(),
+            lost: RefCell::default(),
             migrations: RefCell::default(),
             predictors: RefCell::default(),
         })
@@ -86,6 +89,7 @@ impl Host {
             warn!(guest = %name, "two VMMs came with one name; the second is sent away");
             return guest.driver.hang_up();
         }
+        guest.lost.set(self.lost.borrow().contains(&(name.clone(), guest.process.identity())));
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
         map_ahead(name.to_string(), &guest.ram);
@@ -112,6 +116,14 @@ impl Host {
             task::spawn("return of a VMM", async move { ticket.returns.send(guest).await });
         } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
             task::spawn("recovery of an unknown guest", recover::unknown(self.clone(), guest));
+        }
+    }
+
+    /// Notes that a guest can never be whole, and that its VMM could not be ended: it is no guest that runs.
+    pub fn note_lost(&self, name: &Label, vmm: VmmIdentity) {
+        self.lost.borrow_mut().insert((name.clone(), vmm));
+        if let Some(guest) = self.guest(name).filter(|guest| guest.process.identity() == vmm) {
+            guest.lost.set(true);
         }
     }
 

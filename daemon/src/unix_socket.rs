@@ -1,9 +1,41 @@
 //! Unix sockets in the file system.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+
+/// Who is at the other end of a connection, as the kernel knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The number of the process that connected, or that listens; 0 if it is in a pid namespace of others.
+    pub pid: u32,
+    /// Its user at that time.
+    pub uid: u32,
+}
+
+/// Asks the kernel (`SO_PEERCRED`) who is at the other end. (rustix's function of the kind has a type for the
+/// process's number that cannot be 0.)
+pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
+    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while it is borrowed, and the kernel writes at most `length` bytes, which
+    // are those of `found`.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut found).cast(),
+            &raw mut length,
+        )
+    };
+    match done {
+        0 => Ok(Peer { pid: found.pid.try_into().unwrap_or(0), uid: found.uid }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Makes the directory of a socket and removes a socket that nobody listens on any more.
 /// Refuses to take the place of a live one, or of anything else than a socket.
@@ -35,6 +67,14 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    #[test]
+    fn the_kernel_knows_who_connects() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let uid = rustix::process::geteuid().as_raw();
+        assert_eq!(peer(&ours).unwrap(), Peer { pid: std::process::id(), uid });
+        assert!(peer(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
 
     #[test]
     fn only_dead_sockets_make_way() {

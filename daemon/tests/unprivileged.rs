@@ -2,8 +2,13 @@
 
 mod common;
 
-use common::{LIMITS, Stage};
-use memlane_lab::{DaemonUser, LabOptions, Requirement, RigOptions};
+use std::time::Duration;
+
+use common::{LIMITS, LONG, Stage, Tap, wait_for_exit, words};
+use memlane_lab::{DaemonUser, HostId, LabOptions, Rate, Requirement, RigOptions, Vmm, wait_for};
+use memlane_protocol::handover::Message;
+use memlane_protocol::wire::control::Control;
+use memlaned::api::types::Phase;
 
 fn stage(test: &str, daemon_user: DaemonUser, lab: LabOptions) -> Option<Stage> {
     let options = RigOptions { lab, tables: LIMITS.into(), daemon_user, ..RigOptions::default() };
@@ -24,5 +29,90 @@ fn the_units_user_moves_guests() {
         common::assert_runs(&mut there);
         common::wait_for_exit(here.process());
         there.quit().unwrap();
+    }
+}
+
+/// Writes as fast as it can, all over its memory.
+const BUSY: &str = "--ram 64MiB --working-set 48MiB --flat-out --fill zero=10,random=80,compressible=10";
+
+fn pair(stage: &mut Stage) -> (Vmm, Vmm) {
+    let here = stage.rig.start_vmm(HostId::A, "web1", &words(BUSY)).unwrap();
+    let there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{BUSY} --incoming"))).unwrap();
+    (here, there)
+}
+
+/// A destination that was prepared to fetch, and whose daemon ended before the guest ran there, gives it back,
+/// whether or not it may kill the VMM, and whatever comes first: the commit or the VMM's end.
+#[test]
+fn a_guest_that_was_prepared_to_fetch_is_given_back() {
+    for user in [DaemonUser::UnitWithout("CAP_KILL"), DaemonUser::Unit, DaemonUser::Root] {
+        eprintln!("{user:?}");
+        let test = "a_guest_that_was_prepared_to_fetch_is_given_back";
+        let Some(mut stage) = stage(test, user, LabOptions::default()) else { return };
+        let tap = Tap::install(&mut stage);
+        for round in 0..3 {
+            let (mut here, mut there) = pair(&mut stage);
+            tap.hold(
+                HostId::A,
+                |message| matches!(message, Control::Handover { message, .. } if *message == Message::Commit),
+            );
+            let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
+            tap.wait();
+            stage.rig.stop_daemon(HostId::B).unwrap();
+            // The commit is sent once more within a second: before the daemon is there, or after.
+            tap.lose();
+            std::thread::sleep(Duration::from_millis(300 * round));
+            stage.rig.start_daemon(HostId::B).unwrap();
+            order.expect(4, &[]);
+            let there_says =
+                stage.wait_until(HostId::B, "web1", "the end", |migration| migration.outcome.is_some());
+            assert!(there_says.reason.is_some_and(|reason| reason.contains("given back")));
+            stage.assert_runs_on("web1", &mut here);
+            // Its library is told to discard what it has loaded.
+            wait_for_exit(there.process());
+            here.quit().unwrap();
+        }
+    }
+}
+
+/// A guest that ran without all of its memory when its daemon ended can only hang: its VMM is ended, or, where that
+/// is not permitted, nobody takes it for a guest that runs.
+#[test]
+fn a_vmm_that_cannot_be_killed_is_told() {
+    for (user, may) in [(DaemonUser::UnitWithout("CAP_KILL"), false), (DaemonUser::Unit, true)] {
+        eprintln!("{user:?}");
+        let test = "a_vmm_that_cannot_be_killed_is_told";
+        let slow = Some(Rate::from_bits_per_second(50_000_000));
+        let lab = LabOptions { port_rate: slow, ..LabOptions::default() };
+        let Some(mut stage) = stage(test, user, lab) else { return };
+        let (mut here, mut there) = pair(&mut stage);
+        let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
+        stage.wait_until(HostId::A, "web1", "post-copy", |migration| {
+            let fetched = migration.postcopy.as_ref().map_or(0, |postcopy| postcopy.pages_streamed);
+            migration.phase == Phase::Fetching && fetched > 100
+        });
+        stage.rig.stop_daemon(HostId::B).unwrap();
+        stage.rig.start_daemon(HostId::B).unwrap();
+        order.expect(7, &["lost"]);
+        wait_for_exit(here.process());
+        if may {
+            wait_for_exit(there.process());
+            continue;
+        }
+        for _ in 0..2 {
+            stage.wait_for_standing(HostId::B, "web1", "lost");
+            stage.wait_for_log(HostId::B, "not permitted");
+            let answer = stage.rig.ctl(HostId::B, &["migrate", "web1", "host-a"]).unwrap();
+            let pid = there.process().pid().to_string();
+            assert_eq!(answer.code, 3, "{}", answer.text);
+            assert!(answer.text.contains("never come") && answer.text.contains(&pid), "{}", answer.text);
+            // Whoever starts the daemon anew finds it so again.
+            stage.rig.start_daemon(HostId::B).unwrap();
+        }
+        there.process().kill().unwrap();
+        wait_for("the VMM to be gone", LONG, || {
+            stage.rig.guest(HostId::B, "web1").unwrap().is_none().then_some(())
+        })
+        .unwrap();
     }
 }

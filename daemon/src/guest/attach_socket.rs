@@ -19,6 +19,7 @@ use super::attached::{receive, send};
 use super::{Attached, Guest, Process, shim};
 use crate::host::Host;
 use crate::task;
+use crate::unix_socket::{Peer, peer};
 
 /// Longest time that a VMM may take to introduce itself.
 const GREETING: Duration = Duration::from_secs(5);
@@ -78,25 +79,25 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 
 /// Who has connected, and the version that is spoken.
 enum Introduced {
-    Vmm(Box<Hello>, Arc<GuestRam>, u16),
+    Vmm(Box<Hello>, Arc<GuestRam>, Process, u16),
     Shim(u16),
 }
 
 async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     let broken = |error: io::Error| format!("its connection broke: {error}");
-    let user = rustix::net::sockopt::socket_peercred(&socket).map_err(|error| broken(error.into()))?;
-    let pid = user.pid.as_raw_nonzero().get() as u32;
-    let process = Rc::new(Process::running(pid));
+    let Peer { pid, uid } = peer(&socket).map_err(broken)?;
+    let process = Process::running(pid);
     let socket = watch(socket).map_err(broken)?;
     let introduced = async {
-        let uid = user.uid.as_raw();
         if !host.config.attach_users.contains(&uid) {
             return Err(format!("user {uid} may not attach guests; see attach_users in the configuration"));
         }
+        // A VMM of which it cannot be told whether it lives is none to leave a guest with.
+        let process = process.map_err(|error| error.to_string())?;
         let (packet, descriptors) =
             receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
         match FromVmm::decode(&packet) {
-            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host),
+            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host, process),
             Ok(FromVmm::Shim { oldest, newest }) => {
                 let version = agree("shim", (oldest, newest))?;
                 host.shims.has_room(pid).then_some(Introduced::Shim(version)).ok_or_else(|| {
@@ -117,9 +118,9 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
             return Err(format!("process {pid}: {reason}"));
         }
     };
-    let (Introduced::Vmm(_, _, version) | Introduced::Shim(version)) = introduced;
+    let (Introduced::Vmm(.., version) | Introduced::Shim(version)) = introduced;
     let welcomed = send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await;
-    let Introduced::Vmm(hello, ram, _) = introduced else {
+    let Introduced::Vmm(hello, ram, process, _) = introduced else {
         // Children of VMMs have one too, and come and go: one that is gone already is no news.
         if welcomed.is_ok() {
             host.shims.add(pid, socket);
@@ -134,14 +135,19 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     }
     let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
     let driver = Rc::new(Attached::new(socket, Some(ram.clone())));
-    let guest = Rc::new(Guest::new(shape, ram, driver, process, standing));
+    let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), standing));
     guest.migration.replace(migration);
     host.guest_attached(guest);
     Ok(())
 }
 
 /// Checks everything that a VMM said, and maps its guest's memory.
-fn introduce(hello: Hello, descriptors: Vec<OwnedFd>, host: &Host) -> Result<Introduced, String> {
+fn introduce(
+    hello: Hello,
+    descriptors: Vec<OwnedFd>,
+    host: &Host,
+    process: Process,
+) -> Result<Introduced, String> {
     let version = agree("VMM", (hello.oldest, hello.newest))?;
     let name = &hello.shape.name;
     if host.guest(name).is_some() {
@@ -154,7 +160,7 @@ fn introduce(hello: Hello, descriptors: Vec<OwnedFd>, host: &Host) -> Result<Int
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
     ram.look_on();
-    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), version))
+    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version))
 }
 
 fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {

@@ -28,7 +28,7 @@ pub use ahead::map_ahead;
 pub use attached::Attached;
 pub use memlane_kvm::dirty::{Harvest, Paced};
 pub use memory::VmmMemory;
-pub use process::Process;
+pub use process::{KillError, Process, ProcessError};
 pub use stun::{Report as StunReport, Switch};
 
 use stun::Stunned;
@@ -182,6 +182,8 @@ pub struct Guest {
     pub summoned: Cell<bool>,
     /// Part of its memory never came, and accesses to that fail: it must not move any more.
     pub incomplete: Cell<bool>,
+    /// Part of its memory never came, accesses to that wait for ever, and its VMM could not be ended.
+    pub lost: Cell<bool>,
 }
 
 impl Guest {
@@ -194,8 +196,20 @@ impl Guest {
         standing: Standing,
     ) -> Self {
         let (standing, migration) = (Cell::new(standing), RefCell::default());
-        let (tracked, stunned, summoned, incomplete) = Default::default();
-        Self { shape, ram, driver, process, standing, tracked, stunned, migration, summoned, incomplete }
+        let (tracked, stunned, summoned, incomplete, lost) = Default::default();
+        Self {
+            shape,
+            ram,
+            driver,
+            process,
+            standing,
+            tracked,
+            stunned,
+            migration,
+            summoned,
+            incomplete,
+            lost,
+        }
     }
 
     /// See [`Driver::harvest`].

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::hex;
 
 /// A process, told apart from a later one with the same number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct VmmIdentity {
     /// Its number; 0 if it is not known.
     pub pid: u32,

@@ -452,6 +452,7 @@ impl Run {
                 warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")
             }
             Err(error) => {
+                self.executor.host.note_lost(&self.ticket.guest, guest.process.identity());
                 error!(guest = %self.ticket.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
             }
         }

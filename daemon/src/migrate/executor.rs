@@ -1,5 +1,7 @@
 //! Carries out what a half of the handover orders.
 
+mod lost;
+
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::future::pending;
@@ -22,6 +24,8 @@ use crate::journal::Entry;
 use crate::lane::Placing;
 use crate::link::{Link, LinkError};
 use crate::task;
+
+pub use lost::NEVER_WHOLE;
 
 /// How often what has not been answered is asked again.
 pub const TICK: Duration = Duration::from_secs(1);
@@ -118,6 +122,10 @@ pub struct Executor {
     pub placing: Option<Arc<Placing>>,
     /// What the VMM was told and has not answered, because its connection was lost.
     unanswered: Option<Action>,
+    /// Since when a VMM whose connection is lost has not answered.
+    unanswered_since: Instant,
+    /// The guest can never be whole here, and its VMM lives.
+    lost: Option<Rc<Process>>,
     /// The migration has started the guest here.
     resumed: bool,
     /// A word is on its way over a connection of its own.
@@ -148,6 +156,8 @@ impl Executor {
             resume_time: Duration::ZERO,
             placing: None,
             unanswered: None,
+            unanswered_since: Instant::now(),
+            lost: None,
             resumed: false,
             exchanging: Rc::default(),
         }
@@ -248,6 +258,7 @@ impl Executor {
                 self.entry.record = record;
                 return Some(Event::Journalled(record));
             }
+            Action::Forget if self.lost.is_some() => self.forget_when_ended(),
             Action::Forget => {
                 if let Err(failure) = self.host.journal.forget(&self.entry).await {
                     warn!(guest = %self.entry.guest, %failure, "cannot tidy up the journal");
@@ -266,7 +277,7 @@ impl Executor {
         let done = match action {
             Action::Relinquish => Event::Relinquished,
             Action::Resume if self.resumed => return Some(self.resumed()),
-            Action::Resume if self.entry.fetching && self.placing.is_none() => return Some(self.end_lost()),
+            Action::Resume if self.cannot_be_whole() => return self.give_back_or_end(),
             Action::Resume => Event::Resumed,
             _ => Event::Discarded,
         };
@@ -332,21 +343,6 @@ impl Executor {
         }
     }
 
-    /// Ends a guest whose missing pages were known to a daemon that is no more: it would go on until
-    /// it waits for one for ever.
-    fn end_lost(&mut self) -> Event {
-        self.blame(
-            "the daemon ended while the guest ran here without all of its memory, and what was missing is not \
-             known any more; its VMM was ended",
-        );
-        match &self.vmm {
-            Vmm::Attached(guest) => guest.process.kill(),
-            Vmm::Away(process) => process.kill(),
-            Vmm::Ended | Vmm::Released => {}
-        }
-        Event::Abandoned
-    }
-
     /// All of the guest's memory is here.
     pub async fn whole(&mut self) {
         self.entry.fetching = false;
@@ -382,6 +378,7 @@ impl Executor {
             return Some(Event::Failed);
         }
         self.unanswered = Some(action);
+        self.unanswered_since = Instant::now();
         None
     }
 
@@ -487,6 +484,14 @@ pub async fn vmm_news(vmm: &Vmm, returns: &mut mpsc::Receiver<Rc<Guest>>) -> Vmm
 pub async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
     match link {
         Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}
+
+/// Returns at this time, if there is one.
+pub async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => pending().await,
     }
 }

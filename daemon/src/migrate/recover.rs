@@ -6,7 +6,7 @@ use memlane_protocol::handover::{Action, Destination, Event, Outcome, Record, So
 use memlane_protocol::wire::attach::Standing;
 use tracing::{error, info};
 
-use super::executor::{Executor, Half, TICK, Vmm, vmm_news};
+use super::executor::{Executor, Half, NEVER_WHOLE, TICK, Vmm, until, vmm_news};
 use super::serve::{Server, Serving};
 use super::{Arrivals, Ticket, destination};
 use crate::api::types::{Outcome as OutcomeView, Phase, Role};
@@ -22,13 +22,7 @@ pub fn all(host: &Rc<Host>, unfinished: Vec<Entry>) {
         let source = matches!(record, Record::Committed | Record::Finished | Record::TakenBack);
         let role = if source { Role::Source } else { Role::Destination };
         info!(guest = %entry.guest, peer = %entry.peer, %record, "taking up a migration that was in doubt");
-        let process = Process::remembered(entry.vmm);
-        if record == Record::Prepared && entry.fetching {
-            // It never ran here, and what it would have to fetch is not known any more: its end has it
-            // handed back.
-            process.kill();
-        }
-        let vmm = Vmm::Away(Rc::new(process));
+        let vmm = Vmm::Away(Rc::new(Process::remembered(entry.vmm)));
         take_up(host, vmm, entry, Some(record), role);
     }
 }
@@ -55,7 +49,8 @@ fn take_up(host: &Rc<Host>, vmm: Vmm, entry: Entry, record: Option<Record>, role
     ticket.cancellable.set(false);
     ticket.update(|progress| progress.phase = Phase::Committing);
     host.add(ticket.clone());
-    let executor = Executor::new(host.clone(), entry, vmm, None, (ticket.clone(), arrivals));
+    let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
+    let mut executor = Executor::new(host.clone(), entry, vmm, None, (ticket.clone(), arrivals));
     task::spawn("recovery of a migration", async move {
         let reason = match role {
             Role::Source => match Source::recover(record) {
@@ -63,6 +58,12 @@ fn take_up(host: &Rc<Host>, vmm: Vmm, entry: Entry, record: Option<Record>, role
                 Err(error) => give_up(&ticket, error),
             },
             Role::Destination => match Destination::recover(record) {
+                Ok((mut half, _)) if lacks_pages => {
+                    // It never ran here, and can never be whole: nothing is left to ask.
+                    executor.blame(NEVER_WHOLE);
+                    let actions = half.on(Event::ResumeFailed);
+                    drive(executor, half, actions).await
+                }
                 Ok((half, actions)) => drive(executor, half, actions).await,
                 Err(error) => give_up(&ticket, error),
             },
@@ -92,7 +93,7 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
                 _ => {}
             }
         }
-        if half.is_over() {
+        if half.is_over() && !executor.owes_discard() {
             break;
         }
         if serve && serving.is_none() {
@@ -108,6 +109,7 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
         }
         executor.ticket.abandonable.set(half.can_abandon());
         let mut abandoned = executor.ticket.abandoned.subscribe();
+        let patience_ends = executor.patience_ends();
         let Arrivals { words, returns, .. } = &mut executor.arrivals;
         let event = tokio::select! {
             Some(word) = words.recv() => {
@@ -119,6 +121,7 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
                 executor.blame("abandoned by the operator: the destination is gone for good");
                 Some(Event::Abandoned)
             }
+            () = until(patience_ends) => executor.lose_patience(),
             () = tokio::time::sleep(TICK) => Some(Event::Tick),
         };
         if let Some(event) = event {

@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use tracing::{info, warn};
 
 use super::copy::{CopyError, Copying};
-use super::executor::{Executor, TICK, Vmm, receive, vmm_news};
+use super::executor::{Executor, TICK, Vmm, receive, until, vmm_news};
 use super::lanes::Lanes;
 use super::preflight::Plan;
 use super::reopen::Reopener;
@@ -379,13 +379,6 @@ impl Run {
 async fn work(stage: &mut Option<Stage>) -> Result<Event, CopyError> {
     match stage {
         Some(stage) => stage.await,
-        None => pending().await,
-    }
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => pending().await,
     }
 }

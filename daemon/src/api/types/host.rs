@@ -106,6 +106,9 @@ pub enum Standing {
     Relinquished,
     /// It has arrived and waits for permission to run.
     Loaded,
+    /// Part of its memory was at another host and will never come, and its VMM could not be ended:
+    /// it hangs where it touches that.
+    Lost,
 }
 
 impl Standing {
@@ -117,6 +120,7 @@ impl Standing {
             Self::Migrating => "migrating",
             Self::Relinquished => "relinquished",
             Self::Loaded => "loaded",
+            Self::Lost => "lost",
         }
     }
 }

@@ -310,7 +310,10 @@ impl Driver for Qemu {
             return Ok(());
         }
         warn!(pid = self.process.identity().pid, "QEMU does not quit; it is killed");
-        self.process.kill();
+        if let Err(error) = self.process.kill() {
+            let reason = error.to_string();
+            return Err(DriverError::Failed { request: "quit", reason });
+        }
         match tokio::time::timeout(PATIENCE, self.process.ended()).await {
             Ok(()) => Ok(()),
             Err(_) => Err(DriverError::Slow { request: "quit", after: 2 * PATIENCE }),

@@ -120,11 +120,7 @@ impl Place {
             return Err(QemuError::User { user: qmp.user() });
         }
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
-        if qmp.pid() == 0 {
-            return Err(QemuError::Standing(
-                "QEMU's process cannot be seen from here: it is in a pid namespace of others",
-            ));
-        }
+        let process = Rc::new(Process::running(qmp.pid())?);
         let by_itself =
             status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
         if !fresh && !record.migrating && by_itself {
@@ -144,7 +140,6 @@ impl Place {
             record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
         let definition = definition.transpose()?;
         let facts = inspect(&qmp, &self.name, definition.as_ref(), &host.config.networks).await?;
-        let process = Rc::new(Process::running(qmp.pid()));
         let mut record = record.clone();
         // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
         record.incoming &= status != "running";

@@ -23,7 +23,7 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{QemuGuest, Refusal, Respect};
 use memlane_protocol::wire::machine::MAX_RAM_BYTES;
 
-use crate::guest::{DriverError, Guest};
+use crate::guest::{DriverError, Guest, ProcessError};
 use crate::host::Host;
 use definition::{Definition, DefinitionError};
 use register::{Record, RegisterError};
@@ -49,6 +49,9 @@ pub enum QemuError {
     /// It does not do as it is asked.
     #[error(transparent)]
     Driver(#[from] DriverError),
+    /// Its process cannot be followed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
     /// The user it runs as.
     #[error(
         "QEMU runs as user {user}, who may not attach guests; add that user to attach_users in the daemon's \
