@@ -66,6 +66,23 @@ pub enum RamError {
     },
 }
 
+/// Why memory is not a guest's any more, in the process that looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RamLost {
+    /// A file behind it is shorter than it was.
+    #[error("the guest's memory file was truncated by its VMM")]
+    Truncated,
+    /// The kernel had no page where there should have been one.
+    #[error(
+        "a page of the guest's memory was not to be had: its file was truncated for a while, or its tmpfs or the \
+         pool of huge pages is used up"
+    )]
+    NoPage,
+    /// The machine cannot read a page of it.
+    #[error("the machine reports an error in the guest's memory (see the kernel's log)")]
+    Hardware,
+}
+
 /// Why writes could not be tracked. After any error but [`TrackError::Range`] the tracker may
 /// have missed writes: stop it, and count every page as written.
 #[derive(Debug, thiserror::Error)]

@@ -23,4 +23,4 @@ pub mod state;
 pub mod userfault;
 pub mod vcpu;
 
-pub use error::{AttachError, RamError, TrackError};
+pub use error::{AttachError, RamError, RamLost, TrackError};

@@ -7,6 +7,7 @@
 mod backing;
 mod extents;
 mod known;
+mod loss;
 mod mapped;
 mod marks;
 mod write;
@@ -28,14 +29,16 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use self::known::KnownData;
+use self::loss::Guarded;
 use self::mapped::MappedBlocks;
 use self::write::Writing;
 
 pub use backing::Backing;
+pub use loss::contain_faults;
 pub use marks::Marks;
 pub use zero::{is_zero, zero_pages};
 
-pub use crate::error::RamError;
+pub use crate::error::{RamError, RamLost};
 
 /// Pages of the largest KVM memory slot; the kernel's limit is just under twice that.
 const SLOT_PAGES: u64 = 1 << 30;
@@ -43,6 +46,8 @@ const SLOT_PAGES: u64 = 1 << 30;
 /// A guest's memory, mapped into this process. Share it as `Arc<GuestRam>`.
 #[derive(Debug)]
 pub struct GuestRam {
+    /// First, so that it ends before the regions are unmapped.
+    guarded: Guarded,
     memory: GuestMemoryMmap<Marks>,
     regions: Vec<Region>,
     mapped: Vec<Mapped>,
@@ -138,7 +143,8 @@ impl GuestRam {
             .map_err(|_| RamError::Layout { index: 0, reason: "the regions are not in order" })?;
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
         let writing = Writing::default();
-        Ok(Self { memory, regions: shape, mapped, marks, data, in_tables, writing, sealed })
+        let guarded = Guarded::new(&mapped);
+        Ok(Self { guarded, memory, regions: shape, mapped, marks, data, in_tables, writing, sealed })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -164,7 +170,7 @@ impl GuestRam {
 
     /// Whether no descriptor can be made shorter. Where this is false (files on tmpfs or
     /// hugetlbfs), whoever else has the file can take pages away, and touching them then
-    /// raises `SIGBUS`.
+    /// raises `SIGBUS`: see [`contain_faults`] and [`GuestRam::intact`].
     pub fn is_sealed(&self) -> bool {
         self.sealed
     }

@@ -144,7 +144,11 @@ fn seal(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     if seals.contains(SealFlags::SEAL) {
         return Ok(false);
     }
-    rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK).map(|()| true)
+    match rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK) {
+        // Its owner was quicker to close its seals.
+        Err(Errno::PERM) => Ok(false),
+        other => other.map(|()| true),
+    }
 }
 
 fn memfd(huge: bool) -> Result<OwnedFd, Errno> {

@@ -123,7 +123,11 @@ impl GuestRam {
         let region_end = self.mapped[index].pages.end;
         let last = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
             Ok(hole) => first + hole.saturating_sub(data).div_ceil(PAGE_SIZE),
-            Err(Errno::NXIO) => region_end,
+            // Nothing is there any more, of what was just found: somebody made a hole, or cut the file.
+            Err(Errno::NXIO) => {
+                self.check_length(index)?;
+                region_end
+            }
             Err(error) => return Err(error.into()),
         };
         let run = first..last.clamp(first + 1, region_end);
@@ -142,7 +146,8 @@ impl GuestRam {
                 let page = piece.start + data.saturating_sub(begin) / PAGE_SIZE;
                 Ok((page < piece.end).then_some(page))
             }
-            Err(Errno::NXIO) => Ok(None),
+            // So it is beyond the end of a file that was cut, which must not pass for a hole.
+            Err(Errno::NXIO) => self.check_length(index).map(|()| None),
             Err(error) => Err(error.into()),
         }
     }

@@ -68,6 +68,8 @@ impl GuestRam {
             if backing::is_huge(&self.regions[index]) {
                 self.copy_into(piece, bytes)?;
             } else {
+                // A write would make a file longer that was cut, with zeros where other pages had been.
+                self.check_length(index)?;
                 let (file, offset) = self.file_range(index, &piece);
                 file.write_all_at(bytes, offset)?;
             }

@@ -159,7 +159,7 @@ impl<'a, S: Deref<Target = [AtomicU64]>> Pass<'a, S> {
                 }
             }
         }
-        Ok(())
+        ram.intact().map_err(TrackError::kernel("looking for zeros in the guest's memory"))
     }
 
     /// What of the protected `pages` was reported, and not as blank.
