@@ -4,7 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use memlane_lab::{HostId, QEMU};
+use memlane_lab::HostId;
+use memlane_lab::qemu;
 
 use crate::daemon::start_where;
 use crate::qemu::{Qemu, assert_moves, guest_file, ram, stage};
@@ -83,9 +84,10 @@ fn what_the_destination_lacks() {
     stage.assert_refused("web1", &[], &["network lan is not configured", "[[network]]"]);
     stage.reconfigure(HostId::B, |text| text.replace("name = \"wan\"", "name = \"lan\""));
 
-    stage.reconfigure(HostId::B, |text| text.replace(&format!("[\"{QEMU}\"]"), "[]"));
-    stage.assert_refused("web1", &[], &[QEMU, "guests.qemu", "allows none"]);
-    stage.reconfigure(HostId::B, |text| text.replace("qemu = []", &format!("qemu = [\"{QEMU}\"]")));
+    let qemu = qemu::program().display().to_string();
+    stage.reconfigure(HostId::B, |text| text.replace(&format!("[\"{qemu}\"]"), "[]"));
+    stage.assert_refused("web1", &[], &[&qemu, "guests.qemu", "allows none"]);
+    stage.reconfigure(HostId::B, |text| text.replace("qemu = []", &format!("qemu = [\"{qemu}\"]")));
 
     assert_moves(&stage);
 }
@@ -99,7 +101,8 @@ fn what_the_destinations_qemu_lacks() {
     script(&program, "true");
     let allowed = format!("[\"{}\"]", program.display());
     for id in [HostId::A, HostId::B] {
-        stage.reconfigure(id, |text| text.replace(&format!("[\"{QEMU}\"]"), &allowed));
+        let qemu = qemu::program();
+        stage.reconfigure(id, |text| text.replace(&format!("[\"{}\"]", qemu.display()), &allowed));
     }
     let qemu = format!("qemu = \"{}\"", program.display());
     stage.launch(HostId::A, &guest_file(stage.rig.lab().host(HostId::A), "web1", "", &qemu));
@@ -127,7 +130,8 @@ fn what_the_destinations_qemu_lacks() {
 
 /// A QEMU that does something else first.
 fn script(path: &Path, first: &str) {
-    fs::write(path, format!("#!/bin/sh\n{first}\nexec {QEMU} \"$@\"\n")).unwrap();
+    let qemu = qemu::program();
+    fs::write(path, format!("#!/bin/sh\n{first}\nexec {} \"$@\"\n", qemu.display())).unwrap();
     fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
 }
 

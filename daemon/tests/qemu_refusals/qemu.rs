@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Answer, Host, HostId, LabOptions, Process, QEMU, Requirement, RigOptions};
+use memlane_lab::{Answer, Host, HostId, LabOptions, Process, Requirement, RigOptions};
 use serde_json::{Value, json};
 
 use crate::common::{LIMITS, Stage, words};
@@ -40,7 +40,7 @@ impl Qemu {
     /// Starts one as the README says: with the shim, and its RAM in a file.
     pub fn start(host: &Host, name: &str, arguments: &str) -> Self {
         let arguments = format!("{} {arguments}", ram(host, name, 64));
-        let mut command = host.command(QEMU);
+        let mut command = host.command(host.qemu());
         command.env("LD_PRELOAD", shim());
         command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
         Self::spawn(host, name, command, &arguments)
@@ -48,14 +48,14 @@ impl Qemu {
 
     /// Starts one without the shim, and with only the RAM that is among its `arguments`.
     pub fn start_bare(host: &Host, name: &str, arguments: &str) -> Self {
-        Self::spawn(host, name, host.command(QEMU), arguments)
+        Self::spawn(host, name, host.command(host.qemu()), arguments)
     }
 
     /// Starts one without the shim, as [`NOBODY`].
     pub fn start_as_nobody(host: &Host, name: &str) -> Self {
         open_to_nobody(host);
         let mut command = host.command(AS_NOBODY[0]);
-        command.args(&AS_NOBODY[1..]).arg(QEMU);
+        command.args(&AS_NOBODY[1..]).arg(host.qemu());
         Self::spawn(host, name, command, &ram(host, name, 64))
     }
 
@@ -121,7 +121,11 @@ pub fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) 
 /// Writes a guest file; `more` are further keys and tables of it.
 pub fn guest_file(host: &Host, name: &str, arguments: &str, more: &str) -> String {
     let arguments = serde_json::Value::from(words(&format!("{SMALL} {arguments}")));
-    let text = format!("name = \"{name}\"\nmemory = \"64MiB\"\narguments = {arguments}\n{more}\n");
+    let qemu = match more.starts_with("qemu = ") {
+        true => String::new(),
+        false => format!("qemu = \"{}\"\n", host.qemu().display()),
+    };
+    let text = format!("name = \"{name}\"\nmemory = \"64MiB\"\narguments = {arguments}\n{qemu}{more}\n");
     let file = host.directory().join(format!("{name}.toml"));
     fs::write(&file, text).unwrap();
     file.to_str().unwrap().to_owned()

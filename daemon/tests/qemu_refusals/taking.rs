@@ -103,9 +103,10 @@ fn a_guest_that_cannot_be_started() {
     let Some(mut stage) = stage("a_guest_that_cannot_be_started", false, "") else { return };
     let host = stage.rig.lab().host(HostId::A);
     let nic = "[[nic]]\nmac = \"52:54:00:4d:4c:01\"\ntap = \"tap-web1\"\nnetwork = \"lan\"";
+    let qemu = host.qemu().display().to_string();
     for (arguments, more, why) in [
         ("", nic, &["tap tap-web1", "ip tuntap add tap-web1 mode tap", "nic.tap"][..]),
-        ("", "qemu = \"/usr/bin/other\"", &["/usr/bin/other", "guests.qemu", "/usr/bin/qemu-system-x86_64"]),
+        ("", "qemu = \"/usr/bin/other\"", &["/usr/bin/other", "guests.qemu", &qemu]),
         ("-machine pc-q35-99.0", "", &["unsupported machine type", "-machine help"]),
         ("-cpu NoSuch", "", &["CPU model 'NoSuch'"]),
         ("-drive file=/absent/disk", "", &["-drive file=/absent/disk", "No such file"]),

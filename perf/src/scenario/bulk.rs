@@ -18,7 +18,7 @@ use std::cell::Cell;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use memlane_lab::{HostId, LabOptions, QEMU, Requirement, Size};
+use memlane_lab::{HostId, LabOptions, Requirement, Size};
 use serde_json::{Value, json};
 
 use super::{Bench, Measured, Scenario};
@@ -74,7 +74,7 @@ impl Scenario for Bulk {
         } else {
             SharedMemory::with_pattern(bytes)
         }?;
-        let with_qemu = !self.without_qemu && rig.lab().hosts().iter().all(|host| host.has(QEMU));
+        let with_qemu = !self.without_qemu && rig.lab().hosts().iter().all(|host| host.has(&host.qemu()));
         let firmware = with_qemu.then(|| Firmware::new(rig.lab(), bytes)).transpose()?;
         let guest = Guest::idle(self.ram, rig.lab().has_kvm());
         // Memlane comes first, and says how many it had.

@@ -15,6 +15,7 @@ use crate::namespace::Namespace;
 use crate::network;
 use crate::process::Process;
 use crate::programs::Programs;
+use crate::qemu;
 use crate::qmp::Monitor;
 use crate::rate::Rate;
 use crate::remote::Remote;
@@ -125,6 +126,11 @@ impl Host {
         self.remote().map_or_else(|| programs.path(name), |remote| remote.directory().join(name))
     }
 
+    /// The QEMU of this host.
+    pub fn qemu(&self) -> PathBuf {
+        if self.is_remote() { qemu::program_elsewhere() } else { qemu::program() }
+    }
+
     /// Writes a file on this host.
     ///
     /// # Errors
@@ -160,9 +166,9 @@ impl Host {
     }
 
     /// Whether this host has a file.
-    pub fn has(&self, path: &str) -> bool {
+    pub fn has(&self, path: &Path) -> bool {
         match self.remote() {
-            None => Path::new(path).exists(),
+            None => path.exists(),
             Some(remote) => remote.ask("exists", json!({ "path": path })).is_ok_and(|exists| exists == true),
         }
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
@@ -53,6 +53,28 @@ pub(crate) fn cargo_build() -> Command {
 pub(crate) fn target_directory() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
     workspace().join(target)
+}
+
+/// Whether a program is there that is started by its name.
+pub(crate) fn in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
+
+/// Runs a program to its end in `directory`, and returns what it prints.
+pub(crate) fn run(program: &str, arguments: &[&str], directory: &Path) -> Result<String> {
+    let what = || format!("{program} {}", arguments.join(" "));
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(directory)
+        .env("LC_ALL", "C")
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .output()
+        .with_context(|| format!("running {}", what()))?;
+    if !output.status.success() {
+        bail!("{} failed with {}: {}", what(), output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn workspace() -> PathBuf {

@@ -5,10 +5,8 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::linux::Kernel;
+use crate::{programs, qemu};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-
-/// The QEMU that is used.
-pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// The ssh server that is used, which has to be started by its full path.
 pub const SSHD: &str = "/usr/sbin/sshd";
@@ -24,7 +22,7 @@ pub enum Requirement {
     Tc,
     /// A usable /dev/kvm.
     Kvm,
-    /// [`QEMU`].
+    /// [The QEMU](qemu::program) that labs use.
     Qemu,
     /// A kernel for Linux guests, unpacked already.
     Kernel,
@@ -76,6 +74,9 @@ pub fn why_not(requirements: &[Requirement]) -> Option<String> {
 
 /// For tests: whether `test` cannot run here, with a line on stderr that says so.
 pub fn skip(test: &str, requirements: &[Requirement]) -> bool {
+    if requirements.contains(&Requirement::Qemu) {
+        qemu::note_test(test);
+    }
     let reason = why_not(requirements);
     if let Some(reason) = &reason {
         say_skipped(test, reason);
@@ -97,8 +98,7 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Ip => in_path("ip", "iproute2"),
         Requirement::Tc => in_path("tc", "iproute2"),
         Requirement::Kvm => kvm(),
-        Requirement::Qemu if Path::new(QEMU).exists() => None,
-        Requirement::Qemu => Some(format!("there is no {QEMU} (install qemu-system-x86)")),
+        Requirement::Qemu => qemu::why_not(),
         Requirement::Sshd if Path::new(SSHD).exists() => in_path("ssh", "openssh-client"),
         Requirement::Sshd => Some(format!("there is no {SSHD} (install openssh-server)")),
         Requirement::Kernel if Kernel::present().is_some() => None,
@@ -117,9 +117,8 @@ fn network_namespaces() -> Option<String> {
 }
 
 fn in_path(program: &str, package: &str) -> Option<String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
-    (!found).then(|| format!("`{program}` is not in PATH (install {package}; it may live in /usr/sbin)"))
+    (!programs::in_path(program))
+        .then(|| format!("`{program}` is not in PATH (install {package}; it may live in /usr/sbin)"))
 }
 
 fn kvm() -> Option<String> {

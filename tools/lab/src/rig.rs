@@ -16,7 +16,6 @@ use crate::linux::LinuxGuest;
 use crate::process::Process;
 use crate::programs::Programs;
 use crate::rate::Rate;
-use crate::requirements::QEMU;
 use crate::user::DaemonUser;
 use crate::wait::wait_for;
 
@@ -172,7 +171,7 @@ impl Rig {
              api_socket = \"{directory}/api.sock\"\nattach_socket = \"{directory}/attach.sock\"\n\
              journal = \"{directory}/journal\"\nmetrics = \"127.0.0.1:9410\"\n{keys}\n\
              [guests]\ndirectory = \"{directory}/guests\"\nmemory = \"{memory}\"\nshim = \"{shim}\"\n\
-             qemu = [\"{QEMU}\"]\n\
+             qemu = [\"{qemu}\"]\n\
              [[peer]]\nname = \"{peer}\"\ncontrol = \"{peer_control}\"\n\
              may_start_guests = {may_start_guests}\n",
             name = host.name(),
@@ -180,6 +179,7 @@ impl Rig {
             keys = self.keys,
             memory = host.memory_directory().display(),
             shim = host.program(&self.programs, "libmemlane_shim.so").display(),
+            qemu = host.qemu().display(),
             may_start_guests = self.may_start_guests,
             peer = peer.name(),
             peer_control = peer.control_address(),

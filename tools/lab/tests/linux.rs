@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::{
-    Counters, HostId, Lab, LabOptions, Lan, Programs, QEMU, Requirement, Rig, RigOptions, Session, Size,
-    skip, tell_guest, wait_for,
+    Counters, HostId, Lab, LabOptions, Lan, Programs, Requirement, Rig, RigOptions, Session, Size, skip,
+    tell_guest, wait_for,
 };
 
 /// Long enough for a busy machine: it only bounds a failure.
@@ -30,7 +30,7 @@ fn a_linux_guest_checks_its_memory_and_talks() {
         working_set: Size::from_mib(16),
         ..LinuxGuest::new(kernel, initramfs, Accelerator::Tcg, console.clone())
     };
-    let mut command = host.command(QEMU);
+    let mut command = host.command(host.qemu());
     command.args(guest.qemu_arguments()).args(["-m", "256M"]);
     command.args(["-netdev", "tap,id=lan,ifname=tap-web1,script=no,downscript=no"]);
     command.args(["-device", &format!("virtio-net-pci,netdev=lan,mac={}", guest.mac_text())]);

@@ -3,14 +3,13 @@
 mod common;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use common::{Daemon, LONG, Memory, RamFile, Running, preload};
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{say_skipped, wait_for};
+use memlane_lab::{Requirement, qemu, say_skipped, skip, wait_for};
 use serde_json::json;
 
-const QEMU: &str = "qemu-system-x86_64";
 /// What libvirt forbids its QEMUs.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 const PAGES: u64 = (64 << 20) / 4096;
@@ -20,19 +19,11 @@ fn monitor_of(qemu: &mut Running, socket: &Path) -> Monitor {
     Monitor::connect_while(socket, || matches!(qemu.0.try_wait(), Ok(None))).unwrap()
 }
 
-fn is_here(test: &str) -> bool {
-    let here = Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok();
-    if !here {
-        say_skipped(test, &format!("{QEMU} is not in PATH (install qemu-system-x86)"));
-    }
-    here
-}
-
 /// The firmware, which runs as soon as QEMU does, writes pages; before, none are written.
 #[test]
 fn the_writes_of_a_guest_are_seen() {
     let test = "the_writes_of_a_guest_are_seen";
-    if !is_here(test) {
+    if skip(test, &[Requirement::Qemu]) {
         return;
     }
     let device = match std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
@@ -43,7 +34,7 @@ fn the_writes_of_a_guest_are_seen() {
     let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
     let daemon = Daemon::new(&socket);
     let ram = RamFile::new(PAGES);
-    let mut command = Command::new(QEMU);
+    let mut command = Command::new(qemu::program());
     command.args(["-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64M"]);
     command.args(["-machine", "pc,memory-backend=ram", "-sandbox", SANDBOX, "-object"]);
     command.arg(format!("memory-backend-file,id=ram,size=64M,share=on,mem-path={}", ram.path().display()));
@@ -66,17 +57,16 @@ fn the_writes_of_a_guest_are_seen() {
 #[test]
 fn qemu_becomes_another_user() {
     let test = "qemu_becomes_another_user";
-    if !is_here(test) {
+    if skip(test, &[Requirement::Qemu, Requirement::Root]) {
         return;
-    }
-    if !rustix::process::geteuid().is_root() {
-        return say_skipped(test, "not root (use sudo)");
     }
     let directory = tempfile::tempdir().unwrap();
     let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
     let daemon = Daemon::new(&socket);
-    let mut command = Command::new(QEMU);
-    command.args(["-machine", "none", "-display", "none", "-nodefaults", "-runas", "nobody"]);
+    let mut command = Command::new(qemu::program());
+    command
+        .args(["-machine", "none", "-display", "none", "-nodefaults"])
+        .args(qemu::run_as("nobody").unwrap());
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
     let mut qemu = Running(preload(&mut command, &socket).spawn().unwrap());
     let _connection = daemon.welcome(qemu.pid());

@@ -28,15 +28,18 @@ enum Command {
     /// Builds memlane-perf and runs it with these arguments: cargo xtask bench SCENARIO [--json] ...; see cargo xtask
     /// bench -- --help. Needs root.
     Bench(bench::Options),
-    /// Install what the tests need, check everything, run all tests, and say what was skipped
-    Test,
+    /// Bring what the tests need, check everything, run all tests, and say what was skipped
+    ///
+    /// As root this installs packages, and unpacks QEMU in each version that is tested and a kernel into cargo's target
+    /// directory. Where that fails, nothing is tested.
+    Test(test::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
-        Command::Test => test::run(),
+        Command::Test(options) => test::run(&options),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

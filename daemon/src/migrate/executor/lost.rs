@@ -78,7 +78,7 @@ impl Executor {
     /// A daemon that starts while the VMM still lives must know what it is.
     pub(super) fn forget_when_ended(&self) {
         let (host, entry, lost) = (self.host.clone(), self.entry.clone(), self.lost.clone());
-        tokio::task::spawn_local(async move {
+        task::spawn("forgetting a lost guest", async move {
             if let Some(process) = lost {
                 process.ended().await;
             }

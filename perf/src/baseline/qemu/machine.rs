@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::linux::Accelerator;
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Host, Process, QEMU};
+use memlane_lab::{Host, Process};
 
 use super::files;
 
@@ -44,7 +44,7 @@ impl Machine<'_> {
             self.memory.display()
         );
         let size = format!("{}B", self.bytes);
-        let mut command = host.command(QEMU);
+        let mut command = host.command(host.qemu());
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-name", host.name()]);
         command.args(["-machine", "q35,memory-backend=ram0", "-accel", accelerator.as_str()]);
         command.args(["-m", &size, "-object", &ram]);

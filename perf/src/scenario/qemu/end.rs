@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Host, HostId, Process, QEMU, Rig, wait_for};
+use memlane_lab::{Host, HostId, Process, Rig, wait_for};
 use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
 use serde_json::json;
 
@@ -98,7 +98,7 @@ fn spawn(host: &Host, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Re
     let paths = paths(host, guest);
     remove(&paths.memory)?;
     let definition = Definition::parse(Path::new("the guest file"), &guest.file())?;
-    let mut command = host.command(QEMU);
+    let mut command = host.command(host.qemu());
     for argument in definition.command_line(&paths, incoming) {
         let is_memory = argument.to_string_lossy().starts_with("memory-backend-file,");
         command.arg(if anonymous && is_memory { anonymous_memory(guest).into() } else { argument });

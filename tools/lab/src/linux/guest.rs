@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use super::{Initramfs, Kernel};
 use crate::lan::Lan;
+use crate::qemu;
 use crate::size::Size;
 
 /// A boot on an emulated processor takes seconds: what nobody needs here is left out.
@@ -31,6 +32,8 @@ pub struct LinuxGuest {
     pub kernel: Kernel,
     /// What it boots into.
     pub initramfs: Initramfs,
+    /// The program that is its VMM.
+    pub qemu: PathBuf,
     /// What executes its instructions.
     pub accelerator: Accelerator,
     /// Virtual processors; as many threads write and check memory.
@@ -102,6 +105,7 @@ impl LinuxGuest {
             name: "web1".into(),
             kernel,
             initramfs,
+            qemu: qemu::program(),
             accelerator,
             vcpus: 1,
             ram: Size::from_mib(512),
@@ -153,10 +157,11 @@ impl LinuxGuest {
     /// The guest file for `memlanectl launch`.
     pub fn file(&self) -> String {
         let Self { name, ram, prealloc, tap, vhost, .. } = self;
+        let qemu = self.qemu.display();
         // JSON's strings are TOML's basic strings.
         let arguments = serde_json::Value::from(self.qemu_arguments());
         format!(
-            "name = \"{name}\"\nmemory = \"{ram}\"\nprealloc = {prealloc}\narguments = {arguments}\n\
+            "name = \"{name}\"\nmemory = \"{ram}\"\nprealloc = {prealloc}\nqemu = \"{qemu}\"\narguments = {arguments}\n\
              [[nic]]\nmac = \"{mac}\"\ntap = \"{tap}\"\nnetwork = \"lan\"\nvhost = {vhost}\n",
             mac = self.mac_text(),
         )

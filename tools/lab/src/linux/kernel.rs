@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::programs::target_directory;
+use crate::programs::{run, target_directory};
 
 /// A package that depends on the kernel's own, whose name changes with every version.
 const PACKAGE: &str = "linux-image-cloud-amd64";
@@ -129,20 +128,6 @@ fn concrete_package() -> Result<String> {
         })
         .map(str::to_owned)
         .with_context(|| format!("apt knows no package that {PACKAGE} depends on"))
-}
-
-fn run(program: &str, arguments: &[&str], directory: &Path) -> Result<String> {
-    let what = || format!("{program} {}", arguments.join(" "));
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(directory)
-        .env("LC_ALL", "C")
-        .output()
-        .with_context(|| format!("running {}", what()))?;
-    if !output.status.success() {
-        bail!("{} failed with {}: {}", what(), output.status, String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Files of all modules under `directory`, by name.

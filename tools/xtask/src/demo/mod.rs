@@ -6,12 +6,13 @@ mod linked;
 mod linux;
 mod report;
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use memlane_lab::{
-    HostId, LabOptions, Programs, Rate, Requirement, Rig, RigOptions, Size, cleanup_on_signal, why_not,
+    HostId, LabOptions, Programs, Rate, Requirement, Rig, RigOptions, Size, cleanup_on_signal, qemu, why_not,
 };
 use serde_json::Value;
 
@@ -76,6 +77,10 @@ pub struct Options {
     /// QEMU, with a client that talks to it through a switch
     #[arg(long, value_enum, default_value = "kvm")]
     guest: Guest,
+    /// The QEMU of a QEMU guest: the number of one that the tests use (7.2, 10.0), which is unpacked first where it is
+    /// not there yet, or the path of any other [default: 10.0]
+    #[arg(long, value_name = "VERSION|PATH")]
+    qemu: Option<OsString>,
     /// What executes the instructions of a QEMU guest
     #[arg(long, value_enum, default_value = "auto")]
     accelerator: Choice,
@@ -140,6 +145,13 @@ enum Guest {
 /// Runs the demo; true if all went well.
 pub fn run(options: &Options) -> Result<bool> {
     let qemu = options.guest == Guest::Qemu;
+    if let Some(which) = &options.qemu {
+        // SAFETY: this program has one thread.
+        unsafe { std::env::set_var(qemu::VARIABLE, which) };
+    }
+    if qemu && why_not(&[Requirement::Root]).is_none() {
+        qemu::obtain()?;
+    }
     let more = match options.guest {
         Guest::Kvm => &[Requirement::Kvm][..],
         Guest::Process => &[],

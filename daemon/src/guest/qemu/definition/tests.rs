@@ -1,7 +1,7 @@
 use std::process::{Child, Command, Stdio};
 
 use memlane_lab::qmp::Monitor;
-use memlane_lab::say_skipped;
+use memlane_lab::{Requirement, qemu, say_skipped, skip};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -219,12 +219,13 @@ fn the_command_line_is_complete() {
 #[test]
 fn the_real_qemu_takes_it() {
     const TEST: &str = "the_real_qemu_takes_it";
-    if !Path::new(DEFAULT_QEMU).exists() {
-        return say_skipped(TEST, "there is no /usr/bin/qemu-system-x86_64 (apt install qemu-system-x86)");
+    if skip(TEST, &[Requirement::Qemu]) {
+        return;
     }
     let text = "name = \"web1\"\nmemory = \"65544KiB\"\n\
                 arguments = [\"-M\", \"q35,smm=off\", \"-accel\", \"tcg\", \"-nodefaults\"]\n";
     let mut definition = parse(text).unwrap();
+    definition.qemu = qemu::program();
     assert_eq!(Qemu::start(&definition, false, &[]).about(), ("running".to_owned(), definition.memory));
     definition.prealloc = true;
     assert_eq!(Qemu::start(&definition, true, &[]).about(), ("inmigrate".to_owned(), definition.memory));

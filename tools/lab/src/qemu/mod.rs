@@ -1,0 +1,145 @@
+//! Stock QEMU as Debian builds it, in each version that is tested, unpacked into a folder of its own.
+//!
+//! What the machine has installed is not used: all machines test the same, and the package of one Debian cannot be
+//! installed beside that of another. Nor is anything installed: `mmdebstrap` unpacks the package with all that it
+//! depends on, and `patchelf` has the program start by the loader and with the libraries of its own folder. So it is a
+//! program like any other, whose path is all that starts it, and /proc/PID/exe is its own.
+
+mod archive;
+mod unpack;
+
+use std::env;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::programs::{run, target_directory};
+
+/// The environment variable that says which QEMU is used: one of [`VERSIONS`], or the path of any other.
+pub const VARIABLE: &str = "MEMLANE_QEMU";
+
+/// The environment variable that names a file for the names of all tests that use QEMU, so that whoever runs them can
+/// run these again with another version.
+pub const TESTS: &str = "MEMLANE_QEMU_TESTS";
+
+/// All that are tested, the oldest first. The last one is used where nothing else is said.
+pub const VERSIONS: [Version; 2] =
+    [Version { name: "7.2", suite: "bookworm" }, Version { name: "10.0", suite: "trixie" }];
+
+/// Where hosts have it that nobody here has set up.
+const INSTALLED: &str = "/usr/bin/qemu-system-x86_64";
+
+/// A version of QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version {
+    /// Its number, as in `7.2`.
+    pub name: &'static str,
+    /// The Debian release that has it.
+    suite: &'static str,
+}
+
+impl Version {
+    /// The one of that number.
+    pub fn named(name: &str) -> Option<Self> {
+        VERSIONS.into_iter().find(|version| version.name == name)
+    }
+
+    /// The program, which is there once it was [obtained](Self::obtain).
+    pub fn program(self) -> PathBuf {
+        self.directory().join(unpack::PROGRAM)
+    }
+
+    /// Unpacks it into cargo's target directory, unless an earlier call has done so.
+    ///
+    /// # Errors
+    ///
+    /// If it is not there and cannot be unpacked, or does not start.
+    pub fn obtain(self) -> Result<PathBuf> {
+        let directory = self.directory();
+        unpack::obtain(self.name, self.suite, &directory)
+            .with_context(|| format!("QEMU {} cannot be unpacked into {}", self.name, directory.display()))?;
+        Ok(self.program())
+    }
+
+    fn directory(self) -> PathBuf {
+        // The program has its own path in it, which must hold in whatever directory it is started.
+        let target = target_directory();
+        target.canonicalize().unwrap_or(target).join("memlane-qemu").join(self.name)
+    }
+}
+
+/// The QEMU that labs use, as [`VARIABLE`] says.
+pub fn program() -> PathBuf {
+    chosen().map_or_else(|path| path, Version::program)
+}
+
+/// The QEMU of a host that nobody here has set up: the one whose path [`VARIABLE`] says, else the one that is installed.
+pub(crate) fn program_elsewhere() -> PathBuf {
+    chosen().err().unwrap_or_else(|| INSTALLED.into())
+}
+
+/// Has the QEMU that labs use unpacked, unless it is there.
+///
+/// # Errors
+///
+/// As [`Version::obtain`].
+pub fn obtain() -> Result<PathBuf> {
+    chosen().map_or_else(Ok, Version::obtain)
+}
+
+/// Arguments that have the QEMU that labs use go on as another user, once it has started.
+///
+/// # Errors
+///
+/// If it cannot be run.
+pub fn run_as(user: &str) -> Result<[String; 2]> {
+    let program = program();
+    let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
+    // 9.1 has both, 10.0 the new one only.
+    Ok(match help.contains("-runas") {
+        true => ["-runas".into(), user.into()],
+        false => ["-run-with".into(), format!("user={user}")],
+    })
+}
+
+/// Notes in the file that [`TESTS`] names, if it names one, that a test uses QEMU.
+pub(crate) fn note_test(test: &str) {
+    let Some(file) = env::var_os(TESTS) else { return };
+    let noted = File::options().append(true).open(file).and_then(|mut file| writeln!(file, "{test}"));
+    noted.expect("whoever names the file has made it");
+}
+
+/// Why there is no [`program`].
+pub(crate) fn why_not() -> Option<String> {
+    let program = program();
+    (!program.exists()).then(|| match chosen() {
+        Ok(version) => format!("QEMU {} is not unpacked (`cargo xtask test` does it)", version.name),
+        Err(_) => format!("there is no {}, which {VARIABLE} names", program.display()),
+    })
+}
+
+fn chosen() -> Result<Version, PathBuf> {
+    choose(env::var_os(VARIABLE).as_deref().map(Path::new))
+}
+
+fn choose(said: Option<&Path>) -> Result<Version, PathBuf> {
+    match said {
+        None => Ok(VERSIONS[VERSIONS.len() - 1]),
+        Some(said) => said.to_str().and_then(Version::named).ok_or_else(|| said.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_or_a_path_can_be_said() {
+        let choose = |said: Option<&str>| super::choose(said.map(Path::new)).map(|version| version.name);
+        assert_eq!(choose(None), Ok("10.0"));
+        assert_eq!(choose(Some("7.2")), Ok("7.2"));
+        assert_eq!(choose(Some("/opt/qemu")), Err("/opt/qemu".into()));
+    }
+}

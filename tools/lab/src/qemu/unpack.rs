@@ -1,0 +1,129 @@
+//! A QEMU is unpacked from its package, with all that it depends on.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::archive::Archive;
+use crate::programs::{in_path, run};
+
+/// The program, in the folder that it was unpacked into.
+pub(super) const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
+
+/// Packages that are unpacked: NICs have code of ipxe-qemu to boot from.
+const PACKAGES: &str = "qemu-system-x86,ipxe-qemu";
+/// Where a folder has libraries, and the loader in one of them.
+const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+const LOADER: &str = "ld-linux-x86-64.so.2";
+/// How folders begin that are not whole yet.
+const UNFINISHED: &str = ".unpack-";
+/// What does it, each a Debian package of the same name.
+const TOOLS: [&str; 2] = ["mmdebstrap", "patchelf"];
+
+/// Has QEMU `version` of a Debian release in `directory`, and unpacks it there unless it is there already.
+pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()> {
+    let program = directory.join(PROGRAM);
+    if start(&program, version).is_ok() {
+        return Ok(());
+    }
+    ensure!(rustix::process::geteuid().is_root(), "that is for root (use sudo)");
+    let beside = directory.parent().context("a directory has a parent")?;
+    fs::create_dir_all(beside).with_context(|| format!("creating {}", beside.display()))?;
+    let lock = beside.join(".lock");
+    let lock = File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
+    flock(&lock, FlockOperation::LockExclusive).context("waiting for others who unpack it")?;
+    // Nobody else is at work now, but somebody may have been before.
+    if start(&program, version).is_ok() {
+        return Ok(());
+    }
+    sweep(beside)?;
+    eprintln!("unpacking QEMU {version} of Debian's {suite}");
+    install_tools()?;
+    // Under a name that nobody looks for, so that what is found is whole.
+    let unpacked =
+        tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(beside).context("making a directory")?;
+    let root = unpacked.path().join("root");
+    extract(suite, &root)?;
+    make_own(&root, directory)?;
+    // Of another version, or it was moved and does not start any more.
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("removing {}", directory.display()));
+        }
+        _ => {}
+    }
+    fs::rename(&root, directory).context("putting QEMU in its place")?;
+    start(&program, version)
+}
+
+/// Starts the program, which must say that it is that version.
+fn start(program: &Path, version: &str) -> Result<()> {
+    let name = program.to_str().context("a path that is no UTF-8")?;
+    let said = run(name, &["--version"], Path::new("/"))?;
+    ensure!(said.contains(&format!("version {version}.")), "{name} is no QEMU {version}: {}", said.trim());
+    Ok(())
+}
+
+/// Removes what was not finished, because somebody had enough of it or the machine went down.
+fn sweep(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED)) {
+            fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn install_tools() -> Result<()> {
+    let lacking: Vec<&str> = TOOLS.into_iter().filter(|tool| !in_path(tool)).collect();
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    let install = [&["install", "-qy", "--no-install-recommends"], &lacking[..]].concat();
+    if run("apt-get", &install, Path::new("/")).is_err() {
+        // A fresh machine has no lists yet, and others have old ones.
+        run("apt-get", &["update", "-q"], Path::new("/"))?;
+        run("apt-get", &install, Path::new("/"))?;
+    }
+    Ok(())
+}
+
+fn extract(suite: &str, root: &Path) -> Result<()> {
+    let mut last = None;
+    let path = root.to_str().context("a path that is no UTF-8")?;
+    for archive in Archive::all()? {
+        let include = format!("--include={PACKAGES}");
+        let source = archive.source(suite);
+        let arguments = ["--quiet", "--variant=extract", &include, suite, path, &source];
+        match run("mmdebstrap", &arguments, Path::new("/")) {
+            Ok(_) => return Ok(()),
+            Err(error) => last = Some(error),
+        }
+        let _ = fs::remove_dir_all(root);
+    }
+    Err(last.context("no archive was asked")?)
+}
+
+/// Has the program in `root` use what is in its folder, which will be `directory`, and nothing of the machine's.
+fn make_own(root: &Path, directory: &Path) -> Result<()> {
+    let program = root.join(PROGRAM);
+    let libraries = LIBRARIES.map(|libraries| directory.join(libraries).display().to_string());
+    let at = LIBRARIES.iter().position(|libraries| root.join(libraries).join(LOADER).exists());
+    let loader = format!("{}/{LOADER}", libraries[at.context("no loader was unpacked")?]);
+    let program = program.to_str().context("a path that is no UTF-8")?;
+    let search = libraries.join(":");
+    let arguments = ["--set-interpreter", &loader, "--force-rpath", "--set-rpath", &search, program];
+    run("patchelf", &arguments, Path::new("/"))?;
+    // Where this is beside the program, it looks for its firmware below it, and nowhere else.
+    symlink("../..", root.join(PROGRAM).with_file_name("qemu-bundle"))
+        .context("showing QEMU its firmware")?;
+    // It names the archive, for nobody.
+    let _ = fs::remove_dir_all(root.join("etc/apt"));
+    Ok(())
+}

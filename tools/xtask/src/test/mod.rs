@@ -1,0 +1,98 @@
+//! `cargo xtask test`: everything that must hold before a change lands.
+
+mod program;
+mod setup;
+
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use program::{Program, Tally};
+
+/// Programs of tests that run at once: each waits for timeouts and for other processes most of the time.
+const AT_ONCE: usize = 2;
+/// All tests, as cargo is told.
+const ALL: &[&str] = &["--workspace"];
+/// Where cargo has the tests of large guests.
+const LARGE: &[&str] = &["--package", "memlaned", "--test", "large"];
+/// What has their program run them, one at a time: they are left out otherwise.
+const ALONE: &[&str] = &["--ignored", "--test-threads=1"];
+
+/// Which tests to run.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Run nothing but the tests that are left out otherwise, one after the other: guests of 8 GiB, whose memory is
+    /// taken from the system at both ends, so that 20 GiB have to be free
+    #[arg(long)]
+    large: bool,
+}
+
+/// Checks and tests; true if all is well.
+pub fn run(options: &Options) -> Result<bool> {
+    setup::bring().context("bringing what tests need (nothing was tested)")?;
+    if !options.large {
+        step("formatting", &["fmt", "--all", "--check"])?;
+        step("lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
+        // SAFETY: this program has one thread.
+        unsafe { std::env::set_var("RUSTDOCFLAGS", "-D warnings") };
+        step("documentation", &["doc", "--workspace", "--no-deps", "--locked"])?;
+    }
+    println!("\n== tests");
+    let (mut tally, mut ok) = if options.large { tests(LARGE, 1, ALONE) } else { tests(ALL, AT_ONCE, &[]) }?;
+    if !options.large {
+        let (documented, well) = program::run_documentation();
+        tally.add(&documented);
+        ok &= well;
+    }
+    // A test that skips itself ends well, and is counted as passed by its runner.
+    tally.passed = tally.passed.saturating_sub(tally.skipped);
+    println!();
+    if tally.skipped > 0 {
+        println!("Skipped tests are named above, each with what it lacks here.");
+    }
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
+    Ok(ok && tally.failed == 0)
+}
+
+fn step(what: &str, arguments: &[&str]) -> Result<()> {
+    println!("\n== {what}");
+    let status = cargo().args(arguments).status().with_context(|| format!("running cargo for {what}"))?;
+    if !status.success() {
+        bail!("{what}: cargo {} found something", arguments.join(" "));
+    }
+    Ok(())
+}
+
+/// Runs the tests that `chosen` tells cargo, so many programs at once, and counts them from what they print.
+fn tests(chosen: &[&str], at_once: usize, arguments: &[&str]) -> Result<(Tally, bool)> {
+    let programs = Mutex::new(program::build(chosen)?.into_iter());
+    let tally = Mutex::new((Tally::default(), true));
+    let work = || -> Result<()> {
+        while let Some(program) = next(&programs) {
+            let (counted, ok) = program.run(arguments)?;
+            let mut tally = lock(&tally);
+            tally.0.add(&counted);
+            tally.1 &= ok;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
+    })?;
+    Ok(tally.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn next(programs: &Mutex<std::vec::IntoIter<Program>>) -> Option<Program> {
+    lock(programs).next()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}

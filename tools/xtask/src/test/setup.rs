@@ -1,0 +1,66 @@
+//! What tests need of the machine is brought, so that none of them has to be skipped for the lack of it.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use memlane_lab::linux::Kernel;
+use memlane_lab::{Requirement, missing, qemu, why_not};
+
+/// Debian's packages of what tests need.
+const PACKAGES: &[(Requirement, &str)] =
+    &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Sshd, SSHD)];
+const SSHD: &str = "openssh-server";
+
+/// Brings what is missing, as far as root can; whoever is not root has no use for it.
+///
+/// # Errors
+///
+/// If something cannot be had: tests that were skipped would only seem to pass.
+pub fn bring() -> Result<()> {
+    if why_not(&[Requirement::Root]).is_some() {
+        return Ok(());
+    }
+    let mut packages: Vec<&str> =
+        PACKAGES.iter().filter(|(need, _)| is_missing(*need)).map(|(_, package)| *package).collect();
+    packages.dedup();
+    // It would be started, now and whenever the machine is, and nobody asked for that.
+    if Path::new("/run/systemd/system").exists() {
+        packages.retain(|package| *package != SSHD);
+    }
+    if !packages.is_empty() {
+        println!("== installing {}", packages.join(" "));
+        apt_get(&["update", "-q"])?;
+        apt_get(&[&["install", "-qy", "--no-install-recommends"], &packages[..]].concat())?;
+        for (need, package) in PACKAGES {
+            ensure!(
+                !packages.contains(package) || !is_missing(*need),
+                "{package} is installed now, and still lacks what tests need of it"
+            );
+        }
+    }
+    if is_missing(Requirement::Kernel) {
+        println!("== fetching a kernel for Linux guests");
+        println!("Linux {}", Kernel::obtain()?.release());
+    }
+    for version in qemu::VERSIONS {
+        version.obtain()?;
+    }
+    Ok(())
+}
+
+fn is_missing(requirement: Requirement) -> bool {
+    !missing(&[requirement]).is_empty()
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    let status = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .status()
+        .context("running apt-get")?;
+    if !status.success() {
+        bail!("apt-get {} ended with {status}", arguments.join(" "));
+    }
+    Ok(())
+}
