@@ -7,6 +7,7 @@ use memlane_protocol::wire::attach::Standing;
 use tracing::{error, warn};
 
 use super::{Executor, Vmm};
+use crate::task;
 
 /// Longest wait for a VMM that lives to attach again, before it is ended by force.
 const RETURN: Duration = Duration::from_secs(10);
