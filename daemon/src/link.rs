@@ -1,16 +1,17 @@
 //! The control connection to another daemon.
 //!
-//! A task of its own reads and answers pings, so that a link tells within
-//! the configured silence that the other side is gone, whatever this side is busy with.
+//! Tasks of its own read, write and ping ([`traffic`]), so that a link tells within the configured silence that
+//! the other side is gone, whatever this side is busy with: pings are answered ahead of all messages that wait, and
+//! whatever comes is a sign of life.
 
-use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+mod traffic;
+
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
+use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{
     ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
 };
@@ -20,14 +21,11 @@ use tokio::time::timeout;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
 
+use self::traffic::{Outgoing, Received, Shared};
 use crate::task;
 
 /// Longest time for connecting and for each half of the greeting.
 const GREETING: Duration = Duration::from_secs(3);
-/// Pings whose round trips are remembered.
-const ROUND_TRIPS: usize = 8;
-/// Messages read ahead of whoever deals with them.
-const READ_AHEAD: usize = 16;
 /// Messages that wait to be written.
 const WRITE_AHEAD: usize = 16;
 
@@ -56,6 +54,9 @@ pub enum LinkError {
     /// The other side has said nothing for too long.
     #[error("the other host has not answered for {0:.1?}")]
     Silent(Duration),
+    /// The other side is there, and has taken nothing for too long.
+    #[error("the other host has not taken a message for {0:.0?}")]
+    Stuck(Duration),
     /// The connection broke.
     #[error("the control connection broke: {0}")]
     Io(#[from] io::Error),
@@ -75,29 +76,18 @@ pub enum LinkError {
 /// One end of a control connection. Dropping it closes the connection.
 pub struct Link {
     stream: Rc<TcpStream>,
-    shared: Rc<Shared>,
-    messages: mpsc::Receiver<Result<Control, LinkError>>,
+    sender: LinkSender,
+    messages: mpsc::UnboundedReceiver<Received>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 /// The sending half of a [`Link`], for whoever only sends.
 #[derive(Clone)]
 pub struct LinkSender {
-    stream: Rc<TcpStream>,
-    shared: Rc<Shared>,
-}
-
-struct Shared {
     /// Messages go through one task, so that none is torn when whoever sends it gives up waiting.
     outgoing: mpsc::Sender<Outgoing>,
-    last_heard: Cell<Instant>,
-    pinged_at: RefCell<Option<(u64, Instant)>>,
-    /// Of the last pings, oldest first.
-    round_trips: RefCell<VecDeque<Duration>>,
+    shared: Rc<Shared>,
 }
-
-/// A message on its way out, and where to tell that it is gone.
-type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 
 impl Link {
     /// Connects to a peer and settles the version.
@@ -122,25 +112,24 @@ impl Link {
 
     /// A link over a connection whose greeting is done.
     pub fn over(stream: TcpStream, silence: Duration) -> Self {
-        let stream = Rc::new(stream);
+        let (stream, shared) = (Rc::new(stream), Rc::new(Shared::default()));
         let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
-        let shared = Rc::new(Shared {
-            outgoing,
-            last_heard: Cell::new(Instant::now()),
-            pinged_at: RefCell::new(None),
-            round_trips: RefCell::default(),
-        });
-        let (sender, messages) = mpsc::channel(READ_AHEAD);
-        let link = LinkSender { stream: stream.clone(), shared: shared.clone() };
-        let writer = task::spawn("link writer", write(stream.clone(), to_write));
-        let reader = task::spawn("link reader", read(link.clone(), sender.clone()));
-        let watcher = task::spawn("link watcher", watch(link, sender, silence));
-        Self { stream, shared, messages, tasks: vec![writer, reader, watcher] }
+        let (sender, messages) = mpsc::unbounded_channel();
+        let tasks = vec![
+            task::spawn("link writer", traffic::write(stream.clone(), shared.clone(), to_write)),
+            task::spawn("link reader", traffic::read(stream.clone(), shared.clone(), sender)),
+            task::spawn("link watcher", traffic::watch(stream.clone(), shared.clone(), silence)),
+        ];
+        Self { stream, sender: LinkSender { outgoing, shared }, messages, tasks }
     }
 
     /// The next message that is no ping.
     pub async fn receive(&mut self) -> Result<Control, LinkError> {
-        self.messages.recv().await.unwrap_or(Err(LinkError::Closed))
+        match self.messages.recv().await {
+            // There is room for another one now.
+            Some(Received { message, .. }) => message,
+            None => Err(LinkError::Closed),
+        }
     }
 
     /// Waits, for a few seconds, until the other side closes the connection: whoever closes
@@ -152,12 +141,12 @@ impl Link {
 
     /// Sends a message.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
-        self.sender().send(message).await
+        self.sender.send(message).await
     }
 
     /// The sending half.
     pub fn sender(&self) -> LinkSender {
-        LinkSender { stream: self.stream.clone(), shared: self.shared.clone() }
+        self.sender.clone()
     }
 }
 
@@ -174,7 +163,7 @@ impl LinkSender {
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
         let (written, done) = oneshot::channel();
         let closed = |_| LinkError::Closed;
-        self.shared.outgoing.send((message.encode(), written)).await.map_err(closed)?;
+        self.outgoing.send((message.encode(), written)).await.map_err(closed)?;
         done.await.map_err(|_| LinkError::Closed)??;
         Ok(())
     }
@@ -182,17 +171,7 @@ impl LinkSender {
     /// The shortest round trip of the last pings, once there was one: what the network takes,
     /// without what one of the daemons happened to be busy with.
     pub fn round_trip(&self) -> Option<Duration> {
-        self.shared.round_trips.borrow().iter().min().copied()
-    }
-}
-
-impl Shared {
-    fn note_round_trip(&self, took: Duration) {
-        let mut last = self.round_trips.borrow_mut();
-        if last.len() == ROUND_TRIPS {
-            last.pop_front();
-        }
-        last.push_back(took);
+        self.shared.round_trip()
     }
 }
 
@@ -236,66 +215,6 @@ async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {
     Ok(Answer::decode(&bytes)?)
 }
 
-/// Writes messages, each whole, in the order in which they come.
-async fn write(stream: Rc<TcpStream>, mut outgoing: mpsc::Receiver<Outgoing>) {
-    while let Some((bytes, written)) = outgoing.recv().await {
-        // Whoever sent it may have given up waiting.
-        let _ = written.send(stream.write_all(bytes).await.0);
-    }
-}
-
-/// Reads messages, deals with pings, and passes on the rest until the connection ends.
-async fn read(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError>>) {
-    loop {
-        let message = read_message(&link.stream).await;
-        link.shared.last_heard.set(Instant::now());
-        let answer = match message {
-            Ok(Control::Ping(number)) => {
-                // Where this fails, reading does too, but not before the other side's last words.
-                let _ = link.send(&Control::Pong(number)).await;
-                Ok(())
-            }
-            Ok(Control::Pong(number)) => {
-                if let Some((_, at)) = link.shared.pinged_at.borrow_mut().take_if(|(sent, _)| *sent == number)
-                {
-                    link.shared.note_round_trip(at.elapsed());
-                }
-                Ok(())
-            }
-            Ok(message) => match messages.send(Ok(message)).await {
-                Ok(()) => Ok(()),
-                Err(_) => return,
-            },
-            Err(error) => Err(error),
-        };
-        if let Err(error) = answer {
-            let _ = messages.send(Err(error)).await;
-            return;
-        }
-    }
-}
-
-/// Pings, and ends the link when nothing has been heard for too long.
-async fn watch(link: LinkSender, messages: mpsc::Sender<Result<Control, LinkError>>, silence: Duration) {
-    for number in 0.. {
-        *link.shared.pinged_at.borrow_mut() = Some((number, Instant::now()));
-        let pause = silence / 5;
-        if timeout(silence, link.send(&Control::Ping(number))).await.is_err()
-            || link.shared.last_heard.get().elapsed() > silence
-        {
-            let _ = link.stream.shutdown(Shutdown::Both);
-            let _ = messages.send(Err(LinkError::Silent(silence))).await;
-            return;
-        }
-        tokio::time::sleep(pause.min(Duration::from_secs(1))).await;
-    }
-}
-
-async fn read_message(stream: &TcpStream) -> Result<Control, LinkError> {
-    let (kind, bytes) = decode_header(&read_exactly(stream, HEADER_BYTES).await?)?;
-    Ok(Control::decode(kind, &read_exactly(stream, bytes).await?)?)
-}
-
 async fn read_exactly(stream: &TcpStream, count: usize) -> Result<Vec<u8>, LinkError> {
     let mut buffer = vec![0; count];
     let mut filled = 0;
@@ -309,3 +228,6 @@ async fn read_exactly(stream: &TcpStream, count: usize) -> Result<Vec<u8>, LinkE
     }
     Ok(buffer)
 }
+
+#[cfg(test)]
+mod tests;

@@ -288,7 +288,7 @@ impl Executor {
             Vmm::Released => return Some(done),
         };
         if action == Action::Resume {
-            self.announce(&guest);
+            self.announce(&guest).await;
         }
         let started = Instant::now();
         let told = match action {
@@ -356,11 +356,11 @@ impl Executor {
 
     /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
     /// and at a source that takes it back from one that may have told them already.
-    fn announce(&self, guest: &Guest) {
+    async fn announce(&self, guest: &Guest) {
         let arrives = self.ticket.progress.borrow().role == Role::Destination;
         if arrives || self.entry.record == Record::TakenBack {
             for (bridge, macs) in self.host.bridges_of(&guest.shape.nics) {
-                announce(guest.shape.name.to_string(), bridge, macs);
+                announce(guest.shape.name.to_string(), bridge, macs).await;
             }
         }
     }
@@ -391,8 +391,9 @@ impl Executor {
         }
         let word = self.word(message)?;
         if let Some(link) = &self.link {
-            // A broken link is noticed by whoever listens to it.
-            let _ = link.send(&word).await;
+            // A broken link is noticed by whoever listens to it. One that takes nothing holds up nothing here:
+            // a guest may stand still.
+            let _ = tokio::time::timeout(ANSWER, link.send(&word)).await;
             return None;
         }
         self.exchange(word);

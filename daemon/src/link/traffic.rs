@@ -1,0 +1,217 @@
+//! What goes over a link: messages in both directions, and pings ahead of them.
+//!
+//! A peer whose host is busy may be slow to deal with messages, and is there all the same. So its pings are
+//! answered by the tasks here, ahead of every message that waits to be written; messages that nobody has dealt
+//! with are read ahead up to [`READ_AHEAD_BYTES`], and whoever then stops reading does not count what it cannot
+//! hear for silence.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_uring::buf::BoundedBuf;
+use tokio_uring::net::TcpStream;
+
+use super::LinkError;
+
+/// Pings whose round trips are remembered.
+const ROUND_TRIPS: usize = 8;
+/// Bytes of messages read ahead of whoever deals with them: what post-copy of a guest of 256 GiB begins with.
+pub const READ_AHEAD_BYTES: usize = 8 << 20;
+/// Longest wait for the other side to take a message: it may be busy with the one before.
+const TAKING: Duration = Duration::from_secs(30);
+
+/// A message on its way out, and where to tell that it is gone.
+pub type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
+
+/// A message that was read, or why there are no more.
+pub struct Received {
+    /// The message.
+    pub message: Result<Control, LinkError>,
+    /// The room that it takes until it is dealt with.
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+/// What the tasks of a link share.
+pub struct Shared {
+    /// The ping and the pong that are due; a later one takes the place of one that has not gone.
+    ping: Cell<Option<u64>>,
+    pong: Cell<Option<u64>>,
+    /// Rung when one of them is.
+    due: Notify,
+    /// When something came last.
+    last_heard: Cell<Instant>,
+    /// Nothing is read for the time being.
+    held_up: Cell<bool>,
+    /// For messages that are read ahead.
+    room: Arc<Semaphore>,
+    pinged_at: Cell<Option<(u64, Instant)>>,
+    /// Of the last pings, oldest first.
+    round_trips: RefCell<VecDeque<Duration>>,
+    /// Why this side has ended the connection, if it has.
+    verdict: Cell<Option<LinkError>>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            ping: Cell::default(),
+            pong: Cell::default(),
+            due: Notify::new(),
+            last_heard: Cell::new(Instant::now()),
+            held_up: Cell::default(),
+            room: Arc::new(Semaphore::new(READ_AHEAD_BYTES)),
+            pinged_at: Cell::default(),
+            round_trips: RefCell::default(),
+            verdict: Cell::default(),
+        }
+    }
+}
+
+impl Shared {
+    /// The shortest round trip of the last pings, once there was one.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.round_trips.borrow().iter().min().copied()
+    }
+
+    fn note_round_trip(&self, took: Duration) {
+        let mut last = self.round_trips.borrow_mut();
+        if last.len() == ROUND_TRIPS {
+            last.pop_front();
+        }
+        last.push_back(took);
+    }
+
+    /// The ping or pong that is due, if there is one.
+    fn take_due(&self) -> Option<Control> {
+        if let Some(number) = self.pong.take() {
+            return Some(Control::Pong(number));
+        }
+        let number = self.ping.take()?;
+        self.pinged_at.set(Some((number, Instant::now())));
+        Some(Control::Ping(number))
+    }
+
+    /// Waits until there is room for a message of so many bytes on the wire.
+    async fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let most = READ_AHEAD_BYTES.min(bytes + size_of::<Received>()) as u32;
+        if let Ok(room) = self.room.clone().try_acquire_many_owned(most) {
+            return Some(room);
+        }
+        self.held_up.set(true);
+        let room = self.room.clone().acquire_many_owned(most).await;
+        self.last_heard.set(Instant::now());
+        self.held_up.set(false);
+        room.ok()
+    }
+
+    /// Ends the connection from here.
+    fn end(&self, stream: &TcpStream, why: LinkError) {
+        self.verdict.set(Some(why));
+        // Ends the read that is under way, whose task tells why.
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Writes messages, each whole, in the order in which they come, and what is due ahead of them.
+pub async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
+    loop {
+        let (bytes, written) = match shared.take_due() {
+            Some(due) => (due.encode(), None),
+            None => tokio::select! {
+                biased;
+                () = shared.due.notified() => continue,
+                message = outgoing.recv() => match message {
+                    Some((bytes, written)) => (bytes, Some(written)),
+                    None => return,
+                },
+            },
+        };
+        let Ok((result, _)) = timeout(TAKING, stream.write_all(bytes)).await else {
+            return shared.end(&stream, LinkError::Stuck(TAKING));
+        };
+        if let Some(written) = written {
+            // Whoever sent it may have given up waiting.
+            let _ = written.send(result);
+        }
+    }
+}
+
+/// Reads messages, deals with pings, and passes on the rest until the connection ends.
+pub async fn read(stream: Rc<TcpStream>, shared: Rc<Shared>, messages: mpsc::UnboundedSender<Received>) {
+    loop {
+        let (message, bytes) = match read_message(&stream, &shared).await {
+            Ok(read) => read,
+            Err(error) => {
+                let error = shared.verdict.take().unwrap_or(error);
+                let _ = messages.send(Received { message: Err(error), _room: None });
+                return;
+            }
+        };
+        match message {
+            Control::Ping(number) => {
+                shared.pong.set(Some(number));
+                shared.due.notify_one();
+            }
+            Control::Pong(number) => {
+                let pinged = shared.pinged_at.take();
+                match pinged {
+                    Some((sent, at)) if sent == number => shared.note_round_trip(at.elapsed()),
+                    other => shared.pinged_at.set(other),
+                }
+            }
+            message => {
+                let room = shared.room_for(bytes).await;
+                if messages.send(Received { message: Ok(message), _room: room }).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Pings, and ends the link when nothing has been heard for too long.
+pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration) {
+    let pause = (silence / 5).min(Duration::from_secs(1));
+    for number in 0.. {
+        shared.ping.set(Some(number));
+        shared.due.notify_one();
+        let slept = Instant::now();
+        tokio::time::sleep(pause).await;
+        // Who could not listen has heard nothing, whatever was said: what came meanwhile is read first.
+        let listened = !shared.held_up.get() && slept.elapsed() < 2 * pause;
+        if listened && shared.last_heard.get().elapsed() > silence {
+            return shared.end(&stream, LinkError::Silent(silence));
+        }
+    }
+}
+
+/// The next message, and how many bytes it had.
+async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, usize), LinkError> {
+    let (kind, bytes) = decode_header(&read_exactly(stream, shared, HEADER_BYTES).await?)?;
+    let message = Control::decode(kind, &read_exactly(stream, shared, bytes).await?)?;
+    Ok((message, HEADER_BYTES + bytes))
+}
+
+/// As many bytes; each part of them is a sign of life.
+async fn read_exactly(stream: &TcpStream, shared: &Shared, count: usize) -> Result<Vec<u8>, LinkError> {
+    let mut buffer = vec![0; count];
+    let mut filled = 0;
+    while filled < count {
+        let (result, slice) = stream.read(buffer.slice(filled..)).await;
+        buffer = slice.into_inner();
+        match result? {
+            0 => return Err(LinkError::Closed),
+            read => filled += read,
+        }
+        shared.last_heard.set(Instant::now());
+    }
+    Ok(buffer)
+}
