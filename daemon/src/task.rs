@@ -10,6 +10,7 @@
 //! waited for in the kernel.
 
 use std::future::Future;
+use std::ops::Range;
 
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -23,6 +24,32 @@ where
     F::Output: 'static,
 {
     tokio::task::spawn_local(watched(name, future))
+}
+
+/// Does on another thread what computes long, or waits in the kernel: tasks of this one go on meanwhile.
+///
+/// It is done to its end, even if nobody waits for it any more.
+pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only the end of all tasks cancels it.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// Has `work` deal with `0..pages` of a guest piece by piece, and lets other tasks run in between.
+pub async fn in_pieces(pages: u64, mut work: impl FnMut(Range<u64>)) {
+    /// So many pages take a millisecond or two, by words of sets that hold them all.
+    const PIECE: u64 = 1 << 20;
+    for first in (0..pages).step_by(PIECE as usize) {
+        work(first..pages.min(first + PIECE));
+        if first + PIECE < pages {
+            tokio::task::yield_now().await;
+        }
+    }
 }
 
 /// As [`spawn`], as one of a set.

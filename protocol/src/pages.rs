@@ -95,11 +95,31 @@ impl<W: Deref<Target = [AtomicU64]>> PageSet<W> {
 
     /// Adds the pages that `bits` marks: bit 0 is page `64 * word`. Returns how many are new.
     pub fn insert_word(&self, word: u64, bits: u64) -> u64 {
+        u64::from(self.insert_bits(word, bits).count_ones())
+    }
+
+    /// As [`insert_word`](Self::insert_word); returns the bits of the pages that are new.
+    pub fn insert_bits(&self, word: u64, bits: u64) -> u64 {
         let (first, end) = (word.saturating_mul(WORD), word.saturating_add(1).saturating_mul(WORD));
         match self.masks(first..end).next() {
-            Some((word, mask)) if bits & mask != 0 => u64::from(self.add(word, bits & mask).count_ones()),
+            Some((word, mask)) if bits & mask != 0 => self.add(word, bits & mask),
             _ => 0,
         }
+    }
+
+    /// Takes out the pages that `bits` marks, as [`insert_word`](Self::insert_word) adds them.
+    pub fn remove_word(&self, word: u64, bits: u64) {
+        if word < self.leaves() {
+            self.take(word, bits);
+        }
+    }
+
+    /// What the set holds in `range`, in order: numbers of words, and their bits, of which bit 0 is page
+    /// `64 * number`.
+    pub fn words(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let words = self.marked_words(range.clone());
+        let masked = words.map(move |word| (word, self.load(word) & self.mask_in(word, &range)));
+        masked.filter(|(_, bits)| *bits != 0)
     }
 
     /// Takes the pages of `range` out; returns how many were there. It looks at every word of the range.

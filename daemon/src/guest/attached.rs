@@ -137,7 +137,9 @@ impl Driver for Attached {
             let reason = "tracking has not been started".into();
             return Err(DriverError::Failed { request: "harvest", reason });
         };
-        Ok(Harvest { new: harvested.drain_into(0..self.pages(), into), holes: false })
+        let mut new = 0;
+        task::in_pieces(self.pages(), |piece| new += harvested.drain_into(piece, into)).await;
+        Ok(Harvest { new, holes: false })
     }
 
     async fn pace(&self, pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
@@ -168,7 +170,8 @@ impl Driver for Attached {
             (error, _) => error,
         })?;
         // The trackers of such a VMM would not notice.
-        handles.find(ram, false).map_err(failed)
+        let ram = ram.clone();
+        task::aside(move || handles.find(&ram, false)).await.map_err(failed)
     }
 
     async fn pause(&self) -> Result<Instant, DriverError> {
@@ -184,13 +187,14 @@ impl Driver for Attached {
         let broken = |reason: String| DriverError::Broken { request: "save", reason };
         let ([bytes, nanoseconds], mut descriptors) = self.ask(Request::Save).await?;
         let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
-        let bytes = read_state(fd, bytes).map_err(|error| broken(error.to_string()))?;
+        let read = task::aside(move || read_state(fd, bytes)).await;
+        let bytes = read.map_err(|error| broken(error.to_string()))?;
         Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds) })
     }
 
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
         let failed = |error: io::Error| DriverError::Failed { request: "load", reason: error.to_string() };
-        let file = state_file(state).map_err(failed)?;
+        let file = state_file(state).await.map_err(failed)?;
         let request = Request::Load { bytes: state.len() as u64 };
         let ([nanoseconds, _], _) = self.ask_with(request, &[file.as_fd()]).await?;
         Ok(Duration::from_nanos(nanoseconds))
@@ -288,7 +292,7 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
     if bytes > MAX_STATE_BYTES {
         return Err(invalid(format!("its state has {bytes} bytes, at most {MAX_STATE_BYTES} are allowed")));
     }
-    // Only memory can be sealed: a file of some file system might keep this thread waiting.
+    // Only memory can be sealed: a file of some file system might keep whoever reads it waiting.
     rustix::fs::fcntl_get_seals(&fd).map_err(|_| invalid("its state is not in a memfd".into()))?;
     let mut file = std::fs::File::from(fd);
     file.seek(SeekFrom::Start(0))?;
@@ -300,10 +304,17 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
     Ok(state)
 }
 
-fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
+async fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
+    /// Written without a pause: a state may have hundreds of these.
+    const PIECE_BYTES: usize = 1 << 20;
     let fd = rustix::fs::memfd_create("vmm-state", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(fd);
-    file.write_all(state)?;
+    for piece in state.chunks(PIECE_BYTES) {
+        file.write_all(piece)?;
+        if piece.len() == PIECE_BYTES {
+            tokio::task::yield_now().await;
+        }
+    }
     file.seek(SeekFrom::Start(0))?;
     Ok(file)
 }

@@ -16,6 +16,7 @@ use memlane_protocol::wire::machine::TrackerKind;
 
 use super::tracking::Tracking;
 use super::{DriverError, Guest, Harvest, Paced, VmmMemory};
+use crate::task;
 
 pub use releaser::{Releaser, Report};
 
@@ -96,7 +97,7 @@ impl Guest {
         pages_per_second: u64,
     ) -> Result<Switch, DriverError> {
         let started = Instant::now();
-        let tracking = Tracking::start(memory, Some(pages_per_second))?;
+        let tracking = Tracking::start(memory, Some(pages_per_second)).await?;
         tracking.arm_all().await?;
         let harvest = self.driver.harvest(into).await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
@@ -119,15 +120,15 @@ impl Guest {
         // Whatever was in place when it was looked at, or was being written, is told of here.
         let unsettled = PageSet::new(self.ram.pages());
         // In the order in which a page goes.
-        add(&unsettled, into);
-        add(&unsettled, in_flight);
+        add(&unsettled, into).await;
+        add(&unsettled, in_flight).await;
         let told = self.driver.harvest(&unsettled).await?;
-        add(into, &unsettled);
+        add(into, &unsettled).await;
         self.driver.stop_tracking().await?;
-        let tracking = Tracking::start(memory, Some(pages_per_second))?;
+        let tracking = Tracking::start(memory, Some(pages_per_second)).await?;
         tracking.arm_all().await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
-        add(into, &unsettled);
+        add(into, &unsettled).await;
         // And what is written from here on, by the tracker.
         let changed = before.compare(self.ram.clone(), into).await?;
         let harvest = Harvest { new: told.new + changed.new, holes: told.holes || changed.holes };
@@ -185,6 +186,7 @@ impl Guest {
     }
 }
 
-fn add(to: &PageSet, pages: &PageSet) {
-    pages.runs().for_each(|run| _ = to.insert_range(run));
+async fn add(to: &PageSet, pages: &PageSet) {
+    let add = |range| pages.words(range).for_each(|(word, bits)| _ = to.insert_word(word, bits));
+    task::in_pieces(pages.pages(), add).await;
 }

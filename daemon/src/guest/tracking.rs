@@ -11,6 +11,7 @@ use memlane_protocol::PageSet;
 use super::memory::VmmMemory;
 use super::stun::Releaser;
 use super::{DriverError, Harvest};
+use crate::task;
 
 /// Tracks until it ends or is dropped, which lifts all protection.
 pub struct Tracking {
@@ -29,22 +30,11 @@ struct Work {
 impl Tracking {
     /// Begins to track the writes of the VMM whose memory this is. Nothing is armed yet. Once it is,
     /// writes are held to so many `pages_per_second`, if any.
-    pub fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
-        let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
-        let VmmMemory { userfault, pagemap, memory, punches } = memory;
-        let (features, writes) = match pages_per_second {
-            None => (WRITE_PROTECT_ASYNC, Writes::GoOn),
-            Some(_) => (WRITE_PROTECT, Writes::Wait),
-        };
-        let userfault = Userfault::from_fd(userfault, features).map_err(|error| failed(error.to_string()))?;
-        let userfault = Arc::new(userfault);
-        let harvested = Arc::new(PageSet::new(memory.ram().pages()));
-        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
-        let tracker = tracker.map_err(|error| failed(error.to_string()))?;
-        let tracker = Mutex::new(if punches { tracker } else { tracker.without_punches() });
-        let releaser = pages_per_second.map(|rate| Releaser::start(memory, userfault, rate)).transpose();
-        let releaser = releaser.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
-        Ok(Self { work: Arc::new(Work { tracker, releaser }), harvested, ended: Cell::default() })
+    pub async fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
+        let harvested = Arc::new(PageSet::new(memory.memory.ram().pages()));
+        // The VMM's mappings may be busy, and all of its memory is registered.
+        let work = task::aside(move || Work::start(memory, pages_per_second)).await?;
+        Ok(Self { work: Arc::new(work), harvested, ended: Cell::default() })
     }
 
     /// See [`Driver::arm`](crate::guest::Driver::arm).
@@ -62,11 +52,18 @@ impl Tracking {
     pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         // Into a set of its own first: whoever asked may give up waiting, and what was found must
         // not be lost with it.
-        let found = self.work("harvest", |tracker, harvested| tracker.harvest(harvested)).await?;
-        if let Some(releaser) = self.releaser() {
-            self.harvested.runs().for_each(|pages| releaser.protected(pages));
-        }
-        let new = self.harvested.drain_into(0..self.harvested.pages(), into);
+        let work = self.work.clone();
+        let harvest = move |tracker: &mut ForeignTracker, harvested: &PageSet| {
+            let found = tracker.harvest(harvested)?;
+            if let Some(releaser) = &work.releaser {
+                releaser.protected(harvested);
+            }
+            Ok(found)
+        };
+        let found = self.work("harvest", harvest).await?;
+        let mut new = 0;
+        let drain = |piece| new += self.harvested.drain_into(piece, into);
+        task::in_pieces(self.harvested.pages(), drain).await;
         Ok(Harvest { new, holes: found.holes })
     }
 
@@ -78,26 +75,43 @@ impl Tracking {
     /// Ends tracking, and returns when all protection is lifted.
     pub async fn end(&self) {
         let work = self.work.clone();
-        tokio::task::spawn_blocking(move || work.end()).await.expect("ending does not panic");
+        task::aside(move || work.end()).await;
         self.ended.set(true);
     }
 
     async fn work<T: Send + 'static>(
         &self,
         request: &'static str,
-        task: impl FnOnce(&mut ForeignTracker, &PageSet) -> Result<T, TrackError> + Send + 'static,
+        act: impl FnOnce(&mut ForeignTracker, &PageSet) -> Result<T, TrackError> + Send + 'static,
     ) -> Result<T, DriverError> {
         let (work, harvested) = (self.work.clone(), self.harvested.clone());
-        let task = move || {
+        let done = task::aside(move || {
             let mut tracker = work.tracker.lock().unwrap_or_else(PoisonError::into_inner);
-            task(&mut tracker, &harvested)
-        };
-        let done = tokio::task::spawn_blocking(task).await.expect("tracking does not panic");
+            act(&mut tracker, &harvested)
+        });
+        let done = done.await;
         done.map_err(|error| DriverError::Failed { request, reason: error.to_string() })
     }
 }
 
 impl Work {
+    fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
+        let VmmMemory { userfault, pagemap, memory, punches } = memory;
+        let (features, writes) = match pages_per_second {
+            None => (WRITE_PROTECT_ASYNC, Writes::GoOn),
+            Some(_) => (WRITE_PROTECT, Writes::Wait),
+        };
+        let userfault = Userfault::from_fd(userfault, features).map_err(|error| failed(error.to_string()))?;
+        let userfault = Arc::new(userfault);
+        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
+        let tracker = tracker.map_err(|error| failed(error.to_string()))?;
+        let tracker = Mutex::new(if punches { tracker } else { tracker.without_punches() });
+        let releaser = pages_per_second.map(|rate| Releaser::start(memory, userfault, rate)).transpose();
+        let releaser = releaser.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
+        Ok(Self { tracker, releaser })
+    }
+
     fn end(&self) {
         if let Some(releaser) = &self.releaser {
             releaser.open();

@@ -114,7 +114,7 @@ pub struct Copying {
     /// Serves what is missing at the destination, once post-copy was decided.
     pub postcopy: RefCell<Option<Serving>>,
     /// Pages that the destination was told are missing.
-    pub told_missing: PageSet,
+    pub told_missing: Arc<PageSet>,
 }
 
 impl Copying {

@@ -135,7 +135,7 @@ impl Run {
             }
             for action in left {
                 if let Action::Report(outcome) = action {
-                    self.report(outcome);
+                    self.report(outcome).await;
                 }
             }
             self.show_phase();
@@ -337,7 +337,7 @@ impl Run {
         self.lanes.close().await;
         if let Some(fetching) = self.fetching.take() {
             (self.executor.placing, self.executor.entry.fetching) = (None, false);
-            fetching.withdraw();
+            fetching.withdraw().await;
         }
         if !self.loaded && !self.guest.summoned.get() && self.executor.guest().is_some() {
             self.executor.vmm = Vmm::Released;
@@ -389,7 +389,7 @@ impl Run {
     async fn complete(&mut self) -> Option<Event> {
         let fetching = self.fetching.take()?;
         let report;
-        (report, self.fetched) = fetching.end();
+        (report, self.fetched) = fetching.end().await;
         info!(guest = %self.ticket.guest, ?report, "all of the guest's memory is here");
         self.ticket.update(|progress| {
             progress.pages_remaining = 0;
@@ -443,11 +443,11 @@ impl Run {
     }
 
     /// What is missing will never come: accesses to it fail from now on.
-    fn poison(&mut self) {
+    async fn poison(&mut self) {
         let Some(fetching) = self.fetching.take() else { return };
         let Some(guest) = self.executor.guest() else { return fetching.forget() };
         guest.incomplete.set(true);
-        match fetching.poison() {
+        match fetching.poison().await {
             Ok(pages) => {
                 warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")
             }
@@ -458,7 +458,7 @@ impl Run {
         }
     }
 
-    fn report(&mut self, outcome: Outcome) {
+    async fn report(&mut self, outcome: Outcome) {
         self.show();
         let (here, there) = (self.executor.host.config.host.to_string(), self.ticket.peer.to_string());
         let reason = self.executor.reason.take();
@@ -474,7 +474,7 @@ impl Run {
             }
             Outcome::VmmGone => self.ticket.end(OutcomeView::Failed, reason, None),
             Outcome::Lost => {
-                self.poison();
+                self.poison().await;
                 let runs_here = self.executor.guest().map(|guest| {
                     guest.standing.set(Standing::Running);
                     here

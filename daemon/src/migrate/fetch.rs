@@ -23,6 +23,7 @@ use crate::lane::{Faults, Inbound, Placing};
 use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::port::{ArrivedLane, LaneKind};
+use crate::task;
 
 /// Lanes that a source may have open.
 const MOST_LANES: usize = 256;
@@ -57,18 +58,25 @@ impl Fetching {
     pub async fn open(host: Rc<Host>, guest: Rc<Guest>) -> Result<Self, String> {
         let memory = guest.driver.open_memory(true).await;
         let memory = memory.map_err(|error| format!("cannot have the guest's accesses wait: {error}"))?;
-        let userfault = Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
-        let (userfault, _) = userfault.map_err(|error| error.to_string())?;
         let failed = |error: io::Error| format!("cannot have the guest's accesses wait: {error}");
-        let placing = Arc::new(Placing::new(userfault, memory.memory).map_err(failed)?);
+        let register = move || {
+            let userfault =
+                Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
+            let (userfault, _) = userfault.map_err(|error| error.to_string())?;
+            Placing::new(userfault, memory.memory).map_err(failed)
+        };
+        let placing = Arc::new(task::aside(register).await?);
         let lost = Arc::new(Notify::new());
         let ring = lost.clone();
         let silence = host.config.limits.silence;
-        let faults = Faults::start(placing.clone(), silence, move || ring.notify_one()).map_err(|error| {
-            // Nobody else would: the VMM keeps what it waits by.
-            let _ = placing.end();
-            failed(error)
-        })?;
+        let faults = match Faults::start(placing.clone(), silence, move || ring.notify_one()) {
+            Ok(faults) => faults,
+            Err(error) => {
+                // Nobody else would: the VMM keeps what it waits by.
+                let _ = task::aside(move || placing.end()).await;
+                return Err(failed(error));
+            }
+        };
         let counted = FetchReport::default();
         Ok(Self { host, guest, placing, faults, lost, session: None, since: None, counted })
     }
@@ -103,11 +111,13 @@ impl Fetching {
         if self.placing.is_known() {
             return Err("the source adds missing pages when all were known".into());
         }
-        let runs = heard(&missing, self.placing.pages())?;
         let placing = self.placing.clone();
-        let adding = move || runs.into_iter().try_for_each(|run| placing.add_missing(run));
-        let added = tokio::task::spawn_blocking(adding).await.expect("adding does not panic");
-        added.map_err(|error| format!("cannot drop pages that are out of date: {error}"))
+        task::aside(move || {
+            let runs = heard(&missing, placing.pages())?;
+            let added = runs.into_iter().try_for_each(|run| placing.add_missing(run));
+            added.map_err(|error| format!("cannot drop pages that are out of date: {error}"))
+        })
+        .await
     }
 
     /// All missing pages are known: they may come.
@@ -191,9 +201,11 @@ impl Fetching {
     /// Accesses to what is missing fail from now on, and to the rest are as any other; returns how many
     /// pages are missing. On an error accesses go on waiting: letting go of them would have them find
     /// zeros.
-    pub fn poison(self) -> io::Result<u64> {
+    pub async fn poison(self) -> io::Result<u64> {
         self.guest.incomplete.set(true);
-        let poisoned = self.placing.poison().and_then(|pages| self.placing.end().map(|()| pages));
+        let placing = self.placing.clone();
+        let poison = move || placing.poison().and_then(|pages| placing.end().map(|()| pages));
+        let poisoned = task::aside(poison).await;
         metrics::missing_pages(0);
         if poisoned.is_err() {
             std::mem::forget(self);
@@ -207,18 +219,18 @@ impl Fetching {
     }
 
     /// No guest comes after all: the VMM's memory is as any other, for the next one.
-    pub fn withdraw(self) {
-        if let Err(error) = self.placing.end() {
+    pub async fn withdraw(self) {
+        if let Err(error) = let_go(&self.placing).await {
             warn!(guest = %self.guest.shape.name, %error, "cannot let go of a VMM's memory; it must be started anew");
         }
     }
 
     /// Nothing is missing any more: the guest's memory is as any other. Returns how it went, and what the
     /// source has connected, which takes the end of that for a loss until it has heard.
-    pub fn end(mut self) -> (FetchReport, Option<Session>) {
+    pub async fn end(mut self) -> (FetchReport, Option<Session>) {
         let report = self.progress();
         self.count();
-        if let Err(error) = self.placing.end() {
+        if let Err(error) = let_go(&self.placing).await {
             // The guest is served all the same, as long as this daemon lives.
             warn!(guest = %self.guest.shape.name, %error, "cannot let go of the guest's memory");
             std::mem::forget(self.faults);
@@ -276,8 +288,15 @@ async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), L
     }
 }
 
-async fn tell_missing(link: &mut Link, placing: &Placing) -> Result<(), LinkError> {
-    for missing in tell(placing.missing()) {
+/// Has the VMM's memory behave as any other: all of it is gone through for that.
+async fn let_go(placing: &Arc<Placing>) -> io::Result<()> {
+    let placing = placing.clone();
+    task::aside(move || placing.end()).await
+}
+
+async fn tell_missing(link: &mut Link, placing: &Arc<Placing>) -> Result<(), LinkError> {
+    let placing = placing.clone();
+    for missing in task::aside(move || tell(placing.missing())).await {
         link.send(&Control::Missing(missing)).await?;
     }
     Ok(())

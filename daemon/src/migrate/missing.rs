@@ -1,9 +1,12 @@
-//! Telling the other host which pages are missing at the destination.
+//! Telling the other host which pages are missing at the destination: by words, since what was written last
+//! may lie in single pages, and much of this happens while the guest stands still.
 
 use std::ops::Range;
 
-use memlane_protocol::PageSet;
 use memlane_protocol::wire::control::{MAX_WORDS, Missing};
+use memlane_protocol::{PAGE_SIZE, PageSet};
+
+use crate::lane::Outbound;
 
 /// Pages under one word.
 const WORD: u64 = 64;
@@ -13,19 +16,13 @@ const GAP: u64 = 8;
 /// The pages of `set` as messages, of which the last one says so; at least one.
 pub fn tell(set: &PageSet) -> Vec<Missing> {
     let mut messages: Vec<Missing> = Vec::new();
-    for run in set.runs() {
-        for word in run.start / WORD..run.end.div_ceil(WORD) {
-            let bits = bits_of(&run, word);
-            match messages.last_mut() {
-                Some(last) if fits(last, word) => {
-                    let index = (word - last.first / WORD) as usize;
-                    if index >= last.words.len() {
-                        last.words.resize(index + 1, 0);
-                    }
-                    last.words[index] |= bits;
-                }
-                _ => messages.push(Missing { first: word * WORD, words: vec![bits], last: false }),
+    for (word, bits) in set.words(0..set.pages()) {
+        match messages.last_mut() {
+            Some(last) if fits(last, word) => {
+                last.words.resize((word - last.first / WORD) as usize, 0);
+                last.words.push(bits);
             }
+            _ => messages.push(Missing { first: word * WORD, words: vec![bits], last: false }),
         }
     }
     match messages.last_mut() {
@@ -37,14 +34,37 @@ pub fn tell(set: &PageSet) -> Vec<Missing> {
 
 /// The pages that a message names, if a guest of `pages` pages has them all.
 pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, String> {
-    let runs: Vec<_> = missing.runs().collect();
-    match runs.last() {
-        Some(last) if last.end > pages => Err(format!(
-            "the other host says that page {} of a guest of {pages} pages is missing",
-            last.end - 1
-        )),
-        _ => Ok(runs),
+    check(missing, pages)?;
+    Ok(missing.runs().collect())
+}
+
+/// Has lanes send the pages that a message names, if the guest has them all.
+pub fn add(missing: &Missing, outbound: &Outbound) -> Result<(), String> {
+    let ram = &outbound.ram;
+    if ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE) {
+        let runs = heard(missing, ram.pages())?;
+        runs.into_iter().for_each(|run| outbound.add(ram.whole(run)));
+        return Ok(());
     }
+    check(missing, ram.pages())?;
+    for (word, bits) in (missing.first / WORD..).zip(&missing.words) {
+        outbound.dirty.insert_word(word, *bits);
+    }
+    Ok(())
+}
+
+/// A guest of `pages` pages has all that a message names.
+fn check(missing: &Missing, pages: u64) -> Result<(), String> {
+    let last =
+        missing.words.iter().rposition(|bits| *bits != 0).map(|index| (index as u64, missing.words[index]));
+    let end = last.map_or(0, |(index, bits)| {
+        let word = (missing.first / WORD).saturating_add(index);
+        word.saturating_mul(WORD).saturating_add(WORD - u64::from(bits.leading_zeros()))
+    });
+    if end <= pages {
+        return Ok(());
+    }
+    Err(format!("the other host says that page {} of a guest of {pages} pages is missing", end - 1))
 }
 
 /// Whether a word may be added to a message.
@@ -52,13 +72,6 @@ fn fits(message: &Missing, word: u64) -> bool {
     let first = message.first / WORD;
     let end = first + message.words.len() as u64;
     word < end + GAP && word - first < MAX_WORDS as u64
-}
-
-/// The bits of `word` that stand for pages of `run`.
-fn bits_of(run: &Range<u64>, word: u64) -> u64 {
-    let ones = |count: u64| if count >= WORD { u64::MAX } else { (1 << count) - 1 };
-    let below = |page: u64| ones(page.saturating_sub(word * WORD).min(WORD));
-    below(run.end) & !below(run.start)
 }
 
 #[cfg(test)]

@@ -14,12 +14,13 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use memlane_protocol::PageSet;
-use memlane_protocol::wire::control::Control;
+use memlane_protocol::wire::control::{Control, Missing};
 
 use super::copy::{CopyError, Copying};
 use super::missing::tell;
 use super::serve::{Server, Serving};
 use crate::guest::SavedState;
+use crate::task;
 
 /// Pages that are told once more before the pause: so many cost more there than another look.
 const MANY: u64 = 4096;
@@ -82,57 +83,52 @@ impl Copying {
 
     /// Tells which blocks of the guest's memory hold data, and that the rest is to be zero.
     async fn tell_all(&self) -> Result<(), CopyError> {
-        let all = 0..self.guest.ram.pages();
-        let blocks = self.data_blocks(vec![all.clone()]).await?;
-        let mut holes = gaps(&all, &blocks);
+        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
+        let look = move || {
+            let all = 0..ram.pages();
+            let blocks = ram.data_blocks(all.clone(), BLOCK_PAGES)?;
+            std::io::Result::Ok((gaps(&all, &blocks), tell(&note(blocks, &told))))
+        };
+        let (mut holes, messages) = task::aside(look).await.map_err(CopyError::Memory)?;
         // Dealt with before what follows them, and so before the guest runs there.
         self.send_holes(&mut holes).await?;
-        self.tell_blocks(blocks).await
+        self.tell_missing(messages).await
     }
 
     /// Tells which blocks hold data that did not when they were looked at.
     async fn tell_new_blocks(&self) -> Result<(), CopyError> {
-        let told: Vec<_> = self.told_missing.runs().collect();
-        let blocks = self.data_blocks(gaps(&(0..self.told_missing.pages()), &told)).await?;
-        if blocks.is_empty() { Ok(()) } else { self.tell_blocks(blocks).await }
-    }
-
-    async fn tell_blocks(&self, blocks: Vec<Range<u64>>) -> Result<(), CopyError> {
-        let fresh = PageSet::new(self.told_missing.pages());
-        for block in blocks {
-            self.told_missing.insert_range(block.clone());
-            fresh.insert_range(block);
-        }
-        self.tell_missing(&fresh).await
-    }
-
-    /// The blocks within `parts` that hold data.
-    async fn data_blocks(&self, parts: Vec<Range<u64>>) -> Result<Vec<Range<u64>>, CopyError> {
-        let ram = self.guest.ram.clone();
+        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
         let look = move || {
-            let blocks = parts.into_iter().map(|part| ram.data_blocks(part, BLOCK_PAGES));
-            blocks.collect::<std::io::Result<Vec<_>>>()
+            let known: Vec<_> = told.runs().collect();
+            let parts = gaps(&(0..ram.pages()), &known).into_iter();
+            let blocks = parts.map(|part| ram.data_blocks(part, BLOCK_PAGES));
+            let blocks = blocks.collect::<std::io::Result<Vec<_>>>()?.concat();
+            std::io::Result::Ok((!blocks.is_empty()).then(|| tell(&note(blocks, &told))))
         };
-        let looked = tokio::task::spawn_blocking(look).await.expect("looking does not panic");
-        Ok(looked.map_err(CopyError::Memory)?.concat())
+        match task::aside(look).await.map_err(CopyError::Memory)? {
+            Some(messages) => self.tell_missing(messages).await,
+            None => Ok(()),
+        }
     }
 
     /// Tells what of the dirty pages the destination has not been told; returns how many.
     async fn tell_dirty(&self) -> Result<u64, CopyError> {
-        let fresh = PageSet::new(self.outbound.dirty.pages());
-        for run in self.outbound.dirty.runs() {
-            for page in run.filter(|page| self.told_missing.insert(*page)) {
-                fresh.insert(page);
+        let (told, outbound) = (self.told_missing.clone(), self.outbound.clone());
+        let look = move || {
+            let fresh = PageSet::new(told.pages());
+            for (word, bits) in outbound.dirty.words(0..told.pages()) {
+                fresh.insert_word(word, told.insert_bits(word, bits));
             }
-        }
-        let count = fresh.count();
-        self.tell_missing(&fresh).await?;
+            (fresh.count(), tell(&fresh))
+        };
+        let (count, messages) = task::aside(look).await;
+        self.tell_missing(messages).await?;
         Ok(count)
     }
 
     /// Returns when the destination has dropped these pages.
-    async fn tell_missing(&self, pages: &PageSet) -> Result<(), CopyError> {
-        for missing in tell(pages) {
+    async fn tell_missing(&self, messages: Vec<Missing>) -> Result<(), CopyError> {
+        for missing in messages {
             self.link.send(&Control::Missing(missing)).await?;
         }
         match self.answer().await? {
@@ -140,6 +136,16 @@ impl Copying {
             _ => Err(CopyError::Protocol("something else than that pages are dropped")),
         }
     }
+}
+
+/// Adds blocks to what was told; returns them as a set.
+fn note(blocks: Vec<Range<u64>>, told: &PageSet) -> PageSet {
+    let fresh = PageSet::new(told.pages());
+    for block in blocks {
+        told.insert_range(block.clone());
+        fresh.insert_range(block);
+    }
+    fresh
 }
 
 /// What of `all` lies between `parts`, which are in order.

@@ -14,12 +14,11 @@ use memlane_protocol::wire::control::{Control, FetchReport};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use super::Ticket;
 use super::lanes::{LaneEnd, Lanes};
-use super::missing::heard;
 use super::preflight::{self, Findings};
 use super::reopen::Reopener;
 use super::routes::{Route, Routes};
+use super::{Ticket, missing};
 use crate::api::types::Postcopy;
 use crate::host::Host;
 use crate::lane::Outbound;
@@ -185,7 +184,11 @@ impl Server {
             let is_missing = |route: &Route| lanes.running_on(&route.port.name) < usize::from(route.lanes());
             tokio::select! {
                 message = session.link.receive() => {
-                    if let Err(error) = message.map_err(ServeError::from).and_then(|message| self.hear(session, message)) {
+                    let heard = match message {
+                        Ok(message) => self.hear(session, message).await,
+                        Err(error) => Err(error.into()),
+                    };
+                    if let Err(error) = heard {
                         return error;
                     }
                 }
@@ -211,13 +214,13 @@ impl Server {
         }
     }
 
-    fn hear(&self, session: &Session, message: Control) -> Result<(), ServeError> {
+    async fn hear(&self, session: &Session, message: Control) -> Result<(), ServeError> {
         match message {
             Control::Missing(missing) => {
-                for run in heard(&missing, self.ram.pages()).map_err(ServeError::Protocol)? {
-                    session.outbound.add(self.ram.whole(run));
-                }
-                if missing.last {
+                let (outbound, last) = (session.outbound.clone(), missing.last);
+                let added = task::aside(move || missing::add(&missing, &outbound)).await;
+                added.map_err(ServeError::Protocol)?;
+                if last {
                     session.outbound.wake(session.outbound.dirty.count());
                 }
                 Ok(())

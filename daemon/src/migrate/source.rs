@@ -116,7 +116,7 @@ impl Run {
             holes_made: Cell::default(),
             lanes_lost: RefCell::default(),
             postcopy: RefCell::default(),
-            told_missing: PageSet::new(guest.ram.pages()),
+            told_missing: PageSet::new(guest.ram.pages()).into(),
         });
         let (machine, _offer) = Source::new();
         let for_executor = (ticket.clone(), arrivals);

@@ -12,6 +12,7 @@ enum Op {
     Insert(u64),
     InsertRange(u64, u64),
     InsertWord(u64, u64),
+    RemoveWord(u64, u64),
     RemoveRange(u64, u64),
     DrainTo(u64, u64),
     Claim(u64, u64),
@@ -74,6 +75,7 @@ fn op_far_apart() -> impl Strategy<Value = Op> {
         corner().prop_map(Op::Insert),
         (corner(), length.clone()).prop_map(|(a, more)| Op::InsertRange(a, a + more)),
         (corner(), any::<u64>()).prop_map(|(a, b)| Op::InsertWord(a / 64, b)),
+        (corner(), any::<u64>()).prop_map(|(a, b)| Op::RemoveWord(a / 64, b)),
         (corner(), length.clone()).prop_map(|(a, more)| Op::RemoveRange(a, a + more)),
         (corner(), corner()).prop_map(|(a, b)| Op::DrainTo(a, b)),
         (corner(), 0..200u64).prop_map(|(a, b)| Op::Claim(a, b)),
@@ -96,6 +98,10 @@ fn check(pages: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                 let marked = (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| word * 64 + bit);
                 let new = marked.filter(|page| *page < pages && want.insert(*page)).count();
                 prop_assert_eq!(set.insert_word(word, bits), new as u64);
+            }
+            Op::RemoveWord(word, bits) => {
+                set.remove_word(word, bits);
+                want.retain(|page| page / 64 != word || bits >> (page % 64) & 1 == 0);
             }
             Op::RemoveRange(a, b) => {
                 let gone = (a..b.min(pages)).filter(|page| want.remove(page)).count();
@@ -140,6 +146,11 @@ fn check(pages: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
     }
     let runs: Vec<_> = set.runs().collect();
     prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
+    let part = pages / 3..pages - pages / 5;
+    let in_words = set.words(part.clone()).flat_map(|(word, bits)| {
+        (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+    });
+    prop_assert_eq!(in_words.collect::<Vec<_>>(), want.range(part).copied().collect::<Vec<_>>());
     prop_assert_eq!(runs.into_iter().flatten().collect::<Vec<_>>(), want.into_iter().collect::<Vec<_>>());
     set.clear();
     prop_assert!(set.is_empty());

@@ -11,6 +11,7 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::guest::{DriverError, Harvest};
+use crate::task;
 
 /// Threads that look.
 const THREADS: u64 = 4;
@@ -30,7 +31,7 @@ impl Fingerprints {
     /// Looks at all of `ram`.
     pub async fn take(ram: Arc<GuestRam>) -> Result<Self, DriverError> {
         let look = move || in_shares(&ram, &|pages| look_at(&ram, pages));
-        let shares = tokio::task::spawn_blocking(look).await.expect("looking does not panic");
+        let shares = task::aside(look).await;
         Ok(Self(shares.map_err(failed)?.into_iter().flatten().collect()))
     }
 
@@ -49,9 +50,10 @@ impl Fingerprints {
             })?;
             Ok((changed, holes.into_inner()))
         };
-        let compared = tokio::task::spawn_blocking(compare).await.expect("looking does not panic");
-        let (changed, holes) = compared.map_err(failed)?;
-        Ok(Harvest { new: changed.drain_into(0..changed.pages(), into), holes })
+        let (changed, holes) = task::aside(compare).await.map_err(failed)?;
+        let mut new = 0;
+        task::in_pieces(changed.pages(), |piece| new += changed.drain_into(piece, into)).await;
+        Ok(Harvest { new, holes })
     }
 
     /// Tells the pages of `pages` that are not `now` what they were, and whether each is a hole now.

@@ -103,8 +103,8 @@ impl Releaser {
     }
 
     /// Writes to these pages wait again.
-    pub fn protected(&self, pages: Range<u64>) {
-        self.shared.open.remove_range(pages);
+    pub fn protected(&self, pages: &PageSet) {
+        pages.words(0..pages.pages()).for_each(|(word, bits)| self.shared.open.remove_word(word, bits));
     }
 
     /// How it has gone so far.
