@@ -7,6 +7,7 @@
 mod backing;
 mod extents;
 mod known;
+mod looking_on;
 mod loss;
 mod mapped;
 mod marks;
@@ -18,6 +19,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -56,6 +58,8 @@ pub struct GuestRam {
     in_tables: MappedBlocks,
     writing: Writing,
     sealed: bool,
+    /// See [`GuestRam::look_on`].
+    looks_on: AtomicBool,
 }
 
 /// Where a region lies in this process.
@@ -144,7 +148,8 @@ impl GuestRam {
         let (data, in_tables) = (KnownData::default(), MappedBlocks::new(pages));
         let writing = Writing::default();
         let guarded = Guarded::new(&mapped);
-        Ok(Self { guarded, memory, regions: shape, mapped, marks, data, in_tables, writing, sealed })
+        let looks_on = AtomicBool::new(false);
+        Ok(Self { guarded, memory, regions: shape, mapped, marks, data, in_tables, writing, sealed, looks_on })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in
@@ -302,16 +307,6 @@ impl GuestRam {
             }
         }
         Ok(())
-    }
-
-    /// Has the kernel take nothing that this process reads or writes for a sign that the guest needs a page:
-    /// for a daemon's mapping, not for the VMM's. It costs a good part of unmapping it, too.
-    pub fn look_on(&self) {
-        for slice in self.slices(0..self.pages()) {
-            // No harm if it fails. SAFETY: the slice lies within a mapping of ours, and what is advised
-            // changes no contents; there is no reading ahead in memory that it could end.
-            let _ = unsafe { rustix::mm::madvise(slice.ptr.cast(), slice.len, Advice::Random) };
-        }
     }
 
     fn populate(&self, pages: Range<u64>, advice: Advice) -> io::Result<()> {
