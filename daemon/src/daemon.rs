@@ -60,6 +60,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (journal, unfinished) = Journal::open(&config.journal).await?;
     let host = Host::new(config, journal);
+    host.register.load().await;
     // Before anybody can ask about them.
     recover::all(&host, unfinished);
     listen(&host).await?;

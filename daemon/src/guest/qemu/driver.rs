@@ -87,9 +87,9 @@ impl Qemu {
     }
 
     /// What QEMU said last, or where to look for that.
-    fn last_words(&self) -> String {
+    async fn last_words(&self) -> String {
         match &self.log {
-            Some(log) => format!("QEMU says: {}", launch::tail(log)),
+            Some(log) => format!("QEMU says: {}", launch::tail(log).await),
             None => "see QEMU's log".to_owned(),
         }
     }
@@ -136,10 +136,10 @@ impl Qemu {
 #[async_trait(?Send)]
 impl Driver for Qemu {
     async fn start_tracking(&self) -> Result<(), DriverError> {
-        self.register.note_migration(&self.name, true);
+        self.register.note_migration(&self.name, true).await;
         self.remember_settings().await?;
         settings::prepare_source(&self.qmp).await?;
-        let tracking = Tracking::start(self.open_memory(false).await?, None)?;
+        let tracking = Tracking::start(self.open_memory(false).await?, None).await?;
         *self.tracking.borrow_mut() = Some(Rc::new(tracking));
         Ok(())
     }
@@ -165,7 +165,8 @@ impl Driver for Qemu {
         self.shims.wait_for(self.qmp.pid(), obstacles::CONNECTING).await;
         let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
-        handles.find(&self.ram, true).map_err(failed)
+        let ram = self.ram.clone();
+        task::aside(move || handles.find(&ram, true)).await.map_err(failed)
     }
 
     async fn pause(&self) -> Result<Instant, DriverError> {
@@ -178,7 +179,7 @@ impl Driver for Qemu {
         match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
             other => {
-                let reason = format!("its own migration is {other}; {}", self.last_words());
+                let reason = format!("its own migration is {other}; {}", self.last_words().await);
                 Err(DriverError::Failed { request: "pause", reason })
             }
         }
@@ -212,7 +213,7 @@ impl Driver for Qemu {
             });
         } else {
             tidy(&qmp, settings).await;
-            self.register.note_migration(&self.name, false);
+            self.register.note_migration(&self.name, false).await;
         }
         Ok(self.qmp.resumed())
     }
@@ -227,7 +228,7 @@ impl Driver for Qemu {
         let reading = reading.ok_or_else(|| failed("the guest was not paused".into()))?;
         if state != "completed" {
             reading.abort();
-            return Err(failed(format!("its own migration is {state}; {}", self.last_words())));
+            return Err(failed(format!("its own migration is {state}; {}", self.last_words().await)));
         }
         let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
         let bytes = tokio::time::timeout(PATIENCE, reading).await.map_err(late)?;
@@ -244,13 +245,13 @@ impl Driver for Qemu {
     async fn stand_down(&self) {
         if let Some(settings) = self.settings.take() {
             tidy(&self.qmp, settings).await;
-            self.register.note_migration(&self.name, false);
+            self.register.note_migration(&self.name, false).await;
         }
     }
 
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
         let started = Instant::now();
-        self.register.note_migration(&self.name, true);
+        self.register.note_migration(&self.name, true).await;
         // While a guest is awaited this means: do not run it by yourself.
         self.qmp.execute("stop", json!({})).await?;
         let mut channel = self.channel().await?;
@@ -268,19 +269,19 @@ impl Driver for Qemu {
             () = write => unreachable!("it waits for the other"),
         };
         // What it has loaded in part it must never run: none of these is a plain failure.
-        let broken = |what: String| {
-            let reason = format!("{what}; {}", self.last_words());
+        let broken = async |what: String| {
+            let reason = format!("{what}; {}", self.last_words().await);
             DriverError::Broken { request: "load", reason }
         };
         match loaded {
             Ok(state) if state == "completed" => {}
-            Ok(state) => return Err(broken(format!("its own migration is {state}"))),
-            Err(DriverError::Gone) => return Err(broken("it ended".into())),
+            Ok(state) => return Err(broken(format!("its own migration is {state}")).await),
+            Err(DriverError::Gone) => return Err(broken("it ended".into()).await),
             Err(error) => return Err(error),
         }
         let status = self.qmp.status().await?;
         if status != "paused" {
-            return Err(broken(format!("its status is {status}")));
+            return Err(broken(format!("its status is {status}")).await);
         }
         self.loaded.set(true);
         Ok(started.elapsed())

@@ -21,6 +21,7 @@ use super::definition::{Definition, unicast_mac};
 use super::qmp::{Qmp, items};
 use crate::config::NetworkConfig;
 use crate::guest::DriverError;
+use crate::task;
 
 /// The oldest QEMU whose `x-ignore-shared` and `fd:` migrations this driver was written for.
 const OLDEST: [u32; 3] = [7, 2, 0];
@@ -48,10 +49,7 @@ pub async fn inspect(
     if version < OLDEST {
         return Err(QemuError::TooOld { found: version, oldest: OLDEST });
     }
-    let regions = memory(qmp).await?;
-    let shape_regions = regions.iter().map(|(region, _)| *region).collect();
-    let ram = Arc::new(GuestRam::map(regions)?);
-    ram.look_on();
+    let (shape_regions, ram) = memory(qmp).await?;
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     let cpus = items(&cpus);
@@ -83,7 +81,10 @@ pub async fn inspect(
             let nics = definition.nics.iter();
             nics.map(|nic| Nic { mac: nic.mac, network: nic.network.clone() }).collect()
         }
-        None => nics(&qmp.human("info network").await?, networks),
+        None => {
+            let (text, networks) = (qmp.human("info network").await?, networks.to_vec());
+            task::aside(move || nics(&text, &networks)).await
+        }
     };
     let shape = GuestShape {
         name: name.clone(),
@@ -95,15 +96,15 @@ pub async fn inspect(
     Ok(Facts { shape, qemu, ram })
 }
 
-/// All RAM of the guest: one region for each memory back end, in order of their names.
-async fn memory(qmp: &Qmp) -> Result<Vec<(Region, OwnedFd)>, QemuError> {
+/// All RAM of the guest, mapped: one region for each memory back end, in order of their names.
+async fn memory(qmp: &Qmp) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
     let backends = qmp.execute("query-memdev", json!({})).await?;
     let mut backends: Vec<&Value> = items(&backends).iter().collect();
     backends.sort_by_key(|backend| backend["id"].as_str().unwrap_or_default().to_owned());
     if backends.is_empty() || backends.len() > MAX_REGIONS {
         return Err(QemuError::NoMemory { found: backends.len(), limit: MAX_REGIONS });
     }
-    let (mut regions, mut address) = (Vec::new(), 0u64);
+    let (mut parts, mut address) = (Vec::new(), 0u64);
     for backend in backends {
         let id = backend["id"].as_str().unwrap_or_default();
         let bytes = backend["size"].as_u64().unwrap_or(0);
@@ -119,11 +120,24 @@ async fn memory(qmp: &Qmp) -> Result<Vec<(Region, OwnedFd)>, QemuError> {
             return Err(QemuError::PrivateMemory { id: id.to_owned(), kind, share });
         }
         let path = PathBuf::from(get("mem-path").await?.as_str().unwrap_or_default());
-        let (file, page_bytes) = open(&path, qmp.user())?;
-        regions.push((Region { address, bytes, page_bytes, offset: 0 }, file));
+        parts.push((path, address, bytes));
         address = end;
     }
-    Ok(regions)
+    let user = qmp.user();
+    task::aside(move || map(parts, user)).await
+}
+
+/// Opens and maps memory: files, and where each is to lie and how much of it.
+fn map(parts: Vec<(PathBuf, u64, u64)>, user: u32) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
+    let parts = parts.into_iter().map(|(path, address, bytes)| {
+        let (file, page_bytes) = open(&path, user)?;
+        Ok((Region { address, bytes, page_bytes, offset: 0 }, file))
+    });
+    let regions = parts.collect::<Result<Vec<_>, QemuError>>()?;
+    let shape = regions.iter().map(|(region, _)| *region).collect();
+    let ram = GuestRam::map(regions)?;
+    ram.look_on();
+    Ok((shape, Arc::new(ram)))
 }
 
 /// Opens a file that QEMU says is its memory. It must be QEMU's own: a QEMU that was taken over

@@ -18,7 +18,7 @@ use super::QemuError;
 use super::definition::Definition;
 use super::driver::Qemu;
 use super::inspect::inspect;
-use super::launch::Started;
+use super::launch::{Started, collect};
 use super::qmp::{Qmp, is_migrating};
 use super::register::Record;
 use super::settings::Settings;
@@ -96,8 +96,7 @@ impl Place {
                 Ok(guest)
             }
             Err(error) => {
-                started.end();
-                record.remove_files();
+                started.end(record).await;
                 Err(error)
             }
         }
@@ -145,7 +144,7 @@ impl Place {
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
-        host.register.write(&record)?;
+        host.register.write(&record).await?;
         let standing = match (status.as_str(), record.incoming) {
             ("inmigrate", _) => Standing::Incoming,
             ("paused", true) => Standing::Loaded,
@@ -181,7 +180,7 @@ impl Place {
                 _ = self.let_go.wait_for(|let_go| *let_go) => None,
             };
             let Some(ended) = ended else {
-                self.host.register.remove(&record.name);
+                self.host.register.remove(&record.name).await;
                 info!(guest = %self.name, "let go of a QEMU");
                 if let Some(guest) = self.host.guest(&self.name) {
                     guest.driver.hang_up();
@@ -193,7 +192,7 @@ impl Place {
             if ended {
                 info!(guest = %self.name, pid = record.pid, "QEMU has ended");
                 tidy_up(child, record.clone()).await;
-                self.host.register.remove(&record.name);
+                self.host.register.remove(&record.name).await;
                 return;
             }
             // It may have been changed: a guest has arrived.
@@ -237,11 +236,11 @@ impl Drop for Place {
 async fn tidy_up(child: Option<Child>, record: Record) {
     let tidy = move || {
         if let Some(mut child) = child {
-            let _ = child.wait();
+            collect(&mut child);
         }
         record.remove_files();
     };
-    tokio::task::spawn_blocking(tidy).await.expect("removing files does not panic");
+    task::aside(tidy).await;
 }
 
 /// Whether a guest is about to be none of this host's.

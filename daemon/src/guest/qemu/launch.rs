@@ -7,23 +7,27 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::Label;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tracing::debug;
+use tracing::{debug, warn};
 
-use super::QemuError;
 use super::definition::{Definition, Paths};
-use super::register::paths;
+use super::register::{Record, paths};
+use super::{Lacking, QemuError};
+use crate::config::Config;
 use crate::host::Host;
+use crate::task;
 
 /// A QEMU that is starting is looked at so often.
 const LOOK: Duration = Duration::from_millis(5);
 /// Longest wait for its monitor: it may have to take all RAM from the host first.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for a process that was told to end, or has.
+const ENDING: Duration = Duration::from_secs(20);
 /// Bytes of its log that are told when it fails.
 const TAIL_BYTES: u64 = 1000;
 
@@ -37,66 +41,109 @@ pub struct Started {
 }
 
 impl Started {
-    /// Ends it: it was started in vain.
-    pub fn end(mut self) {
-        if let Some(unit) = &self.unit {
-            let stopped = manager("systemctl").args(["stop", unit]).status();
-            debug!(unit, ?stopped, "stopping a unit");
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    /// Ends it, which was started in vain, and removes what it leaves behind.
+    pub async fn end(mut self, record: Record) {
+        let end = move || {
+            if let Some(unit) = &self.unit {
+                let mut stop = manager("systemctl");
+                let stopped = stop.args(["stop", unit]).stdin(Stdio::null()).spawn();
+                let stopped = stopped.map(|mut stopping| collect(&mut stopping));
+                debug!(unit, ?stopped, "stopping a unit");
+            }
+            let _ = self.child.kill();
+            collect(&mut self.child);
+            record.remove_files();
+        };
+        task::aside(end).await;
     }
 }
 
-/// Starts the QEMU of a guest, and waits until its monitor answers.
-pub async fn start(host: &Host, definition: &Definition, incoming: bool) -> Result<Started, QemuError> {
-    let guests = &host.config.guests;
-    for nic in &definition.nics {
-        if !Path::new("/sys/class/net").join(&nic.tap).exists() {
-            return Err(QemuError::Missing(format!(
-                "tap {0} of guest {1} is not there; make it with `ip tuntap add {0} mode tap`, join it to the bridge \
-                 of network {2} and bring it up, or change nic.tap in the guest file",
-                nic.tap, definition.name, nic.network
-            )));
+/// Waits for a process that has ended, or is about to: not for ever, and on no thread that has anything else to do.
+pub fn collect(child: &mut Child) -> Option<ExitStatus> {
+    let until = Instant::now() + ENDING;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),
+            Ok(None) => {
+                warn!(pid = child.id(), "a process does not end; it is killed, and not waited for any more");
+                let _ = child.kill();
+                return None;
+            }
+            Err(error) => {
+                debug!(pid = child.id(), %error, "cannot wait for a process");
+                return None;
+            }
         }
     }
-    let paths = paths(guests, &definition.name);
+}
+
+/// Starts the QEMU of a guest, and waits until its monitor answers. `record` says what it leaves behind.
+pub async fn start(host: &Host, definition: &Definition, record: &Record) -> Result<Started, QemuError> {
+    let paths = paths(&host.config.guests, &definition.name);
+    let begin = {
+        let (config, definition, paths) = (host.config.clone(), definition.clone(), paths.clone());
+        let incoming = record.incoming;
+        move || begin(&config, &definition, &paths, incoming)
+    };
+    let mut started = task::aside(begin).await?;
+    let up = tokio::select! {
+        () = answers(&paths.qmp) => Ok(()),
+        () = ends(&mut started.child) => Err(true),
+        () = tokio::time::sleep(PATIENCE) => Err(false),
+    };
+    let Err(ended) = up else { return Ok(started) };
+    let words = tail(&started.log).await;
+    started.end(record.clone()).await;
+    Err(match ended {
+        true => QemuError::Ended { lacks: lacking(&words), words },
+        false => QemuError::Slow { after: PATIENCE, words },
+    })
+}
+
+/// Prepares what a QEMU needs, and starts it.
+fn begin(
+    config: &Config,
+    definition: &Definition,
+    paths: &Paths,
+    incoming: bool,
+) -> Result<Started, QemuError> {
+    for nic in &definition.nics {
+        if !Path::new("/sys/class/net").join(&nic.tap).exists() {
+            let (guest, network) = (definition.name.clone(), nic.network.clone());
+            return Err(QemuError::NoTap { tap: nic.tap.clone(), guest, network });
+        }
+    }
     let log = log_of(&paths.qmp);
-    prepare(&paths).map_err(|(doing, path, source)| QemuError::Start { doing, path, source })?;
+    prepare(paths).map_err(|(doing, path, source)| QemuError::Start { doing, path, source })?;
     let output =
         log_file(&log).map_err(|source| QemuError::Start { doing: "write to", path: log.clone(), source })?;
-    let arguments = definition.command_line(&paths, incoming);
+    let arguments = definition.command_line(paths, incoming);
+    let shim = &config.guests.shim;
     let environment = [
-        ("LD_PRELOAD", guests.shim.clone().into_os_string()),
-        ("MEMLANE_ATTACH_SOCKET", host.config.attach_socket.clone().into_os_string()),
+        ("LD_PRELOAD", shim.clone().into_os_string()),
+        ("MEMLANE_ATTACH_SOCKET", config.attach_socket.clone().into_os_string()),
     ];
-    if !guests.shim.exists() {
-        return Err(QemuError::Missing(format!(
-            "the shim {} is not there, without which the guest could not be moved; install it, or name it in \
-             guests.shim of the daemon's configuration",
-            guests.shim.display()
-        )));
+    if !shim.exists() {
+        return Err(QemuError::NoShim(shim.clone()));
     }
     let failed = |source| QemuError::Start { doing: "start", path: definition.qemu.clone(), source };
-    let mut started = if systemd_runs() {
+    if systemd_runs() {
         let child = run_as_unit(definition, &arguments, &environment, (&log, output)).map_err(failed)?;
-        Started { log, child, unit: Some(unit(&definition.name)) }
+        Ok(Started { log, child, unit: Some(unit(&definition.name)) })
     } else {
         let child = run_as_session(&definition.qemu, &arguments, &environment, output).map_err(failed)?;
-        Started { log, child, unit: None }
-    };
-    let up = tokio::select! {
-        () = answers(&paths.qmp) => true,
-        () = ends(&mut started.child) => false,
-        () = tokio::time::sleep(PATIENCE) => false,
-    };
-    if !up {
-        let words = tail(&started.log);
-        started.end();
-        let _ = std::fs::remove_file(&paths.memory);
-        return Err(QemuError::Ended(words));
+        Ok(Started { log, child, unit: None })
     }
-    Ok(started)
+}
+
+/// What QEMU lacks, by what it said before it ended: it has no other way to tell.
+fn lacking(words: &str) -> Option<Lacking> {
+    match words {
+        _ if words.contains("unsupported machine type") => Some(Lacking::Machine),
+        _ if words.contains("CPU model") => Some(Lacking::Cpu),
+        _ => None,
+    }
 }
 
 /// The log of the QEMU that has its monitor at `qmp`.
@@ -105,7 +152,12 @@ pub fn log_of(qmp: &Path) -> PathBuf {
 }
 
 /// The last lines of QEMU's log.
-pub fn tail(log: &Path) -> String {
+pub async fn tail(log: &Path) -> String {
+    let log = log.to_owned();
+    task::aside(move || read_tail(&log)).await
+}
+
+fn read_tail(log: &Path) -> String {
     let read = || {
         let mut file = File::open(log)?;
         let length = file.metadata()?.len();

@@ -120,9 +120,26 @@ pub enum QemuError {
     /// The guest file.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
-    /// Something that the guest file names is not on this host.
-    #[error("{0}")]
-    Missing(String),
+    /// A tap that the guest file names is not on this host.
+    #[error(
+        "tap {tap} of guest {guest} is not there; make it with `ip tuntap add {tap} mode tap`, join it to the \
+         bridge of network {network} and bring it up, or change nic.tap in the guest file"
+    )]
+    NoTap {
+        /// The tap.
+        tap: String,
+        /// Whose.
+        guest: Label,
+        /// Where it belongs.
+        network: Label,
+    },
+    /// The shim is not on this host.
+    #[error(
+        "the shim {} is not there, without which the guest could not be moved; install it, or name it in \
+         guests.shim of the daemon's configuration",
+        .0.display()
+    )]
+    NoShim(PathBuf),
     /// QEMU cannot be started.
     #[error("cannot {doing} {}: {source}", path.display())]
     Start {
@@ -134,11 +151,33 @@ pub enum QemuError {
         source: io::Error,
     },
     /// It ended as soon as it had begun.
-    #[error("QEMU did not start: {0}")]
-    Ended(String),
+    #[error("QEMU did not start: {words}")]
+    Ended {
+        /// What it does not have, if it said so.
+        lacks: Option<Lacking>,
+        /// Its words.
+        words: String,
+    },
+    /// Its monitor did not answer in time.
+    #[error("QEMU did not start: its monitor has not answered for {after:.0?}, and it was ended; {words}")]
+    Slow {
+        /// How long was waited.
+        after: std::time::Duration,
+        /// Its words.
+        words: String,
+    },
     /// What must be remembered cannot be written down.
     #[error(transparent)]
     Register(#[from] RegisterError),
+}
+
+/// What a QEMU does not have that a guest wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lacking {
+    /// Its machine type.
+    Machine,
+    /// Its CPU model.
+    Cpu,
 }
 
 /// Starts a guest from its file; one that waits for a guest to arrive if `incoming`.
@@ -156,7 +195,7 @@ pub async fn summon(host: &Rc<Host>, definition: Definition) -> Result<Rc<Guest>
 async fn start(host: &Rc<Host>, definition: Definition, record: Record) -> Result<Rc<Guest>, QemuError> {
     definition.permitted_by(&host.config.guests)?;
     let place = keeper::Place::take(host, &definition.name).await?;
-    let started = launch::start(host, &definition, record.incoming).await?;
+    let started = launch::start(host, &definition, &record).await?;
     place.keep_started(started, record).await
 }
 

@@ -1,17 +1,21 @@
 //! What the daemon remembers of the QEMUs that it keeps: a file of JSON for each, in `guests/`
 //! beside the journal. No QEMU outlives its host, so neither need these files.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use memlane_protocol::wire::Label;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
 use tracing::warn;
 
 use super::definition::{Definition, Paths};
 use crate::config::GuestsConfig;
 use crate::journal::VmmIdentity;
-use crate::private;
+use crate::{private, task};
 
 /// A record cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -22,8 +26,14 @@ pub struct RegisterError {
     source: io::Error,
 }
 
-/// The directory of records.
-pub struct Register(PathBuf);
+/// What is remembered, and the directory in which it is: read once, and written by threads beside the control
+/// thread, which asks what is remembered far more often than it changes that.
+pub struct Register {
+    directory: PathBuf,
+    records: RefCell<BTreeMap<String, Record>>,
+    /// One file is written at a time, so that the last of a name has what was remembered last.
+    writing: Mutex<()>,
+}
 
 /// A QEMU that the daemon keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -97,75 +107,118 @@ impl Record {
 }
 
 impl Register {
-    /// Beside the journal.
+    /// Beside the journal; nothing is remembered before it is [loaded](Self::load).
     pub fn beside(journal: &Path) -> Self {
-        Self(journal.join("guests"))
+        let (records, writing) = Default::default();
+        Self { directory: journal.join("guests"), records, writing }
     }
 
-    /// Everything that was remembered; what cannot be read is left out, and told.
+    /// Reads everything that was remembered; what cannot be read is left out, and told.
+    pub async fn load(&self) {
+        let directory = self.directory.clone();
+        let records = task::aside(move || all(&directory)).await;
+        self.records.borrow_mut().extend(records.into_iter().map(|record| (record.name.clone(), record)));
+    }
+
+    /// Everything that is remembered.
     pub fn all(&self) -> Vec<Record> {
-        let entries = match std::fs::read_dir(&self.0) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
-            Err(error) => {
-                warn!(directory = %self.0.display(), %error, "cannot look for guests in QEMU");
-                return Vec::new();
-            }
-        };
-        let files = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
-        let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
-        files.filter_map(|path| read(&path)).collect()
+        self.records.borrow().values().cloned().collect()
     }
 
     /// What is remembered of the guest of this name.
     pub fn read(&self, name: &str) -> Option<Record> {
-        read(&self.path(name))
+        self.records.borrow().get(name).cloned()
     }
 
     /// The guest that was awaited has arrived, and runs: what becomes of it is its operator's affair.
-    pub fn note_arrival(&self, name: &str) {
-        self.change(name, |record| {
+    pub fn note_arrival(self: &Rc<Self>, name: &str) {
+        let arrived = self.change(name, |record| {
             (record.incoming, record.summoned, record.migrating) = (false, false, false);
         });
+        if arrived {
+            let (register, name) = (self.clone(), name.to_owned());
+            task::spawn("note of an arrival", async move { register.save_or_tell(&name).await });
+        }
     }
 
     /// QEMU migrates, or does not any more, because this daemon has told it to. What it does without
     /// that is its operator's affair.
-    pub fn note_migration(&self, name: &str, migrating: bool) {
-        self.change(name, |record| record.migrating = migrating);
+    pub async fn note_migration(&self, name: &str, migrating: bool) {
+        if self.change(name, |record| record.migrating = migrating) {
+            self.save_or_tell(name).await;
+        }
     }
 
-    fn change(&self, name: &str, change: impl FnOnce(&mut Record)) {
-        let Some(mut record) = self.read(name) else { return };
-        change(&mut record);
-        if let Err(error) = self.write(&record) {
+    /// Whether there is such a record to change.
+    fn change(&self, name: &str, change: impl FnOnce(&mut Record)) -> bool {
+        self.records.borrow_mut().get_mut(name).map(change).is_some()
+    }
+
+    async fn save_or_tell(&self, name: &str) {
+        if let Err(error) = self.save(name).await {
             warn!(guest = name, %error, "cannot remember how a guest in QEMU stands");
         }
     }
 
     /// Remembers; a record of the same name is replaced.
-    pub fn write(&self, record: &Record) -> Result<(), RegisterError> {
-        let path = self.path(&record.name);
-        let write = || {
-            private::directory(&self.0)?;
-            private::put_volatile(&path, &serde_json::to_vec_pretty(record)?)
-        };
-        write().map_err(|source| RegisterError { guest: record.name.clone(), path: path.clone(), source })
+    pub async fn write(&self, record: &Record) -> Result<(), RegisterError> {
+        let before = self.records.borrow_mut().insert(record.name.clone(), record.clone());
+        let saved = self.save(&record.name).await;
+        if saved.is_err() {
+            let mut records = self.records.borrow_mut();
+            match before {
+                Some(before) => records.insert(before.name.clone(), before),
+                None => records.remove(&record.name),
+            };
+        }
+        saved
     }
 
     /// Forgets.
-    pub fn remove(&self, name: &str) {
-        match std::fs::remove_file(self.path(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!(guest = name, %error, "cannot forget a guest in QEMU");
-            }
-            _ => {}
+    pub async fn remove(&self, name: &str) {
+        self.records.borrow_mut().remove(name);
+        if let Err(error) = self.save(name).await {
+            warn!(guest = name, %error, "cannot forget a guest in QEMU");
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(format!("{name}.json"))
+    /// Brings the file of this name up to date.
+    async fn save(&self, name: &str) -> Result<(), RegisterError> {
+        let _one_at_a_time = self.writing.lock().await;
+        let path = self.directory.join(format!("{name}.json"));
+        let (record, file) = (self.read(name), path.clone());
+        let saved = task::aside(move || match record {
+            Some(record) => replace(&file, &record),
+            None => match std::fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        });
+        saved.await.map_err(|source| RegisterError { guest: name.to_owned(), path, source })
     }
+}
+
+/// Writes a record beside the one before, and puts it in its place.
+fn replace(path: &Path, record: &Record) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        private::directory(directory)?;
+    }
+    private::put_volatile(path, &serde_json::to_vec_pretty(record)?)
+}
+
+/// All records of a directory that can be read.
+fn all(directory: &Path) -> Vec<Record> {
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => {
+            warn!(directory = %directory.display(), %error, "cannot look for guests in QEMU");
+            return Vec::new();
+        }
+    };
+    let files = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+    files.filter_map(|path| read(&path)).collect()
 }
 
 fn read(path: &Path) -> Option<Record> {
@@ -190,22 +243,44 @@ pub fn paths(guests: &GuestsConfig, name: &Label) -> Paths {
 mod tests {
     use super::*;
 
+    /// What a daemon that starts now remembers.
+    async fn remembered(directory: &Path) -> Vec<Record> {
+        let register = Register::beside(directory);
+        register.load().await;
+        register.all()
+    }
+
     #[test]
     fn remembers_and_forgets() {
         let directory = tempfile::tempdir().unwrap();
-        let register = Register::beside(directory.path());
-        assert!(register.all().is_empty());
-        let mut record = Record::attached("web1".parse().unwrap(), "/run/web1.sock".into(), true);
-        register.write(&record).unwrap();
-        record.pid = 7;
-        register.write(&record).unwrap();
-        register.note_arrival("web1");
-        register.note_arrival("web2");
-        std::fs::write(directory.path().join("guests/other.json"), "{").unwrap();
-        let [found] = &register.all()[..] else { panic!("one record can be read") };
-        assert_eq!((found.pid, found.incoming, found.qmp.as_path()), (7, false, Path::new("/run/web1.sock")));
-        register.remove("web1");
-        register.remove("web1");
-        assert!(register.all().is_empty());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let register = Rc::new(Register::beside(directory.path()));
+            register.load().await;
+            assert!(register.all().is_empty());
+            let mut record = Record::attached("web1".parse().unwrap(), "/run/web1.sock".into(), true);
+            register.write(&record).await.unwrap();
+            record.pid = 7;
+            register.write(&record).await.unwrap();
+            register.note_arrival("web1");
+            register.note_arrival("web2");
+            assert!(register.read("web1").is_some_and(|record| !record.incoming));
+            // After what was noted before.
+            register.note_migration("web1", true).await;
+            std::fs::write(directory.path().join("guests/other.json"), "{").unwrap();
+            let [found] = &remembered(directory.path()).await[..] else { panic!("one record can be read") };
+            let flags = (found.incoming, found.migrating);
+            assert_eq!(
+                (found.pid, flags, found.qmp.as_path()),
+                (7, (false, true), Path::new("/run/web1.sock"))
+            );
+            register.remove("web1").await;
+            register.remove("web1").await;
+            assert!(register.all().is_empty() && remembered(directory.path()).await.is_empty());
+            // One that cannot be written is not remembered.
+            std::fs::remove_dir_all(directory.path().join("guests")).unwrap();
+            std::fs::write(directory.path().join("guests"), "").unwrap();
+            assert!(register.write(&record).await.is_err() && register.read("web1").is_none());
+        });
     }
 }

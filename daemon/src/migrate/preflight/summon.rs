@@ -9,7 +9,7 @@ use memlane_protocol::wire::control::{Offer, Refusal, Respect};
 
 use crate::guest::Guest;
 use crate::guest::qemu::definition::Definition;
-use crate::guest::qemu::{self, QemuError};
+use crate::guest::qemu::{self, Lacking, QemuError};
 use crate::host::Host;
 
 /// Longest time that storage may take to say whether a disk is there.
@@ -71,18 +71,17 @@ async fn missing(disks: Vec<String>) -> Vec<Refusal> {
 }
 
 fn refusal(error: QemuError) -> Refusal {
-    let text = error.to_string();
     let (what, remedy) = match &error {
-        QemuError::Missing(_) if text.starts_with("tap") => (Respect::Network, ""),
-        QemuError::Ended(_) if text.contains("unsupported machine type") => (
+        QemuError::NoTap { .. } => (Respect::Network, ""),
+        QemuError::Ended { lacks: Some(Lacking::Machine), .. } => (
             Respect::Machine,
             "; install a newer QEMU there, or give the guest a machine type that both have (-machine)",
         ),
-        QemuError::Ended(_) if text.contains("CPU model") => {
+        QemuError::Ended { lacks: Some(Lacking::Cpu), .. } => {
             (Respect::Machine, "; give the guest a CPU model that QEMU has on both hosts (-cpu)")
         }
         QemuError::NameTaken(_) => (Respect::Busy, ""),
         _ => (Respect::Receiver, ""),
     };
-    Refusal { what, reason: format!("{text}{remedy}") }
+    Refusal { what, reason: format!("{error}{remedy}") }
 }
