@@ -6,9 +6,8 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tracing::{info, warn};
-
-use crate::task;
 
 /// Frames sent for each address.
 const ROUNDS: u32 = 5;
@@ -21,35 +20,48 @@ const LONGEST_GAP: Duration = Duration::from_millis(550);
 
 const ETH_P_RARP: u16 = 0x8035;
 
-/// Announces `macs` on `bridge`: the first frames are sent when this returns, the others by a
-/// task of their own. A bridge that is not there is logged, since nothing can be done about it:
-/// the guest is this host's already.
-pub fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
-    let socket = match open(&bridge) {
-        Ok(socket) => socket,
-        Err(error) => {
-            warn!(guest, bridge, %error, "cannot announce the guest; switches learn its place from its traffic");
-            return;
+/// Longest wait for the first frames: a guest that is about to run speaks for itself soon.
+const FIRST_FRAMES: Duration = Duration::from_millis(100);
+
+/// Announces `macs` on `bridge`: the first frames are sent when this returns, the others by and by, by a thread
+/// of their own, as opening and closing such a socket may have to wait for the kernel. A bridge that is not there
+/// is logged, since nothing can be done about it: the guest is this host's already.
+pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>) {
+    let (begun, first_sent) = oneshot::channel();
+    let name = guest.clone();
+    let thread = std::thread::Builder::new().name("announce".into()).spawn(move || {
+        match send_all(&guest, &bridge, &macs, begun) {
+            Ok(()) => info!(guest, bridge, rounds = ROUNDS, "announced the guest's new place"),
+            Err(error) => {
+                warn!(guest, bridge, %error, "cannot announce the guest; switches learn its place from its traffic")
+            }
         }
-    };
-    let send = move |guest: &str| {
-        for mac in &macs {
+    });
+    if let Err(error) = thread {
+        warn!(guest = name, %error, "cannot start a thread that announces the guest");
+    }
+    let _ = tokio::time::timeout(FIRST_FRAMES, first_sent).await;
+}
+
+/// Sends all rounds of frames; tells when the first is gone.
+fn send_all(guest: &str, bridge: &str, macs: &[[u8; 6]], begun: oneshot::Sender<()>) -> io::Result<()> {
+    let socket = open(bridge)?;
+    let (mut begun, mut gap) = (Some(begun), FIRST_GAP);
+    for round in 0..ROUNDS {
+        if round > 0 {
+            std::thread::sleep(gap);
+            gap = (gap + GAP_STEP).min(LONGEST_GAP);
+        }
+        for mac in macs {
             match rustix::net::send(&socket, &frame(mac), rustix::net::SendFlags::empty()) {
                 Ok(_) => crate::metrics::announced(1),
                 Err(error) => warn!(guest, %error, "cannot send an announcement"),
             }
         }
-    };
-    send(&guest);
-    task::spawn("announcing a guest", async move {
-        let mut gap = FIRST_GAP;
-        for _ in 1..ROUNDS {
-            tokio::time::sleep(gap).await;
-            gap = (gap + GAP_STEP).min(LONGEST_GAP);
-            send(&guest);
-        }
-        info!(guest, bridge, rounds = ROUNDS, "announced the guest's new place");
-    });
+        // Whoever waits for it may have given up.
+        let _ = begun.take().map(|begun| begun.send(()));
+    }
+    Ok(())
 }
 
 /// A RARP request (RFC 903) by which `mac` asks for its own protocol address, padded to the

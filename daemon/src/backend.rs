@@ -37,8 +37,9 @@ pub struct HostBackend(pub Rc<Host>);
 
 #[async_trait(?Send)]
 impl Backend for HostBackend {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         let host = &self.0;
+        let kvm = task::aside(|| Path::new("/dev/kvm").exists()).await;
         Status {
             host: host.config.host.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -48,12 +49,15 @@ impl Backend for HostBackend {
             migrations: host.active(),
             insecure: true,
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            kvm: std::path::Path::new("/dev/kvm").exists(),
+            kvm,
         }
     }
 
-    fn ports(&self) -> Vec<PortInfo> {
-        self.0.config.ports.iter().map(|port| port_info(&self.0, port)).collect()
+    async fn ports(&self) -> Vec<PortInfo> {
+        let ports = self.0.config.ports.clone();
+        // Who reads the state of an interface may have to wait for whoever configures one.
+        let seen = task::aside(move || ports.iter().map(see).collect::<Vec<_>>()).await;
+        self.0.config.ports.iter().zip(seen).map(|(port, seen)| port_info(&self.0, port, seen)).collect()
     }
 
     fn peers(&self) -> Vec<PeerInfo> {
@@ -197,8 +201,8 @@ impl Backend for HostBackend {
         Ok(self.find(id)?.progress.subscribe())
     }
 
-    fn metrics(&self) -> String {
-        metrics::render()
+    async fn metrics(&self) -> String {
+        task::aside(metrics::render).await
     }
 }
 
@@ -280,15 +284,20 @@ impl HostBackend {
     }
 }
 
-fn port_info(host: &Host, port: &PortConfig) -> PortInfo {
+/// Whether a port can be used, and its speed in bits per second, as the kernel has them.
+fn see(port: &PortConfig) -> (bool, Option<u64>) {
     let carrier = port.interface.as_deref().map(|interface| interface_state(interface).0);
+    (carrier.unwrap_or(true) && holds(port.address), preflight::speed(port))
+}
+
+fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -> PortInfo {
     let (bytes_sent, bytes_received) = host.traffic.of(&port.name);
     PortInfo {
         name: port.name.to_string(),
         interface: port.interface.clone(),
         address: port.address.to_string(),
-        speed_bits_per_second: preflight::speed(port),
-        up: carrier.unwrap_or(true) && holds(port.address),
+        speed_bits_per_second: speed,
+        up,
         lanes: port.lanes,
         bytes_sent,
         bytes_received,

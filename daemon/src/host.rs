@@ -1,7 +1,7 @@
 //! This host: its guests, ports, peers and migrations.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -154,16 +154,22 @@ impl Host {
         port.map(|port| port.address.to_string()).unwrap_or_default()
     }
 
-    /// Why guests on this network cannot run here, if they cannot.
-    pub fn network_missing(&self, network: &Label) -> Option<String> {
+    /// The bridges of networks that are there.
+    pub async fn bridges_there(&self) -> BTreeSet<String> {
+        let bridges: Vec<_> = self.config.networks.iter().map(|network| network.bridge.clone()).collect();
+        let is_there = |bridge: &String| std::path::Path::new("/sys/class/net").join(bridge).exists();
+        task::aside(move || bridges.into_iter().filter(is_there).collect()).await
+    }
+
+    /// Why guests on this network cannot run here, if they cannot; `bridges` are there.
+    pub fn network_missing(&self, network: &Label, bridges: &BTreeSet<String>) -> Option<String> {
         let Some(found) = self.config.networks.iter().find(|found| found.name == *network) else {
             return Some(format!(
                 "network {network} is not configured here; add it as [[network]] with its bridge"
             ));
         };
-        let there = std::path::Path::new("/sys/class/net").join(&found.bridge).exists();
         let missing = || format!("bridge {} of network {network} is not there; bring it up", found.bridge);
-        (!there).then(missing)
+        (!bridges.contains(&found.bridge)).then(missing)
     }
 
     /// Addresses to announce, by the bridge of their network.

@@ -44,11 +44,15 @@ fn main() -> ExitCode {
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
     }
-    match tokio_uring::start(task::watched("main", memlaned::daemon::run(config))) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("memlaned: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    tokio_uring::start(async {
+        let code = match task::watched("main", memlaned::daemon::run(config)).await {
+            Ok(()) => 0,
+            Err(error) => {
+                eprintln!("memlaned: {error}");
+                1
+            }
+        };
+        // The end of the runtime would wait for every thread that works aside, however long that may last.
+        std::process::exit(code)
+    })
 }

@@ -74,7 +74,7 @@ pub async fn upkeep() {
     loop {
         tokio::time::sleep(Duration::from_secs(10)).await;
         if let Some(handle) = INSTALLED.get() {
-            handle.run_upkeep();
+            crate::task::aside(|| handle.run_upkeep()).await;
         }
     }
 }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
+use crate::task;
+
 /// The daemon serves; `status` is shown by `systemctl status`.
 pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
@@ -26,7 +28,8 @@ pub async fn watchdog() {
     let mut ticks = tokio::time::interval((limit / 2).max(Duration::from_millis(1)));
     loop {
         ticks.tick().await;
-        tell(&[NotifyState::Watchdog]);
+        // A service manager that is behind may not take it at once.
+        task::aside(|| tell(&[NotifyState::Watchdog])).await;
     }
 }
 

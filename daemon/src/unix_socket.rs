@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
+
+use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Who is at the other end of a connection, as the kernel knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,20 +52,26 @@ pub fn make_way(path: &Path) -> io::Result<()> {
     if !kind.is_socket() {
         return Err(io::Error::other("what is there is no socket; remove it, or configure another path"));
     }
-    let dead = match UnixStream::connect(path) {
-        Ok(_) => false,
-        // EPROTOTYPE: somebody listens, for another kind of socket.
-        Err(error) => error.kind() == io::ErrorKind::ConnectionRefused,
-    };
-    if !dead {
+    if !is_dead(path)? {
         return Err(io::Error::other("another daemon listens there; stop it, or configure another path"));
     }
     std::fs::remove_file(path)
 }
 
+/// Whether nobody listens at a socket. One who has not accepted for long listens all the same, and is not waited for.
+fn is_dead(path: &Path) -> io::Result<bool> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    // EPROTOTYPE: somebody listens, for another kind of socket. EAGAIN: so many wait that there is no room for more.
+    let connected = socket.connect(&SockAddr::unix(path)?);
+    Ok(connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::sync::mpsc;
+    use std::time::Duration;
 
     use super::*;
 
@@ -89,5 +96,20 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(make_way(&path).unwrap_err().to_string().contains("is no socket"));
         assert!(path.exists());
+    }
+
+    #[test]
+    fn whoever_accepts_nobody_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        // All that may wait, so that a connection that waits for room would wait for ever.
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let (sender, told) = mpsc::channel();
+        std::thread::spawn(move || sender.send(make_way(&path)));
+        let told = told.recv_timeout(Duration::from_secs(20)).expect("nothing is waited for");
+        assert!(told.unwrap_err().to_string().contains("another daemon"));
     }
 }

@@ -28,9 +28,9 @@ use types::{ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, 
 #[async_trait(?Send)]
 pub trait Backend {
     /// The daemon and its host.
-    fn status(&self) -> Status;
+    async fn status(&self) -> Status;
     /// Ports lent to migrations.
-    fn ports(&self) -> Vec<PortInfo>;
+    async fn ports(&self) -> Vec<PortInfo>;
     /// Hosts that guests may move to and come from.
     fn peers(&self) -> Vec<PeerInfo>;
     /// Attached guests.
@@ -56,5 +56,5 @@ pub trait Backend {
     /// Follows a migration. The sender sets the outcome last and may then be dropped.
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
     /// All metrics, as Prometheus reads them.
-    fn metrics(&self) -> String;
+    async fn metrics(&self) -> String;
 }

@@ -94,7 +94,7 @@ pub(super) async fn answer_metrics<B>(
 ) -> Result<Answer, Infallible> {
     let asked = (request.method(), request.uri().path());
     Ok(match asked {
-        (&Method::GET, "/metrics") => metrics(&*backend),
+        (&Method::GET, "/metrics") => metrics(&*backend).await,
         _ => error_answer(ApiError::new(ErrorCode::UnknownRoute, "there is only GET /metrics here")),
     })
 }
@@ -161,8 +161,8 @@ where
 {
     let host = &*backend;
     match call {
-        Call::Status => Ok(status(host)),
-        Call::Ports => Ok(ports(host)),
+        Call::Status => Ok(status(host).await),
+        Call::Ports => Ok(ports(host).await),
         Call::Peers => Ok(peers(host)),
         Call::Guests => Ok(guests(host)),
         Call::Launch => launch(backend, caller, body::read(sent).await?).await,
@@ -176,20 +176,20 @@ where
         Call::Abandon => abandon(backend, caller, id.to_owned()).await,
         Call::Events => events(host, id),
         Call::OpenApi => Ok(openapi()),
-        Call::Metrics => Ok(metrics(host)),
+        Call::Metrics => Ok(metrics(host).await),
     }
 }
 
 /// The daemon and its host.
 #[utoipa::path(get, path = "/v1/status", tag = "host", responses((status = 200, body = Status)))]
-fn status(backend: &dyn Backend) -> Answer {
-    json(StatusCode::OK, &backend.status())
+async fn status(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.status().await)
 }
 
 /// Network ports lent to migrations.
 #[utoipa::path(get, path = "/v1/ports", tag = "host", responses((status = 200, body = [PortInfo])))]
-fn ports(backend: &dyn Backend) -> Answer {
-    json(StatusCode::OK, &backend.ports())
+async fn ports(backend: &dyn Backend) -> Answer {
+    json(StatusCode::OK, &backend.ports().await)
 }
 
 /// Hosts that guests may move to and come from.
@@ -350,8 +350,8 @@ fn openapi() -> Answer {
     get, path = "/metrics", tag = "host",
     responses((status = 200, content_type = "text/plain; version=0.0.4", body = String))
 )]
-fn metrics(backend: &dyn Backend) -> Answer {
-    text("text/plain; version=0.0.4", backend.metrics())
+async fn metrics(backend: &dyn Backend) -> Answer {
+    text("text/plain; version=0.0.4", backend.metrics().await)
 }
 
 /// Runs what must not be left half done when the caller hangs up, which drops the answer's future.

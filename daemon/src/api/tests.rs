@@ -35,10 +35,10 @@ impl Fake {
 
 #[async_trait(?Send)]
 impl Backend for Fake {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         Status { host: "host-a".to_owned(), insecure: true, ..Status::default() }
     }
-    fn ports(&self) -> Vec<PortInfo> {
+    async fn ports(&self) -> Vec<PortInfo> {
         vec![PortInfo { name: "a".to_owned(), ..PortInfo::default() }]
     }
     fn peers(&self) -> Vec<PeerInfo> {
@@ -98,7 +98,7 @@ impl Backend for Fake {
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
         self.known(id).map(|()| self.migration.subscribe())
     }
-    fn metrics(&self) -> String {
+    async fn metrics(&self) -> String {
         "memlane_guests 1\n".to_owned()
     }
 }

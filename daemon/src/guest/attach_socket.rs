@@ -97,7 +97,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
         let (packet, descriptors) =
             receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
         match FromVmm::decode(&packet) {
-            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host, process),
+            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host, process).await,
             Ok(FromVmm::Shim { oldest, newest }) => {
                 let version = agree("shim", (oldest, newest))?;
                 host.shims.has_room(pid).then_some(Introduced::Shim(version)).ok_or_else(|| {
@@ -142,7 +142,7 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
 }
 
 /// Checks everything that a VMM said, and maps its guest's memory.
-fn introduce(
+async fn introduce(
     hello: Hello,
     descriptors: Vec<OwnedFd>,
     host: &Host,
@@ -158,8 +158,8 @@ fn introduce(
         return Err(format!("guest {name} has {expected} memory regions, and {found} descriptors came"));
     }
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
-    let ram = GuestRam::map(regions).map_err(|error| format!("memory of guest {name}: {error}"))?;
-    ram.look_on();
+    let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::look_on)).await;
+    let ram = ram.map_err(|error| format!("memory of guest {name}: {error}"))?;
     Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version))
 }
 

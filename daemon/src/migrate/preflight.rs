@@ -18,6 +18,7 @@ use crate::guest::Guest;
 use crate::host::Host;
 use crate::link::Link;
 use crate::port;
+use crate::task;
 
 pub use receive::{offered_ports, receive, release};
 
@@ -89,7 +90,7 @@ pub async fn send(
     };
     let (link, token, ports) = ask(host, peer, offer, findings).await?;
     let pairs = try_ports(host, &ports, findings).await;
-    judge_bandwidth(&pairs, request.min_bandwidth, findings);
+    judge_bandwidth(&pairs, request.min_bandwidth, findings).await;
     if findings.refused() || request.check_only {
         return None;
     }
@@ -258,9 +259,10 @@ pub async fn try_ports(host: &Rc<Host>, theirs: &[Port], findings: &mut Findings
 }
 
 /// The ports must promise what is asked, as far as their speeds are known.
-fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
-    let speeds = pairs.iter().map(|pair| speed(&pair.route.port));
-    let Some(total) = speeds.sum::<Option<u64>>().filter(|_| !pairs.is_empty()) else { return };
+async fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
+    let ports: Vec<_> = pairs.iter().map(|pair| pair.route.port.clone()).collect();
+    let total = task::aside(move || ports.iter().map(speed).sum::<Option<u64>>()).await;
+    let Some(total) = total.filter(|_| !pairs.is_empty()) else { return };
     findings.estimate.bytes_per_second = Some(total as f64 / 8.0);
     findings.estimate.seconds = Some(findings.estimate.data_bytes as f64 * 8.0 / total as f64);
     let (total, least) = (Rate(total), Rate(min_bandwidth));
@@ -278,7 +280,7 @@ fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) 
     }
 }
 
-/// Speed of a port in bits per second: as configured, or as its interface says.
+/// Speed of a port in bits per second: as configured, or as its interface says, which may have to be waited for.
 pub fn speed(port: &PortConfig) -> Option<u64> {
     let reported = || port.interface.as_deref().and_then(|interface| port::interface_state(interface).1);
     port.speed.map(|speed| speed.0).or_else(reported)

@@ -15,6 +15,7 @@ use super::summon;
 use crate::guest::{Guest, qemu};
 use crate::host::Host;
 use crate::port;
+use crate::task;
 
 /// Whether an offered guest can come: the VMM that waits for it, which the migration then has
 /// for itself, or everything that is wrong. A guest in QEMU may bring what its QEMU here is
@@ -43,7 +44,7 @@ pub async fn receive(host: &Rc<Host>, peer: &Label, offer: &Offer) -> Result<Rc<
     };
     // Taken before anything else is awaited, so that no second offer can take it too.
     guest.migration.replace(Some(offer.migration));
-    let mut refusals = judge(host, offer, &guest);
+    let mut refusals = judge(host, offer, &guest).await;
     if !matches!(guest.driver.awaits().await, Ok(true)) {
         let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
         refusals.push(Refusal { what: Respect::Receiver, reason });
@@ -73,7 +74,7 @@ pub async fn release(guest: &Guest, offer: &Offer) {
 }
 
 /// Compares what is offered with what waits for it, and with this host.
-fn judge(host: &Host, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
+async fn judge(host: &Rc<Host>, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
     let refusal = |what, reason: String| Refusal { what, reason };
     let mut refusals = Vec::new();
     for reason in compat::check(&offer.shape, &guest.shape) {
@@ -82,11 +83,13 @@ fn judge(host: &Host, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
     if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
         refusals.extend(qemu::differences(theirs, ours));
     }
-    if let Some(reason) = memory_missing(host, offer, guest) {
+    let (available, bridges) = (task::aside(available_memory), host.bridges_there());
+    let (available, bridges) = tokio::join!(available, bridges);
+    if let Some(reason) = available.and_then(|available| memory_missing(host, offer, guest, available)) {
         refusals.push(refusal(Respect::Memory, reason));
     }
     for nic in &offer.shape.nics {
-        if let Some(reason) = host.network_missing(&nic.network) {
+        if let Some(reason) = host.network_missing(&nic.network, &bridges) {
             refusals.push(refusal(Respect::Network, reason));
         }
     }
@@ -111,13 +114,12 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
 }
 
 /// Why this host's memory does not do, if it does not.
-fn memory_missing(host: &Host, offer: &Offer, guest: &Guest) -> Option<String> {
+fn memory_missing(host: &Host, offer: &Offer, guest: &Guest, available: u64) -> Option<String> {
     let held = guest.ram.held_bytes().unwrap_or(0);
     // A VMM on huge pages has reserved them; one whose memory is touched holds it.
     let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
     let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };
     let reserve = host.config.limits.memory_reserve.0;
-    let available = available_memory()?;
     (wanted > 0 && available < wanted.saturating_add(reserve)).then(|| {
         let mib = |bytes: u64| bytes >> 20;
         format!(
