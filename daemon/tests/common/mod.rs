@@ -31,6 +31,9 @@ pub const LONG: Duration = Duration::from_secs(60);
 /// A peer that says nothing for so long is gone: short, since several tests wait for it.
 pub const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
 
+/// What a daemon logs whose control thread was kept from its work (`memlaned::task`).
+const STOOD_STILL: &str = "the control thread stood still";
+
 /// Two hosts with a daemon each. Only one test has its stage at a time.
 pub struct Stage {
     pub rig: Rig,
@@ -175,6 +178,20 @@ impl Stage {
     pub fn wait_for_log(&mut self, id: HostId, text: &str) {
         let found = wait_for("a line in the log", LONG, || self.log(id).contains(text).then_some(()));
         found.unwrap_or_else(|error| panic!("{error}: {text:?} is not in {}", self.log(id)));
+    }
+}
+
+impl Drop for Stage {
+    /// Whatever a test is about, the daemons' control threads have never stood still.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        for host in self.rig.lab().hosts() {
+            let log = std::fs::read_to_string(host.directory().join("memlaned.log")).unwrap_or_default();
+            let still: Vec<_> = log.lines().filter(|line| line.contains(STOOD_STILL)).collect();
+            assert!(still.is_empty(), "on {}:\n{}", host.name(), still.join("\n"));
+        }
     }
 }
 
