@@ -8,10 +8,11 @@
 //! - [`vcpu`] and [`state`] capture and restore everything but memory; [`compat`] says beforehand
 //!   whether a host can.
 //! - [`attach`] serves the daemon's requests inside the VMM; [`packet`] is how both ends of that
-//!   socket send bytes with descriptors.
+//!   socket send bytes with descriptors, and [`descriptors`] what they say when they have too many.
 
 pub mod attach;
 pub mod compat;
+pub mod descriptors;
 pub mod dirty;
 mod error;
 pub mod foreign_ram;

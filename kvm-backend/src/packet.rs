@@ -13,6 +13,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
+use crate::descriptors::exhausted;
+
 /// Descriptors that one packet can carry.
 pub const MAX_DESCRIPTORS: usize = MAX_REGIONS;
 
@@ -44,7 +46,8 @@ pub fn send_some<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'
 ///
 /// A length of 0 says that the peer closed the connection. Errors are the socket's,
 /// `WouldBlock` among them, and `InvalidData` for a packet longer than the buffer or with more
-/// than [`MAX_DESCRIPTORS`] descriptors; what came of it is dropped and closed.
+/// than [`MAX_DESCRIPTORS`] descriptors; what came of it is dropped and closed. So it is where this
+/// process may have no more descriptors, which is then what the error says.
 pub fn recv<Fd: AsFd>(socket: Fd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let socket = socket.as_fd();
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -62,6 +65,11 @@ pub fn recv<Fd: AsFd>(socket: Fd, buffer: &mut [u8]) -> io::Result<(usize, Vec<O
     let cut = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
     if received.flags.contains(ReturnFlags::TRUNC) {
         return cut(format!("a packet is longer than {} bytes", buffer.len()));
+    }
+    // The kernel makes as many as it can: fewer than there is room for is all that this process may have.
+    if received.flags.contains(ReturnFlags::CTRUNC) && descriptors.len() < MAX_DESCRIPTORS {
+        drop(descriptors);
+        return Err(exhausted());
     }
     // The buffer is a little larger than asked for, to be aligned.
     if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
@@ -122,6 +130,31 @@ mod tests {
             );
         }
         assert_eq!(recv(&there, &mut buffer).unwrap().0, 4);
+    }
+
+    /// In a process of its own, in which nobody else needs descriptors.
+    #[test]
+    fn a_process_that_has_run_out_says_so() {
+        const ALONE: &str = "MEMLANE_TEST_FEW_DESCRIPTORS";
+        if std::env::var_os(ALONE).is_none() {
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            alone.args(["packet::tests::a_process_that_has_run_out_says_so", "--exact", "--nocapture"]);
+            assert!(alone.env(ALONE, "1").status().unwrap().success());
+            return;
+        }
+        let (here, there) = pair();
+        let (pipe, _end) = rustix::pipe::pipe().unwrap();
+        send(&here, b"many", &[pipe.as_fd(); MAX_DESCRIPTORS]).unwrap();
+        send(&here, b"fine", &[]).unwrap();
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let few = rustix::process::Rlimit { current: Some(30), ..limit };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+        let mut buffer = [0; 16];
+        let error = recv(&there, &mut buffer).unwrap_err();
+        assert!(error.to_string().contains("run out of file descriptors (limit 30)"), "{error}");
+        // What had come was closed.
+        assert_eq!(recv(&there, &mut buffer).unwrap().0, 4);
+        assert!(rustix::pipe::pipe().is_ok());
     }
 
     #[test]
