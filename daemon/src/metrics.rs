@@ -3,6 +3,7 @@
 //! Names begin with `memlane_` and units are base units, as Prometheus has it. Counters are
 //! there from the start with 0, so that the first increase is seen.
 
+mod part;
 mod port;
 
 use std::sync::OnceLock;
@@ -16,6 +17,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, 
 use crate::api::types::Outcome;
 use crate::guest::StunReport;
 
+pub use part::Part;
 pub use port::PortMeter;
 
 /// Kinds of pages, by how they travel.
@@ -122,9 +124,9 @@ pub fn downtime(actual: Duration, predicted: Duration) {
     histogram!(DOWNTIME_ERROR).record(actual.abs_diff(predicted));
 }
 
-/// Pages of guests in post-copy are still missing on this host.
-pub fn missing_pages(pages: u64) {
-    gauge!(MISSING_PAGES).set(pages as f64);
+/// What one guest in post-copy adds to the pages that are still missing on this host: nothing yet.
+pub fn missing_pages() -> Part {
+    Part::of(gauge!(MISSING_PAGES))
 }
 
 /// How fetching went on since `before`.
@@ -323,7 +325,7 @@ fn describe() {
     counter!(DIRTY_PAGES).increment(0);
     stunned(&StunReport::default(), &StunReport::default());
     fetched(&FetchReport::default(), &FetchReport::default());
-    missing_pages(0);
+    gauge!(MISSING_PAGES).increment(0.0);
     announced(0);
 }
 
@@ -414,7 +416,14 @@ mod tests {
             port.zero_copy(600);
             port.copied(400);
             port.compressed(300, 100);
-            port.bandwidth(1.25e9);
+            let mut parts =
+                [port.bandwidth(), PortMeter::new("a").bandwidth(), PortMeter::new("b").bandwidth()];
+            parts[0].set(2_000_000_000);
+            parts[1].set(250_000_000);
+            parts[0].set(1_000_000_000);
+            parts[2].set(7);
+            let [first, second, _] = parts;
+            std::mem::forget((first, second));
             guests(2);
             migrations_active(1);
             migration_ended(Outcome::Completed);
@@ -429,7 +438,11 @@ mod tests {
             let report =
                 StunReport { in_force: Duration::from_secs(2), released_pages: 9, target_pages: 9.0 };
             stunned(&StunReport::default(), &report);
-            missing_pages(9);
+            let [mut missing, mut also, mut ended] = [missing_pages(), missing_pages(), missing_pages()];
+            (missing.set(100), also.set(5), ended.set(1000));
+            missing.set(4);
+            drop(ended);
+            std::mem::forget((missing, also));
             let report =
                 FetchReport { faults: 3, pages_fetched: 3, pages_streamed: 8, ..FetchReport::default() };
             fetched(&FetchReport { pages_streamed: 1, ..FetchReport::default() }, &report);
@@ -444,7 +457,9 @@ mod tests {
             ("memlane_copied_bytes_total{port=\"a\"}", 400.0),
             ("memlane_uncompressed_bytes_total{port=\"a\"}", 300.0),
             ("memlane_compressed_bytes_total{port=\"a\"}", 100.0),
+            // Of two migrations at once, and of one that has ended.
             ("memlane_bandwidth_bytes_per_second{port=\"a\"}", 1.25e9),
+            ("memlane_bandwidth_bytes_per_second{port=\"b\"}", 0.0),
             ("memlane_guests", 2.0),
             ("memlane_migrations_active", 1.0),
             ("memlane_migrations_total{outcome=\"completed\"}", 1.0),

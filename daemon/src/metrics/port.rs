@@ -2,6 +2,7 @@
 
 use metrics::{Counter, Gauge, Label, counter, gauge};
 
+use super::part::Part;
 use super::{
     BANDWIDTH, BYTES_RECEIVED, BYTES_SENT, COMPRESSED_BYTES, COPIED_BYTES, LANES_LOST, LANES_REOPENED,
     UNCOMPRESSED_BYTES, ZERO_COPY_BYTES,
@@ -41,7 +42,7 @@ impl PortMeter {
         meter.zero_copy(0);
         meter.copied(0);
         meter.compressed(0, 0);
-        meter.bandwidth(0.0);
+        meter.bandwidth.increment(0.0);
         meter.lost(0);
         meter.reopened.increment(0);
         meter
@@ -73,9 +74,9 @@ impl PortMeter {
         self.compressed.increment(to);
     }
 
-    /// What the port's lanes deliver together, measured lately.
-    pub fn bandwidth(&self, bytes_per_second: f64) {
-        self.bandwidth.set(bytes_per_second);
+    /// What one lane adds to what the port's lanes deliver together: nothing yet.
+    pub fn bandwidth(&self) -> Part {
+        Part::of(self.bandwidth.clone())
     }
 
     /// Lanes were lost that sent over the port.

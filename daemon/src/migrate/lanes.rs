@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use crate::api::types::{Lane as LaneView, LaneState, Migration};
 use crate::lane::{Answerer, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender, Totals};
-use crate::metrics::{self, PageKind, PortMeter};
+use crate::metrics::{self, PageKind, Part, PortMeter};
 use crate::port::{Traffic, hang_up};
 
 /// Lanes of one migration at one end. Dropping them ends their connections.
@@ -51,6 +51,8 @@ struct Lane {
     /// What has gone into the metrics already.
     counted: Totals,
     meter: PortMeter,
+    /// Its part of what the port delivers.
+    bandwidth: Part,
     /// Bytes when the rates were looked at last.
     measured_bytes: u64,
     rate: f64,
@@ -142,6 +144,7 @@ impl Lanes {
             warn!(%port, lane = number, %error, "cannot start a thread for a lane");
         }
         let meter = PortMeter::new(port.as_str());
+        let bandwidth = meter.bandwidth();
         let (past, counted, measured_bytes) = Default::default();
         let (losses, counted_losses, rate) = (0, 0, 0.0);
         let mut lane = Lane {
@@ -157,6 +160,7 @@ impl Lanes {
             counted_losses,
             counted,
             meter,
+            bandwidth,
             measured_bytes,
             rate,
         };
@@ -271,10 +275,7 @@ impl Lanes {
             lane.count(sending, &self.traffic);
         }
         if sending {
-            for lane in &self.lanes {
-                let of_port = self.lanes.iter().filter(|other| other.port == lane.port);
-                lane.meter.bandwidth(of_port.map(|lane| lane.rate).sum());
-            }
+            self.lanes.iter_mut().for_each(|lane| lane.bandwidth.set(lane.rate as u64));
         }
     }
 
