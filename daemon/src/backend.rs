@@ -287,7 +287,8 @@ impl HostBackend {
 /// Whether a port can be used, and its speed in bits per second, as the kernel has them.
 fn see(port: &PortConfig) -> (bool, Option<u64>) {
     let carrier = port.interface.as_deref().map(|interface| interface_state(interface).0);
-    (carrier.unwrap_or(true) && holds(port.address), preflight::speed(port))
+    // What cannot be told now is taken to be as configured.
+    (carrier.unwrap_or(true) && holds(port.address).unwrap_or(true), preflight::speed(port))
 }
 
 fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -> PortInfo {

@@ -1,8 +1,7 @@
 //! Where other daemons connect: offers of guests, and words about handovers in doubt.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use memlane_protocol::handover::{Destination, Message, Source};
@@ -10,36 +9,37 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{Hello, Purpose};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio_uring::net::{TcpListener, TcpStream};
 use tracing::{info, warn};
 
 use crate::host::Host;
 use crate::link::{Link, LinkError, answer_greeting};
 use crate::migrate::{Ticket, Word, destination};
+use crate::port::{Door, Place};
 use crate::task;
 
-/// Connections of other daemons at once.
-const AT_ONCE: usize = 128;
 /// Longest wait for the first message, and for what a half says to a word.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Takes in other daemons for as long as this one runs.
 pub async fn serve(listener: TcpListener, host: Rc<Host>) {
-    let connections = Arc::new(Semaphore::new(AT_ONCE));
+    let door = Rc::<Door>::default();
+    let is_peer = |address: IpAddr| host.config.peers.iter().any(|peer| same(peer.control.ip(), address));
     loop {
-        let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
         match listener.accept().await {
+            Ok((_, remote)) if !is_peer(remote.ip()) => door.turned_away(remote.ip(), "the control port"),
             Ok((stream, remote)) => {
-                let host = host.clone();
+                let (host, door, stream) = (host.clone(), door.clone(), Rc::new(stream));
+                let place = door.enter(remote.ip(), &stream);
                 task::spawn("control connection", async move {
-                    let _permit = permit;
-                    if let Err(error) = take_in(stream, remote, &host).await {
-                        info!(%remote, %error, "a control connection came to nothing");
+                    if let Err(error) = take_in(stream, remote, &host, place).await {
+                        door.came_to_nothing(remote.ip(), &error);
                     }
                 });
             }
             Err(error) => {
+                let error = memlane_kvm::descriptors::told(error);
                 warn!(%error, "cannot accept a control connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -47,7 +47,16 @@ pub async fn serve(listener: TcpListener, host: Rc<Host>) {
     }
 }
 
-async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Result<(), LinkError> {
+fn same(one: IpAddr, other: IpAddr) -> bool {
+    one.to_canonical() == other.to_canonical()
+}
+
+async fn take_in(
+    stream: Rc<TcpStream>,
+    remote: SocketAddr,
+    host: &Rc<Host>,
+    mut place: Place,
+) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
     let judge = |hello: &Hello| admit(host, hello, remote);
     let Some(hello) = answer_greeting(&stream, judge).await? else { return Ok(()) };
@@ -55,8 +64,20 @@ async fn take_in(stream: TcpStream, remote: SocketAddr, host: &Rc<Host>) -> Resu
         return Ok(());
     }
     let mut link = Link::over(stream, host.config.limits.silence);
-    let first = tokio::time::timeout(PATIENCE, link.receive()).await;
-    match first.unwrap_or(Err(LinkError::Silent(PATIENCE)))? {
+    let first = async {
+        let mut first = link.receive().await?;
+        if let Control::LanesFrom(addresses) = first {
+            host.rendezvous.note_addresses(hello.host.clone(), addresses);
+            first = link.receive().await?;
+        }
+        Ok(first)
+    };
+    let first = tokio::time::timeout(PATIENCE, first).await;
+    let first = first.unwrap_or(Err(LinkError::Silent(PATIENCE)))?;
+    if !place.stay() {
+        return Err(LinkError::Crowd);
+    }
+    match first {
         Control::Offer(offer) => destination::run(host.clone(), hello.host, link, offer).await,
         Control::Handover { migration, message, .. } => {
             if let Some(message) = answer(host, &hello.host, migration, message).await {
@@ -87,7 +108,7 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
     let Some(peer) = host.peer(&hello.host) else {
         return Err(format!("{} is no peer of {}; add it there as [[peer]]", hello.host, host.config.host));
     };
-    if peer.control.ip() != remote.ip() {
+    if !same(peer.control.ip(), remote.ip()) {
         let (found, expected) = (remote.ip(), peer.control.ip());
         return Err(format!(
             "{} calls from {found}, and {} knows it at {expected}",

@@ -8,7 +8,7 @@ use std::time::Instant;
 use memlane_protocol::convergence::Predictor;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::{MigrationId, Standing};
-use memlane_protocol::wire::control::Port;
+use memlane_protocol::wire::control::{Control, MAX_PORTS, Port};
 use memlane_protocol::wire::machine::Nic;
 use tracing::{info, warn};
 
@@ -56,10 +56,11 @@ impl Host {
     /// A host without guests.
     pub fn new(config: Config, journal: Journal) -> Rc<Self> {
         let register = Rc::new(Register::beside(&config.journal));
+        let rendezvous = Rc::new(Rendezvous::with(&config.peers));
         Rc::new(Self {
             config,
             journal,
-            rendezvous: Rc::default(),
+            rendezvous,
             traffic: Rc::default(),
             shims: Rc::default(),
             keepers: Keepers::default(),
@@ -132,10 +133,13 @@ impl Host {
         self.config.peers.iter().find(|peer| peer.name == *name)
     }
 
-    /// Connects to a peer; `None` if there is no such peer.
+    /// Connects to a peer, and says where lanes of this host come from; `None` if there is no such peer.
     pub async fn connect(&self, peer: &Label) -> Result<Option<Link>, LinkError> {
         let Some(peer) = self.peer(peer) else { return Ok(None) };
-        Link::connect(peer.control, &self.config.host, self.config.limits.silence).await.map(Some)
+        let link = Link::connect(peer.control, &self.config.host, self.config.limits.silence).await?;
+        let addresses = self.config.ports.iter().map(|port| port.address).take(MAX_PORTS).collect();
+        link.send(&Control::LanesFrom(addresses)).await?;
+        Ok(Some(link))
     }
 
     /// What is known about pauses of this kind of VMM.

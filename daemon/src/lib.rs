@@ -22,6 +22,7 @@ pub mod migrate;
 pub mod port;
 pub mod priority;
 pub mod private;
+pub mod seldom;
 pub mod systemd;
 pub mod task;
 pub mod unix_socket;

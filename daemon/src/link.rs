@@ -8,9 +8,11 @@ mod traffic;
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use memlane_kvm::descriptors::told;
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{
     ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
@@ -24,8 +26,10 @@ use tokio_uring::net::TcpStream;
 use self::traffic::{Outgoing, Received, Shared};
 use crate::task;
 
-/// Longest time for connecting and for each half of the greeting.
+/// Longest time for connecting and for the answer to a greeting.
 const GREETING: Duration = Duration::from_secs(3);
+/// Longest time for whoever connects to say who it is.
+const HELLO: Duration = Duration::from_millis(500);
 /// Messages that wait to be written.
 const WRITE_AHEAD: usize = 16;
 
@@ -33,7 +37,10 @@ const WRITE_AHEAD: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// No connection.
-    #[error("cannot connect to {address}: {source}; is memlaned running there, and the port open?")]
+    #[error(
+        "cannot connect to {address}: {source}; is memlaned running there, the port open, and this host's address \
+         that of a [[peer]] there?"
+    )]
     Connect {
         /// Where to.
         address: SocketAddr,
@@ -51,6 +58,9 @@ pub enum LinkError {
     /// The other side closed the connection.
     #[error("the other host closed the control connection")]
     Closed,
+    /// As many connections of its address are in use as there may be.
+    #[error("the other host has too many control connections to this one")]
+    Crowd,
     /// The other side has said nothing for too long.
     #[error("the other host has not answered for {0:.1?}")]
     Silent(Duration),
@@ -93,26 +103,26 @@ impl Link {
     /// Connects to a peer and settles the version.
     pub async fn connect(address: SocketAddr, host: &Label, silence: Duration) -> Result<Self, LinkError> {
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
-        let refused = |source| LinkError::Connect { address, source };
+        let refused = |source| LinkError::Connect { address, source: told(source) };
         let stream = timeout(GREETING, TcpStream::connect(address)).await.map_err(late);
         let stream = stream.and_then(|stream| stream).map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
         let (oldest, newest) = VERSIONS;
         let hello = Hello { oldest, newest, host: host.clone(), purpose: Purpose::Control };
         match timeout(GREETING, greet(&stream, &hello)).await {
-            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(stream, silence)),
+            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(Rc::new(stream), silence)),
             Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
-            // A daemon that ends just now is as good as none.
+            // A daemon that ends just now is as good as none; so is one to which this host is a stranger.
             Ok(Err(LinkError::Io(source))) => Err(refused(source)),
             Ok(Err(LinkError::Closed)) => Err(refused(io::ErrorKind::ConnectionReset.into())),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(given_up(&stream)),
+            Err(_) => Err(given_up(&stream, GREETING)),
         }
     }
 
     /// A link over a connection whose greeting is done.
-    pub fn over(stream: TcpStream, silence: Duration) -> Self {
-        let (stream, shared) = (Rc::new(stream), Rc::new(Shared::default()));
+    pub fn over(stream: Rc<TcpStream>, silence: Duration) -> Self {
+        let shared = Rc::new(Shared::default());
         let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
         let (sender, messages) = mpsc::unbounded_channel();
         let tasks = vec![
@@ -181,7 +191,8 @@ pub async fn answer_greeting(
     judge: impl FnOnce(&Hello) -> Result<(), String>,
 ) -> Result<Option<Hello>, LinkError> {
     let greeting = async {
-        let hello = Hello::decode(&read_exactly(stream, HELLO_BYTES).await?)?;
+        let hello = within(HELLO, read_exactly(stream, HELLO_BYTES)).await;
+        let hello = Hello::decode(&hello.unwrap_or_else(|| Err(given_up(stream, HELLO)))?)?;
         let ours = VERSIONS;
         let answer = match (common_version(ours, (hello.oldest, hello.newest)), judge(&hello)) {
             (None, _) => Answer::Refused {
@@ -198,14 +209,25 @@ pub async fn answer_greeting(
         Ok(matches!(answer, Answer::Welcome { .. }).then_some(hello))
     };
     let answered = timeout(GREETING, greeting).await;
-    answered.unwrap_or_else(|_| Err(given_up(stream)))
+    answered.unwrap_or_else(|_| Err(given_up(stream, GREETING)))
 }
 
 /// Ends a connection whose greeting took too long: a read that is still under way would keep it
 /// open for as long as the other side says nothing.
-fn given_up(stream: &TcpStream) -> LinkError {
+fn given_up(stream: &TcpStream, waited: Duration) -> LinkError {
     let _ = stream.shutdown(Shutdown::Both);
-    LinkError::Silent(GREETING)
+    LinkError::Silent(waited)
+}
+
+/// What comes within `limit`. Where this thread was busy for that long, what has come meanwhile counts: it
+/// is looked at before anything is given up.
+async fn within<T>(limit: Duration, coming: impl Future<Output = T>) -> Option<T> {
+    const LOOK: Duration = Duration::from_millis(20);
+    let mut coming = pin!(coming);
+    if let Ok(came) = timeout(limit, &mut coming).await {
+        return Some(came);
+    }
+    timeout(LOOK, coming).await.ok()
 }
 
 async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {

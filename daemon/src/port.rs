@@ -1,53 +1,33 @@
 //! Network ports lent to migration: where lanes are awaited, and how they are opened.
 
 pub mod congestion;
+mod door;
+mod rendezvous;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use memlane_kvm::descriptors::{is_exhaustion, told};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, Token, VERSIONS};
+use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, VERSIONS};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
-use tokio::sync::mpsc;
-use tokio_uring::net::{TcpListener, TcpStream};
-use tracing::{debug, warn};
+use tokio_uring::net::TcpListener;
 
 use self::congestion::Congestion;
 use crate::config::PortConfig;
-use crate::link::{LinkError, answer_greeting};
-use crate::task;
+
+pub use door::{Door, Place};
+pub use rendezvous::{ArrivedLane, LaneKind, Rendezvous, serve};
 
 /// Longest time for a lane to connect and greet.
 const CONNECT: Duration = Duration::from_secs(2);
-/// Connections that may be greeting at once on one port.
-const GREETING_AT_ONCE: usize = 64;
-
-/// A lane that a source has opened to this host.
-pub struct ArrivedLane {
-    /// The port it arrived at.
-    pub port: Label,
-    /// What it carries.
-    pub kind: LaneKind,
-    /// The connection.
-    pub socket: OwnedFd,
-    /// The source's address.
-    pub remote: SocketAddr,
-}
-
-/// What a lane carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LaneKind {
-    /// Pages, on the lane of this number.
-    Pages(u16),
-    /// Pages that a guest waits for, and nothing else.
-    Faults,
-}
+/// Connections that the kernel holds ready to be accepted: a crowd must not keep a lane waiting for its
+/// second try.
+const BACKLOG: i32 = 1024;
 
 /// Bytes that lanes have sent and received on each port since the daemon started.
 #[derive(Default)]
@@ -66,27 +46,6 @@ impl Traffic {
     /// What a port has sent and received.
     pub fn of(&self, port: &Label) -> (u64, u64) {
         self.ports.borrow().get(port).copied().unwrap_or_default()
-    }
-}
-
-/// Which migrations await lanes.
-#[derive(Default)]
-pub struct Rendezvous {
-    awaited: RefCell<HashMap<Token, mpsc::Sender<ArrivedLane>>>,
-}
-
-impl Rendezvous {
-    /// Lanes that say `token` come out of the receiver, until it is dropped.
-    pub fn await_lanes(&self, token: Token, most: usize) -> mpsc::Receiver<ArrivedLane> {
-        let (sender, receiver) = mpsc::channel(most.max(1));
-        let mut awaited = self.awaited.borrow_mut();
-        awaited.retain(|_, sender| !sender.is_closed());
-        awaited.insert(token, sender);
-        receiver
-    }
-
-    fn find(&self, token: &Token) -> Option<mpsc::Sender<ArrivedLane>> {
-        self.awaited.borrow().get(token).filter(|sender| !sender.is_closed()).cloned()
     }
 }
 
@@ -110,61 +69,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
-    socket.listen(128)?;
+    socket.listen(BACKLOG)?;
     Ok(TcpListener::from_std(socket.into()))
-}
-
-/// Takes in lanes and answers probes on one port, for as long as the daemon runs.
-pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous>) {
-    let greeting = Arc::new(tokio::sync::Semaphore::new(GREETING_AT_ONCE));
-    loop {
-        let permit = greeting.clone().acquire_owned().await.expect("the semaphore is never closed");
-        match listener.accept().await {
-            Ok((stream, remote)) => {
-                let (port, rendezvous) = (port.clone(), rendezvous.clone());
-                task::spawn("lane connection", async move {
-                    let _permit = permit;
-                    if let Err(error) = take_in(stream, remote, port.clone(), &rendezvous).await {
-                        debug!(%port, %remote, %error, "a connection to this port came to nothing");
-                    }
-                });
-            }
-            Err(error) => {
-                warn!(%port, %error, "cannot accept a connection on this port");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-}
-
-async fn take_in(
-    stream: TcpStream,
-    remote: SocketAddr,
-    port: Label,
-    rendezvous: &Rendezvous,
-) -> Result<(), LinkError> {
-    stream.set_nodelay(true)?;
-    let hello = answer_greeting(&stream, |hello| match hello.purpose {
-        Purpose::Probe => Ok(()),
-        Purpose::Lane { token, .. } | Purpose::Faults { token } if rendezvous.find(&token).is_some() => {
-            Ok(())
-        }
-        Purpose::Lane { .. } | Purpose::Faults { .. } => Err("no migration here awaits this lane".to_owned()),
-        Purpose::Control => Err("this is a port for lanes; the control port is another".to_owned()),
-    });
-    let (token, kind) = match hello.await? {
-        Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) => (token, LaneKind::Pages(lane)),
-        Some(Hello { purpose: Purpose::Faults { token }, .. }) => (token, LaneKind::Faults),
-        _ => return Ok(()),
-    };
-    if let Some(migration) = rendezvous.find(&token) {
-        // SAFETY: the stream is open here, and its descriptor is duplicated before it closes.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&stream)) };
-        let socket = fd.try_clone_to_owned()?;
-        // More lanes than were agreed upon are dropped, and so closed.
-        let _ = migration.try_send(ArrivedLane { port, kind, socket, remote });
-    }
-    Ok(())
 }
 
 /// A lane's or a probe's connection from a port of this host to one of another.
@@ -182,7 +88,7 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     let failed = |doing: &str| {
         let place = format!("from port {} ({}) to {remote}", port.name, port.address);
         let doing = doing.to_owned();
-        move |error: io::Error| format!("cannot {doing} {place}: {error}")
+        move |error: io::Error| format!("cannot {doing} {place}: {}", told(error))
     };
     let socket =
         Socket::new(Domain::for_address(remote), Type::STREAM, None).map_err(failed("open a socket"))?;
@@ -260,9 +166,13 @@ pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
     (result == 0).then_some(info)
 }
 
-/// Whether this host holds `address`.
-pub fn holds(address: IpAddr) -> bool {
-    std::net::UdpSocket::bind((address, 0)).is_ok()
+/// Whether this host holds `address`; an error says why that cannot be told.
+pub fn holds(address: IpAddr) -> io::Result<bool> {
+    match std::net::UdpSocket::bind((address, 0)) {
+        Ok(_) => Ok(true),
+        Err(error) if is_exhaustion(&error) => Err(told(error)),
+        Err(_) => Ok(false),
+    }
 }
 
 /// Whether an interface has a carrier, and the speed that it reports in bits per second.

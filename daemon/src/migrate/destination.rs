@@ -66,7 +66,7 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     };
     let token = crate::host::random_id();
     let accept = Control::Accept(Accept { token, ports: host.offered_ports() });
-    let arriving = host.rendezvous.await_lanes(token, MOST_LANES);
+    let arriving = host.rendezvous.await_lanes(token, peer.clone(), MOST_LANES);
     if let Err(error) = link.send(&accept).await {
         info!(guest = %name, %peer, %error, "the source went away");
         return preflight::release(&guest, &offer).await;
@@ -380,7 +380,7 @@ impl Run {
             }
         }
         if let Some(fetching) = &mut self.fetching {
-            fetching.accept(link, self.ticket.id).await;
+            fetching.accept(link, &self.ticket.peer, self.ticket.id).await;
         }
         None
     }
@@ -445,7 +445,8 @@ impl Run {
     /// What is missing will never come: accesses to it fail from now on.
     async fn poison(&mut self) {
         let Some(fetching) = self.fetching.take() else { return };
-        let Some(guest) = self.executor.guest() else { return fetching.forget() };
+        // Where the VMM is gone, so is whoever could touch what is missing.
+        let Some(guest) = self.executor.guest() else { return };
         guest.incomplete.set(true);
         match fetching.poison().await {
             Ok(pages) => {

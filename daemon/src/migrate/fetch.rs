@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_kvm::userfault::{self, Userfault};
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Accept, Control, FetchReport, Missing};
 use tokio::sync::{Notify, mpsc};
@@ -21,7 +22,7 @@ use crate::guest::Guest;
 use crate::host::Host;
 use crate::lane::{Faults, Inbound, Placing};
 use crate::link::{Link, LinkError};
-use crate::metrics;
+use crate::metrics::{self, Part};
 use crate::port::{ArrivedLane, LaneKind};
 use crate::task;
 
@@ -42,6 +43,8 @@ pub struct Fetching {
     /// Since when the guest runs without all of its memory.
     since: Option<Instant>,
     counted: FetchReport,
+    /// Its part of the pages that are missing on this host.
+    missing: Part,
 }
 
 /// What the source has connected.
@@ -51,6 +54,8 @@ pub struct Session {
     lanes: Lanes,
     inbound: Arc<Inbound>,
     reported: Instant,
+    /// The lane for faults has come: another takes its place only when it is lost.
+    asks: bool,
 }
 
 impl Fetching {
@@ -77,8 +82,8 @@ impl Fetching {
                 return Err(failed(error));
             }
         };
-        let counted = FetchReport::default();
-        Ok(Self { host, guest, placing, faults, lost, session: None, since: None, counted })
+        let (counted, missing) = (FetchReport::default(), metrics::missing_pages());
+        Ok(Self { host, guest, placing, faults, lost, session: None, since: None, counted, missing })
     }
 
     /// The pages that are missing.
@@ -87,10 +92,10 @@ impl Fetching {
     }
 
     /// The source offers to serve over `link`: takes the place of any session before.
-    pub async fn accept(&mut self, mut link: Link, migration: MigrationId) {
+    pub async fn accept(&mut self, mut link: Link, peer: &Label, migration: MigrationId) {
         self.session = None;
         let token = crate::host::random_id();
-        let arriving = self.host.rendezvous.await_lanes(token, MOST_LANES);
+        let arriving = self.host.rendezvous.await_lanes(token, peer.clone(), MOST_LANES);
         let accept = Control::Accept(Accept { token, ports: self.host.offered_ports() });
         if let Err(error) = link.send(&accept).await {
             return info!(guest = %self.guest.shape.name, %error, "the source went away");
@@ -103,7 +108,8 @@ impl Fetching {
         debug!(guest = %self.guest.shape.name, migration = crate::hex::encode(&migration), "the source is about to serve missing pages");
         let lanes = Lanes::new(self.host.traffic.clone());
         let inbound = Arc::new(Inbound { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
-        self.session = Some(Session { link, arriving, lanes, inbound, reported: Instant::now() });
+        self.session =
+            Some(Session { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
     }
 
     /// The source says that these pages are missing.
@@ -201,21 +207,16 @@ impl Fetching {
     /// Accesses to what is missing fail from now on, and to the rest are as any other; returns how many
     /// pages are missing. On an error accesses go on waiting: letting go of them would have them find
     /// zeros.
-    pub async fn poison(self) -> io::Result<u64> {
+    pub async fn poison(mut self) -> io::Result<u64> {
         self.guest.incomplete.set(true);
         let placing = self.placing.clone();
         let poison = move || placing.poison().and_then(|pages| placing.end().map(|()| pages));
         let poisoned = task::aside(poison).await;
-        metrics::missing_pages(0);
+        self.missing.set(0);
         if poisoned.is_err() {
             std::mem::forget(self);
         }
         poisoned
-    }
-
-    /// The VMM is gone, and with it whoever could touch what is missing.
-    pub fn forget(self) {
-        metrics::missing_pages(0);
     }
 
     /// No guest comes after all: the VMM's memory is as any other, for the next one.
@@ -256,7 +257,7 @@ impl Fetching {
     fn count(&mut self) {
         let report = self.placing.report();
         metrics::fetched(&self.counted, &report);
-        metrics::missing_pages(report.remaining_pages);
+        self.missing.set(report.remaining_pages);
         self.counted = report;
     }
 }
@@ -275,7 +276,13 @@ async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), L
         },
         Some(ArrivedLane { port, kind, socket, remote }) = session.arriving.recv() => {
             match kind {
-                LaneKind::Faults => faults.connect(socket),
+                LaneKind::Faults if session.asks && faults.is_connected() => {
+                    warn!(%port, %remote, "refused a second lane for faults while the first one lives");
+                }
+                LaneKind::Faults => {
+                    session.asks = true;
+                    faults.connect(socket);
+                }
                 // More than that are dropped, and so closed.
                 LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
                 LaneKind::Pages(number) => {

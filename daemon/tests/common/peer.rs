@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
 use memlane_lab::{HostId, wait_for};
+use memlane_protocol::handover::Message;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Accept, Control, HEADER_BYTES, Offer, decode_header};
@@ -34,7 +35,10 @@ impl Peer {
         let mut stream = connect(stage, CONTROL_PORT);
         let answer = greet(&mut stream, &hello(host_a(), Purpose::Control)).unwrap();
         assert!(matches!(answer, Answer::Welcome { .. }), "{answer:?}");
-        Self::over(stream)
+        let mut peer = Self::over(stream);
+        let ports = stage.rig.lab().host(HostId::A).ports();
+        peer.send(&Control::LanesFrom(ports.iter().map(|port| port.address.into()).collect()));
+        peer
     }
 
     /// Over a connection whose greeting is done.
@@ -49,7 +53,7 @@ impl Peer {
                     Control::Ping(number) => {
                         reading.write_all(&Control::Pong(number).encode()).map_err(|_| ())
                     }
-                    Control::Pong(_) => Ok(()),
+                    Control::Pong(_) | Control::LanesFrom(_) => Ok(()),
                     other => sender.send(other).map_err(|_| ()),
                 };
                 if passed.is_err() {
@@ -127,10 +131,22 @@ pub fn connect(stage: &Stage, port: u16) -> TcpStream {
     let host = stage.rig.lab().host(HostId::B);
     let control = SocketAddr::new(IpAddr::V4(host.control_address()), port);
     let address = if port == LANE_PORT { lane_address(stage) } else { control };
+    if port == LANE_PORT {
+        announce(stage);
+    }
     let connected = stage.rig.lab().host(HostId::A).run_in(|| TcpStream::connect(address));
     let stream = connected.unwrap().unwrap();
     stream.set_read_timeout(Some(LONG)).unwrap();
     stream
+}
+
+/// Has host B know where lanes of host A come from.
+pub fn announce(stage: &Stage) {
+    let mut peer = Peer::call(stage);
+    let (migration, nanoseconds, reason) = ([0xbb; 16], 0, String::new());
+    // Answered after that was heard.
+    peer.send(&Control::Handover { migration, message: Message::Ready, nanoseconds, reason });
+    peer.receive();
 }
 
 /// Where lanes to host B connect, on its first port.

@@ -9,6 +9,7 @@ mod fetch;
 mod offer;
 mod qemu;
 
+use std::net::IpAddr;
 use std::ops::Range;
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64, U128};
@@ -38,6 +39,9 @@ pub const DIGEST_CHUNK_BYTES: u64 = 2 << 20;
 /// What one daemon says to the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
+    /// Whoever connects, before anything else: its lanes will come from these addresses, and from no
+    /// others. There are at most [`MAX_PORTS`] of them.
+    LanesFrom(Vec<IpAddr>),
     /// Source: here is a guest.
     Offer(Offer),
     /// Destination: it can come; resources are held.
@@ -134,6 +138,11 @@ impl Control {
 
     fn encode_body(&self, out: &mut Vec<u8>) -> u16 {
         match self {
+            Self::LanesFrom(addresses) => {
+                put(out, &U16::new(addresses.len() as u16));
+                addresses.iter().for_each(|address| put(out, &offer::octets(*address)));
+                kind::LANES_FROM
+            }
             Self::Offer(offer) => {
                 offer.encode(out);
                 kind::OFFER
@@ -228,6 +237,11 @@ impl Control {
     pub fn decode(kind: u16, body: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(body);
         let message = match kind {
+            kind::LANES_FROM => {
+                let count = reader.take::<U16>("count of addresses")?.get();
+                let addresses = reader.list::<[u8; 16]>("count of addresses", count.into(), MAX_PORTS)?;
+                Self::LanesFrom(addresses.iter().copied().map(offer::address_of).collect())
+            }
             kind::OFFER => Self::Offer(Offer::decode(&mut reader)?),
             kind::ACCEPT => Self::Accept(Accept::decode(&mut reader)?),
             kind::REFUSE => Self::Refuse(offer::decode_refusals(&mut reader)?),
@@ -285,6 +299,7 @@ impl Control {
     /// The message's name, for logs and errors.
     pub fn name(&self) -> &'static str {
         match self {
+            Self::LanesFrom(_) => "lanes from",
             Self::Offer(_) => "offer",
             Self::Accept(_) => "accept",
             Self::Refuse(_) => "refuse",
@@ -344,7 +359,8 @@ mod kind {
     pub const MISSING: u16 = 16;
     pub const MISSING_DONE: u16 = 17;
     pub const FETCHED: u16 = 18;
-    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=FETCHED;
+    pub const LANES_FROM: u16 = 19;
+    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANES_FROM;
 }
 
 /// Words of the handover by their number on the wire. Offer, Accept and Refuse are not among

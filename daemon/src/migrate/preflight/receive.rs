@@ -94,8 +94,14 @@ async fn judge(host: &Rc<Host>, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
         }
     }
     if host.offered_ports().is_empty() {
-        let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
-        refusals.push(refusal(Respect::Port, reason));
+        let unknown = host.config.ports.iter().find_map(|port| port::holds(port.address).err());
+        refusals.push(match unknown {
+            Some(error) => refusal(Respect::Host, error.to_string()),
+            None => {
+                let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
+                refusal(Respect::Port, reason)
+            }
+        });
     }
     refusals
 }
@@ -142,7 +148,7 @@ fn available_memory() -> Option<u64> {
 
 /// Where lanes may connect on this host.
 pub fn offered_ports(host: &Host) -> Vec<Port> {
-    let up = host.config.ports.iter().filter(|port| port::holds(port.address));
+    let up = host.config.ports.iter().filter(|port| port::holds(port.address).unwrap_or(false));
     up.map(|port| Port {
         name: port.name.clone(),
         address: SocketAddr::new(port.address, host.config.lane_port),

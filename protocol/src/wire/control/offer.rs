@@ -191,15 +191,24 @@ pub(super) fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, W
     Ok(refusals)
 }
 
+/// An address as it travels: one of IPv4 is mapped to IPv6.
+pub(super) fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// Reads an address.
+pub(super) fn address_of(octets: [u8; 16]) -> IpAddr {
+    Ipv6Addr::from(octets).to_canonical()
+}
+
 impl From<&Port> for RawPort {
     fn from(port: &Port) -> Self {
-        let address = match port.address.ip() {
-            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-            IpAddr::V6(v6) => v6,
-        };
         Self {
             name: port.name.raw(),
-            address: address.octets(),
+            address: octets(port.address.ip()),
             port: port.address.port().into(),
             lanes: port.lanes.into(),
         }
@@ -208,14 +217,14 @@ impl From<&Port> for RawPort {
 
 impl RawPort {
     fn port(&self) -> Result<Port, WireError> {
-        let address = Ipv6Addr::from(self.address).to_canonical();
         Ok(Port {
             name: self.name.label()?,
-            address: SocketAddr::new(address, self.port.get()),
+            address: SocketAddr::new(address_of(self.address), self.port.get()),
             lanes: self.lanes.get(),
         })
     }
 }
+
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawOffer {

@@ -70,6 +70,7 @@ fn the_largest_messages_fit_into_a_body() {
         definition: "d".repeat(MAX_DEFINITION_BYTES),
     }));
     for message in [
+        Control::LanesFrom(vec![[1, 2, 3, 4].into(); MAX_PORTS]),
         Control::Offer(Offer { migration: [1; 16], check_only: true, data_bytes: u64::MAX, shape, qemu }),
         Control::Accept(Accept { token: [2; 16], ports: vec![port; MAX_PORTS] }),
         Control::Refuse(vec![refusal; MAX_REFUSALS]),

@@ -138,6 +138,8 @@ pub fn answer() -> impl Strategy<Value = Answer> {
 
 pub fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
+        vec(any::<std::net::IpAddr>().prop_map(|address| address.to_canonical()), 0..8)
+            .prop_map(Control::LanesFrom),
         offer().prop_map(Control::Offer),
         (any::<[u8; 16]>(), vec(port(), 0..8))
             .prop_map(|(token, ports)| Control::Accept(Accept { token, ports })),

@@ -1,0 +1,212 @@
+//! Where lanes of other hosts arrive, and find the migration that they belong to.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::hello::{Hello, Purpose, Token};
+use tokio::sync::mpsc;
+use tokio_uring::net::{TcpListener, TcpStream};
+use tracing::{debug, warn};
+
+use super::door::Door;
+use crate::config::PeerConfig;
+use crate::link::{LinkError, answer_greeting};
+
+/// A lane that a source has opened to this host.
+pub struct ArrivedLane {
+    /// The port it arrived at.
+    pub port: Label,
+    /// What it carries.
+    pub kind: LaneKind,
+    /// The connection.
+    pub socket: OwnedFd,
+    /// The source's address.
+    pub remote: SocketAddr,
+}
+
+/// What a lane carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneKind {
+    /// Pages, on the lane of this number.
+    Pages(u16),
+    /// Pages that a guest waits for, and nothing else.
+    Faults,
+}
+
+/// Which migrations await lanes, and where lanes may come from.
+pub struct Rendezvous {
+    door: Rc<Door>,
+    /// Addresses of the peers' daemons.
+    daemons: Vec<IpAddr>,
+    /// Addresses that a peer has said its lanes come from.
+    lanes: RefCell<HashMap<Label, Vec<IpAddr>>>,
+    awaited: RefCell<HashMap<Token, Awaited>>,
+}
+
+/// A migration that awaits lanes.
+struct Awaited {
+    /// The host that it is with.
+    peer: Label,
+    /// Numbers of lanes that have come: none comes twice.
+    come: BTreeSet<u16>,
+    sender: mpsc::Sender<ArrivedLane>,
+}
+
+impl Rendezvous {
+    /// For lanes of these peers.
+    pub fn with(peers: &[PeerConfig]) -> Self {
+        let daemons = peers.iter().map(|peer| peer.control.ip().to_canonical()).collect();
+        let (door, lanes, awaited) = Default::default();
+        Self { door, daemons, lanes, awaited }
+    }
+
+    /// A peer says which addresses its lanes come from, in place of those that it said before.
+    pub fn note_addresses(&self, peer: Label, addresses: Vec<IpAddr>) {
+        self.lanes.borrow_mut().insert(peer, addresses);
+    }
+
+    /// Lanes of `peer` that say `token` come out of the receiver, until it is dropped.
+    pub fn await_lanes(&self, token: Token, peer: Label, most: usize) -> mpsc::Receiver<ArrivedLane> {
+        let (sender, receiver) = mpsc::channel(most.max(1));
+        let mut awaited = self.awaited.borrow_mut();
+        awaited.retain(|_, awaited| !awaited.sender.is_closed());
+        awaited.insert(token, Awaited { peer, come: BTreeSet::new(), sender });
+        receiver
+    }
+
+    /// Whether anybody that is known here may call from this address.
+    fn knows(&self, address: IpAddr) -> bool {
+        self.daemons.contains(&address)
+            || self.lanes.borrow().values().any(|addresses| addresses.contains(&address))
+    }
+
+    /// Whether a lane may come in: it belongs to the host that the migration is with, and is the first of
+    /// its number.
+    fn admit(&self, hello: &Hello, token: &Token, number: Option<u16>, from: IpAddr) -> Result<(), String> {
+        let mut awaited = self.awaited.borrow_mut();
+        let found = awaited.get_mut(token).filter(|awaited| !awaited.sender.is_closed());
+        let Some(awaited) = found else { return Err("no migration here awaits this lane".to_owned()) };
+        let lanes = self.lanes.borrow();
+        let is_of_peer = lanes.get(&awaited.peer).is_some_and(|addresses| addresses.contains(&from));
+        if awaited.peer != hello.host || !is_of_peer {
+            let found = format!("{} at {from}", hello.host);
+            warn!(peer = %awaited.peer, found, "refused a lane that knows the token of another's migration");
+            return Err(format!("this lane comes from {found}, and the migration is with another"));
+        }
+        match number.is_none_or(|number| awaited.come.insert(number)) {
+            true => Ok(()),
+            false => Err(format!("lane {} of this migration has come already", number.unwrap_or_default())),
+        }
+    }
+
+    fn sender(&self, token: &Token) -> Option<mpsc::Sender<ArrivedLane>> {
+        self.awaited.borrow().get(token).map(|awaited| awaited.sender.clone())
+    }
+}
+
+/// Takes in lanes and answers probes on one port, for as long as the daemon runs.
+pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous>) {
+    loop {
+        match listener.accept().await {
+            Ok((_, remote)) if !rendezvous.knows(remote.ip().to_canonical()) => {
+                rendezvous.door.turned_away(remote.ip().to_canonical(), port.as_str());
+            }
+            Ok((stream, remote)) => {
+                let (port, rendezvous, stream) = (port.clone(), rendezvous.clone(), Rc::new(stream));
+                let place = rendezvous.door.enter(remote.ip().to_canonical(), &stream);
+                task::spawn("lane connection", async move {
+                    if let Err(error) = take_in(&stream, remote, port.clone(), &rendezvous).await {
+                        debug!(%port, %remote, %error, "a connection to this port came to nothing");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                let error = memlane_kvm::descriptors::told(error);
+                warn!(%port, %error, "cannot accept a connection on this port");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn take_in(
+    stream: &TcpStream,
+    remote: SocketAddr,
+    port: Label,
+    rendezvous: &Rendezvous,
+) -> Result<(), LinkError> {
+    stream.set_nodelay(true)?;
+    let from = remote.ip().to_canonical();
+    let hello = answer_greeting(stream, |hello| match hello.purpose {
+        Purpose::Probe => Ok(()),
+        Purpose::Lane { token, lane } => rendezvous.admit(hello, &token, Some(lane), from),
+        Purpose::Faults { token } => rendezvous.admit(hello, &token, None, from),
+        Purpose::Control => Err("this is a port for lanes; the control port is another".to_owned()),
+    });
+    let (token, kind) = match hello.await? {
+        Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) => (token, LaneKind::Pages(lane)),
+        Some(Hello { purpose: Purpose::Faults { token }, .. }) => (token, LaneKind::Faults),
+        _ => return Ok(()),
+    };
+    if let Some(migration) = rendezvous.sender(&token) {
+        // SAFETY: the stream is open here, and its descriptor is duplicated before it closes.
+        let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+        let socket = fd.try_clone_to_owned()?;
+        // More lanes than were agreed upon are dropped, and so closed.
+        let _ = migration.try_send(ArrivedLane { port, kind, socket, remote });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(host: &str) -> Hello {
+        Hello { oldest: 1, newest: 1, host: host.parse().unwrap(), purpose: Purpose::Probe }
+    }
+
+    #[test]
+    fn a_lane_comes_once_and_from_the_host_that_the_migration_is_with() {
+        let [a, b, daemon, stranger]: [IpAddr; 4] = [1, 2, 3, 4].map(|last| IpAddr::from([10, 0, 0, last]));
+        let peer = PeerConfig {
+            name: "host-a".parse().unwrap(),
+            control: (daemon, 7410).into(),
+            may_start_guests: false,
+        };
+        let rendezvous = Rendezvous::with(&[peer]);
+        assert!(rendezvous.knows(daemon) && !rendezvous.knows(a));
+        rendezvous.note_addresses("host-a".parse().unwrap(), vec![a]);
+        rendezvous.note_addresses("host-b".parse().unwrap(), vec![b]);
+        assert!(rendezvous.knows(a) && rendezvous.knows(b) && !rendezvous.knows(stranger));
+
+        let token = [7; 16];
+        let lanes = rendezvous.await_lanes(token, "host-a".parse().unwrap(), 8);
+        let admit = |host: &str, token, number, from| rendezvous.admit(&hello(host), &token, number, from);
+        assert!(admit("host-a", [8; 16], Some(0), a).unwrap_err().contains("no migration here awaits"));
+        for (host, from) in [("host-b", b), ("host-a", b), ("host-b", a), ("host-a", daemon)] {
+            for number in [Some(0), None] {
+                let error = admit(host, token, number, from).unwrap_err();
+                assert!(error.contains("the migration is with another"), "{error}");
+            }
+        }
+        assert_eq!(admit("host-a", token, Some(0), a), Ok(()));
+        assert!(
+            admit("host-a", token, Some(0), a).unwrap_err().contains("lane 0 of this migration has come")
+        );
+        assert_eq!(admit("host-a", token, Some(u16::MAX), a), Ok(()));
+        assert_eq!(admit("host-a", token, None, a), Ok(()));
+        // Somewhere else from now on.
+        rendezvous.note_addresses("host-a".parse().unwrap(), vec![daemon]);
+        assert!(!rendezvous.knows(a) && admit("host-a", token, Some(1), a).is_err());
+        assert_eq!(admit("host-a", token, Some(1), daemon), Ok(()));
+        drop(lanes);
+        assert!(admit("host-a", token, Some(2), daemon).unwrap_err().contains("no migration here awaits"));
+    }
+}
