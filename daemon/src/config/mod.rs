@@ -49,6 +49,8 @@ pub struct Config {
     pub lane_port: u16,
     /// User ids whose VMMs may attach guests.
     pub attach_users: Vec<u32>,
+    /// What their VMMs may take.
+    pub attach: AttachConfig,
     /// Network ports lent to migrations.
     pub ports: Vec<PortConfig>,
     /// Hosts that guests may move to and come from.
@@ -59,6 +61,17 @@ pub struct Config {
     pub limits: Limits,
     /// QEMU guests that this daemon starts.
     pub guests: GuestsConfig,
+}
+
+/// `[attach]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachConfig {
+    /// Guests that VMMs of one user may attach.
+    pub guests_per_user: u64,
+    /// File descriptors that the daemon holds of one user's VMMs, at the most half of what it may have.
+    pub descriptors_per_user: u64,
+    /// Memory of one user's guests that the daemon maps, whether it holds anything or not.
+    pub memory_per_user: Size,
 }
 
 /// `[[port]]`
@@ -158,6 +171,7 @@ impl Config {
                 value.integer(1..=65535).map(|port| port as u16)
             })?,
             attach_users: attach_users(&mut table)?,
+            attach: attach(&mut table)?,
             ports: ports(&mut table)?,
             peers: peers(&mut table, &host)?,
             networks: networks(&mut table)?,
@@ -167,6 +181,13 @@ impl Config {
         };
         table.finish()?;
         Ok(config)
+    }
+}
+
+impl Default for AttachConfig {
+    fn default() -> Self {
+        // A process has 128 TiB of addresses (x86-64 with four levels of page tables).
+        Self { guests_per_user: 1024, descriptors_per_user: 16 << 10, memory_per_user: Size(16 << 40) }
     }
 }
 
@@ -253,6 +274,21 @@ fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, ConfigError> {
         return Ok(users);
     };
     value.list(USERS)?.iter().map(user_id).collect()
+}
+
+fn attach(table: &mut Table<'_>) -> Result<AttachConfig, ConfigError> {
+    let default = AttachConfig::default();
+    let Some(mut table) = table.table("attach")? else { return Ok(default) };
+    let number = |value: &Value<'_>| value.integer(1..=1_000_000).map(u64::from);
+    let attach = AttachConfig {
+        guests_per_user: or(table.take("guests_per_user"), default.guests_per_user, number)?,
+        descriptors_per_user: or(table.take("descriptors_per_user"), default.descriptors_per_user, number)?,
+        memory_per_user: or(table.take("memory_per_user"), default.memory_per_user, |value| {
+            value.parse(Size::ALLOWED)
+        })?,
+    };
+    table.finish()?;
+    Ok(attach)
 }
 
 fn user_id(value: &Value<'_>) -> Result<u32, ConfigError> {

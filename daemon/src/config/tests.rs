@@ -69,6 +69,10 @@ fn all_keys_are_read() {
         [[network]]
         name = "lan"
         bridge = "br0"
+        [attach]
+        guests_per_user = 3
+        descriptors_per_user = 99
+        memory_per_user = "2TiB"
         [limits]
         downtime = "1.5s"
         min_bandwidth = "1gbit"
@@ -113,6 +117,8 @@ fn all_keys_are_read() {
             qemu: vec!["/opt/qemu/bin/qemu-system-x86_64".into(), "/usr/bin/qemu-system-x86_64".into()],
         }
     );
+    let memory_per_user = Size(2 << 40);
+    assert_eq!(config.attach, AttachConfig { guests_per_user: 3, descriptors_per_user: 99, memory_per_user });
     assert_eq!(
         config.limits,
         Limits {
@@ -219,6 +225,8 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
         ("[guests]\nshim = \"x.so\"".to_owned(), 3, "guests.shim", "\"x.so\"", "begins with /"),
         ("[guests]\nqemu = \"/q\"".to_owned(), 3, "guests.qemu", "\"/q\"", "a list of paths"),
         ("[guests]\nqemu = [\"/q\",\n\"q\"]".to_owned(), 4, "guests.qemu", "\"q\"", "begins with /"),
+        ("[attach]\nguests_per_user = 0".to_owned(), 3, "attach.guests_per_user", "0", "from 1 to 1000000"),
+        ("[attach]\nmemory_per_user = 5".to_owned(), 3, "attach.memory_per_user", "5", "TiB"),
         ("limits = 5".to_owned(), 2, "limits", "5", "a table"),
         ("[limits]\ndowntime = \"300\"".to_owned(), 3, "limits.downtime", "\"300\"", "\"300ms\""),
         ("[limits]\ndowntime = \"0s\"".to_owned(), 3, "limits.downtime", "\"0s\"", "from 1ms to 1min"),

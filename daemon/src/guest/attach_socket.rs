@@ -1,5 +1,6 @@
 //! Where VMMs attach their guests, and shims make themselves known.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -7,24 +8,27 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memlane_kvm::packet;
 use memlane_kvm::ram::GuestRam;
+use memlane_kvm::{descriptors, packet};
 use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
 use memlane_protocol::wire::hello::common_version;
+use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
+use super::accounts::{Accounts, Amount, Share};
 use super::attached::{receive, send};
 use super::{Attached, Guest, Process, shim};
 use crate::host::Host;
+use crate::seldom::Seldom;
 use crate::task;
 use crate::unix_socket::{Peer, peer};
 
 /// Longest time that a VMM may take to introduce itself.
 const GREETING: Duration = Duration::from_secs(5);
-/// VMMs that may be introducing themselves at once.
-const GREETING_AT_ONCE: usize = 32;
+/// File descriptors that a connection takes: its own, and that of its process.
+const OF_CONNECTION: u64 = 2;
 
 /// Makes the socket, in place of one that a daemon before this one left behind.
 pub fn bind(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
@@ -45,20 +49,22 @@ fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Takes in VMMs for as long as the daemon runs.
 pub async fn serve(listener: AsyncFd<OwnedFd>, host: Rc<Host>) {
-    let greeting = Arc::new(tokio::sync::Semaphore::new(GREETING_AT_ONCE));
+    let (accounts, told) = (Rc::<Accounts>::default(), Rc::<RefCell<Seldom<_>>>::default());
     loop {
-        let permit = greeting.clone().acquire_owned().await.expect("the semaphore is never closed");
         match accept(&listener).await {
             Ok(socket) => {
-                let host = host.clone();
+                let (host, accounts, told) = (host.clone(), accounts.clone(), told.clone());
                 task::spawn("attaching VMM", async move {
-                    if let Err(error) = greet(socket, &host).await {
-                        warn!(error, "a VMM or a shim could not attach");
+                    let Err(refused) = greet(socket, &host, &accounts).await else { return };
+                    let Refused { user, pid, reason: error } = refused;
+                    // Anybody may connect, as often as they like.
+                    if let Some(left_out) = told.borrow_mut().say((user, error.clone())) {
+                        warn!(user, pid, error, left_out, "a VMM or a shim could not attach");
                     }
-                    drop(permit);
                 });
             }
             Err(error) => {
+                let error = descriptors::told(error);
                 warn!(%error, "cannot accept a VMM's connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -79,30 +85,56 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 
 /// Who has connected, and the version that is spoken.
 enum Introduced {
-    Vmm(Box<Hello>, Arc<GuestRam>, Process, u16),
-    Shim(u16),
+    Vmm(Box<Hello>, Arc<GuestRam>, Process, u16, Share),
+    Shim(u16, Share),
 }
 
-async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
+/// Who could not attach, and why.
+struct Refused {
+    user: u32,
+    pid: u32,
+    reason: String,
+}
+
+async fn greet(socket: OwnedFd, host: &Rc<Host>, accounts: &Rc<Accounts>) -> Result<(), Refused> {
+    let nobody = |error: io::Error| Refused { user: u32::MAX, pid: 0, reason: error.to_string() };
+    let peer = peer(&socket).map_err(nobody)?;
+    let refused = |reason| Refused { user: peer.uid, pid: peer.pid, reason };
+    attach(socket, host, accounts, peer).await.map_err(refused)
+}
+
+async fn attach(
+    socket: OwnedFd,
+    host: &Rc<Host>,
+    accounts: &Rc<Accounts>,
+    Peer { pid, uid }: Peer,
+) -> Result<(), String> {
     let broken = |error: io::Error| format!("its connection broke: {error}");
-    let Peer { pid, uid } = peer(&socket).map_err(broken)?;
+    let take = |amount| accounts.take(uid, amount, &host.config.attach);
+    let greeting = match host.config.attach_users.contains(&uid) {
+        true => take(Amount { greeting: 1, descriptors: OF_CONNECTION, ..Amount::default() }),
+        false => Err(format!("user {uid} may not attach guests; see attach_users in the configuration")),
+    };
     let process = Process::running(pid);
     let socket = watch(socket).map_err(broken)?;
     let introduced = async {
-        if !host.config.attach_users.contains(&uid) {
-            return Err(format!("user {uid} may not attach guests; see attach_users in the configuration"));
-        }
+        let _greeting = greeting?;
         // A VMM of which it cannot be told whether it lives is none to leave a guest with.
         let process = process.map_err(|error| error.to_string())?;
         let (packet, descriptors) =
             receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
         match FromVmm::decode(&packet) {
-            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host, process).await,
+            Ok(FromVmm::Hello(hello)) => introduce(hello, descriptors, host, process, take).await,
             Ok(FromVmm::Shim { oldest, newest }) => {
                 let version = agree("shim", (oldest, newest))?;
-                host.shims.has_room(pid).then_some(Introduced::Shim(version)).ok_or_else(|| {
-                    format!("{} shims are connected already, which is all that there may be", shim::MOST)
-                })
+                if !host.shims.has_room(pid) {
+                    let most = shim::MOST;
+                    return Err(format!(
+                        "{most} shims are connected already, which is all that there may be"
+                    ));
+                }
+                let share = take(Amount { descriptors: OF_CONNECTION, ..Amount::default() })?;
+                Ok(Introduced::Shim(version, share))
             }
             Ok(FromVmm::Reply(_)) => Err("it began with a reply instead of a hello".into()),
             Err(error) => Err(format!("its hello is not understood: {error}")),
@@ -115,15 +147,20 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
             let _ = send(&socket, &ToVmm::Refused { reason: reason.clone() }.encode(), &[]).await;
             // A greeting left unread would reset the connection, and hide the reason behind that.
             let _ = packet::recv(socket.get_ref(), &mut vec![0; MAX_PACKET_BYTES]);
-            return Err(format!("process {pid}: {reason}"));
+            return Err(reason);
         }
     };
-    let (Introduced::Vmm(.., version) | Introduced::Shim(version)) = introduced;
+    let (vmm, version, share) = match introduced {
+        Introduced::Vmm(hello, ram, process, version, share) => {
+            (Some((hello, ram, process)), version, share)
+        }
+        Introduced::Shim(version, share) => (None, version, share),
+    };
     let welcomed = send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await;
-    let Introduced::Vmm(hello, ram, process, _) = introduced else {
+    let Some((hello, ram, process)) = vmm else {
         // Children of VMMs have one too, and come and go: one that is gone already is no news.
         if welcomed.is_ok() {
-            host.shims.add(pid, socket);
+            host.shims.add(pid, socket, share);
         }
         return Ok(());
     };
@@ -137,6 +174,11 @@ async fn greet(socket: OwnedFd, host: &Rc<Host>) -> Result<(), String> {
     let driver = Rc::new(Attached::new(socket, Some(ram.clone())));
     let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), standing));
     guest.migration.replace(migration);
+    let of_guest = guest.driver.clone();
+    task::spawn("share of an attached VMM", async move {
+        of_guest.gone().await;
+        drop(share);
+    });
     host.guest_attached(guest);
     Ok(())
 }
@@ -147,6 +189,7 @@ async fn introduce(
     descriptors: Vec<OwnedFd>,
     host: &Host,
     process: Process,
+    take: impl Fn(Amount) -> Result<Share, String>,
 ) -> Result<Introduced, String> {
     let version = agree("VMM", (hello.oldest, hello.newest))?;
     let name = &hello.shape.name;
@@ -157,10 +200,13 @@ async fn introduce(
     if expected != found {
         return Err(format!("guest {name} has {expected} memory regions, and {found} descriptors came"));
     }
+    let bytes = hello.shape.regions.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
+    let descriptors_held = OF_CONNECTION + found as u64;
+    let share = take(Amount { guests: 1, descriptors: descriptors_held, bytes, ..Amount::default() })?;
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::look_on)).await;
     let ram = ram.map_err(|error| format!("memory of guest {name}: {error}"))?;
-    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version))
+    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version, share))
 }
 
 fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {

@@ -1,5 +1,6 @@
 //! Guests of this host, and the drivers that know how to handle their VMMs.
 
+mod accounts;
 mod ahead;
 pub mod attach_socket;
 mod attached;

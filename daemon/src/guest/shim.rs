@@ -134,8 +134,8 @@ impl Shims {
         connected.len() < MOST || connected.contains_key(&pid)
     }
 
-    /// Takes in the shim in process `pid`, which stays until its connection ends.
-    pub(super) fn add(self: &Rc<Self>, pid: u32, socket: AsyncFd<OwnedFd>) {
+    /// Takes in the shim in process `pid`, which stays until its connection ends, and has `share` for so long.
+    pub(super) fn add(self: &Rc<Self>, pid: u32, socket: AsyncFd<OwnedFd>, share: impl Sized + 'static) {
         // There may have been room only while it was being greeted; it comes again.
         if !self.has_room(pid) {
             return;
@@ -148,6 +148,7 @@ impl Shims {
         task::spawn("watch of a shim", async move {
             connected.gone().await;
             debug!(pid, "a shim is gone");
+            drop(share);
             shims.connected.send_if_modified(|shims| {
                 let is_this = shims.get(&pid).is_some_and(|other| Rc::ptr_eq(other, &connected));
                 is_this && shims.remove(&pid).is_some()

@@ -16,6 +16,7 @@ use tracing::{debug, warn};
 use super::door::Door;
 use crate::config::PeerConfig;
 use crate::link::{LinkError, answer_greeting};
+use crate::task;
 
 /// A lane that a source has opened to this host.
 pub struct ArrivedLane {
