@@ -17,6 +17,7 @@ pub mod host;
 pub mod journal;
 pub mod lane;
 pub mod link;
+pub mod log;
 pub mod metrics;
 pub mod migrate;
 pub mod port;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use memlaned::config::Config;
+use memlaned::log::PlainLog;
 use memlaned::task;
 use tracing_subscriber::EnvFilter;
 
@@ -27,7 +28,10 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("MEMLANE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // Under systemd, the journal adds the time.
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| PlainLog(std::io::stderr()))
+        .with_ansi(false);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.without_time().init()
     } else {

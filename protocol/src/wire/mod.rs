@@ -19,7 +19,7 @@ mod text;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-pub use plain::{is_obeyed, plain};
+pub use plain::{is_obeyed, plain, plain_lines};
 pub use text::{BadLabel, Label};
 
 /// Why bytes from a peer or a VMM were not understood.

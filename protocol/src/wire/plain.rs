@@ -23,6 +23,12 @@ pub fn plain(text: &str) -> Cow<'_, str> {
     Cow::Owned(replaced.collect())
 }
 
+/// The same for text of several lines, which stay so many.
+pub fn plain_lines(text: &str) -> String {
+    let lines: Vec<Cow<'_, str>> = text.split('\n').map(plain).collect();
+    lines.join("\n")
+}
+
 /// Whether a character is obeyed instead of shown: what [`plain`] text has none of.
 pub fn is_obeyed(character: char) -> bool {
     character.is_control()
@@ -60,6 +66,9 @@ mod tests {
         #[test]
         fn nothing_is_obeyed_of_whatever_text(text: String, bytes: Vec<u8>) {
             for text in [text, String::from_utf8_lossy(&bytes).into_owned(), bytes.iter().map(|byte| char::from(*byte)).collect()] {
+                let lines = plain_lines(&text);
+                prop_assert!(!lines.replace('\n', "").contains(is_obeyed));
+                prop_assert_eq!(lines.split('\n').count(), text.split('\n').count());
                 let once = plain(&text).into_owned();
                 prop_assert!(!once.contains(is_obeyed), "{once:?}");
                 prop_assert!(once.bytes().all(|byte| byte >= b' ' && byte != 0x7f));

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use memlaned::api::client::ClientError;
+use memlaned::api::json::to_json;
 use memlaned::api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
 
 /// Exit codes, as `--help` documents them.
@@ -75,7 +76,7 @@ impl Error {
             _ => ErrorCode::Unavailable,
         };
         let body = ErrorBody { error: ApiError::new(code, self.to_string()) };
-        serde_json::to_string(&body).expect("it has string keys only, and cannot fail")
+        to_json(&body)
     }
 }
 

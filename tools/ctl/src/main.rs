@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use memlaned::api::client::Client;
+use memlaned::api::json::to_json;
 use serde::Serialize;
 
 use args::{Args, Command};
@@ -25,7 +26,7 @@ async fn main() -> ExitCode {
         if args.json {
             show::line(&error.to_json());
         }
-        eprintln!("memlanectl: {error}");
+        show::note(&format!("memlanectl: {error}"));
         error.exit()
     });
     ExitCode::from(exit as u8)
@@ -79,7 +80,5 @@ fn list<T: Serialize>(args: &Args, items: Vec<T>, table: impl Fn(&[T]) -> String
 }
 
 fn json(value: &impl Serialize) {
-    show::line(
-        &serde_json::to_string(value).expect("the API's types have string keys only, and cannot fail"),
-    );
+    show::line(&to_json(value));
 }

@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use memlane_protocol::wire::plain;
 use memlaned::api::types::{Migration, Phase};
 
 use crate::show;
@@ -73,8 +74,8 @@ impl Progress {
     /// Says something without tearing the bars.
     pub fn say(&self, text: &str) {
         match self {
-            Self::Bars(bars) => bars.all.suspend(|| eprintln!("{text}")),
-            _ => eprintln!("{text}"),
+            Self::Bars(bars) => bars.all.suspend(|| show::note(text)),
+            _ => show::note(text),
         }
     }
 
@@ -101,7 +102,7 @@ impl Bars {
     }
 
     fn update(&mut self, migration: &Migration) {
-        self.head.set_message(headline(migration));
+        self.head.set_message(plain(&headline(migration)).into_owned());
         let of_round = migration.rounds.last().map_or(migration.pages_total, |round| round.pages);
         self.round.set_prefix(round_name(migration));
         self.round.set_length(of_round.max(migration.pages_remaining).max(1));

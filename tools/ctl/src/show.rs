@@ -6,11 +6,19 @@ use memlaned::api::types::{
     CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status,
 };
 
+use memlane_protocol::wire::plain_lines;
+
 use crate::{summary, units};
 
-/// Writes to stdout. A reader that went away is no reason to end: an order may be under way.
+/// Writes to stdout, without what a terminal would obey. A reader that went away is no reason to end: an order
+/// may be under way.
 pub fn line(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+    let _ = writeln!(std::io::stdout(), "{}", plain_lines(text));
+}
+
+/// The same to stderr.
+pub fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", plain_lines(text));
 }
 
 /// The daemon, its peers, and what is under way.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use memlane_protocol::wire::Label;
+use memlane_protocol::wire::{Label, plain};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tracing::{debug, warn};
@@ -170,7 +170,11 @@ fn read_tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(4)..];
-    if last.is_empty() { format!("it says nothing in {}", log.display()) } else { last.join("; ") }
+    if last.is_empty() {
+        format!("it says nothing in {}", log.display())
+    } else {
+        plain(&last.join("; ")).into_owned()
+    }
 }
 
 /// Makes the directories, and removes what an earlier QEMU of this name has left.

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_kvm::packet;
+use memlane_kvm::{descriptors, packet};
+use memlane_protocol::wire::plain;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
@@ -94,7 +95,8 @@ struct News {
 impl Qmp {
     /// Connects, and leaves the negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
-        let refused = |source| ConnectError::Connect { path: path.to_owned(), source };
+        let refused =
+            |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::told(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
         let stream = UnixStream::connect(path).await.map_err(refused)?;
         let peer = stream.peer_cred().map_err(refused)?;
@@ -325,7 +327,7 @@ impl News {
         // Whoever asked may have given up meanwhile.
         let Some((_, sender)) = waiting.take_if(|(id, _)| line["id"].as_u64() == Some(*id)) else { return };
         let _ = sender.send(match line.get("error") {
-            Some(error) => Err(error["desc"].as_str().unwrap_or("it does not say why").to_owned()),
+            Some(error) => Err(plain(error["desc"].as_str().unwrap_or("it does not say why")).into_owned()),
             None => Ok(line["return"].clone()),
         });
     }

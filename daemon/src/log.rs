@@ -1,0 +1,61 @@
+//! The log, in which nothing is told but what it says: see [`memlane_protocol::wire::plain`].
+
+use std::io::{self, Write};
+
+use memlane_protocol::wire::plain;
+
+/// A writer of log lines: what is written at once is one line, of plain text. Names, paths and reasons come
+/// from peers, VMMs and QEMU, and one of them with an end of line in it would look like a line of the daemon's.
+pub struct PlainLog<W>(pub W);
+
+impl<W: Write> Write for PlainLog<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        let line = text.strip_suffix('\n').unwrap_or(&text);
+        let end = if line.len() < text.len() { "\n" } else { "" };
+        self.0.write_all(format!("{}{end}", plain(line)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_line_whatever_its_fields_say() {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || PlainLog(writer.clone()));
+        tracing::subscriber::with_default(log.finish(), || {
+            let reason = "gone\u{1b}[2J\n2026-11-29T00:00:00Z  INFO all is well\u{9b}\u{202e}";
+            tracing::warn!(reason, name = %reason, "it failed: {reason}");
+            tracing::info!("and on");
+        });
+        let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text:?}");
+        assert!(lines[0].contains("all is well") && lines[1].ends_with("and on"), "{text:?}");
+        assert!(lines.iter().all(|line| !line.contains(memlane_protocol::wire::is_obeyed)), "{text:?}");
+    }
+}
