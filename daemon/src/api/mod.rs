@@ -6,9 +6,12 @@
 mod body;
 mod caller;
 pub mod client;
+pub mod json;
+mod line;
 pub mod openapi;
 pub mod routes;
 pub mod server;
+mod streams;
 pub mod types;
 
 #[cfg(test)]

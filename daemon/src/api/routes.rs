@@ -13,6 +13,9 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::json::to_json;
+use super::line::Line;
+use super::streams::{Stream, Streams};
 use super::types::{
     ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
     PortInfo, Status,
@@ -26,6 +29,16 @@ pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
+
+/// What a request comes with.
+pub(super) struct Asked {
+    /// Who asks.
+    pub caller: Caller,
+    /// Over which connection.
+    pub line: Rc<Line>,
+    /// What follows migrations.
+    pub streams: Rc<Streams>,
+}
 
 /// What can be asked for: method, path, and what is called. `{id}` or
 /// `{name}` stands for any one segment.
@@ -71,7 +84,7 @@ pub(super) enum Call {
 /// Answers one request. Errors are answers too.
 pub(super) async fn answer<B>(
     backend: Rc<dyn Backend>,
-    caller: Caller,
+    asked: Asked,
     request: Request<B>,
 ) -> Result<Answer, Infallible>
 where
@@ -81,7 +94,7 @@ where
     let found = find(request.method(), request.uri().path()).map(|(call, id)| (call, id.to_owned()));
     Ok(match found {
         Ok((call, id)) => {
-            dispatch(backend, caller, call, &id, request.into_body()).await.unwrap_or_else(error_answer)
+            dispatch(backend, asked, call, &id, request.into_body()).await.unwrap_or_else(error_answer)
         }
         Err(unrouted) => unrouted.answer(),
     })
@@ -90,8 +103,10 @@ where
 /// Answers a request to the listener for Prometheus, where anyone may connect.
 pub(super) async fn answer_metrics<B>(
     backend: Rc<dyn Backend>,
+    line: Rc<Line>,
     request: Request<B>,
 ) -> Result<Answer, Infallible> {
+    let _busy = line.busy();
     let asked = (request.method(), request.uri().path());
     Ok(match asked {
         (&Method::GET, "/metrics") => metrics(&*backend).await,
@@ -150,7 +165,7 @@ fn matches<'p>(template: &str, path: &'p str) -> Option<&'p str> {
 
 async fn dispatch<B>(
     backend: Rc<dyn Backend>,
-    caller: Caller,
+    asked: Asked,
     call: Call,
     id: &str,
     sent: B,
@@ -160,6 +175,8 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let host = &*backend;
+    let Asked { caller, line, streams } = asked;
+    let busy = line.busy();
     match call {
         Call::Status => Ok(status(host).await),
         Call::Ports => Ok(ports(host).await),
@@ -174,7 +191,7 @@ where
         Call::Migration => migration(host, id),
         Call::Cancel => cancel(backend, caller, id.to_owned()).await,
         Call::Abandon => abandon(backend, caller, id.to_owned()).await,
-        Call::Events => events(host, id),
+        Call::Events => events(host, id, streams.open(&caller, busy)?),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host).await),
     }
@@ -318,19 +335,24 @@ async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result
 }
 
 /// Follows a migration as server-sent events: `migration` whenever something changed, at most
-/// ten times a second, and `ended` as the last one. The data of each is the whole migration.
+/// ten times a second, and `ended` as the last one. The data of each is the whole migration. There are fewer
+/// streams than connections, of all and of each user; one more is refused with 503.
 #[utoipa::path(
     get, path = "/v1/migrations/{id}/events", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
     responses(
         (status = 200, content_type = "text/event-stream", body = Migration),
         (status = "4XX", body = ErrorBody),
+        (status = "5XX", description = "As many streams are open as there may be", body = ErrorBody),
     )
 )]
-fn events(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
+fn events(backend: &dyn Backend, id: &str, stream: Stream) -> Result<Answer, ApiError> {
     let changes = backend.watch(id)?;
     let (sender, body) = Channel::new(1);
-    task::spawn("event stream", feed(changes, sender));
+    task::spawn("event stream", async move {
+        feed(changes, sender).await;
+        drop(stream);
+    });
     let mut answer = answer_of(StatusCode::OK, "text/event-stream", Either::Right(body));
     answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     Ok(answer)
@@ -402,8 +424,4 @@ fn answer_of(status: StatusCode, kind: &'static str, body: Either<Full<Bytes>, C
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     answer
-}
-
-fn to_json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).expect("the API's types have string keys only, and cannot fail")
 }

@@ -5,28 +5,31 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use hyper::rt::{Read, Write};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::body::{MAX_BODY_BYTES, REQUEST_TIMEOUT};
-use super::routes::{self, Answer};
+use super::line::{Impatient, Line, WRITE_TIMEOUT};
+use super::routes::{self, Answer, Asked};
+use super::streams::Streams;
 use super::{Backend, Caller};
 use crate::task;
 use crate::unix_socket;
 
-/// Connections served at once; more wait to be accepted.
+/// Connections served at once. One more takes the place of the one over which nothing was asked for
+/// longest; where all are busy, it waits to be accepted.
 pub const MAX_CONNECTIONS: usize = 128;
 
 /// There is no API.
@@ -50,14 +53,16 @@ pub fn bind(socket: &Path) -> Result<UnixListener, ServerError> {
 
 /// Serves the API until dropped, on a thread with a [`tokio::task::LocalSet`].
 pub async fn serve(listener: UnixListener, backend: Rc<dyn Backend>) -> Infallible {
-    let mut connections = Connections::default();
+    let (mut connections, streams) = (Connections::default(), Rc::<Streams>::default());
     loop {
         let accepted = listener.accept().await.map(|(stream, _)| stream);
         let caller = accepted.as_ref().map(Caller::of).unwrap_or_default();
-        let (accepted, backend) = (accepted.map(TokioIo::new), backend.clone());
-        connections
-            .add(accepted, move |request| routes::answer(backend.clone(), caller.clone(), request))
-            .await;
+        let (backend, streams) = (backend.clone(), streams.clone());
+        let answer = move |line, request| {
+            let asked = Asked { caller: caller.clone(), line, streams: streams.clone() };
+            routes::answer(backend.clone(), asked, request)
+        };
+        connections.add(accepted, answer).await;
     }
 }
 
@@ -65,9 +70,10 @@ pub async fn serve(listener: UnixListener, backend: Rc<dyn Backend>) -> Infallib
 pub async fn serve_metrics(listener: TcpListener, backend: Rc<dyn Backend>) -> Infallible {
     let mut connections = Connections::default();
     loop {
-        let accepted = listener.accept().await.map(|(stream, _)| TokioIo::new(stream));
+        let accepted = listener.accept().await.map(|(stream, _)| stream);
         let backend = backend.clone();
-        connections.add(accepted, move |request| routes::answer_metrics(backend.clone(), request)).await;
+        let answer = move |line, request| routes::answer_metrics(backend.clone(), line, request);
+        connections.add(accepted, answer).await;
     }
 }
 
@@ -75,18 +81,22 @@ pub async fn serve_metrics(listener: TcpListener, backend: Rc<dyn Backend>) -> I
 struct Connections {
     tasks: JoinSet<()>,
     free: Arc<Semaphore>,
+    lines: Vec<Weak<Line>>,
 }
 
 impl Default for Connections {
     fn default() -> Self {
-        Self { tasks: JoinSet::new(), free: Arc::new(Semaphore::new(MAX_CONNECTIONS)) }
+        Self { tasks: JoinSet::new(), free: Arc::new(Semaphore::new(MAX_CONNECTIONS)), lines: Vec::new() }
     }
 }
 
 impl Connections {
-    async fn add<S, F>(&mut self, accepted: io::Result<S>, answer: impl Fn(Request<Incoming>) -> F + 'static)
-    where
-        S: Read + Write + Unpin + 'static,
+    async fn add<S, F>(
+        &mut self,
+        accepted: io::Result<S>,
+        answer: impl Fn(Rc<Line>, Request<Incoming>) -> F + 'static,
+    ) where
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
         F: Future<Output = Result<Answer, Infallible>> + 'static,
     {
         while self.tasks.try_join_next().is_some() {}
@@ -94,22 +104,42 @@ impl Connections {
             Ok(stream) => stream,
             Err(error) => {
                 // Out of descriptors, most likely: they come back, the listener must not go away.
+                let error = memlane_kvm::descriptors::told(error);
                 tracing::warn!("cannot accept a connection to the API: {error}");
                 return sleep(Duration::from_millis(100)).await;
             }
         };
+        if self.free.available_permits() == 0 {
+            self.make_room();
+        }
         let permit = self.free.clone().acquire_owned().await.expect("it is never closed");
+        let line = Line::new();
+        self.lines.push(Rc::downgrade(&line));
         task::spawn_in(&mut self.tasks, "API connection", async move {
-            let served = http1::Builder::new()
+            let stream = TokioIo::new(Impatient::new(stream, WRITE_TIMEOUT));
+            let service = service_fn(|request| answer(line.clone(), request));
+            let mut builder = http1::Builder::new();
+            builder
                 .timer(TokioTimer::new())
                 .header_read_timeout(REQUEST_TIMEOUT)
-                .max_buf_size(MAX_BODY_BYTES)
-                .serve_connection(stream, service_fn(answer))
-                .await;
-            if let Err(error) = served {
-                tracing::debug!("a connection to the API ended: {error}");
+                .max_buf_size(MAX_BODY_BYTES);
+            tokio::select! {
+                served = builder.serve_connection(stream, service) => if let Err(error) = served {
+                    tracing::debug!("a connection to the API ended: {error}");
+                },
+                () = line.hung_up() => tracing::debug!("a connection to the API made way for another"),
             }
             drop(permit);
         });
+    }
+
+    /// Ends the connection over which nothing was asked for longest.
+    fn make_room(&mut self) {
+        self.lines.retain(|line| line.strong_count() > 0);
+        let lines = self.lines.iter().filter_map(Weak::upgrade);
+        let idle = lines.filter_map(|line| Some((line.idle_since()?, line)));
+        if let Some((_, line)) = idle.min_by_key(|(since, _)| *since) {
+            line.hang_up();
+        }
     }
 }

@@ -296,6 +296,45 @@ fn what_is_begun_goes_on_when_the_caller_hangs_up() {
     });
 }
 
+/// Readers that never read: of events, of answers, and such as never ask.
+#[test]
+fn a_crowd_does_not_keep_the_operator_out() {
+    with_server(|_, client| async move {
+        let mut crowd = Vec::new();
+        for number in 0..2 * server::MAX_CONNECTIONS {
+            let stream = UnixStream::connect(client.socket()).await.unwrap();
+            let asks = match number % 3 {
+                0 => "",
+                1 => "GET /v1/openapi.json HTTP/1.1\r\nhost: x\r\n\r\n",
+                _ => "GET /v1/migrations/00ff/events HTTP/1.1\r\nhost: x\r\n\r\n",
+            };
+            assert_eq!(stream.try_write(asks.as_bytes()).unwrap_or(0), asks.len());
+            crowd.push(stream);
+            // What was asked for is begun before the next one comes.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for stream in crowd.iter().rev().take(server::MAX_CONNECTIONS) {
+            let _ = stream.try_write(b"GET /v1/migrations/00ff/events HTTP/1.1\r\nhost: x\r\n\r\n");
+        }
+        let operator = async {
+            assert_eq!(client.status().await.unwrap().host, "host-a");
+            let refused =
+                client.events("00ff").await.err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(refused.contains("streams of events are open"), "{refused}");
+            assert_eq!(client.cancel("00ff").await.unwrap().outcome, Some(Outcome::Cancelled));
+        };
+        tokio::time::timeout(Duration::from_secs(5), operator).await.expect("the operator is served");
+        // When they are gone, others may follow.
+        drop(crowd);
+        let followed = async {
+            while client.events("00ff").await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), followed).await.expect("there is room again");
+    });
+}
+
 #[test]
 fn a_client_says_why_it_cannot_connect() {
     let directory = tempfile::tempdir().unwrap();

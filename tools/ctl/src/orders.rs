@@ -1,12 +1,17 @@
 //! Commands that follow or change a migration.
 
-use memlaned::api::client::{Client, ClientError};
+use std::time::Duration;
+
+use memlaned::api::client::{Client, ClientError, Events};
 use memlaned::api::types::{ErrorCode, Migration, Order};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::{Error, Exit};
 use crate::progress::Progress;
 use crate::{json, show, summary};
+
+/// How often a migration is asked about whose changes the daemon does not tell.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Begins an order and follows it to its end. Ctrl-C asks to cancel it.
 pub async fn migrate(client: &Client, order: &Order, detach: bool, as_json: bool) -> Result<Exit, Error> {
@@ -19,7 +24,7 @@ pub async fn migrate(client: &Client, order: &Order, detach: bool, as_json: bool
             _ = interrupts.recv(), if !interrupted => {
                 // The daemon finishes what it was asked for, so there is something to cancel.
                 interrupted = true;
-                eprintln!("memlanectl: will cancel as soon as the preflight is done");
+                show::note("memlanectl: will cancel as soon as the preflight is done");
             }
         }
     };
@@ -103,7 +108,7 @@ async fn follow(
     interrupts: &mut Signal,
     on_interrupt: OnInterrupt,
 ) -> Result<Migration, Error> {
-    let mut events = client.events(id).await?;
+    let mut changes = Changes::of(client, id).await?;
     let mut cancelling = false;
     if on_interrupt == (OnInterrupt::Cancel { now: true }) {
         cancelling = true;
@@ -112,7 +117,7 @@ async fn follow(
     let mut last = None;
     loop {
         tokio::select! {
-            event = events.next() => match event? {
+            change = changes.next(client, id) => match change? {
                 Some(migration) => {
                     progress.update(&migration);
                     last = Some(migration);
@@ -134,6 +139,38 @@ async fn follow(
     last.ok_or_else(|| {
         Error::Command(ErrorCode::UnknownMigration, format!("nothing is told about migration {id}"))
     })
+}
+
+/// What becomes of a migration, one change after the other.
+enum Changes {
+    /// As the daemon tells it.
+    Told(Events),
+    /// By asking now and then, where as many are told already as may be; `true` after the last one.
+    Asked(bool),
+}
+
+impl Changes {
+    async fn of(client: &Client, id: &str) -> Result<Self, ClientError> {
+        match client.events(id).await {
+            Ok(events) => Ok(Self::Told(events)),
+            Err(ClientError::Api(error)) if error.code == ErrorCode::Unavailable => Ok(Self::Asked(false)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next change; none after that with the outcome.
+    async fn next(&mut self, client: &Client, id: &str) -> Result<Option<Migration>, ClientError> {
+        match self {
+            Self::Told(events) => events.next().await,
+            Self::Asked(true) => Ok(None),
+            Self::Asked(ended) => {
+                tokio::time::sleep(ASK_AGAIN).await;
+                let migration = client.migration(id).await?;
+                *ended = migration.outcome.is_some();
+                Ok(Some(migration))
+            }
+        }
+    }
 }
 
 async fn ask_to_cancel(client: &Client, id: &str, progress: &Progress) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 
 mod fake;
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
 
 use fake::Daemon;
@@ -62,6 +62,42 @@ fn status_ports_and_guests_are_shown() {
     assert_eq!(json(&run(&daemon, "--json status").1)["host"], "host-a");
     assert_eq!(json(&run(&daemon, "ports --json").1)[0]["name"], "a");
     assert_eq!(json(&run(&daemon, "guests --json").1)[0]["standing"], "running");
+}
+
+/// Others follow as many migrations as there may be followed: this one is asked about now and then.
+#[test]
+fn an_order_is_followed_where_no_more_streams_are_to_be_had() {
+    let daemon = Daemon::start();
+    let request = format!("GET /v1/migrations/{:032x}/events HTTP/1.1\r\nhost: x\r\n\r\n", 0xaaaa);
+    let streams: Vec<_> = (0..100)
+        .map(|_| {
+            let mut stream = std::os::unix::net::UnixStream::connect(daemon.socket()).unwrap();
+            stream.write_all(request.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    let (code, out, err) = run(&daemon, "migrate web1 host-b");
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.contains("web1"), "{out}");
+    assert_eq!(run(&daemon, "migrate fails1 host-b").0, 4);
+    drop(streams);
+}
+
+/// Escape sequences, and what turns the direction of text, from wherever the daemon has them.
+#[test]
+fn nothing_that_is_shown_is_obeyed_by_a_terminal() {
+    let daemon = Daemon::start();
+    let is_obeyed = |character| character != '\n' && memlane_protocol::wire::is_obeyed(character);
+    let (code, out, err) = run(&daemon, "migrate esc1 host-b");
+    assert_eq!(code, 3);
+    assert!(err.contains("memlanectl: cpu: \u{fffd}[2J") && err.contains("\nmemory: none\n"), "{err:?}");
+    assert!(!(out + &err).contains(is_obeyed), "{err:?}");
+    let (code, out, err) = run(&daemon, "--json migrate esc1 host-b");
+    assert_eq!(code, 3);
+    assert!(!(out.clone() + &err).contains(is_obeyed), "{out:?} {err:?}");
+    // Programs read what was said.
+    let message = json(&out)["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(message, "cpu: \u{1b}[2J\u{9b}m\u{202e}\nmemory: none");
 }
 
 #[test]

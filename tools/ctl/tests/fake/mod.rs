@@ -214,6 +214,9 @@ impl Backend for Fake {
     async fn migrate(&self, _: Caller, order: Order) -> Result<Migration, ApiError> {
         match order.guest.as_str() {
             "big1" => return Err(ApiError::new(ErrorCode::Refused, "too little memory at host-b")),
+            "esc1" => {
+                return Err(ApiError::new(ErrorCode::Refused, "cpu: \u{1b}[2J\u{9b}m\u{202e}\nmemory: none"));
+            }
             "slow1" => {
                 self.preflight.send(()).unwrap();
                 self.end_preflight.notified().await;
