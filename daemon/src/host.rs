@@ -13,9 +13,9 @@ use memlane_protocol::wire::machine::Nic;
 use tracing::{info, warn};
 
 use crate::config::{Config, PeerConfig};
+use crate::guest::Guest;
 use crate::guest::qemu::{Keepers, Register};
 use crate::guest::shim::Shims;
-use crate::guest::{Guest, map_ahead};
 use crate::journal::{Journal, VmmIdentity};
 use crate::link::{Link, LinkError};
 use crate::metrics;
@@ -93,7 +93,7 @@ impl Host {
         guest.lost.set(self.lost.borrow().contains(&(name.clone(), guest.process.identity())));
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
-        map_ahead(name.to_string(), &guest.ram);
+        guest.map_ahead();
         let host = self.clone();
         let attached = guest.clone();
         task::spawn("watch of a VMM", async move {

@@ -5,8 +5,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::{LONG, Stage, assert_runs, wait_for_exit, words};
-use memlane_lab::{HostId, HugePages, LabOptions, Rate, Vmm, say_skipped, wait_for};
+use common::{LIMITS, LONG, Stage, assert_runs, wait_for_exit, words};
+use memlane_lab::{HostId, HugePages, LabOptions, Rate, Requirement, RigOptions, Vmm, say_skipped, wait_for};
 use memlaned::api::types::{Migration, Phase};
 
 /// Writes as fast as it can, all over its memory.
@@ -68,6 +68,23 @@ fn a_guest_runs_before_its_memory_is_there() {
         assert_eq!(answer.code, 0, "{kind} {when}: {}", answer.text);
         assert_whole(answer.last().unwrap(), &mut here, &mut there);
     }
+}
+
+/// The destination's daemon is late with mapping memory that its VMM has taken: what it maps must not come into
+/// being again, as zeros, after it was dropped as missing.
+#[test]
+fn memory_that_is_still_being_mapped_is_dropped_for_good() {
+    let test = "memory_that_is_still_being_mapped_is_dropped_for_good";
+    let port_rate = Some(Rate::from_bits_per_second(1_000_000_000));
+    let lab = LabOptions { ports: 1, port_rate, ..LabOptions::default() };
+    let environment = vec![("MEMLANE_DEBUG_MAP_AHEAD_MS".to_owned(), "10".to_owned())];
+    let options = RigOptions { lab, tables: LIMITS.into(), environment, ..RigOptions::default() };
+    let Some(mut stage) = Stage::with(test, Requirement::LAB_WITH_KVM, options) else { return };
+    let guest = "--ram 2GiB --working-set 512MiB --flat-out --fill zero=60,random=40 --prepare";
+    let (mut here, mut there) = pair(&mut stage, guest);
+    let answer = stage.migrate("web1", &["--postcopy", "now"]);
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    assert_whole(answer.last().unwrap(), &mut here, &mut there);
 }
 
 #[test]

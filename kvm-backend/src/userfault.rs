@@ -28,7 +28,7 @@ use rustix::mm::UserfaultfdFlags;
 use crate::ioctl::Answering;
 
 pub use faults::Fault;
-pub use place::Placed;
+pub use place::{IfThere, Placed, Unplaced};
 
 /// `UFFDIO_WRITEPROTECT_MODE_WP` of `linux/userfaultfd.h`, which linux-raw-sys lacks.
 const MODE_PROTECT: u64 = 1 << 0;
@@ -178,6 +178,11 @@ impl AsFd for Userfault {
 /// Whether a call failed because the process, or its mapping of that memory, is gone.
 pub fn is_gone(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::SRCH | Errno::NOENT))
+}
+
+/// Whether a page could not be placed because there is one already; see [`IfThere::Fail`].
+pub fn is_there(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::EXIST)
 }
 
 /// A userfaultfd of this process that nothing was asked of yet.

@@ -1,62 +1,118 @@
 //! Mapping a guest's memory when its VMM comes, and not while it is sent or received.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PAGE_SIZE;
+use tokio::sync::watch;
 use tracing::{debug, warn};
 
 /// Pages that are mapped in one go, which whoever changes this process's mappings meanwhile waits for. For
 /// the same reason the thread has no lower priority than others: on a busy host they would all wait for it.
 const PIECE_PAGES: u64 = (4 << 20) / PAGE_SIZE;
 
-/// Maps into this process, in the background, what memory the VMM has taken already: that of a guest
-/// that runs when the daemon is started anew, or all of a VMM's that was told to take it before its guest
-/// comes. A page that is received where there is no mapping costs a fault, which is more than receiving
-/// it. Of memory that nobody has touched, nothing is taken.
-pub fn map_ahead(guest: String, ram: &Arc<GuestRam>) {
-    let ram = Arc::downgrade(ram);
-    let work = move || match map_held(&ram) {
-        Ok(()) => debug!(guest, "the guest's memory is mapped"),
-        Err(error) => {
-            debug!(guest, %error, "cannot map the guest's memory ahead; it is slower to receive")
+/// A thread that maps a guest's memory into this process. It ends by itself, with its work or with the memory.
+pub struct MappingAhead {
+    stop: Arc<AtomicBool>,
+    /// Its other end is dropped when the thread touches the memory no more.
+    ended: watch::Receiver<()>,
+}
+
+impl MappingAhead {
+    /// Maps into this process, in the background, what memory the VMM has taken already: that of a guest
+    /// that runs when the daemon is started anew, or all of a VMM's that was told to take it before its guest
+    /// comes. A page that is received where there is no mapping costs a fault, which is more than receiving
+    /// it. Of memory that nobody has touched, nothing is taken.
+    pub fn start(guest: String, ram: &Arc<GuestRam>) -> Self {
+        let ram = Arc::downgrade(ram);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (running, ended) = watch::channel(());
+        let stopped = stop.clone();
+        let work = move || {
+            match map_held(&ram, &stopped) {
+                Ok(()) => debug!(guest, "the guest's memory is mapped"),
+                Err(error) => {
+                    debug!(guest, %error, "cannot map the guest's memory ahead; it is slower to receive")
+                }
+            }
+            drop(running);
+        };
+        if let Err(error) = std::thread::Builder::new().name("map-ahead".into()).spawn(work) {
+            warn!(%error, "cannot start a thread that maps a guest's memory");
         }
-    };
-    if let Err(error) = std::thread::Builder::new().name("map-ahead".into()).spawn(work) {
-        warn!(%error, "cannot start a thread that maps a guest's memory");
+        Self { stop, ended }
+    }
+
+    /// Ends it, and returns when it touches the memory no more. Whoever makes holes that have to stay holes
+    /// waits for that: mapping a page brings it into being.
+    pub async fn stop(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // An error is what tells the end: nothing is ever sent.
+        while self.ended.changed().await.is_ok() {}
     }
 }
 
-/// Maps until all is mapped, or nobody has the memory any more.
-fn map_held(ram: &Weak<GuestRam>) -> io::Result<()> {
+/// Maps until all is mapped, or it is to stop, or nobody has the memory any more.
+fn map_held(ram: &Weak<GuestRam>, stop: &AtomicBool) -> io::Result<()> {
     let extents = match ram.upgrade() {
         Some(ram) => ram.data_extents(0..ram.pages())?,
         None => Vec::new(),
     };
     for extent in extents {
         for first in extent.clone().step_by(PIECE_PAGES as usize) {
-            let Some(ram) = ram.upgrade() else { return Ok(()) };
+            #[cfg(debug_assertions)]
+            dawdle();
+            let Some(ram) = ram.upgrade().filter(|_| !stop.load(Ordering::Relaxed)) else { return Ok(()) };
             ram.map_pages(first..(first + PIECE_PAGES).min(extent.end))?;
         }
     }
     Ok(())
 }
 
+/// In debug builds alone: waits for the milliseconds in `MEMLANE_DEBUG_MAP_AHEAD_MS` before each piece, so that
+/// tests find a guest's memory still being mapped when it is migrated.
+#[cfg(debug_assertions)]
+fn dawdle() {
+    let wait = std::env::var("MEMLANE_DEBUG_MAP_AHEAD_MS").ok().and_then(|wait| wait.parse().ok());
+    std::thread::sleep(std::time::Duration::from_millis(wait.unwrap_or_default()));
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use memlane_kvm::ram::Backing;
 
     use super::*;
 
     #[test]
     fn what_is_held_is_mapped_and_nothing_is_taken() {
+        let go_on = AtomicBool::new(false);
         let ram = Arc::new(GuestRam::create(&[(0, 8 << 20)], &Backing::Memfd).unwrap());
         ram.prepare(100..164).unwrap();
-        map_held(&Arc::downgrade(&ram)).unwrap();
+        map_held(&Arc::downgrade(&ram), &go_on).unwrap();
         assert_eq!(ram.data_extents(0..ram.pages()).unwrap(), vec![100..164]);
         let gone = Arc::downgrade(&ram);
         drop(ram);
-        map_held(&gone).unwrap();
+        map_held(&gone, &go_on).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_dropped_after_it_was_stopped_stays_away() {
+        let ram = Arc::new(GuestRam::create(&[(0, 256 << 20)], &Backing::Memfd).unwrap());
+        let all = 0..ram.pages();
+        ram.prepare(all.clone()).unwrap();
+        let ahead = MappingAhead::start("web1".into(), &ram);
+        ahead.stop().await;
+        // All but a page here and there, so that nothing passes for empty.
+        let apart = 100;
+        for first in all.clone().step_by(apart as usize) {
+            ram.punch(first + 1..(first + apart).min(all.end)).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let held = ram.extents_now(all).unwrap();
+        assert!(held.iter().all(|extent| extent.end - extent.start == 1), "{held:?}");
     }
 }

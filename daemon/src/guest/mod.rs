@@ -25,7 +25,7 @@ use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::wire::machine::GuestShape;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
-pub use ahead::map_ahead;
+use ahead::MappingAhead;
 pub use attached::Attached;
 pub use memlane_kvm::dirty::{Harvest, Paced};
 pub use memory::VmmMemory;
@@ -185,6 +185,8 @@ pub struct Guest {
     pub incomplete: Cell<bool>,
     /// Part of its memory never came, accesses to that wait for ever, and its VMM could not be ended.
     pub lost: Cell<bool>,
+    /// Its memory is being mapped into this process.
+    ahead: RefCell<Option<MappingAhead>>,
 }
 
 impl Guest {
@@ -197,7 +199,7 @@ impl Guest {
         standing: Standing,
     ) -> Self {
         let (standing, migration) = (Cell::new(standing), RefCell::default());
-        let (tracked, stunned, summoned, incomplete, lost) = Default::default();
+        let (tracked, stunned, summoned, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
             ram,
@@ -210,6 +212,21 @@ impl Guest {
             summoned,
             incomplete,
             lost,
+            ahead,
+        }
+    }
+
+    /// Begins to map its memory into this process, in the background.
+    pub fn map_ahead(&self) {
+        self.ahead.replace(Some(MappingAhead::start(self.shape.name.to_string(), &self.ram)));
+    }
+
+    /// Returns when its memory is not being mapped any more: pages that are dropped from then on are not brought
+    /// into being again from here.
+    pub async fn map_no_further(&self) {
+        let ahead = self.ahead.take();
+        if let Some(ahead) = ahead {
+            ahead.stop().await;
         }
     }
 

@@ -1,23 +1,29 @@
 //! Post-copy at the destination: which pages are missing, and placing them whole.
 //!
 //! The guest may be running. So pages are received beside its memory and placed with `UFFDIO_COPY`,
-//! which shows a page only when all of it is there and wakes whoever waits for it. A page that is
-//! there already stays as it is: the guest may have written to it since.
+//! which shows a page only when all of it is there and wakes whoever waits for it. What comes again is
+//! dropped: the guest may have written to the page since. A page that is there though it is missing was
+//! brought into being by somebody else, with zeros or worse, and the guest may have read that: then the
+//! guest's memory is not right any more, and the migration fails.
 
-use std::collections::HashMap;
+mod assemble;
+mod pages;
+
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use memlane_kvm::foreign_ram::ForeignRam;
-use memlane_kvm::userfault::{Faults, Userfault, is_gone};
+use memlane_kvm::userfault::{Faults, IfThere, Placed, Unplaced, Userfault, is_gone, is_there};
 use memlane_protocol::wire::control::FetchReport;
-use memlane_protocol::wire::frame::{Content, Run};
+use memlane_protocol::wire::frame::Run;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use tokio::sync::Notify;
 
+use self::assemble::{Piece, assemble};
+use self::pages::{Access, Pages};
 use super::latency::Latencies;
 use crate::metrics;
 
@@ -25,18 +31,14 @@ use crate::metrics;
 pub struct Placing {
     userfault: Userfault,
     memory: Arc<ForeignRam>,
-    /// Pages that are missing. One is taken out only after it was placed: whatever is not in this
-    /// set is a hole, and reads as zeros.
-    missing: PageSet,
-    /// Pages that an access waits for and that were asked for.
-    wanted: PageSet,
-    /// Since when, in own pages of the region.
-    waiting: Mutex<HashMap<u64, Instant>>,
-    /// Pages of [`missing`](Self::missing), once they are all known.
+    pages: Pages,
+    /// Pages that have not been placed, once they are all known.
     remaining: AtomicU64,
     /// All missing pages are known.
     known: AtomicBool,
-    /// Rung when nothing is missing any more.
+    /// Why the guest's memory is not what it should be.
+    broken: OnceLock<String>,
+    /// Rung when nothing is missing any more, and when memory is [broken](Self::broken).
     pub bell: Notify,
     latencies: Latencies,
     faults: AtomicU64,
@@ -59,11 +61,10 @@ impl Placing {
         let pages = memory.ram().pages();
         let placing = Self {
             userfault,
-            missing: PageSet::new(pages),
-            wanted: PageSet::new(pages),
-            waiting: Mutex::default(),
+            pages: Pages::new(pages),
             remaining: AtomicU64::new(0),
             known: AtomicBool::new(false),
+            broken: OnceLock::new(),
             bell: Notify::new(),
             latencies: Latencies::default(),
             faults: AtomicU64::new(0),
@@ -89,17 +90,41 @@ impl Placing {
     /// that an access to them faults.
     pub fn add_missing(&self, pages: Range<u64>) -> io::Result<()> {
         let pages = self.memory.whole(pages);
-        self.missing.insert_range(pages.clone());
+        self.pages.add(pages.clone());
         self.memory.ram().punch(pages)
     }
 
     /// From here on no page is missing but those that were added, and pages may be placed.
     pub fn all_known(&self) {
-        self.remaining.store(self.missing.count(), Ordering::Release);
+        self.remaining.store(self.pages.missing().count(), Ordering::Release);
         self.known.store(true, Ordering::Release);
         if self.remaining() == 0 {
             self.bell.notify_one();
         }
+    }
+
+    /// Sees that nothing is there of what is missing: an access would find it, and wait for nothing. It
+    /// costs a system call for each run of missing pages, and may be done while pages are being placed. Of huge
+    /// pages nobody can tell whether they are there; they are found when they are placed.
+    ///
+    /// # Errors
+    ///
+    /// The first page that is there, in words; or that the kernel cannot be asked.
+    pub fn see_holes(&self) -> io::Result<()> {
+        let ram = self.memory.ram();
+        for run in self.pages.missing().runs() {
+            let small = self.memory.pieces(run).filter(|(_, pages)| self.memory.unit_of(pages.start) == 1);
+            for (_, mut rest) in small {
+                while let Some(page) = ram.next_data(rest.clone())? {
+                    // It is there; if it is missing now, it was so too when it came into being.
+                    if self.pages.is_missing(page) {
+                        return Err(self.break_by(there(page)));
+                    }
+                    rest.start = page + 1;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether all missing pages are known.
@@ -107,9 +132,14 @@ impl Placing {
         self.known.load(Ordering::Acquire)
     }
 
-    /// The pages that are missing now.
-    pub fn missing(&self) -> &PageSet {
-        &self.missing
+    /// Why the guest's memory is not right, and never will be, if that is so.
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.get().map(String::as_str)
+    }
+
+    /// The pages that have not been placed.
+    pub fn missing(&self) -> PageSet {
+        self.pages.unplaced()
     }
 
     /// How many these are.
@@ -137,7 +167,8 @@ impl Placing {
         }
     }
 
-    /// Places what a frame brought: `payload` holds the bytes of all runs with data, in order.
+    /// Places what a frame brought, as far as it is missing: `payload` holds the bytes of all runs with data,
+    /// in order.
     pub fn place(&self, runs: &[Run], payload: &[u8], by: By) -> io::Result<()> {
         if runs.is_empty() {
             return Ok(()); // the source is there, that is all
@@ -145,19 +176,21 @@ impl Placing {
         if !self.is_known() {
             return Err(invalid("pages came before it was known which are missing"));
         }
+        if let Some(reason) = self.broken() {
+            return Err(io::Error::other(reason));
+        }
         let mut rest = payload;
         for piece in assemble(&self.memory, runs)? {
             match piece {
                 Piece::Data(pages) => {
                     let (bytes, left) = rest.split_at(bytes_of(&pages));
                     rest = left;
-                    self.copy(&pages, bytes)?;
-                    self.done(&pages, by);
+                    self.fill(&pages, by, |run| {
+                        let before = bytes_of(&(pages.start..run.start));
+                        self.copy(run, &bytes[before..][..bytes_of(run)], IfThere::Fail)
+                    })?;
                 }
-                Piece::Zero(pages) => {
-                    self.zero(&pages)?;
-                    self.done(&pages, by);
-                }
+                Piece::Zero(pages) => self.fill(&pages, by, |run| self.zero(run, IfThere::Fail))?,
                 Piece::Mixed(pages, parts) => {
                     let mut whole = vec![0; bytes_of(&pages)];
                     for part in parts {
@@ -166,8 +199,7 @@ impl Placing {
                         let at = ((part.start - pages.start) * PAGE_SIZE) as usize;
                         whole[at..at + bytes.len()].copy_from_slice(bytes);
                     }
-                    self.copy(&pages, &whole)?;
-                    self.done(&pages, by);
+                    self.fill(&pages, by, |run| self.copy(run, &whole, IfThere::Fail))?;
                 }
                 Piece::Hole(pages) => self.leave_hole(&pages)?,
             }
@@ -176,39 +208,40 @@ impl Placing {
     }
 
     /// An access to `address` waits: makes its page zero if it is not missing; otherwise returns the
-    /// page to ask for, unless that was done before.
+    /// page to ask for, unless that was done before, or it is being placed.
     pub fn fault(&self, address: u64) -> io::Result<Option<u64>> {
         let Some(page) = self.memory.page_at(address) else { return Ok(None) };
         let unit = self.memory.whole(page..page + 1);
-        if !self.missing.contains(unit.start) {
-            self.zero(&unit)?;
-            return Ok(None);
+        match self.pages.access(&unit) {
+            // Several may wait for one hole, and be told of one after another.
+            Access::There => match self.zero(&unit, IfThere::Leave) {
+                Ok(_) => Ok(None),
+                Err(unplaced) => Err(self.judge(unplaced.source)),
+            },
+            Access::Known => Ok(None),
+            access => {
+                self.faults.fetch_add(1, Ordering::Relaxed);
+                Ok((access == Access::Ask).then_some(unit.start))
+            }
         }
-        if self.wanted.insert_range(unit.clone()) == 0 {
-            return Ok(None);
-        }
-        self.waiting().insert(unit.start, Instant::now());
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        // It may have been placed since it was looked at, by somebody who saw nobody waiting.
-        if !self.missing.contains(unit.start) {
-            let zeroed = self.zero(&unit);
-            self.answer(&unit);
-            return zeroed.map(|()| None);
-        }
-        Ok(Some(unit.start))
     }
 
     /// Pages that are waited for, each once.
     pub fn wanted(&self) -> Vec<u64> {
-        self.waiting().keys().copied().collect()
+        self.pages.wanted()
     }
 
     /// Accesses to missing pages fail from now on, loudly: they will never come.
     pub fn poison(&self) -> io::Result<u64> {
         let mut poisoned = 0;
-        for run in self.missing.runs() {
+        for run in self.missing().runs() {
+            if self.broken().is_some() {
+                // What is there and should not be is to fail as well.
+                self.memory.ram().punch(run.clone())?;
+            }
             for (addresses, pages) in self.memory.pieces(run.clone()) {
-                self.userfault.poison(addresses, self.unit_bytes(&pages))?;
+                let done = self.userfault.poison(addresses, self.unit_bytes(&pages));
+                done.map_err(|unplaced| unplaced.source)?;
                 poisoned += pages.end - pages.start;
             }
         }
@@ -230,30 +263,108 @@ impl Placing {
         &self.userfault
     }
 
-    fn copy(&self, pages: &Range<u64>, bytes: &[u8]) -> io::Result<()> {
-        let mut rest = bytes;
-        for (addresses, _) in self.memory.pieces(pages.clone()) {
-            let (bytes, left) = rest.split_at((addresses.end - addresses.start) as usize);
-            rest = left;
-            self.userfault.copy(addresses.start, bytes, self.unit_bytes(pages))?;
+    /// Has `place` place those of `pages` that are missing, run by run.
+    fn fill(
+        &self,
+        pages: &Range<u64>,
+        by: By,
+        place: impl Fn(&Range<u64>) -> Result<Placed, Unplaced>,
+    ) -> io::Result<()> {
+        let mut rest = pages.clone();
+        while let Some(run) = self.pages.claim(rest.clone()) {
+            rest.start = run.end;
+            let counter = if by == By::Fault { &self.fetched } else { &self.streamed };
+            self.finish(&run, place(&run), Some(counter))?;
         }
         Ok(())
     }
 
-    fn zero(&self, pages: &Range<u64>) -> io::Result<()> {
+    /// A run that was claimed is in place, as far as `outcome` tells, and missing again where it is not. Its
+    /// pages are counted if they have come.
+    fn finish(
+        &self,
+        run: &Range<u64>,
+        outcome: Result<Placed, Unplaced>,
+        counter: Option<&AtomicU64>,
+    ) -> io::Result<()> {
+        let (placed, error) = match outcome {
+            Ok(placed) => (placed, None),
+            Err(Unplaced { placed, source }) => (placed, Some(source)),
+        };
+        let end = run.start + placed.bytes / PAGE_SIZE;
+        if end > run.start {
+            for waited in self.pages.placed(run.start..end) {
+                self.latencies.add(waited);
+                metrics::fault(waited);
+            }
+            if let Some(counter) = counter {
+                counter.fetch_add(end - run.start, Ordering::Relaxed);
+            }
+            self.fewer(end - run.start);
+        }
+        match error {
+            None => Ok(()),
+            Some(error) => Err(self.failed(end..run.end, error)),
+        }
+    }
+
+    /// These pages could not be placed.
+    fn failed(&self, pages: Range<u64>, error: io::Error) -> io::Error {
+        if is_there(&error) {
+            self.pages.give_back(pages.clone());
+            return self.break_by(there(pages.start));
+        }
+        self.release(pages);
+        self.judge(error)
+    }
+
+    /// What was claimed is missing again, and whoever waits for it is told of anew.
+    fn release(&self, pages: Range<u64>) {
+        self.pages.give_back(pages.clone());
+        for (addresses, _) in self.memory.pieces(pages) {
+            // Of a process that has ended nobody waits.
+            let _ = self.userfault.wake(addresses);
+        }
+    }
+
+    /// The kernel did not place a page: perhaps since there is no memory any more to place it in.
+    fn judge(&self, error: io::Error) -> io::Error {
+        match self.memory.ram().check() {
+            Err(lost) => self.break_by(lost.to_string()),
+            Ok(()) => error,
+        }
+    }
+
+    /// The guest's memory is not right, and will not be.
+    fn break_by(&self, reason: String) -> io::Error {
+        let reason = self.broken.get_or_init(|| reason);
+        self.bell.notify_one();
+        io::Error::other(reason.as_str())
+    }
+
+    fn copy(&self, pages: &Range<u64>, bytes: &[u8], if_there: IfThere) -> Result<Placed, Unplaced> {
+        let (addresses, _) = self.memory.pieces(pages.clone()).next().expect("a piece has pages");
+        self.userfault.copy(addresses.start, bytes, self.unit_bytes(pages), if_there)
+    }
+
+    fn zero(&self, pages: &Range<u64>, if_there: IfThere) -> Result<Placed, Unplaced> {
         let unit = self.unit_bytes(pages);
-        if unit != PAGE_SIZE {
-            // The kernel has no huge page of zeros.
-            let zeros = vec![0; unit as usize];
-            let units = pages.clone().step_by((unit / PAGE_SIZE) as usize);
-            return units
-                .map(|first| first..first + unit / PAGE_SIZE)
-                .try_for_each(|page| self.copy(&page, &zeros));
+        let (addresses, _) = self.memory.pieces(pages.clone()).next().expect("a piece has pages");
+        if unit == PAGE_SIZE {
+            return self.userfault.zero(addresses, if_there);
         }
-        for (addresses, _) in self.memory.pieces(pages.clone()) {
-            self.userfault.zero(addresses)?;
+        // The kernel has no huge page of zeros.
+        let (zeros, mut all) = (vec![0; unit as usize], Placed::default());
+        for address in addresses.step_by(unit as usize) {
+            match self.userfault.copy(address, &zeros, unit, if_there) {
+                Ok(placed) => all += placed,
+                Err(Unplaced { placed, source }) => {
+                    all += placed;
+                    return Err(Unplaced { placed: all, source });
+                }
+            }
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Bytes of the pages' own size; they lie in one region.
@@ -263,132 +374,32 @@ impl Placing {
 
     /// These pages are holes at the source, and take no memory here unless an access waits for them.
     fn leave_hole(&self, pages: &Range<u64>) -> io::Result<()> {
-        self.forget_missing(pages);
-        let mut from = pages.start;
-        while let Some(run) = self.wanted.next_run(from, pages.end.saturating_sub(from)) {
-            let run = run.start..run.end.min(pages.end);
-            if run.is_empty() {
-                break;
+        let (left, waited_for) = self.pages.leave(pages.clone());
+        self.fewer(left);
+        let mut waited_for = waited_for.into_iter();
+        while let Some(run) = waited_for.next() {
+            if let Err(error) = self.finish(&run, self.zero(&run, IfThere::Fail), None) {
+                waited_for.for_each(|run| self.release(run));
+                return Err(error);
             }
-            self.zero(&run)?;
-            from = run.end;
         }
-        self.answer(pages);
         Ok(())
     }
 
-    /// These pages are in place.
-    fn done(&self, pages: &Range<u64>, by: By) {
-        let counter = if by == By::Fault { &self.fetched } else { &self.streamed };
-        counter.fetch_add(self.forget_missing(pages), Ordering::Relaxed);
-        self.answer(pages);
-    }
-
-    /// These pages are not missing any more; returns how many of them were.
-    fn forget_missing(&self, pages: &Range<u64>) -> u64 {
-        let gone = self.missing.remove_range(pages.clone());
-        if gone > 0 && self.remaining.fetch_sub(gone, Ordering::AcqRel) == gone {
+    /// So many pages more are not missing any more.
+    fn fewer(&self, pages: u64) {
+        if pages > 0 && self.remaining.fetch_sub(pages, Ordering::AcqRel) == pages {
             self.bell.notify_one();
         }
-        gone
-    }
-
-    /// Nobody waits for these pages any more.
-    fn answer(&self, pages: &Range<u64>) {
-        if self.wanted.next_run(pages.start, pages.end - pages.start).is_none_or(|run| run.start >= pages.end)
-        {
-            return;
-        }
-        let mut waiting = self.waiting();
-        waiting.retain(|page, since| {
-            let answered = pages.contains(page);
-            if answered {
-                self.latencies.add(since.elapsed());
-                metrics::fault(since.elapsed());
-            }
-            !answered
-        });
-        self.wanted.remove_range(pages.clone());
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
-        // The map is whole whenever somebody may panic.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A part of a frame that is placed in one go.
-enum Piece {
-    /// Whole pages, all of them with bytes.
-    Data(Range<u64>),
-    /// Whole pages of zeros.
-    Zero(Range<u64>),
-    /// One huge page that is zero but for the bytes of these parts.
-    Mixed(Range<u64>, Vec<Range<u64>>),
-    /// Whole pages that are holes at the source.
-    Hole(Range<u64>),
-}
-
-/// A huge page of which not all runs have been seen.
-struct Open {
-    unit: Range<u64>,
-    /// Seen up to here.
-    end: u64,
-    parts: Vec<Range<u64>>,
-    holes: bool,
-}
-
-/// Cuts the runs of a frame into pieces, in the order of their bytes. Of a huge page a frame must
-/// hold all or nothing.
-fn assemble(memory: &ForeignRam, runs: &[Run]) -> io::Result<Vec<Piece>> {
-    let torn = || invalid("a frame holds a part of a huge page");
-    let mut pieces = Vec::with_capacity(runs.len());
-    let mut open: Option<Open> = None;
-    for run in runs {
-        for (_, mut pages) in memory.pieces(run.pages.clone()) {
-            if memory.unit_of(pages.start) == 1 {
-                if open.is_some() {
-                    return Err(torn());
-                }
-                pieces.push(match run.content {
-                    Content::Data => Piece::Data(pages),
-                    Content::Zero => Piece::Zero(pages),
-                    Content::Hole => Piece::Hole(pages),
-                });
-                continue;
-            }
-            while !pages.is_empty() {
-                let unit = memory.whole(pages.start..pages.start + 1);
-                let part = pages.start..pages.end.min(unit.end);
-                pages.start = part.end;
-                let mut page = open.take().unwrap_or_else(|| Open {
-                    end: unit.start,
-                    unit: unit.clone(),
-                    parts: Vec::new(),
-                    holes: true,
-                });
-                if page.unit != unit || page.end != part.start {
-                    return Err(torn());
-                }
-                page.end = part.end;
-                page.holes &= run.content == Content::Hole;
-                if run.content == Content::Data {
-                    page.parts.push(part);
-                }
-                if page.end < unit.end {
-                    open = Some(page);
-                    continue;
-                }
-                pieces.push(match page.parts.as_slice() {
-                    [] if page.holes => Piece::Hole(unit),
-                    [] => Piece::Zero(unit),
-                    [only] if *only == unit => Piece::Data(unit),
-                    _ => Piece::Mixed(unit, page.parts),
-                });
-            }
-        }
-    }
-    if open.is_some() { Err(torn()) } else { Ok(pieces) }
+/// What is wrong where a page is there and should not be.
+fn there(page: u64) -> String {
+    format!(
+        "page {page} of the guest's memory holds something here though it has not come from the source: something \
+         else on this host writes to that memory, or maps it"
+    )
 }
 
 fn bytes_of(pages: &Range<u64>) -> usize {

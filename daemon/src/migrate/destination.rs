@@ -164,14 +164,20 @@ impl Run {
                 None
             }
             Some(link) = links.recv() => self.fetch_over(link).await,
-            () = completes(&mut self.fetching) => self.complete().await,
+            whole = completes(&mut self.fetching) => match whole {
+                Ok(()) => self.complete().await,
+                Err(reason) => self.fail(reason),
+            },
             Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if self.machine.can_abandon() => {
                 self.abandoned().await
             }
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = tokio::time::sleep(TICK) => {
                 self.show();
-                Some(Event::Tick)
+                match self.guest.ram.check() {
+                    Err(lost) if copying => self.fail(lost.to_string()),
+                    _ => Some(self.executor.tick(&self.machine)),
+                }
             }
         }
     }
@@ -209,6 +215,19 @@ impl Run {
         }
     }
 
+    /// The guest's memory here is not right, and will not be. Where nothing can be done about that now, it is
+    /// looked at again.
+    fn fail(&mut self, reason: String) -> Option<Event> {
+        let event = match self.machine.phase() {
+            Phase::Copying => Event::Failed,
+            _ if self.machine.can_abandon() => Event::Abandoned,
+            _ => return None,
+        };
+        warn!(guest = %self.ticket.guest, reason, "the migration fails");
+        self.executor.blame(reason);
+        Some(event)
+    }
+
     fn peer_lost(&mut self, reason: String) -> Event {
         self.executor.blame(reason);
         self.executor.link = None;
@@ -229,6 +248,7 @@ impl Run {
             }
             Control::LaneLost(lane) => {
                 self.lanes.close_lane(lane).await;
+                self.guest.ram.intact().map_err(|lost| lost.to_string())?;
                 self.answer(Control::LaneClosed(lane)).await?;
             }
             Control::Holes(holes) => {
@@ -299,13 +319,20 @@ impl Run {
     async fn load(&mut self) -> Result<Event, String> {
         self.lanes.close().await;
         self.show();
+        // All that came is the guest's.
+        self.guest.ram.check().map_err(|lost| lost.to_string())?;
+        let mut seen = None;
         if let Some(fetching) = &mut self.fetching {
             // Device models look at the guest's memory while they load, and wait for what is missing.
             fetching.all_known().await;
+            seen = Some(fetching.see_holes());
         }
         let driver = &self.guest.driver;
         self.loaded = true;
         let loaded = driver.load(&self.state).await;
+        if let Some(seen) = seen {
+            seen.await?;
+        }
         if let Err(DriverError::Failed { .. }) = loaded {
             self.loaded = false;
         }
@@ -487,7 +514,7 @@ impl Run {
     }
 }
 
-async fn completes(fetching: &mut Option<Fetching>) {
+async fn completes(fetching: &mut Option<Fetching>) -> Result<(), String> {
     match fetching {
         Some(fetching) => fetching.completes().await,
         None => pending().await,

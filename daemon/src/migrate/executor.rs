@@ -200,6 +200,23 @@ impl Executor {
         }
     }
 
+    /// What a moment that passed is for `half`: the end of all hope, if the guest has begun to run without all of
+    /// its memory and the rest is not there any more.
+    pub fn tick(&mut self, half: &impl Half) -> Event {
+        let lost = match self.guest() {
+            Some(guest) if half.can_abandon() => guest.ram.check().err(),
+            _ => None,
+        };
+        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        match lost.map(|lost| lost.to_string()).or(broken) {
+            Some(reason) if half.can_abandon() => {
+                self.blame(reason);
+                Event::Abandoned
+            }
+            _ => Event::Tick,
+        }
+    }
+
     /// The migration is over: the guest is free for another.
     pub fn release(&mut self) {
         if let Vmm::Attached(guest) = &self.vmm {
@@ -278,6 +295,7 @@ impl Executor {
             Action::Relinquish => Event::Relinquished,
             Action::Resume if self.resumed => return Some(self.resumed()),
             Action::Resume if self.cannot_be_whole() => return self.give_back_or_end(),
+            Action::Resume if self.is_broken() => return Some(Event::ResumeFailed),
             Action::Resume => Event::Resumed,
             _ => Event::Discarded,
         };
@@ -332,6 +350,15 @@ impl Executor {
             return Some(event);
         }
         Some(done)
+    }
+
+    /// Whether the memory that the guest would have here is known not to be right; then that is the reason.
+    fn is_broken(&mut self) -> bool {
+        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        broken.is_some_and(|reason| {
+            self.blame(reason);
+            true
+        })
     }
 
     /// The guest runs here, with all of its memory or without.

@@ -61,6 +61,7 @@ pub struct Session {
 impl Fetching {
     /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
     pub async fn open(host: Rc<Host>, guest: Rc<Guest>) -> Result<Self, String> {
+        guest.map_no_further().await;
         let memory = guest.driver.open_memory(true).await;
         let memory = memory.map_err(|error| format!("cannot have the guest's accesses wait: {error}"))?;
         let failed = |error: io::Error| format!("cannot have the guest's accesses wait: {error}");
@@ -138,18 +139,30 @@ impl Fetching {
         }
     }
 
+    /// Sees that nothing is there of what is missing, while the guest has not run here. On a thread of its own: it
+    /// looks at each run of missing pages.
+    pub fn see_holes(&self) -> impl Future<Output = Result<(), String>> + use<> {
+        let placing = self.placing.clone();
+        let looking = tokio::task::spawn_blocking(move || placing.see_holes());
+        async move { looking.await.expect("looking does not panic").map_err(|error| error.to_string()) }
+    }
+
     /// The guest runs from now on.
     pub fn begin(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 
-    /// Returns when nothing is missing any more. To be awaited again and again.
-    pub async fn completes(&mut self) {
+    /// Returns when nothing is missing any more, or when memory turns out not to be right and why. To be awaited
+    /// again and again.
+    pub async fn completes(&mut self) -> Result<(), String> {
         loop {
             tokio::select! {
                 () = self.placing.bell.notified() => {
+                    if let Some(reason) = self.placing.broken() {
+                        return Err(reason.to_owned());
+                    }
                     if self.placing.is_known() && self.placing.remaining() == 0 {
-                        return;
+                        return Ok(());
                     }
                 }
                 happened = happens(&mut self.session, &self.faults) => if let Err(error) = happened {
@@ -303,7 +316,7 @@ async fn let_go(placing: &Arc<Placing>) -> io::Result<()> {
 
 async fn tell_missing(link: &mut Link, placing: &Arc<Placing>) -> Result<(), LinkError> {
     let placing = placing.clone();
-    for missing in task::aside(move || tell(placing.missing())).await {
+    for missing in task::aside(move || tell(&placing.missing())).await {
         link.send(&Control::Missing(missing)).await?;
     }
     Ok(())

@@ -52,7 +52,7 @@ impl Bench {
     /// Copies a page full of `byte`.
     fn copy(&self, page: u64, byte: u8) -> Placed {
         self.userfault
-            .copy(self.addresses(page..page + 1).start, &self.contents(byte), self.page_bytes)
+            .copy(self.addresses(page..page + 1).start, &self.contents(byte), self.page_bytes, IfThere::Leave)
             .unwrap()
     }
 
@@ -149,20 +149,32 @@ fn serves_missing_pages(bench: Bench) {
     let writer = bench.write(3, 9);
     assert!(bench.fault().write);
     let five = bench.contents(0x42).repeat(5);
-    let placed = bench.userfault.copy(bench.addresses(0..5).start, &five, bench.page_bytes).unwrap();
+    let placed =
+        bench.userfault.copy(bench.addresses(0..5).start, &five, bench.page_bytes, IfThere::Leave).unwrap();
     assert_eq!(placed, bench.placed(4, 1));
     writer.join().unwrap();
     let words = [0, 1, 2, 3, 4].map(|page| bench.word(page).load(Ordering::Relaxed));
     assert_eq!(words, [bytes(0x42), bytes(0x42), 7, 9, bytes(0x42)]);
     // Beyond what was registered there is nothing.
-    let beyond = bench.userfault.copy(bench.addresses(8..9).start, &bench.contents(1), bench.page_bytes);
-    assert!(is_gone(&beyond.unwrap_err()));
+    let beyond = bench.userfault.copy(
+        bench.addresses(8..9).start,
+        &bench.contents(1),
+        bench.page_bytes,
+        IfThere::Leave,
+    );
+    assert!(is_gone(&beyond.unwrap_err().source));
     // Placed through another mapping: whoever waits has to be woken.
     let reader = bench.read(6);
     bench.fault();
     let other = bench.ram.descriptors()[0].try_clone_to_owned().unwrap();
     let other = GuestRam::map(vec![(bench.ram.regions()[0], other)]).unwrap();
     other.prepare(6 * bench.page_bytes / PAGE_SIZE..7 * bench.page_bytes / PAGE_SIZE).unwrap();
+    // To whoever alone places pages that is an error, behind what could be placed; and nobody is woken by it.
+    let two = bench.contents(0x33).repeat(2);
+    let strict =
+        bench.userfault.copy(bench.addresses(5..7).start, &two, bench.page_bytes, IfThere::Fail).unwrap_err();
+    assert_eq!((strict.placed, is_there(&strict.source)), (bench.placed(1, 0), true));
+    assert!(!reader.is_finished());
     assert_eq!(bench.copy(6, 0x33), bench.placed(0, 1));
     assert_eq!(reader.join().unwrap(), 0);
     // At the end of registration all go.
@@ -199,7 +211,7 @@ fn zeros_are_placed_and_waiting_threads_woken() {
     bench.copy(1, 0xff);
     let reader = bench.read(2);
     bench.fault();
-    assert_eq!(bench.userfault.zero(bench.addresses(0..3)).unwrap(), bench.placed(2, 1));
+    assert_eq!(bench.userfault.zero(bench.addresses(0..3), IfThere::Leave).unwrap(), bench.placed(2, 1));
     assert_eq!(reader.join().unwrap(), 0);
     assert_eq!(bench.word(1).load(Ordering::Relaxed), bytes(0xff));
     // Woken for nothing, a thread asks again.

@@ -37,6 +37,8 @@ pub struct Rig {
     tables: String,
     may_start_guests: bool,
     daemon_user: DaemonUser,
+    /// Variables for the daemons' environment.
+    environment: Vec<(String, String)>,
     speed: Option<String>,
     daemons: [Option<Process>; 2],
     started: u32,
@@ -57,6 +59,8 @@ pub struct RigOptions {
     pub may_start_guests: bool,
     /// Who both daemons run as.
     pub daemon_user: DaemonUser,
+    /// Variables to add to the daemons' environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A running `memlane-vmm`.
@@ -98,8 +102,8 @@ impl Rig {
     ///
     /// If the lab cannot be made, or a daemon does not come up.
     pub fn new(programs: &Programs, options: RigOptions) -> Result<Self> {
-        let speed = options.lab.port_rate;
-        Self::start(programs, Lab::new(options.lab.clone())?, speed, options)
+        let lab = Lab::new(options.lab.clone())?;
+        Self::start(programs, lab, options)
     }
 
     /// Reaches hosts that are there already and starts both daemons, with `tables` added to both configurations. Each
@@ -109,16 +113,29 @@ impl Rig {
     ///
     /// If a host cannot be reached, or a daemon does not come up.
     pub fn over_ssh(programs: &Programs, hosts: &Hosts, speed: Option<Rate>, tables: String) -> Result<Self> {
-        let options = RigOptions { tables, ..RigOptions::default() };
-        Self::start(programs, Lab::over_ssh(hosts, programs)?, speed, options)
+        let lab = LabOptions { port_rate: speed, ..LabOptions::default() };
+        Self::start(
+            programs,
+            Lab::over_ssh(hosts, programs)?,
+            RigOptions { lab, tables, ..RigOptions::default() },
+        )
     }
 
-    fn start(programs: &Programs, lab: Lab, speed: Option<Rate>, options: RigOptions) -> Result<Self> {
-        let RigOptions { lab: _, keys, tables, may_start_guests, daemon_user } = options;
-        let speed = speed.map(|rate| format!("{}bit", rate.bits_per_second()));
-        let (programs, daemons) = (programs.clone(), [None, None]);
-        let mut rig =
-            Self { programs, keys, tables, may_start_guests, daemon_user, speed, daemons, started: 0, lab };
+    fn start(programs: &Programs, lab: Lab, options: RigOptions) -> Result<Self> {
+        let RigOptions { lab: of_lab, keys, tables, may_start_guests, daemon_user, environment } = options;
+        let speed = of_lab.port_rate.map(|rate| format!("{}bit", rate.bits_per_second()));
+        let mut rig = Self {
+            programs: programs.clone(),
+            keys,
+            tables,
+            may_start_guests,
+            daemon_user,
+            environment,
+            speed,
+            daemons: [None, None],
+            started: 0,
+            lab,
+        };
         for id in [HostId::A, HostId::B] {
             rig.daemon_user.settle(rig.lab.host(id))?;
             rig.write_config(id, "")?;
@@ -210,7 +227,7 @@ impl Rig {
         let (host, file) = (self.lab.host(id), self.config_file(id));
         let words = self.daemon_user.words(&host.program(&self.programs, "memlaned"));
         let mut command = host.command(&words[0]);
-        command.args(&words[1..]).arg("--config").arg(file);
+        command.args(&words[1..]).arg("--config").arg(file).envs(self.environment.iter().cloned());
         let mut daemon = host.spawn("memlaned", command)?;
         host.reach(API_SOCKET)?;
         let up = wait_for("the daemon", START, || {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_kvm::userfault::MISSING;
 use memlane_lab::{HugePages, say_skipped};
+use memlane_protocol::wire::frame::Content;
 
 use super::*;
 
@@ -142,6 +143,146 @@ fn a_thread_that_waits_goes_on_with_the_whole_page() {
         }
     });
     assert_eq!((placing.remaining(), placing.report().pages_fetched), (0, placing.pages()));
+    placing.end().unwrap();
+}
+
+/// The same memory as another user of its file sees it.
+fn other_mapping(placing: &Placing) -> GuestRam {
+    let ram = placing.memory.ram();
+    let fds = ram.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap()
+}
+
+/// The bytes of these pages, each full of its number.
+fn bytes(pages: Range<u64>) -> Vec<u8> {
+    pages.flat_map(|page| [page as u8; PAGE_SIZE as usize]).collect()
+}
+
+#[test]
+fn what_is_there_though_it_is_missing_is_an_error() {
+    let test = "what_is_there_though_it_is_missing_is_an_error";
+    let Some(placing) = placing(test, &LAYOUT, &Backing::Memfd) else { return };
+    placing.add_missing(0..20).unwrap();
+    placing.all_known();
+    placing.place(&[run(3..4, Content::Data)], &bytes(3..4), By::Stream).unwrap();
+    placing.see_holes().unwrap();
+    // Pages after the one that makes trouble stay missing, and so does that.
+    other_mapping(&placing).prepare(8..9).unwrap();
+    let said =
+        placing.place(&[run(0..20, Content::Data)], &bytes(0..20), By::Stream).unwrap_err().to_string();
+    assert!(said.contains("page 8 of the guest's memory"), "{said}");
+    assert_eq!(placing.broken(), Some(said.as_str()));
+    assert_eq!(placing.missing().runs().collect::<Vec<_>>(), vec![8..20]);
+    assert_eq!((placing.remaining(), placing.report().pages_streamed, byte(&placing, 7)), (12, 8, 7));
+    // Nothing is placed any more.
+    let refused = placing.place(&[run(15..16, Content::Zero)], &[], By::Fault).unwrap_err();
+    assert_eq!(refused.to_string(), said);
+    placing.end().unwrap();
+}
+
+#[test]
+fn what_is_there_is_seen_before_the_guest_runs() {
+    let test = "what_is_there_is_seen_before_the_guest_runs";
+    let Some(placing) = placing(test, &LAYOUT, &Backing::Memfd) else { return };
+    let other = other_mapping(&placing);
+    other.prepare(0..placing.pages()).unwrap();
+    placing.add_missing(0..20).unwrap();
+    placing.add_missing(100..200).unwrap();
+    placing.all_known();
+    placing.place(&[run(10..20, Content::Data)], &bytes(10..20), By::Stream).unwrap();
+    placing.see_holes().unwrap();
+    other.prepare(170..171).unwrap();
+    let said = placing.see_holes().unwrap_err().to_string();
+    assert!(said.contains("page 170"), "{said}");
+    assert!(placing.broken().is_some());
+    placing.end().unwrap();
+}
+
+#[test]
+fn what_could_not_be_placed_is_missing_again() {
+    let test = "what_could_not_be_placed_is_missing_again";
+    let Some(placing) = placing(test, &LAYOUT, &Backing::Memfd) else { return };
+    placing.add_missing(0..20).unwrap();
+    placing.all_known();
+    assert_eq!(placing.fault(address(&placing, 15)).unwrap(), Some(15));
+    let gone = address(&placing, 10)..address(&placing, 20);
+    placing.userfault.unregister(gone.clone()).unwrap();
+    let all = [run(0..20, Content::Data)];
+    assert!(is_gone(&placing.place(&all, &bytes(0..20), By::Stream).unwrap_err()));
+    assert_eq!((placing.remaining(), placing.broken()), (10, None));
+    assert_eq!(placing.missing().runs().collect::<Vec<_>>(), vec![10..20]);
+    // Whoever waited was let go, to be told of anew.
+    assert_eq!((placing.wanted(), placing.fault(address(&placing, 15)).unwrap()), (vec![], Some(15)));
+    placing.userfault.register(gone, Faults::Missing).unwrap();
+    placing.place(&all, &bytes(0..20), By::Fault).unwrap();
+    assert_eq!((placing.remaining(), byte(&placing, 9), byte(&placing, 19)), (0, 9, 19));
+    let report = placing.report();
+    assert_eq!((report.pages_streamed, report.pages_fetched), (10, 10));
+    placing.end().unwrap();
+}
+
+#[test]
+fn an_access_to_what_is_being_placed_waits_for_that() {
+    let pages = Pages::new(100);
+    pages.add(10..30);
+    assert_eq!(pages.claim(0..20), Some(10..20));
+    assert_eq!(pages.claim(0..20), None);
+    assert_eq!([9, 12, 12, 25].map(|page| pages.access(&(page..page + 1))), {
+        [Access::There, Access::Coming, Access::Known, Access::Ask]
+    });
+    // It may yet have to be told of to a source that comes.
+    assert_eq!(pages.unplaced().runs().collect::<Vec<_>>(), vec![10..30]);
+    assert!(!pages.is_missing(12) && pages.is_missing(25));
+    assert_eq!(pages.placed(10..15).len(), 1);
+    assert_eq!((pages.access(&(12..13)), pages.wanted()), (Access::There, vec![25]));
+    pages.give_back(15..20);
+    assert_eq!(pages.missing().runs().collect::<Vec<_>>(), vec![15..30]);
+    // Of holes those are placed that somebody waits for.
+    assert_eq!(pages.leave(20..40), (9, vec![25..26]));
+    assert_eq!((pages.access(&(21..22)), pages.access(&(25..26))), (Access::There, Access::Known));
+    assert_eq!((pages.placed(25..26).len(), pages.wanted()), (1, vec![]));
+}
+
+#[test]
+fn pages_that_come_by_all_lanes_at_once_are_placed_once() {
+    let test = "pages_that_come_by_all_lanes_at_once_are_placed_once";
+    let Some(placing) = placing(test, &LAYOUT, &Backing::Memfd) else { return };
+    let all = placing.pages();
+    for _ in 0..20 {
+        placing.known.store(false, Ordering::Release);
+        placing.add_missing(0..all).unwrap();
+        placing.all_known();
+        let done = AtomicU64::new(0);
+        let read = || {
+            let right = (0..all).filter(|page| byte(&placing, *page) == *page as u8).count() as u64;
+            done.fetch_add(1, Ordering::Release);
+            assert_eq!(right, all);
+        };
+        let stream = |piece: u64| {
+            for first in (0..all).step_by(piece as usize) {
+                let pages = first..all.min(first + piece);
+                placing.place(&[run(pages.clone(), Content::Data)], &bytes(pages), By::Stream).unwrap();
+            }
+        };
+        let wait = || {
+            while done.load(Ordering::Acquire) < 2 {
+                let mut wanted = Vec::new();
+                placing.userfault.read(|fault| wanted.extend(placing.fault(fault.address).unwrap())).unwrap();
+                for page in wanted {
+                    let pages = page..page + 1;
+                    placing.place(&[run(pages.clone(), Content::Data)], &bytes(pages), By::Fault).unwrap();
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(wait);
+            (0..2).for_each(|_| drop(scope.spawn(read)));
+            [3, 16, 50].into_iter().for_each(|piece| drop(scope.spawn(move || stream(piece))));
+        });
+        assert_eq!((placing.remaining(), placing.wanted().len(), placing.broken()), (0, 0, None));
+    }
+    let report = placing.report();
+    assert_eq!(report.pages_streamed + report.pages_fetched, 20 * all);
     placing.end().unwrap();
 }
 
