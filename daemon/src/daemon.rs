@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
+use memlane_kvm::ram::contain_faults;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -56,6 +57,7 @@ pub enum DaemonError {
 /// Runs the daemon until it is told to end (SIGTERM, SIGINT).
 pub async fn run(config: Config) -> Result<(), DaemonError> {
     metrics::install();
+    contain_faults().map_err(DaemonError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (journal, unfinished) = Journal::open(&config.journal).await?;

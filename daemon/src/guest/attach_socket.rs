@@ -168,7 +168,7 @@ async fn attach(
     let Hello { standing, migration, shape, .. } = *hello;
     info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
     if !ram.is_sealed() {
-        warn!(guest = %shape.name, "its memory is a file that cannot be sealed; a VMM that cuts it ends this daemon");
+        info!(guest = %shape.name, "its memory is a file that cannot be sealed: if its VMM cuts it, the guest cannot be moved");
     }
     let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
     let driver = Rc::new(Attached::new(socket, Some(ram.clone())));

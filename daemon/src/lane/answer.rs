@@ -67,7 +67,7 @@ impl Answerer {
         priority::raise();
         loop {
             if let Err(error) = self.turn() {
-                return error;
+                return error.of(&self.outbound.ram);
             }
         }
     }
@@ -102,6 +102,8 @@ impl Answerer {
         let payload = encode_frame(&self.outbound, self.sequence, &self.runs, &mut self.head);
         self.message.fill(&mut self.head, &self.outbound.ram, &self.runs);
         LaneStats::add(&self.stats.wire_bytes, self.message.remaining() as u64);
+        // What was looked at and summed up was the guest's; if it is cut from here on, the sum does not fit.
+        self.outbound.ram.intact().map_err(LaneError::Memory)?;
         self.message.send_all(&*self.socket).map_err(LaneError::io("answer with a wanted page"))?;
         LaneStats::add(&self.stats.data_pages, payload / PAGE_SIZE);
         Ok(())

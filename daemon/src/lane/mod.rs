@@ -70,6 +70,9 @@ pub enum LaneError {
     /// A compressed frame whose payload is no LZ4 block, or is one of more than the frame's pages.
     #[error("the other end broke the protocol: a frame cannot be decompressed: {0}")]
     Compressed(#[from] lz4_flex::block::DecompressError),
+    /// The guest's memory is not there any more.
+    #[error("{0}")]
+    Memory(io::Error),
     /// A frame out of order, or an acknowledgement of what was not sent.
     #[error("the other end broke the protocol: frame {found} where {expected} is next")]
     Sequence {
@@ -83,6 +86,18 @@ pub enum LaneError {
 impl LaneError {
     fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { doing, source }
+    }
+
+    /// Why a lane really ended that has used `ram`: to the kernel, memory that is not there any more is a bad
+    /// address.
+    fn of(self, ram: &GuestRam) -> Self {
+        match &self {
+            Self::Io { source, .. } if source.raw_os_error() == Some(libc::EFAULT) => {
+                ram.note_fault();
+                ram.intact().map_err(Self::Memory).err().unwrap_or(self)
+            }
+            _ => self,
+        }
     }
 }
 

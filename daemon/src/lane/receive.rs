@@ -88,7 +88,7 @@ impl Receiver {
     pub fn run(mut self) -> LaneError {
         loop {
             if let Err(error) = self.receive_frame() {
-                return error;
+                return error.of(&self.inbound.ram);
             }
         }
     }
@@ -111,6 +111,8 @@ impl Receiver {
             None if frame.compressed => self.write_decompressed(&frame)?,
             None => self.write(&frame)?,
         }
+        // What was written is the guest's.
+        self.inbound.ram.intact().map_err(LaneError::Memory)?;
         self.sequence = expected;
         self.count(&frame);
         self.acknowledge()

@@ -130,7 +130,7 @@ impl Sender {
     /// Sends whatever can be claimed until the connection ends. What was not acknowledged by
     /// then waits to be [taken back](Outbound::take_back).
     pub fn run(mut self) -> LaneError {
-        let error = self.serve();
+        let error = self.serve().of(&self.outbound.ram);
         if matches!(error, LaneError::Silent(_)) {
             abandon(&*self.socket);
         }
@@ -230,6 +230,8 @@ impl Sender {
         self.window_bytes += slot.payload_bytes;
         LaneStats::add(&self.stats.wire_bytes, slot.message.remaining() as u64);
         self.window.push_back(slot);
+        // What was looked at, summed up or compressed was the guest's.
+        self.outbound.ram.intact().map_err(LaneError::Memory)?;
         self.hand_over_newest()?;
         Ok(true)
     }

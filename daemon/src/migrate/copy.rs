@@ -313,6 +313,7 @@ impl Copying {
     /// Returns when a lane has something to tell, or after a moment.
     pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
         let _ = tokio::time::timeout(LOOK, self.outbound.bell.notified()).await;
+        self.outbound.ram.intact().map_err(CopyError::Memory)?;
         for lane in self.outbound.orphaned_lanes() {
             // Bytes of a lost lane may still lie in some buffer: its pages are not sent again
             // before the destination has closed it too.

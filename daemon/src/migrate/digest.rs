@@ -32,6 +32,7 @@ pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
         for worker in workers {
             digests.extend(worker.join().expect("digesting does not panic")?);
         }
+        ram.intact()?;
         Ok(digests)
     })
 }

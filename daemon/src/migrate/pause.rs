@@ -28,6 +28,7 @@ impl Copying {
         self.ticket.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
         if self.postcopy.borrow().is_some() {
             let saved = self.save_for_postcopy().await?;
+            self.guest.ram.check().map_err(CopyError::Memory)?;
             self.save_time.set(pause_time + saved.took);
             return self.send_state(&saved).await;
         }
@@ -52,6 +53,8 @@ impl Copying {
         if self.verify {
             self.compare().await?;
         }
+        // All that was sent was the guest's, and nothing passed for a hole that was cut off.
+        self.guest.ram.check().map_err(CopyError::Memory)?;
         self.send_state(&saved).await
     }
 

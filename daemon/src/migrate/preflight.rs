@@ -126,6 +126,9 @@ impl Findings {
 
 /// What is in the way on this host.
 async fn look_at_source(guest: &Guest, findings: &mut Findings) {
+    if let Err(lost) = guest.ram.check() {
+        findings.add(Severity::Refused, "memory", lost.to_string(), Some("start the guest anew"));
+    }
     match guest.driver.obstacles().await {
         Ok(obstacles) => {
             for obstacle in obstacles {

@@ -122,7 +122,7 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
                 Some(Event::Abandoned)
             }
             () = until(patience_ends) => executor.lose_patience(),
-            () = tokio::time::sleep(TICK) => Some(Event::Tick),
+            () = tokio::time::sleep(TICK) => Some(executor.tick(&half)),
         };
         if let Some(event) = event {
             let actions = half.on(event);

@@ -236,7 +236,7 @@ impl Run {
                 ));
                 Some(Event::Failed)
             }
-            () = tokio::time::sleep(TICK) => Some(Event::Tick),
+            () = tokio::time::sleep(TICK) => Some(self.executor.tick(&self.machine)),
         }
     }
 

@@ -103,7 +103,9 @@ fn in_shares<T: Send>(
         let shares = (0..ram.pages()).step_by(share as usize);
         let workers: Vec<_> =
             shares.map(|first| scope.spawn(move || work(first..ram.pages().min(first + share)))).collect();
-        workers.into_iter().map(|worker| worker.join().expect("looking does not panic")).collect()
+        let found: io::Result<_> =
+            workers.into_iter().map(|worker| worker.join().expect("looking does not panic")).collect();
+        found.and_then(|found| ram.intact().map(|()| found))
     })
 }
 

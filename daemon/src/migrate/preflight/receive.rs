@@ -83,6 +83,10 @@ async fn judge(host: &Rc<Host>, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
     if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
         refusals.extend(qemu::differences(theirs, ours));
     }
+    if let Err(lost) = guest.ram.check() {
+        let reason = format!("{lost}; start the VMM that waits for the guest anew");
+        refusals.push(refusal(Respect::Memory, reason));
+    }
     let (available, bridges) = (task::aside(available_memory), host.bridges_there());
     let (available, bridges) = tokio::join!(available, bridges);
     if let Some(reason) = available.and_then(|available| memory_missing(host, offer, guest, available)) {
