@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{Stage, Tap, assert_runs, signal, wait_for_exit};
 use memlane_lab::{HostId, LabOptions, wait_for};
 use memlane_protocol::handover::Message;
@@ -191,6 +193,61 @@ fn the_source_vmm_is_killed() {
     tap.release();
     order.expect(0, &[]);
     assert_runs(&mut there);
+}
+
+/// A source daemon that hangs in the pause does not keep the guest standing still: its VMM lets it run on, and what the
+/// daemon says when it goes on comes too late.
+#[test]
+fn the_source_daemon_hangs_in_the_pause() {
+    let test = "the_source_daemon_hangs_in_the_pause";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    for point in [SWITCHING_OVER, READY] {
+        eprintln!("{}", point.name);
+        let mut there = stage.receiver("web1");
+        tap.hold(point.from, point.is);
+        let order = stage.begin("web1", &["--downtime-limit", "2s"]);
+        tap.wait();
+        signal(stage.rig.daemon(HostId::A), Signal::STOP);
+        tap.release();
+        // Nobody tells it, and the connection to its daemon is as it was.
+        wait_for("the guest to run on", common::LONG, || {
+            (guest.stats().unwrap()["standing"] == "running").then_some(())
+        })
+        .unwrap();
+        assert_runs(&mut guest);
+        assert_ne!(there.stats().unwrap()["standing"], "running", "two owners");
+        signal(stage.rig.daemon(HostId::A), Signal::CONT);
+        order.expect(4, &[]);
+        stage.assert_runs_on("web1", &mut guest);
+        // It has loaded a guest that must never run.
+        wait_for_exit(there.process());
+    }
+    let mut there = stage.receiver("web1");
+    stage.assert_moves("web1", &mut there);
+}
+
+/// The limit lasts until the commit: a VMM that does not relinquish the guest in time keeps it.
+#[test]
+fn the_source_vmm_hangs_when_it_is_to_relinquish() {
+    let test = "the_source_vmm_hangs_when_it_is_to_relinquish";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    tap.hold(READY.from, READY.is);
+    let order = stage.begin("web1", &["--downtime-limit", "2s"]);
+    tap.wait();
+    let began = Instant::now();
+    signal(guest.process(), Signal::STOP);
+    tap.release();
+    stage.wait_for_log(HostId::A, "too late to hand the guest over");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    signal(guest.process(), Signal::CONT);
+    order.expect(4, &["downtime limit"]);
+    stage.assert_runs_on("web1", &mut guest);
+    wait_for_exit(there.process());
+    let mut there = stage.receiver("web1");
+    stage.assert_moves("web1", &mut there);
 }
 
 /// Whoever hangs instead of dying is given up too, by the silence or by the downtime limit.

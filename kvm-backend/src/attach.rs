@@ -4,7 +4,8 @@
 //! the guest's memory, and does what it asks. When the daemon goes away, tracking ends, the
 //! thread connects again, and:
 //!
-//! - a guest that was paused and not given up runs on by itself;
+//! - a guest that was paused and not given up runs on by itself (as it does when a daemon that is there
+//!   neither ends the pause nor takes the guest over in the time that it has said itself);
 //! - a guest that was given up ([`Request::Relinquish`]) stays paused until a daemon decides;
 //! - a guest that has arrived, or is awaited, does not run before a daemon says so.
 //!
@@ -54,7 +55,8 @@ pub trait Vmm: Send {
     /// [`Vmm::resume`].
     fn load(&mut self, state: &[u8]) -> Result<(), VmmError>;
 
-    /// The guest runs elsewhere, or will never run here. The attachment ends after this.
+    /// The guest runs elsewhere, or will never run here: it must never run again, and the VMM is to end if it
+    /// has no other guest. The attachment ends after this. Memory that never came reads as zeros from here on.
     fn discard(&mut self);
 
     /// Tells what tracking does, for the VMM's own statistics.

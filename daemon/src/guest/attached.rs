@@ -174,9 +174,10 @@ impl Driver for Attached {
         task::aside(move || handles.find(&ram, false)).await.map_err(failed)
     }
 
-    async fn pause(&self) -> Result<Instant, DriverError> {
+    async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
         let asked = Instant::now();
-        self.ask(Request::Pause).await.map(|_| asked)
+        let limit_nanoseconds = limit.as_nanos().try_into().unwrap_or(u64::MAX);
+        self.ask(Request::Pause { limit_nanoseconds }).await.map(|_| asked)
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {

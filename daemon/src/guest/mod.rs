@@ -117,8 +117,9 @@ pub trait Driver {
     /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the
     /// process keeps a copy of it, so that whoever waits for a missing page waits on if this daemon ends.
     async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError>;
-    /// Stops all vCPUs; returns the moment from which the guest may have stood still.
-    async fn pause(&self) -> Result<Instant, DriverError>;
+    /// Stops all vCPUs; returns the moment from which the guest may have stood still. Where the VMM has a clock
+    /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
+    async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;
     /// Lets the vCPUs run, if they do not; returns since when they do, as Unix time, where the
     /// VMM tells that.
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
@@ -252,7 +253,7 @@ impl Guest {
     }
 
     /// See [`Driver::pause`].
-    pub async fn pause(&self) -> Result<Instant, DriverError> {
+    pub async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
         // A vCPU that waits for a page cannot be stopped. Huge pages go on being let go one by one: while
         // the vCPUs come to a stand, all of them would be written otherwise.
         if self.shape.regions.iter().all(|region| u64::from(region.page_bytes) == PAGE_SIZE) {
@@ -260,7 +261,7 @@ impl Guest {
         }
         // For the last time, and not in the pause.
         self.learn_pace().await?;
-        self.driver.pause().await
+        self.driver.pause(limit).await
     }
 
     /// Whether a migration of it is under way here.

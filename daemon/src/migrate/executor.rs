@@ -1,5 +1,6 @@
 //! Carries out what a half of the handover orders.
 
+mod deadline;
 mod lost;
 
 use std::cell::Cell;
@@ -25,6 +26,7 @@ use crate::lane::Placing;
 use crate::link::{Link, LinkError};
 use crate::task;
 
+pub use deadline::Deadline;
 pub use lost::NEVER_WHOLE;
 
 /// How often what has not been answered is asked again.
@@ -120,6 +122,8 @@ pub struct Executor {
     pub resume_time: Duration,
     /// What of the guest's memory is missing here.
     pub placing: Option<Arc<Placing>>,
+    /// When the guest's pause must have come to the commit.
+    pub commit_by: Option<Deadline>,
     /// What the VMM was told and has not answered, because its connection was lost.
     unanswered: Option<Action>,
     /// Since when a VMM whose connection is lost has not answered.
@@ -155,6 +159,7 @@ impl Executor {
             load_time: Duration::ZERO,
             resume_time: Duration::ZERO,
             placing: None,
+            commit_by: None,
             unanswered: None,
             unanswered_since: Instant::now(),
             lost: None,
@@ -291,7 +296,7 @@ impl Executor {
 
     /// Tells the VMM to relinquish, resume or end.
     async fn tell_vmm(&mut self, action: Action) -> Option<Event> {
-        let done = match action {
+        let mut done = match action {
             Action::Relinquish => Event::Relinquished,
             Action::Resume if self.resumed => return Some(self.resumed()),
             Action::Resume if self.cannot_be_whole() => return self.give_back_or_end(),
@@ -310,7 +315,9 @@ impl Executor {
         }
         let started = Instant::now();
         let told = match action {
-            Action::Relinquish => guest.driver.relinquish(self.entry.migration).await,
+            Action::Relinquish => {
+                self.relinquish(&guest, self.entry.migration).await.map(|event| done = event)
+            }
             Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
             _ => guest.driver.discard().await,
         };

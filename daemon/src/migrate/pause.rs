@@ -2,7 +2,7 @@
 //! and the VMM's state.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
 
@@ -21,7 +21,7 @@ impl Copying {
             progress.guest_runs_at = None;
         });
         self.paused_at.set(Some(Instant::now()));
-        let paused_at = self.guest.pause().await?;
+        let paused_at = self.guest.pause(self.longest_pause()).await?;
         self.paused_at.set(Some(paused_at));
         let pause_time = paused_at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
@@ -56,6 +56,15 @@ impl Copying {
         // All that was sent was the guest's, and nothing passed for a hole that was cut off.
         self.guest.ram.check().map_err(CopyError::Memory)?;
         self.send_state(&saved).await
+    }
+
+    /// When the VMM is to end the pause by itself: this daemon has done so by then, or hangs.
+    fn longest_pause(&self) -> Duration {
+        /// For a daemon that is slow.
+        const GRACE: Duration = Duration::from_secs(1);
+        // Both sides go through all of memory, and neither is told how far the other is.
+        let comparing = if self.verify { self.patience() * 2 } else { Duration::ZERO };
+        self.policy.downtime_limit.saturating_add(comparing).saturating_add(GRACE)
     }
 
     /// Compares digests of all RAM at both ends.

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memlane_protocol::PageSet;
 use memlane_protocol::bandwidth::Bandwidth;
@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use tracing::{info, warn};
 
 use super::copy::{CopyError, Copying};
-use super::executor::{Executor, TICK, Vmm, receive, until, vmm_news};
+use super::executor::{Deadline, Executor, TICK, Vmm, receive, until, vmm_news};
 use super::lanes::Lanes;
 use super::preflight::Plan;
 use super::reopen::Reopener;
@@ -151,6 +151,7 @@ impl Run {
             if matches!(self.machine.phase(), Phase::Returning | Phase::Finishing | Phase::Completed) {
                 self.copying.postcopy.take();
             }
+            self.executor.commit_by = self.deadline();
             let left = self.executor.carry_out(&mut self.machine, actions).await;
             if event == Event::PeerLost {
                 events.push_back(Event::Tick); // what is in doubt is asked about at once
@@ -228,12 +229,8 @@ impl Run {
                 Some(Event::Abandoned)
             }
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
-            () = until(deadline) => {
-                let limit = self.copying.policy.downtime_limit;
-                self.executor.blame(format!(
-                    "the pause was about to exceed the downtime limit of {limit:.0?}, so it was ended; try again, \
-                     or raise the limit"
-                ));
+            () = until(deadline.map(|deadline| deadline.at)) => {
+                self.executor.blame(deadline.map(|deadline| deadline.reason()).unwrap_or_default());
                 Some(Event::Failed)
             }
             () = tokio::time::sleep(TICK) => Some(self.executor.tick(&self.machine)),
@@ -297,12 +294,14 @@ impl Run {
     }
 
     /// When the pause must have come to the commit, or end.
-    fn deadline(&self) -> Option<Instant> {
+    fn deadline(&self) -> Option<Deadline> {
         let limit = self.copying.policy.downtime_limit;
-        let paused_at =
-            self.copying.paused_at.get().filter(|_| self.machine.phase() == Phase::SwitchingOver)?;
+        // Until the commit begins to be written, the guest can be kept.
+        let paused_at = self.copying.paused_at.get().filter(|_| self.machine.can_cancel())?;
         // Comparing digests has a bound of its own, by the size of memory.
-        (!self.copying.comparing.get()).then(|| paused_at + self.copying.verify_time.get() + limit)
+        let verified = (!self.copying.comparing.get()).then(|| self.copying.verify_time.get())?;
+        let later = self.copying.forecast.get().map_or(Duration::ZERO, |forecast| forecast.after_commit());
+        Some(Deadline { at: paused_at + verified + limit.saturating_sub(later), limit })
     }
 
     /// Takes the time as soon as the destination says that the guest runs.

@@ -96,7 +96,7 @@ impl Ownership {
     /// The request was carried out.
     pub(super) fn done(&mut self, request: &Request) {
         match *request {
-            Request::Pause => self.pause = Pause::Done,
+            Request::Pause { .. } => self.pause = Pause::Done,
             Request::Resume => *self = Self::new(Standing::Running),
             Request::Load { .. } => self.standing = Standing::Loaded,
             Request::Prepare { migration } => self.migration = migration,
@@ -107,9 +107,15 @@ impl Ownership {
         }
     }
 
-    /// Whether the guest, with no daemon there, should run but was paused by one.
+    /// Whether the guest, with no daemon there or none that ends its pause in time, should run but was paused
+    /// by one.
     pub(super) fn must_resume(&self) -> bool {
         self.standing == Standing::Running && self.pause != Pause::No
+    }
+
+    /// The guest runs on by itself: what was saved of it in that pause is worth nothing any more.
+    pub(super) fn runs_on(&mut self) {
+        *self = Self::new(Standing::Running);
     }
 
     fn belongs(&self, migration: &MigrationId) -> Result<(), Refusal> {
@@ -129,12 +135,13 @@ mod tests {
 
     const A: MigrationId = [1; 16];
     const B: MigrationId = [2; 16];
+    const PAUSE: Request = Request::Pause { limit_nanoseconds: 0 };
 
     fn after(standing: Standing, requests: &[Request]) -> Ownership {
         let mut ownership = Ownership::new(standing);
         for request in requests {
             ownership.check(request).unwrap();
-            if *request == Request::Pause {
+            if matches!(request, Request::Pause { .. }) {
                 ownership.pausing();
             }
             ownership.done(request);
@@ -144,11 +151,11 @@ mod tests {
 
     #[test]
     fn a_lost_daemon_never_leaves_a_guest_paused_that_was_not_given_up() {
-        let paused = after(Standing::Running, &[Request::StartTracking, Request::Pause, Request::Save]);
+        let paused = after(Standing::Running, &[Request::StartTracking, PAUSE, Request::Save]);
         assert!(paused.must_resume());
-        let resumed = after(Standing::Running, &[Request::Pause, Request::Resume]);
+        let resumed = after(Standing::Running, &[PAUSE, Request::Resume]);
         assert!(!resumed.must_resume());
-        let given_up = after(Standing::Running, &[Request::Pause, Request::Relinquish { migration: A }]);
+        let given_up = after(Standing::Running, &[PAUSE, Request::Relinquish { migration: A }]);
         assert!(!given_up.must_resume());
         assert_eq!((given_up.standing(), given_up.migration()), (Standing::Relinquished, A));
 
@@ -160,18 +167,28 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_ran_on_cannot_be_given_up_for_the_pause_before() {
+        let mut paused = after(Standing::Running, &[PAUSE, Request::Save]);
+        assert!(paused.must_resume());
+        paused.runs_on();
+        assert_eq!(paused.check(&Request::Relinquish { migration: A }), Err(Refusal::NotPaused));
+        assert_eq!(paused.check(&Request::Save), Err(Refusal::NotPaused));
+        assert_eq!((paused.check(&Request::Resume), paused.must_resume()), (Ok(()), false));
+    }
+
+    #[test]
     fn requests_out_of_order_are_refused() {
         let load = Request::Load { bytes: 1 };
         let relinquish = Request::Relinquish { migration: A };
         let incoming = Ownership::new(Standing::Incoming);
-        for request in [Request::StartTracking, Request::Pause, Request::Resume, Request::Save, relinquish] {
+        for request in [Request::StartTracking, PAUSE, Request::Resume, Request::Save, relinquish] {
             assert_eq!(incoming.check(&request), Err(Refusal::Incoming), "{request:?}");
         }
         let loaded = after(Standing::Incoming, &[load, Request::Prepare { migration: A }]);
         assert_eq!((loaded.standing(), loaded.migration()), (Standing::Loaded, A));
         assert_eq!(loaded.check(&load), Err(Refusal::Loaded));
         assert_eq!(loaded.check(&Request::Prepare { migration: B }), Err(Refusal::OtherMigration));
-        assert_eq!(loaded.check(&Request::Pause), Err(Refusal::Loaded));
+        assert_eq!(loaded.check(&PAUSE), Err(Refusal::Loaded));
         assert_eq!(loaded.check(&Request::Discard), Ok(()));
 
         let running = after(Standing::Incoming, &[load, Request::Prepare { migration: A }, Request::Resume]);
@@ -181,11 +198,11 @@ mod tests {
         assert_eq!(running.check(&Request::Save), Err(Refusal::NotPaused));
         assert_eq!(running.check(&load), Err(Refusal::Running));
 
-        let given_up = after(Standing::Running, &[Request::Pause, relinquish]);
+        let given_up = after(Standing::Running, &[PAUSE, relinquish]);
         assert_eq!(given_up.check(&relinquish), Ok(()));
         assert_eq!(given_up.check(&Request::Relinquish { migration: B }), Err(Refusal::OtherMigration));
         assert_eq!(given_up.check(&Request::Save), Ok(()));
-        let paused = after(Standing::Running, &[Request::Pause]);
+        let paused = after(Standing::Running, &[PAUSE]);
         assert_eq!(paused.check(&Request::Relinquish { migration: NONE }), Err(Refusal::NoMigration));
     }
 
@@ -206,7 +223,7 @@ mod tests {
                     Request::Arm { first: 0, pages: 1 },
                     Request::Harvest,
                     Request::StopTracking,
-                    Request::Pause,
+                    PAUSE,
                     Request::Resume,
                     Request::Save,
                     Request::Load { bytes: 1 },
@@ -221,7 +238,7 @@ mod tests {
                     continue;
                 }
                 prop_assert!(request != Request::Discard || before.standing() != Standing::Running);
-                if request == Request::Pause {
+                if matches!(request, Request::Pause { .. }) {
                     ownership.pausing();
                 }
                 ownership.done(&request);

@@ -182,7 +182,7 @@ impl Attached {
         }
         match lock(&self.vmm).resume() {
             Ok(()) => {
-                self.ownership = Ownership::new(Standing::Running);
+                self.ownership.runs_on();
                 tracing::warn!("the daemon went away while the guest was paused; the guest runs on");
             }
             // Tried again before the next attempt to connect.

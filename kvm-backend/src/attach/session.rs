@@ -23,6 +23,8 @@ use crate::userfault;
 
 /// How long a daemon may take to answer the greeting.
 const GREETING: Duration = Duration::from_secs(10);
+/// When a guest that could not be resumed is resumed again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Why a session ended without fault of the connection.
 #[derive(Debug, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub(super) struct Session<'a> {
     /// Where harvested pages go, while tracking is on.
     dirty: Option<PageSet<SharedWords>>,
     all_armed: bool,
+    /// When a paused guest runs on by itself.
+    pause_ends: Option<Instant>,
 }
 
 /// A packet's bytes and descriptors.
@@ -61,7 +65,8 @@ impl<'a> Session<'a> {
         ownership: &'a mut Ownership,
         kept: &'a mut Option<OwnedFd>,
     ) -> Result<Option<Self>, AttachError> {
-        let session = Self { socket, stop, vmm, ownership, kept, dirty: None, all_armed: false };
+        let (dirty, all_armed, pause_ends) = (None, false, None);
+        let session = Self { socket, stop, vmm, ownership, kept, dirty, all_armed, pause_ends };
         session.hello()?;
         let Some((packet, _)) = session.receive(Some(GREETING))? else { return Ok(None) };
         match ToVmm::decode(&packet)? {
@@ -80,7 +85,22 @@ impl<'a> Session<'a> {
     /// afterwards, and tracking is off.
     pub(super) fn run(mut self) -> Result<End, AttachError> {
         loop {
-            let Some((packet, descriptors)) = self.receive(None)? else { return Ok(End::Stopped) };
+            let left = self.pause_ends.map(|end| end.saturating_duration_since(Instant::now()));
+            let received = match left {
+                // Whatever the daemon has said since, it was too late.
+                Some(Duration::ZERO) => Err(AttachError::Silent(Duration::ZERO)),
+                left => self.receive(left),
+            };
+            let (packet, descriptors) = match received {
+                Err(AttachError::Silent(_)) => {
+                    self.run_on();
+                    continue;
+                }
+                received => match received? {
+                    Some(packet) => packet,
+                    None => return Ok(End::Stopped),
+                },
+            };
             let (id, request) = match ToVmm::decode(&packet)? {
                 ToVmm::Request { id, request } => (id, request),
                 ToVmm::Welcome { .. } | ToVmm::Refused { .. } => {
@@ -98,6 +118,9 @@ impl<'a> Session<'a> {
             };
             let sent = self.send(&FromVmm::Reply(Reply { id, outcome }), &descriptors);
             if ended {
+                // Nobody runs the guest any more, so nobody needs what is missing of it: a thread that waits for
+                // that holds up neither the lock nor the VMM's end.
+                *self.kept = None;
                 // Answered first, as the VMM may end with this.
                 self.lock().discard();
                 return Ok(End::Discarded);
@@ -155,8 +178,8 @@ impl<'a> Session<'a> {
                 self.stop_tracking()?;
                 ([0; 2], none)
             }
-            Request::Pause => {
-                self.pause()?;
+            Request::Pause { limit_nanoseconds } => {
+                self.pause(limit_nanoseconds)?;
                 ([monotonic(), 0], none)
             }
             Request::Resume => {
@@ -178,6 +201,7 @@ impl<'a> Session<'a> {
             Request::OpenUserfault { keep } => ([0; 2], self.open_userfault(descriptors.pop(), keep)?),
         };
         self.ownership.done(request);
+        self.pause_ends = self.pause_ends.filter(|_| self.ownership.must_resume());
         Ok(outcome)
     }
 
@@ -220,9 +244,30 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<(), VmmError> {
+    fn pause(&mut self, limit_nanoseconds: u64) -> Result<(), VmmError> {
         self.ownership.pausing();
+        let limit = (limit_nanoseconds != 0).then(|| Duration::from_nanos(limit_nanoseconds));
+        // Before the vCPUs stand still, so that they do not for longer.
+        self.pause_ends = limit.and_then(|limit| Instant::now().checked_add(limit));
         self.lock().pause()
+    }
+
+    /// The daemon neither ends the guest's pause nor takes the guest over: it hangs, and the guest runs on.
+    fn run_on(&mut self) {
+        self.pause_ends = None;
+        if !self.ownership.must_resume() {
+            return;
+        }
+        match self.lock().resume() {
+            Ok(()) => {
+                self.ownership.runs_on();
+                tracing::warn!("the daemon did not end the guest's pause in time; the guest runs on");
+            }
+            Err(error) => {
+                tracing::error!(%error, "the guest could not be resumed");
+                self.pause_ends = Some(Instant::now() + AGAIN);
+            }
+        }
     }
 
     /// A userfaultfd of this process, made by the rights of whoever opened `device` or by its own;

@@ -24,6 +24,7 @@ use crate::userfault::{Faults, MISSING, Userfault};
 
 const PAGES: u64 = 8;
 const MIGRATION: [u8; 16] = [7; 16];
+const PAUSE: Request = Request::Pause { limit_nanoseconds: 0 };
 
 /// A VMM without a guest, which notes what was asked of it.
 struct Fake {
@@ -280,7 +281,7 @@ fn a_guest_is_tracked_saved_and_given_up() {
     daemon.refused(Request::Save, "paused first");
     daemon.refused(Request::Relinquish { migration: MIGRATION }, "paused first");
     daemon.refused(Request::Discard, "not relinquished");
-    let paused_at = daemon.ask(Request::Pause).unwrap()[0];
+    let paused_at = daemon.ask(PAUSE).unwrap()[0];
     assert!(paused_at > 0 && !bench.is_running());
     let (outcome, descriptors) = daemon.ask_with(Request::Save, &[]);
     let mut state = String::new();
@@ -305,7 +306,7 @@ fn a_guest_is_tracked_saved_and_given_up() {
 fn a_guest_that_was_given_up_runs_again_only_when_told() {
     let bench = Bench::new(Standing::Running);
     let (daemon, _) = bench.welcome();
-    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(PAUSE).unwrap();
     daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
     daemon.ask(Request::Resume).unwrap();
     assert!(bench.is_running());
@@ -314,13 +315,81 @@ fn a_guest_that_was_given_up_runs_again_only_when_told() {
     assert_eq!((hello.standing, hello.migration), (Standing::Running, [0; 16]));
 }
 
+/// A daemon that hangs in the pause keeps its connection, and says what it would have said when it is late.
+#[test]
+fn a_paused_guest_does_not_wait_for_a_daemon_that_hangs() {
+    let bench = Bench::new(Standing::Running);
+    let (daemon, _) = bench.welcome();
+    let pause = Request::Pause { limit_nanoseconds: 50_000_000 };
+    let runs_on = || {
+        for _ in 0..2000 {
+            if bench.is_running() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
+    };
+    daemon.ask(pause).unwrap();
+    assert!(!bench.is_running());
+    assert!(runs_on(), "it runs on by itself");
+    daemon.refused(Request::Save, "paused first");
+    daemon.refused(Request::Relinquish { migration: MIGRATION }, "paused first");
+    daemon.ask(Request::Resume).unwrap();
+
+    // One that cannot be resumed at first is resumed later.
+    daemon.ask(pause).unwrap();
+    bench.vmm.lock().unwrap().fails = Some("resume");
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!bench.is_running());
+    bench.vmm.lock().unwrap().fails = None;
+    assert!(runs_on(), "it runs on by itself");
+
+    // One that was given up in time waits, as does one whose pause has no limit.
+    daemon.ask(pause).unwrap();
+    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!bench.is_running());
+    daemon.ask(Request::Resume).unwrap();
+    daemon.ask(PAUSE).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!bench.is_running());
+}
+
+/// A thread of the VMM waits for a page that never comes, with the VMM's lock held: it is let go.
+#[test]
+fn a_discarded_guest_keeps_nobody_waiting_for_its_memory() {
+    let mut bench = Bench::new(Standing::Incoming);
+    let (daemon, _) = bench.welcome();
+    let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: true }, &[]);
+    if let Err(reason) = reply {
+        return memlane_lab::say_skipped("a discarded guest's memory", &reason);
+    }
+    let userfault = Userfault::from_fd(descriptors.into_iter().next().unwrap(), MISSING).unwrap();
+    let page = bench.vmm.lock().unwrap().ram.slices(0..1).next().unwrap().ptr as u64;
+    userfault.register(page..page + PAGE_SIZE, Faults::Missing).unwrap();
+    daemon.ask_with(Request::Load { bytes: 1 }, &[memfd(b"x").as_fd()]).0.unwrap();
+    let vmm = bench.vmm.clone();
+    let waits = std::thread::spawn(move || {
+        let vmm = vmm.lock().unwrap();
+        // SAFETY: the page is mapped as long as the VMM has the RAM.
+        unsafe { vmm.ram.slices(0..1).next().unwrap().ptr.read_volatile() }
+    });
+    wait_for(userfault.as_fd());
+    drop(userfault);
+    daemon.ask(Request::Discard).unwrap();
+    assert_eq!(waits.join().unwrap(), 0);
+    assert!(matches!(bench.ended(), Ended::Discarded));
+    assert!(bench.vmm.lock().unwrap().discarded);
+}
+
 #[test]
 fn a_paused_guest_runs_on_without_its_daemon() {
     let bench = Bench::new(Standing::Running);
     let (daemon, _) = bench.welcome();
     daemon.ask_with(Request::StartTracking, &[]).0.unwrap();
-    daemon.ask(Request::Pause).unwrap();
-    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(PAUSE).unwrap();
+    daemon.ask(PAUSE).unwrap();
     drop(daemon);
     let (daemon, hello) = bench.welcome();
     assert_eq!(hello.standing, Standing::Running);
@@ -328,7 +397,7 @@ fn a_paused_guest_runs_on_without_its_daemon() {
 
     // A pause that fails half way is undone too, and so is one whose undoing fails at first.
     bench.vmm.lock().unwrap().fails = Some("pause");
-    daemon.refused(Request::Pause, "cannot pause");
+    daemon.refused(PAUSE, "cannot pause");
     assert!(!bench.is_running());
     bench.vmm.lock().unwrap().fails = Some("resume");
     drop(daemon);
@@ -344,7 +413,7 @@ fn a_paused_guest_runs_on_without_its_daemon() {
 fn ending_the_attachment_lets_a_paused_guest_run() {
     let mut bench = Bench::new(Standing::Running);
     let (daemon, _) = bench.welcome();
-    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(PAUSE).unwrap();
     assert!(matches!(bench.attachment.take().unwrap().stop(), Ended::Stopped));
     assert!(bench.is_running() && daemon.receive().is_none());
 }
@@ -354,7 +423,7 @@ fn an_awaited_guest_arrives_and_runs_when_told() {
     let bench = Bench::new(Standing::Incoming);
     let (daemon, hello) = bench.welcome();
     assert_eq!(hello.standing, Standing::Incoming);
-    for request in [Request::Resume, Request::Pause, Request::Save, Request::StartTracking] {
+    for request in [Request::Resume, PAUSE, Request::Save, Request::StartTracking] {
         daemon.refused(request, "no guest has arrived");
     }
     let state = memfd(b"arrived");
@@ -398,7 +467,7 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
         b"GET / HTTP/1.1\r\n\r\n",
         &[0; MAX_PACKET_BYTES + 1],
         &ToVmm::Welcome { version: VERSIONS.1 + 1 }.encode(),
-        &ToVmm::Request { id: 1, request: Request::Pause }.encode(),
+        &ToVmm::Request { id: 1, request: PAUSE }.encode(),
     ];
     for greeting in greetings {
         let (daemon, _) = bench.accept();
@@ -411,7 +480,7 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
 
     // Descriptors that no request asked for are refused with it, and do not pile up.
     let (daemon, _) = bench.welcome();
-    let (reply, _) = daemon.ask_with(Request::Pause, &[daemon.0.as_fd()]);
+    let (reply, _) = daemon.ask_with(PAUSE, &[daemon.0.as_fd()]);
     assert!(reply.unwrap_err().contains("1 descriptors") && bench.is_running());
     // What is no /dev/userfaultfd makes no userfaultfd, and two are one too many.
     let open = Request::OpenUserfault { keep: false };
@@ -420,7 +489,7 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
     let (reply, _) = daemon.ask_with(open, &[daemon.0.as_fd(); 2]);
     assert!(reply.unwrap_err().contains("2 descriptors"));
     // Nonsense in the middle counts as a lost connection.
-    daemon.ask(Request::Pause).unwrap();
+    daemon.ask(PAUSE).unwrap();
     daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
     assert!(daemon.receive().is_none());
     bench.welcome();

@@ -59,6 +59,13 @@ impl Forecast {
             .fold(Duration::ZERO, Duration::saturating_add)
     }
 
+    /// What of it is still to come when the source begins to write the commit: that record and the
+    /// destination's, the word between them, and the guest's start. It can be taken back only until then.
+    pub fn after_commit(&self) -> Duration {
+        let (records, words) = (self.journal * 2 / 3, self.round_trips / (2 * ROUND_TRIPS));
+        [records, words, self.resume].into_iter().fold(Duration::ZERO, Duration::saturating_add)
+    }
+
     /// The pause that will hardly be exceeded: what must fit the limit.
     pub fn with_margin(&self) -> Duration {
         self.total().saturating_add(self.margin)

@@ -194,6 +194,9 @@ fn a_predictor_learns_terms_and_margin() {
         (2 * MS, 3 * MS, MS, 2 * MS)
     );
     assert_eq!(forecast.margin, 3 * MS, "forecasts that are right need little");
+    // Two records of three, half a round trip of three, and the start.
+    let after_commit = Forecast { journal: 6 * MS, round_trips: 12 * MS, ..forecast }.after_commit();
+    assert_eq!(after_commit, 4 * MS + 2 * MS + 2 * MS);
 
     // Now every other pause takes 40 ms longer than foreseen.
     for turn in 0..16 {

@@ -18,7 +18,8 @@ use super::{Reader, WireError, put, put_text};
 /// Versions of this protocol that this build speaks, oldest and newest.
 ///
 /// Since 2 the set of harvested pages has a top (see [`PageSet::words_needed`](crate::PageSet::words_needed)).
-pub const VERSIONS: (u16, u16) = (2, 2);
+/// Since 3 a pause has a limit.
+pub const VERSIONS: (u16, u16) = (3, 3);
 /// Bytes of the largest packet.
 pub const MAX_PACKET_BYTES: usize = 32 << 10;
 /// Bytes of VMM state that may be saved or loaded (RAM is not part of it).
@@ -133,7 +134,11 @@ pub enum Request {
     /// Track no more; release what tracking took.
     StopTracking,
     /// Stop all vCPUs. Values: `CLOCK_MONOTONIC` when the last one stood still, 0.
-    Pause,
+    Pause {
+        /// When the guest runs on by itself, from when its pause began, unless it has been given up by
+        /// then: the daemon may hang. 0 for never.
+        limit_nanoseconds: u64,
+    },
     /// Run (again). Values: `CLOCK_MONOTONIC` when the vCPUs were let go, 0.
     Resume,
     /// Save everything but RAM. The reply carries a memfd. Values: bytes in it, time taken.
@@ -252,6 +257,7 @@ impl ToVmm {
                 match *request {
                     Request::Arm { first, pages } => put(&mut out, &[U64::new(first), U64::new(pages)]),
                     Request::Pace { pages_per_second } => put(&mut out, &U64::new(pages_per_second)),
+                    Request::Pause { limit_nanoseconds } => put(&mut out, &U64::new(limit_nanoseconds)),
                     Request::Load { bytes } => put(&mut out, &U64::new(bytes)),
                     Request::Relinquish { migration } | Request::Prepare { migration } => {
                         put(&mut out, &migration);
@@ -281,7 +287,9 @@ impl ToVmm {
             kind::HARVEST => Request::Harvest,
             kind::PACE => Request::Pace { pages_per_second: reader.take::<U64>("rate of writes")?.get() },
             kind::STOP_TRACKING => Request::StopTracking,
-            kind::PAUSE => Request::Pause,
+            kind::PAUSE => {
+                Request::Pause { limit_nanoseconds: reader.take::<U64>("limit of a pause")?.get() }
+            }
             kind::RESUME => Request::Resume,
             kind::SAVE => Request::Save,
             kind::LOAD => {
@@ -313,7 +321,7 @@ impl Request {
             Self::Harvest => "harvest",
             Self::Pace { .. } => "pace",
             Self::StopTracking => "stop tracking",
-            Self::Pause => "pause",
+            Self::Pause { .. } => "pause",
             Self::Resume => "resume",
             Self::Save => "save",
             Self::Load { .. } => "load",
@@ -331,7 +339,7 @@ impl Request {
             Self::Harvest => kind::HARVEST,
             Self::Pace { .. } => kind::PACE,
             Self::StopTracking => kind::STOP_TRACKING,
-            Self::Pause => kind::PAUSE,
+            Self::Pause { .. } => kind::PAUSE,
             Self::Resume => kind::RESUME,
             Self::Save => kind::SAVE,
             Self::Load { .. } => kind::LOAD,

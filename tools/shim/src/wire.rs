@@ -10,7 +10,7 @@ const MAGIC: [u8; 4] = *b"MLAT";
 const HEADER_BYTES: usize = 12;
 const MAX_TEXT_BYTES: usize = 1024;
 /// The version of the protocol that this shim speaks.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 const DONE: u16 = 2;
 const FAILED: u16 = 3;
@@ -103,7 +103,7 @@ mod tests {
             let open = ToVmm::Request { id, request: Request::OpenUserfault { keep } };
             assert_eq!(read(open), Some(FromDaemon::OpenUserfault { id, keep }));
         }
-        let other = ToVmm::Request { id, request: Request::Pause };
+        let other = ToVmm::Request { id, request: Request::Resume };
         assert_eq!(read(other), Some(FromDaemon::Unknown { id }));
         let refused = ToVmm::Refused { reason: "x".repeat(MAX_TEXT_BYTES) }.encode();
         assert_eq!((refused.len(), FromDaemon::read(&refused)), (MAX_PACKET_BYTES, None));

@@ -161,7 +161,7 @@ fn whatever_else_a_daemon_says_does_no_harm() {
 
     let connection = daemon.welcome(writer.pid());
     for descriptors in [&[][..], &[null.as_fd()], &[null.as_fd(); 20]] {
-        let (outcome, given) = connection.ask(Request::Pause, descriptors);
+        let (outcome, given) = connection.ask(Request::Resume, descriptors);
         assert!(outcome.unwrap_err().contains("nothing else") && given.is_empty());
     }
     // Nonsense, a packet for the other side, one that is too long, a wrong version, and a refusal:
@@ -222,7 +222,7 @@ fn the_program_has_no_descriptors_of_the_shim() {
     let before = writer.descriptors();
     let connection = daemon.welcome(writer.pid());
     let null = File::open("/dev/null").unwrap();
-    assert!(connection.ask(Request::Pause, &[null.as_fd()]).0.is_err());
+    assert!(connection.ask(Request::Resume, &[null.as_fd()]).0.is_err());
     let _ = connection.open_userfault(None);
     assert_eq!(writer.descriptors(), before);
     // The program's own copies of stdin and so on are not kept open by the shim either: it ends

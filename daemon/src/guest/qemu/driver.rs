@@ -169,7 +169,7 @@ impl Driver for Qemu {
         task::aside(move || handles.find(&ram, true)).await.map_err(failed)
     }
 
-    async fn pause(&self) -> Result<Instant, DriverError> {
+    async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
         let asked = Instant::now();
         let channel = self.channel().await?;
         self.qmp.expect_migration();

@@ -141,7 +141,7 @@ fn strangers_are_refused() {
         let bench = Bench::new("12345").await;
         bench.refuses(shim(VERSIONS.0, VERSIONS.1), "see attach_users").await;
         let bench = Bench::new(&rustix::process::geteuid().as_raw().to_string()).await;
-        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 3 to 4").await;
+        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 4 to 5").await;
         // No more than there is room for, except in the place of one of the same process.
         let shims = &bench.host.shims;
         let socket = || {

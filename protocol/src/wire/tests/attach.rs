@@ -23,7 +23,7 @@ fn the_largest_guest_fits_into_a_packet() {
 #[test]
 fn a_wrong_magic_names_both() {
     let wrong = WireError::Magic { what: "attach packet", expected: *b"MLAT", found: *b"mlat" };
-    let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
+    let mut bytes = ToVmm::Request { id: 1, request: Request::Resume }.encode();
     bytes[..4].copy_from_slice(b"mlat");
     assert_eq!(ToVmm::decode(&bytes), Err(wrong.clone()));
     assert_eq!(FromVmm::decode(&bytes), Err(wrong));
@@ -31,7 +31,7 @@ fn a_wrong_magic_names_both() {
 
 #[test]
 fn unknown_kinds_are_named() {
-    let mut bytes = ToVmm::Request { id: 1, request: Request::Pause }.encode();
+    let mut bytes = ToVmm::Request { id: 1, request: Request::Resume }.encode();
     for kind in [0, 5, 15, 18, 31, 46, u16::MAX] {
         bytes[KIND..KIND + 2].copy_from_slice(&kind.to_le_bytes());
         let unknown = |what| WireError::Unknown { what, found: kind.into() };

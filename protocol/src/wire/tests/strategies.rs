@@ -97,7 +97,7 @@ fn request() -> impl Strategy<Value = Request> {
         Just(Request::Harvest),
         any::<u64>().prop_map(|pages_per_second| Request::Pace { pages_per_second }),
         Just(Request::StopTracking),
-        Just(Request::Pause),
+        any::<u64>().prop_map(|limit_nanoseconds| Request::Pause { limit_nanoseconds }),
         Just(Request::Resume),
         Just(Request::Save),
         (0..=MAX_STATE_BYTES).prop_map(|bytes| Request::Load { bytes }),
