@@ -104,11 +104,11 @@ impl Options {
         if self.gap {
             arguments.push("--gap".into());
         }
+        if self.prepared {
+            arguments.push("--prepare".into());
+        }
         if incoming {
             arguments.push("--incoming".into());
-            if self.prepared {
-                arguments.push("--prepare".into());
-            }
         }
         arguments
     }

@@ -90,8 +90,7 @@ pub struct Options {
     /// Put half of the memory above a hole in the guest's address space
     #[arg(long)]
     gap: bool,
-    /// Take the destination's memory from the system before the move, which is faster then; of a
-    /// QEMU guest, at both ends
+    /// Take the guest's memory from the system before it starts, at both ends: the move is faster then
     #[arg(long)]
     prepared: bool,
     /// Move there and back so many times [default: there, once; 1 for qemu]
