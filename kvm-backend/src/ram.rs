@@ -149,7 +149,18 @@ impl GuestRam {
         let writing = Writing::default();
         let guarded = Guarded::new(&mapped);
         let looks_on = AtomicBool::new(false);
-        Ok(Self { guarded, memory, regions: shape, mapped, marks, data, in_tables, writing, sealed, looks_on })
+        Ok(Self {
+            guarded,
+            memory,
+            regions: shape,
+            mapped,
+            marks,
+            data,
+            in_tables,
+            writing,
+            sealed,
+            looks_on,
+        })
     }
 
     /// The memory as the rust-vmm crates know it. What is written through it is noted in

@@ -12,7 +12,6 @@ use memlane_kvm::ram::GuestRam;
 use memlane_kvm::{descriptors, packet};
 use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
 use memlane_protocol::wire::hello::common_version;
-use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
@@ -151,9 +150,7 @@ async fn attach(
         }
     };
     let (vmm, version, share) = match introduced {
-        Introduced::Vmm(hello, ram, process, version, share) => {
-            (Some((hello, ram, process)), version, share)
-        }
+        Introduced::Vmm(hello, ram, process, version, share) => (Some((hello, ram, process)), version, share),
         Introduced::Shim(version, share) => (None, version, share),
     };
     let welcomed = send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await;

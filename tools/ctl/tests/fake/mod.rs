@@ -153,10 +153,10 @@ async fn play(guest: String, sender: watch::Sender<Migration>) {
 
 #[async_trait(?Send)]
 impl Backend for Fake {
-    fn status(&self) -> Status {
+    async fn status(&self) -> Status {
         Status { host: "host-a".to_owned(), insecure: true, migrations: 1, ..Status::default() }
     }
-    fn ports(&self) -> Vec<PortInfo> {
+    async fn ports(&self) -> Vec<PortInfo> {
         let (name, address) = ("a".to_owned(), "10.1.0.1".to_owned());
         vec![PortInfo { name, address, speed_bits_per_second: Some(10_000_000_000), ..PortInfo::default() }]
     }
@@ -257,7 +257,7 @@ impl Backend for Fake {
             Err(_) => Ok(watch::Sender::new(Migration::new(id, "dies1", "host-b")).subscribe()),
         }
     }
-    fn metrics(&self) -> String {
+    async fn metrics(&self) -> String {
         String::new()
     }
 }
