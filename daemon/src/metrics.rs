@@ -439,7 +439,9 @@ mod tests {
                 StunReport { in_force: Duration::from_secs(2), released_pages: 9, target_pages: 9.0 };
             stunned(&StunReport::default(), &report);
             let [mut missing, mut also, mut ended] = [missing_pages(), missing_pages(), missing_pages()];
-            (missing.set(100), also.set(5), ended.set(1000));
+            missing.set(100);
+            also.set(5);
+            ended.set(1000);
             missing.set(4);
             drop(ended);
             std::mem::forget((missing, also));
