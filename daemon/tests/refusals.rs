@@ -5,7 +5,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{GUEST, LIMITS, Stage, signal, words};
+use common::{GUEST, LIMITS, LONG, Stage, assert_runs, signal, words};
 use memlane_lab::{HostId, LabOptions, wait_for};
 use memlane_protocol::wire::control::Control;
 use rustix::process::Signal;
@@ -169,4 +169,24 @@ fn cpu_feature() -> Option<&'static str> {
     let cpuinfo = String::from_utf8_lossy(&cpuinfo.stdout).into_owned();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?.to_owned();
     ["avx2", "avx"].into_iter().find(|feature| flags.split_whitespace().any(|flag| flag == *feature))
+}
+
+/// Of a VMM whose process the daemon cannot see, it could not tell whether it lives.
+#[test]
+fn a_vmm_of_another_pid_namespace_is_refused() {
+    let Some(mut stage) = Stage::new("a_vmm_of_another_pid_namespace_is_refused", LabOptions::default())
+    else {
+        return;
+    };
+    stage.rig.stop_daemon(HostId::A).unwrap();
+    let host = stage.rig.lab().host(HostId::A);
+    let mut command = host.command("unshare");
+    command.args(["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_memlaned"), "--config"]);
+    command.arg(stage.rig.config_file(HostId::A));
+    let _daemon = host.spawn("memlaned-apart", command).unwrap();
+    let mut vmm = stage.rig.start_vmm_unattended(HostId::A, "web1", &words(GUEST)).unwrap();
+    wait_for("the refusal", LONG, || vmm.process().log_tail().contains("pid namespace").then_some(()))
+        .unwrap_or_else(|error| panic!("{error}: {}", vmm.process().log_tail()));
+    assert!(stage.rig.guest(HostId::A, "web1").unwrap().is_none());
+    assert_runs(&mut vmm);
 }
