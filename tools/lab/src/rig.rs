@@ -223,19 +223,31 @@ impl Rig {
     ///
     /// If it does not come up; the end of its log is in the error.
     pub fn start_daemon(&mut self, id: HostId) -> Result<()> {
-        self.stop_daemon(id)?;
-        let (host, file) = (self.lab.host(id), self.config_file(id));
-        let words = self.daemon_user.words(&host.program(&self.programs, "memlaned"));
-        let mut command = host.command(&words[0]);
-        command.args(&words[1..]).arg("--config").arg(file).envs(self.environment.iter().cloned());
-        let mut daemon = host.spawn("memlaned", command)?;
+        self.start_daemon_unattended(id)?;
+        let Self { daemons, lab, .. } = self;
+        let host = lab.host(id);
+        let daemon = daemons[id as usize].as_mut().expect("it has just been started");
         host.reach(API_SOCKET)?;
         let up = wait_for("the daemon", START, || {
             (!daemon.is_running() || host.listens(API_SOCKET)).then_some(())
         });
         up.with_context(|| daemon.log_tail())?;
         ensure!(daemon.is_running(), "memlaned has ended:\n{}", daemon.log_tail());
-        self.daemons[id as usize] = Some(daemon);
+        Ok(())
+    }
+
+    /// As [`Rig::start_daemon`], but returns at once.
+    ///
+    /// # Errors
+    ///
+    /// If the program cannot be started.
+    pub fn start_daemon_unattended(&mut self, id: HostId) -> Result<()> {
+        self.stop_daemon(id)?;
+        let (host, file) = (self.lab.host(id), self.config_file(id));
+        let words = self.daemon_user.words(&host.program(&self.programs, "memlaned"));
+        let mut command = host.command(&words[0]);
+        command.args(&words[1..]).arg("--config").arg(file).envs(self.environment.iter().cloned());
+        self.daemons[id as usize] = Some(host.spawn("memlaned", command)?);
         Ok(())
     }
 
@@ -448,6 +460,24 @@ impl VmmSession {
     /// If the VMM does not answer, or has ended.
     pub fn stats(&mut self) -> Result<Value> {
         self.ask("stats")
+    }
+
+    /// Compares all of the guest's RAM with the model.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer, or has ended.
+    pub fn verify(&mut self) -> Result<Value> {
+        self.ask("verify")
+    }
+
+    /// Waits no longer than this for an answer from now on.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn set_patience(&mut self, longest: Duration) -> Result<()> {
+        Ok(self.stream.get_ref().set_read_timeout(Some(longest))?)
     }
 
     /// Has the VMM tell how far the guest is, every so often while there is a guest.

@@ -4,10 +4,12 @@
 //! - [`guest`] is the guest itself: a bare-metal program under KVM, or the same on threads.
 //! - [`vmm`] puts them together, and does what a Memlane daemon asks.
 //! - [`statistics`] is what the guest saw, and [`control`] the socket that tells it.
+//! - [`history`] is a file that says when the guest ran, which outlives the VMM.
 
 pub mod control;
 mod gate;
 pub mod guest;
+pub mod history;
 pub mod oracle;
 pub mod statistics;
 pub mod vmm;

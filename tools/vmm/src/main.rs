@@ -18,6 +18,7 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::machine::{MAX_NICS, Nic, TrackerKind};
 use memlane_vmm::control;
+use memlane_vmm::history::History;
 use memlane_vmm::vmm::{Config, GuestVmm};
 use memlane_vmm::workload::{Fill, Pattern, Rate, TICK, Workload};
 use tracing_subscriber::EnvFilter;
@@ -95,6 +96,9 @@ struct Flags {
     /// Socket to ask the guest's statistics from; must not exist
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
+    /// File to which each change of the guest's standing is appended, with its time
+    #[arg(long, value_name = "FILE")]
+    history: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -127,10 +131,14 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: Flags) -> anyhow::Result<()> {
-    let control = flags.control.clone();
+    let (control, history) = (flags.control.clone(), flags.history.clone());
     let config = flags.config()?;
     let (incoming, socket) = (config.incoming, config.attach.clone());
-    let vmm = GuestVmm::new(config).map_err(anyhow::Error::msg)?;
+    let mut vmm = GuestVmm::new(config).map_err(anyhow::Error::msg)?;
+    if let Some(path) = history {
+        let failed = || format!("cannot make the history {}", path.display());
+        vmm.keep_history(History::open(&path).with_context(failed)?);
+    }
     let observer = Arc::new(vmm.observer());
     let vmm = Arc::new(Mutex::new(vmm));
     let (quit, quits) = channel();

@@ -16,6 +16,7 @@ use memlane_protocol::wire::machine::{GuestShape, Nic, TrackerKind};
 use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::process::{self, ProcessGuest};
 use crate::guest::{ControlBlock, Guest, Layout, SYSTEM_PAGES};
+use crate::history::History;
 use crate::oracle::{Oracle, Report};
 use crate::statistics::{Notes, Progress, Stats, reads, steps, sum};
 use crate::workload::{SLOTS, Workload};
@@ -66,6 +67,7 @@ pub struct GuestVmm {
     ram: Arc<GuestRam>,
     notes: Arc<Mutex<Notes>>,
     standing: Arc<Mutex<Standing>>,
+    history: Option<History>,
 }
 
 /// A look at a guest that needs no lock on its VMM.
@@ -151,7 +153,14 @@ impl GuestVmm {
             ram,
             notes: Arc::default(),
             standing: Arc::new(Mutex::new(standing)),
+            history: None,
         })
+    }
+
+    /// Notes in `history` how the guest stands, and each change from now on.
+    pub fn keep_history(&mut self, history: History) {
+        history.note(self.standing());
+        self.history = Some(history);
     }
 
     /// A look at the guest.
@@ -175,7 +184,14 @@ impl GuestVmm {
     }
 
     fn stand(&self, standing: Standing) {
+        self.note(standing);
         *lock(&self.standing) = standing;
+    }
+
+    fn note(&self, standing: Standing) {
+        if let Some(history) = &self.history {
+            history.note(standing);
+        }
     }
 
     fn look_for_tracking_stall(&self) {
@@ -213,9 +229,10 @@ impl Vmm for GuestVmm {
     fn resume(&mut self) -> Result<(), VmmError> {
         match self.standing() {
             Standing::Running => Ok(()),
-            Standing::Paused | Standing::Loaded => {
-                self.guest.resume()?;
-                self.stand(Standing::Running);
+            before @ (Standing::Paused | Standing::Loaded) => {
+                self.note(Standing::Running);
+                self.guest.resume().inspect_err(|_| self.note(before))?;
+                *lock(&self.standing) = Standing::Running;
                 Ok(())
             }
             Standing::Incoming => Err("no guest has arrived that could run".into()),

@@ -1,8 +1,9 @@
-//! The project's own commands: `cargo xtask demo`, `cargo xtask bench` and `cargo xtask test`.
+//! The project's own commands: `cargo xtask demo`, `cargo xtask bench`, `cargo xtask torture` and `cargo xtask test`.
 
 mod bench;
 mod demo;
 mod test;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -28,6 +29,13 @@ enum Command {
     /// Builds memlane-perf and runs it with these arguments: cargo xtask bench SCENARIO [--json] ...; see cargo xtask
     /// bench -- --help. Needs root.
     Bench(bench::Options),
+    /// Kill daemons and VMMs at random moments of migrations, and prove that each guest still has one owner
+    ///
+    /// Builds the programs, makes hosts out of network namespaces, and moves small guests between them, one a round. In
+    /// each round one or two of the daemons and VMMs are killed, or stand still for a while, in the middle of it.
+    /// When everything is up again, the VMMs themselves are asked where the guest runs and whether its memory is what it
+    /// must be. Needs root.
+    Torture(torture::Options),
     /// Bring what the tests need, check everything, run all tests, and say what was skipped
     ///
     /// As root this installs packages, and unpacks QEMU in each version that is tested and a kernel into cargo's target
@@ -39,6 +47,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Torture(options) => torture::run(&options),
         Command::Test(options) => test::run(&options),
     };
     match done {

@@ -1,0 +1,199 @@
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::*;
+
+const SOURCE: &str = "host-a";
+const DESTINATION: &str = "host-b";
+const MS: Time = 1_000_000;
+
+/// A pre-copy migration that went well.
+fn completed() -> Facts {
+    let migration = json!({ "outcome": "completed", "guest_runs_at": DESTINATION });
+    let here = [(0, Standing::Running), (10 * MS, Standing::Paused), (30 * MS, Standing::Discarded)];
+    let there = [(0, Standing::Incoming), (15 * MS, Standing::Loaded), (20 * MS, Standing::Running)];
+    Facts {
+        hosts: [SOURCE.to_owned(), DESTINATION.to_owned()],
+        vmms: [
+            VmmFacts { history: History::of(&here), ended: true, ..VmmFacts::default() },
+            VmmFacts { history: History::of(&there), runs: true, ..VmmFacts::default() },
+        ],
+        daemons: [
+            DaemonFacts { migration: Some(migration.clone()), standing: None },
+            DaemonFacts { migration: Some(migration), standing: Some("running".into()) },
+        ],
+        committed: Some(18 * MS),
+        told_to_run: Some(19 * MS),
+        whole: Some(21 * MS),
+        exit: Some(0),
+        ..Facts::default()
+    }
+}
+
+/// One that failed before anything was handed over.
+fn failed() -> Facts {
+    let migration = json!({ "outcome": "failed", "guest_runs_at": SOURCE });
+    let here = [(0, Standing::Running), (10 * MS, Standing::Paused), (30 * MS, Standing::Running)];
+    Facts {
+        vmms: [
+            VmmFacts { history: History::of(&here), runs: true, ..VmmFacts::default() },
+            VmmFacts { history: History::of(&[(0, Standing::Incoming)]), ..VmmFacts::default() },
+        ],
+        daemons: [
+            DaemonFacts { migration: Some(migration), standing: Some("running".into()) },
+            DaemonFacts { migration: None, standing: Some("incoming".into()) },
+        ],
+        committed: None,
+        told_to_run: None,
+        whole: None,
+        exit: Some(4),
+        ..completed()
+    }
+}
+
+/// One after which the guest runs nowhere, and everybody says so.
+fn lost(mut facts: Facts) -> Facts {
+    for vmm in &mut facts.vmms {
+        (vmm.ended, vmm.runs) = (true, false);
+    }
+    for daemon in &mut facts.daemons {
+        daemon.standing = None;
+        daemon.migration = Some(json!({ "outcome": "lost", "guest_runs_at": null }));
+    }
+    facts.exit = Some(7);
+    facts
+}
+
+fn killed(victim: Victim, at: Time) -> Struck {
+    Struck { victim, blow: Blow::Kill(Duration::ZERO), phase: Phase::Copying, at, done: at + MS / 2 }
+}
+
+fn faults(facts: &Facts) -> String {
+    facts.judge().faults.join("; ")
+}
+
+#[test]
+fn what_goes_well_is_no_fault() {
+    assert_eq!((completed().judge().fate, faults(&completed())), (Fate::There, String::new()));
+    assert_eq!((failed().judge().fate, faults(&failed())), (Fate::Here, String::new()));
+}
+
+#[test]
+fn two_owners_are_found_even_where_one_has_gone() {
+    let mut facts = completed();
+    let back = [(0, Standing::Running), (10 * MS, Standing::Paused), (40 * MS, Standing::Running)];
+    facts.vmms[0].history = History::of(&back);
+    facts.strikes.push(killed(Victim::SourceVmm, 50 * MS));
+    assert!(faults(&facts).contains("two owners"), "{}", faults(&facts));
+    // It stood still when it was killed.
+    facts.vmms[0].history = History::of(&back[..2]);
+    assert_eq!(faults(&facts), "");
+    // Paused too late.
+    facts.vmms[0].history = History::of(&[(0, Standing::Running), (25 * MS, Standing::Paused)]);
+    assert!(faults(&facts).contains("for 5000 µs more"), "{}", faults(&facts));
+
+    let mut both = completed();
+    both.vmms[0] = failed().vmms[0].clone();
+    both.daemons[0].standing = Some("running".into());
+    assert_eq!(both.judge().fate, Fate::Wrong);
+}
+
+#[test]
+fn a_guest_may_be_lost_with_its_vmm() {
+    let mut facts = lost(failed());
+    assert!(faults(&facts).contains("runs nowhere"), "{}", faults(&facts));
+    facts.strikes.push(killed(Victim::SourceVmm, 12 * MS));
+    assert_eq!(faults(&facts), "");
+    // The destination has all that it needs.
+    facts.committed = Some(11 * MS);
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+
+    let mut facts = lost(completed());
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+    facts.strikes.push(killed(Victim::DestinationVmm, 19 * MS));
+    assert_eq!(faults(&facts), "");
+    // It was told to run before it had ended, and may have run; or it was told too late.
+    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    assert_eq!(faults(&facts), "");
+    let late = Facts { told_to_run: Some(20 * MS), ..facts.clone() };
+    assert_eq!(late.judge().fate, Fate::Wrong);
+    facts.seen_gone = Some(18 * MS);
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+
+    // It never ran there, and was not told to.
+    let mut facts = lost(failed());
+    facts.committed = Some(11 * MS);
+    facts.strikes.push(killed(Victim::DestinationVmm, 12 * MS));
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+}
+
+#[test]
+fn postcopy_may_lose_a_guest_that_fetches() {
+    let mut facts = Facts { postcopy: true, whole: Some(900 * MS), ..lost(completed()) };
+    facts.strikes = vec![killed(Victim::DestinationDaemon, 100 * MS)];
+    assert_eq!(faults(&facts), "");
+    assert_eq!(Facts { postcopy: false, ..facts.clone() }.judge().fate, Fate::Wrong);
+    // It was whole before, or never ran.
+    facts.strikes = vec![killed(Victim::DestinationDaemon, 2000 * MS)];
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+    facts.strikes = vec![killed(Victim::DestinationDaemon, 100 * MS)];
+    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+
+    // A source's daemon alone only costs time.
+    let mut facts = Facts { postcopy: true, whole: None, ..lost(completed()) };
+    facts.strikes = vec![killed(Victim::SourceDaemon, 100 * MS)];
+    assert_eq!(facts.judge().fate, Fate::Wrong);
+    facts.strikes.push(killed(Victim::SourceVmm, 200 * MS));
+    assert_eq!(faults(&facts), "");
+}
+
+#[test]
+fn words_that_are_not_so_are_faults() {
+    let mut facts = completed();
+    facts.exit = Some(4);
+    assert!(faults(&facts).contains("exit code 4, which is not so"), "{}", faults(&facts));
+    facts.exit = Some(6);
+    assert!(faults(&facts).contains("exit code 6"), "{}", faults(&facts));
+    facts.strikes.push(killed(Victim::SourceDaemon, 25 * MS));
+    assert_eq!(faults(&facts), "");
+
+    facts.daemons[0].migration = Some(json!({ "outcome": "failed", "guest_runs_at": SOURCE }));
+    let found = faults(&facts);
+    assert!(found.contains("which is not so") && found.contains("where it is not"), "{found}");
+
+    let mut facts = failed();
+    facts.daemons[0].migration = Some(json!({ "outcome": "failed", "guest_runs_at": null }));
+    assert!(faults(&facts).contains("though it runs at its own"), "{}", faults(&facts));
+    let mut facts = failed();
+    facts.daemons[0].standing = Some("relinquished".into());
+    assert!(faults(&facts).contains("says that it is relinquished"), "{}", faults(&facts));
+}
+
+#[test]
+fn what_is_left_over_or_damaged_is_a_fault() {
+    let mut facts = failed();
+    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    assert!(faults(&facts).contains("holds a guest that does not run"), "{}", faults(&facts));
+    let mut facts = failed();
+    facts.vmms[0].damage = Some("a page of zeros".into());
+    facts.unsettled = Some("the source waits".into());
+    let found = faults(&facts);
+    assert!(found.contains("a page of zeros") && found.contains("the source waits"), "{found}");
+}
+
+#[test]
+fn phases_follow_from_histories() {
+    let history = |standings: &[Standing]| {
+        History::of(&standings.iter().map(|standing| (0, *standing)).collect::<Vec<_>>())
+    };
+    use Standing::{Discarded, Incoming, Loaded, Paused, Running};
+    let phase = |here, there, postcopy| Phase::of(&history(&[here]), &history(&[there]), postcopy);
+    assert_eq!(phase(Running, Incoming, false), Phase::Copying);
+    assert_eq!(phase(Paused, Incoming, false), Phase::Paused);
+    assert_eq!(phase(Paused, Loaded, false), Phase::HandingOver);
+    assert_eq!(phase(Paused, Running, false), Phase::Arrived);
+    assert_eq!(phase(Paused, Running, true), Phase::Fetching);
+    assert_eq!(phase(Discarded, Running, true), Phase::Over);
+}

@@ -1,0 +1,52 @@
+//! Keeping what is needed to understand a round that failed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use memlane_lab::Rig;
+
+use super::judge::Verdict;
+use super::plan::{Plan, other};
+use super::round::Outcome;
+
+/// Writes all of it to `folder`.
+///
+/// # Errors
+///
+/// If that cannot be done.
+pub fn keep(folder: &Path, plan: &Plan, rig: &Rig, outcome: &Outcome, verdict: &Verdict) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let text = format!("{plan:#?}\n\n{verdict:#?}\n\n{:#?}\n\nmemlanectl:\n{}", outcome.facts, outcome.told);
+    fs::write(folder.join("round.txt"), text)?;
+    for (log, side) in outcome.logs.iter().zip(["source", "destination"]) {
+        fs::write(folder.join(format!("memlaned-{side}.log")), log)?;
+    }
+    for (id, side) in [(plan.from, "source"), (other(plan.from), "destination")] {
+        let journal = rig.lab().host(id).directory().join("journal");
+        copy_if_there(&journal, &folder.join(format!("journal-{side}")))?;
+    }
+    for (file, name) in outcome.files.iter().zip([
+        "source.history",
+        "destination.history",
+        "vmm-source.log",
+        "vmm-destination.log",
+    ]) {
+        copy_if_there(file, &folder.join(name))?;
+    }
+    Ok(())
+}
+
+/// A file, or a folder of files.
+fn copy_if_there(from: &Path, to: &Path) -> Result<()> {
+    if from.is_dir() {
+        fs::create_dir_all(to)?;
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            copy_if_there(&entry.path(), &to.join(entry.file_name()))?;
+        }
+    } else if from.is_file() {
+        fs::copy(from, to)?;
+    }
+    Ok(())
+}
