@@ -7,10 +7,13 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Stage, Tap, assert_runs, signal, wait_for_exit};
-use memlane_lab::{HostId, LabOptions, wait_for};
+use memlane_lab::{HostId, LabOptions, Process, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
-use rustix::process::Signal;
+use memlaned::api::types::Phase;
+use rustix::net::sockopt::socket_type;
+use rustix::net::{Shutdown, SocketType, shutdown};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 
 /// A point of the protocol at which everything can be held up.
 struct Point {
@@ -158,6 +161,41 @@ fn the_destination_vmm_is_killed() {
         stage.assert_moves(point.name, &mut there);
         wait_for_exit(guest.process());
     }
+}
+
+/// Nobody knows whether a VMM has run the guest that ended after it was told to; one that was gone before has not.
+#[test]
+fn a_vmm_that_was_not_told_to_run_the_guest_has_never_run_it() {
+    let test = "a_vmm_that_was_not_told_to_run_the_guest_has_never_run_it";
+    let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    tap.hold(COMMITTED.from, COMMITTED.is);
+    let order = stage.begin("web1", &["--downtime-limit", "5s"]);
+    tap.wait();
+    signal(there.process(), Signal::STOP);
+    hang_up(there.process());
+    stage.wait_for_log(HostId::B, "lost the connection to the VMM, which lives");
+    tap.release();
+    // It journals that the guest is its own, and finds nobody to tell.
+    stage.wait_until(HostId::A, "web1", "the commit", |migration| migration.phase == Phase::Committing);
+    std::thread::sleep(Duration::from_secs(1));
+    there.process().kill().unwrap();
+    order.expect(4, &["gone"]);
+    stage.assert_runs_on("web1", &mut guest);
+    let mut there = stage.receiver("web1");
+    stage.assert_moves("web1", &mut there);
+}
+
+/// Closes a VMM's connection to its daemon.
+fn hang_up(vmm: &Process) {
+    let pid = Pid::from_raw(vmm.pid() as i32).unwrap();
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let numbers = std::fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap();
+    let numbers = numbers.map(|entry| entry.unwrap().file_name().into_string().unwrap().parse().unwrap());
+    let sockets = numbers.filter_map(|fd: i32| pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()).ok());
+    let mut found = sockets.filter(|fd| socket_type(fd).is_ok_and(|kind| kind == SocketType::SEQPACKET));
+    shutdown(found.next().expect("its daemon's socket"), Shutdown::Both).unwrap();
 }
 
 #[test]

@@ -95,12 +95,12 @@ impl Attached {
         let id = self.next_id.replace(self.next_id.get().wrapping_add(1));
         let (sender, answer) = oneshot::channel();
         if *self.connection.gone.borrow() {
-            return Err(DriverError::Gone);
+            return Err(DriverError::Unheard);
         }
         self.connection.waiting.borrow_mut().insert(id, sender);
         let exchange = async {
             let packet = ToVmm::Request { id, request }.encode();
-            send(&self.socket, &packet, descriptors).await.map_err(|_| DriverError::Gone)?;
+            send(&self.socket, &packet, descriptors).await.map_err(|_| DriverError::Unheard)?;
             answer.await.map_err(|_| DriverError::Gone)
         };
         let name = request.name();

@@ -40,6 +40,9 @@ pub enum DriverError {
     /// The VMM closed its connection, or its process has ended.
     #[error("the VMM is gone, or the connection to it is lost")]
     Gone,
+    /// The same, and the VMM was gone before it could hear what it was asked.
+    #[error("the VMM is gone, or the connection to it is lost")]
+    Unheard,
     /// The VMM did not answer in time.
     #[error("the VMM did not answer to `{request}` within {after:.0?}")]
     Slow {

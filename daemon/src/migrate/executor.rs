@@ -130,6 +130,8 @@ pub struct Executor {
     unanswered_since: Instant,
     /// The guest can never be whole here, and its VMM lives.
     lost: Option<Rc<Process>>,
+    /// The VMM may have heard that it is to let the guest run here.
+    told_to_run: bool,
     /// The migration has started the guest here.
     resumed: bool,
     /// A word is on its way over a connection of its own.
@@ -145,6 +147,8 @@ impl Executor {
         link: Option<Link>,
         (ticket, arrivals): (Rc<Ticket>, Arrivals),
     ) -> Self {
+        // What a daemon before this one told the VMM nobody knows.
+        let told_to_run = entry.record == Record::Running;
         Self {
             host,
             entry,
@@ -163,6 +167,7 @@ impl Executor {
             unanswered: None,
             unanswered_since: Instant::now(),
             lost: None,
+            told_to_run,
             resumed: false,
             exchanging: Rc::default(),
         }
@@ -194,7 +199,7 @@ impl Executor {
             VmmNews::Ended => {
                 self.blame("the guest's VMM is gone");
                 self.vmm = Vmm::Ended;
-                Some(Event::VmmGone)
+                Some(self.ended())
             }
             VmmNews::Back(guest) => {
                 info!(guest = %self.entry.guest, "the VMM is back");
@@ -307,7 +312,7 @@ impl Executor {
         let guest = match &self.vmm {
             Vmm::Attached(guest) => guest.clone(),
             Vmm::Away(_) => return self.leave_unanswered(action),
-            Vmm::Ended => return Some(Event::VmmGone),
+            Vmm::Ended => return Some(self.ended()),
             Vmm::Released => return Some(done),
         };
         if action == Action::Resume {
@@ -321,6 +326,7 @@ impl Executor {
             Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
             _ => guest.driver.discard().await,
         };
+        self.told_to_run |= action == Action::Resume && !matches!(told, Err(DriverError::Unheard));
         match told {
             Ok(()) => {}
             Err(failure @ DriverError::Failed { .. }) if action != Action::Discard => {
@@ -333,7 +339,7 @@ impl Executor {
                 // and says how it stands when it is back.
                 warn!(guest = %self.entry.guest, %failure, "the VMM did not answer");
                 match failure {
-                    DriverError::Gone => self.note_gone(),
+                    DriverError::Gone | DriverError::Unheard => self.note_gone(),
                     _ => self.blame(failure),
                 }
                 guest.driver.hang_up();
@@ -366,6 +372,14 @@ impl Executor {
             self.blame(reason);
             true
         })
+    }
+
+    /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
+    fn ended(&self) -> Event {
+        match self.entry.record {
+            Record::Running if !self.told_to_run => Event::ResumeFailed,
+            _ => Event::VmmGone,
+        }
     }
 
     /// The guest runs here, with all of its memory or without.

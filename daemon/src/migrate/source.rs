@@ -214,7 +214,7 @@ impl Run {
                 Some(result.unwrap_or_else(|error| {
                     warn!(guest = %self.ticket.guest, %error, "the migration fails");
                     match error {
-                        CopyError::Driver(DriverError::Gone) => self.executor.note_gone(),
+                        CopyError::Driver(DriverError::Gone | DriverError::Unheard) => self.executor.note_gone(),
                         _ => self.executor.blame(error),
                     }
                     Event::Failed
