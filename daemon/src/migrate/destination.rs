@@ -500,7 +500,7 @@ impl Run {
                 arrived(&self.executor.host, guest);
                 self.ticket.end(OutcomeView::Completed, None, Some(here));
             }
-            Outcome::VmmGone => self.ticket.end(OutcomeView::Failed, reason, None),
+            Outcome::VmmGone => self.ticket.end(OutcomeView::Lost, reason, None),
             Outcome::Lost => {
                 self.poison().await;
                 let runs_here = self.executor.guest().map(|guest| {

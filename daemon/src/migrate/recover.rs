@@ -169,6 +169,8 @@ fn report(executor: &mut Executor, outcome: Outcome) {
     let view = match outcome {
         Outcome::Completed => OutcomeView::Completed,
         Outcome::Lost => OutcomeView::Lost,
+        // Its owner was this host.
+        Outcome::VmmGone if role == Role::Destination => OutcomeView::Lost,
         _ => OutcomeView::Failed,
     };
     ticket.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));

@@ -31,7 +31,7 @@ Exit codes:
   4  failed: the guest runs on at its source
   5  cancelled: the guest runs on at its source
   6  no daemon answers, or it went away
-  7  lost: the guest ran without all of its memory, and the rest will never come";
+  7  lost: the guest was handed over, and its VMM ended, or the rest of its memory will never come";
 
 const GUEST_FILE: &str = r#"A guest file:
   name = "web1"

@@ -129,8 +129,9 @@ pub enum Outcome {
     Cancelled,
     /// It never began.
     Refused,
-    /// The guest ran at the destination without all of its memory, and what was missing will never
-    /// come: the source's copy is out of date, and the destination's is not whole.
+    /// The guest was handed over, and runs nowhere whole: its VMM at the destination ended before it was known to run,
+    /// or it ran there without all of its memory, and what was missing will never come. The source's copy is out of
+    /// date.
     Lost,
 }
 
