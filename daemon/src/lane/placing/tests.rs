@@ -1,5 +1,7 @@
 //! Placing into memory of this process, with a userfaultfd of its own.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of runs may have one")]
+
 use std::sync::atomic::Ordering;
 
 use memlane_kvm::ram::{Backing, GuestRam};
@@ -236,7 +238,7 @@ fn an_access_to_what_is_being_placed_waits_for_that() {
     assert_eq!(pages.placed(10..15).len(), 1);
     assert_eq!((pages.access(&(12..13)), pages.wanted()), (Access::There, vec![25]));
     pages.give_back(15..20);
-    assert_eq!(pages.missing().runs().collect::<Vec<_>>(), std::slice::from_ref(&(15..30)));
+    assert_eq!(pages.missing().runs().collect::<Vec<_>>(), vec![15..30]);
     // Of holes those are placed that somebody waits for.
     assert_eq!(pages.leave(20..40), (9, vec![25..26]));
     assert_eq!((pages.access(&(21..22)), pages.access(&(25..26))), (Access::There, Access::Known));
