@@ -7,7 +7,9 @@
 //! source                                   destination
 //! Offer            ----------------------> check, hold resources
 //!                  <---------------------- Accept
-//! copy, pause, send the last pages         load the state
+//! copy
+//! journal Leaving
+//! pause, send the last pages               load the state
 //!                                          journal Prepared
 //!                  <---------------------- Ready
 //! relinquish the VMM
@@ -24,7 +26,8 @@
 //! participants:
 //!
 //! - Until `Committed` is durable the source owns the guest, and every failure ends with the
-//!   guest running there. No record of a migration means that it was never committed.
+//!   guest running there. No record of a migration means that it was never committed, and so does
+//!   `Leaving`; but a VMM that has been relinquished is not resumed on the strength of that alone.
 //! - From `Prepared` on the destination is in doubt: it neither runs the guest nor forgets
 //!   it, and repeats `Ready`, which is a question too, until it hears `Commit` or `Abort`.
 //! - From `Committed` on the source is bound: it repeats `Commit` until it hears what has
@@ -34,6 +37,37 @@
 //! What is sent before `Ready` belongs to one connection, and losing that connection fails
 //! the migration; so only `Ready`, `Commit` and what answers it are ever repeated (on
 //! [`Event::Tick`]). Messages may be lost, doubled, or overtake each other.
+//!
+//! # In doubt
+//!
+//! `Leaving` is written while the guest still runs, so that a source which crashes afterwards and
+//! finds its VMM relinquished knows whom to ask. It cannot rely on its own silence, as a journal may
+//! be damaged: it asks the destination to [`Withdraw`](Message::Withdraw), and takes the guest back
+//! only when that has `Declined`, durably. A relinquished VMM of which the journal knows nothing, and
+//! which names the migration itself, is treated alike; a loaded one of which the destination's journal
+//! knows nothing is taken for `Prepared`. For the same reason a source that keeps a guest which it has
+//! begun to relinquish resumes it first and says `Abort` afterwards: a destination forgets at that
+//! word, and could not be asked any more.
+//!
+//! A destination that knows nothing of the migration says [`Unknown`](Message::Unknown), which permits
+//! nothing. Where the other host never answers, or answers so, only an operator knows more
+//! ([`Event::Resolved`]). Running the guest is safe if what the operator promises is true: that the
+//! other host's VMM of this guest has ended, and stays so.
+//!
+//! What a damaged journal can still do, and no answer can mend:
+//!
+//! - a source that has lost `Committed` answers `Ready` with `Abort` before it has seen its VMM again:
+//!   the guest then is in doubt at the source until an operator resolves it, and it is gone if that
+//!   VMM has ended as well;
+//! - a destination that has lost its promise `Declined` before its VMM was discarded may be told to run
+//!   what the source has taken back, by a `Commit` that was on its way for all that time; one that has
+//!   lost it after `Running`, as its VMM could not start the guest, says `Lost` of a guest that the
+//!   source still has;
+//! - a destination that has lost its journal while the guest fetches does not fetch any more, and an
+//!   operator ends both;
+//! - a destination that has lost `Running`, and whose VMM has ended as well, promises that the guest has
+//!   never run: the source goes on from where the guest was paused, as after a crash of a host that is
+//!   restored from a snapshot.
 //!
 //! # Post-copy
 //!
@@ -129,16 +163,27 @@ pub enum Message {
     Gone,
     /// Either: this migration is off. From the source: it was never committed.
     Abort,
+    /// Source: I do not know whether I committed. Unless you have heard that I did, promise not to
+    /// run it. Repeated until answered.
+    Withdraw,
+    /// Destination, in answer to `Withdraw` or `Commit`: I know nothing of this migration.
+    Unknown,
 }
 
 /// What a half writes to its host's journal, durably, about one migration. The last one counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Record {
+    /// Source: the guest is about to be paused and relinquished.
+    Leaving,
     /// Source: the guest is the destination's.
     Committed,
     /// Source: the destination needs nothing from here any more, and the VMM is to be discarded.
     Finished,
-    /// Source: the destination declined; the guest is the source's again.
+    /// Source: the guest was passed on and lost, and the VMM is to be discarded.
+    Lost,
+    /// Source: the operator gave up what is here, and the VMM is to be discarded.
+    GivenUp,
+    /// Source: the destination declined, or the operator said so; the guest is the source's again.
     TakenBack,
     /// Destination: loaded, and in doubt until the source answers.
     Prepared,
@@ -188,6 +233,12 @@ pub enum Event {
     Sent,
     /// Source: [`Action::Relinquish`] was carried out.
     Relinquished,
+    /// A VMM that attaches to a restarted daemon waits for word whether the guest is to run: it has
+    /// been relinquished, or has loaded the guest, for this migration.
+    Waits,
+    /// A VMM that attaches to a restarted daemon has the guest for its own: it runs it or, at the
+    /// source, has it paused without having been relinquished.
+    Owned,
     /// Destination: the offer can be met, and what it needs is held.
     Accepted,
     /// Destination: the offer cannot be met.
@@ -206,6 +257,18 @@ pub enum Event {
     /// never ask again, or what [`Action::Serve`] needs is not here any more. See
     /// [`Source::can_abandon`] and [`Destination::can_abandon`].
     Abandoned,
+    /// The operator has decided what no host can decide. See [`Source::can_resolve`] and
+    /// [`Destination::can_resolve`].
+    Resolved(Resolution),
+}
+
+/// What an operator decides about a guest in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Resolution {
+    /// It is to run here. The operator promises that the other host's VMM of this guest has ended.
+    RunHere,
+    /// What is here of it is to be given up.
+    Discard,
 }
 
 /// Something for the daemon to do.
@@ -264,6 +327,9 @@ pub enum Outcome {
     /// The guest was passed on, and ended or was given up at the destination before all of its
     /// memory was known to be there. The source's copy is out of date.
     Lost,
+    /// The operator gave up what was here of a guest in doubt. Whether the other host runs it is not
+    /// known here.
+    GivenUp,
 }
 
 /// Where a migration stands, in words for operators.
@@ -308,14 +374,31 @@ pub struct WrongRecord {
 pub struct UnknownRecord(pub String);
 
 impl Record {
-    const ALL: [Self; 6] =
-        [Self::Committed, Self::Finished, Self::TakenBack, Self::Prepared, Self::Running, Self::Declined];
+    const ALL: [Self; 9] = [
+        Self::Leaving,
+        Self::Committed,
+        Self::Finished,
+        Self::Lost,
+        Self::GivenUp,
+        Self::TakenBack,
+        Self::Prepared,
+        Self::Running,
+        Self::Declined,
+    ];
+
+    /// Whether a source writes it; a destination does otherwise.
+    pub fn is_of_source(self) -> bool {
+        !matches!(self, Self::Prepared | Self::Running | Self::Declined)
+    }
 
     /// The word that stands for it in the journal; [`FromStr`] reads it back.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Leaving => "leaving",
             Self::Committed => "committed",
             Self::Finished => "finished",
+            Self::Lost => "lost",
+            Self::GivenUp => "given-up",
             Self::TakenBack => "taken-back",
             Self::Prepared => "prepared",
             Self::Running => "running",
@@ -364,6 +447,9 @@ impl fmt::Display for Outcome {
             Self::Failed => "failed: the guest runs at the source",
             Self::TakenBack => "the destination could not start the guest: it runs at the source again",
             Self::VmmGone => "the VMM that owned the guest ended during the migration",
+            Self::GivenUp => {
+                "given up by the operator at this host: whether the other runs it is not known here"
+            }
             Self::Lost => {
                 "lost: the guest was passed on, and ended or was given up at the destination before all of \
                  its memory was known to be there"

@@ -16,19 +16,40 @@ use model::world::{Budget, Fault, World};
 use model::{Explored, Violation, check};
 
 /// The trouble that runs may meet; more of one kind leaves less of another, for the time it takes.
-const BUDGETS: [Budget; 3] = [
+const BUDGETS: [Budget; 4] = [
     Budget { crashes: 3, vmm: 0, journal: 0, cancel: true, ..NOTHING },
-    Budget { crashes: 2, vmm: 1, journal: 1, cancel: true, ..NOTHING },
-    Budget { crashes: 0, vmm: 2, journal: 1, cancel: true, ..NOTHING },
+    Budget { crashes: 1, vmm: 1, journal: 1, cancel: true, ..NOTHING },
+    Budget { crashes: 2, vmm: 1, journal: 0, ..NOTHING },
+    Budget { crashes: 0, vmm: 2, journal: 0, cancel: true, ..NOTHING },
 ];
 const POSTCOPY_BUDGETS: [Budget; 3] = [
-    Budget { crashes: 3, vmm: 0, journal: 0, ..POSTCOPY },
-    Budget { crashes: 2, vmm: 1, journal: 0, ..POSTCOPY },
-    Budget { crashes: 1, vmm: 1, journal: 1, ..POSTCOPY },
+    Budget { crashes: 2, vmm: 0, journal: 0, ..POSTCOPY },
+    Budget { crashes: 1, vmm: 1, journal: 0, ..POSTCOPY },
+    Budget { crashes: 0, vmm: 1, journal: 1, ..POSTCOPY },
 ];
 
-const NOTHING: Budget =
-    Budget { crashes: 0, vmm: 0, journal: 0, cancel: false, postcopy: false, abandon: false };
+/// Damaged journals, hosts that burn, and operators who decide what nobody else can.
+const DOUBT_BUDGETS: [Budget; 5] = [
+    Budget { crashes: 1, damage: 1, vmm: 1, ..DOUBT },
+    Budget { crashes: 1, damage: 1, discard: true, ..DOUBT },
+    Budget { crashes: 1, burn: 1, discard: true, ..DOUBT },
+    Budget { crashes: 1, damage: 1, postcopy: true, abandon: true, ..DOUBT },
+    Budget { crashes: 1, burn: 1, postcopy: true, abandon: true, ..DOUBT },
+];
+
+const DOUBT: Budget = Budget { resolve: true, ..NOTHING };
+const NOTHING: Budget = Budget {
+    crashes: 0,
+    vmm: 0,
+    journal: 0,
+    cancel: false,
+    postcopy: false,
+    abandon: false,
+    damage: 0,
+    burn: 0,
+    resolve: false,
+    discard: false,
+};
 const POSTCOPY: Budget = Budget { postcopy: true, abandon: true, ..NOTHING };
 
 #[test]
@@ -43,6 +64,13 @@ fn nothing_is_lost_in_postcopy_but_what_really_is() {
     for budget in POSTCOPY_BUDGETS {
         let explored = explore(budget);
         assert!(explored.ran_nowhere > 0, "guests can be lost");
+    }
+}
+
+#[test]
+fn damaged_journals_and_burnt_hosts_leave_at_worst_what_an_operator_can_resolve() {
+    for budget in DOUBT_BUDGETS {
+        explore(budget);
     }
 }
 
@@ -62,20 +90,19 @@ fn a_daemon_that_cheats_is_caught() {
     let calm = NOTHING;
     let crash = Budget { crashes: 1, ..NOTHING };
     let crash_and_vmm = Budget { vmm: 1, ..crash };
+    let damage = Budget { crashes: 1, damage: 1, ..DOUBT };
     let fetch_calm = POSTCOPY;
     let fetch_crash = Budget { crashes: 1, ..POSTCOPY };
     let fetch_crash_and_vmm = Budget { vmm: 1, ..fetch_crash };
     for (fault, budget, expected) in [
         // `Ready` is sent before the promise not to forget is durable.
-        (Fault::NotDurable(Record::Prepared), crash, Violation::is_stuck as fn(&Violation) -> bool),
-        // `Commit` is sent before the promise not to run is durable.
-        (Fault::NotDurable(Record::Committed), crash, Violation::is_unsafe),
-        (Fault::NotDurable(Record::Running), crash, Violation::is_stuck),
+        (Fault::NotDurable(Record::Prepared), crash_and_vmm, Violation::is_stuck as fn(&Violation) -> bool),
+        (Fault::NotDurable(Record::Running), crash_and_vmm, Violation::is_unsafe),
         (Fault::NotDurable(Record::Declined), crash_and_vmm, Violation::is_unsafe),
         (Fault::NotDurable(Record::Finished), crash, Violation::is_stuck),
         (Fault::NotDurable(Record::TakenBack), crash_and_vmm, Violation::is_stuck),
         (Fault::NotRelinquished, crash, Violation::is_unsafe),
-        (Fault::ForgetBeforeDiscard, crash, Violation::is_unsafe),
+        (Fault::ForgetBeforeDiscard, crash, Violation::is_stuck),
         (Fault::ResumeOnPeerLost, calm, Violation::is_unsafe),
         (Fault::SentBeforePause, calm, Violation::is_unsafe),
         (Fault::GiveUpInDoubt, calm, Violation::is_stuck),
@@ -90,6 +117,10 @@ fn a_daemon_that_cheats_is_caught() {
         (Fault::FreesOnPeerLost, fetch_calm, Violation::is_unsafe),
         (Fault::ServesNotAfterCrash, fetch_crash, Violation::is_stuck),
         (Fault::ServesWhatIsDropped, fetch_crash_and_vmm, Violation::is_stuck),
+        (Fault::BelievesStrangers, Budget { vmm: 1, ..calm }, Violation::is_unsafe),
+        (Fault::ResumesOnAGuess, damage, Violation::is_unsafe),
+        (Fault::UnknownIsDeclined, damage, Violation::is_unsafe),
+        (Fault::PromisesWhatIsNotTrue, DOUBT, Violation::is_unsafe),
     ] {
         let violation = check(World::new(budget, fault)).expect_err(&format!("{fault:?} was not caught"));
         assert!(expected(&violation), "{fault:?} was caught as something else: {violation}");

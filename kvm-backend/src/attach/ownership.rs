@@ -1,15 +1,12 @@
 //! Whether the guest may run: which requests are in order, and what follows from each.
 
-use memlane_protocol::wire::attach::{MigrationId, Request, Standing};
-
-/// No migration.
-pub(super) const NONE: MigrationId = [0; 16];
+use memlane_protocol::wire::attach::{Bond, Request, Standing};
 
 /// The guest's standing, and the pause that a daemon ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ownership {
     standing: Standing,
-    migration: MigrationId,
+    bond: Option<Bond>,
     pause: Pause,
 }
 
@@ -41,23 +38,21 @@ pub(super) enum Refusal {
     NotPaused,
     #[error("the guest belongs to another migration")]
     OtherMigration,
-    #[error("a migration's identity cannot be all zeros")]
-    NoMigration,
 }
 
 impl Ownership {
     /// A guest that runs here, or one that is awaited.
     pub(super) fn new(standing: Standing) -> Self {
-        Self { standing, migration: NONE, pause: Pause::No }
+        Self { standing, bond: None, pause: Pause::No }
     }
 
     pub(super) fn standing(&self) -> Standing {
         self.standing
     }
 
-    /// The migration that the standing belongs to, or [`NONE`].
-    pub(super) fn migration(&self) -> MigrationId {
-        self.migration
+    /// What the standing belongs to.
+    pub(super) fn bond(&self) -> Option<&Bond> {
+        self.bond.as_ref()
     }
 
     /// Whether the request is in order now. Nothing changes before it is [`done`](Self::done).
@@ -73,13 +68,13 @@ impl Ownership {
             (Request::Load { .. }, Running) => Err(Refusal::Running),
             (Request::Load { .. }, Relinquished) => Err(Refusal::Relinquished),
             (_, Incoming) => Err(Refusal::Incoming),
-            (Request::Prepare { migration }, Loaded) => self.belongs(migration),
-            (Request::Prepare { .. }, Running) => Err(Refusal::Running),
-            (Request::Prepare { .. }, Relinquished) => Err(Refusal::Relinquished),
+            (Request::Prepare(bond), Loaded) => self.belongs(bond),
+            (Request::Prepare(_), Running) => Err(Refusal::Running),
+            (Request::Prepare(_), Relinquished) => Err(Refusal::Relinquished),
             (Request::Resume, _) => Ok(()),
             (_, Loaded) => Err(Refusal::Loaded),
-            (Request::Relinquish { .. }, Running) if self.pause != Pause::Done => Err(Refusal::NotPaused),
-            (Request::Relinquish { migration }, _) => self.belongs(migration),
+            (Request::Relinquish(_), Running) if self.pause != Pause::Done => Err(Refusal::NotPaused),
+            (Request::Relinquish(bond), _) => self.belongs(bond),
             (Request::Save, Running) if self.pause != Pause::Done => Err(Refusal::NotPaused),
             (Request::StartTracking, Relinquished) => Err(Refusal::Relinquished),
             _ => Ok(()),
@@ -95,13 +90,14 @@ impl Ownership {
 
     /// The request was carried out.
     pub(super) fn done(&mut self, request: &Request) {
-        match *request {
+        match request {
             Request::Pause { .. } => self.pause = Pause::Done,
             Request::Resume => *self = Self::new(Standing::Running),
             Request::Load { .. } => self.standing = Standing::Loaded,
-            Request::Prepare { migration } => self.migration = migration,
-            Request::Relinquish { migration } => {
-                *self = Self { standing: Standing::Relinquished, migration, pause: Pause::Done };
+            Request::Prepare(bond) => self.bond = Some(bond.clone()),
+            Request::Relinquish(bond) => {
+                let (standing, bond) = (Standing::Relinquished, Some(bond.clone()));
+                *self = Self { standing, bond, pause: Pause::Done };
             }
             _ => {}
         }
@@ -118,11 +114,10 @@ impl Ownership {
         *self = Self::new(Standing::Running);
     }
 
-    fn belongs(&self, migration: &MigrationId) -> Result<(), Refusal> {
-        match *migration {
-            NONE => Err(Refusal::NoMigration),
-            _ if self.migration == NONE || self.migration == *migration => Ok(()),
-            _ => Err(Refusal::OtherMigration),
+    fn belongs(&self, bond: &Bond) -> Result<(), Refusal> {
+        match &self.bond {
+            Some(ours) if ours.migration != bond.migration => Err(Refusal::OtherMigration),
+            _ => Ok(()),
         }
     }
 }
@@ -133,9 +128,13 @@ mod tests {
 
     use super::*;
 
-    const A: MigrationId = [1; 16];
-    const B: MigrationId = [2; 16];
+    const A: u8 = 1;
+    const B: u8 = 2;
     const PAUSE: Request = Request::Pause { limit_nanoseconds: 0 };
+
+    fn bond(number: u8) -> Bond {
+        Bond { migration: [number; 16], peer: "host-b".parse().unwrap(), fetching: false }
+    }
 
     fn after(standing: Standing, requests: &[Request]) -> Ownership {
         let mut ownership = Ownership::new(standing);
@@ -155,15 +154,15 @@ mod tests {
         assert!(paused.must_resume());
         let resumed = after(Standing::Running, &[PAUSE, Request::Resume]);
         assert!(!resumed.must_resume());
-        let given_up = after(Standing::Running, &[PAUSE, Request::Relinquish { migration: A }]);
+        let given_up = after(Standing::Running, &[PAUSE, Request::Relinquish(bond(A))]);
         assert!(!given_up.must_resume());
-        assert_eq!((given_up.standing(), given_up.migration()), (Standing::Relinquished, A));
+        assert_eq!((given_up.standing(), given_up.bond()), (Standing::Relinquished, Some(&bond(A))));
 
         // A pause that failed half way is undone as well, and is none to give the guest up in.
         let mut half = Ownership::new(Standing::Running);
         half.pausing();
         assert!(half.must_resume());
-        assert_eq!(half.check(&Request::Relinquish { migration: A }), Err(Refusal::NotPaused));
+        assert_eq!(half.check(&Request::Relinquish(bond(A))), Err(Refusal::NotPaused));
     }
 
     #[test]
@@ -171,7 +170,7 @@ mod tests {
         let mut paused = after(Standing::Running, &[PAUSE, Request::Save]);
         assert!(paused.must_resume());
         paused.runs_on();
-        assert_eq!(paused.check(&Request::Relinquish { migration: A }), Err(Refusal::NotPaused));
+        assert_eq!(paused.check(&Request::Relinquish(bond(A))), Err(Refusal::NotPaused));
         assert_eq!(paused.check(&Request::Save), Err(Refusal::NotPaused));
         assert_eq!((paused.check(&Request::Resume), paused.must_resume()), (Ok(()), false));
     }
@@ -179,31 +178,29 @@ mod tests {
     #[test]
     fn requests_out_of_order_are_refused() {
         let load = Request::Load { bytes: 1 };
-        let relinquish = Request::Relinquish { migration: A };
+        let relinquish = Request::Relinquish(bond(A));
         let incoming = Ownership::new(Standing::Incoming);
-        for request in [Request::StartTracking, PAUSE, Request::Resume, Request::Save, relinquish] {
+        for request in [Request::StartTracking, PAUSE, Request::Resume, Request::Save, relinquish.clone()] {
             assert_eq!(incoming.check(&request), Err(Refusal::Incoming), "{request:?}");
         }
-        let loaded = after(Standing::Incoming, &[load, Request::Prepare { migration: A }]);
-        assert_eq!((loaded.standing(), loaded.migration()), (Standing::Loaded, A));
+        let loaded = after(Standing::Incoming, &[load.clone(), Request::Prepare(bond(A))]);
+        assert_eq!((loaded.standing(), loaded.bond()), (Standing::Loaded, Some(&bond(A))));
         assert_eq!(loaded.check(&load), Err(Refusal::Loaded));
-        assert_eq!(loaded.check(&Request::Prepare { migration: B }), Err(Refusal::OtherMigration));
+        assert_eq!(loaded.check(&Request::Prepare(bond(B))), Err(Refusal::OtherMigration));
         assert_eq!(loaded.check(&PAUSE), Err(Refusal::Loaded));
         assert_eq!(loaded.check(&Request::Discard), Ok(()));
 
-        let running = after(Standing::Incoming, &[load, Request::Prepare { migration: A }, Request::Resume]);
-        assert_eq!((running.standing(), running.migration()), (Standing::Running, NONE));
+        let running = after(Standing::Incoming, &[load.clone(), Request::Prepare(bond(A)), Request::Resume]);
+        assert_eq!((running.standing(), running.bond()), (Standing::Running, None));
         assert_eq!(running.check(&Request::Discard), Err(Refusal::Owned));
         assert_eq!(running.check(&relinquish), Err(Refusal::NotPaused));
         assert_eq!(running.check(&Request::Save), Err(Refusal::NotPaused));
         assert_eq!(running.check(&load), Err(Refusal::Running));
 
-        let given_up = after(Standing::Running, &[PAUSE, relinquish]);
+        let given_up = after(Standing::Running, &[PAUSE, relinquish.clone()]);
         assert_eq!(given_up.check(&relinquish), Ok(()));
-        assert_eq!(given_up.check(&Request::Relinquish { migration: B }), Err(Refusal::OtherMigration));
+        assert_eq!(given_up.check(&Request::Relinquish(bond(B))), Err(Refusal::OtherMigration));
         assert_eq!(given_up.check(&Request::Save), Ok(()));
-        let paused = after(Standing::Running, &[PAUSE]);
-        assert_eq!(paused.check(&Request::Relinquish { migration: NONE }), Err(Refusal::NoMigration));
     }
 
     proptest! {
@@ -217,7 +214,7 @@ mod tests {
             let start = if incoming { Standing::Incoming } else { Standing::Running };
             let mut ownership = Ownership::new(start);
             for (which, first) in asked {
-                let migration = if first { A } else { B };
+                let bond = bond(if first { A } else { B });
                 let request = [
                     Request::StartTracking,
                     Request::Arm { first: 0, pages: 1 },
@@ -227,13 +224,13 @@ mod tests {
                     Request::Resume,
                     Request::Save,
                     Request::Load { bytes: 1 },
-                    Request::Relinquish { migration },
-                    Request::Prepare { migration },
+                    Request::Relinquish(bond.clone()),
+                    Request::Prepare(bond),
                     Request::Discard,
                     Request::OpenUserfault { keep: first },
                     Request::Pace { pages_per_second: 1 },
-                ][which];
-                let before = ownership;
+                ][which].clone();
+                let before = ownership.clone();
                 if ownership.check(&request).is_err() {
                     continue;
                 }
@@ -247,7 +244,7 @@ mod tests {
                     prop_assert_ne!(before.standing(), Standing::Incoming);
                 }
                 if ownership.standing() == Standing::Relinquished {
-                    prop_assert_ne!(ownership.migration(), NONE);
+                    prop_assert!(ownership.bond().is_some());
                     prop_assert!(!ownership.must_resume());
                 }
             }

@@ -138,7 +138,7 @@ impl<'a> Session<'a> {
             oldest: VERSIONS.0,
             newest: VERSIONS.1,
             standing: self.ownership.standing(),
-            migration: self.ownership.migration(),
+            bond: self.ownership.bond().cloned(),
             shape,
         };
         packet::send(&self.socket, &FromVmm::Hello(hello).encode(), &ram.descriptors())
@@ -197,7 +197,7 @@ impl<'a> Session<'a> {
                 self.lock().load(&state)?;
                 ([elapsed(), 0], none)
             }
-            Request::Relinquish { .. } | Request::Prepare { .. } | Request::Discard => ([0; 2], none),
+            Request::Relinquish(_) | Request::Prepare(_) | Request::Discard => ([0; 2], none),
             Request::OpenUserfault { keep } => ([0; 2], self.open_userfault(descriptors.pop(), keep)?),
         };
         self.ownership.done(request);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memlane_protocol::wire::attach::{
-    FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, Standing, ToVmm, VERSIONS,
+    Bond, FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, Standing, ToVmm, VERSIONS,
 };
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -23,8 +23,12 @@ use crate::shared::SharedWords;
 use crate::userfault::{Faults, MISSING, Userfault};
 
 const PAGES: u64 = 8;
-const MIGRATION: [u8; 16] = [7; 16];
 const PAUSE: Request = Request::Pause { limit_nanoseconds: 0 };
+
+/// Of this number's migration.
+fn bond(number: u8) -> Bond {
+    Bond { migration: [number; 16], peer: "host-b".parse().unwrap(), fetching: number == 9 }
+}
 
 /// A VMM without a guest, which notes what was asked of it.
 struct Fake {
@@ -241,7 +245,7 @@ impl Daemon {
     }
 
     fn refused(&self, request: Request, part: &str) {
-        let reason = self.ask(request).unwrap_err();
+        let reason = self.ask(request.clone()).unwrap_err();
         assert!(reason.contains(part), "{request:?}: {reason}");
     }
 }
@@ -263,7 +267,7 @@ fn memfd(bytes: &[u8]) -> File {
 fn a_guest_is_tracked_saved_and_given_up() {
     let mut bench = Bench::new(Standing::Running);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.migration), (Standing::Running, [0; 16]));
+    assert_eq!((hello.standing, hello.bond), (Standing::Running, None));
     daemon.refused(Request::Harvest, "not been started");
     let (outcome, descriptors) = daemon.ask_with(Request::StartTracking, &[]);
     assert_eq!(outcome, Ok([0, 0]));
@@ -279,7 +283,7 @@ fn a_guest_is_tracked_saved_and_given_up() {
     assert_eq!(bench.vmm.lock().unwrap().phases, [TrackingPhase::Started, TrackingPhase::Armed]);
 
     daemon.refused(Request::Save, "paused first");
-    daemon.refused(Request::Relinquish { migration: MIGRATION }, "paused first");
+    daemon.refused(Request::Relinquish(bond(7)), "paused first");
     daemon.refused(Request::Discard, "not relinquished");
     let paused_at = daemon.ask(PAUSE).unwrap()[0];
     assert!(paused_at > 0 && !bench.is_running());
@@ -287,16 +291,16 @@ fn a_guest_is_tracked_saved_and_given_up() {
     let mut state = String::new();
     File::from(descriptors.into_iter().next().unwrap()).read_to_string(&mut state).unwrap();
     assert_eq!((outcome.unwrap()[0], state.as_str()), (9, "registers"));
-    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+    daemon.ask(Request::Relinquish(bond(7))).unwrap();
 
     // The daemon goes away: tracking ends, and the guest stays paused.
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.migration), (Standing::Relinquished, MIGRATION));
+    assert_eq!((hello.standing, hello.bond), (Standing::Relinquished, Some(bond(7))));
     assert!(!bench.is_running() && !bench.vmm.lock().unwrap().tracker.on);
     assert_eq!(bench.vmm.lock().unwrap().phases.last(), Some(&TrackingPhase::Stopped));
     daemon.refused(Request::StartTracking, "given up");
-    daemon.refused(Request::Relinquish { migration: [8; 16] }, "another migration");
+    daemon.refused(Request::Relinquish(bond(8)), "another migration");
     daemon.ask(Request::Discard).unwrap();
     assert!(matches!(bench.ended(), Ended::Discarded));
     assert!(bench.vmm.lock().unwrap().discarded && !bench.is_running());
@@ -307,12 +311,12 @@ fn a_guest_that_was_given_up_runs_again_only_when_told() {
     let bench = Bench::new(Standing::Running);
     let (daemon, _) = bench.welcome();
     daemon.ask(PAUSE).unwrap();
-    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+    daemon.ask(Request::Relinquish(bond(7))).unwrap();
     daemon.ask(Request::Resume).unwrap();
     assert!(bench.is_running());
     drop(daemon);
     let (_daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.migration), (Standing::Running, [0; 16]));
+    assert_eq!((hello.standing, hello.bond), (Standing::Running, None));
 }
 
 /// A daemon that hangs in the pause keeps its connection, and says what it would have said when it is late.
@@ -330,15 +334,15 @@ fn a_paused_guest_does_not_wait_for_a_daemon_that_hangs() {
         }
         false
     };
-    daemon.ask(pause).unwrap();
+    daemon.ask(pause.clone()).unwrap();
     assert!(!bench.is_running());
     assert!(runs_on(), "it runs on by itself");
     daemon.refused(Request::Save, "paused first");
-    daemon.refused(Request::Relinquish { migration: MIGRATION }, "paused first");
+    daemon.refused(Request::Relinquish(bond(7)), "paused first");
     daemon.ask(Request::Resume).unwrap();
 
     // One that cannot be resumed at first is resumed later.
-    daemon.ask(pause).unwrap();
+    daemon.ask(pause.clone()).unwrap();
     bench.vmm.lock().unwrap().fails = Some("resume");
     std::thread::sleep(Duration::from_millis(100));
     assert!(!bench.is_running());
@@ -346,8 +350,8 @@ fn a_paused_guest_does_not_wait_for_a_daemon_that_hangs() {
     assert!(runs_on(), "it runs on by itself");
 
     // One that was given up in time waits, as does one whose pause has no limit.
-    daemon.ask(pause).unwrap();
-    daemon.ask(Request::Relinquish { migration: MIGRATION }).unwrap();
+    daemon.ask(pause.clone()).unwrap();
+    daemon.ask(Request::Relinquish(bond(7))).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     assert!(!bench.is_running());
     daemon.ask(Request::Resume).unwrap();
@@ -428,31 +432,30 @@ fn an_awaited_guest_arrives_and_runs_when_told() {
     }
     let state = memfd(b"arrived");
     let load = Request::Load { bytes: 7 };
-    daemon.refused(load, "0 descriptors came with it instead of 1");
-    let (two, _) = daemon.ask_with(load, &[state.as_fd(), state.as_fd()]);
+    daemon.refused(load.clone(), "0 descriptors came with it instead of 1");
+    let (two, _) = daemon.ask_with(load.clone(), &[state.as_fd(), state.as_fd()]);
     assert!(two.unwrap_err().contains("2 descriptors"));
     let (short, _) = daemon.ask_with(Request::Load { bytes: 8 }, &[state.as_fd()]);
     assert!(short.unwrap_err().contains("7 bytes, not 8"));
     let (pipe, _end) = rustix::pipe::pipe().unwrap();
-    let (no_file, _) = daemon.ask_with(load, &[pipe.as_fd()]);
+    let (no_file, _) = daemon.ask_with(load.clone(), &[pipe.as_fd()]);
     assert!(no_file.unwrap_err().contains("no memfd"));
     bench.vmm.lock().unwrap().fails = Some("load");
-    assert_eq!(daemon.ask_with(load, &[state.as_fd()]).0, Err("cannot load".into()));
+    assert_eq!(daemon.ask_with(load.clone(), &[state.as_fd()]).0, Err("cannot load".into()));
     bench.vmm.lock().unwrap().fails = None;
 
     // Lost before anything is loaded: it is awaited as before.
     drop(daemon);
     let (daemon, hello) = bench.welcome();
     assert_eq!(hello.standing, Standing::Incoming);
-    daemon.ask_with(load, &[state.as_fd()]).0.unwrap();
+    daemon.ask_with(load.clone(), &[state.as_fd()]).0.unwrap();
     assert_eq!(bench.vmm.lock().unwrap().state, b"arrived");
-    let (again, _) = daemon.ask_with(load, &[state.as_fd()]);
+    let (again, _) = daemon.ask_with(load.clone(), &[state.as_fd()]);
     assert!(again.unwrap_err().contains("has not run yet"));
-    daemon.refused(Request::Prepare { migration: [0; 16] }, "all zeros");
-    daemon.ask(Request::Prepare { migration: MIGRATION }).unwrap();
+    daemon.ask(Request::Prepare(bond(9))).unwrap();
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.migration), (Standing::Loaded, MIGRATION));
+    assert_eq!((hello.standing, hello.bond), (Standing::Loaded, Some(bond(9))));
     assert!(!bench.is_running());
     daemon.ask(Request::Resume).unwrap();
     assert!(bench.is_running());
@@ -484,9 +487,9 @@ fn daemons_that_make_no_sense_are_left_and_tried_again() {
     assert!(reply.unwrap_err().contains("1 descriptors") && bench.is_running());
     // What is no /dev/userfaultfd makes no userfaultfd, and two are one too many.
     let open = Request::OpenUserfault { keep: false };
-    let (reply, _) = daemon.ask_with(open, &[daemon.0.as_fd()]);
+    let (reply, _) = daemon.ask_with(open.clone(), &[daemon.0.as_fd()]);
     assert!(reply.unwrap_err().contains("making a userfaultfd"));
-    let (reply, _) = daemon.ask_with(open, &[daemon.0.as_fd(); 2]);
+    let (reply, _) = daemon.ask_with(open.clone(), &[daemon.0.as_fd(); 2]);
     assert!(reply.unwrap_err().contains("2 descriptors"));
     // Nonsense in the middle counts as a lost connection.
     daemon.ask(PAUSE).unwrap();

@@ -1,6 +1,6 @@
 //! The half that is given the guest.
 
-use super::{Action, Event, Message, Outcome, Phase, Record, WrongRecord};
+use super::{Action, Event, Message, Outcome, Phase, Record, Resolution, WrongRecord};
 
 /// The destination's half of the handover of one guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,6 +18,9 @@ enum State {
     /// `Prepared` is being written. An abort that comes now comes again in answer to `Ready`.
     Preparing,
     Prepared,
+    /// Restarted: the VMM is to say how it stands. Until then nothing is begun or promised that it
+    /// may belie.
+    Unsure,
 
     // The guest is ours.
     /// `Running` is being written; the VMM has not been told to run.
@@ -35,8 +38,15 @@ enum State {
     /// `Declined` is to be written; `writing` tells whether the journal is at it.
     Declining {
         writing: bool,
+        outcome: Outcome,
     },
-    Declined,
+    /// Nothing is forgotten before the VMM is gone and the source has heard.
+    Declined {
+        discarded: bool,
+        heard: bool,
+    },
+    /// The source has taken the guest back; the VMM is being discarded.
+    Discarding,
     Discarded,
 }
 
@@ -49,27 +59,28 @@ impl Destination {
     }
 
     /// Takes up a migration after the daemon was restarted, from the last record that the
-    /// journal holds of it. If the VMM is no longer there, [`Event::VmmGone`] is to follow; if the
-    /// guest cannot run here since nobody knows which of its pages are missing,
-    /// [`Event::ResumeFailed`], which gives back at once what was only prepared. To be
-    /// called as well, with `None`, for an incoming VMM that names a migration of which the
-    /// journal knows nothing (but not for a VMM that runs: that is simply a guest of this host).
+    /// journal holds of it. The VMM is to be heard: [`Event::Owned`] if it runs the guest,
+    /// [`Event::Waits`] if it does not, [`Event::VmmGone`] if it is no longer there; if the guest
+    /// cannot run here since nobody knows which of its pages are missing, [`Event::ResumeFailed`],
+    /// which gives back at once what was only prepared. To be called as well, with `None`, for a
+    /// VMM that has loaded a guest of a migration of which the journal knows nothing (but not for a
+    /// VMM that runs: that is simply a guest of this host).
     ///
     /// # Errors
     ///
     /// [`WrongRecord`] for a record that only a source writes.
     pub fn recover(record: Option<Record>) -> Result<(Self, Vec<Action>), WrongRecord> {
         let (state, actions) = match record {
-            None => (State::Discarded, vec![Action::Discard]),
-            Some(Record::Prepared) => (State::Prepared, vec![Action::Send(Message::Ready)]),
+            // The source may have heard `Ready`, whatever this journal has lost.
+            None => (State::Preparing, vec![Action::Journal(Record::Prepared)]),
+            Some(Record::Prepared) => (State::Unsure, vec![Action::Send(Message::Ready)]),
             // Perhaps it runs already, and perhaps it was never told to.
             Some(Record::Running) => (State::Resuming, vec![Action::Resume]),
-            Some(Record::Declined) => {
-                (State::Declined, vec![Action::Discard, Action::Send(Message::Declined)])
-            }
-            Some(record @ (Record::Committed | Record::Finished | Record::TakenBack)) => {
-                return Err(WrongRecord { record, half: "destination" });
-            }
+            Some(Record::Declined) => (
+                State::Declined { discarded: false, heard: false },
+                vec![Action::Discard, Action::Send(Message::Declined), Action::Report(Outcome::TakenBack)],
+            ),
+            Some(record) => return Err(WrongRecord { record, half: "destination" }),
         };
         Ok((Self { state }, actions))
     }
@@ -80,6 +91,7 @@ impl Destination {
         match message {
             // Only a source that may still be waiting here can have offered it.
             Message::Offer => Some(Message::Abort),
+            Message::Commit | Message::Withdraw => Some(Message::Unknown),
             _ => None,
         }
     }
@@ -109,28 +121,41 @@ impl Destination {
             (Preparing, Event::Journalled(Record::Prepared)) | (Prepared, Event::Tick) => {
                 self.go(Prepared, [Action::Send(Message::Ready)])
             }
-            (Prepared, Heard(Message::Commit)) => self.go(Starting, [Action::Journal(Record::Running)]),
-            (Prepared, Heard(Message::Abort)) => {
-                self.go(Discarded, [Action::Discard, Action::Forget, Action::Report(Outcome::Failed)])
+            (Unsure, Event::Tick | Event::Waits) => {
+                let seen = if event == Event::Waits { Prepared } else { Unsure };
+                self.go(seen, [Action::Send(Message::Ready)])
             }
+            // A VMM that runs was told to, though the journal has lost it.
+            (Unsure, Event::Owned)
+            | (Prepared, Heard(Message::Commit) | Event::Resolved(Resolution::RunHere)) => {
+                self.go(Starting, [Action::Journal(Record::Running)])
+            }
+            (Prepared, Heard(Message::Abort)) => {
+                self.go(Discarding, [Action::Discard, Action::Report(Outcome::Failed)])
+            }
+            // Not before the VMM is gone: with no record, a loaded VMM would be in doubt again.
+            (Discarding, Event::Discarded | Event::VmmGone) => self.go(Discarded, [Action::Forget]),
             (Starting, Event::Journalled(Record::Running)) => self.go(Resuming, [Action::Resume]),
             // The source is asked again, and the journal is tried again.
             (Starting, Event::JournalFailed(Record::Running)) => self.go(Prepared, []),
 
             // It never ran. Should a record still be on its way to the journal, `Declined` follows it.
-            (Preparing | Prepared | Starting, Event::VmmGone)
-            | (Prepared | Resuming, Event::ResumeFailed) => {
-                self.go(Declining { writing: true }, [Action::Journal(Record::Declined)])
+            (Preparing | Prepared | Unsure | Starting, Event::VmmGone)
+            | (Prepared | Unsure | Resuming, Event::ResumeFailed)
+            | (Accepting | Receiving | Prepared, Heard(Message::Withdraw)) => {
+                self.decline(Outcome::TakenBack)
             }
+            (Prepared, Event::Resolved(Resolution::Discard)) => self.decline(Outcome::GivenUp),
 
             (Resuming, Event::Resumed) => {
                 self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
             }
-            (Running, Event::Tick | Heard(Message::Commit)) => {
+            (Running, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
                 self.go(Running, [Action::Send(Message::Running)])
             }
 
-            (Resuming, Event::ResumedIncomplete) | (Fetching, Event::Tick | Heard(Message::Commit)) => {
+            (Resuming, Event::ResumedIncomplete)
+            | (Fetching, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
                 self.go(Fetching, [Action::Send(Message::Fetching)])
             }
             (Fetching, Event::Complete) => {
@@ -145,25 +170,35 @@ impl Destination {
             | (Fetching, Event::VmmGone | Event::Abandoned | Heard(Message::Gone)) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::Lost)])
             }
-            (Lost, Event::Tick | Heard(Message::Commit)) => self.go(Lost, [Action::Send(Message::Lost)]),
+            (Lost, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
+                self.go(Lost, [Action::Send(Message::Lost)])
+            }
 
             (Running | Lost, Heard(Message::Done)) => self.go(Finished, [Action::Forget]),
 
-            (Declining { .. }, Event::JournalFailed(Record::Declined)) => {
-                self.go(Declining { writing: false }, [])
+            (Declining { outcome, .. }, Event::JournalFailed(Record::Declined)) => {
+                self.go(Declining { writing: false, outcome }, [])
             }
-            (Declining { writing: false }, Event::Tick) => {
-                self.go(Declining { writing: true }, [Action::Journal(Record::Declined)])
-            }
+            (Declining { writing: false, outcome }, Event::Tick) => self.decline(outcome),
             // Not earlier: after a crash in between, the VMM is told to run once more.
-            (Declining { .. }, Event::Journalled(Record::Declined)) => self.go(
-                Declined,
-                [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::TakenBack)],
+            (Declining { outcome, .. }, Event::Journalled(Record::Declined)) => self.go(
+                Declined { discarded: false, heard: false },
+                [Action::Send(Message::Declined), Action::Discard, Action::Report(outcome)],
             ),
-            (Declined, Event::Tick | Heard(Message::Commit)) => {
-                self.go(Declined, [Action::Send(Message::Declined)])
+            (
+                Declined { heard: false, discarded },
+                Event::Tick | Heard(Message::Commit | Message::Withdraw),
+            ) => self.go(Declined { heard: false, discarded }, [Action::Send(Message::Declined)]),
+            (Declined { discarded: false, .. }, Heard(Message::Done | Message::Abort)) => {
+                self.go(Declined { discarded: false, heard: true }, [])
             }
-            (Declined, Heard(Message::Done | Message::Abort)) => self.go(Discarded, [Action::Forget]),
+            (Declined { heard: false, .. }, Event::Discarded | Event::VmmGone) => {
+                self.go(Declined { discarded: true, heard: false }, [])
+            }
+            (Declined { discarded: true, .. }, Heard(Message::Done | Message::Abort))
+            | (Declined { heard: true, .. }, Event::Discarded | Event::VmmGone) => {
+                self.go(Discarded, [Action::Forget])
+            }
 
             (Finished | Discarded, Heard(message)) => {
                 Self::answer_unknown(message).map(Action::Send).into_iter().collect()
@@ -177,6 +212,11 @@ impl Destination {
         self.state == State::Fetching
     }
 
+    /// Whether the guest is in doubt, so that [`Event::Resolved`] would be taken.
+    pub fn can_resolve(&self) -> bool {
+        self.state == State::Prepared
+    }
+
     /// Whether nothing is left to do, so that the machine may be dropped.
     pub fn is_over(&self) -> bool {
         matches!(self.state, State::Finished | State::Discarded)
@@ -188,13 +228,18 @@ impl Destination {
             State::Accepting => Phase::Offering,
             State::Receiving => Phase::Copying,
             State::Preparing => Phase::SwitchingOver,
-            State::Prepared | State::Starting | State::Resuming => Phase::Committing,
+            State::Prepared | State::Unsure | State::Starting | State::Resuming => Phase::Committing,
             State::Fetching => Phase::Fetching,
             State::Running | State::Lost => Phase::Finishing,
             State::Finished => Phase::Completed,
-            State::Declining { .. } | State::Declined => Phase::Returning,
+            State::Declining { .. } | State::Declined { .. } | State::Discarding => Phase::Returning,
             State::Discarded => Phase::Returned,
         }
+    }
+
+    /// Promises that the guest never ran here and never will.
+    fn decline(&mut self, outcome: Outcome) -> Vec<Action> {
+        self.go(State::Declining { writing: true, outcome }, [Action::Journal(Record::Declined)])
     }
 
     fn go<const N: usize>(&mut self, state: State, actions: [Action; N]) -> Vec<Action> {

@@ -8,7 +8,8 @@ fn source(events: &[Event]) -> Source {
     source
 }
 
-const TO_PAUSED: [Event; 3] = [Event::Message(Message::Accept), Event::SwitchOver, Event::Sent];
+const TO_PAUSED: [Event; 4] =
+    [Event::Message(Message::Accept), Event::SwitchOver, Event::Journalled(Record::Leaving), Event::Sent];
 
 fn committing() -> Source {
     let mut source = source(&TO_PAUSED);
@@ -25,8 +26,9 @@ fn a_move_that_goes_well() {
     assert_eq!(destination.on(Event::Accepted), [Action::Send(Message::Accept)]);
     assert_eq!(source.on(Event::Message(Message::Accept)), [Action::Copy]);
     assert_eq!(source.phase(), Phase::Copying);
-    assert_eq!(source.on(Event::SwitchOver), [Action::Pause]);
+    assert_eq!(source.on(Event::SwitchOver), [Action::Journal(Record::Leaving)]);
     assert_eq!(source.phase(), Phase::SwitchingOver);
+    assert_eq!(source.on(Event::Journalled(Record::Leaving)), [Action::Pause]);
     assert_eq!(source.on(Event::Sent), []);
     assert_eq!(destination.on(Event::Loaded), [Action::Journal(Record::Prepared)]);
     assert_eq!(destination.on(Event::Journalled(Record::Prepared)), [Action::Send(Message::Ready)]);
@@ -55,7 +57,7 @@ fn a_move_that_goes_well() {
 
 #[test]
 fn a_ready_that_comes_before_the_books_are_closed_is_remembered() {
-    let mut source = source(&TO_PAUSED[..2]);
+    let mut source = source(&TO_PAUSED[..3]);
     assert_eq!(source.on(Event::Message(Message::Ready)), []);
     assert_eq!(source.on(Event::Sent), [Action::Relinquish]);
 }
@@ -64,7 +66,8 @@ fn a_ready_that_comes_before_the_books_are_closed_is_remembered() {
 fn a_ready_before_the_switchover_means_nothing() {
     let mut source = source(&TO_PAUSED[..1]);
     assert_eq!(source.on(Event::Message(Message::Ready)), []);
-    assert_eq!(source.on(Event::SwitchOver), [Action::Pause]);
+    assert_eq!(source.on(Event::SwitchOver), [Action::Journal(Record::Leaving)]);
+    assert_eq!(source.on(Event::Journalled(Record::Leaving)), [Action::Pause]);
     assert_eq!(source.on(Event::Sent), []);
     assert_eq!(source.phase(), Phase::SwitchingOver);
 }
@@ -72,7 +75,7 @@ fn a_ready_before_the_switchover_means_nothing() {
 #[test]
 fn before_the_commit_every_failure_keeps_the_guest() {
     let ready = Event::Message(Message::Ready);
-    let path = [TO_PAUSED[0], TO_PAUSED[1], TO_PAUSED[2], ready];
+    let path: Vec<Event> = TO_PAUSED.into_iter().chain([ready]).collect();
     for length in 0..=path.len() {
         for (failure, outcome) in [
             (Event::PeerLost, Outcome::Failed),
@@ -82,9 +85,18 @@ fn before_the_commit_every_failure_keeps_the_guest() {
             (Event::Cancel, Outcome::Cancelled),
         ] {
             let mut source = source(&path[..length]);
-            assert_eq!(source.on(failure), [Action::Resume, Action::Send(Message::Abort)]);
-            assert_eq!(source.on(ready), [Action::Send(Message::Abort)]);
-            assert_eq!(source.on(Event::Resumed), [Action::Forget, Action::Report(outcome)]);
+            if length < path.len() {
+                assert_eq!(source.on(failure), [Action::Resume, Action::Send(Message::Abort)]);
+                assert_eq!(source.on(ready), [Action::Send(Message::Abort)]);
+                assert_eq!(source.on(Event::Resumed), [Action::Forget, Action::Report(outcome)]);
+            } else {
+                // The VMM may have been relinquished: the destination must not forget before it runs.
+                assert_eq!(source.on(failure), [Action::Resume]);
+                assert_eq!(source.on(ready), []);
+                let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(outcome)];
+                assert_eq!(source.on(Event::Resumed), told);
+                assert_eq!(source.on(ready), [Action::Send(Message::Abort)]);
+            }
             assert!(source.is_over());
             assert_eq!(source.phase(), Phase::Returned);
         }
@@ -132,6 +144,11 @@ fn a_declined_guest_is_taken_back_durably_first() {
 fn a_destination_in_doubt_waits_and_asks() {
     let (mut destination, actions) = Destination::recover(Some(Record::Prepared)).expect("its record");
     assert_eq!(actions, [Action::Send(Message::Ready)]);
+    // Not before it is known that the VMM has not run it.
+    for message in [Message::Commit, Message::Abort, Message::Withdraw] {
+        assert_eq!(destination.on(Event::Message(message)), []);
+    }
+    assert_eq!(destination.on(Event::Waits), [Action::Send(Message::Ready)]);
     for event in [Event::PeerLost, Event::Failed, Event::Cancel, Event::Message(Message::Done)] {
         assert_eq!(destination.on(event), []);
     }
@@ -139,8 +156,9 @@ fn a_destination_in_doubt_waits_and_asks() {
     assert_eq!(Source::answer_unknown(Message::Ready), Some(Message::Abort));
     assert_eq!(
         destination.on(Event::Message(Message::Abort)),
-        [Action::Discard, Action::Forget, Action::Report(Outcome::Failed)]
+        [Action::Discard, Action::Report(Outcome::Failed)]
     );
+    assert_eq!(destination.on(Event::Discarded), [Action::Forget]);
 }
 
 #[test]
@@ -175,7 +193,8 @@ fn a_vmm_that_ends_before_it_was_told_to_run_never_ran() {
             destination.on(Event::Journalled(Record::Declined)),
             [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::TakenBack)]
         );
-        assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
+        assert_eq!(destination.on(Event::Message(Message::Done)), [], "its VMM may still be there");
+        assert_eq!(destination.on(Event::VmmGone), [Action::Forget]);
     }
 }
 
@@ -203,16 +222,13 @@ fn a_journal_that_refuses_is_tried_again() {
     assert_eq!(destination.on(Event::Tick), [Action::Journal(Record::Declined)]);
 
     let mut source = committing();
-    assert_eq!(
-        source.on(Event::JournalFailed(Record::Committed)),
-        [Action::Resume, Action::Send(Message::Abort)]
-    );
+    assert_eq!(source.on(Event::JournalFailed(Record::Committed)), [Action::Resume]);
 
     let mut source = serving();
-    assert_eq!(source.on(Event::Abandoned), [Action::Journal(Record::Finished)]);
+    assert_eq!(source.on(Event::Abandoned), [Action::Journal(Record::Lost)]);
     assert_eq!(source.on(Event::Tick), [], "one write at a time");
-    assert_eq!(source.on(Event::JournalFailed(Record::Finished)), []);
-    assert_eq!(source.on(Event::Tick), [Action::Journal(Record::Finished)]);
+    assert_eq!(source.on(Event::JournalFailed(Record::Lost)), []);
+    assert_eq!(source.on(Event::Tick), [Action::Journal(Record::Lost)]);
 }
 
 /// A source that has heard that the guest runs, and needs memory from here.
@@ -286,9 +302,9 @@ fn what_is_lost_is_reported_as_lost_by_both() {
         (serving(), Event::Message(Message::Lost)),
         (serving(), Event::Abandoned),
     ] {
-        assert_eq!(source.on(event), [Action::Journal(Record::Finished)]);
+        assert_eq!(source.on(event), [Action::Journal(Record::Lost)]);
         assert_eq!(
-            source.on(Event::Journalled(Record::Finished)),
+            source.on(Event::Journalled(Record::Lost)),
             [Action::Send(Message::Done), Action::Discard, Action::Report(Outcome::Lost)]
         );
         assert_eq!(source.on(Event::Message(Message::Fetching)), [Action::Send(Message::Gone)]);
@@ -305,4 +321,91 @@ fn records_are_read_back_and_belong_to_one_half() {
     assert!("commited".parse::<Record>().is_err());
     let error = Source::recover(Some(Record::Prepared)).expect_err("not a source's record");
     assert!(error.to_string().contains("prepared"), "{error}");
+}
+
+#[test]
+fn a_source_that_does_not_know_whether_it_committed_asks() {
+    let (mut unsure, actions) = Source::recover(Some(Record::Leaving)).expect("its record");
+    assert_eq!((actions, unsure.can_resolve()), (vec![], false));
+    assert_eq!(unsure.on(Event::Message(Message::Ready)), [], "its VMM has not been heard");
+    let mut never_relinquished = unsure;
+    assert_eq!(never_relinquished.on(Event::Owned), [Action::Resume]);
+    let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(Outcome::Failed)];
+    assert_eq!(never_relinquished.on(Event::Resumed), told);
+
+    let (of_a_vmm, ask) = Source::recover(None).expect("nothing is a fine record");
+    assert_eq!(ask, [Action::Send(Message::Withdraw)]);
+    assert_eq!(unsure.on(Event::Waits), ask);
+    assert_eq!(unsure, of_a_vmm);
+    for event in [Event::Tick, Event::Message(Message::Ready)] {
+        assert_eq!(unsure.on(event), ask);
+    }
+    for message in [Message::Unknown, Message::Abort, Message::Done] {
+        assert_eq!(unsure.on(Event::Message(message)), [], "{message:?} permits nothing");
+    }
+    let mut passed_on = unsure;
+    assert_eq!(passed_on.on(Event::Message(Message::Running)), [Action::Journal(Record::Finished)]);
+    let mut declined = unsure;
+    assert_eq!(declined.on(Event::Message(Message::Declined)), [Action::Journal(Record::TakenBack)]);
+    assert_eq!(declined.on(Event::JournalFailed(Record::TakenBack)), []);
+    assert_eq!(declined.on(Event::Tick), ask);
+
+    assert_eq!(Destination::answer_unknown(Message::Withdraw), Some(Message::Unknown));
+    assert_eq!(Destination::answer_unknown(Message::Commit), Some(Message::Unknown));
+    let (mut destination, actions) = Destination::recover(None).expect("nothing is a fine record");
+    assert_eq!(actions, [Action::Journal(Record::Prepared)]);
+    assert_eq!(destination.on(Event::Journalled(Record::Prepared)), [Action::Send(Message::Ready)]);
+    assert_eq!(destination.on(Event::Message(Message::Withdraw)), [Action::Journal(Record::Declined)]);
+    let declined = [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::TakenBack)];
+    assert_eq!(destination.on(Event::Journalled(Record::Declined)), declined);
+}
+
+#[test]
+fn an_operator_decides_what_is_in_doubt_and_nothing_else() {
+    let (run_here, discard) = (Event::Resolved(Resolution::RunHere), Event::Resolved(Resolution::Discard));
+    for mut other in [source(&TO_PAUSED), committing(), serving()] {
+        let before = other;
+        assert!(!other.can_resolve());
+        assert_eq!((other.on(run_here), other.on(discard)), (vec![], vec![]));
+        assert_eq!(other, before);
+    }
+    for record in [None, Some(Record::Committed)] {
+        let (source, _) = Source::recover(record).expect("its record");
+        assert!(source.can_resolve());
+        let mut kept = source;
+        assert_eq!(kept.on(run_here), [Action::Journal(Record::TakenBack)]);
+        assert_eq!(kept.on(Event::Journalled(Record::TakenBack))[1], Action::Resume);
+        let mut given_up = source;
+        assert_eq!(given_up.on(discard), [Action::Journal(Record::GivenUp)]);
+        let told = [Action::Send(Message::Done), Action::Discard, Action::Report(Outcome::GivenUp)];
+        assert_eq!(given_up.on(Event::Journalled(Record::GivenUp)), told);
+    }
+    let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert!(!destination.can_resolve(), "its VMM has not been heard");
+    assert_eq!(destination.on(Event::Waits), [Action::Send(Message::Ready)]);
+    let mut given_up = destination;
+    assert_eq!(destination.on(run_here), [Action::Journal(Record::Running)]);
+    assert_eq!(given_up.on(discard), [Action::Journal(Record::Declined)]);
+    let told = [Action::Send(Message::Declined), Action::Discard, Action::Report(Outcome::GivenUp)];
+    assert_eq!(given_up.on(Event::Journalled(Record::Declined)), told);
+}
+
+#[test]
+fn what_was_decided_is_reported_after_a_restart() {
+    for (record, outcome) in [
+        (Record::Finished, Outcome::Completed),
+        (Record::Lost, Outcome::Lost),
+        (Record::GivenUp, Outcome::GivenUp),
+    ] {
+        let (_, actions) = Source::recover(Some(record)).expect("its record");
+        assert_eq!(actions, [Action::Discard, Action::Report(outcome)]);
+    }
+}
+
+#[test]
+fn a_vmm_that_runs_is_believed_where_the_journal_lags_behind() {
+    let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert_eq!(destination.on(Event::Owned), [Action::Journal(Record::Running)]);
+    let (mut source, _) = Source::recover(Some(Record::Committed)).expect("its record");
+    assert_eq!(source.on(Event::Owned), [Action::Resume]);
 }

@@ -13,12 +13,13 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::machine::GuestShape;
-use super::{Reader, WireError, put, put_text};
+use super::text::RawLabel;
+use super::{Label, Reader, WireError, put, put_text};
 
 /// Versions of this protocol that this build speaks, oldest and newest.
 ///
-/// Since 2 the set of harvested pages has a top (see [`PageSet::words_needed`](crate::PageSet::words_needed)).
-/// Since 3 a pause has a limit.
+/// Since 2 the set of harvested pages has a top (see [`PageSet::words_needed`](crate::PageSet::words_needed));
+/// since 3 a VMM that waits for word names the other host as well ([`Bond`]), and a pause has a limit.
 pub const VERSIONS: (u16, u16) = (3, 3);
 /// Bytes of the largest packet.
 pub const MAX_PACKET_BYTES: usize = 32 << 10;
@@ -29,6 +30,18 @@ const MAGIC: [u8; 4] = *b"MLAT";
 
 /// What names one migration, on both hosts and in their journals.
 pub type MigrationId = [u8; 16];
+
+/// What binds a guest that waits for word to a migration. A VMM remembers it for a daemon whose journal
+/// may have lost it; what a VMM says of itself is a claim, to be compared with what is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bond {
+    /// Which migration; never all zeros.
+    pub migration: MigrationId,
+    /// The other host.
+    pub peer: Label,
+    /// Part of the memory of a guest that was loaded has not come: it is to be fetched.
+    pub fetching: bool,
+}
 
 /// From a VMM to its daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,8 +68,8 @@ pub struct Hello {
     pub newest: u16,
     /// What the guest is doing.
     pub standing: Standing,
-    /// The migration that the standing belongs to; zero where there is none.
-    pub migration: MigrationId,
+    /// What the standing belongs to, if it is relinquished or loaded.
+    pub bond: Option<Bond>,
     /// The guest; for one that is awaited, what this VMM could run.
     pub shape: GuestShape,
 }
@@ -107,7 +120,7 @@ pub enum ToVmm {
 }
 
 /// What a daemon asks of a VMM. Times in replies are nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Begin to track writes, without stopping the vCPUs. Nothing is armed yet.
     /// The reply carries a memfd: the words of a [`PageSet`](crate::PageSet) over all pages,
@@ -150,15 +163,9 @@ pub enum Request {
         bytes: u64,
     },
     /// From here on the paused guest must not run by itself, not even if the daemon goes away.
-    Relinquish {
-        /// For which migration.
-        migration: MigrationId,
-    },
-    /// The loaded guest belongs to this migration; remember it for [`Hello::migration`].
-    Prepare {
-        /// Which migration.
-        migration: MigrationId,
-    },
+    Relinquish(Bond),
+    /// The loaded guest belongs to this migration; remember it for [`Hello::bond`].
+    Prepare(Bond),
     /// The guest runs elsewhere, or will never run here: end.
     Discard,
     /// Open a userfaultfd of the VMM's process. The request carries an open `/dev/userfaultfd` to
@@ -186,10 +193,13 @@ impl FromVmm {
                         oldest: hello.oldest.into(),
                         newest: hello.newest.into(),
                         standing: hello.standing as u8,
-                        reserved: [0; 3],
-                        migration: hello.migration,
+                        bonded: hello.bond.is_some().into(),
+                        reserved: [0; 2],
                     },
                 );
+                if let Some(bond) = &hello.bond {
+                    put(&mut out, &RawBond::from(bond));
+                }
                 hello.shape.encode(&mut out);
             }
             Self::Shim { oldest, newest } => {
@@ -219,7 +229,14 @@ impl FromVmm {
                     oldest: raw.oldest.get(),
                     newest: raw.newest.get(),
                     standing: Standing::from_number(raw.standing)?,
-                    migration: raw.migration,
+                    bond: match raw.bonded {
+                        0 => None,
+                        1 => Some(bond(&mut reader)?),
+                        other => {
+                            let what = "whether a VMM belongs to a migration";
+                            return Err(WireError::Value { what, found: other.into() });
+                        }
+                    },
                     shape: GuestShape::decode(&mut reader)?,
                 })
             }
@@ -254,13 +271,13 @@ impl ToVmm {
             }
             Self::Request { id, request } => {
                 put_header(&mut out, request.kind(), *id);
-                match *request {
-                    Request::Arm { first, pages } => put(&mut out, &[U64::new(first), U64::new(pages)]),
-                    Request::Pace { pages_per_second } => put(&mut out, &U64::new(pages_per_second)),
-                    Request::Pause { limit_nanoseconds } => put(&mut out, &U64::new(limit_nanoseconds)),
-                    Request::Load { bytes } => put(&mut out, &U64::new(bytes)),
-                    Request::Relinquish { migration } | Request::Prepare { migration } => {
-                        put(&mut out, &migration);
+                match request {
+                    Request::Arm { first, pages } => put(&mut out, &[U64::new(*first), U64::new(*pages)]),
+                    Request::Pace { pages_per_second } => put(&mut out, &U64::new(*pages_per_second)),
+                    Request::Pause { limit_nanoseconds } => put(&mut out, &U64::new(*limit_nanoseconds)),
+                    Request::Load { bytes } => put(&mut out, &U64::new(*bytes)),
+                    Request::Relinquish(bond) | Request::Prepare(bond) => {
+                        put(&mut out, &RawBond::from(bond));
                     }
                     _ => {}
                 }
@@ -300,8 +317,8 @@ impl ToVmm {
                 }
                 Request::Load { bytes }
             }
-            kind::RELINQUISH => Request::Relinquish { migration: *reader.take("identity of a migration")? },
-            kind::PREPARE => Request::Prepare { migration: *reader.take("identity of a migration")? },
+            kind::RELINQUISH => Request::Relinquish(bond(&mut reader)?),
+            kind::PREPARE => Request::Prepare(bond(&mut reader)?),
             kind::DISCARD => Request::Discard,
             kind::OPEN_USERFAULT => Request::OpenUserfault { keep: false },
             kind::KEEP_USERFAULT => Request::OpenUserfault { keep: true },
@@ -325,8 +342,8 @@ impl Request {
             Self::Resume => "resume",
             Self::Save => "save",
             Self::Load { .. } => "load",
-            Self::Relinquish { .. } => "relinquish",
-            Self::Prepare { .. } => "prepare",
+            Self::Relinquish(_) => "relinquish",
+            Self::Prepare(_) => "prepare",
             Self::Discard => "discard",
             Self::OpenUserfault { .. } => "open userfaultfd",
         }
@@ -343,8 +360,8 @@ impl Request {
             Self::Resume => kind::RESUME,
             Self::Save => kind::SAVE,
             Self::Load { .. } => kind::LOAD,
-            Self::Relinquish { .. } => kind::RELINQUISH,
-            Self::Prepare { .. } => kind::PREPARE,
+            Self::Relinquish(_) => kind::RELINQUISH,
+            Self::Prepare(_) => kind::PREPARE,
             Self::Discard => kind::DISCARD,
             Self::OpenUserfault { keep: false } => kind::OPEN_USERFAULT,
             Self::OpenUserfault { keep: true } => kind::KEEP_USERFAULT,
@@ -397,6 +414,22 @@ fn header(packet: &[u8]) -> Result<(&RawHeader, Reader<'_>), WireError> {
     Ok((header, reader))
 }
 
+fn bond(reader: &mut Reader<'_>) -> Result<Bond, WireError> {
+    let raw: &RawBond = reader.take("migration that a VMM belongs to")?;
+    if raw.migration == [0; 16] {
+        return Err(WireError::Value { what: "identity of a migration", found: 0 });
+    }
+    let fetching = match raw.fetching {
+        0 => false,
+        1 => true,
+        other => {
+            let what = "whether a guest's memory is to be fetched";
+            return Err(WireError::Value { what, found: other.into() });
+        }
+    };
+    Ok(Bond { migration: raw.migration, peer: raw.peer.label()?, fetching })
+}
+
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -412,6 +445,22 @@ struct RawHello {
     oldest: U16,
     newest: U16,
     standing: u8,
-    reserved: [u8; 3],
+    bonded: u8,
+    reserved: [u8; 2],
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawBond {
     migration: MigrationId,
+    peer: RawLabel,
+    fetching: u8,
+    reserved: [u8; 7],
+}
+
+impl From<&Bond> for RawBond {
+    fn from(bond: &Bond) -> Self {
+        let Bond { migration, peer, fetching } = bond;
+        Self { migration: *migration, peer: peer.raw(), fetching: (*fetching).into(), reserved: [0; 7] }
+    }
 }

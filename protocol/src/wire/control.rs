@@ -365,7 +365,7 @@ mod kind {
 
 /// Words of the handover by their number on the wire. Offer, Accept and Refuse are not among
 /// them: they carry more than a word and are messages of their own.
-const WORDS: [(u8, Message); 9] = [
+const WORDS: [(u8, Message); 11] = [
     (1, Message::Ready),
     (2, Message::Commit),
     (3, Message::Running),
@@ -375,6 +375,8 @@ const WORDS: [(u8, Message); 9] = [
     (7, Message::Fetching),
     (8, Message::Lost),
     (9, Message::Gone),
+    (10, Message::Withdraw),
+    (11, Message::Unknown),
 ];
 
 fn number_of(message: Message) -> u8 {

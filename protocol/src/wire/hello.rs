@@ -10,8 +10,9 @@ use super::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
 
 /// Versions of the protocol between daemons that this build speaks, oldest and newest.
 ///
-/// Since 2 digests name their pieces, pieces of zeros have none, and [`frame`](super::frame)s may be compressed.
-/// Since 3 whoever connects names the addresses that its lanes come from.
+/// Since 2 digests name their pieces, pieces of zeros have none, and [`frame`](super::frame)s may be compressed;
+/// since 3 whoever connects names the addresses that its lanes come from, and a source that does not know whether
+/// it committed asks the destination to withdraw.
 pub const VERSIONS: (u16, u16) = (3, 3);
 /// Bytes of a [`Hello`].
 pub const HELLO_BYTES: usize = size_of::<RawHello>();

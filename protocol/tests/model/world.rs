@@ -1,12 +1,12 @@
 //! Two hosts and a network, as far as a handover can tell.
 
-use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Resolution, Source};
 
 mod host;
 mod memory;
 mod steps;
 
-use host::{Half, Host, Vmm, bit};
+use host::{Half, Host, Vmm, bit, record_bit};
 use memory::{Fetch, Memory};
 pub use steps::Step;
 
@@ -26,6 +26,15 @@ pub struct Budget {
     pub postcopy: bool,
     /// An operator no longer waits for the other host while that guest fetches.
     pub abandon: bool,
+    /// A journal is found damaged at a restart: its end, or all of it, is lost.
+    pub damage: u8,
+    /// A host burns.
+    pub burn: u8,
+    /// Operators resolve what is in doubt, as often as they like: they run the guest here where that is
+    /// right, or discard what is here where the guest is seen to run there;
+    pub resolve: bool,
+    /// and they discard it anywhere.
+    pub discard: bool,
 }
 
 /// What a cheating daemon or VMM does wrong, all the time.
@@ -66,6 +75,15 @@ pub enum Fault {
     ServesNotAfterCrash,
     /// or does not say that it has nothing to serve any more.
     ServesWhatIsDropped,
+    /// A daemon takes the word of another VMM for that of the one it told.
+    BelievesStrangers,
+    /// A restarted source resumes a relinquished VMM of which the journal does not say that it was
+    /// committed,
+    ResumesOnAGuess,
+    /// or takes the guest back because the other host knows nothing of it.
+    UnknownIsDeclined,
+    /// The operator says that the other host is off when it is not.
+    PromisesWhatIsNotTrue,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -88,6 +106,14 @@ pub struct World {
     destination_ran: bool,
     /// `Running` was durable at the destination once.
     running_recorded: bool,
+    /// A journal has lost something,
+    damaged: bool,
+    /// and the destination's that the guest ran there.
+    forgot_running: bool,
+    /// An operator has had it run: what became of it elsewhere was accepted.
+    run_by_order: bool,
+    /// An operator has given up what was at one host.
+    given_up: bool,
     fetch: Fetch,
 }
 
@@ -104,6 +130,10 @@ impl World {
             stale: false,
             destination_ran: false,
             running_recorded: false,
+            damaged: false,
+            forgot_running: false,
+            run_by_order: false,
+            given_up: false,
             fetch: Fetch::new(),
         };
         let (source, actions) = Source::new();
@@ -118,6 +148,8 @@ impl World {
         let wrong = match (source, destination) {
             (Vmm::Running, Vmm::Running) => "both hosts run the guest",
             (Vmm::Paused, Vmm::Running) => "the source may resume by itself what the destination runs",
+            _ if self.run_by_order => self.memory_violation()?,
+            (Vmm::Running, Vmm::Ended | Vmm::Discarded) if self.forgot_running => self.memory_violation()?,
             (Vmm::Running, _) if self.destination_ran => "the source runs what the destination has run",
             (_, Vmm::Running) if self.stale => "the destination runs what the source ran on with",
             _ => self.memory_violation()?,
@@ -128,6 +160,14 @@ impl World {
     /// If everything has come to rest well: where the guest runs, or nowhere because its VMM
     /// ended while it had the guest, or runs what is no guest any more.
     pub fn good_end(&self) -> Option<Option<Side>> {
+        if self.source.burned || self.destination.burned {
+            return self.end_of_survivor();
+        }
+        if self.damaged && self.source.is_quiet() && self.source.phase() == Some(Phase::Fetching) {
+            // One of them does not know any more who fetches: an operator sees it, and abandons that.
+            let over = self.destination.half.is_none_or(|half| half.is_over());
+            return (over && self.destination.is_quiet()).then_some(None);
+        }
         if !self.source.at_rest() || !self.destination.at_rest() {
             return None;
         }
@@ -136,11 +176,36 @@ impl World {
             (Vmm::Discarded | Vmm::Ended, Vmm::Running) => match self.fetch.memory {
                 Memory::Whole => Some(Some(Side::Destination)),
                 Memory::Hopeless => Some(None),
-                Memory::Missing => None,
+                Memory::Missing => {
+                    let given_up = self.given_up || self.fetch.given_up_at_source;
+                    (given_up && self.destination.half.is_none()).then_some(None)
+                }
             },
             (Vmm::Ended, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) => Some(None),
             (Vmm::Discarded, Vmm::Ended) if self.running_recorded => Some(None),
+            (Vmm::Discarded, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) if self.given_up => Some(None),
             _ => None,
+        }
+    }
+
+    /// The other host has burned: this one goes on saying what nobody hears.
+    fn end_of_survivor(&self) -> Option<Option<Side>> {
+        let side = if self.source.burned { Side::Destination } else { Side::Source };
+        let host = self.host(side);
+        if host.burned {
+            return Some(None);
+        }
+        if !host.is_quiet() || host.half.is_some_and(|half| half.can_resolve()) {
+            return None;
+        }
+        let whole = side == Side::Source || self.fetch.memory == Memory::Whole;
+        let waits = host.phase() == Some(Phase::Fetching);
+        match host.vmm {
+            Vmm::Running if whole => Some(Some(side)),
+            Vmm::Running | Vmm::Incoming | Vmm::Discarded | Vmm::Ended => Some(None),
+            // An operator abandons what nobody fetches any more.
+            Vmm::Relinquished if waits => Some(None),
+            Vmm::Relinquished | Vmm::Loaded | Vmm::Paused => None,
         }
     }
 
@@ -198,11 +263,42 @@ impl World {
                 host.inbox.clear();
                 self.lose_memory();
             }
-            Step::Restart { at, forgetful } => {
+            Step::Restart { at, forgetful, damaged } => {
                 if forgetful {
                     self.give_up_missing();
                 }
+                if let Some(found) = damaged {
+                    self.budget.damage -= 1;
+                    self.damaged = true;
+                    let host = self.host_mut(at);
+                    host.journal = found;
+                    self.forgot_running |= host.past & record_bit(Record::Running) != 0;
+                }
                 self.restart(at);
+            }
+            Step::Attach(at) => self.take_up(at, None),
+            Step::Burn(at) => {
+                self.budget.burn -= 1;
+                *self.host_mut(at) = Host { up: false, burned: true, ..Host::new(Vmm::Ended) };
+                self.lose_memory();
+            }
+            Step::Resolve { at, resolution, .. } => {
+                match resolution {
+                    Resolution::RunHere => self.run_by_order = true,
+                    Resolution::Discard => {
+                        self.given_up = true;
+                        self.fetch.given_up_at_source |= at == Side::Source;
+                    }
+                }
+                self.tell(at, Event::Resolved(resolution));
+            }
+            Step::Stranger(at) => {
+                let answer = match self.host_mut(at).commands.remove(0) {
+                    Action::Relinquish => Event::Relinquished,
+                    Action::Resume => Event::Resumed,
+                    _ => Event::Discarded,
+                };
+                self.host_mut(at).hear(answer);
             }
             Step::VmmEnds(at) => {
                 self.budget.vmm -= 1;
@@ -223,11 +319,16 @@ impl World {
 
     fn deliver(&mut self, to: Side, message: Message) {
         if self.host(to).half.is_some() {
-            let mistaken = self.fault == Fault::FetchingIsRunning && message == Message::Fetching;
-            let heard = if mistaken { Message::Running } else { message };
+            let heard = match (self.fault, message) {
+                (Fault::FetchingIsRunning, Message::Fetching) => Message::Running,
+                (Fault::UnknownIsDeclined, Message::Unknown) => Message::Declined,
+                _ => message,
+            };
             return self.tell(to, Event::Message(heard));
         }
         let answer = match to {
+            // A daemon that has just started waits for VMMs to attach before it says so.
+            Side::Source if self.source.vmm == Vmm::Relinquished => None,
             Side::Source => Source::answer_unknown(message),
             Side::Destination if message == Message::Offer && !self.offered => {
                 self.offered = true;
@@ -277,6 +378,7 @@ impl World {
             Action::Journal(record) => {
                 if fault != Fault::NotDurable(record) {
                     host.journal = Some(record);
+                    host.past |= record_bit(record);
                 }
                 host.hear(Event::Journalled(record));
                 self.running_recorded |= record == Record::Running;
@@ -288,7 +390,7 @@ impl World {
     fn source_vmm_obeys(&mut self, fails: bool) {
         let command = self.source.commands.remove(0);
         self.fetch.served &= command != Action::Discard;
-        if self.source.vmm == Vmm::Ended {
+        if matches!(self.source.vmm, Vmm::Ended | Vmm::Discarded) {
             return self.source.hear(Event::VmmGone);
         }
         if fails {
@@ -353,27 +455,41 @@ impl World {
     }
 
     fn restart(&mut self, at: Side) {
-        let host = self.host_mut(at);
-        host.up = true;
-        let record = host.journal;
-        // With no record, only a VMM that waits for word gives cause to take anything up.
-        let waits = matches!(host.vmm, Vmm::Incoming | Vmm::Loaded | Vmm::Paused | Vmm::Relinquished);
-        if record.is_none() && !waits {
-            return;
+        self.host_mut(at).up = true;
+        if let record @ Some(_) = self.host(at).journal {
+            self.take_up(at, record);
         }
-        let (half, actions) = match at {
+    }
+
+    /// Takes up what the journal holds; without a record, what a VMM says.
+    fn take_up(&mut self, at: Side, record: Option<Record>) {
+        let vmm = self.host(at).vmm;
+        let guesses = self.fault == Fault::ResumesOnAGuess && record != Some(Record::Committed);
+        let (half, actions, news) = match at {
             Side::Source => {
-                let (half, actions) = Source::recover(record).expect("the source wrote it");
-                (Half::Source(half), actions)
+                let found = if guesses && record.is_none() { Some(Record::Leaving) } else { record };
+                let (half, actions) = Source::recover(found).expect("the source wrote it");
+                let news = match vmm {
+                    Vmm::Relinquished if guesses => Some(Event::Owned),
+                    Vmm::Relinquished => Some(Event::Waits),
+                    // Of a VMM that was committed, only that it runs shows that it was taken back.
+                    Vmm::Paused if record == Some(Record::Committed) => None,
+                    _ => Some(Event::Owned),
+                };
+                (Half::Source(half), actions, news)
             }
             Side::Destination => {
                 let (half, actions) = Destination::recover(record).expect("the destination wrote it");
-                (Half::Destination(half), actions)
+                let news = if vmm == Vmm::Running { Event::Owned } else { Event::Waits };
+                (Half::Destination(half), actions, Some(news))
             }
         };
+        let host = self.host_mut(at);
         host.half = Some(half);
-        if host.vmm == Vmm::Ended {
+        if matches!(vmm, Vmm::Ended | Vmm::Discarded) {
             host.hear(Event::VmmGone);
+        } else if let Some(news) = news {
+            host.hear(news);
         }
         self.carry_out(at, actions);
         let prepared = at == Side::Destination && record == Some(Record::Prepared);

@@ -87,5 +87,5 @@ fn a_state_over_the_limit_is_not_loaded() {
 }
 
 fn hello() -> Hello {
-    Hello { oldest: 1, newest: 1, standing: Standing::Running, migration: [0; 16], shape: shape() }
+    Hello { oldest: 1, newest: 1, standing: Standing::Running, bond: None, shape: shape() }
 }

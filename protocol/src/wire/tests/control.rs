@@ -181,8 +181,8 @@ fn an_unknown_word_of_the_handover_is_named() {
         assert_eq!(Control::read(&handover.write()), Err(unknown));
     }
     let mut body = [0; 32];
-    body[24] = 10;
-    let unknown = WireError::Unknown { what: "word of the handover", found: 10 };
+    body[24] = 12;
+    let unknown = WireError::Unknown { what: "word of the handover", found: 12 };
     assert_eq!(Control::decode(12, &body), Err(unknown));
 }
 

@@ -71,11 +71,12 @@ fn nic() -> impl Strategy<Value = Nic> {
 
 pub fn from_vmm() -> impl Strategy<Value = FromVmm> {
     let standings = [Standing::Running, Standing::Incoming, Standing::Relinquished, Standing::Loaded];
-    let hello = (versions(), prop::sample::select(standings.to_vec()), any::<[u8; 16]>(), guest_shape());
+    let hello =
+        (versions(), prop::sample::select(standings.to_vec()), prop::option::of(bond()), guest_shape());
     let reply = (any::<u32>(), prop_oneof![any::<[u64; 2]>().prop_map(Ok), text().prop_map(Err)]);
     prop_oneof![
-        hello.prop_map(|((oldest, newest), standing, migration, shape)| {
-            FromVmm::Hello(attach::Hello { oldest, newest, standing, migration, shape })
+        hello.prop_map(|((oldest, newest), standing, bond, shape)| {
+            FromVmm::Hello(attach::Hello { oldest, newest, standing, bond, shape })
         }),
         versions().prop_map(|(oldest, newest)| FromVmm::Shim { oldest, newest }),
         reply.prop_map(|(id, outcome)| FromVmm::Reply(Reply { id, outcome })),
@@ -90,6 +91,14 @@ pub fn to_vmm() -> impl Strategy<Value = ToVmm> {
     ]
 }
 
+fn bond() -> impl Strategy<Value = attach::Bond> {
+    (any::<u128>(), label(), any::<bool>()).prop_map(|(migration, peer, fetching)| attach::Bond {
+        migration: migration.max(1).to_le_bytes(),
+        peer,
+        fetching,
+    })
+}
+
 fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         Just(Request::StartTracking),
@@ -101,8 +110,8 @@ fn request() -> impl Strategy<Value = Request> {
         Just(Request::Resume),
         Just(Request::Save),
         (0..=MAX_STATE_BYTES).prop_map(|bytes| Request::Load { bytes }),
-        any::<[u8; 16]>().prop_map(|migration| Request::Relinquish { migration }),
-        any::<[u8; 16]>().prop_map(|migration| Request::Prepare { migration }),
+        bond().prop_map(Request::Relinquish),
+        bond().prop_map(Request::Prepare),
         Just(Request::Discard),
         any::<bool>().prop_map(|keep| Request::OpenUserfault { keep }),
     ]
@@ -244,6 +253,8 @@ fn handover() -> impl Strategy<Value = Control> {
         Message::Fetching,
         Message::Lost,
         Message::Gone,
+        Message::Withdraw,
+        Message::Unknown,
     ];
     (any::<[u8; 16]>(), prop::sample::select(words.to_vec()), any::<u64>(), text()).prop_map(
         |(migration, message, nanoseconds, reason)| Control::Handover {

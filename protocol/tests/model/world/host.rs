@@ -29,6 +29,10 @@ pub struct Host {
     /// None: the daemon is down, or knows nothing of the migration.
     pub half: Option<Half>,
     pub journal: Option<Record>,
+    /// What the journal has held before, one bit a record: a damaged one may hold it again.
+    pub past: u16,
+    /// The host will never be back.
+    pub burned: bool,
     pub vmm: Vmm,
     /// The VMM has lost its daemon and not acted on it yet.
     pub orphaned: bool,
@@ -55,6 +59,13 @@ impl Half {
         }
     }
 
+    pub fn can_resolve(&self) -> bool {
+        match self {
+            Self::Source(source) => source.can_resolve(),
+            Self::Destination(destination) => destination.can_resolve(),
+        }
+    }
+
     pub fn is_over(&self) -> bool {
         match self {
             Self::Source(source) => source.is_over(),
@@ -69,6 +80,8 @@ impl Host {
             up: true,
             half: None,
             journal: None,
+            past: 0,
+            burned: false,
             vmm,
             orphaned: false,
             writes: Vec::new(),
@@ -83,12 +96,27 @@ impl Host {
     }
 
     pub fn at_rest(&self) -> bool {
-        self.up
-            && self.half.is_none_or(|half| half.is_over())
-            && self.journal.is_none()
-            && self.writes.is_empty()
-            && self.commands.is_empty()
-            && self.inbox.is_empty()
+        self.is_quiet() && self.half.is_none_or(|half| half.is_over()) && self.journal.is_none()
+    }
+
+    /// Whether nothing happens here unless another host does something.
+    pub fn is_quiet(&self) -> bool {
+        self.up && self.writes.is_empty() && self.commands.is_empty() && self.inbox.is_empty()
+    }
+
+    /// Whether this host's VMM neither runs the guest nor ever will, whatever becomes of the daemon.
+    pub fn has_nothing(&self) -> bool {
+        match self.vmm {
+            Vmm::Ended | Vmm::Discarded => true,
+            Vmm::Incoming => self.half.is_none_or(|half| half.is_over()),
+            _ => false,
+        }
+    }
+
+    /// Other contents that a damaged journal may have.
+    pub fn damages(&self) -> impl Iterator<Item = Option<Record>> {
+        let before = RECORDS.into_iter().filter(|record| self.past & record_bit(*record) != 0).map(Some);
+        before.chain([None]).filter(|found| *found != self.journal)
     }
 
     pub fn hear(&mut self, event: Event) {
@@ -98,7 +126,7 @@ impl Host {
     }
 }
 /// In the order of their bits in [`Host::arriving`].
-pub const MESSAGES: [Message; 12] = [
+pub const MESSAGES: [Message; 14] = [
     Message::Offer,
     Message::Accept,
     Message::Refuse,
@@ -111,7 +139,26 @@ pub const MESSAGES: [Message; 12] = [
     Message::Done,
     Message::Gone,
     Message::Abort,
+    Message::Withdraw,
+    Message::Unknown,
 ];
+
+const RECORDS: [Record; 9] = [
+    Record::Leaving,
+    Record::Committed,
+    Record::Finished,
+    Record::Lost,
+    Record::GivenUp,
+    Record::TakenBack,
+    Record::Prepared,
+    Record::Running,
+    Record::Declined,
+];
+
+pub fn record_bit(record: Record) -> u16 {
+    let index = RECORDS.iter().position(|&known| known == record);
+    1 << index.expect("every record is listed")
+}
 
 pub fn bit(message: Message) -> u16 {
     let index = MESSAGES.iter().position(|&known| known == message);

@@ -1,8 +1,8 @@
 //! What can happen next.
 
-use memlane_protocol::handover::{Action, Event, Message, Phase};
+use memlane_protocol::handover::{Action, Event, Message, Phase, Record, Resolution};
 
-use super::host::{MESSAGES, Vmm};
+use super::host::{MESSAGES, Vmm, record_bit};
 use super::{Fault, Side, World};
 
 /// One thing that happens.
@@ -48,7 +48,21 @@ pub enum Step {
         at: Side,
         /// It does not know any more which pages are missing.
         forgetful: bool,
+        /// The journal was damaged: it holds this instead, which it held before.
+        damaged: Option<Option<Record>>,
     },
+    /// A VMM that may run only with the daemon's permission attaches, and the journal knows nothing of it.
+    Attach(Side),
+    /// The host burns, with its daemon, its journal and its VMM.
+    Burn(Side),
+    /// The operator decides what is in doubt. `obvious` where the guest is known to run at the other host.
+    Resolve {
+        at: Side,
+        resolution: Resolution,
+        obvious: bool,
+    },
+    /// Another VMM names the migration, and answers for the one that was told.
+    Stranger(Side),
     VmmEnds(Side),
     /// The source's VMM loses its connection to a daemon that lives.
     VmmDisconnects,
@@ -60,10 +74,16 @@ impl Step {
     /// Whether it needs no further trouble to happen.
     pub fn is_fair(self) -> bool {
         match self {
-            Self::LoseAll | Self::Crash(_) | Self::VmmEnds(_) | Self::VmmDisconnects => false,
+            Self::LoseAll
+            | Self::Crash(_)
+            | Self::VmmEnds(_)
+            | Self::VmmDisconnects
+            | Self::Burn(_)
+            | Self::Stranger(_) => false,
             Self::Write { fails, .. } | Self::Obey { fails, .. } | Self::Load { fails } => !fails,
             Self::Local { event, .. } => !matches!(event, Event::Cancel | Event::Abandoned),
-            Self::Restart { forgetful, .. } => !forgetful,
+            Self::Restart { forgetful, damaged, .. } => !forgetful && damaged.is_none(),
+            Self::Resolve { resolution, obvious, .. } => resolution == Resolution::RunHere || obvious,
             _ => true,
         }
     }
@@ -105,6 +125,9 @@ impl World {
             if self.budget.vmm > 0 && *command == Action::Resume && stands {
                 steps.push(Step::Obey { at, fails: true });
             }
+            if self.fault == Fault::BelievesStrangers && *command != Action::Pause {
+                steps.push(Step::Stranger(at));
+            }
         }
         steps.extend(host.inbox.iter().map(|&event| Step::Hear { at, event }));
         if host.half.is_some_and(|half| !half.is_over()) {
@@ -113,11 +136,27 @@ impl World {
             }
             steps.push(Step::Local { at, event: Event::PeerLost });
         }
+        if host.burned {
+            return;
+        }
+        if self.budget.burn > 0 {
+            steps.push(Step::Burn(at));
+        }
+        self.resolutions(at, steps);
         if !host.up {
-            steps.push(Step::Restart { at, forgetful: false });
+            steps.push(Step::Restart { at, forgetful: false, damaged: None });
+            if self.budget.damage > 0 && !self.promised(at) {
+                let damages = host.damages().map(Some);
+                steps.extend(damages.map(|damaged| Step::Restart { at, forgetful: false, damaged }));
+            }
             let lacks_pages = matches!(host.vmm, Vmm::Loaded | Vmm::Running) && self.lacks_pages();
             if at == Side::Destination && lacks_pages {
-                steps.push(Step::Restart { at, forgetful: true });
+                steps.push(Step::Restart { at, forgetful: true, damaged: None });
+            }
+        } else if host.half.is_none() && matches!(host.vmm, Vmm::Relinquished | Vmm::Loaded) {
+            steps.push(Step::Attach(at));
+            if self.budget.crashes > 0 {
+                steps.push(Step::Crash(at));
             }
         } else if self.budget.crashes > 0 {
             steps.push(Step::Crash(at));
@@ -125,6 +164,33 @@ impl World {
         if !matches!(host.vmm, Vmm::Discarded | Vmm::Ended) && self.budget.vmm > 0 {
             steps.push(Step::VmmEnds(at));
         }
+    }
+
+    /// What an operator may decide at this host, who says of the other one only what is true.
+    fn resolutions(&self, at: Side, steps: &mut Vec<Step>) {
+        if !self.budget.resolve || !self.host(at).half.is_some_and(|half| half.can_resolve()) {
+            return;
+        }
+        let other = self.host(super::other(at));
+        let (run_here, discard) = (Resolution::RunHere, Resolution::Discard);
+        if other.has_nothing() || self.fault == Fault::PromisesWhatIsNotTrue {
+            steps.push(Step::Resolve { at, resolution: run_here, obvious: false });
+        }
+        // Without its journal the destination does not know that anything is missing.
+        let ended = !self.lacks_pages() || other.half.is_none();
+        let obvious = at == Side::Source && other.vmm == Vmm::Running && ended;
+        if !obvious && !self.budget.discard {
+            return;
+        }
+        steps.push(Step::Resolve { at, resolution: discard, obvious });
+    }
+
+    /// The destination has promised not to run what its VMM still could, or what its journal said before
+    /// that it runs: the one promise that must not be lost (see the documentation of `handover`).
+    fn promised(&self, at: Side) -> bool {
+        let host = self.host(at);
+        let has = |record| host.past & record_bit(record) != 0;
+        has(Record::Declined) && (host.vmm == Vmm::Loaded || has(Record::Running))
     }
 
     fn guest_steps(&self, steps: &mut Vec<Step>) {
