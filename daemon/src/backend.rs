@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tracing::info;
 
 use crate::api::types::{
-    ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, NicInfo, Order, PeerInfo,
-    PortInfo, Role, Standing as StandingView, Status,
+    ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, NicInfo, Order, PeerInfo, Phase,
+    PortInfo, Resolve, Role, Standing as StandingView, Status,
 };
 use crate::api::{Backend, Caller};
 use crate::config::PortConfig;
@@ -147,8 +147,9 @@ impl Backend for HostBackend {
             migration: request.migration,
             guest: guest.shape.name.clone(),
             peer,
-            record: Record::Committed,
+            record: Record::Leaving,
             vmm: guest.process.identity(),
+            shape: guest.digest(),
             fetching: false,
         };
         let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Source);
@@ -194,6 +195,30 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         ticket.abandoned.send_replace(true);
+        Ok(ticket.progress.borrow().clone())
+    }
+
+    fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
+        let ticket = self.find(id)?;
+        let Resolve { action, other_host_is_off } = resolve;
+        if !ticket.resolvable.get() || ticket.resolutions.try_send(action.into()).is_err() {
+            let progress = ticket.progress.borrow();
+            let why = match (progress.outcome, progress.phase, &progress.waits_for) {
+                (Some(outcome), ..) => format!("it has ended: {outcome}"),
+                (None, Phase::Fetching, _) => {
+                    "the guest runs and fetches its memory; `memlanectl abandon` gives that up".to_owned()
+                }
+                (None, _, Some(what)) => format!("it is not known yet; it waits for {what}"),
+                (None, ..) => "both hosts are about it".to_owned(),
+            };
+            let text = format!("whose guest {} is in migration {id} is not in doubt: {why}", ticket.guest);
+            return Err(ApiError::new(ErrorCode::NotInDoubt, text));
+        }
+        ticket.resolvable.set(false);
+        tracing::warn!(
+            guest = %ticket.guest, peer = %ticket.peer, migration = id, ?action, other_host_is_off, %caller,
+            "an operator decides about a guest in doubt"
+        );
         Ok(ticket.progress.borrow().clone())
     }
 

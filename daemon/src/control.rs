@@ -15,12 +15,14 @@ use tracing::{info, warn};
 
 use crate::host::Host;
 use crate::link::{Link, LinkError, answer_greeting};
-use crate::migrate::{Ticket, Word, destination};
+use crate::migrate::{Word, destination};
 use crate::port::{Door, Place};
 use crate::task;
 
 /// Longest wait for the first message, and for what a half says to a word.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Within this time of the daemon's start all VMMs have attached again.
+const RETURNING: Duration = Duration::from_secs(5);
 
 /// Takes in other daemons for as long as this one runs.
 pub async fn serve(listener: TcpListener, host: Rc<Host>) {
@@ -87,8 +89,8 @@ async fn take_in(
             }
         }
         Control::Fetch(migration) => {
-            let of_peer = |ticket: &Rc<Ticket>| ticket.peer == hello.host && ticket.is_live();
-            let Some(ticket) = host.migration(&migration).filter(of_peer) else {
+            let ticket = host.migration_with(&hello.host, &migration).filter(|ticket| ticket.is_live());
+            let Some(ticket) = ticket else {
                 info!(peer = %hello.host, "a peer would serve a guest that does not fetch anything here");
                 return Ok(());
             };
@@ -120,7 +122,7 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
 
 /// What this host has to say to a word about a migration.
 async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
-    if let Some(ticket) = host.migration(&migration).filter(|ticket| ticket.peer == *peer)
+    if let Some(ticket) = host.migration_with(peer, &migration)
         && ticket.is_live()
     {
         let (reply, answer) = oneshot::channel();
@@ -134,6 +136,8 @@ async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Mess
         return None; // it is remembered, and its half will answer when it is asked again
     }
     match message {
+        // A VMM that this journal should know of, and does not, may be about to say so.
+        Message::Ready | Message::Fetching if host.started.elapsed() < RETURNING => None,
         Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
             Source::answer_unknown(message)
         }

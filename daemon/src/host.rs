@@ -13,9 +13,9 @@ use memlane_protocol::wire::machine::Nic;
 use tracing::{info, warn};
 
 use crate::config::{Config, PeerConfig};
-use crate::guest::Guest;
 use crate::guest::qemu::{Keepers, Register};
 use crate::guest::shim::Shims;
+use crate::guest::{Guest, Process};
 use crate::journal::{Journal, VmmIdentity};
 use crate::link::{Link, LinkError};
 use crate::metrics;
@@ -48,6 +48,8 @@ pub struct Host {
     /// Guests that can never be whole, and whose VMMs could not be ended.
     lost: RefCell<HashSet<(Label, VmmIdentity)>>,
     migrations: RefCell<Vec<Rc<Ticket>>>,
+    /// Migrations that are being offered to this host.
+    offered: RefCell<HashSet<MigrationId>>,
     /// Forecasts, by the kind of VMM.
     predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
 }
@@ -69,6 +71,7 @@ impl Host {
             guests: RefCell::default(),
             lost: RefCell::default(),
             migrations: RefCell::default(),
+            offered: RefCell::default(),
             predictors: RefCell::default(),
         })
     }
@@ -90,6 +93,14 @@ impl Host {
             warn!(guest = %name, "two VMMs came with one name; the second is sent away");
             return guest.driver.hang_up();
         }
+        let ticket = match self.recognise(&guest) {
+            Ok(ticket) => ticket,
+            Err(why) => {
+                let pid = guest.process.identity().pid;
+                warn!(guest = %name, pid, why, "a VMM is not the one that a migration waits for; it is sent away");
+                return guest.driver.hang_up();
+            }
+        };
         guest.lost.set(self.lost.borrow().contains(&(name.clone(), guest.process.identity())));
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
@@ -105,15 +116,9 @@ impl Host {
             }
             metrics::guests(guests.len());
         });
-        let migrations = self.migrations();
-        let mut live = migrations.iter().filter(|ticket| ticket.is_live());
-        let identity = guest.process.identity();
-        let of_guest =
-            |ticket: &&Rc<Ticket>| ticket.vmm == identity || *guest.migration.borrow() == Some(ticket.id);
-        if let Some(ticket) = live.find(of_guest) {
+        if let Some(ticket) = ticket {
             // A migration that works on it already, and waits for it or is about to.
             guest.migration.replace(Some(ticket.id));
-            let (ticket, guest) = (ticket.clone(), guest.clone());
             task::spawn("return of a VMM", async move { ticket.returns.send(guest).await });
         } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
             task::spawn("recovery of an unknown guest", recover::unknown(self.clone(), guest));
@@ -126,6 +131,34 @@ impl Host {
         if let Some(guest) = self.guest(name).filter(|guest| guest.process.identity() == vmm) {
             guest.lost.set(true);
         }
+    }
+
+    /// The migration under way that a VMM which attaches belongs to, if one does; an error for a
+    /// stranger, who claims to or is in its place.
+    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<Ticket>>, &'static str> {
+        let claimed = guest.bond.borrow().as_ref().map(|bond| bond.migration);
+        let concerned = |ticket: &Rc<Ticket>| {
+            ticket.is_live() && (ticket.guest == guest.shape.name || claimed == Some(ticket.id))
+        };
+        let mut tickets = self.migrations();
+        tickets.retain(concerned);
+        // A guest may move again before the other host of its last move has heard of the end.
+        if let Some(ticket) = tickets.iter().rev().find(|ticket| ticket.stranger(guest).is_none()) {
+            return Ok(Some(ticket.clone()));
+        }
+        let claims = |ticket: &&Rc<Ticket>| claimed == Some(ticket.id) || Process::lives(ticket.vmm);
+        match tickets.iter().rev().find(claims).and_then(|ticket| ticket.stranger(guest)) {
+            Some(why) => Err(why),
+            None => Ok(None),
+        }
+    }
+
+    /// Takes note of an offer, until what is returned is dropped; `None` if a migration of this identity
+    /// is under way here, or was lately, with whichever peer.
+    pub fn take_offer(self: &Rc<Self>, id: MigrationId) -> Option<Offered> {
+        let known = self.migration(&id).is_some() || self.journal.knows(&id);
+        let fresh = !known && self.offered.borrow_mut().insert(id);
+        fresh.then(|| Offered { host: self.clone(), id })
     }
 
     /// A peer by its name.
@@ -220,9 +253,27 @@ impl Host {
         self.migrations.borrow().iter().rev().find(|ticket| ticket.id == *id).cloned()
     }
 
+    /// The same, if it is one with this peer.
+    pub fn migration_with(&self, peer: &Label, id: &MigrationId) -> Option<Rc<Ticket>> {
+        let is = |ticket: &&Rc<Ticket>| ticket.id == *id && ticket.peer == *peer;
+        self.migrations.borrow().iter().rev().find(is).cloned()
+    }
+
     /// How many migrations are under way.
     pub fn active(&self) -> usize {
         self.migrations.borrow().iter().filter(|ticket| !ticket.is_over()).count()
+    }
+}
+
+/// An offer that is being looked at.
+pub struct Offered {
+    host: Rc<Host>,
+    id: MigrationId,
+}
+
+impl Drop for Offered {
+    fn drop(&mut self) {
+        self.host.offered.borrow_mut().remove(&self.id);
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Lane, OURS, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered};
+use common::{Lane, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours};
 use memlane_kvm::packet;
 use memlane_lab::{HostId, LabOptions};
 use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
@@ -136,7 +136,7 @@ fn a_token_alone_opens_no_lane() {
 
     // A lane for faults that lives keeps its place.
     let mut serving = Peer::call(&stage);
-    serving.send(&Control::Fetch(OURS));
+    serving.send(&Control::Fetch(ours()));
     let Control::Accept(fetch) = serving.receive() else { panic!("the offer to serve is not accepted") };
     let faults = || {
         let mut stream = connect(&stage, LANE_PORT);
@@ -166,8 +166,8 @@ fn attach(stage: &Stage, shape: GuestShape, memory: &OwnedFd) -> (OwnedFd, ToVmm
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let (oldest, newest) = VERSIONS;
     let descriptors: Vec<_> = shape.regions.iter().map(|_| memory.as_fd()).collect();
-    let (standing, migration) = (Standing::Running, [0; 16]);
-    let hello = FromVmm::Hello(Hello { oldest, newest, standing, migration, shape });
+    let standing = Standing::Running;
+    let hello = FromVmm::Hello(Hello { oldest, newest, standing, bond: None, shape });
     packet::send(&socket, &hello.encode(), &descriptors).unwrap();
     let mut buffer = vec![0; MAX_PACKET_BYTES];
     let (length, _) = packet::recv(&socket, &mut buffer).unwrap();

@@ -6,7 +6,7 @@ mod common;
 use std::io::Write;
 use std::net::Shutdown;
 
-use common::{GUEST, OURS, Peer, Stage, captured, lane, offered, words};
+use common::{GUEST, Peer, Stage, captured, lane, offered, ours, words};
 use memlane_lab::{HostId, LabOptions};
 use memlane_protocol::wire::control::{Accept, Control, Missing};
 use memlane_protocol::wire::frame::{Content, Run, encode_head};
@@ -14,7 +14,7 @@ use memlane_protocol::wire::frame::{Content, Run, encode_head};
 /// Offers over a connection of its own to serve the migration that was offered.
 fn serving(stage: &Stage) -> (Peer, Accept) {
     let mut peer = Peer::call(stage);
-    peer.send(&Control::Fetch(OURS));
+    peer.send(&Control::Fetch(ours()));
     match peer.receive() {
         Control::Accept(accept) => (peer, accept),
         other => panic!("the offer to serve is answered with {other:?}"),
@@ -35,7 +35,7 @@ fn a_source_that_serves_badly() {
 
     // Nobody fetches anything.
     let mut peer = Peer::call(&stage);
-    peer.send(&Control::Fetch(OURS));
+    peer.send(&Control::Fetch(ours()));
     peer.wait_for_hang_up();
 
     // What is missing is told before there is anybody to serve it.

@@ -8,12 +8,12 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc;
 
 use common::{
-    LONG, Lane, OURS, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered,
+    LONG, Lane, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours,
     welcome,
 };
 use memlane_lab::{HostId, LabOptions};
 use memlane_protocol::handover::Message;
-use memlane_protocol::wire::control::{Accept, Control, Port};
+use memlane_protocol::wire::control::{Accept, Control, Offer, Port};
 use memlane_protocol::wire::frame::{
     Ack, Content, FRAME_HEADER_BYTES, Run, encode_compressed_head, encode_head,
 };
@@ -172,7 +172,7 @@ fn nonsense_on_the_control_port() {
     }
     // Commits what is not there: nothing may run.
     let (mut peer, _) = offered(&stage, &offer);
-    let (migration, nanoseconds, reason) = (OURS, 0, String::new());
+    let (migration, nanoseconds, reason) = (ours(), 0, String::new());
     peer.send(&Control::Handover { migration, message: Message::Commit, nanoseconds, reason });
     peer.send(&Control::HolesDone);
     peer.wait_for_hang_up();
@@ -282,7 +282,7 @@ fn nonsense_on_a_lane() {
     // More lanes than anybody needs.
     let (mut peer2, accept) = offered(&stage, &offer);
     let lanes: Vec<_> = (0..40).map(|number| lane(&stage, &accept, number)).collect();
-    let (migration, nanoseconds, reason) = (OURS, 0, "had enough".to_owned());
+    let (migration, nanoseconds, reason) = (ours(), 0, "had enough".to_owned());
     peer2.send(&Control::Handover { migration, message: Message::Abort, nanoseconds, reason });
     stage.wait_for_end_of_ours("had enough");
     lanes.into_iter().for_each(Lane::wait_for_hang_up);
@@ -428,4 +428,33 @@ impl FakeDestination {
         }
         (peer, vec![lane])
     }
+}
+
+/// A migration is offered once, and nobody else's connection changes it.
+#[test]
+fn an_offer_that_names_a_known_migration_is_refused() {
+    let test = "an_offer_that_names_a_known_migration_is_refused";
+    let Some(mut stage) = Stage::new(test, LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let offer = captured(&mut stage);
+    let (peer, _) = offered(&stage, &offer);
+    let again = Offer { migration: ours(), ..offer };
+    let refused = || {
+        let mut other = Peer::call(&stage);
+        other.send(&Control::Offer(again.clone()));
+        let Control::Refuse(refusals) = other.receive() else { panic!("it is not refused") };
+        assert!(refusals[0].reason.contains("already"), "{refusals:?}");
+        other.wait_for_hang_up();
+    };
+    // Under way, and after its end.
+    refused();
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+    let migrations = stage.rig.ctl(HostId::B, &["--json", "status"]).unwrap();
+    assert_eq!(migrations.last().unwrap()["migrations"], 1, "{}", migrations.text);
+    peer.fall_silent();
+    peer.wait_for_hang_up();
+    refused();
+    stage.assert_runs_on("web1", &mut guest);
+    stage.assert_moves("web1", &mut there);
 }

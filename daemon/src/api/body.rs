@@ -9,7 +9,7 @@ use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order};
+use super::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order, Resolution, Resolve};
 
 /// Bytes of the largest body of a request, but for those that bring a guest file.
 pub const MAX_BODY_BYTES: usize = 64 << 10;
@@ -48,6 +48,17 @@ impl Content for Order {
             }
             _ => None,
         }
+    }
+}
+
+impl Content for Resolve {
+    fn complaint(&self) -> Option<String> {
+        let unpromised = self.action == Resolution::RunHere && !self.other_host_is_off;
+        unpromised.then(|| {
+            "run_here without other_host_is_off is not allowed; give it only if the other host is off, or its \
+             VMM of this guest"
+                .to_owned()
+        })
     }
 }
 

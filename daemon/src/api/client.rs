@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use super::types::{
     ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
-    PortInfo, Status,
+    PortInfo, Resolve, Status,
 };
 
 /// Where the daemon listens unless its configuration says otherwise.
@@ -174,6 +174,11 @@ impl Client {
     /// `DELETE /v1/migrations/{id}`
     pub async fn cancel(&self, id: &str) -> Result<Migration, ClientError> {
         self.ask(Method::DELETE, &format!("/v1/migrations/{}", segment(id)?), None::<&Order>).await
+    }
+
+    /// `POST /v1/migrations/{id}/resolve`
+    pub async fn resolve(&self, id: &str, resolve: &Resolve) -> Result<Migration, ClientError> {
+        self.ask(Method::POST, &format!("/v1/migrations/{}/resolve", segment(id)?), Some(resolve)).await
     }
 
     /// `POST /v1/migrations/{id}/abandon`

@@ -22,7 +22,9 @@ pub use caller::Caller;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use types::{ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo, Status};
+use types::{
+    ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo, Resolve, Status,
+};
 
 /// Who answers: the host.
 ///
@@ -56,6 +58,8 @@ pub trait Backend {
     fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
     /// Gives up what is missing of a guest that runs at its destination without all of its memory.
     fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
+    /// Decides about a guest in doubt, as its operator has said.
+    fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError>;
     /// Follows a migration. The sender sets the outcome last and may then be dropped.
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
     /// All metrics, as Prometheus reads them.

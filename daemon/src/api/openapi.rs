@@ -29,6 +29,7 @@ pub const COMMITTED: &str = include_str!("openapi.json");
         routes::migration,
         routes::cancel,
         routes::abandon,
+        routes::resolve,
         routes::events,
         routes::openapi,
         routes::metrics,

@@ -18,7 +18,7 @@ use super::line::Line;
 use super::streams::{Stream, Streams};
 use super::types::{
     ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
-    PortInfo, Status,
+    PortInfo, Resolve, Status,
 };
 use super::{Backend, Caller, body};
 use crate::task;
@@ -42,7 +42,7 @@ pub(super) struct Asked {
 
 /// What can be asked for: method, path, and what is called. `{id}` or
 /// `{name}` stands for any one segment.
-pub(super) const ROUTES: [(Method, &str, Call); 16] = [
+pub(super) const ROUTES: [(Method, &str, Call); 17] = [
     (Method::GET, "/v1/status", Call::Status),
     (Method::GET, "/v1/ports", Call::Ports),
     (Method::GET, "/v1/peers", Call::Peers),
@@ -56,6 +56,7 @@ pub(super) const ROUTES: [(Method, &str, Call); 16] = [
     (Method::GET, "/v1/migrations/{id}", Call::Migration),
     (Method::DELETE, "/v1/migrations/{id}", Call::Cancel),
     (Method::POST, "/v1/migrations/{id}/abandon", Call::Abandon),
+    (Method::POST, "/v1/migrations/{id}/resolve", Call::Resolve),
     (Method::GET, "/v1/migrations/{id}/events", Call::Events),
     (Method::GET, "/v1/openapi.json", Call::OpenApi),
     (Method::GET, "/metrics", Call::Metrics),
@@ -76,6 +77,7 @@ pub(super) enum Call {
     Migration,
     Cancel,
     Abandon,
+    Resolve,
     Events,
     OpenApi,
     Metrics,
@@ -191,6 +193,7 @@ where
         Call::Migration => migration(host, id),
         Call::Cancel => cancel(backend, caller, id.to_owned()).await,
         Call::Abandon => abandon(backend, caller, id.to_owned()).await,
+        Call::Resolve => resolve(backend, caller, id.to_owned(), body::read(sent).await?).await,
         Call::Events => events(host, id, streams.open(&caller, busy)?),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host).await),
@@ -332,6 +335,26 @@ async fn cancel(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<
 async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<Answer, ApiError> {
     let migration = to_its_end(async move { backend.abandon(caller.named().await, &id) }).await?;
     Ok(json(StatusCode::ACCEPTED, &migration))
+}
+
+/// Decides about a guest in doubt: the other host must be asked whose it is, and does not answer, or
+/// knows nothing of it. As safe as the promise that comes with it is true.
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/resolve", tag = "migrations", request_body = Resolve,
+    params(("id" = String, Path, description = "Identity of the migration")),
+    responses(
+        (status = 202, description = "Decided; it is carried out as soon as it is written down", body = Migration),
+        (status = "4XX", description = "Nothing was decided", body = ErrorBody),
+    )
+)]
+async fn resolve(
+    backend: Rc<dyn Backend>,
+    caller: Caller,
+    id: String,
+    resolve: Resolve,
+) -> Result<Answer, ApiError> {
+    let resolved = to_its_end(async move { backend.resolve(caller.named().await, &id, resolve) });
+    Ok(json(StatusCode::ACCEPTED, &resolved.await?))
 }
 
 /// Follows a migration as server-sent events: `migration` whenever something changed, at most

@@ -91,6 +91,12 @@ impl Backend for Fake {
         self.migration.send_modify(|migration| migration.outcome = Some(Outcome::Cancelled));
         self.migration(id)
     }
+    fn resolve(&self, _: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
+        self.known(id)?;
+        assert!(resolve.other_host_is_off);
+        Ok(self.migration.borrow().clone())
+    }
+
     fn abandon(&self, _: Caller, id: &str) -> Result<Migration, ApiError> {
         self.known(id)?;
         Err(ApiError::new(ErrorCode::TooLate, "nothing is missing"))

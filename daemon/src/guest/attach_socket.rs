@@ -162,15 +162,14 @@ async fn attach(
         return Ok(());
     };
     welcomed.map_err(broken)?;
-    let Hello { standing, migration, shape, .. } = *hello;
+    let Hello { standing, bond, shape, .. } = *hello;
     info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
     if !ram.is_sealed() {
         info!(guest = %shape.name, "its memory is a file that cannot be sealed: if its VMM cuts it, the guest cannot be moved");
     }
-    let migration = matches!(standing, Standing::Relinquished | Standing::Loaded).then_some(migration);
     let driver = Rc::new(Attached::new(socket, Some(ram.clone())));
     let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), standing));
-    guest.migration.replace(migration);
+    guest.bond.replace(bond.filter(|_| matches!(standing, Standing::Relinquished | Standing::Loaded)));
     let of_guest = guest.driver.clone();
     task::spawn("share of an attached VMM", async move {
         of_guest.gone().await;

@@ -15,7 +15,7 @@ use memlane_kvm::ram::GuestRam;
 use memlane_kvm::shared::SharedWords;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{
-    FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, MigrationId, Reply, Request, ToVmm,
+    Bond, FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
@@ -73,8 +73,9 @@ impl Attached {
     ) -> Result<Handles, DriverError> {
         let request = Request::OpenUserfault { keep };
         let lent = device.map(OwnedFd::as_fd);
+        let name = request.name();
         let (_, descriptors) = self.ask_with(request, lent.as_slice()).await?;
-        Handles::take(descriptors).map_err(|reason| DriverError::Broken { request: request.name(), reason })
+        Handles::take(descriptors).map_err(|reason| DriverError::Broken { request: name, reason })
     }
 
     fn pages(&self) -> u64 {
@@ -98,12 +99,12 @@ impl Attached {
             return Err(DriverError::Unheard);
         }
         self.connection.waiting.borrow_mut().insert(id, sender);
+        let name = request.name();
         let exchange = async {
             let packet = ToVmm::Request { id, request }.encode();
             send(&self.socket, &packet, descriptors).await.map_err(|_| DriverError::Unheard)?;
             answer.await.map_err(|_| DriverError::Gone)
         };
-        let name = request.name();
         match tokio::time::timeout(PATIENCE, exchange).await {
             Ok(Ok((Ok(values), descriptors))) => Ok((values, descriptors)),
             Ok(Ok((Err(reason), _))) => Err(DriverError::Failed { request: name, reason }),
@@ -201,12 +202,12 @@ impl Driver for Attached {
         Ok(Duration::from_nanos(nanoseconds))
     }
 
-    async fn relinquish(&self, migration: MigrationId) -> Result<(), DriverError> {
-        self.ask(Request::Relinquish { migration }).await.map(drop)
+    async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.ask(Request::Relinquish(bond.clone())).await.map(drop)
     }
 
-    async fn prepare(&self, migration: MigrationId) -> Result<(), DriverError> {
-        self.ask(Request::Prepare { migration }).await.map(drop)
+    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.ask(Request::Prepare(bond.clone())).await.map(drop)
     }
 
     async fn discard(&self) -> Result<(), DriverError> {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::wire::WireError;
-use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::attach::{Bond, MigrationId, Standing};
 use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::wire::machine::GuestShape;
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -137,9 +137,9 @@ pub trait Driver {
     /// Loads what [`Driver::save`] gave at another host; returns the time that it took.
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.
-    async fn relinquish(&self, migration: MigrationId) -> Result<(), DriverError>;
+    async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Lets the VMM remember to which migration the guest that it loaded belongs.
-    async fn prepare(&self, migration: MigrationId) -> Result<(), DriverError>;
+    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.
     async fn discard(&self) -> Result<(), DriverError>;
     /// Returns once the connection to the VMM is lost.
@@ -181,8 +181,10 @@ pub struct Guest {
     pub tracked: Cell<bool>,
     /// How, if they are held up.
     stunned: RefCell<Option<Stunned>>,
-    /// The migration that it takes part in, or (relinquished, loaded) took part in.
+    /// The migration that it takes part in.
     pub migration: RefCell<Option<MigrationId>>,
+    /// What its VMM said, when it attached, that it waits for word of.
+    pub bond: RefCell<Option<Bond>>,
     /// The daemon started its VMM for a migration, and has no use for it without.
     pub summoned: Cell<bool>,
     /// Part of its memory never came, and accesses to that fail: it must not move any more.
@@ -203,7 +205,7 @@ impl Guest {
         standing: Standing,
     ) -> Self {
         let (standing, migration) = (Cell::new(standing), RefCell::default());
-        let (tracked, stunned, summoned, incomplete, lost, ahead) = Default::default();
+        let (tracked, stunned, bond, summoned, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
             ram,
@@ -213,6 +215,7 @@ impl Guest {
             tracked,
             stunned,
             migration,
+            bond,
             summoned,
             incomplete,
             lost,
@@ -232,6 +235,16 @@ impl Guest {
         if let Some(ahead) = ahead {
             ahead.stop().await;
         }
+    }
+
+    /// What it is made of, in a number: the same whenever its VMM attaches, and never 0.
+    pub fn digest(&self) -> u64 {
+        let GuestShape { name, machine, regions, .. } = &self.shape;
+        let mut text = format!("{name} {} {}", machine.vmm, machine.vcpus);
+        for region in regions {
+            text.push_str(&format!(" {}+{}/{}", region.address, region.bytes, region.page_bytes));
+        }
+        xxhash_rust::xxh3::xxh3_64(text.as_bytes()).max(1)
     }
 
     /// See [`Driver::harvest`].

@@ -95,6 +95,15 @@ impl Process {
         Self { identity, watch: find(identity) }
     }
 
+    /// Whether the process that was written down still runs, or that cannot be told.
+    pub fn lives(identity: VmmIdentity) -> bool {
+        identity.pid != 0
+            && match started(identity.pid) {
+                Ok(started) => started == identity.started,
+                Err(error) => error.kind() != io::ErrorKind::NotFound,
+            }
+    }
+
     /// Which process it is, or was.
     pub fn identity(&self) -> VmmIdentity {
         self.identity

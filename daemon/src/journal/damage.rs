@@ -40,6 +40,7 @@ fn the_longest_entry_fits() {
             guest: label.parse().unwrap(),
             peer: label.parse().unwrap(),
             vmm: VmmIdentity { pid: u32::MAX, started: u64::MAX },
+            shape: u64::MAX,
             record,
             fetching: false,
         };

@@ -31,6 +31,8 @@ pub struct Entry {
     pub peer: Label,
     /// The guest's VMM on this host.
     pub vmm: VmmIdentity,
+    /// What the guest is made of ([`Guest::digest`](crate::guest::Guest::digest)); 0 if it is not known.
+    pub shape: u64,
     /// How far the handover came on this host.
     pub record: Record,
     /// The guest runs here, or is about to, and part of its memory is still at the source.
@@ -58,6 +60,8 @@ pub struct Line {
     #[serde(default)]
     started: u64,
     #[serde(default)]
+    shape: u64,
+    #[serde(default)]
     fetching: bool,
     /// `None`: forget the migration.
     record: Option<String>,
@@ -82,6 +86,7 @@ impl Line {
             peer: entry.peer.to_string(),
             pid: entry.vmm.pid,
             started: entry.vmm.started,
+            shape: entry.shape,
             fetching: entry.fetching,
             record: record.map(|record| record.to_string()),
         }
@@ -99,6 +104,7 @@ impl Line {
             guest,
             peer,
             vmm: VmmIdentity { pid: self.pid, started: self.started },
+            shape: self.shape,
             fetching: self.fetching,
             record: record.parse::<Record>().map_err(|error| error.to_string())?,
         }))

@@ -95,6 +95,12 @@ impl Journal {
         entries.get(&(peer.clone(), *migration)).cloned()
     }
 
+    /// Whether this migration is under way here, with whichever peer.
+    pub fn knows(&self, migration: &MigrationId) -> bool {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.values().any(|entry| entry.migration == *migration)
+    }
+
     /// Makes `record` durable as the newest of the migration; `entry.record` does not matter.
     /// After an error a restarted daemon does not find it.
     pub async fn write(&self, entry: &Entry, record: Record) -> Result<(), JournalError> {

@@ -17,7 +17,7 @@ pub fn entry(number: u8, record: Record) -> Entry {
     let label = |name: &str| name.parse().unwrap();
     let vmm = VmmIdentity { pid: 4711, started: 1 << 40 };
     let (guest, peer) = (label("web1"), label("host-b"));
-    Entry { migration: [number; 16], guest, peer, vmm, record, fetching: false }
+    Entry { migration: [number; 16], guest, peer, vmm, shape: 0, record, fetching: false }
 }
 
 /// What a daemon that starts finds, or why it does not start.

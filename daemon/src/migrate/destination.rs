@@ -52,6 +52,15 @@ struct Run {
 /// Answers an offer, and takes the guest if it can come.
 pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let name = offer.shape.name.clone();
+    let Some(offered) = host.take_offer(offer.migration) else {
+        warn!(guest = %name, %peer, "refused an offer that names a migration which is known here");
+        let reason = "this host knows a migration of that identity already, and one is never offered twice; \
+            order it anew";
+        let refusal = Refusal { what: Respect::Busy, reason: reason.to_owned() };
+        let _ = link.send(&Control::Refuse(vec![refusal])).await;
+        link.until_closed().await;
+        return;
+    };
     let guest = match preflight::receive(&host, &peer, &offer).await {
         Ok(guest) => guest,
         Err(refusals) => {
@@ -78,13 +87,15 @@ pub async fn run(host: Rc<Host>, peer: Label, mut link: Link, offer: Offer) {
     let vmm = guest.process.identity();
     let record = Record::Prepared;
     let (guest_name, migration) = (name.clone(), offer.migration);
-    let entry = Entry { migration, guest: guest_name, peer: peer.clone(), record, vmm, fetching: false };
+    let (peer_name, shape) = (peer.clone(), guest.digest());
+    let entry = Entry { migration, guest: guest_name, peer: peer_name, vmm, shape, record, fetching: false };
     let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Destination);
     ticket.update(|progress| {
         progress.pages_total = guest.shape.pages();
         progress.phase = PhaseView::Copying;
     });
     host.add(ticket.clone());
+    drop(offered);
     info!(guest = %name, %peer, "a guest is coming");
     let inbound = Arc::new(Inbound { ram: guest.ram.clone(), placing: None });
     let lanes = Lanes::new(host.traffic.clone());
@@ -139,6 +150,7 @@ impl Run {
                 }
             }
             self.show_phase();
+            self.executor.show_doubt(&self.machine);
         }
         self.lanes.close().await;
         self.guest.migration.borrow_mut().take_if(|migration| *migration == self.ticket.id);
@@ -151,7 +163,7 @@ impl Run {
         let copying = self.machine.phase() == Phase::Copying && !self.loaded;
         let receiving = copying && self.lanes.running() < MOST_LANES;
         let mut abandoned = self.ticket.abandoned.subscribe();
-        let Arrivals { words, returns, links } = &mut self.executor.arrivals;
+        let Arrivals { words, returns, links, resolutions } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message).await,
@@ -171,6 +183,7 @@ impl Run {
             Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if self.machine.can_abandon() => {
                 self.abandoned().await
             }
+            Some(resolution) = resolutions.recv() => Some(self.executor.note_resolution(resolution)),
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = tokio::time::sleep(TICK) => {
                 self.show();
@@ -337,7 +350,7 @@ impl Run {
             self.loaded = false;
         }
         let took = loaded.map_err(|error| error.to_string())?;
-        driver.prepare(self.ticket.id).await.map_err(|error| error.to_string())?;
+        driver.prepare(&self.executor.bond()).await.map_err(|error| error.to_string())?;
         self.guest.standing.set(Standing::Loaded);
         self.executor.load_time = took;
         self.ticket.update(|progress| {
@@ -501,6 +514,7 @@ impl Run {
                 self.ticket.end(OutcomeView::Completed, None, Some(here));
             }
             Outcome::VmmGone => self.ticket.end(OutcomeView::Lost, reason, None),
+            Outcome::GivenUp => self.ticket.end(OutcomeView::Failed, reason, None),
             Outcome::Lost => {
                 self.poison().await;
                 let runs_here = self.executor.guest().map(|guest| {

@@ -1,6 +1,7 @@
 //! Carries out what a half of the handover orders.
 
 mod deadline;
+mod doubt;
 mod lost;
 
 use std::cell::Cell;
@@ -16,6 +17,7 @@ use memlane_protocol::wire::control::Control;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
+use super::silence::Silence;
 use super::{Arrivals, Ticket, Word, unix_seconds};
 use crate::announce::announce;
 use crate::api::types::Role;
@@ -42,6 +44,8 @@ pub trait Half {
     fn is_over(&self) -> bool;
     /// Whether an operator may give up the guest's missing pages.
     fn can_abandon(&self) -> bool;
+    /// Whether the guest is in doubt, so that an operator may decide.
+    fn can_resolve(&self) -> bool;
 }
 
 impl Half for Source {
@@ -56,6 +60,10 @@ impl Half for Source {
     fn can_abandon(&self) -> bool {
         Source::can_abandon(self)
     }
+
+    fn can_resolve(&self) -> bool {
+        Source::can_resolve(self)
+    }
 }
 
 impl Half for Destination {
@@ -69,6 +77,10 @@ impl Half for Destination {
 
     fn can_abandon(&self) -> bool {
         Destination::can_abandon(self)
+    }
+
+    fn can_resolve(&self) -> bool {
+        Destination::can_resolve(self)
     }
 }
 
@@ -136,6 +148,8 @@ pub struct Executor {
     resumed: bool,
     /// A word is on its way over a connection of its own.
     exchanging: Rc<Cell<bool>>,
+    /// What came of the words that were sent so.
+    silence: Rc<Silence>,
 }
 
 impl Executor {
@@ -170,6 +184,7 @@ impl Executor {
             told_to_run,
             resumed: false,
             exchanging: Rc::default(),
+            silence: Rc::default(),
         }
     }
 
@@ -203,9 +218,12 @@ impl Executor {
             }
             VmmNews::Back(guest) => {
                 info!(guest = %self.entry.guest, "the VMM is back");
+                let told = self.told_by(&guest);
                 self.vmm = Vmm::Attached(guest);
-                let action = self.unanswered.take()?;
-                self.perform(action).await
+                match self.unanswered.take() {
+                    Some(action) => self.perform(action).await,
+                    None => told,
+                }
             }
         }
     }
@@ -320,9 +338,7 @@ impl Executor {
         }
         let started = Instant::now();
         let told = match action {
-            Action::Relinquish => {
-                self.relinquish(&guest, self.entry.migration).await.map(|event| done = event)
-            }
+            Action::Relinquish => self.relinquish(&guest).await.map(|event| done = event),
             Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
             _ => guest.driver.discard().await,
         };
@@ -454,20 +470,20 @@ impl Executor {
             return; // the one before has not been answered, and is repeated
         }
         let (host, entry, ticket) = (self.host.clone(), self.entry.clone(), self.ticket.clone());
-        let exchanging = self.exchanging.clone();
+        let (exchanging, silence) = (self.exchanging.clone(), self.silence.clone());
         task::spawn("word over a connection of its own", async move {
             match ask(&host, &entry, &word).await {
                 Ok(Some(message)) => {
+                    silence.broken(&entry, message);
                     // Nobody waits for the answer to an answer.
                     let (reply, _) = oneshot::channel();
                     let _ = ticket.words.send(Word { message, reply }).await;
                 }
-                Ok(None) => {
-                    debug!(guest = %entry.guest, peer = %entry.peer, "the other host has no answer yet")
+                Ok(None) if host.peer(&entry.peer).is_none() => {
+                    silence.goes_on(&entry, "no peer of this name is configured; add it as [[peer]]")
                 }
-                Err(failure) => {
-                    info!(guest = %entry.guest, peer = %entry.peer, %failure, "cannot reach the other host");
-                }
+                Ok(None) => silence.goes_on(&entry, "it has no answer yet"),
+                Err(failure) => silence.goes_on(&entry, failure),
             }
             exchanging.set(false);
         });
@@ -493,7 +509,6 @@ impl Executor {
 /// Asks the other host, over a connection of its own.
 async fn ask(host: &Host, entry: &Entry, word: &Control) -> Result<Option<Message>, LinkError> {
     let Some(mut link) = host.connect(&entry.peer).await? else {
-        warn!(peer = %entry.peer, "no peer of this name is configured, and a handover with it is in doubt");
         return Ok(None);
     };
     link.send(word).await?;

@@ -19,15 +19,16 @@ pub mod recover;
 mod reopen;
 mod routes;
 mod serve;
+mod silence;
 pub mod source;
 mod stun;
 
 use std::rc::Rc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use memlane_protocol::handover::Message;
+use memlane_protocol::handover::{Message, Resolution};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::attach::{MigrationId, Standing};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::api::types::{Migration, Outcome, Phase, Role};
@@ -59,8 +60,14 @@ pub struct Ticket {
     pub abandoned: watch::Sender<bool>,
     /// Whether that would be heeded.
     pub abandonable: std::cell::Cell<bool>,
+    /// What the operator decides about a guest in doubt.
+    pub resolutions: mpsc::Sender<Resolution>,
+    /// Whether that would be heeded.
+    pub resolvable: std::cell::Cell<bool>,
     /// The process of the guest's VMM.
     pub vmm: VmmIdentity,
+    /// What the guest is made of; 0 if it is not known.
+    pub shape: u64,
     started: Instant,
 }
 
@@ -72,6 +79,8 @@ pub struct Arrivals {
     pub returns: mpsc::Receiver<Rc<Guest>>,
     /// See [`Ticket::links`].
     pub links: mpsc::Receiver<Link>,
+    /// See [`Ticket::resolutions`].
+    pub resolutions: mpsc::Receiver<Resolution>,
 }
 
 /// A word of the handover that came over a connection of its own, and where the answer goes.
@@ -86,10 +95,11 @@ impl Ticket {
     /// For a migration that begins now, together with what arrives for it.
     pub fn new(entry: &Entry, here: &Label, role: Role) -> (Rc<Self>, Arrivals) {
         const WAITING: usize = 4;
-        let Entry { migration: id, guest, peer, vmm, .. } = entry;
+        let Entry { migration: id, guest, peer, vmm, shape, .. } = entry;
         let (words, words_arriving) = mpsc::channel(WAITING);
         let (returns, returning) = mpsc::channel(WAITING);
         let (links, linking) = mpsc::channel(WAITING);
+        let (resolutions, resolving) = mpsc::channel(WAITING);
         let destination = if role == Role::Source { peer } else { here };
         let mut progress = Migration::new(crate::hex::encode(id), guest.as_str(), destination.as_str());
         progress.role = role;
@@ -108,10 +118,35 @@ impl Ticket {
             links,
             abandoned: watch::Sender::new(false),
             abandonable: false.into(),
+            resolutions,
+            resolvable: false.into(),
             vmm: *vmm,
+            shape: *shape,
             started: Instant::now(),
         };
-        (Rc::new(ticket), Arrivals { words: words_arriving, returns: returning, links: linking })
+        let (words, returns, links, resolutions) = (words_arriving, returning, linking, resolving);
+        (Rc::new(ticket), Arrivals { words, returns, links, resolutions })
+    }
+
+    /// Why a VMM that attaches is not the one that this migration has told what to do, if it is not.
+    pub fn stranger(&self, guest: &Guest) -> Option<&'static str> {
+        let bond = guest.bond.borrow();
+        let role = self.progress.borrow().role;
+        let told = match guest.standing.get() {
+            Standing::Running => true,
+            Standing::Incoming | Standing::Loaded => role == Role::Destination,
+            Standing::Relinquished => role == Role::Source,
+        };
+        let ours = bond.as_ref().is_none_or(|bond| bond.migration == self.id && bond.peer == self.peer);
+        [
+            (guest.shape.name == self.guest, "it has another guest"),
+            (guest.process.identity() == self.vmm, "it is another process"),
+            (self.shape == 0 || self.shape == guest.digest(), "its guest is made of something else"),
+            (told, "it was not told to do what it says that it does"),
+            (ours, "it waits for word of another migration"),
+        ]
+        .into_iter()
+        .find_map(|(holds, otherwise)| (!holds).then_some(otherwise))
     }
 
     /// Changes what everyone sees.
@@ -127,8 +162,10 @@ impl Ticket {
         crate::metrics::migration_ended(outcome);
         self.cancellable.set(false);
         self.abandonable.set(false);
+        self.resolvable.set(false);
         self.update(|progress| {
             progress.phase = Phase::Ended;
+            (progress.in_doubt_since_unix_seconds, progress.waits_for) = (None, None);
             progress.reason = reason;
             progress.guest_runs_at = guest_runs_at;
             progress.outcome = Some(outcome);

@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use memlane_protocol::handover::{Action, Destination, Event, Outcome, Record, Source, WrongRecord};
-use memlane_protocol::wire::attach::Standing;
-use tracing::{error, info};
+use memlane_protocol::wire::attach::{Bond, Standing};
+use tracing::{error, info, warn};
 
 use super::executor::{Executor, Half, NEVER_WHOLE, TICK, Vmm, until, vmm_news};
 use super::serve::{Server, Serving};
@@ -19,35 +19,60 @@ use crate::task;
 pub fn all(host: &Rc<Host>, unfinished: Vec<Entry>) {
     for entry in unfinished {
         let record = entry.record;
-        let source = matches!(record, Record::Committed | Record::Finished | Record::TakenBack);
-        let role = if source { Role::Source } else { Role::Destination };
+        let role = if record.is_of_source() { Role::Source } else { Role::Destination };
         info!(guest = %entry.guest, peer = %entry.peer, %record, "taking up a migration that was in doubt");
         let vmm = Vmm::Away(Rc::new(Process::remembered(entry.vmm)));
         take_up(host, vmm, entry, Some(record), role);
     }
 }
 
-/// A VMM is back that may only run with the daemon's permission, and the journal knows nothing
-/// of its migration: that was never committed.
+/// A VMM has attached that may only run with the daemon's permission, and the journal knows nothing of
+/// its migration: the other host, which the VMM names, is asked.
 pub async fn unknown(host: Rc<Host>, guest: Rc<Guest>) {
+    let bond = guest.bond.borrow().clone();
     let role = if guest.standing.get() == Standing::Relinquished { Role::Source } else { Role::Destination };
-    info!(guest = %guest.shape.name, ?role, "a VMM is back from a migration that was never committed");
-    let entry = Entry {
-        migration: guest.migration.borrow().unwrap_or_default(),
-        guest: guest.shape.name.clone(),
-        peer: host.config.host.clone(),
-        record: Record::Declined,
-        vmm: guest.process.identity(),
-        fetching: false,
-    };
+    let Some(bond) = bond else { return unbound(&host, guest, role).await };
+    let name = &guest.shape.name;
+    let (peer, migration) = (&bond.peer, crate::hex::encode(&bond.migration));
+    warn!(
+        guest = %name, %peer, migration, ?role,
+        "a VMM waits for word of a migration of which the journal knows nothing; the other host is asked"
+    );
+    let entry = entry(&guest, bond, if role == Role::Source { Record::Leaving } else { Record::Prepared });
     take_up(&host, Vmm::Attached(guest), entry, None, role);
+}
+
+/// The VMM is a QEMU that was paused and not relinquished, or has loaded a guest and not been prepared:
+/// nothing was promised about either.
+async fn unbound(host: &Rc<Host>, guest: Rc<Guest>, role: Role) {
+    info!(guest = %guest.shape.name, ?role, "a VMM is back from a migration that came to nothing");
+    if role == Role::Destination {
+        if let Err(failure) = guest.driver.discard().await {
+            warn!(guest = %guest.shape.name, %failure, "cannot end a VMM whose guest does not come any more");
+        }
+        return;
+    }
+    let bond = Bond { migration: crate::host::random_id(), peer: host.config.host.clone(), fetching: false };
+    let record = Record::Leaving;
+    take_up(host, Vmm::Attached(guest.clone()), entry(&guest, bond, record), Some(record), role);
+}
+
+fn entry(guest: &Guest, bond: Bond, record: Record) -> Entry {
+    let Bond { migration, peer, fetching } = bond;
+    guest.migration.replace(Some(migration));
+    let (name, vmm, shape) = (guest.shape.name.clone(), guest.process.identity(), guest.digest());
+    Entry { migration, guest: name, peer, vmm, shape, record, fetching }
 }
 
 /// Makes the migration known at once, and works on it in a task of its own.
 fn take_up(host: &Rc<Host>, vmm: Vmm, entry: Entry, record: Option<Record>, role: Role) {
     let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, role);
     ticket.cancellable.set(false);
-    ticket.update(|progress| progress.phase = Phase::Committing);
+    ticket.update(|progress| {
+        progress.phase = Phase::Committing;
+        // Whatever was known before is not known any more.
+        progress.guest_runs_at = None;
+    });
     host.add(ticket.clone());
     let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
     let mut executor = Executor::new(host.clone(), entry, vmm, None, (ticket.clone(), arrivals));
@@ -81,6 +106,10 @@ fn give_up(ticket: &Ticket, failure: WrongRecord) -> Option<String> {
 
 async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action>) -> Option<String> {
     let mut left = executor.carry_out(&mut half, actions).await;
+    if let Some(event) = executor.told_at_once() {
+        let actions = half.on(event);
+        left.extend(executor.carry_out(&mut half, actions).await);
+    }
     let (mut serve, mut serving) = (false, None);
     loop {
         for action in left.drain(..) {
@@ -108,14 +137,16 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
             continue;
         }
         executor.ticket.abandonable.set(half.can_abandon());
+        executor.show_doubt(&half);
         let mut abandoned = executor.ticket.abandoned.subscribe();
         let patience_ends = executor.patience_ends();
-        let Arrivals { words, returns, .. } = &mut executor.arrivals;
+        let Arrivals { words, returns, resolutions, .. } = &mut executor.arrivals;
         let event = tokio::select! {
             Some(word) = words.recv() => {
                 executor.reply = Some(word.reply);
                 Some(Event::Message(word.message))
             }
+            Some(resolution) = resolutions.recv() => Some(executor.note_resolution(resolution)),
             news = vmm_news(&executor.vmm, returns) => executor.note_vmm(news).await,
             Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if half.can_abandon() => {
                 executor.blame("abandoned by the operator: the destination is gone for good");
@@ -138,7 +169,10 @@ async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action
 fn begin_to_serve(executor: &Executor) -> Option<Serving> {
     let guest = executor.guest()?;
     let (host, ticket) = (executor.host.clone(), executor.ticket.clone());
-    ticket.update(|progress| progress.phase = Phase::Fetching);
+    ticket.update(|progress| {
+        progress.phase = Phase::Fetching;
+        progress.guest_runs_at = Some(ticket.peer.to_string());
+    });
     info!(guest = %ticket.guest, "serving a guest that runs at the destination without all of its memory");
     // Whether pages are holes nobody knows any more.
     Some(Serving::again(Server { host, ticket, ram: guest.ram.clone(), sparse: true }))
@@ -149,7 +183,9 @@ fn report(executor: &mut Executor, outcome: Outcome) {
     let (here, there) = (executor.host.config.host.to_string(), ticket.peer.to_string());
     let role = ticket.progress.borrow().role;
     let runs_here = match (role, outcome) {
-        (_, Outcome::VmmGone | Outcome::Lost) => None,
+        (_, Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp) => None,
+        // It is the source's again, which may not have heard of that.
+        (Role::Destination, Outcome::TakenBack) => None,
         (Role::Source, Outcome::Completed) => Some(false),
         (Role::Source, _) => Some(true),
         (Role::Destination, Outcome::Completed) => Some(true),

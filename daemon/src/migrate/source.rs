@@ -162,6 +162,7 @@ impl Run {
                 self.begin(action).await;
             }
             self.show_phase();
+            self.executor.show_doubt(&self.machine);
         }
         let closed = self.copying.lanes.borrow().close();
         closed.await;
@@ -185,6 +186,8 @@ impl Run {
                 self.stage = Some(Box::pin(async move { copying.run().await.map(|()| Event::SwitchOver) }));
             }
             Action::Pause => {
+                // What was written before is not part of the pause.
+                self.executor.journal_time = Duration::ZERO;
                 self.stage = Some(Box::pin(async move { copying.pause().await.map(|()| Event::Sent) }));
             }
             // It is served since before the guest was handed over.
@@ -201,7 +204,7 @@ impl Run {
         let deadline = self.deadline();
         let mut cancelled = self.ticket.cancelled.subscribe();
         let mut abandoned = self.ticket.abandoned.subscribe();
-        let Arrivals { words, returns, .. } = &mut self.executor.arrivals;
+        let Arrivals { words, returns, resolutions, .. } = &mut self.executor.arrivals;
         tokio::select! {
             biased;
             message = receive(&mut self.executor.link) => self.hear(message),
@@ -228,6 +231,7 @@ impl Run {
                 self.executor.blame("abandoned by the operator: the destination is gone for good");
                 Some(Event::Abandoned)
             }
+            Some(resolution) = resolutions.recv() => Some(self.executor.note_resolution(resolution)),
             news = vmm_news(&self.executor.vmm, returns) => self.executor.note_vmm(news).await,
             () = until(deadline.map(|deadline| deadline.at)) => {
                 self.executor.blame(deadline.map(|deadline| deadline.reason()).unwrap_or_default());
@@ -361,7 +365,7 @@ impl Run {
             Outcome::Refused => (OutcomeView::Refused, reason, Some(here)),
             Outcome::Cancelled => (OutcomeView::Cancelled, reason, Some(here)),
             Outcome::Failed | Outcome::TakenBack => (OutcomeView::Failed, reason, Some(here)),
-            Outcome::VmmGone => (OutcomeView::Failed, reason, None),
+            Outcome::VmmGone | Outcome::GivenUp => (OutcomeView::Failed, reason, None),
             Outcome::Lost => (OutcomeView::Lost, reason, None),
         };
         info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");

@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 pub use linux::Linux;
 pub use peer::{
-    Lane, OURS, Peer, announce, captured, connect, greet, hello, host_a, lane, lane_address, offered, welcome,
+    Lane, Peer, announce, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours, welcome,
 };
 pub use tap::Tap;
 

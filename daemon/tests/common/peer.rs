@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use memlane_lab::{HostId, wait_for};
@@ -15,8 +15,14 @@ use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 use super::{LONG, Stage, Tap};
 
-/// What tells our own migrations from those of a daemon.
-pub const OURS: MigrationId = [0xaa; 16];
+/// How many migrations we have offered ourselves.
+static OFFERED: AtomicU64 = AtomicU64::new(0);
+
+/// The identity of the migration that we have offered last.
+pub fn ours() -> MigrationId {
+    let number = OFFERED.load(Ordering::Relaxed).to_le_bytes();
+    std::array::from_fn(|index| if index < 8 { 0xaa } else { number[index - 8] })
+}
 
 /// A control connection after its greeting, held by a test in place of a daemon. Pings are
 /// answered until [`Peer::fall_silent`].
@@ -190,16 +196,17 @@ pub fn captured(stage: &mut Stage) -> Offer {
     let answer = stage.rig.ctl(HostId::A, &["check", "web1", "host-b"]).unwrap();
     assert_eq!(answer.code, 0, "{}", answer.text);
     let mut offer = tap.offer().expect("an offer has passed the tap");
-    (offer.check_only, offer.migration) = (false, OURS);
+    offer.check_only = false;
     tap.remove(stage);
     stage.wait_for_standing(HostId::B, "web1", "incoming");
     offer
 }
 
-/// Offers the guest to host B, which accepts.
+/// Offers the guest to host B, in a migration of its own; host B accepts.
 pub fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
     let mut peer = Peer::call(stage);
-    peer.send(&Control::Offer(offer.clone()));
+    OFFERED.fetch_add(1, Ordering::Relaxed);
+    peer.send(&Control::Offer(Offer { migration: ours(), ..offer.clone() }));
     match peer.receive() {
         Control::Accept(accept) => (peer, accept),
         other => panic!("the offer is answered with {other:?}"),

@@ -509,10 +509,8 @@ impl World {
             (Fault::GiveUpInDoubt, Side::Destination)
                 if self.destination.journal == Some(Record::Prepared) =>
             {
-                self.destination.journal = None;
-                let (half, actions) = Destination::recover(None).expect("nothing is a fine record");
-                self.destination.half = Some(Half::Destination(half));
-                self.carry_out(at, actions);
+                (self.destination.journal, self.destination.half) = (None, None);
+                self.destination.vmm = Vmm::Discarded;
             }
             _ => {}
         }

@@ -20,6 +20,7 @@ Examples:
   memlanectl watch                               watch what is under way
   memlanectl cancel web1                         the guest stays where it runs
   memlanectl abandon web1                        it runs here without all of its memory, and the rest is lost
+  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host has burnt
   memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
   memlanectl attach --qmp /run/web1.qmp --name web1
 
@@ -158,6 +159,30 @@ pub enum Command {
         /// Identity of the migration, its first digits, or name of the guest
         #[arg(value_name = "ID|GUEST")]
         migration: String,
+    },
+    /// Decide about a guest in doubt, when the other host will never say whose it is
+    ///
+    /// A guest is in doubt when this host may not tell alone whether the other one runs it: memlanectl
+    /// status says so, and what is waited for. As long as the other host may come back, wait. With
+    /// --run-here the guest goes on from where it was paused: what it did at the other host since, if it
+    /// ran there, is lost, and its disks may be ahead of its memory. With --discard its VMM here ends.
+    #[command(group = clap::ArgGroup::new("action").required(true))]
+    Resolve {
+        /// Name of the guest, or identity of the migration or its first digits
+        #[arg(value_name = "GUEST")]
+        guest: String,
+        /// Run the guest here
+        #[arg(long, group = "action", requires = "other_host_is_off")]
+        run_here: bool,
+        /// Give up what is here of the guest
+        #[arg(long, group = "action")]
+        discard: bool,
+        /// I promise that the other host, or its VMM of this guest, is off and stays so
+        #[arg(long)]
+        other_host_is_off: bool,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
     },
     /// Cancel a migration; the guest stays at its source
     Cancel {

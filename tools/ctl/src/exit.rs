@@ -52,7 +52,8 @@ impl Exit {
             | ErrorCode::CannotLaunch
             | ErrorCode::CannotAttach
             | ErrorCode::CannotDetach
-            | ErrorCode::TooLate => Self::Refused,
+            | ErrorCode::TooLate
+            | ErrorCode::NotInDoubt => Self::Refused,
             _ => Self::Other,
         }
     }

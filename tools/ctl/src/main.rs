@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use memlaned::api::client::Client;
 use memlaned::api::json::to_json;
+use memlaned::api::types::{Resolution, Resolve};
 use serde::Serialize;
 
 use args::{Args, Command};
@@ -66,6 +67,11 @@ async fn run(args: &Args) -> Result<Exit, Error> {
         }
         Command::Watch { migration } => return orders::watch(&client, migration.as_deref(), args.json).await,
         Command::Abandon { migration } => return orders::abandon(&client, migration, args.json).await,
+        Command::Resolve { guest, run_here, other_host_is_off, yes, .. } => {
+            let action = if *run_here { Resolution::RunHere } else { Resolution::Discard };
+            let resolve = Resolve { action, other_host_is_off: *other_host_is_off };
+            return orders::resolve(&client, guest, resolve, *yes, args.json).await;
+        }
         Command::Cancel { migration } => return orders::cancel(&client, migration, args.json).await,
     }
     Ok(Exit::Completed)

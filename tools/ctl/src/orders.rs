@@ -1,9 +1,10 @@
 //! Commands that follow or change a migration.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use memlaned::api::client::{Client, ClientError, Events};
-use memlaned::api::types::{ErrorCode, Migration, Order};
+use memlaned::api::types::{ErrorCode, Migration, Order, Resolution, Resolve};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::{Error, Exit};
@@ -85,6 +86,51 @@ pub async fn abandon(client: &Client, which: &str, as_json: bool) -> Result<Exit
         )),
     }
     Ok(Exit::Completed)
+}
+
+/// Decides about a guest in doubt, after asking whether that is meant.
+pub async fn resolve(
+    client: &Client,
+    which: &str,
+    resolve: Resolve,
+    sure: bool,
+    as_json: bool,
+) -> Result<Exit, Error> {
+    let migration = find(client, Some(which)).await?;
+    if !sure {
+        confirm(&migration, resolve)?;
+    }
+    let migration = client.resolve(&migration.id, &resolve).await?;
+    let Migration { id, guest, .. } = &migration;
+    match as_json {
+        true => json(&migration),
+        false => show::line(&format!("{guest}: decided; memlanectl watch {id} shows what comes of it")),
+    }
+    Ok(Exit::Completed)
+}
+
+/// Has the user type `yes` on a terminal; without one nothing is taken for a yes.
+fn confirm(migration: &Migration, resolve: Resolve) -> Result<(), Error> {
+    let usage = |message: &str| Err(Error::Command(ErrorCode::Invalid, message.to_owned()));
+    if !std::io::stdin().is_terminal() {
+        return usage("there is no terminal to confirm this on; give --yes if it is meant");
+    }
+    let guest = &migration.guest;
+    let what = match (resolve.action, resolve.other_host_is_off) {
+        (Resolution::RunHere, _) => format!(
+            "{guest} will run here. If the other host runs it too, or ever does, its disks are destroyed"
+        ),
+        (Resolution::Discard, true) => format!("what is here of {guest} is given up for good"),
+        (Resolution::Discard, false) => {
+            format!("what is here of {guest} is given up for good, whether or not the other host has it")
+        }
+    };
+    eprint!("{what}. Type yes to go on: ");
+    let mut answer = String::new();
+    match std::io::stdin().read_line(&mut answer) {
+        Ok(_) if answer.trim() == "yes" => Ok(()),
+        _ => usage("not confirmed; nothing was decided"),
+    }
 }
 
 /// What Ctrl-C does.

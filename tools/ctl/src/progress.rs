@@ -167,6 +167,10 @@ fn headline(migration: &Migration) -> String {
         let waits = postcopy.waits_for.as_ref().map_or(String::new(), |what| format!("; waits for {what}"));
         return format!("{guest} → {host}: {phase}, runs there without all of its memory{waits}");
     }
+    if let Some(what) = &migration.waits_for {
+        let doubt = if migration.in_doubt_since_unix_seconds.is_some() { ", in doubt" } else { "" };
+        return format!("{guest} → {host}: {phase}{doubt}; waits for {what}");
+    }
     match migration.downtime_predicted_seconds {
         Some(predicted) => {
             format!("{guest} → {host}: {phase}, predicted downtime {} of {limit}", units::seconds(predicted))

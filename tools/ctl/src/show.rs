@@ -41,6 +41,12 @@ pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> 
     for migration in migrations.iter().filter(|migration| migration.outcome.is_none()) {
         let Migration { id, guest, host, phase, .. } = migration;
         text.push_str(&format!("\n    {guest} → {host}: {phase}  ({id})"));
+        if let Some(what) = &migration.waits_for {
+            let doubt = migration.in_doubt_since_unix_seconds.map_or(String::new(), |since| {
+                format!("in doubt for {}; ", units::seconds((units::now() - since).max(0.0)))
+            });
+            text.push_str(&format!("\n      {doubt}waits for {what}"));
+        }
         for port in summary::lost_ports(migration) {
             text.push_str(&format!(
                 "\n      port {port} is lost; the others carry its share, and it is tried again"

@@ -23,6 +23,11 @@ pub fn bits(bits_per_second: f64) -> String {
     }
 }
 
+/// Now, in seconds since 1970-01-01T00:00:00Z.
+pub fn now() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
 /// A length of time.
 pub fn seconds(seconds: f64) -> String {
     match seconds {

@@ -275,6 +275,29 @@ fn it_is_too_late_to_cancel_after_switchover() {
 }
 
 #[test]
+fn what_is_in_doubt_is_resolved_only_by_who_means_it() {
+    let daemon = Daemon::start();
+    run(&daemon, "migrate late1 host-b --detach");
+    run(&daemon, "migrate waits1 host-b --detach");
+    let resolve = |words: &str| run(&daemon, &format!("resolve {words}"));
+    for (words, why) in [
+        ("late1 --run-here --yes", "--other-host-is-off"),
+        ("late1 --other-host-is-off --yes", "<--run-here|--discard>"),
+        ("late1 --run-here --discard --other-host-is-off --yes", "cannot be used with"),
+        ("late1 --discard", "give --yes if it is meant"),
+    ] {
+        let (code, _, err) = resolve(words);
+        assert_eq!(code, 2, "{err}");
+        assert!(err.contains(why), "{err}");
+    }
+    let (code, _, err) = resolve("waits1 --discard --yes");
+    assert_eq!((code, err.as_str()), (3, "memlanectl: it is not in doubt\n"));
+    let (code, out, err) = resolve("late1 --run-here --other-host-is-off --yes");
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.starts_with("late1: decided; memlanectl watch "), "{out}");
+}
+
+#[test]
 fn the_first_interrupt_cancels_and_waits() {
     let daemon = Daemon::start();
     let (mut child, mut out) = started(&daemon, "migrate waits1 host-b", "waits1 → host-b");

@@ -39,6 +39,8 @@ pub enum ErrorCode {
     CannotDetach,
     /// The migration cannot be cancelled any more (409).
     TooLate,
+    /// The guest is not in doubt, so that there is nothing to resolve (409).
+    NotInDoubt,
     /// The request is not understood, or a value is out of range (400).
     Invalid,
     /// The body is too large (413).
@@ -78,7 +80,8 @@ impl ErrorCode {
             | Self::CannotLaunch
             | Self::CannotAttach
             | Self::CannotDetach
-            | Self::TooLate => 409,
+            | Self::TooLate
+            | Self::NotInDoubt => 409,
             Self::TooLarge => 413,
             Self::Internal => 500,
             Self::Unavailable => 503,

@@ -25,8 +25,15 @@ pub struct Migration {
     pub outcome: Option<Outcome>,
     /// Why it ended so, or what it waits for.
     pub reason: Option<String>,
-    /// Name of the host where the guest runs; `null` while it stands still.
+    /// Name of the host where the guest runs; `null` while it stands still, or that is not known.
     pub guest_runs_at: Option<String>,
+    /// Since when it is not known whose the guest is, as far as this daemon has waited, in seconds since
+    /// 1970-01-01T00:00:00Z; `null` while that is known. See `/v1/migrations/{id}/resolve`.
+    #[serde(default)]
+    pub in_doubt_since_unix_seconds: Option<f64>,
+    /// What a migration that is in doubt, or was taken up after a restart, waits for; `null` if for nothing.
+    #[serde(default)]
+    pub waits_for: Option<String>,
     /// The last decision on how to go on, and the figures that it was made from.
     pub decision: Option<String>,
     /// When the order was taken, in seconds since 1970-01-01T00:00:00Z.
@@ -259,6 +266,8 @@ impl Migration {
             outcome: None,
             reason: None,
             guest_runs_at: None,
+            in_doubt_since_unix_seconds: None,
+            waits_for: None,
             decision: None,
             started_at_unix_seconds: 0.0,
             total_seconds: 0.0,

@@ -14,5 +14,6 @@ pub use migration::{
     Forecast, Lane, LaneState, Migration, MigrationName, Outcome, Phase, Postcopy, Role, Round, Stun,
 };
 pub use order::{
-    CheckReport, Compression, Converge, Estimate, Finding, Order, PortCheck, Severity, WhenPostcopy,
+    CheckReport, Compression, Converge, Estimate, Finding, Order, PortCheck, Resolution, Resolve, Severity,
+    WhenPostcopy,
 };

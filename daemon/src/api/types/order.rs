@@ -1,6 +1,6 @@
 //! What is ordered, and what a dry run of it finds.
 
-use memlane_protocol::{compression, convergence};
+use memlane_protocol::{compression, convergence, handover};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -131,6 +131,37 @@ impl From<compression::Mode> for Compression {
         match mode {
             compression::Mode::Auto => Self::Auto,
             compression::Mode::Off => Self::Off,
+        }
+    }
+}
+
+/// What an operator decides about a guest in doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resolve {
+    /// What is to become of what is here.
+    pub action: Resolution,
+    /// The operator promises that the other host is off, or at least its VMM of this guest, and stays so.
+    /// Nothing is run here without that promise: if it is not true, two copies of the guest may run.
+    #[serde(default)]
+    pub other_host_is_off: bool,
+}
+
+/// What is to become of a guest in doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Resolution {
+    /// It is to run here, from where it was paused.
+    RunHere,
+    /// What is here of it is to be given up, and its VMM ended.
+    Discard,
+}
+
+impl From<Resolution> for handover::Resolution {
+    fn from(resolution: Resolution) -> Self {
+        match resolution {
+            Resolution::RunHere => Self::RunHere,
+            Resolution::Discard => Self::Discard,
         }
     }
 }

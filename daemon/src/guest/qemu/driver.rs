@@ -18,7 +18,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PageSet;
-use memlane_protocol::wire::attach::{MAX_STATE_BYTES, MigrationId};
+use memlane_protocol::wire::attach::{Bond, MAX_STATE_BYTES};
 use memlane_protocol::wire::control::QemuGuest;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,7 +28,7 @@ use tracing::warn;
 
 use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
-use super::register::{Record, Register};
+use super::register::{Record, Register, RegisterError};
 use super::settings::{self, Settings};
 use super::{launch, obstacles};
 use crate::guest::shim::Shims;
@@ -125,6 +125,12 @@ impl Qemu {
     async fn remember_settings(&self) -> Result<(), DriverError> {
         self.settings.replace(Some(Settings::read(&self.qmp).await?));
         Ok(())
+    }
+
+    /// Remembers for QEMU what its guest waits for word of.
+    async fn bind(&self, request: &'static str, bond: &Bond) -> Result<(), DriverError> {
+        let failed = |error: RegisterError| DriverError::Failed { request, reason: error.to_string() };
+        self.register.bind(&self.name, bond).await.map_err(failed)
     }
 
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
@@ -287,9 +293,9 @@ impl Driver for Qemu {
         Ok(started.elapsed())
     }
 
-    async fn relinquish(&self, _: MigrationId) -> Result<(), DriverError> {
+    async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
         match self.qmp.status().await?.as_str() {
-            "postmigrate" => Ok(()),
+            "postmigrate" => self.bind("relinquish", bond).await,
             status => {
                 let reason = format!("its status is {status}, not postmigrate");
                 Err(DriverError::Failed { request: "relinquish", reason })
@@ -297,9 +303,8 @@ impl Driver for Qemu {
         }
     }
 
-    async fn prepare(&self, _: MigrationId) -> Result<(), DriverError> {
-        // That a guest is loaded shows in QEMU's status, and whose it is in this daemon's journal.
-        Ok(())
+    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.bind("prepare", bond).await
     }
 
     async fn discard(&self) -> Result<(), DriverError> {

@@ -144,7 +144,6 @@ impl Place {
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
-        host.register.write(&record).await?;
         let standing = match (status.as_str(), record.incoming) {
             ("inmigrate", _) => Standing::Incoming,
             ("paused", true) => Standing::Loaded,
@@ -153,10 +152,13 @@ impl Place {
             (_, false) if is_migrating(&migration) => Standing::Relinquished,
             _ => Standing::Running,
         };
+        record.bond = record.bond.filter(|_| matches!(standing, Standing::Loaded | Standing::Relinquished));
+        host.register.write(&record).await?;
         let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
         let driver = Qemu::new(qmp, facts, process.clone(), host, &record);
         let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
         guest.summoned.set(record.summoned);
+        guest.bond.replace(record.bond.as_ref().and_then(|bound| bound.bond()));
         Ok((Rc::new(guest), record))
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Bond;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tracing::warn;
@@ -56,11 +57,38 @@ pub struct Record {
     /// It was started for a migration, and is of no use without.
     #[serde(default)]
     pub summoned: bool,
+    /// What it waits for word of, since it was relinquished or has loaded a guest: a QEMU cannot
+    /// remember that, and a host whose file system forgets it has no QEMU any more either.
+    #[serde(default)]
+    pub bond: Option<Bound>,
     /// The guest file, if this daemon started it.
     pub definition: Option<String>,
     /// What goes when it ends, if this daemon started it: its RAM and its monitor's socket.
     #[serde(default)]
     pub files: Vec<PathBuf>,
+}
+
+/// A [`Bond`], as it is written down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Bound {
+    migration: String,
+    peer: String,
+    fetching: bool,
+}
+
+impl Bound {
+    /// What was written down; `None` if it is none.
+    pub fn bond(&self) -> Option<Bond> {
+        let (migration, peer) = (crate::hex::decode(&self.migration)?, self.peer.parse().ok()?);
+        Some(Bond { migration, peer, fetching: self.fetching })
+    }
+}
+
+impl From<&Bond> for Bound {
+    fn from(bond: &Bond) -> Self {
+        let (migration, peer) = (crate::hex::encode(&bond.migration), bond.peer.to_string());
+        Self { migration, peer, fetching: bond.fetching }
+    }
 }
 
 impl Record {
@@ -75,6 +103,7 @@ impl Record {
             incoming,
             migrating: false,
             summoned: false,
+            bond: None,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
         }
@@ -84,8 +113,8 @@ impl Record {
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
         let (pid, started, migrating, summoned) = (0, 0, false, false);
-        let (definition, files) = (None, Vec::new());
-        Self { name, pid, started, qmp, incoming, migrating, summoned, definition, files }
+        let (bond, definition, files) = (None, None, Vec::new());
+        Self { name, pid, started, qmp, incoming, migrating, summoned, bond, definition, files }
     }
 
     /// The process.
@@ -134,6 +163,7 @@ impl Register {
     pub fn note_arrival(self: &Rc<Self>, name: &str) {
         let arrived = self.change(name, |record| {
             (record.incoming, record.summoned, record.migrating) = (false, false, false);
+            record.bond = None;
         });
         if arrived {
             let (register, name) = (self.clone(), name.to_owned());
@@ -144,9 +174,22 @@ impl Register {
     /// QEMU migrates, or does not any more, because this daemon has told it to. What it does without
     /// that is its operator's affair.
     pub async fn note_migration(&self, name: &str, migrating: bool) {
-        if self.change(name, |record| record.migrating = migrating) {
+        let noted = self.change(name, |record| {
+            record.migrating = migrating;
+            record.bond = record.bond.take().filter(|_| migrating);
+        });
+        if noted {
             self.save_or_tell(name).await;
         }
+    }
+
+    /// QEMU's guest waits for word of a migration: from here on nothing else lets it run.
+    pub async fn bind(&self, name: &str, bond: &Bond) -> Result<(), RegisterError> {
+        let Some(record) = self.read(name) else {
+            let source = io::Error::other("nothing is remembered of it");
+            return Err(RegisterError { guest: name.to_owned(), path: self.path(name), source });
+        };
+        self.write(&Record { bond: Some(bond.into()), ..record }).await
     }
 
     /// Whether there is such a record to change.
@@ -182,10 +225,14 @@ impl Register {
         }
     }
 
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.json"))
+    }
+
     /// Brings the file of this name up to date.
     async fn save(&self, name: &str) -> Result<(), RegisterError> {
         let _one_at_a_time = self.writing.lock().await;
-        let path = self.directory.join(format!("{name}.json"));
+        let path = self.path(name);
         let (record, file) = (self.read(name), path.clone());
         let saved = task::aside(move || match record {
             Some(record) => replace(&file, &record),
@@ -262,7 +309,12 @@ mod tests {
             register.write(&record).await.unwrap();
             record.pid = 7;
             register.write(&record).await.unwrap();
+            let bond = Bond { migration: [7; 16], peer: "host-b".parse().unwrap(), fetching: true };
+            register.bind("web1", &bond).await.unwrap();
+            assert!(register.bind("web2", &bond).await.is_err());
+            assert_eq!(register.read("web1").unwrap().bond.and_then(|bound| bound.bond()), Some(bond));
             register.note_arrival("web1");
+            assert!(register.read("web1").unwrap().bond.is_none());
             register.note_arrival("web2");
             assert!(register.read("web1").is_some_and(|record| !record.incoming));
             // After what was noted before.

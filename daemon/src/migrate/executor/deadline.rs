@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use memlane_protocol::handover::Event;
-use memlane_protocol::wire::attach::MigrationId;
 use tracing::warn;
 
 use super::Executor;
@@ -33,12 +32,9 @@ impl Deadline {
 impl Executor {
     /// Tells the VMM to relinquish the guest, for which it has what is left of the limit: an answer that comes
     /// later is of no use, as the record that follows would be late too.
-    pub(super) async fn relinquish(
-        &mut self,
-        guest: &Guest,
-        migration: MigrationId,
-    ) -> Result<Event, DriverError> {
-        let told = guest.driver.relinquish(migration);
+    pub(super) async fn relinquish(&mut self, guest: &Guest) -> Result<Event, DriverError> {
+        let bond = self.bond();
+        let told = guest.driver.relinquish(&bond);
         let Some(deadline) = self.commit_by else { return told.await.map(|()| Event::Relinquished) };
         let told = tokio::time::timeout_at(deadline.at.into(), told).await;
         if told.is_ok() && Instant::now() < deadline.at {

@@ -250,6 +250,18 @@ impl Backend for Fake {
         end(&sender, Outcome::Lost, "host-b", Some("abandoned by the operator"));
         self.migration(id)
     }
+    fn resolve(&self, _: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
+        let sender = self.find(id)?;
+        if sender.borrow().guest != "late1" {
+            return Err(ApiError::new(ErrorCode::NotInDoubt, "it is not in doubt"));
+        }
+        let (outcome, at) = match resolve.action {
+            Resolution::RunHere => (Outcome::Completed, "host-b"),
+            Resolution::Discard => (Outcome::Failed, "nowhere"),
+        };
+        end(&sender, outcome, at, Some("the operator said so"));
+        self.migration(id)
+    }
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
         match self.find(id) {
             Ok(sender) => Ok(sender.subscribe()),
