@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use clap::Parser;
 use memlaned::config::Config;
 use memlaned::log::PlainLog;
-use memlaned::task;
 use tracing_subscriber::EnvFilter;
 
 /// Moves running KVM guests between hosts.
@@ -49,7 +48,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     tokio_uring::start(async {
-        let code = match task::watched("main", memlaned::daemon::run(config)).await {
+        let code = match memlaned::daemon::run(config).await {
             Ok(()) => 0,
             Err(error) => {
                 eprintln!("memlaned: {error}");

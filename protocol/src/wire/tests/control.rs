@@ -87,7 +87,7 @@ fn the_largest_messages_fit_into_a_body() {
 
 #[test]
 fn a_header_names_an_unknown_kind_and_bounds_the_body() {
-    for kind in [0, 19, u16::MAX] {
+    for kind in [0, 20, u16::MAX] {
         let unknown = WireError::Unknown { what: "control message", found: kind.into() };
         assert_eq!(decode_header(&header(kind, 0)), Err(unknown.clone()));
         assert_eq!(Control::decode(kind, &[]), Err(unknown));
