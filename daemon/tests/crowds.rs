@@ -3,7 +3,7 @@
 mod common;
 
 use std::io::{ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -147,9 +147,9 @@ fn a_token_alone_opens_no_lane() {
     let mut living = faults();
     faults().wait_for_hang_up();
     assert!(lives(&mut living), "the lane that lived was hung up on");
-    drop((living, serving));
     stage.wait_for_log(HostId::B, "refused a second lane for faults");
-    drop((peer, second));
+    serving.stream.shutdown(Shutdown::Both).unwrap();
+    peer.stream.shutdown(Shutdown::Both).unwrap();
     stage.wait_for_end_of_ours("closed the control connection");
     stage.assert_runs_on("web1", &mut guest);
     stage.assert_moves("web1", &mut there);
