@@ -118,7 +118,7 @@ impl Host {
         });
         if let Some(ticket) = ticket {
             // A migration that works on it already, and waits for it or is about to.
-            guest.migration.replace(Some(ticket.id));
+            guest.migration.replace((!ticket.is_over()).then_some(ticket.id));
             task::spawn("return of a VMM", async move { ticket.returns.send(guest).await });
         } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
             task::spawn("recovery of an unknown guest", recover::unknown(self.clone(), guest));

@@ -95,11 +95,12 @@ impl Process {
         Self { identity, watch: find(identity) }
     }
 
-    /// Whether the process that was written down still runs, or that cannot be told.
+    /// Whether the process that was written down still runs, or that cannot be told; one that has ended and was not
+    /// collected yet does not.
     pub fn lives(identity: VmmIdentity) -> bool {
         identity.pid != 0
-            && match started(identity.pid) {
-                Ok(started) => started == identity.started,
+            && match look(identity.pid) {
+                Ok((state, started)) => started == identity.started && !matches!(state, 'Z' | 'X'),
                 Err(error) => error.kind() != io::ErrorKind::NotFound,
             }
     }
@@ -176,12 +177,18 @@ fn has_ended(pidfd: &AsyncFd<OwnedFd>) -> bool {
 
 /// When a process started, in clock ticks since boot: field 22 of `/proc/PID/stat`.
 fn started(pid: u32) -> io::Result<u64> {
+    look(pid).map(|(_, started)| started)
+}
+
+/// The state of a process, and when it started: fields 3 and 22 of `/proc/PID/stat`.
+fn look(pid: u32) -> io::Result<(char, u64)> {
     let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
     // The program's name, field 2, may hold anything, and ends with the last parenthesis.
     let rest = stat.iter().rposition(|byte| *byte == b')').and_then(|end| stat.get(end + 2..));
     let rest = std::str::from_utf8(rest.unwrap_or_default()).unwrap_or_default();
-    let field = rest.split(' ').nth(19).and_then(|field| field.parse().ok());
-    field.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    let state = rest.chars().next();
+    let started = rest.split(' ').nth(19).and_then(|field| field.parse().ok());
+    state.zip(started).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 #[cfg(test)]
@@ -201,10 +208,12 @@ mod tests {
             let soon = std::time::Duration::from_millis(1);
             assert!(tokio::time::timeout(soon, again.ended()).await.is_err());
             let other = VmmIdentity { started: 1, ..process.identity() };
+            assert!(Process::lives(process.identity()) && !Process::lives(other));
             Process::remembered(other).ended().await;
             child.kill().unwrap();
             process.ended().await;
             again.ended().await;
+            assert!(!Process::lives(process.identity()), "it has not been collected");
             child.wait().unwrap();
             Process::running(child.id()).unwrap().ended().await;
             again.kill().unwrap();

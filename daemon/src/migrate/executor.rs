@@ -466,6 +466,9 @@ impl Executor {
 
     /// Sends a word over a connection of its own; the answer arrives as others' words do.
     fn exchange(&self, word: Control) {
+        if self.entry.peer == self.host.config.host {
+            return; // a QEMU was paused, and for whom is not known
+        }
         if self.exchanging.replace(true) {
             return; // the one before has not been answered, and is repeated
         }
