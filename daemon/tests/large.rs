@@ -8,8 +8,8 @@ mod common;
 
 use std::fs;
 
-use common::{Stage, assert_runs, wait_for_exit};
-use memlane_lab::{HostId, LabOptions, Requirement, RigOptions, Size};
+use common::{LONG, Stage, assert_runs, wait_for_exit};
+use memlane_lab::{HostId, LabOptions, Requirement, RigOptions, Size, wait_for};
 use serde_json::Value;
 
 /// Memory that the machine needs besides that of both ends.
@@ -116,9 +116,12 @@ fn move_from(stage: &Stage, from: HostId, postcopy: Option<&str>) {
 fn ram() -> Size {
     let said = std::env::var("MEMLANE_LARGE");
     let ram: Size = said.as_deref().unwrap_or("8GiB").parse().expect("MEMLANE_LARGE is a size, such as 8GiB");
-    let free = available();
     let needed = 2 * ram.bytes() + SPARE;
-    assert!(free >= needed, "{} MiB of memory are needed, and {} MiB are free", needed >> 20, free >> 20);
+    // What the test before has had may not all have been given back.
+    let free = wait_for("free memory", LONG, || (available() >= needed).then_some(()));
+    free.unwrap_or_else(|error| {
+        panic!("{error}: {} MiB are needed, and {} MiB are there", needed >> 20, available() >> 20)
+    });
     ram
 }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use clap::Parser;
 use memlane_lab::{
-    HostId, Hosts, Lab, LabOptions, Process, Programs, Requirement, SSHD, Size, skip, wait_for, why_not,
+    HostId, Hosts, Lab, LabOptions, Process, Programs, Requirement, SSHD, Size, qemu, skip, wait_for,
 };
 use memlane_perf::scenario::{Bench, Bulk, Order, Scenario};
 
@@ -104,7 +104,7 @@ fn hosts_that_are_there_already_are_measured() {
         }
     }
     assert!(json["ratios"]["vs_raw"].as_f64() > Some(0.0), "{json}");
-    let with_qemu = why_not(&[Requirement::Qemu]).is_none();
+    let with_qemu = qemu::program_elsewhere().exists();
     assert_eq!(json["ratios"]["vs_qemu"].as_f64() > Some(0.0), with_qemu, "{json}");
 
     let line = ["bench", "busy", "--ram", "64MiB", "--shares", "30", "--port-rate", "200mbit"];

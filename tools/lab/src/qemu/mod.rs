@@ -76,7 +76,7 @@ pub fn program() -> PathBuf {
 }
 
 /// The QEMU of a host that nobody here has set up: the one whose path [`VARIABLE`] says, else the one that is installed.
-pub(crate) fn program_elsewhere() -> PathBuf {
+pub fn program_elsewhere() -> PathBuf {
     chosen().err().unwrap_or_else(|| INSTALLED.into())
 }
 
