@@ -1,6 +1,6 @@
 //! The control connection to another daemon.
 //!
-//! Tasks of its own read, write and ping ([`traffic`]), so that a link tells within the configured silence that
+//! Tasks of its own read, write and ping (`traffic`), so that a link tells within the configured silence that
 //! the other side is gone, whatever this side is busy with: pings are answered ahead of all messages that wait, and
 //! whatever comes is a sign of life.
 

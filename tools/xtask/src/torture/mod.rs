@@ -3,7 +3,7 @@
 //! - [`plan`] is what a round does, out of the seed and its number by [`dice`].
 //! - [`round`] does it, on two hosts, and gathers what there is to know, out of VMMs, daemons ([`api`]) and [`record`]s.
 //! - [`judge`] says what the guest's fate is, and what must not be.
-//! - [`run`] has rounds done side by side, prints a line for each and the [`table`] of all, and keeps what is needed to
+//! - [`run()`] has rounds done side by side, prints a line for each and the [`table`] of all, and keeps what is needed to
 //!   understand those that failed.
 
 mod api;
