@@ -181,7 +181,7 @@ fn a_vmm_that_was_not_told_to_run_the_guest_has_never_run_it() {
     stage.wait_until(HostId::A, "web1", "the commit", |migration| migration.phase == Phase::Committing);
     std::thread::sleep(Duration::from_secs(1));
     there.process().kill().unwrap();
-    order.expect(4, &["gone"]);
+    order.expect(4, &["the destination gave up", "the guest's VMM"]);
     stage.assert_runs_on("web1", &mut guest);
     let mut there = stage.receiver("web1");
     stage.assert_moves("web1", &mut there);

@@ -33,6 +33,13 @@ fn journal(stage: &Stage, id: HostId) -> PathBuf {
     stage.rig.lab().host(id).directory().join("journal/handover.jsonl")
 }
 
+/// Takes away a journal, and what tells that there was one: without that the daemon would not start.
+fn lose_journal(stage: &Stage, id: HostId) {
+    let file = journal(stage, id);
+    std::fs::remove_file(file.with_file_name("handover.id")).unwrap();
+    std::fs::remove_file(file).unwrap();
+}
+
 /// Waits until a daemon does not know whose web1 is, and says so.
 fn wait_for_doubt(stage: &Stage, id: HostId) -> Migration {
     let in_doubt = |migration: &Migration| migration.in_doubt_since_unix_seconds.is_some();
@@ -59,7 +66,7 @@ fn a_source_without_its_journal_asks_before_it_resumes() {
         let from = if word == Message::Commit { HostId::A } else { HostId::B };
         let order = begin(&stage, &tap, from, word);
         stage.rig.stop_daemon(HostId::A).unwrap();
-        std::fs::remove_file(journal(&stage, HostId::A)).unwrap();
+        lose_journal(&stage, HostId::A);
         tap.lose();
         stage.rig.start_daemon(HostId::A).unwrap();
         order.expect(6, &["memlaned"]);
@@ -85,7 +92,7 @@ fn a_destination_without_its_journal_asks_before_it_discards() {
     let mut there = stage.receiver("web1");
     let order = begin(&stage, &tap, HostId::A, Message::Commit);
     stage.rig.stop_daemon(HostId::B).unwrap();
-    std::fs::remove_file(journal(&stage, HostId::B)).unwrap();
+    lose_journal(&stage, HostId::B);
     tap.lose();
     stage.rig.start_daemon(HostId::B).unwrap();
     order.expect(0, &[]);

@@ -450,7 +450,7 @@ fn an_offer_that_names_a_known_migration_is_refused() {
     // Under way, and after its end.
     refused();
     stage.wait_for_standing(HostId::B, "web1", "incoming");
-    let migrations = stage.rig.ctl(HostId::B, &["--json", "status"]).unwrap();
+    let migrations = stage.rig.ctl(HostId::B, &["status"]).unwrap();
     assert_eq!(migrations.last().unwrap()["migrations"], 1, "{}", migrations.text);
     peer.fall_silent();
     peer.wait_for_hang_up();

@@ -39,7 +39,9 @@ fn a_daemon_does_not_start_with_a_journal_that_does_not_add_up() {
     let (mut guest, mut there) = committed(&mut stage, &tap);
     let file = journal(&stage, HostId::A).join(FILE);
     let whole = fs::read(&file).unwrap();
-    let record = String::from_utf8(whole[RECORD..2 * RECORD].to_vec()).unwrap();
+    // After the header, and what was written before the pause.
+    let (last, end) = (2 * RECORD, 3 * RECORD);
+    let record = String::from_utf8(whole[last..end].to_vec()).unwrap();
     assert!(record.contains("\"committed\"") && record.ends_with('\n'), "{record}");
 
     let flipped = |byte: usize, bit: u8| {
@@ -54,15 +56,15 @@ fn a_daemon_does_not_start_with_a_journal_that_does_not_add_up() {
     };
     let cut = |to: usize| Some(whole[..to].to_vec());
     for (what, bytes, says) in [
-        ("a bit of the last newline", flipped(2 * RECORD - 1, 0), "damaged at byte 512:"),
-        ("a bit of the sum", flipped(RECORD + 9, 0), "damaged at byte 512:"),
+        ("a bit of the last newline", flipped(end - 1, 0), "damaged at byte 1024:"),
+        ("a bit of the sum", flipped(last + 9, 0), "damaged at byte 1024:"),
         ("a bit of the room", flipped(whole.len() - 1, 7), "sum is wrong"),
-        ("a cut at a record's end", cut(RECORD), "damaged at byte 512: the file ends here"),
-        ("a cut", cut(RECORD + 100), "damaged at byte 612: the file ends here"),
+        ("a cut at a record's end", cut(last), "damaged at byte 1024: the file ends here"),
+        ("a cut", cut(last + 100), "damaged at byte 1124: the file ends here"),
         ("an empty file", cut(0), "damaged at byte 0:"),
         ("a NUL at its beginning", wiped(0, 1), "damaged at byte 0:"),
-        ("a NUL at the record's beginning", wiped(RECORD, RECORD + 1), "damaged at byte 512:"),
-        ("the record wiped out", wiped(RECORD, 2 * RECORD), "damaged at byte 512:"),
+        ("a NUL at the record's beginning", wiped(last, last + 1), "damaged at byte 1024:"),
+        ("the record wiped out", wiped(last, end), "damaged at byte 1024:"),
         ("all wiped out", wiped(0, whole.len()), "damaged at byte 0:"),
         ("another host's", fs::read(journal(&stage, HostId::B).join(FILE)).ok(), "another one"),
         ("none", None, "is missing"),

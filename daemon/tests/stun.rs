@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// Writes its working set in a small part of the time that [`PORTS`] take for it.
 const GUEST: &str = "--ram 256MiB --working-set 192MiB --flat-out --vcpus 2";
-const PORTS: u64 = 500_000_000;
+const PORTS: u64 = 250_000_000;
 /// The same for [`SLOW_PORTS`].
 const SMALL_GUEST: &str = "--ram 64MiB --working-set 48MiB --flat-out --vcpus 2";
 const SLOW_PORTS: u64 = 100_000_000;

@@ -237,9 +237,21 @@ pub fn wait_for_exit(process: &mut Process) {
     assert!(ended.is_some(), "{} has not ended: {}", process.name(), process.log_tail());
 }
 
-/// Sends a signal to a process of the rig.
+/// Sends a signal to a process of the rig; one that is to stop has stopped when this returns.
 pub fn signal(process: &Process, signal: Signal) {
     send_signal(process.pid(), signal);
+    if signal == Signal::STOP {
+        wait_for("a process to stop", LONG, || has_stopped(process.pid()).then_some(())).unwrap();
+    }
+}
+
+/// Whether none of a process's threads runs any more (state T in `proc(5)`).
+fn has_stopped(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("stat"))).all(|stat| {
+        // A thread that has ended meanwhile does not run either.
+        stat.map_or(true, |stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')))
+    })
 }
 
 fn send_signal(pid: u32, signal: Signal) {

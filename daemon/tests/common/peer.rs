@@ -150,8 +150,8 @@ pub fn connect(stage: &Stage, port: u16) -> TcpStream {
 pub fn announce(stage: &Stage) {
     let mut peer = Peer::call(stage);
     let (migration, nanoseconds, reason) = ([0xbb; 16], 0, String::new());
-    // Answered after that was heard.
-    peer.send(&Control::Handover { migration, message: Message::Ready, nanoseconds, reason });
+    // Answered at once, after that was heard: nothing is known of it.
+    peer.send(&Control::Handover { migration, message: Message::Withdraw, nanoseconds, reason });
     peer.receive();
 }
 
