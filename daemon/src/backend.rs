@@ -143,6 +143,14 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::Refused, findings.reasons()));
         };
         let host = self.0.clone();
+        if !host.guest(&guest.shape.name).is_some_and(|now| Rc::ptr_eq(&now, &guest)) {
+            guest.migration.take();
+            let text = format!(
+                "the connection to the VMM of guest {} was lost meanwhile; order it again",
+                order.guest
+            );
+            return Err(ApiError::new(ErrorCode::Refused, text));
+        }
         let entry = Entry {
             migration: request.migration,
             guest: guest.shape.name.clone(),

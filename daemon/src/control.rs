@@ -76,7 +76,9 @@ async fn take_in(
     };
     let first = tokio::time::timeout(PATIENCE, first).await;
     let first = first.unwrap_or(Err(LinkError::Silent(PATIENCE)))?;
-    if !place.stay() {
+    // Words are short, and must be heard however many guests are on their way; a link that serves one is bounded by
+    // the queue of its migration.
+    if matches!(first, Control::Offer(_)) && !place.stay() {
         return Err(LinkError::Crowd);
     }
     match first {
@@ -137,7 +139,11 @@ async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Mess
     }
     match message {
         // A VMM that this journal should know of, and does not, may be about to say so.
-        Message::Ready | Message::Fetching if host.started.elapsed() < RETURNING => None,
+        Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined
+            if host.started.elapsed() < RETURNING =>
+        {
+            None
+        }
         Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
             Source::answer_unknown(message)
         }

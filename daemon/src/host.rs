@@ -12,6 +12,7 @@ use memlane_protocol::wire::control::{Control, MAX_PORTS, Port};
 use memlane_protocol::wire::machine::Nic;
 use tracing::{info, warn};
 
+use crate::api::types::Role;
 use crate::config::{Config, PeerConfig};
 use crate::guest::qemu::{Keepers, Register};
 use crate::guest::shim::Shims;
@@ -21,6 +22,7 @@ use crate::link::{Link, LinkError};
 use crate::metrics;
 use crate::migrate::{Ticket, preflight, recover};
 use crate::port::{Rendezvous, Traffic};
+use crate::seldom::Seldom;
 use crate::task;
 
 /// Migrations that are remembered after their end.
@@ -50,6 +52,8 @@ pub struct Host {
     migrations: RefCell<Vec<Rc<Ticket>>>,
     /// Migrations that are being offered to this host.
     offered: RefCell<HashSet<MigrationId>>,
+    /// What was said of VMMs that were sent away.
+    strangers: RefCell<Seldom<(Label, u32)>>,
     /// Forecasts, by the kind of VMM.
     predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
 }
@@ -72,6 +76,7 @@ impl Host {
             lost: RefCell::default(),
             migrations: RefCell::default(),
             offered: RefCell::default(),
+            strangers: RefCell::default(),
             predictors: RefCell::default(),
         })
     }
@@ -87,21 +92,35 @@ impl Host {
     }
 
     /// A VMM has attached; it stays until its connection ends.
-    pub fn guest_attached(self: &Rc<Self>, guest: Rc<Guest>) {
+    ///
+    /// # Errors
+    ///
+    /// Why it was sent away instead.
+    pub fn guest_attached(self: &Rc<Self>, guest: Rc<Guest>) -> Result<(), &'static str> {
         let name = guest.shape.name.clone();
         if self.guest(&name).is_some() {
             warn!(guest = %name, "two VMMs came with one name; the second is sent away");
-            return guest.driver.hang_up();
+            guest.driver.hang_up();
+            return Err("a guest of this name is here already");
         }
         let ticket = match self.recognise(&guest) {
             Ok(ticket) => ticket,
             Err(why) => {
                 let pid = guest.process.identity().pid;
-                warn!(guest = %name, pid, why, "a VMM is not the one that a migration waits for; it is sent away");
-                return guest.driver.hang_up();
+                if let Some(left_out) = self.strangers.borrow_mut().say((name.clone(), pid)) {
+                    let what = "a VMM is not the one that a migration waits for; it is sent away";
+                    warn!(guest = %name, pid, why, left_out, "{what}");
+                }
+                guest.driver.hang_up();
+                return Err(why);
             }
         };
-        guest.lost.set(self.lost.borrow().contains(&(name.clone(), guest.process.identity())));
+        let key = (name.clone(), guest.process.identity());
+        if guest.standing.get() == Standing::Incoming {
+            // The process waits for another guest of this name.
+            self.lost.borrow_mut().remove(&key);
+        }
+        guest.lost.set(self.lost.borrow().contains(&key));
         self.guests.borrow_mut().insert(name.clone(), guest.clone());
         metrics::guests(self.guests.borrow().len());
         guest.map_ahead();
@@ -119,10 +138,16 @@ impl Host {
         if let Some(ticket) = ticket {
             // A migration that works on it already, and waits for it or is about to.
             guest.migration.replace((!ticket.is_over()).then_some(ticket.id));
-            task::spawn("return of a VMM", async move { ticket.returns.send(guest).await });
+            task::spawn("return of a VMM", async move {
+                if let Err(unsent) = ticket.returns.send(guest).await {
+                    // Over meanwhile: it attaches again, and is judged anew.
+                    unsent.0.driver.hang_up();
+                }
+            });
         } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
             task::spawn("recovery of an unknown guest", recover::unknown(self.clone(), guest));
         }
+        Ok(())
     }
 
     /// Notes that a guest can never be whole, and that its VMM could not be ended: it is no guest that runs.
@@ -146,7 +171,10 @@ impl Host {
         if let Some(ticket) = tickets.iter().rev().find(|ticket| ticket.stranger(guest).is_none()) {
             return Ok(Some(ticket.clone()));
         }
-        let claims = |ticket: &&Rc<Ticket>| claimed == Some(ticket.id) || Process::lives(ticket.vmm);
+        // Of a source that is done nothing is waited for but the end of its old VMM, which has no claim to the name.
+        let done = |ticket: &Ticket| ticket.is_over() && ticket.progress.borrow().role == Role::Source;
+        let claims =
+            |ticket: &&Rc<Ticket>| claimed == Some(ticket.id) || !done(ticket) && Process::lives(ticket.vmm);
         match tickets.iter().rev().find(claims).and_then(|ticket| ticket.stranger(guest)) {
             Some(why) => Err(why),
             None => Ok(None),
@@ -226,9 +254,11 @@ impl Host {
     /// Remembers a migration.
     pub fn add(self: &Rc<Self>, ticket: Rc<Ticket>) {
         let mut migrations = self.migrations.borrow_mut();
-        let over = migrations.iter().filter(|ticket| ticket.is_over()).count();
+        // One that is over may still be worked on: its VMM is to be discarded, or the other host to hear of the end.
+        let ended = |ticket: &Rc<Ticket>| ticket.is_over() && !ticket.is_live();
+        let over = migrations.iter().filter(|ticket| ended(ticket)).count();
         if over >= REMEMBERED
-            && let Some(oldest) = migrations.iter().position(|ticket| ticket.is_over())
+            && let Some(oldest) = migrations.iter().position(ended)
         {
             migrations.remove(oldest);
         }

@@ -67,7 +67,9 @@
 //!   operator ends both;
 //! - a destination that has lost `Running`, and whose VMM has ended as well, promises that the guest has
 //!   never run: the source goes on from where the guest was paused, as after a crash of a host that is
-//!   restored from a snapshot.
+//!   restored from a snapshot; one whose guest runs without all of its memory promises the same, and
+//!   both run until its VMM is ended, which is begun at once. (The journal of the daemon cannot lose its
+//!   last record unseen; an older copy of it that somebody puts in its place can.)
 //!
 //! # Post-copy
 //!

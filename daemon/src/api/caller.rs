@@ -5,6 +5,8 @@ use std::fmt;
 use memlane_protocol::wire::plain;
 use tokio::net::UnixStream;
 
+use crate::unix_socket::{Peer, peer};
+
 /// Who gives an order, for the log. Shown as `memlanectl (uid 0, pid 4711)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
@@ -20,9 +22,8 @@ pub struct Caller {
 impl Caller {
     /// The process that made this connection (`SO_PEERCRED`, unix(7)).
     pub fn of(stream: &UnixStream) -> Self {
-        let Ok(credentials) = stream.peer_cred() else { return Self::default() };
-        let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-        Self { uid: Some(credentials.uid()), pid, program: None }
+        let Ok(Peer { pid, uid }) = peer(stream) else { return Self::default() };
+        Self { uid: Some(uid), pid: (pid != 0).then_some(pid), program: None }
     }
 
     /// With the name of its program, while that still runs.

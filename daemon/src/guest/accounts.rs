@@ -10,11 +10,15 @@ use crate::config::{AttachConfig, Size};
 
 /// Connections of one user that may be introducing themselves.
 const GREETING: u64 = 16;
+/// Those that may do so or wait for that.
+const CONNECTIONS: u64 = 1024;
 
 /// What can be taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Amount {
-    /// Connections that have not introduced themselves.
+    /// Connections that have not introduced themselves,
+    pub connections: u64,
+    /// and those of them whose turn it is.
     pub greeting: u64,
     /// Guests.
     pub guests: u64,
@@ -46,6 +50,11 @@ impl Accounts {
         let may = |what: &str, bound: String, key: &str| {
             Err(format!("user {user} may have {bound} {what} here at once; see {key} in the configuration"))
         };
+        if then.connections > CONNECTIONS {
+            return Err(format!(
+                "{CONNECTIONS} connections of user {user} wait to introduce themselves already"
+            ));
+        }
         if then.greeting > GREETING {
             let what = "connections that have not introduced themselves";
             return Err(format!("user {user} may have {GREETING} {what} here at once"));
@@ -91,6 +100,7 @@ impl Amount {
 
     fn with(self, other: Self, change: impl Fn(u64, u64) -> u64) -> Self {
         Self {
+            connections: change(self.connections, other.connections),
             greeting: change(self.greeting, other.greeting),
             guests: change(self.guests, other.guests),
             descriptors: change(self.descriptors, other.descriptors),

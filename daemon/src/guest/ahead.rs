@@ -13,7 +13,8 @@ use tracing::{debug, warn};
 /// the same reason the thread has no lower priority than others: on a busy host they would all wait for it.
 const PIECE_PAGES: u64 = (4 << 20) / PAGE_SIZE;
 
-/// A thread that maps a guest's memory into this process. It ends by itself, with its work or with the memory.
+/// A thread that maps a guest's memory into this process. It ends by itself, with its work or with the memory, and
+/// soon after this is dropped.
 pub struct MappingAhead {
     stop: Arc<AtomicBool>,
     /// Its other end is dropped when the thread touches the memory no more.
@@ -47,10 +48,17 @@ impl MappingAhead {
 
     /// Ends it, and returns when it touches the memory no more. Whoever makes holes that have to stay holes
     /// waits for that: mapping a page brings it into being.
-    pub async fn stop(mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+    pub async fn stop(self) {
+        let mut ended = self.ended.clone();
+        drop(self);
         // An error is what tells the end: nothing is ever sent.
-        while self.ended.changed().await.is_ok() {}
+        while ended.changed().await.is_ok() {}
+    }
+}
+
+impl Drop for MappingAhead {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use super::accounts::{Accounts, Amount, Share};
 use super::attached::{receive, send};
 use super::{Attached, Guest, Process, shim};
+use crate::config::AttachConfig;
 use crate::host::Host;
 use crate::seldom::Seldom;
 use crate::task;
@@ -111,7 +112,7 @@ async fn attach(
     let broken = |error: io::Error| format!("its connection broke: {error}");
     let take = |amount| accounts.take(uid, amount, &host.config.attach);
     let greeting = match host.config.attach_users.contains(&uid) {
-        true => take(Amount { greeting: 1, descriptors: OF_CONNECTION, ..Amount::default() }),
+        true => a_turn(accounts, uid, &host.config.attach).await,
         false => Err(format!("user {uid} may not attach guests; see attach_users in the configuration")),
     };
     let process = Process::running(pid);
@@ -175,8 +176,25 @@ async fn attach(
         of_guest.gone().await;
         drop(share);
     });
-    host.guest_attached(guest);
+    // That it was sent away was said.
+    let _ = host.guest_attached(guest);
     Ok(())
+}
+
+/// Waits until a connection of this user may introduce itself: after a daemon's restart all VMMs of a host come
+/// at once, and most hosts run them all as one user.
+async fn a_turn(accounts: &Rc<Accounts>, uid: u32, limits: &AttachConfig) -> Result<[Share; 2], String> {
+    const LOOK: Duration = Duration::from_millis(20);
+    let connection = Amount { connections: 1, descriptors: OF_CONNECTION, ..Amount::default() };
+    let connection = accounts.take(uid, connection, limits)?;
+    let until = tokio::time::Instant::now() + GREETING;
+    loop {
+        match accounts.take(uid, Amount { greeting: 1, ..Amount::default() }, limits) {
+            Ok(greeting) => return Ok([connection, greeting]),
+            Err(crowd) if tokio::time::Instant::now() >= until => return Err(crowd),
+            Err(_) => tokio::time::sleep(LOOK).await,
+        }
+    }
 }
 
 /// Checks everything that a VMM said, and maps its guest's memory.

@@ -166,10 +166,10 @@ impl Server {
         let (mut wants, seen) = (Vec::new(), Instant::now());
         let heard = self.hear(heard_of, &mut wants);
         self.ask(wants, seen)?;
+        // An access that cannot be served keeps nobody else waiting.
+        let taken = if answered { self.take_answers() } else { Ok(()) };
         heard.map_err(Ended::Memory)?;
-        if answered {
-            self.take_answers()?;
-        }
+        taken?;
         match &self.connection {
             Some(connection) if connection.heard.elapsed() > self.silence => {
                 Err(Ended::Connection(LaneError::Silent(connection.heard.elapsed())))

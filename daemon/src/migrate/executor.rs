@@ -323,7 +323,7 @@ impl Executor {
             Action::Relinquish => Event::Relinquished,
             Action::Resume if self.resumed => return Some(self.resumed()),
             Action::Resume if self.cannot_be_whole() => return self.give_back_or_end(),
-            Action::Resume if self.is_broken() => return Some(Event::ResumeFailed),
+            Action::Resume if self.is_broken() => return self.give_back_broken(),
             Action::Resume => Event::Resumed,
             _ => Event::Discarded,
         };
@@ -342,13 +342,18 @@ impl Executor {
             Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
             _ => guest.driver.discard().await,
         };
+        let told_before = self.told_to_run;
         self.told_to_run |= action == Action::Resume && !matches!(told, Err(DriverError::Unheard));
         match told {
             Ok(()) => {}
             Err(failure @ DriverError::Failed { .. }) if action != Action::Discard => {
                 warn!(guest = %self.entry.guest, %failure, "the VMM did not do as it was told");
                 self.blame(failure);
-                return Some(if action == Action::Resume { Event::ResumeFailed } else { Event::Failed });
+                return Some(match (action, self.entry.record) {
+                    (Action::Resume, Record::Running) if !self.has_never_run(told_before) => Event::VmmGone,
+                    (Action::Resume, _) => Event::ResumeFailed,
+                    _ => Event::Failed,
+                });
             }
             Err(failure) => {
                 // It may or may not have done it. Without its daemon it keeps to its own rules,
@@ -390,6 +395,24 @@ impl Executor {
         })
     }
 
+    /// Deals with a guest whose memory here is known not to be right, and which is to run.
+    fn give_back_broken(&mut self) -> Option<Event> {
+        match &self.vmm {
+            _ if self.has_never_run(self.told_to_run) => Some(Event::ResumeFailed),
+            Vmm::Away(_) => self.leave_unanswered(Action::Resume),
+            Vmm::Ended => Some(self.ended()),
+            Vmm::Attached(_) | Vmm::Released => Some(Event::Abandoned),
+        }
+    }
+
+    /// Whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which the
+    /// state of a QEMU does not tell).
+    fn has_never_run(&self, told: bool) -> bool {
+        !told
+            || matches!(&self.vmm, Vmm::Attached(guest)
+                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none())
+    }
+
     /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
     fn ended(&self) -> Event {
         match self.entry.record {
@@ -402,8 +425,7 @@ impl Executor {
     fn resumed(&self) -> Event {
         match &self.placing {
             Some(placing) if placing.remaining() > 0 => Event::ResumedIncomplete,
-            Some(_) => Event::Resumed,
-            None => Event::Resumed,
+            _ => Event::Resumed,
         }
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::attach::Standing;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -130,7 +130,7 @@ impl Attached {
         let mut last_error = String::new();
         loop {
             self.run_on();
-            let mut welcomed = false;
+            let (mut welcomed, began) = (false, Instant::now());
             let ended = self.attach_once(&mut welcomed);
             if self.ownership.standing() == Standing::Incoming {
                 // No guest has come whose pages could be missing: the next one finds memory as any other.
@@ -152,7 +152,8 @@ impl Attached {
                     last_error = error;
                 }
             }
-            wait = if welcomed { BACK_OFF.0 } else { wait };
+            // A daemon that hangs up right after its welcome has its reasons.
+            wait = if welcomed && began.elapsed() > BACK_OFF.1 { BACK_OFF.0 } else { wait };
             if self.stopped_within(wait) {
                 self.run_on();
                 return Ended::Stopped;

@@ -30,6 +30,8 @@ impl Drop for GuestRam {
         if !self.looks_on.load(Ordering::Relaxed) {
             return;
         }
+        // Nobody may take what comes to the same addresses for this memory.
+        self.guarded.end();
         let slices: Vec<_> = self.slices(0..self.pages()).collect();
         let (memory, mapped) = (std::mem::take(&mut self.memory), std::mem::take(&mut self.mapped));
         let unmap = move || {

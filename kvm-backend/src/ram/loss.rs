@@ -76,12 +76,19 @@ impl Guarded {
     }
 }
 
-impl Drop for Guarded {
-    fn drop(&mut self) {
+impl Guarded {
+    /// Ends it while the mappings are still there.
+    pub(super) fn end(&mut self) {
         let _changing = lock();
-        for place in &self.places {
+        for place in self.places.drain(..) {
             place.set(0, 0, &self.loss);
         }
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -159,8 +159,11 @@ impl Driver for Qemu {
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {
-        if let Some(tracking) = self.tracking.take() {
+        let tracking = self.tracking.borrow().clone();
+        if let Some(tracking) = tracking {
+            // It is there until it has ended, so that whoever else stops it waits for that too.
             tracking.end().await;
+            self.tracking.borrow_mut().take_if(|now| Rc::ptr_eq(now, &tracking));
         }
         Ok(())
     }
@@ -207,7 +210,7 @@ impl Driver for Qemu {
         // A guest that stands still for reasons of its own (it was suspended, its disk is full) is
         // left to its operator; that it was told to run and then stopped is no failure either.
         if matches!(status.as_str(), "postmigrate" | "finish-migrate")
-            || self.incoming.get() && status != "running"
+            || self.incoming.get() && matches!(status.as_str(), "paused" | "prelaunch" | "inmigrate")
         {
             self.qmp.execute("cont", json!({})).await?;
         }

@@ -91,7 +91,10 @@ impl Place {
         match self.take_in(&record, true).await {
             Ok((guest, record)) => {
                 info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
-                self.host.guest_attached(guest.clone());
+                if let Err(why) = self.host.guest_attached(guest.clone()) {
+                    started.end(record).await;
+                    return Err(QemuError::Standing(why));
+                }
                 task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
                 Ok(guest)
             }
@@ -105,7 +108,7 @@ impl Place {
     /// Takes in the guest of a QEMU that others started, and keeps to it.
     pub async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
         let (guest, record) = self.take_in(&record, true).await?;
-        self.host.guest_attached(guest.clone());
+        self.host.guest_attached(guest.clone()).map_err(QemuError::Standing)?;
         task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), None));
         Ok(guest)
     }
@@ -207,7 +210,8 @@ impl Place {
                     }
                 }
                 Ok((again, new)) => {
-                    self.host.guest_attached(again.clone());
+                    // That it was sent away was said; it is tried again.
+                    let _ = self.host.guest_attached(again.clone());
                     (guest, record) = (Some(again), new);
                 }
                 Err(error) if !told => {

@@ -19,6 +19,7 @@ use tracing::{debug, warn};
 
 use crate::guest::DriverError;
 use crate::task;
+use crate::unix_socket::{Peer, peer};
 
 /// Longest line that QEMU may send: long lists of devices have some ten thousand bytes.
 const MAX_LINE_BYTES: u64 = 4 << 20;
@@ -99,8 +100,7 @@ impl Qmp {
             |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::told(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
         let stream = UnixStream::connect(path).await.map_err(refused)?;
-        let peer = stream.peer_cred().map_err(refused)?;
-        let (pid, user) = (peer.pid().unwrap_or(0) as u32, peer.uid());
+        let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;
         let (reader, writer) = stream.into_split();
         let mut lines = BufReader::new(reader);
         let silent = |_| ConnectError::Silent(path.to_owned());

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::Bond;
@@ -33,7 +34,7 @@ pub struct Register {
     directory: PathBuf,
     records: RefCell<BTreeMap<String, Record>>,
     /// One file is written at a time, so that the last of a name has what was remembered last.
-    writing: Mutex<()>,
+    writing: Arc<Mutex<()>>,
 }
 
 /// A QEMU that the daemon keeps.
@@ -189,7 +190,11 @@ impl Register {
             let source = io::Error::other("nothing is remembered of it");
             return Err(RegisterError { guest: name.to_owned(), path: self.path(name), source });
         };
-        self.write(&Record { bond: Some(bond.into()), ..record }).await
+        self.change(name, |record| record.bond = Some(bond.into()));
+        // What else has changed meanwhile stays.
+        self.save(name).await.inspect_err(|_| {
+            self.change(name, |changed| changed.bond = record.bond);
+        })
     }
 
     /// Whether there is such a record to change.
@@ -231,15 +236,19 @@ impl Register {
 
     /// Brings the file of this name up to date.
     async fn save(&self, name: &str) -> Result<(), RegisterError> {
-        let _one_at_a_time = self.writing.lock().await;
+        let one_at_a_time = self.writing.clone().lock_owned().await;
         let path = self.path(name);
         let (record, file) = (self.read(name), path.clone());
-        let saved = task::aside(move || match record {
-            Some(record) => replace(&file, &record),
-            None => match std::fs::remove_file(&file) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            },
+        let saved = task::aside(move || {
+            // To its end, whether anybody waits for it or not.
+            let _one_at_a_time = one_at_a_time;
+            match record {
+                Some(record) => replace(&file, &record),
+                None => match std::fs::remove_file(&file) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                    _ => Ok(()),
+                },
+            }
         });
         saved.await.map_err(|source| RegisterError { guest: name.to_owned(), path, source })
     }

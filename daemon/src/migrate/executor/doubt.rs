@@ -10,12 +10,16 @@ use crate::migrate::unix_seconds;
 
 impl Executor {
     /// What a VMM that has attached says of whose the guest is.
-    pub(super) fn told_by(&self, guest: &Guest) -> Option<Event> {
+    pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
+        // Whatever the journal says of it, it was told to.
+        self.told_to_run |= guest.standing.get() == Standing::Running;
         match guest.standing.get() {
             Standing::Running => Some(Event::Owned),
             // It knows nothing of daemons, and was paused, but nobody has noted that it was given up.
             Standing::Relinquished
-                if guest.bond.borrow().is_none() && self.entry.record == Record::Leaving =>
+                if guest.driver.qemu().is_some()
+                    && guest.bond.borrow().is_none()
+                    && self.entry.record == Record::Leaving =>
             {
                 Some(Event::Owned)
             }
@@ -25,8 +29,9 @@ impl Executor {
     }
 
     /// The same of a VMM that had attached before its migration was taken up.
-    pub fn told_at_once(&self) -> Option<Event> {
-        self.guest().and_then(|guest| self.told_by(guest))
+    pub fn told_at_once(&mut self) -> Option<Event> {
+        let guest = self.guest()?.clone();
+        self.told_by(&guest)
     }
 
     /// The operator has decided.

@@ -96,17 +96,22 @@ impl Executor {
 
     /// When a VMM that hangs is waited for no longer.
     pub fn patience_ends(&self) -> Option<Instant> {
-        let waits = self.cannot_be_whole() && matches!(self.vmm, Vmm::Away(_)) && self.unanswered.is_some();
+        let waits = self.lost.is_none()
+            && self.cannot_be_whole()
+            && matches!(self.vmm, Vmm::Away(_))
+            && self.unanswered.is_some();
         waits.then(|| self.unanswered_since + RETURN)
     }
 
     /// Does to a VMM that does not come back what it cannot be told.
     pub fn lose_patience(&mut self) -> Option<Event> {
-        if self.unanswered.take() == Some(Action::Resume) {
+        if self.unanswered == Some(Action::Resume) {
+            self.unanswered = None;
             return Some(self.end_lost());
         }
-        // It never ran, and the half is done with it.
+        // It never ran, and the half is done with it. Should it come back after all, it is told to end.
         let _ = self.end_by_force();
+        self.unanswered_since = Instant::now();
         None
     }
 }

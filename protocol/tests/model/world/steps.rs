@@ -146,7 +146,11 @@ impl World {
         if !host.up {
             steps.push(Step::Restart { at, forgetful: false, damaged: None });
             if self.budget.damage > 0 && !self.promised(at) {
-                let damages = host.damages().map(Some);
+                // See the end of the list of what no answer can mend.
+                let incomplete = self.lacks_pages() || self.is_hopeless();
+                let hopeless = at == Side::Destination && host.vmm == Vmm::Running && incomplete;
+                let damages = host.damages().filter(|found| !(hopeless && *found == Some(Record::Prepared)));
+                let damages = damages.map(Some);
                 steps.extend(damages.map(|damaged| Step::Restart { at, forgetful: false, damaged }));
             }
             let lacks_pages = matches!(host.vmm, Vmm::Loaded | Vmm::Running) && self.lacks_pages();
