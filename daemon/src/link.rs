@@ -20,10 +20,9 @@ use memlane_protocol::wire::hello::{
 use memlane_protocol::wire::{Label, WireError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
-use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
 
-use self::traffic::{Outgoing, Received, Shared};
+use self::traffic::{Outgoing, Received, Shared, read_exactly};
 use crate::task;
 
 /// Longest time for connecting and for the answer to a greeting.
@@ -191,7 +190,7 @@ pub async fn answer_greeting(
     judge: impl FnOnce(&Hello) -> Result<(), String>,
 ) -> Result<Option<Hello>, LinkError> {
     let greeting = async {
-        let hello = within(HELLO, read_exactly(stream, HELLO_BYTES)).await;
+        let hello = within(HELLO, read_exactly(stream, HELLO_BYTES, || ())).await;
         let hello = Hello::decode(&hello.unwrap_or_else(|| Err(given_up(stream, HELLO)))?)?;
         let ours = VERSIONS;
         let answer = match (common_version(ours, (hello.oldest, hello.newest)), judge(&hello)) {
@@ -232,23 +231,9 @@ async fn within<T>(limit: Duration, coming: impl Future<Output = T>) -> Option<T
 
 async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {
     stream.write_all(hello.encode()).await.0?;
-    let mut bytes = read_exactly(stream, ANSWER_BYTES).await?;
-    bytes.extend(read_exactly(stream, Answer::text_bytes(&bytes)?).await?);
+    let mut bytes = read_exactly(stream, ANSWER_BYTES, || ()).await?;
+    bytes.extend(read_exactly(stream, Answer::text_bytes(&bytes)?, || ()).await?);
     Ok(Answer::decode(&bytes)?)
-}
-
-async fn read_exactly(stream: &TcpStream, count: usize) -> Result<Vec<u8>, LinkError> {
-    let mut buffer = vec![0; count];
-    let mut filled = 0;
-    while filled < count {
-        let (result, slice) = stream.read(buffer.slice(filled..)).await;
-        buffer = slice.into_inner();
-        match result? {
-            0 => return Err(LinkError::Closed),
-            read => filled += read,
-        }
-    }
-    Ok(buffer)
 }
 
 #[cfg(test)]

@@ -195,13 +195,14 @@ pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration)
 
 /// The next message, and how many bytes it had.
 async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, usize), LinkError> {
-    let (kind, bytes) = decode_header(&read_exactly(stream, shared, HEADER_BYTES).await?)?;
-    let message = Control::decode(kind, &read_exactly(stream, shared, bytes).await?)?;
+    let heard = || shared.last_heard.set(Instant::now());
+    let (kind, bytes) = decode_header(&read_exactly(stream, HEADER_BYTES, heard).await?)?;
+    let message = Control::decode(kind, &read_exactly(stream, bytes, heard).await?)?;
     Ok((message, HEADER_BYTES + bytes))
 }
 
-/// As many bytes; each part of them is a sign of life.
-async fn read_exactly(stream: &TcpStream, shared: &Shared, count: usize) -> Result<Vec<u8>, LinkError> {
+/// As many bytes; each part of them that comes is a sign of life.
+pub async fn read_exactly(stream: &TcpStream, count: usize, heard: impl Fn()) -> Result<Vec<u8>, LinkError> {
     let mut buffer = vec![0; count];
     let mut filled = 0;
     while filled < count {
@@ -211,7 +212,7 @@ async fn read_exactly(stream: &TcpStream, shared: &Shared, count: usize) -> Resu
             0 => return Err(LinkError::Closed),
             read => filled += read,
         }
-        shared.last_heard.set(Instant::now());
+        heard();
     }
     Ok(buffer)
 }
