@@ -3,6 +3,7 @@
 mod deadline;
 mod doubt;
 mod lost;
+mod words;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -18,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
 use super::silence::Silence;
-use super::{Arrivals, Ticket, Word, unix_seconds};
+use super::{Arrivals, Ticket, unix_seconds};
 use crate::announce::announce;
 use crate::api::types::Role;
 use crate::guest::{DriverError, Guest, Process};
@@ -26,15 +27,12 @@ use crate::host::Host;
 use crate::journal::Entry;
 use crate::lane::Placing;
 use crate::link::{Link, LinkError};
-use crate::task;
 
 pub use deadline::Deadline;
 pub use lost::NEVER_WHOLE;
 
 /// How often what has not been answered is asked again.
 pub const TICK: Duration = Duration::from_secs(1);
-/// Longest wait for the answer to a word that is sent over a connection of its own.
-const ANSWER: Duration = Duration::from_secs(2);
 
 /// A half of the handover.
 pub trait Half {
@@ -386,41 +384,6 @@ impl Executor {
         Some(done)
     }
 
-    /// Whether the memory that the guest would have here is known not to be right; then that is the reason.
-    fn is_broken(&mut self) -> bool {
-        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
-        broken.is_some_and(|reason| {
-            self.blame(reason);
-            true
-        })
-    }
-
-    /// Deals with a guest whose memory here is known not to be right, and which is to run.
-    fn give_back_broken(&mut self) -> Option<Event> {
-        match &self.vmm {
-            _ if self.has_never_run(self.told_to_run) => Some(Event::ResumeFailed),
-            Vmm::Away(_) => self.leave_unanswered(Action::Resume),
-            Vmm::Ended => Some(self.ended()),
-            Vmm::Attached(_) | Vmm::Released => Some(Event::Abandoned),
-        }
-    }
-
-    /// Whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which the
-    /// state of a QEMU does not tell).
-    fn has_never_run(&self, told: bool) -> bool {
-        !told
-            || matches!(&self.vmm, Vmm::Attached(guest)
-                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none())
-    }
-
-    /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
-    fn ended(&self) -> Event {
-        match self.entry.record {
-            Record::Running if !self.told_to_run => Event::ResumeFailed,
-            _ => Event::VmmGone,
-        }
-    }
-
     /// The guest runs here, with all of its memory or without.
     fn resumed(&self) -> Event {
         match &self.placing {
@@ -466,83 +429,6 @@ impl Executor {
         self.unanswered = Some(action);
         self.unanswered_since = Instant::now();
         None
-    }
-
-    /// Sends a word where the other half will hear it: as the answer to its own, over the
-    /// migration's connection, or over a new one, which then brings the answer.
-    async fn send(&mut self, message: Message) -> Option<Event> {
-        if let Some(reply) = self.reply.take() {
-            let _ = reply.send(message);
-            return None;
-        }
-        let word = self.word(message)?;
-        if let Some(link) = &self.link {
-            // A broken link is noticed by whoever listens to it. One that takes nothing holds up nothing here:
-            // a guest may stand still.
-            let _ = tokio::time::timeout(ANSWER, link.send(&word)).await;
-            return None;
-        }
-        self.exchange(word);
-        None
-    }
-
-    /// Sends a word over a connection of its own; the answer arrives as others' words do.
-    fn exchange(&self, word: Control) {
-        if self.entry.peer == self.host.config.host {
-            return; // a QEMU was paused, and for whom is not known
-        }
-        if self.exchanging.replace(true) {
-            return; // the one before has not been answered, and is repeated
-        }
-        let (host, entry, ticket) = (self.host.clone(), self.entry.clone(), self.ticket.clone());
-        let (exchanging, silence) = (self.exchanging.clone(), self.silence.clone());
-        task::spawn("word over a connection of its own", async move {
-            match ask(&host, &entry, &word).await {
-                Ok(Some(message)) => {
-                    silence.broken(&entry, message);
-                    // Nobody waits for the answer to an answer.
-                    let (reply, _) = oneshot::channel();
-                    let _ = ticket.words.send(Word { message, reply }).await;
-                }
-                Ok(None) if host.peer(&entry.peer).is_none() => {
-                    silence.goes_on(&entry, "no peer of this name is configured; add it as [[peer]]")
-                }
-                Ok(None) => silence.goes_on(&entry, "it has no answer yet"),
-                Err(failure) => silence.goes_on(&entry, failure),
-            }
-            exchanging.set(false);
-        });
-    }
-
-    fn word(&self, message: Message) -> Option<Control> {
-        let time = match message {
-            // These carry more than a word, and were sent where they were made.
-            Message::Offer | Message::Accept | Message::Refuse => return None,
-            Message::Ready => self.load_time,
-            Message::Running | Message::Fetching => self.resume_time,
-            _ => Duration::ZERO,
-        };
-        Some(Control::Handover {
-            migration: self.entry.migration,
-            message,
-            nanoseconds: time.as_nanos() as u64,
-            reason: self.reason.clone().unwrap_or_default(),
-        })
-    }
-}
-
-/// Asks the other host, over a connection of its own.
-async fn ask(host: &Host, entry: &Entry, word: &Control) -> Result<Option<Message>, LinkError> {
-    let Some(mut link) = host.connect(&entry.peer).await? else {
-        return Ok(None);
-    };
-    link.send(word).await?;
-    match tokio::time::timeout(ANSWER, link.receive()).await {
-        Ok(Ok(Control::Handover { migration, message, .. })) if migration == entry.migration => {
-            Ok(Some(message))
-        }
-        Ok(Err(LinkError::Closed)) | Err(_) | Ok(Ok(_)) => Ok(None),
-        Ok(Err(failure)) => Err(failure),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use memlane_protocol::handover::{Action, Event};
+use memlane_protocol::handover::{Action, Event, Record};
 use memlane_protocol::wire::attach::Standing;
 use tracing::{error, warn};
 
@@ -113,5 +113,40 @@ impl Executor {
         let _ = self.end_by_force();
         self.unanswered_since = Instant::now();
         None
+    }
+
+    /// Whether the memory that the guest would have here is known not to be right; then that is the reason.
+    pub(super) fn is_broken(&mut self) -> bool {
+        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        broken.is_some_and(|reason| {
+            self.blame(reason);
+            true
+        })
+    }
+
+    /// Deals with a guest whose memory here is known not to be right, and which is to run.
+    pub(super) fn give_back_broken(&mut self) -> Option<Event> {
+        match &self.vmm {
+            _ if self.has_never_run(self.told_to_run) => Some(Event::ResumeFailed),
+            Vmm::Away(_) => self.leave_unanswered(Action::Resume),
+            Vmm::Ended => Some(self.ended()),
+            Vmm::Attached(_) | Vmm::Released => Some(Event::Abandoned),
+        }
+    }
+
+    /// Whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which the
+    /// state of a QEMU does not tell).
+    pub(super) fn has_never_run(&self, told: bool) -> bool {
+        !told
+            || matches!(&self.vmm, Vmm::Attached(guest)
+                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none())
+    }
+
+    /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
+    pub(super) fn ended(&self) -> Event {
+        match self.entry.record {
+            Record::Running if !self.told_to_run => Event::ResumeFailed,
+            _ => Event::VmmGone,
+        }
     }
 }
