@@ -221,10 +221,14 @@ impl Facts {
         }
         let incomplete = |at: &Time| self.whole.is_none_or(|whole| *at <= whole + IN_FLIGHT);
         let while_fetching = |victim| self.kills(victim).any(|killed| incomplete(&killed.at));
+        // A VMM that hangs hears what it was told when it goes on, and its daemon may be gone by then.
+        let may_run = |killed: &Struck, since: Time| {
+            killed.at + IN_FLIGHT >= since || self.told_to_run.is_some_and(|told| told <= killed.done)
+        };
         if let Some(since) = self.ran_there()
             && self
                 .kills(Victim::DestinationDaemon)
-                .any(|killed| killed.at + IN_FLIGHT >= since && incomplete(&killed.at))
+                .any(|killed| may_run(killed, since) && incomplete(&killed.at))
         {
             return Some("the destination's daemon was killed while the guest fetched");
         }

@@ -134,6 +134,11 @@ fn postcopy_may_lose_a_guest_that_fetches() {
     facts.strikes = vec![killed(Victim::DestinationDaemon, 100 * MS)];
     assert_eq!(faults(&facts), "");
     assert_eq!(Facts { postcopy: false, ..facts.clone() }.judge().fate, Fate::Wrong);
+    // Its VMM hung, and heard that it was to run when the daemon was gone.
+    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (300 * MS, Standing::Running)]);
+    assert_eq!(faults(&facts), "");
+    assert_eq!(Facts { told_to_run: None, ..facts.clone() }.judge().fate, Fate::Wrong);
+    facts.vmms[1].history = lost(completed()).vmms[1].history.clone();
     // It was whole before, or never ran.
     facts.strikes = vec![killed(Victim::DestinationDaemon, 2000 * MS)];
     assert_eq!(facts.judge().fate, Fate::Wrong);
