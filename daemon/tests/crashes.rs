@@ -131,7 +131,10 @@ fn a_daemon_is_killed_after_the_commit() {
         let mut guest = stage.guest(point.name);
         let mut there = stage.receiver(point.name);
         let order = begin(&stage, &tap, &point);
-        assert_ne!(guest.stats().unwrap()["standing"], "running", "two owners");
+        // When the source has ended it, its VMM has gone or is about to.
+        if point.name != DONE.name {
+            assert_ne!(guest.stats().unwrap()["standing"], "running", "two owners");
+        }
         stage.rig.stop_daemon(id).unwrap();
         tap.lose();
         stage.rig.start_daemon(id).unwrap();
