@@ -124,9 +124,10 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
 
 /// What this host has to say to a word about a migration.
 async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
-    if let Some(ticket) = host.migration_with(peer, &migration)
-        && ticket.is_live()
-    {
+    let ticket = host.migration_with(peer, &migration);
+    // It has ended since this daemon was started.
+    let ended = ticket.as_ref().is_some_and(|ticket| !ticket.is_live());
+    if let Some(ticket) = ticket.filter(|ticket| ticket.is_live()) {
         let (reply, answer) = oneshot::channel();
         let asked = async {
             ticket.words.send(Word { message, reply }).await.ok()?;
@@ -140,7 +141,7 @@ async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Mess
     match message {
         // A VMM that this journal should know of, and does not, may be about to say so.
         Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined
-            if host.started.elapsed() < RETURNING =>
+            if !ended && host.started.elapsed() < RETURNING =>
         {
             None
         }
