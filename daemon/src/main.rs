@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use memlane_kvm::descriptors;
 use memlaned::config::Config;
 use memlaned::log::PlainLog;
 use tracing_subscriber::EnvFilter;
@@ -46,6 +47,10 @@ fn main() -> ExitCode {
     if arguments.check_config {
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
+    }
+    if let Err(error) = descriptors::make_room() {
+        eprintln!("memlaned: cannot make room for file descriptors: {error}");
+        return ExitCode::FAILURE;
     }
     tokio_uring::start(async {
         let code = match memlaned::daemon::run(config).await {
