@@ -5,32 +5,29 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use memlane_api::ids;
+use memlane_api::types::{
+    ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo,
+    Resolve, Status,
+};
+use memlane_guest::Guest;
+use memlane_guest::qemu::QemuError;
+use memlane_guest::qemu::definition::{Definition, DefinitionError};
+use memlane_migrate::progress::{Phase, Role};
+use memlane_migrate::{Order as Orders, OrderError, Ticket, Wishes, preflight};
+use memlane_net::config::PortConfig;
+use memlane_net::port::{holds, interface_state};
+use memlane_net::task;
 use memlane_protocol::convergence::{Converge, Policy};
-use memlane_protocol::handover::Record;
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::hello;
 use memlane_protocol::wire::{BadLabel, Label};
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::api::types::{
-    ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, NicInfo, Order, PeerInfo, Phase,
-    PortInfo, Resolve, Role, Standing as StandingView, Status,
-};
 use crate::api::{Backend, Caller};
-use crate::config::PortConfig;
-use crate::guest::Guest;
-use crate::guest::qemu::definition::{Definition, DefinitionError};
-use crate::guest::qemu::{self, QemuError};
-use crate::hex;
-use crate::host::{Host, random_id};
-use crate::journal::Entry;
-use crate::metrics;
-use crate::migrate::Ticket;
-use crate::migrate::preflight::{self, Findings, Request};
-use crate::migrate::source::{self, Wishes};
-use crate::port::{holds, interface_state};
-use crate::task;
+use crate::host::Host;
+use crate::{metrics, views};
 
 /// The host, as the API sees it.
 pub struct HostBackend(pub Rc<Host>);
@@ -45,8 +42,8 @@ impl Backend for HostBackend {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol_versions: [hello::VERSIONS.0, hello::VERSIONS.1],
             uptime_seconds: host.started.elapsed().as_secs_f64(),
-            guests: host.guests().len(),
-            migrations: host.active(),
+            guests: host.guests.count(),
+            migrations: host.context().migrations.active(),
             insecure: true,
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             kvm,
@@ -68,7 +65,7 @@ impl Backend for HostBackend {
     }
 
     fn guests(&self) -> Vec<GuestInfo> {
-        self.0.guests().iter().map(|guest| guest_info(&self.0, guest)).collect()
+        self.0.guests.all().iter().map(|guest| views::guest(guest, &self.0.qemu)).collect()
     }
 
     async fn launch(&self, caller: Caller, launch: Launch) -> Result<GuestInfo, ApiError> {
@@ -77,9 +74,9 @@ impl Backend for HostBackend {
         let definition = Definition::parse(Path::new("guest file"), &definition).map_err(invalid)?;
         let name = definition.name.clone();
         info!(guest = %name, incoming, %caller, "ordered to launch a guest");
-        let launched = qemu::launch(&self.0, definition, incoming).await;
+        let launched = self.0.qemu.launch(definition, incoming).await;
         let guest = launched.map_err(|error| told(ErrorCode::CannotLaunch, "launch", &name, error))?;
-        Ok(guest_info(&self.0, &guest))
+        Ok(views::guest(&guest, &self.0.qemu))
     }
 
     async fn attach(&self, caller: Caller, attach: Attach) -> Result<GuestInfo, ApiError> {
@@ -87,91 +84,53 @@ impl Backend for HostBackend {
         let invalid = |error: BadLabel| ApiError::new(ErrorCode::Invalid, error.to_string());
         let name: Label = name.parse().map_err(invalid)?;
         info!(guest = %name, incoming, %caller, "ordered to attach a guest");
-        let attached = qemu::attach(&self.0, name.clone(), qmp.into(), incoming).await;
+        let attached = self.0.qemu.attach(name.clone(), qmp.into(), incoming).await;
         let guest = attached.map_err(|error| told(ErrorCode::CannotAttach, "attach", &name, error))?;
-        Ok(guest_info(&self.0, &guest))
+        Ok(views::guest(&guest, &self.0.qemu))
     }
 
     async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError> {
         let guest = self.guest(name)?;
         info!(guest = name, %caller, "ordered to detach a guest");
         // Before it is forgotten.
-        let info = guest_info(&self.0, &guest);
+        let info = views::guest(&guest, &self.0.qemu);
         let name = &guest.shape.name;
-        qemu::detach(&self.0, name).map_err(|error| told(ErrorCode::CannotDetach, "detach", name, error))?;
+        self.0.qemu.detach(name).map_err(|error| told(ErrorCode::CannotDetach, "detach", name, error))?;
         Ok(info)
     }
 
     fn migrations(&self) -> Vec<Migration> {
-        self.0.migrations().iter().map(|ticket| ticket.progress.borrow().clone()).collect()
+        self.0.context().migrations.all().iter().map(|ticket| seen(ticket)).collect()
     }
 
     fn migration(&self, id: &str) -> Result<Migration, ApiError> {
-        Ok(self.find(id)?.progress.borrow().clone())
+        Ok(seen(&*self.find(id)?))
     }
 
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
         let (guest, peer) = self.parties(&order)?;
-        let mut findings = Findings::default();
-        let request = self.request(&order, true);
-        preflight::send(&self.0, &guest, &peer, request, &mut findings).await;
-        Ok(CheckReport {
-            ok: !findings.refused(),
-            guest: order.guest,
-            host: order.host,
-            findings: findings.findings,
-            ports: findings.ports,
-            estimate: findings.estimate,
-        })
+        let findings = self.0.migrate.check(&guest, &peer, self.min_bandwidth(&order)).await;
+        Ok(views::check(order.guest, order.host, findings))
     }
 
     async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError> {
         let (guest, peer) = self.parties(&order)?;
-        let wishes = self.wishes(&order);
-        let request = self.request(&order, false);
-        let id = hex::encode(&request.migration);
+        let migration = ids::random();
+        let id = ids::encode(&migration);
         info!(guest = %guest.shape.name, %peer, migration = id, %caller, "ordered to move a guest");
-        // Taken before anything is awaited, so that no second order can take the guest too.
-        guest.migration.replace(Some(request.migration));
-        let mut findings = Findings::default();
-        let Some(plan) = preflight::send(&self.0, &guest, &peer, request, &mut findings).await else {
-            guest.migration.take();
-            for finding in findings.findings.iter().filter(|finding| finding.what != "host") {
-                info!(guest = %guest.shape.name, %peer, what = finding.what, detail = finding.detail, "preflight");
+        let orders = Orders { wishes: self.wishes(&order), min_bandwidth: self.min_bandwidth(&order) };
+        let ordered = self.0.migrate.migrate(&guest, &peer, migration, orders).await;
+        ordered.map(|ticket| seen(&ticket)).map_err(|error| match error {
+            OrderError::Moving => moving(&order),
+            OrderError::Refused(findings) => ApiError::new(ErrorCode::Refused, findings.reasons()),
+            OrderError::VmmLost => {
+                let text = format!(
+                    "the connection to the VMM of guest {} was lost meanwhile; order it again",
+                    order.guest
+                );
+                ApiError::new(ErrorCode::Refused, text)
             }
-            metrics::refused("preflight");
-            return Err(ApiError::new(ErrorCode::Refused, findings.reasons()));
-        };
-        let host = self.0.clone();
-        if !host.guest(&guest.shape.name).is_some_and(|now| Rc::ptr_eq(&now, &guest)) {
-            guest.migration.take();
-            let text = format!(
-                "the connection to the VMM of guest {} was lost meanwhile; order it again",
-                order.guest
-            );
-            return Err(ApiError::new(ErrorCode::Refused, text));
-        }
-        let entry = Entry {
-            migration: request.migration,
-            guest: guest.shape.name.clone(),
-            peer,
-            record: Record::Leaving,
-            vmm: guest.process.identity(),
-            shape: guest.digest(),
-            fetching: false,
-        };
-        let (ticket, arrivals) = Ticket::new(&entry, &host.config.host, Role::Source);
-        ticket.update(|progress| {
-            progress.pages_total = guest.shape.pages();
-            progress.downtime_limit_seconds = wishes.policy.downtime_limit.as_secs_f64();
-        });
-        host.add(ticket.clone());
-        let first = ticket.progress.borrow().clone();
-        task::spawn(
-            "source of a migration",
-            source::run(host.clone(), guest, entry, (ticket, arrivals), plan, wishes),
-        );
-        Ok(first)
+        })
     }
 
     fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
@@ -188,7 +147,7 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         ticket.cancelled.send_replace(true);
-        Ok(ticket.progress.borrow().clone())
+        Ok(seen(&ticket))
     }
 
     fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
@@ -203,7 +162,7 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         ticket.abandoned.send_replace(true);
-        Ok(ticket.progress.borrow().clone())
+        Ok(seen(&ticket))
     }
 
     fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
@@ -227,29 +186,34 @@ impl Backend for HostBackend {
             guest = %ticket.guest, peer = %ticket.peer, migration = id, ?action, other_host_is_off, %caller,
             "an operator decides about a guest in doubt"
         );
-        Ok(ticket.progress.borrow().clone())
+        Ok(seen(&ticket))
     }
 
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
-        Ok(self.find(id)?.progress.subscribe())
+        Ok(follow(&*self.find(id)?))
     }
 
     async fn metrics(&self) -> String {
+        let migrations = self.0.context().migrations.all();
+        let migrations: Vec<_> = migrations.iter().map(|ticket| ticket.progress.borrow().clone()).collect();
+        let ports = self.0.config.ports.iter().map(|port| port.name.as_str());
+        metrics::now(self.0.guests.count(), &migrations, ports);
         task::aside(metrics::render).await
     }
 }
 
 impl HostBackend {
     fn find(&self, id: &str) -> Result<Rc<Ticket>, ApiError> {
-        let found = hex::decode(id).and_then(|id| self.0.migration(&id));
+        let found = ids::decode(id).and_then(|id| self.0.context().migrations.get(&id));
         let unknown = || format!("no migration {id} is known here; see `memlanectl status`");
         found.ok_or_else(|| ApiError::new(ErrorCode::UnknownMigration, unknown()))
     }
 
     fn guest(&self, name: &str) -> Result<Rc<Guest>, ApiError> {
         let host = &self.0;
-        name.parse().ok().and_then(|label| host.guest(&label)).ok_or_else(|| {
-            let names: Vec<String> = host.guests().iter().map(|guest| guest.shape.name.to_string()).collect();
+        name.parse().ok().and_then(|label| host.guests.get(&label)).ok_or_else(|| {
+            let names: Vec<String> =
+                host.guests.all().iter().map(|guest| guest.shape.name.to_string()).collect();
             let there =
                 if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
             let text = format!("no guest named {name} is attached to this daemon ({there})");
@@ -261,7 +225,7 @@ impl HostBackend {
     fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
         let host = &self.0;
         let guest = self.guest(&order.guest)?;
-        let peer = order.host.parse().ok().and_then(|name| host.peer(&name)).ok_or_else(|| {
+        let peer = order.host.parse().ok().and_then(|name| host.context().peer(&name)).ok_or_else(|| {
             let names: Vec<String> = host.config.peers.iter().map(|peer| peer.name.to_string()).collect();
             let there =
                 if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
@@ -269,8 +233,7 @@ impl HostBackend {
             ApiError::new(ErrorCode::UnknownHost, text)
         })?;
         if guest.is_moving() {
-            let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
-            return Err(ApiError::new(ErrorCode::AlreadyMoving, text));
+            return Err(moving(order));
         }
         if guest.lost.get() {
             let text = format!(
@@ -291,10 +254,10 @@ impl HostBackend {
         Ok((guest, peer.name.clone()))
     }
 
-    fn request(&self, order: &Order, check_only: bool) -> Request {
+    /// Bits per second that the ports must promise.
+    fn min_bandwidth(&self, order: &Order) -> u64 {
         let default = self.0.config.limits.min_bandwidth.0;
-        let min_bandwidth = order.min_bandwidth_bits_per_second.unwrap_or(default);
-        Request { migration: random_id(), check_only, min_bandwidth }
+        order.min_bandwidth_bits_per_second.unwrap_or(default)
     }
 
     /// The API has seen to it that numbers are in range.
@@ -325,7 +288,7 @@ fn see(port: &PortConfig) -> (bool, Option<u64>) {
 }
 
 fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -> PortInfo {
-    let (bytes_sent, bytes_received) = host.traffic.of(&port.name);
+    let (bytes_sent, bytes_received) = host.context().traffic.of(&port.name);
     PortInfo {
         name: port.name.to_string(),
         interface: port.interface.clone(),
@@ -343,29 +306,28 @@ fn told(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiErro
     ApiError::new(code, format!("cannot {doing} guest {name}: {error}"))
 }
 
-fn guest_info(host: &Host, guest: &Guest) -> GuestInfo {
-    let standing = match guest.standing.get() {
-        Standing::Running if guest.lost.get() => StandingView::Lost,
-        Standing::Running if guest.is_moving() => StandingView::Migrating,
-        Standing::Running => StandingView::Running,
-        Standing::Incoming => StandingView::Incoming,
-        Standing::Relinquished => StandingView::Relinquished,
-        Standing::Loaded => StandingView::Loaded,
-    };
-    let mac = |mac: &[u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
-    let nics = guest.shape.nics.iter();
-    let qemu = guest.driver.qemu();
-    let record = qemu.and_then(|_| host.register.read(guest.shape.name.as_str()));
-    GuestInfo {
-        name: guest.shape.name.to_string(),
-        vmm: guest.shape.machine.vmm.to_string(),
-        machine: qemu.map(|qemu| qemu.machine.clone()),
-        vcpus: guest.shape.machine.vcpus,
-        ram_bytes: guest.shape.ram_bytes(),
-        tracker: guest.shape.tracker.name().to_owned(),
-        standing,
-        nics: nics.map(|nic| NicInfo { mac: mac(&nic.mac), network: nic.network.to_string() }).collect(),
-        pid: Some(guest.process.identity().pid),
-        qmp: record.map(|record| record.qmp.display().to_string()),
-    }
+fn moving(order: &Order) -> ApiError {
+    let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
+    ApiError::new(ErrorCode::AlreadyMoving, text)
+}
+
+/// A migration, as it stands now.
+fn seen(ticket: &Ticket) -> Migration {
+    views::migration(&ticket.progress.borrow())
+}
+
+/// Follows a migration for as long as somebody listens.
+fn follow(ticket: &Ticket) -> watch::Receiver<Migration> {
+    let mut progress = ticket.progress.subscribe();
+    let (sender, receiver) = watch::channel(views::migration(&progress.borrow_and_update()));
+    task::spawn("view of a migration", async move {
+        loop {
+            tokio::select! {
+                changed = progress.changed() => if changed.is_err() { return },
+                () = sender.closed() => return,
+            }
+            sender.send_replace(views::migration(&progress.borrow_and_update()));
+        }
+    });
+    receiver
 }

@@ -4,25 +4,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_protocol::handover::{Destination, Message, Source};
-use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::MigrationId;
+use memlane_net::link::{Link, LinkError, answer_greeting};
+use memlane_net::port::{Door, Place};
+use memlane_net::task;
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{Hello, Purpose};
-use tokio::sync::oneshot;
 use tokio_uring::net::{TcpListener, TcpStream};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::host::Host;
-use crate::link::{Link, LinkError, answer_greeting};
-use crate::migrate::{Word, destination};
-use crate::port::{Door, Place};
-use crate::task;
 
-/// Longest wait for the first message, and for what a half says to a word.
+/// Longest wait for the first message.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Within this time of the daemon's start all VMMs have attached again.
-const RETURNING: Duration = Duration::from_secs(5);
 
 /// Takes in other daemons for as long as this one runs.
 pub async fn serve(listener: TcpListener, host: Rc<Host>) {
@@ -69,7 +62,7 @@ async fn take_in(
     let first = async {
         let mut first = link.receive().await?;
         if let Control::LanesFrom(addresses) = first {
-            host.rendezvous.note_addresses(hello.host.clone(), addresses);
+            host.context().rendezvous.note_addresses(hello.host.clone(), addresses);
             first = link.receive().await?;
         }
         Ok(first)
@@ -82,23 +75,15 @@ async fn take_in(
         return Err(LinkError::Crowd);
     }
     match first {
-        Control::Offer(offer) => destination::run(host.clone(), hello.host, link, offer).await,
+        Control::Offer(offer) => host.migrate.take_offer(hello.host, link, offer).await,
         Control::Handover { migration, message, .. } => {
-            if let Some(message) = answer(host, &hello.host, migration, message).await {
+            if let Some(message) = host.migrate.answer(&hello.host, migration, message).await {
                 let reason = String::new();
                 link.send(&Control::Handover { migration, message, nanoseconds: 0, reason }).await?;
                 link.until_closed().await;
             }
         }
-        Control::Fetch(migration) => {
-            let ticket = host.migration_with(&hello.host, &migration).filter(|ticket| ticket.is_live());
-            let Some(ticket) = ticket else {
-                info!(peer = %hello.host, "a peer would serve a guest that does not fetch anything here");
-                return Ok(());
-            };
-            // One that finds no room is dropped, and so closed: the source tries again.
-            let _ = ticket.links.try_send(link);
-        }
+        Control::Fetch(migration) => host.migrate.serve(&hello.host, &migration, link),
         other => return Err(LinkError::Unexpected { expected: "an offer", found: other.name() }),
     }
     Ok(())
@@ -109,7 +94,7 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
     if matches!(hello.purpose, Purpose::Lane { .. } | Purpose::Faults { .. }) {
         return Err("this is the control port; lanes go to the addresses that were offered".into());
     }
-    let Some(peer) = host.peer(&hello.host) else {
+    let Some(peer) = host.context().peer(&hello.host) else {
         return Err(format!("{} is no peer of {}; add it there as [[peer]]", hello.host, host.config.host));
     };
     if !same(peer.control.ip(), remote.ip()) {
@@ -120,34 +105,4 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// What this host has to say to a word about a migration.
-async fn answer(host: &Host, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
-    let ticket = host.migration_with(peer, &migration);
-    // It has ended since this daemon was started.
-    let ended = ticket.as_ref().is_some_and(|ticket| !ticket.is_live());
-    if let Some(ticket) = ticket.filter(|ticket| ticket.is_live()) {
-        let (reply, answer) = oneshot::channel();
-        let asked = async {
-            ticket.words.send(Word { message, reply }).await.ok()?;
-            answer.await.ok()
-        };
-        return tokio::time::timeout(PATIENCE, asked).await.ok()?;
-    }
-    if host.journal.known(peer, &migration).is_some() {
-        return None; // it is remembered, and its half will answer when it is asked again
-    }
-    match message {
-        // A VMM that this journal should know of, and does not, may be about to say so.
-        Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined
-            if !ended && host.started.elapsed() < RETURNING =>
-        {
-            None
-        }
-        Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
-            Source::answer_unknown(message)
-        }
-        _ => Destination::answer_unknown(message),
-    }
 }

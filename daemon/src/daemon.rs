@@ -6,18 +6,18 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
+use memlane_guest::attach_socket;
 use memlane_kvm::ram::contain_faults;
+use memlane_net::journal::{Journal, JournalError};
+use memlane_net::{port, task};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use crate::api::server;
 use crate::backend::HostBackend;
 use crate::config::Config;
-use crate::guest::{attach_socket, qemu};
 use crate::host::Host;
-use crate::journal::{Journal, JournalError};
-use crate::migrate::recover;
-use crate::{control, metrics, port, systemd, task};
+use crate::{control, metrics, systemd};
 
 /// Longest wait for migrations to be called off when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -57,16 +57,17 @@ pub enum DaemonError {
 /// Runs the daemon until it is told to end (SIGTERM, SIGINT).
 pub async fn run(config: Config) -> Result<(), DaemonError> {
     metrics::install();
+    config.ports.iter().for_each(|port| metrics::port(port.name.as_str()));
     contain_faults().map_err(DaemonError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
-    let (journal, unfinished) = Journal::open(&config.journal).await?;
+    let (journal, unfinished) = Journal::open(&config.journal, metrics::journal_synced).await?;
     let host = Host::new(config, journal);
-    host.register.load().await;
+    host.qemu.load().await;
     // Before anybody can ask about them.
-    recover::all(&host, unfinished);
+    host.migrate.recover(unfinished);
     listen(&host).await?;
-    qemu::resume_keeping(&host);
+    host.qemu.resume();
     task::spawn("metrics upkeep", metrics::upkeep());
     task::spawn("service watchdog", systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
@@ -97,7 +98,7 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
         let address = SocketAddr::new(port.address, config.lane_port);
         let listener =
             port::listen(address).await.map_err(failed(address, &format!("port {}", port.name)))?;
-        task::spawn("lane port", port::serve(listener, port.name.clone(), host.rendezvous.clone()));
+        task::spawn("lane port", port::serve(listener, port.name.clone(), host.context().rendezvous.clone()));
     }
     // Last, so that whoever finds these sockets finds everything.
     let path = config.attach_socket.clone();
@@ -110,13 +111,13 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
     }
     task::spawn("control port", control::serve(control, host.clone()));
     task::spawn("API server", server::serve(api, backend));
-    task::spawn("attach socket", attach_socket::serve(attach, host.clone()));
+    task::spawn("attach socket", attach_socket::serve(attach, host.attaching()));
     Ok(())
 }
 
 /// Cancels what can be cancelled, so that guests do not stand still any longer than they must.
 async fn call_off(host: &Host) {
-    let migrations = host.migrations();
+    let migrations = host.context().migrations.all();
     migrations.iter().filter(|ticket| ticket.cancellable.get()).for_each(|ticket| {
         ticket.cancelled.send_replace(true);
     });

@@ -2,18 +2,12 @@
 
 use std::time::Duration;
 
+use memlane_net::task;
 use sd_notify::NotifyState;
-
-use crate::task;
 
 /// The daemon serves; `status` is shown by `systemctl status`.
 pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
-}
-
-/// What the daemon is doing, in a line.
-pub fn status(status: &str) {
-    tell(&[NotifyState::Status(&one_line(status))]);
 }
 
 /// The daemon ends.
@@ -72,7 +66,7 @@ mod tests {
             let length = manager.recv(&mut buffer).unwrap();
             told.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
         }
-        assert_eq!(told[..3], ["READY=1\nSTATUS=2 guests\n", "STATUS=two lines\n", "WATCHDOG=1\n"]);
+        assert_eq!(told[..3], ["READY=1\nSTATUS=2 guests\n", "READY=1\nSTATUS=two lines\n", "WATCHDOG=1\n"]);
         assert!(told[3..told.len() - 1].iter().all(|message| message == "WATCHDOG=1\n"), "{told:?}");
     }
 
@@ -81,7 +75,7 @@ mod tests {
     fn tells_its_manager() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         ready("2 guests");
-        status("two\nlines");
+        ready("two\nlines");
         let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(15), watchdog()).await });
         stopping();
     }

@@ -3,10 +3,10 @@
 mod common;
 
 use common::{GUEST, Stage, words};
+use memlane_api::types::Phase;
 use memlane_lab::{HostId, LabOptions, Rate};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
-use memlaned::api::types::Phase;
 use rustix::process::Signal;
 
 #[test]

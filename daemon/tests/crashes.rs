@@ -7,10 +7,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Stage, Tap, assert_runs, signal, wait_for_exit};
+use memlane_api::types::Phase;
 use memlane_lab::{HostId, LabOptions, Process, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
-use memlaned::api::types::Phase;
 use rustix::net::sockopt::socket_type;
 use rustix::net::{Shutdown, SocketType, shutdown};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};

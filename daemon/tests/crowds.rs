@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use common::{Lane, Peer, Stage, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours};
 use memlane_kvm::packet;
 use memlane_lab::{HostId, LabOptions};
+use memlane_net::config::{CONTROL_PORT, LANE_PORT};
 use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{Answer, Purpose};
 use memlane_protocol::wire::machine::GuestShape;
-use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 /// Connections that say nothing, before a guest moves; more come while it does.
 const CROWD: usize = 6000;

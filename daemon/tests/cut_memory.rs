@@ -7,8 +7,8 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use common::{LONG, Order, Stage, assert_runs, wait_for_exit, words};
+use memlane_api::types::Phase;
 use memlane_lab::{HostId, LabOptions, Rate, Vmm, wait_for};
-use memlaned::api::types::Phase;
 
 /// What the culprit is told.
 const REASON: &str = "the guest's memory file was truncated by its VMM";

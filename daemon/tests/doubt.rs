@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use common::{LONG, Stage, Tap, assert_runs, signal, wait_for_exit};
+use memlane_api::types::{Migration, Outcome};
 use memlane_kvm::packet;
 use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_lab::{Answer, HostId, LabOptions, wait_for};
@@ -17,7 +18,6 @@ use memlane_protocol::wire::attach::{
 };
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::machine::GuestShape;
-use memlaned::api::types::{Migration, Outcome};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::Signal;
 

@@ -12,13 +12,13 @@ use common::{
     welcome,
 };
 use memlane_lab::{HostId, LabOptions};
+use memlane_net::config::{CONTROL_PORT, LANE_PORT};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::{Accept, Control, Offer, Port};
 use memlane_protocol::wire::frame::{
     Ack, Content, FRAME_HEADER_BYTES, Run, encode_compressed_head, encode_head,
 };
 use memlane_protocol::wire::hello::{Answer, Purpose, VERSIONS};
-use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 const PAGE: usize = 4096;
 /// Where the destination that a test plays awaits control connections, and lanes.

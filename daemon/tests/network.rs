@@ -7,9 +7,9 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use common::{GUEST, LONG, Stage, words};
+use memlane_api::types::{Lane, LaneState, Migration};
 use memlane_lab::{Capture, HostId, LabOptions, Rate};
-use memlaned::announce::frame;
-use memlaned::api::types::{Lane, LaneState, Migration};
+use memlane_net::announce::frame;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 

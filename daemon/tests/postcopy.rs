@@ -6,8 +6,8 @@ mod common;
 use std::time::Duration;
 
 use common::{LIMITS, LONG, Stage, assert_runs, wait_for_exit, words};
+use memlane_api::types::{Migration, Phase};
 use memlane_lab::{HostId, HugePages, LabOptions, Rate, Requirement, RigOptions, Vmm, say_skipped, wait_for};
-use memlaned::api::types::{Migration, Phase};
 
 /// Writes as fast as it can, all over its memory.
 const BUSY: &str = "--ram 64MiB --working-set 48MiB --flat-out --fill zero=10,random=80,compressible=10";

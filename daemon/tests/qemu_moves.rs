@@ -6,9 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use common::{LONG, Linux, Stage};
+use memlane_api::types::Phase;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Counters, HostId, LabOptions, Lan, Rate, tell_guest, wait_for};
-use memlaned::api::types::Phase;
 use serde_json::json;
 
 /// Pages, as the daemons count them.

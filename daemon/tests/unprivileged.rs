@@ -5,10 +5,10 @@ mod common;
 use std::time::Duration;
 
 use common::{LIMITS, LONG, Stage, Tap, wait_for_exit, words};
+use memlane_api::types::Phase;
 use memlane_lab::{DaemonUser, HostId, LabOptions, Rate, Requirement, RigOptions, Vmm, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
-use memlaned::api::types::Phase;
 
 fn stage(test: &str, daemon_user: DaemonUser, lab: LabOptions) -> Option<Stage> {
     let options = RigOptions { lab, tables: LIMITS.into(), daemon_user, ..RigOptions::default() };

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use memlane_api::units::Span;
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Size, agent};
 use memlane_perf::baseline::memory::{self, MemoryState};
 use memlane_perf::baseline::qemu::files;
@@ -13,7 +14,6 @@ use memlane_perf::cpu;
 use memlane_perf::page;
 use memlane_perf::report::Report;
 use memlane_perf::scenario::Order;
-use memlaned::config::Span;
 use serde::Serialize;
 
 /// Measures Memlane against the limits of the machine that it runs on, and against QEMU.

@@ -4,12 +4,11 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body;
+use memlane_api::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order, Resolution, Resolve};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
-
-use super::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order, Resolution, Resolve};
 
 /// Bytes of the largest body of a request, but for those that bring a guest file.
 pub const MAX_BODY_BYTES: usize = 64 << 10;

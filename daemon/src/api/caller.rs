@@ -2,10 +2,9 @@
 
 use std::fmt;
 
+use memlane_net::unix_socket::{Peer, peer};
 use memlane_protocol::wire::plain;
 use tokio::net::UnixStream;
-
-use crate::unix_socket::{Peer, peer};
 
 /// Who gives an order, for the log. Shown as `memlanectl (uid 0, pid 4711)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,30 +1,26 @@
 //! The daemon's API: HTTP/1.1 and JSON on a Unix socket, described by `openapi.json`.
 //!
-//! [`types`] is what it says, [`routes`] where, [`Backend`] who answers, [`server`] how the
-//! answers reach a socket and [`client`] how to ask from Rust.
+//! [`types`](memlane_api::types) is what it says, [`routes`] where, [`Backend`] who answers, [`server`] how the
+//! answers reach a socket.
 
 mod body;
 mod caller;
-pub mod client;
-pub mod json;
 mod line;
 pub mod openapi;
 pub mod routes;
 pub mod server;
 mod streams;
-pub mod types;
 
 #[cfg(test)]
 mod tests;
 
-pub use caller::Caller;
-
 use async_trait::async_trait;
-use tokio::sync::watch;
-
-use types::{
+use memlane_api::types::{
     ApiError, Attach, CheckReport, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo, Resolve, Status,
 };
+use tokio::sync::watch;
+
+pub use caller::Caller;
 
 /// Who answers: the host.
 ///

@@ -9,19 +9,19 @@ use http_body_util::{Either, Full};
 use hyper::body::{Body, Bytes};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, StatusCode};
+use memlane_api::json::to_json;
+use memlane_api::types::{
+    ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
+    PortInfo, Resolve, Status,
+};
+use memlane_net::task;
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::json::to_json;
 use super::line::Line;
 use super::streams::{Stream, Streams};
-use super::types::{
-    ApiError, Attach, CheckReport, ErrorBody, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo,
-    PortInfo, Resolve, Status,
-};
 use super::{Backend, Caller, body};
-use crate::task;
 
 /// Events of one stream are at least so far apart; what changes between them is told once.
 pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);

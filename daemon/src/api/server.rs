@@ -14,6 +14,8 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use memlane_net::task;
+use memlane_net::unix_socket;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
@@ -25,8 +27,6 @@ use super::line::{Impatient, Line, WRITE_TIMEOUT};
 use super::routes::{self, Answer, Asked};
 use super::streams::Streams;
 use super::{Backend, Caller};
-use crate::task;
-use crate::unix_socket;
 
 /// Connections served at once. One more takes the place of the one over which nothing was asked for
 /// longest; where all are busy, it waits to be accepted.

@@ -4,10 +4,11 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use memlane_api::types::{ApiError, ErrorCode};
+
 use super::Caller;
 use super::line::Busy;
 use super::server::MAX_CONNECTIONS;
-use super::types::{ApiError, ErrorCode};
 
 /// Streams at once,
 pub const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;

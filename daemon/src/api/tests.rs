@@ -14,10 +14,10 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
-use super::client::{Client, ClientError};
 use super::server;
-use super::types::*;
 use super::{Backend, Caller};
+use memlane_api::client::{Client, ClientError};
+use memlane_api::types::*;
 
 struct Fake {
     migration: watch::Sender<Migration>,
@@ -132,7 +132,7 @@ fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Rc<Fake>, Client) -> F)
     LocalSet::new().block_on(&runtime, async {
         let migration = watch::Sender::new(Migration::new("00ff", "web1", "host-b"));
         let fake = Rc::new(Fake { migration, orders: RefCell::default() });
-        crate::task::spawn("API server", server::serve(server::bind(&socket).unwrap(), fake.clone()));
+        memlane_net::task::spawn("API server", server::serve(server::bind(&socket).unwrap(), fake.clone()));
         test(fake, Client::new(socket)).await;
     });
 }
@@ -271,7 +271,7 @@ fn prometheus_reads_metrics_over_tcp_and_nothing_else() {
     with_server(|fake, _| async move {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        crate::task::spawn("metrics server", server::serve_metrics(listener, fake));
+        memlane_net::task::spawn("metrics server", server::serve_metrics(listener, fake));
         for (path, status) in [("/metrics", 200), ("/v1/status", 404), ("/v1/migrations/00ff", 404)] {
             let stream = TcpStream::connect(address).await.unwrap();
             let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();

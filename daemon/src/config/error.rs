@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why a configuration cannot be used. Guest files are read by the same rules.
+use memlane_guest::toml_file::FileError;
+
+/// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -14,68 +16,9 @@ pub enum ConfigError {
         /// Why.
         error: io::Error,
     },
-    /// The file is no TOML.
-    #[error("{}:{line}: this is no TOML: {message}", file.display())]
-    Syntax {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What the parser says.
-        message: String,
-    },
-    /// A key that does not exist.
-    #[error("{}:{line}: unknown key {key}; allowed here: {known}", file.display())]
-    Unknown {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key found.
-        key: String,
-        /// The keys that exist.
-        known: String,
-    },
-    /// A key without a default is not there.
-    #[error("{}:{line}: {key} is missing; give it {allowed}", file.display())]
-    Missing {
-        /// The file.
-        file: PathBuf,
-        /// The line of the table that lacks it.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What may stand there.
-        allowed: String,
-    },
-    /// A value that is not allowed.
-    #[error("{}:{line}: {key} = {found} is not allowed; give it {allowed}", file.display())]
-    Value {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What stands there.
-        found: String,
-        /// What may stand there.
-        allowed: String,
-    },
-    /// A value that must be unique.
-    #[error("{}:{line}: {key} = {found} stands on line {first} already; give each its own", file.display())]
-    Duplicate {
-        /// The file.
-        file: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// The key.
-        key: String,
-        /// What stands there.
-        found: String,
-        /// The line where it stood first.
-        first: usize,
-    },
+    /// The file does not say what it should.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The file does not agree to plain TCP.
     #[error(
         "{}: insecure = {found}: traffic between daemons, guests' memory included, is not encrypted yet. \

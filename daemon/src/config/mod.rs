@@ -2,8 +2,6 @@
 //! what was found and what is allowed. `systemd/memlaned.toml` explains all keys.
 
 mod error;
-pub(crate) mod reader;
-mod units;
 
 #[cfg(test)]
 mod tests;
@@ -14,21 +12,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use memlane_protocol::compression;
-use memlane_protocol::convergence::Converge;
+use memlane_api::units::{Rate, Size, Span};
+use memlane_guest::config::{AttachConfig, GuestsConfig, NetworkConfig};
+use memlane_guest::toml_file::{FileError, INTERFACE, NAME, Source, Table, Value, or, unique};
+use memlane_migrate::config::Limits;
+use memlane_net::config::{CONTROL_PORT, LANE_PORT, MAX_LANES, PeerConfig, PortConfig};
 use memlane_protocol::wire::Label;
 
-use reader::{INTERFACE, NAME, Source, Table, Value, or, unique};
-
 pub use error::ConfigError;
-pub use units::{BadUnit, Rate, Size, Span};
-
-/// TCP port where peers connect, unless another is configured.
-pub const CONTROL_PORT: u16 = 7410;
-/// TCP port of lanes, unless another is configured.
-pub const LANE_PORT: u16 = 7411;
-/// Lanes that a port may have.
-pub const MAX_LANES: u32 = 16;
 
 /// What the daemon is told when it starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,89 +52,6 @@ pub struct Config {
     pub limits: Limits,
     /// QEMU guests that this daemon starts.
     pub guests: GuestsConfig,
-}
-
-/// `[attach]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AttachConfig {
-    /// Guests that VMMs of one user may attach.
-    pub guests_per_user: u64,
-    /// File descriptors that the daemon holds of one user's VMMs, at the most half of what it may have.
-    pub descriptors_per_user: u64,
-    /// Memory of one user's guests that the daemon maps, whether it holds anything or not.
-    pub memory_per_user: Size,
-}
-
-/// `[[port]]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PortConfig {
-    /// Name; a lane connects ports of one name.
-    pub name: Label,
-    /// Interface that lanes are bound to, besides the address.
-    pub interface: Option<String>,
-    /// Address that lanes are bound to.
-    pub address: IpAddr,
-    /// Speed in bits per second, where the interface does not tell it.
-    pub speed: Option<Rate>,
-    /// Lanes that a migration opens, at most [`MAX_LANES`].
-    pub lanes: u16,
-    /// Congestion control of lanes, by the name that the kernel has for it; otherwise as suits the way.
-    pub congestion_control: Option<String>,
-}
-
-/// `[[peer]]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerConfig {
-    /// Name of the host.
-    pub name: Label,
-    /// Where its daemon awaits us. Calls of this peer must come from this address.
-    pub control: SocketAddr,
-    /// Guests that it sends may bring a guest file, from which their QEMU is started here.
-    pub may_start_guests: bool,
-}
-
-/// `[[network]]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NetworkConfig {
-    /// Name that the NICs of guests carry, the same on all hosts.
-    pub name: Label,
-    /// Bridge of this host on which arriving guests are announced.
-    pub bridge: String,
-}
-
-/// `[limits]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Longest pause of a guest, where the order names none.
-    pub downtime: Duration,
-    /// Orders are refused where the ports cannot deliver this, unless the order names a rate.
-    pub min_bandwidth: Rate,
-    /// Rounds of pre-copy, where the order names no number.
-    pub max_rounds: u32,
-    /// What to do when rounds do not shrink, where the order does not say.
-    pub converge: Converge,
-    /// How much of its writing a guest may lose to stun, in percent, where the order does not say; see
-    /// [`Limits::max_stun_percent`] for what holds where this does not say either.
-    pub max_stun: Option<u8>,
-    /// Whether lanes may compress, where the order does not say.
-    pub compression: compression::Mode,
-    /// A peer or a lane that says nothing for so long is gone.
-    pub silence: Duration,
-    /// Memory that arriving guests must leave free on this host.
-    pub memory_reserve: Size,
-}
-
-/// `[guests]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GuestsConfig {
-    /// Where each guest that was started has a folder with its QMP socket and its log.
-    pub directory: PathBuf,
-    /// Where their RAM lies, a file each: on tmpfs or hugetlbfs.
-    pub memory: PathBuf,
-    /// `libmemlane_shim.so`, which their QEMU is started with.
-    pub shim: PathBuf,
-    /// Programs that a guest file may name. Without any, no guest is started.
-    pub qemu: Vec<PathBuf>,
 }
 
 impl Config {
@@ -184,47 +92,6 @@ impl Config {
     }
 }
 
-impl Default for AttachConfig {
-    fn default() -> Self {
-        // A process has 128 TiB of addresses (x86-64 with four levels of page tables).
-        Self { guests_per_user: 1024, descriptors_per_user: 16 << 10, memory_per_user: Size(16 << 40) }
-    }
-}
-
-impl Default for GuestsConfig {
-    fn default() -> Self {
-        Self {
-            directory: "/run/memlane/guests".into(),
-            memory: "/dev/shm/memlane".into(),
-            shim: "/usr/lib/memlane/libmemlane_shim.so".into(),
-            qemu: vec!["/usr/bin/qemu-system-x86_64".into()],
-        }
-    }
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            downtime: Duration::from_millis(300),
-            min_bandwidth: Rate(250_000_000),
-            max_rounds: 50,
-            converge: Converge::None,
-            max_stun: None,
-            compression: compression::Mode::Auto,
-            silence: Duration::from_secs(5),
-            memory_reserve: Size(256 << 20),
-        }
-    }
-}
-
-impl Limits {
-    /// How much of its writing a guest may lose to stun, in percent, where the order does not say: with
-    /// post-copy to fall back on it is not worth slowing a guest to a crawl.
-    pub fn max_stun_percent(&self, converge: Converge) -> u8 {
-        self.max_stun.unwrap_or(if converge == Converge::Auto { 75 } else { 99 })
-    }
-}
-
 const PROGRAMS: &str = "a list of paths that begin with /, such as [\"/usr/bin/qemu-system-x86_64\"]";
 const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
 fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
@@ -236,7 +103,7 @@ fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
     Err(ConfigError::Insecure { file: file.to_owned(), found })
 }
 
-fn host(table: &mut Table<'_>) -> Result<Label, ConfigError> {
+fn host(table: &mut Table<'_>) -> Result<Label, FileError> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     match table.take("host") {
         Some(value) => value.label(),
@@ -249,7 +116,7 @@ fn host(table: &mut Table<'_>) -> Result<Label, ConfigError> {
     }
 }
 
-fn socket(table: &mut Table<'_>, key: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+fn socket(table: &mut Table<'_>, key: &'static str, default: &str) -> Result<PathBuf, FileError> {
     or(table.take(key), PathBuf::from(default), |value| {
         let path = value.path()?;
         // sun_path, less the NUL at its end: unix(7).
@@ -257,7 +124,7 @@ fn socket(table: &mut Table<'_>, key: &'static str, default: &str) -> Result<Pat
     })
 }
 
-fn address(value: &Value<'_>, default_port: Option<u16>) -> Result<SocketAddr, ConfigError> {
+fn address(value: &Value<'_>, default_port: Option<u16>) -> Result<SocketAddr, FileError> {
     let (allowed, port) = match default_port {
         None => ("\"ADDRESS:PORT\" with a numeric address, such as \"127.0.0.1:9410\"".to_owned(), 0),
         Some(port) => (format!("\"ADDRESS\" or \"ADDRESS:PORT\", numeric; the default port is {port}"), port),
@@ -267,7 +134,7 @@ fn address(value: &Value<'_>, default_port: Option<u16>) -> Result<SocketAddr, C
     parsed.filter(|address| address.port() != 0).ok_or_else(|| value.wrong(&allowed))
 }
 
-fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, ConfigError> {
+fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, FileError> {
     let Some(value) = table.take("attach_users") else {
         let mut users = vec![0, rustix::process::geteuid().as_raw()];
         users.dedup();
@@ -276,7 +143,7 @@ fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, ConfigError> {
     value.list(USERS)?.iter().map(user_id).collect()
 }
 
-fn attach(table: &mut Table<'_>) -> Result<AttachConfig, ConfigError> {
+fn attach(table: &mut Table<'_>) -> Result<AttachConfig, FileError> {
     let default = AttachConfig::default();
     let Some(mut table) = table.table("attach")? else { return Ok(default) };
     let number = |value: &Value<'_>| value.integer(1..=1_000_000).map(u64::from);
@@ -291,7 +158,7 @@ fn attach(table: &mut Table<'_>) -> Result<AttachConfig, ConfigError> {
     Ok(attach)
 }
 
-fn user_id(value: &Value<'_>) -> Result<u32, ConfigError> {
+fn user_id(value: &Value<'_>) -> Result<u32, FileError> {
     if let Some(id) = value.number() {
         return Ok(id);
     }
@@ -305,7 +172,7 @@ fn user_id(value: &Value<'_>) -> Result<u32, ConfigError> {
         .ok_or_else(|| value.wrong(USERS))
 }
 
-fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, ConfigError> {
+fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, FileError> {
     let (mut names, mut addresses) = (HashMap::new(), HashMap::new());
     let read = |mut table: Table<'_>| {
         let name = table.need("name", NAME)?;
@@ -333,7 +200,7 @@ fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, ConfigError> {
     table.tables("port")?.into_iter().map(read).collect()
 }
 
-fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, ConfigError> {
+fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, FileError> {
     let (mut names, mut addresses) = (HashMap::new(), HashMap::new());
     let read = |mut table: Table<'_>| {
         let name = table.need("name", NAME)?;
@@ -352,7 +219,7 @@ fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, ConfigE
     table.tables("peer")?.into_iter().map(read).collect()
 }
 
-fn networks(table: &mut Table<'_>) -> Result<Vec<NetworkConfig>, ConfigError> {
+fn networks(table: &mut Table<'_>) -> Result<Vec<NetworkConfig>, FileError> {
     let mut names = HashMap::new();
     let read = |mut table: Table<'_>| {
         let name = table.need("name", NAME)?;
@@ -366,7 +233,7 @@ fn networks(table: &mut Table<'_>) -> Result<Vec<NetworkConfig>, ConfigError> {
     table.tables("network")?.into_iter().map(read).collect()
 }
 
-fn guests(table: &mut Table<'_>) -> Result<GuestsConfig, ConfigError> {
+fn guests(table: &mut Table<'_>) -> Result<GuestsConfig, FileError> {
     let default = GuestsConfig::default();
     let Some(mut table) = table.table("guests")? else { return Ok(default) };
     let guests = GuestsConfig {
@@ -382,7 +249,7 @@ fn guests(table: &mut Table<'_>) -> Result<GuestsConfig, ConfigError> {
     Ok(guests)
 }
 
-fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
+fn limits(table: &mut Table<'_>) -> Result<Limits, FileError> {
     let default = Limits::default();
     let Some(mut table) = table.table("limits")? else { return Ok(default) };
     let limits = Limits {
@@ -409,7 +276,7 @@ fn limits(table: &mut Table<'_>) -> Result<Limits, ConfigError> {
     Ok(limits)
 }
 
-fn span(value: &Value<'_>, from_ms: u64, to_ms: u64) -> Result<Duration, ConfigError> {
+fn span(value: &Value<'_>, from_ms: u64, to_ms: u64) -> Result<Duration, FileError> {
     let (from, to) = (Duration::from_millis(from_ms), Duration::from_millis(to_ms));
     let allowed = format!("{}, from {} to {}", Span::ALLOWED, Span(from), Span(to));
     let Span(found) = value.parse(&allowed)?;

@@ -1,6 +1,7 @@
 use std::fs;
 
 use memlane_protocol::compression::Mode;
+use memlane_protocol::convergence::Converge;
 
 use super::*;
 

@@ -11,11 +11,11 @@ use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use memlane_api::client::Client;
+use memlane_api::types::Migration;
 use memlane_lab::{
     Answer, HostId, LabOptions, Process, Programs, Requirement, Rig, RigOptions, Vmm, skip, wait_for,
 };
-use memlaned::api::client::Client;
-use memlaned::api::types::Migration;
 use rustix::process::{Pid, Signal, kill_process};
 
 pub use linux::Linux;
@@ -31,7 +31,7 @@ pub const LONG: Duration = Duration::from_secs(60);
 /// A peer that says nothing for so long is gone: short, since several tests wait for it.
 pub const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
 
-/// What a daemon logs whose control thread was kept from its work (`memlaned::task`).
+/// What a daemon logs whose control thread was kept from its work (`memlane_net::task`).
 const STOOD_STILL: &str = "the control thread stood still";
 
 /// Two hosts with a daemon each. Only one test has its stage at a time.

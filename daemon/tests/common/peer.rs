@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use memlane_lab::{HostId, wait_for};
+use memlane_net::config::{CONTROL_PORT, LANE_PORT};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Accept, Control, HEADER_BYTES, Offer, decode_header};
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS};
-use memlaned::config::{CONTROL_PORT, LANE_PORT};
 
 use super::{LONG, Stage, Tap};
 

@@ -8,9 +8,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use memlane_lab::HostId;
+use memlane_net::config::CONTROL_PORT;
 use memlane_protocol::wire::control::{Control, HEADER_BYTES, Offer, decode_header};
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, HELLO_BYTES};
-use memlaned::config::CONTROL_PORT;
 
 use super::{LONG, Stage};
 

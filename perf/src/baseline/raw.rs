@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab};
-use memlaned::port::congestion::Congestion;
+use memlane_net::port::congestion::Congestion;
 use rustix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 

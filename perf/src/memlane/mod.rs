@@ -5,8 +5,8 @@ mod many;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use memlane_api::types::Migration;
 use memlane_lab::{HostId, Readers, Rig, Size, Vmm};
-use memlaned::api::types::Migration;
 use serde::Deserialize as _;
 use serde_json::Value;
 

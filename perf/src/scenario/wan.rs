@@ -8,8 +8,8 @@
 
 use anyhow::Result;
 use clap::Args;
+use memlane_api::units::Span;
 use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
-use memlaned::config::Span;
 use serde_json::json;
 
 use super::{Bench, Measured, Scenario};

@@ -1,6 +1,6 @@
 //! [`Course`]: what the daemons did when, as the migration tells it at its end.
 
-use memlaned::api::types::Migration;
+use memlane_api::types::Migration;
 
 /// What the daemons did when. All times are seconds since the order.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -96,7 +96,7 @@ impl Course {
 
 #[cfg(test)]
 mod tests {
-    use memlaned::api::types::{Postcopy, Round};
+    use memlane_api::types::{Postcopy, Round};
 
     use super::*;
 

@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use memlane_api::types::Migration;
 use memlane_lab::{Following, Host, InterfaceCounters, Vmm};
-use memlaned::api::types::Migration;
 use serde_json::Value;
 
 use super::{Course, PortLine, Progress, Timeline};

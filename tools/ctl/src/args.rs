@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use memlane_api::client::DEFAULT_SOCKET;
+use memlane_api::types::Order;
+use memlane_api::units::{Rate, Span};
 use memlane_protocol::compression::Mode;
 use memlane_protocol::convergence::{Converge, Postcopy};
-use memlaned::api::client::DEFAULT_SOCKET;
-use memlaned::api::types::Order;
-use memlaned::config::{Rate, Span};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -251,7 +251,7 @@ impl OrderArgs {
 mod tests {
     use super::*;
     use clap::CommandFactory;
-    use memlaned::guest::qemu::definition::Definition;
+    use memlane_guest::qemu::definition::Definition;
 
     #[test]
     fn the_command_line_is_consistent() {

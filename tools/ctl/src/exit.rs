@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use memlaned::api::client::ClientError;
-use memlaned::api::json::to_json;
-use memlaned::api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
+use memlane_api::client::ClientError;
+use memlane_api::json::to_json;
+use memlane_api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
 
 /// Exit codes, as `--help` documents them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use memlane_api::client::Client;
+use memlane_api::types::{Attach, ErrorCode, GuestInfo, Launch, Standing};
 use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
-use memlaned::api::client::Client;
-use memlaned::api::types::{Attach, ErrorCode, GuestInfo, Launch, Standing};
 
 use crate::exit::{Error, Exit};
 use crate::{json, show};

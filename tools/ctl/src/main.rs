@@ -12,9 +12,9 @@ mod units;
 use std::process::ExitCode;
 
 use clap::Parser;
-use memlaned::api::client::Client;
-use memlaned::api::json::to_json;
-use memlaned::api::types::{Resolution, Resolve};
+use memlane_api::client::Client;
+use memlane_api::json::to_json;
+use memlane_api::types::{Resolution, Resolve};
 use serde::Serialize;
 
 use args::{Args, Command};

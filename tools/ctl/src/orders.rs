@@ -3,8 +3,8 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use memlaned::api::client::{Client, ClientError, Events};
-use memlaned::api::types::{ErrorCode, Migration, Order, Resolution, Resolve};
+use memlane_api::client::{Client, ClientError, Events};
+use memlane_api::types::{ErrorCode, Migration, Order, Resolution, Resolve};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::{Error, Exit};

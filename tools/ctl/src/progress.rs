@@ -5,8 +5,8 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use memlane_api::types::{Migration, Phase};
 use memlane_protocol::wire::plain;
-use memlaned::api::types::{Migration, Phase};
 
 use crate::show;
 use crate::summary::{self, PortShare};
@@ -204,7 +204,7 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memlaned::api::types::{Lane, LaneState, Outcome, Round};
+    use memlane_api::types::{Lane, LaneState, Outcome, Round};
 
     #[test]
     fn a_line_for_each_change_and_not_more_than_one_a_second() {

@@ -2,9 +2,7 @@
 
 use std::io::Write;
 
-use memlaned::api::types::{
-    CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status,
-};
+use memlane_api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status};
 
 use memlane_protocol::wire::plain_lines;
 
@@ -184,7 +182,7 @@ fn table(titles: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memlaned::api::types::{Estimate, Finding, PortCheck};
+    use memlane_api::types::{Estimate, Finding, PortCheck};
 
     #[test]
     fn columns_are_aligned() {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use memlaned::api::types::{Lane, LaneState, Migration, Outcome, Postcopy, Role};
+use memlane_api::types::{Lane, LaneState, Migration, Outcome, Postcopy, Role};
 
 use crate::units;
 
@@ -187,7 +187,7 @@ fn share(port: &PortShare, all: u64, seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memlaned::api::types::Round;
+    use memlane_api::types::Round;
 
     fn lane(port: &str, bytes: u64, state: LaneState) -> Lane {
         let losses = u32::from(state == LaneState::Lost);

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
 
 use fake::Daemon;
-use memlaned::api::types::{CheckReport, Migration, Outcome};
+use memlane_api::types::{CheckReport, Migration, Outcome};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 

@@ -111,7 +111,7 @@ pub fn power_off() -> ! {
 
 fn end(command: RebootCommand) -> ! {
     let Err(error) = rustix::system::reboot(command) else { unreachable!("the machine is gone") };
-    println!("memlane-guest: cannot end the machine: {error}");
+    println!("memlane-init: cannot end the machine: {error}");
     loop {
         std::thread::park();
     }

@@ -119,7 +119,7 @@ impl Counters {
         };
         if self.failures.fetch_add(1, Ordering::Relaxed) < MOST_COMPLAINTS {
             println!(
-                "memlane-guest: CHECK FAILED: word {word} of page {page} is {found:#018x}, not {expected:#018x}"
+                "memlane-init: CHECK FAILED: word {word} of page {page} is {found:#018x}, not {expected:#018x}"
             );
         }
     }

@@ -19,11 +19,11 @@ use options::Options;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
-        eprintln!("memlane-guest: this is the first program of a guest (/init), not one for a host");
+        eprintln!("memlane-init: this is the first program of a guest (/init), not one for a host");
         return ExitCode::FAILURE;
     }
     let Err(error) = run();
-    println!("memlane-guest: {error}");
+    println!("memlane-init: {error}");
     // Process 1 must not end: the kernel would panic, boot again, and so on for ever.
     boot::power_off()
 }
@@ -35,6 +35,6 @@ fn run() -> Result<Infallible, String> {
     boot::bring_up(options.address, options.prefix)?;
     let checkers = Arc::new(Checkers::start(&options)?);
     let boot_id = boot::boot_id()?;
-    println!("memlane-guest: ready at {}, boot {boot_id}", options.address);
+    println!("memlane-init: ready at {}, boot {boot_id}", options.address);
     service::serve(checkers, boot_id)
 }

@@ -41,7 +41,7 @@ fn a_linux_guest_checks_its_memory_and_talks() {
     let session =
         Session::open(lan, Lan::GUEST, PATIENCE).unwrap_or_else(|error| panic!("{error:#}: {}", said()));
     let first = session.hear(PATIENCE).expect("an answer");
-    assert!(said().contains("memlane-guest: ready at 10.78.0.2"), "{}", said());
+    assert!(said().contains("memlane-init: ready at 10.78.0.2"), "{}", said());
     assert_eq!(lan.learned_port(guest.mac).expect("a switch").as_deref(), Some("to-a"));
     let frame = capture.next_from(guest.mac, PATIENCE).expect("a capture").expect("a frame of the guest");
     assert!(!frame.is_rarp(), "nobody announces a guest that boots");

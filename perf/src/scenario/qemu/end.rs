@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use memlane_guest::qemu::definition::{BACKEND, Definition, Paths};
 use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Host, HostId, Process, Rig, wait_for};
-use memlaned::guest::qemu::definition::{BACKEND, Definition, Paths};
 use serde_json::json;
 
 use super::{Mover, PATIENCE};

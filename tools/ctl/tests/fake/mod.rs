@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use memlaned::api::client::Client;
-use memlaned::api::types::*;
+use memlane_api::client::Client;
+use memlane_api::types::*;
 use memlaned::api::{Backend, Caller, server};
 use tempfile::TempDir;
 use tokio::sync::{Notify, watch};

@@ -22,7 +22,7 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// Writes an initramfs to `file`, with `memlane-guest` as its only program; builds that with cargo, unless it is
+    /// Writes an initramfs to `file`, with `memlane-init` as its only program; builds that with cargo, unless it is
     /// up to date.
     ///
     /// # Errors
@@ -52,13 +52,10 @@ impl Initramfs {
 /// The guest's program. Always optimized: it runs on an emulated processor.
 fn init() -> Result<Vec<u8>> {
     let mut command = cargo_build();
-    command.args(["--package", "memlane-guest", "--release", "--target", TARGET]);
+    command.args(["--package", "memlane-init", "--release", "--target", TARGET]);
     // The guest has no C library to load, and its memory is better used than for symbols.
     command.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static\x1f-Cstrip=symbols");
-    ensure!(
-        command.status().context("running cargo build")?.success(),
-        "cargo build of memlane-guest failed"
-    );
-    let program = target_directory().join(TARGET).join("release/memlane-guest");
+    ensure!(command.status().context("running cargo build")?.success(), "cargo build of memlane-init failed");
+    let program = target_directory().join(TARGET).join("release/memlane-init");
     fs::read(&program).with_context(|| format!("reading the guest's program {}", program.display()))
 }

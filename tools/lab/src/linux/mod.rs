@@ -1,4 +1,4 @@
-//! A Linux for QEMU guests: Debian's cloud kernel, and an initramfs of `memlane-guest` with the modules it needs.
+//! A Linux for QEMU guests: Debian's cloud kernel, and an initramfs of `memlane-init` with the modules it needs.
 
 mod cpio;
 mod guest;

@@ -179,14 +179,15 @@ mod tests {
     fn actions_are_found_in_a_log() {
         let line = |guest, action| {
             format!(
-                "2026-11-29T04:35:21.250000Z DEBUG memlaned::migrate::executor: handover guest={guest} action={action}\n"
+                "2026-11-29T04:35:21.250000Z DEBUG memlane_migrate::executor: handover guest={guest} action={action}\n"
             )
         };
         let log = [
             line("t10", "Send(Commit)"),
             line("t1", "Resume"),
             line("t1", "Send(Commit)"),
-            "2026-11-29T04:35:21.250000Z  INFO memlaned::host: a VMM is gone guest=t1 pid=3\n".to_owned(),
+            "2026-11-29T04:35:21.250000Z  INFO memlane_guest::registry: a VMM is gone guest=t1 pid=3\n"
+                .to_owned(),
             "thread 'main' panicked at src/main.rs:1:1:\n".to_owned(),
         ];
         let log = log.concat();

@@ -1,0 +1,250 @@
+//! Where VMMs attach their guests, and shims make themselves known.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_kvm::{descriptors, packet};
+use memlane_net::seldom::Seldom;
+use memlane_net::task;
+use memlane_net::unix_socket::{Peer, peer};
+use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::hello::common_version;
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::unix::AsyncFd;
+use tracing::{info, warn};
+
+use super::accounts::{Accounts, Amount, Share};
+use super::guest::Guest;
+use super::linked::{Linked, receive, send};
+use super::process::Process;
+use super::registry::Guests;
+use super::shim::{self, Shims};
+use crate::config::AttachConfig;
+
+/// Longest time that a VMM may take to introduce itself.
+const GREETING: Duration = Duration::from_secs(5);
+/// File descriptors that a connection takes: its own, and that of its process.
+const OF_CONNECTION: u64 = 2;
+
+/// Who may attach, what they may take, and where they are listed.
+pub struct Attaching {
+    /// User ids whose VMMs may attach guests.
+    pub users: Vec<u32>,
+    /// What the VMMs of each of them may take.
+    pub limits: AttachConfig,
+    /// Where guests are listed.
+    pub guests: Rc<Guests>,
+    /// Where shims are.
+    pub shims: Rc<Shims>,
+}
+
+/// Makes the socket, in place of one that a daemon before this one left behind.
+pub fn bind(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
+    memlane_net::unix_socket::make_way(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(64)?;
+    // Who may attach is decided by the user id of whoever connects.
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+    watch(socket.into())
+}
+
+fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the value, and never replaced or closed under it.
+    Ok(unsafe { AsyncFd::register(socket) }?)
+}
+
+/// Takes in VMMs for as long as the daemon runs.
+pub async fn serve(listener: AsyncFd<OwnedFd>, attaching: Rc<Attaching>) {
+    let (accounts, told) = (Rc::<Accounts>::default(), Rc::<RefCell<Seldom<_>>>::default());
+    loop {
+        match accept(&listener).await {
+            Ok(socket) => {
+                let (attaching, accounts, told) = (attaching.clone(), accounts.clone(), told.clone());
+                task::spawn("attaching VMM", async move {
+                    let Err(refused) = greet(socket, &attaching, &accounts).await else { return };
+                    let Refused { user, pid, reason: error } = refused;
+                    // Anybody may connect, as often as they like.
+                    if let Some(left_out) = told.borrow_mut().say((user, error.clone())) {
+                        warn!(user, pid, error, left_out, "a VMM or a shim could not attach");
+                    }
+                });
+            }
+            Err(error) => {
+                let error = descriptors::told(error);
+                warn!(%error, "cannot accept a VMM's connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+    use rustix::net::{SocketFlags, accept_with};
+    loop {
+        let mut ready = listener.readable().await?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        if let Ok(result) = ready.try_io(|listener| Ok(accept_with(listener.get_ref(), flags)?)) {
+            return result;
+        }
+    }
+}
+
+/// Who has connected, and the version that is spoken.
+enum Introduced {
+    Vmm(Box<Hello>, Arc<GuestRam>, Process, u16, Share),
+    Shim(u16, Share),
+}
+
+/// Who could not attach, and why.
+struct Refused {
+    user: u32,
+    pid: u32,
+    reason: String,
+}
+
+async fn greet(socket: OwnedFd, attaching: &Attaching, accounts: &Rc<Accounts>) -> Result<(), Refused> {
+    let nobody = |error: io::Error| Refused { user: u32::MAX, pid: 0, reason: error.to_string() };
+    let peer = peer(&socket).map_err(nobody)?;
+    let refused = |reason| Refused { user: peer.uid, pid: peer.pid, reason };
+    attach(socket, attaching, accounts, peer).await.map_err(refused)
+}
+
+async fn attach(
+    socket: OwnedFd,
+    attaching: &Attaching,
+    accounts: &Rc<Accounts>,
+    Peer { pid, uid }: Peer,
+) -> Result<(), String> {
+    let broken = |error: io::Error| format!("its connection broke: {error}");
+    let take = |amount| accounts.take(uid, amount, &attaching.limits);
+    let greeting = match attaching.users.contains(&uid) {
+        true => a_turn(accounts, uid, &attaching.limits).await,
+        false => Err(format!("user {uid} may not attach guests; see attach_users in the configuration")),
+    };
+    let process = Process::running(pid);
+    let socket = watch(socket).map_err(broken)?;
+    let introduced = async {
+        let _greeting = greeting?;
+        // A VMM of which it cannot be told whether it lives is none to leave a guest with.
+        let process = process.map_err(|error| error.to_string())?;
+        let (packet, descriptors) =
+            receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
+        match FromVmm::decode(&packet) {
+            Ok(FromVmm::Hello(hello)) => {
+                introduce(hello, descriptors, &attaching.guests, process, take).await
+            }
+            Ok(FromVmm::Shim { oldest, newest }) => {
+                let version = agree("shim", (oldest, newest))?;
+                if !attaching.shims.has_room(pid) {
+                    let most = shim::MOST;
+                    return Err(format!(
+                        "{most} shims are connected already, which is all that there may be"
+                    ));
+                }
+                let share = take(Amount { descriptors: OF_CONNECTION, ..Amount::default() })?;
+                Ok(Introduced::Shim(version, share))
+            }
+            Ok(FromVmm::Reply(_)) => Err("it began with a reply instead of a hello".into()),
+            Err(error) => Err(format!("its hello is not understood: {error}")),
+        }
+    };
+    let introduced = tokio::time::timeout(GREETING, introduced).await;
+    let introduced = match introduced.unwrap_or_else(|_| Err("it did not say who it is".into())) {
+        Ok(introduced) => introduced,
+        Err(reason) => {
+            let _ = send(&socket, &ToVmm::Refused { reason: reason.clone() }.encode(), &[]).await;
+            // A greeting left unread would reset the connection, and hide the reason behind that.
+            let _ = packet::recv(socket.get_ref(), &mut vec![0; MAX_PACKET_BYTES]);
+            return Err(reason);
+        }
+    };
+    let (vmm, version, share) = match introduced {
+        Introduced::Vmm(hello, ram, process, version, share) => (Some((hello, ram, process)), version, share),
+        Introduced::Shim(version, share) => (None, version, share),
+    };
+    let welcomed = send(&socket, &ToVmm::Welcome { version }.encode(), &[]).await;
+    let Some((hello, ram, process)) = vmm else {
+        // Children of VMMs have one too, and come and go: one that is gone already is no news.
+        if welcomed.is_ok() {
+            attaching.shims.add(pid, socket, share);
+        }
+        return Ok(());
+    };
+    welcomed.map_err(broken)?;
+    let Hello { standing, bond, shape, .. } = *hello;
+    info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
+    if !ram.is_sealed() {
+        info!(guest = %shape.name, "its memory is a file that cannot be sealed: if its VMM cuts it, the guest cannot be moved");
+    }
+    let driver = Rc::new(Linked::new(socket, Some(ram.clone())));
+    let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), standing));
+    guest.bond.replace(bond.filter(|_| matches!(standing, Standing::Relinquished | Standing::Loaded)));
+    let of_guest = guest.driver.clone();
+    task::spawn("share of an attached VMM", async move {
+        of_guest.gone().await;
+        drop(share);
+    });
+    // That it was sent away was said.
+    let _ = attaching.guests.attach(guest);
+    Ok(())
+}
+
+/// Waits until a connection of this user may introduce itself: after a daemon's restart all VMMs of a host come
+/// at once, and most hosts run them all as one user.
+async fn a_turn(accounts: &Rc<Accounts>, uid: u32, limits: &AttachConfig) -> Result<[Share; 2], String> {
+    const LOOK: Duration = Duration::from_millis(20);
+    let connection = Amount { connections: 1, descriptors: OF_CONNECTION, ..Amount::default() };
+    let connection = accounts.take(uid, connection, limits)?;
+    let until = tokio::time::Instant::now() + GREETING;
+    loop {
+        match accounts.take(uid, Amount { greeting: 1, ..Amount::default() }, limits) {
+            Ok(greeting) => return Ok([connection, greeting]),
+            Err(crowd) if tokio::time::Instant::now() >= until => return Err(crowd),
+            Err(_) => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+/// Checks everything that a VMM said, and maps its guest's memory.
+async fn introduce(
+    hello: Hello,
+    descriptors: Vec<OwnedFd>,
+    guests: &Guests,
+    process: Process,
+    take: impl Fn(Amount) -> Result<Share, String>,
+) -> Result<Introduced, String> {
+    let version = agree("VMM", (hello.oldest, hello.newest))?;
+    let name = &hello.shape.name;
+    if guests.get(name).is_some() {
+        return Err(format!("a guest named {name} is attached already; give each its own name"));
+    }
+    let (expected, found) = (hello.shape.regions.len(), descriptors.len());
+    if expected != found {
+        return Err(format!("guest {name} has {expected} memory regions, and {found} descriptors came"));
+    }
+    let bytes = hello.shape.regions.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
+    let descriptors_held = OF_CONNECTION + found as u64;
+    let share = take(Amount { guests: 1, descriptors: descriptors_held, bytes, ..Amount::default() })?;
+    let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
+    let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::look_on)).await;
+    let ram = ram.map_err(|error| format!("memory of guest {name}: {error}"))?;
+    Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version, share))
+}
+
+fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {
+    common_version(VERSIONS, theirs).ok_or_else(|| {
+        format!(
+            "the daemon speaks versions {} to {} of the attach protocol and the {who} speaks {} to {}; \
+             upgrade the older one",
+            VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
+        )
+    })
+}

@@ -1,0 +1,322 @@
+//! The driver for VMMs that link `memlane-kvm` and attach over the Unix socket.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use memlane_kvm::packet;
+use memlane_kvm::ram::GuestRam;
+use memlane_kvm::shared::SharedWords;
+use memlane_net::task;
+use memlane_protocol::PageSet;
+use memlane_protocol::wire::attach::{
+    Bond, FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, oneshot, watch};
+use tracing::{debug, warn};
+
+use super::memory::{DEVICE, Handles, open_device};
+use super::{Driver, DriverError, Harvest, Paced, SavedState, VmmMemory};
+
+/// Longest time that a VMM may take for one request.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// An attached VMM.
+pub struct Linked {
+    socket: Rc<AsyncFd<OwnedFd>>,
+    /// One request at a time.
+    asking: Mutex<()>,
+    next_id: Cell<u32>,
+    /// None of a shim, which knows of no guest.
+    ram: Option<Arc<GuestRam>>,
+    harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
+    connection: Rc<Connection>,
+}
+
+/// What the reading task shares with whoever asks.
+struct Connection {
+    waiting: RefCell<HashMap<u32, oneshot::Sender<Answer>>>,
+    gone: watch::Sender<bool>,
+}
+
+type Answer = (Result<[u64; 2], String>, Vec<OwnedFd>);
+
+impl Linked {
+    /// Drives the VMM at the other end of `socket`, whose guest's memory is `ram`.
+    pub fn new(socket: AsyncFd<OwnedFd>, ram: Option<Arc<GuestRam>>) -> Self {
+        let socket = Rc::new(socket);
+        let connection = Rc::new(Connection { waiting: RefCell::default(), gone: watch::Sender::new(false) });
+        task::spawn("answers of a VMM", read_replies(socket.clone(), connection.clone()));
+        Self {
+            socket,
+            asking: Mutex::new(()),
+            next_id: Cell::new(1),
+            ram,
+            harvested: RefCell::default(),
+            connection,
+        }
+    }
+
+    /// Asks for a userfaultfd of the process, made with the `device` if there is one, and for what tells
+    /// its memory.
+    pub(super) async fn open_userfault(
+        &self,
+        device: Option<&OwnedFd>,
+        keep: bool,
+    ) -> Result<Handles, DriverError> {
+        let request = Request::OpenUserfault { keep };
+        let lent = device.map(OwnedFd::as_fd);
+        let name = request.name();
+        let (_, descriptors) = self.ask_with(request, lent.as_slice()).await?;
+        Handles::take(descriptors).map_err(|reason| DriverError::Broken { request: name, reason })
+    }
+
+    fn pages(&self) -> u64 {
+        self.ram.as_ref().map_or(0, |ram| ram.pages())
+    }
+
+    async fn ask(&self, request: Request) -> Result<([u64; 2], Vec<OwnedFd>), DriverError> {
+        self.ask_with(request, &[]).await
+    }
+
+    /// Asks one thing; gives the reply's values and descriptors.
+    async fn ask_with(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<([u64; 2], Vec<OwnedFd>), DriverError> {
+        let _one_at_a_time = self.asking.lock().await;
+        let id = self.next_id.replace(self.next_id.get().wrapping_add(1));
+        let (sender, answer) = oneshot::channel();
+        if *self.connection.gone.borrow() {
+            return Err(DriverError::Unheard);
+        }
+        self.connection.waiting.borrow_mut().insert(id, sender);
+        let name = request.name();
+        let exchange = async {
+            let packet = ToVmm::Request { id, request }.encode();
+            send(&self.socket, &packet, descriptors).await.map_err(|_| DriverError::Unheard)?;
+            answer.await.map_err(|_| DriverError::Gone)
+        };
+        match tokio::time::timeout(PATIENCE, exchange).await {
+            Ok(Ok((Ok(values), descriptors))) => Ok((values, descriptors)),
+            Ok(Ok((Err(reason), _))) => Err(DriverError::Failed { request: name, reason }),
+            Ok(Err(gone)) => Err(gone),
+            Err(_) => Err(DriverError::Slow { request: name, after: PATIENCE }),
+        }
+    }
+}
+
+#[async_trait(?Send)]
+impl Driver for Linked {
+    async fn start_tracking(&self) -> Result<(), DriverError> {
+        let broken = |reason: String| DriverError::Broken { request: "start tracking", reason };
+        let (_, mut descriptors) = self.ask(Request::StartTracking).await?;
+        let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
+        let words = SharedWords::map(&fd, PageSet::words_needed(self.pages()));
+        let words = words.map_err(|error| broken(error.to_string()))?;
+        let set = PageSet::over(self.pages(), words).map_err(|error| broken(error.to_string()))?;
+        *self.harvested.borrow_mut() = Some(Rc::new(set));
+        Ok(())
+    }
+
+    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(|_| None)
+    }
+
+    async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+        self.ask(Request::Harvest).await?;
+        let harvested = self.harvested.borrow().clone();
+        let Some(harvested) = harvested else {
+            let reason = "tracking has not been started".into();
+            return Err(DriverError::Failed { request: "harvest", reason });
+        };
+        let mut new = 0;
+        task::in_pieces(self.pages(), |piece| new += harvested.drain_into(piece, into)).await;
+        Ok(Harvest { new, holes: false })
+    }
+
+    async fn pace(&self, pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
+        match self.ask(Request::Pace { pages_per_second }).await {
+            Ok(([written_pages, target_pages], _)) => Ok(Some(Paced { written_pages, target_pages })),
+            Err(DriverError::Failed { reason, .. }) => {
+                debug!(reason, "the VMM cannot hold up who writes");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn stop_tracking(&self) -> Result<(), DriverError> {
+        *self.harvested.borrow_mut() = None;
+        self.ask(Request::StopTracking).await.map(drop)
+    }
+
+    async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "open userfaultfd", reason };
+        let ram = self.ram.as_ref().ok_or_else(|| failed("it has no guest".into()))?;
+        let device = open_device();
+        let handles = self.open_userfault(device.as_ref().ok(), keep).await;
+        let handles = handles.map_err(|error| match (error, &device) {
+            (DriverError::Failed { reason, .. }, Err(device)) => failed(format!(
+                "{reason}; this daemon cannot lend it {DEVICE} ({device}): let the daemon's user read and write that"
+            )),
+            (error, _) => error,
+        })?;
+        // The trackers of such a VMM would not notice.
+        let ram = ram.clone();
+        task::aside(move || handles.find(&ram, false)).await.map_err(failed)
+    }
+
+    async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
+        let asked = Instant::now();
+        let limit_nanoseconds = limit.as_nanos().try_into().unwrap_or(u64::MAX);
+        self.ask(Request::Pause { limit_nanoseconds }).await.map(|_| asked)
+    }
+
+    async fn resume(&self) -> Result<Option<Duration>, DriverError> {
+        self.ask(Request::Resume).await.map(|_| None)
+    }
+
+    async fn save(&self) -> Result<SavedState, DriverError> {
+        let broken = |reason: String| DriverError::Broken { request: "save", reason };
+        let ([bytes, nanoseconds], mut descriptors) = self.ask(Request::Save).await?;
+        let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
+        let read = task::aside(move || read_state(fd, bytes)).await;
+        let bytes = read.map_err(|error| broken(error.to_string()))?;
+        Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds) })
+    }
+
+    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+        let failed = |error: io::Error| DriverError::Failed { request: "load", reason: error.to_string() };
+        let file = state_file(state).await.map_err(failed)?;
+        let request = Request::Load { bytes: state.len() as u64 };
+        let ([nanoseconds, _], _) = self.ask_with(request, &[file.as_fd()]).await?;
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.ask(Request::Relinquish(bond.clone())).await.map(drop)
+    }
+
+    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.ask(Request::Prepare(bond.clone())).await.map(drop)
+    }
+
+    async fn discard(&self) -> Result<(), DriverError> {
+        self.ask(Request::Discard).await.map(drop)
+    }
+
+    async fn gone(&self) {
+        // The sender lives as long as the reading task, which sets it last.
+        let _ = self.connection.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    fn hang_up(&self) {
+        memlane_lane::socket::hang_up(self.socket.get_ref());
+        self.connection.gone.send_replace(true);
+    }
+}
+
+impl Drop for Linked {
+    fn drop(&mut self) {
+        memlane_lane::socket::hang_up(self.socket.get_ref());
+    }
+}
+
+/// Sends a packet when the socket takes it.
+pub(super) async fn send(
+    socket: &AsyncFd<OwnedFd>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    loop {
+        let mut ready = socket.writable().await?;
+        if let Ok(result) = ready.try_io(|socket| packet::send(socket.get_ref(), bytes, descriptors)) {
+            return result;
+        }
+    }
+}
+
+/// Receives the next packet and its descriptors; `None` at the end.
+pub(super) async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let mut buffer = vec![0; MAX_PACKET_BYTES];
+    loop {
+        let mut ready = socket.readable().await?;
+        if let Ok(result) = ready.try_io(|socket| packet::recv(socket.get_ref(), &mut buffer)) {
+            let (bytes, descriptors) = result?;
+            buffer.truncate(bytes);
+            return Ok((bytes > 0).then_some((buffer, descriptors)));
+        }
+    }
+}
+
+async fn read_replies(socket: Rc<AsyncFd<OwnedFd>>, connection: Rc<Connection>) {
+    loop {
+        let reply = match receive(&socket).await {
+            Ok(Some((packet, descriptors))) => FromVmm::decode(&packet).map(|reply| (reply, descriptors)),
+            Ok(None) => break,
+            Err(error) => {
+                warn!(%error, "cannot read from a VMM; it is taken for gone");
+                break;
+            }
+        };
+        match reply {
+            Ok((FromVmm::Reply(Reply { id, outcome }), descriptors)) => {
+                // Whoever asked may have given up meanwhile.
+                if let Some(sender) = connection.waiting.borrow_mut().remove(&id) {
+                    let _ = sender.send((outcome, descriptors));
+                }
+            }
+            Ok((FromVmm::Hello(_) | FromVmm::Shim { .. }, _)) => {
+                warn!("a VMM said hello twice; it is taken for gone");
+                break;
+            }
+            Err(error) => {
+                warn!(%error, "a VMM broke the protocol; it is taken for gone");
+                break;
+            }
+        }
+    }
+    connection.gone.send_replace(true);
+    connection.waiting.borrow_mut().clear();
+}
+
+fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    if bytes > MAX_STATE_BYTES {
+        return Err(invalid(format!("its state has {bytes} bytes, at most {MAX_STATE_BYTES} are allowed")));
+    }
+    // Only memory can be sealed: a file of some file system might keep whoever reads it waiting.
+    rustix::fs::fcntl_get_seals(&fd).map_err(|_| invalid("its state is not in a memfd".into()))?;
+    let mut file = std::fs::File::from(fd);
+    file.seek(SeekFrom::Start(0))?;
+    let mut state = Vec::new();
+    file.take(bytes).read_to_end(&mut state)?;
+    if state.len() as u64 != bytes {
+        return Err(invalid(format!("its state ends after {} of {bytes} bytes", state.len())));
+    }
+    Ok(state)
+}
+
+async fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
+    /// Written without a pause: a state may have hundreds of these.
+    const PIECE_BYTES: usize = 1 << 20;
+    let fd = rustix::fs::memfd_create("vmm-state", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(fd);
+    for piece in state.chunks(PIECE_BYTES) {
+        file.write_all(piece)?;
+        if piece.len() == PIECE_BYTES {
+            tokio::task::yield_now().await;
+        }
+    }
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}

@@ -1,0 +1,252 @@
+//! The process of a VMM: a connection may be lost and made again, a process ends for good.
+
+use std::future::pending;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use memlane_net::journal::VmmIdentity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::unix::AsyncFd;
+
+/// How often it is tried again to watch a process, where that has failed.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A VMM's process.
+pub struct Process {
+    identity: VmmIdentity,
+    watch: Watch,
+}
+
+/// What tells whether a process runs.
+enum Watch {
+    /// It does not.
+    Ended,
+    /// Readable from its end on.
+    By(AsyncFd<OwnedFd>),
+    /// Nothing yet: the kernel would not give what is needed, so that it must be taken for alive.
+    Blind,
+}
+
+/// A process cannot be told from others, or its end would not be noticed.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// `SO_PEERCRED` gives the number 0.
+    #[error(
+        "its process cannot be seen from here: it is in a pid namespace of others; run it in the daemon's, \
+         or in one below that"
+    )]
+    OtherNamespace,
+    /// There is nothing of it in `/proc`.
+    #[error(
+        "when process {0} started cannot be read from /proc/{0}/stat; mount /proc without hidepid for the \
+         daemon's user"
+    )]
+    Hidden(u32),
+    /// The kernel refuses.
+    #[error("process {pid} cannot be watched: {source}")]
+    Unwatched {
+        /// The process.
+        pid: u32,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A process cannot be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum KillError {
+    /// It is another user's.
+    #[error(
+        "cannot end the VMM (process {0}): not permitted; give memlaned CAP_KILL, as its unit for systemd \
+         does, or end it yourself"
+    )]
+    NotPermitted(u32),
+    /// Anything else.
+    #[error("cannot end the VMM (process {pid}): {source}; end it yourself")]
+    Failed {
+        /// The process.
+        pid: u32,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Process {
+    /// The process of this number that runs now, or ran until just now.
+    pub fn running(pid: u32) -> Result<Self, ProcessError> {
+        if pid == 0 {
+            return Err(ProcessError::OtherNamespace);
+        }
+        // In this order: the descriptor stays with the process whose start is read.
+        let watch = watch(pid).map_err(|source| ProcessError::Unwatched { pid, source })?;
+        let identity = VmmIdentity { pid, started: started(pid).unwrap_or(0) };
+        match &watch {
+            Watch::By(pidfd) if identity.started == 0 && !has_ended(pidfd) => Err(ProcessError::Hidden(pid)),
+            _ => Ok(Self { identity, watch }),
+        }
+    }
+
+    /// The process that was written down, if it still runs.
+    pub fn remembered(identity: VmmIdentity) -> Self {
+        Self { identity, watch: find(identity) }
+    }
+
+    /// Whether the process that was written down still runs, or that cannot be told; one that has ended and was not
+    /// collected yet does not.
+    pub fn lives(identity: VmmIdentity) -> bool {
+        identity.pid != 0
+            && match look(identity.pid) {
+                Ok((state, started)) => started == identity.started && !matches!(state, 'Z' | 'X'),
+                Err(error) => error.kind() != io::ErrorKind::NotFound,
+            }
+    }
+
+    /// Which process it is, or was.
+    pub fn identity(&self) -> VmmIdentity {
+        self.identity
+    }
+
+    /// Kills it, if it runs. It ends a little later.
+    pub fn kill(&self) -> Result<(), KillError> {
+        let found = matches!(self.watch, Watch::Blind).then(|| find(self.identity));
+        let VmmIdentity { pid, .. } = self.identity;
+        match found.as_ref().unwrap_or(&self.watch) {
+            Watch::Ended => Ok(()),
+            Watch::By(pidfd) => match pidfd_send_signal(pidfd.get_ref(), Signal::KILL) {
+                Ok(()) | Err(Errno::SRCH) => Ok(()),
+                Err(Errno::PERM) => Err(KillError::NotPermitted(pid)),
+                Err(error) => Err(KillError::Failed { pid, source: error.into() }),
+            },
+            Watch::Blind => {
+                Err(KillError::Failed { pid, source: io::Error::other("it cannot be told from others now") })
+            }
+        }
+    }
+
+    /// Returns once it has ended.
+    pub async fn ended(&self) {
+        let mut found;
+        let mut watch = &self.watch;
+        loop {
+            match watch {
+                Watch::Ended => return,
+                Watch::By(pidfd) if pidfd.readable().await.is_ok() => return,
+                Watch::By(_) => pending().await,
+                Watch::Blind => {
+                    tokio::time::sleep(AGAIN).await;
+                    found = find(self.identity);
+                    watch = &found;
+                }
+            }
+        }
+    }
+}
+
+/// Finds a process that was written down.
+fn find(identity: VmmIdentity) -> Watch {
+    let Ok(watch) = watch(identity.pid) else { return Watch::Blind };
+    match started(identity.pid) {
+        Ok(started) if started == identity.started => watch,
+        // Its number is another's by now, or nobody's.
+        Ok(_) => Watch::Ended,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Watch::Ended,
+        Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Watch::Ended,
+        Err(_) => Watch::Blind,
+    }
+}
+
+fn watch(pid: u32) -> io::Result<Watch> {
+    let Some(pid) = pid.try_into().ok().and_then(Pid::from_raw) else { return Ok(Watch::Ended) };
+    let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Ok(pidfd) => pidfd,
+        Err(Errno::SRCH) => return Ok(Watch::Ended),
+        Err(error) => return Err(error.into()),
+    };
+    // SAFETY: the descriptor is owned by the value, and never replaced or closed under it.
+    Ok(Watch::By(unsafe { AsyncFd::register(pidfd) }?))
+}
+
+fn has_ended(pidfd: &AsyncFd<OwnedFd>) -> bool {
+    let mut ready = [PollFd::new(pidfd.get_ref(), PollFlags::IN)];
+    poll(&mut ready, Some(&Timespec::default())).is_ok_and(|found| found != 0)
+}
+
+/// When a process started, in clock ticks since boot: field 22 of `/proc/PID/stat`.
+fn started(pid: u32) -> io::Result<u64> {
+    look(pid).map(|(_, started)| started)
+}
+
+/// The state of a process, and when it started: fields 3 and 22 of `/proc/PID/stat`.
+fn look(pid: u32) -> io::Result<(char, u64)> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
+    // The program's name, field 2, may hold anything, and ends with the last parenthesis.
+    let rest = stat.iter().rposition(|byte| *byte == b')').and_then(|end| stat.get(end + 2..));
+    let rest = std::str::from_utf8(rest.unwrap_or_default()).unwrap_or_default();
+    let state = rest.chars().next();
+    let started = rest.split(' ').nth(19).and_then(|field| field.parse().ok());
+    state.zip(started).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_until_it_ends() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+            let process = Process::running(child.id()).unwrap();
+            assert_ne!(process.identity().started, 0);
+            let again = Process::remembered(process.identity());
+            let soon = std::time::Duration::from_millis(1);
+            assert!(tokio::time::timeout(soon, again.ended()).await.is_err());
+            let other = VmmIdentity { started: 1, ..process.identity() };
+            assert!(Process::lives(process.identity()) && !Process::lives(other));
+            Process::remembered(other).ended().await;
+            child.kill().unwrap();
+            process.ended().await;
+            again.ended().await;
+            assert!(!Process::lives(process.identity()), "it has not been collected");
+            child.wait().unwrap();
+            Process::running(child.id()).unwrap().ended().await;
+            again.kill().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_process_of_another_pid_namespace_is_none_that_has_ended() {
+        let error = Process::running(0).err().expect("no process is seen under this number");
+        assert!(error.to_string().contains("pid namespace"), "{error}");
+    }
+
+    #[test]
+    fn a_process_that_may_not_be_killed_is_told() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id();
+        // A thread has the rights of its user for itself.
+        let told = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let process = Process::running(pid).unwrap();
+                let nobody = rustix::process::Uid::from_raw(65534);
+                rustix::thread::set_thread_uid(nobody).unwrap();
+                process.kill().map_err(|error| error.to_string())
+            })
+        });
+        let told = told.join().unwrap();
+        assert_eq!(child.try_wait().unwrap(), None, "it lives");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let told = told.unwrap_err();
+        assert!(told.contains(&format!("process {pid}")) && told.contains("CAP_KILL"), "{told}");
+    }
+}

@@ -1,0 +1,294 @@
+//! Guest files: what a QEMU guest is made of, from which its QEMU is started.
+//!
+//! An operator writes one for `memlanectl launch`; it then goes with the guest to hosts that let
+//! this one start guests there. The daemon adds what it needs to move the guest, and refuses
+//! arguments that would contradict it.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use memlane_api::units::Size;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
+use memlane_protocol::wire::machine::{MAX_NICS, MAX_RAM_BYTES};
+
+use crate::config::GuestsConfig;
+use crate::toml_file::{FileError, INTERFACE, NAME, Source, Table, Value, or, unique};
+
+/// Arguments that a guest file may give to QEMU.
+pub const MAX_ARGUMENTS: usize = 256;
+/// Bytes of one argument.
+pub const MAX_ARGUMENT: usize = 4 << 10;
+/// Name of the memory backend. QEMU leaves RAM out of its migration stream by the backend's
+/// name, so it is the same at both ends.
+pub const BACKEND: &str = "memlane-ram";
+
+/// The program where a guest file names none.
+const DEFAULT_QEMU: &str = "/usr/bin/qemu-system-x86_64";
+const MIN_MEMORY: u64 = 1 << 20;
+/// QEMU rounds `-m` up to this, and then finds that the backend is smaller.
+const MEMORY_UNIT: u64 = 8 << 10;
+
+/// A guest, as its file has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Definition {
+    /// Name of the guest.
+    pub name: Label,
+    /// Bytes of RAM, a multiple of 8 KiB.
+    pub memory: u64,
+    /// All RAM is taken from the host before the guest starts.
+    pub prealloc: bool,
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// What it is given besides what [`Definition::command_line`] adds.
+    pub arguments: Vec<String>,
+    /// Network interfaces, which are announced after a migration.
+    pub nics: Vec<DefinedNic>,
+    /// The file itself, as it travels with the guest.
+    pub text: String,
+}
+
+/// `[[nic]]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DefinedNic {
+    /// Hardware address: unicast, and no other NIC of the guest has it.
+    pub mac: [u8; 6],
+    /// Persistent tap device of the host, made and joined to its bridge beforehand.
+    pub tap: String,
+    /// Network that it is plugged into.
+    pub network: Label,
+    /// The kernel carries its packets (vhost-net), not QEMU.
+    pub vhost: bool,
+}
+
+/// Where a guest's QEMU keeps what the daemon must reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// File of its RAM.
+    pub memory: PathBuf,
+    /// Socket of its monitor.
+    pub qmp: PathBuf,
+}
+
+/// Why a guest cannot be started from a guest file.
+#[derive(Debug, thiserror::Error)]
+pub enum DefinitionError {
+    /// The file is too long.
+    #[error("{}: a guest file may have {MAX_DEFINITION_BYTES} bytes at most, and this one has {length}", file.display())]
+    TooLong {
+        /// The file.
+        file: PathBuf,
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// It has too many NICs.
+    #[error("{}: a guest may have {MAX_NICS} [[nic]] at most, and this one has {found}", file.display())]
+    TooManyNics {
+        /// The file.
+        file: PathBuf,
+        /// How many it has.
+        found: usize,
+    },
+    /// Something in it is not allowed.
+    #[error(transparent)]
+    Text(#[from] FileError),
+    /// The configuration does not allow its program.
+    #[error(
+        "the guest file names {}, which may not be started here: guests.qemu in the daemon's configuration \
+         allows {allowed}",
+        qemu.display()
+    )]
+    Program {
+        /// The program that the file names.
+        qemu: PathBuf,
+        /// The programs that may be started.
+        allowed: String,
+    },
+}
+
+impl Definition {
+    /// Reads the text of a guest file; the name is for messages.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, DefinitionError> {
+        if text.len() > MAX_DEFINITION_BYTES {
+            return Err(DefinitionError::TooLong { file: file.to_owned(), length: text.len() });
+        }
+        let mut table = Source { file, text }.table()?;
+        let definition = Self {
+            name: table.need("name", NAME)?.label()?,
+            memory: memory(&table.need("memory", Size::ALLOWED)?)?,
+            prealloc: or(table.take("prealloc"), false, |value| value.boolean())?,
+            qemu: or(table.take("qemu"), DEFAULT_QEMU.into(), |value| value.path())?,
+            arguments: table.take("arguments").map_or(Ok(Vec::new()), arguments)?,
+            nics: nics(&mut table)?,
+            text: text.to_owned(),
+        };
+        table.finish()?;
+        if definition.nics.len() > MAX_NICS {
+            return Err(DefinitionError::TooManyNics { file: file.to_owned(), found: definition.nics.len() });
+        }
+        Ok(definition)
+    }
+
+    /// Refuses a program that this host's configuration does not let guest files name.
+    pub fn permitted_by(&self, guests: &GuestsConfig) -> Result<(), DefinitionError> {
+        if guests.qemu.contains(&self.qemu) {
+            return Ok(());
+        }
+        let names: Vec<String> = guests.qemu.iter().map(|qemu| qemu.display().to_string()).collect();
+        let allowed = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Err(DefinitionError::Program { qemu: self.qemu.clone(), allowed })
+    }
+
+    /// All arguments of QEMU, without the program: those of the file, and what makes its RAM
+    /// shared, its monitor reachable and its NICs known. `incoming` makes it wait for a guest.
+    pub fn command_line(&self, paths: &Paths, incoming: bool) -> Vec<OsString> {
+        let mut line = CommandLine::default();
+        line.option("-name", format!("guest={},debug-threads=on", self.name));
+        line.option("-m", format!("{}B", self.memory));
+        let mut backend = OsString::from("memory-backend-file");
+        backend.push(format!(",id={BACKEND},share=on,size={},mem-path=", self.memory));
+        backend.push(escaped(&paths.memory));
+        if self.prealloc {
+            backend.push(",prealloc=on");
+        }
+        line.option("-object", backend);
+        // Options of this name add up, so the machine's type may stand among the file's arguments.
+        line.option("-machine", format!("memory-backend={BACKEND}"));
+        let mut monitor = OsString::from("unix:");
+        monitor.push(escaped(&paths.qmp));
+        monitor.push(",server=on,wait=off");
+        line.option("-qmp", monitor);
+        if !self.arguments.iter().any(|argument| names_display(argument)) {
+            line.option("-display", "none");
+        }
+        if incoming {
+            line.option("-incoming", "defer");
+        }
+        line.0.extend(self.arguments.iter().map(OsString::from));
+        // Behind the file's devices: the NICs take the slots that those leave free.
+        for (number, nic) in self.nics.iter().enumerate() {
+            let (tap, vhost) = (escaped(Path::new(&nic.tap)), if nic.vhost { "on" } else { "off" });
+            let mut netdev = OsString::from(format!("tap,id=memlane-net{number},ifname="));
+            netdev.push(tap);
+            netdev.push(format!(",script=no,downscript=no,vhost={vhost}"));
+            line.option("-netdev", netdev);
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            line.option("-device", format!("virtio-net-pci,netdev=memlane-net{number},mac={mac}"));
+        }
+        line.0
+    }
+}
+
+#[derive(Default)]
+struct CommandLine(Vec<OsString>);
+
+impl CommandLine {
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.extend([name.into(), value.into()]);
+    }
+}
+
+/// A path as a value among others: a comma within it is doubled.
+fn escaped(path: &Path) -> OsString {
+    let bytes = path.as_os_str().as_bytes();
+    OsString::from_vec(bytes.split(|byte| *byte == b',').collect::<Vec<_>>().join(&b",,"[..]))
+}
+
+fn memory(value: &Value<'_>) -> Result<u64, FileError> {
+    let (from, to, unit) = (Size(MIN_MEMORY), Size(MAX_RAM_BYTES), Size(MEMORY_UNIT));
+    let allowed = format!("{}, from {from} to {to} in multiples of {unit}", Size::ALLOWED);
+    let Size(found) = value.parse(&allowed)?;
+    let fits = (MIN_MEMORY..=MAX_RAM_BYTES).contains(&found) && found.is_multiple_of(MEMORY_UNIT);
+    if fits { Ok(found) } else { Err(value.wrong(allowed)) }
+}
+
+fn arguments(value: Value<'_>) -> Result<Vec<String>, FileError> {
+    let allowed = "a list of QEMU's arguments, such as [\"-machine\", \"q35\", \"-smp\", \"2\"]";
+    let items = value.list(allowed)?;
+    if let Some(item) = items.get(MAX_ARGUMENTS) {
+        return Err(item.wrong(format!("{MAX_ARGUMENTS} arguments at most")));
+    }
+    let mut before = "";
+    let mut arguments = Vec::with_capacity(items.len());
+    for item in &items {
+        let argument = item.text(allowed)?;
+        if argument.len() > MAX_ARGUMENT || argument.contains('\0') {
+            return Err(item.wrong(format!("texts of {MAX_ARGUMENT} bytes at most, without NUL")));
+        }
+        if let Some(remedy) = clash(before, argument) {
+            return Err(item.wrong(format!("arguments without it: {remedy}")));
+        }
+        arguments.push(argument.to_owned());
+        before = argument;
+    }
+    Ok(arguments)
+}
+
+/// What to do instead, if an argument contradicts what the daemon adds.
+fn clash(before: &str, argument: &str) -> Option<&'static str> {
+    match option(argument) {
+        Some("m") => return Some("memory = \"...\" says how much RAM the guest has"),
+        Some("name") => return Some("name = \"...\" names the guest"),
+        Some("mem-path") => {
+            return Some("the RAM lies where guests.memory in the daemon's configuration says");
+        }
+        Some("incoming") => return Some("memlanectl launch --incoming makes QEMU wait for a guest"),
+        Some("daemonize") => {
+            return Some("the daemon starts QEMU in the background, and watches the process");
+        }
+        Some("S" | "preconfig") => return Some("a guest that was launched runs at once"),
+        _ => {}
+    }
+    let of_machine = matches!(option(before), Some("machine" | "M"));
+    let backend = of_machine && argument.split(',').any(|part| part.starts_with("memory-backend="));
+    backend.then_some("the daemon gives the guest its RAM, so that it can be moved")
+}
+
+fn names_display(argument: &str) -> bool {
+    matches!(option(argument), Some("display" | "nographic" | "vnc" | "spice"))
+}
+
+/// The name of an option, which QEMU takes with one dash or two.
+fn option(argument: &str) -> Option<&str> {
+    let name = argument.strip_prefix('-')?;
+    Some(name.strip_prefix('-').unwrap_or(name))
+}
+
+fn nics(table: &mut Table<'_>) -> Result<Vec<DefinedNic>, FileError> {
+    let (mut macs, mut taps) = (HashMap::new(), HashMap::new());
+    let read = |mut table: Table<'_>| {
+        let mac = table.need("mac", MAC)?;
+        let tap = table.need("tap", INTERFACE)?;
+        let nic = DefinedNic {
+            mac: unique(&mut macs, &mac, mac_address(&mac)?)?,
+            tap: unique(&mut taps, &tap, tap.interface()?)?,
+            network: table.need("network", NAME)?.label()?,
+            vhost: or(table.take("vhost"), false, |value| value.boolean())?,
+        };
+        table.finish()?;
+        Ok(nic)
+    };
+    table.tables("nic")?.into_iter().map(read).collect()
+}
+
+const MAC: &str = "a unicast hardware address, such as \"52:54:00:4d:4c:01\"";
+
+fn mac_address(value: &Value<'_>) -> Result<[u8; 6], FileError> {
+    unicast_mac(value.text(MAC)?).ok_or_else(|| value.wrong(MAC))
+}
+
+/// Reads a hardware address, such as 52:54:00:4d:4c:01; `None` if it is none that a NIC may have.
+pub(super) fn unicast_mac(text: &str) -> Option<[u8; 6]> {
+    let byte = |part: &str| {
+        // from_str_radix() would take a sign as well.
+        let digits = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+        digits.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+    };
+    let bytes: Vec<u8> = text.split(':').map(byte).collect::<Option<_>>()?;
+    <[u8; 6]>::try_from(bytes).ok().filter(|mac| mac[0] & 1 == 0 && *mac != [0; 6])
+}

@@ -1,0 +1,394 @@
+//! The driver for stock QEMU: QMP for the guest, userfaultfd and page tables for its writes.
+//!
+//! QEMU's own migration carries the state of its devices, and nothing else: RAM that is shared
+//! memory is left out (`x-ignore-shared`). It stops before devices (`pause-before-switchover`),
+//! which is when the guest stands still, and goes on when the last page is at the destination.
+//! Up to then a cancelled migration lets the guest run again; afterwards (`postmigrate`) QEMU
+//! does not run it by itself.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use memlane_kvm::ram::GuestRam;
+use memlane_net::task;
+use memlane_protocol::PageSet;
+use memlane_protocol::wire::attach::{Bond, MAX_STATE_BYTES};
+use memlane_protocol::wire::control::QemuGuest;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+use tracing::warn;
+
+use super::inspect::Facts;
+use super::qmp::{Qmp, is_migrating};
+use super::settings::{self, Settings};
+use super::state_directory::{Record, StateDirectory, StateError};
+use super::{blockers, launch};
+use crate::shim::Shims;
+use crate::tracking::Tracking;
+use crate::{Driver, DriverError, Harvest, Obstacle, Process, SavedState, VmmMemory};
+
+/// Name of the descriptor over which QEMU's state travels.
+const CHANNEL: &str = "memlane";
+/// Longest wait for a step of QEMU's own migration.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A QEMU and the guest in it.
+pub struct Qemu {
+    qmp: Rc<Qmp>,
+    guest: QemuGuest,
+    ram: Arc<GuestRam>,
+    process: Rc<Process>,
+    shims: Rc<Shims>,
+    /// Where its output goes, if this daemon started it.
+    log: Option<PathBuf>,
+    /// Whether its migration is this daemon's doing, for the next daemon to know.
+    states: Rc<StateDirectory>,
+    name: String,
+    /// A guest comes here, or has come and not yet run.
+    incoming: Cell<bool>,
+    /// A guest has come here, and nobody has told it to run yet.
+    loaded: Cell<bool>,
+    /// What to restore when the migration is over.
+    settings: RefCell<Option<Settings>>,
+    tracking: RefCell<Option<Rc<Tracking>>>,
+    /// Reads what QEMU's migration writes.
+    state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
+}
+
+impl Qemu {
+    /// Drives the QEMU at the other end of `qmp`, whose guest has been looked at.
+    pub fn new(
+        qmp: Qmp,
+        facts: Facts,
+        process: Rc<Process>,
+        (shims, states): (&Rc<Shims>, &Rc<StateDirectory>),
+        record: &Record,
+    ) -> Self {
+        let Facts { qemu, ram, .. } = facts;
+        Self {
+            qmp: Rc::new(qmp),
+            guest: qemu,
+            ram,
+            process,
+            shims: shims.clone(),
+            log: record.definition.as_ref().map(|_| launch::log_of(&record.qmp)),
+            states: states.clone(),
+            name: record.name.clone(),
+            incoming: Cell::new(record.incoming),
+            loaded: Cell::default(),
+            settings: RefCell::default(),
+            tracking: RefCell::default(),
+            state: RefCell::default(),
+        }
+    }
+
+    /// What QEMU said last, or where to look for that.
+    async fn last_words(&self) -> String {
+        match &self.log {
+            Some(log) => format!("QEMU says: {}", launch::tail(log).await),
+            None => "see QEMU's log".to_owned(),
+        }
+    }
+
+    /// Gives QEMU one end of a connection; returns ours.
+    async fn channel(&self) -> Result<UnixStream, DriverError> {
+        let failed = |error: io::Error| DriverError::Failed { request: "getfd", reason: error.to_string() };
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        self.qmp.give(CHANNEL, OwnedFd::from(theirs).as_fd()).await?;
+        UnixStream::from_std(ours).map_err(failed)
+    }
+
+    /// Ends a migration of QEMU's own that is under way; the guest then runs again.
+    async fn cancel(&self) -> Result<(), DriverError> {
+        let until = Instant::now() + PATIENCE;
+        let mut asked = false;
+        loop {
+            if !is_migrating(&self.qmp.migration().await?) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                return Err(DriverError::Slow { request: "migrate_cancel", after: PATIENCE });
+            }
+            if !std::mem::replace(&mut asked, true) {
+                self.qmp.execute("migrate_cancel", json!({})).await?;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Takes down what is to be restored when the migration is over.
+    async fn remember_settings(&self) -> Result<(), DriverError> {
+        self.settings.replace(Some(Settings::read(&self.qmp).await?));
+        Ok(())
+    }
+
+    /// Remembers for QEMU what its guest waits for word of.
+    async fn bind(&self, request: &'static str, bond: &Bond) -> Result<(), DriverError> {
+        let failed = |error: StateError| DriverError::Failed { request, reason: error.to_string() };
+        self.states.bind(&self.name, bond).await.map_err(failed)
+    }
+
+    fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
+        let reason = || "tracking has not been started".to_owned();
+        self.tracking.borrow().clone().ok_or_else(|| DriverError::Failed { request, reason: reason() })
+    }
+}
+
+#[async_trait(?Send)]
+impl Driver for Qemu {
+    async fn start_tracking(&self) -> Result<(), DriverError> {
+        self.states.note_migration(&self.name, true).await;
+        self.remember_settings().await?;
+        settings::prepare_source(&self.qmp).await?;
+        let tracking = Tracking::start(self.open_memory(false).await?, None).await?;
+        *self.tracking.borrow_mut() = Some(Rc::new(tracking));
+        Ok(())
+    }
+
+    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.tracking("arm")?.arm(pages).await.map(Some)
+    }
+
+    async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+        self.tracking("harvest")?.harvest(into).await
+    }
+
+    async fn stop_tracking(&self) -> Result<(), DriverError> {
+        let tracking = self.tracking.borrow().clone();
+        if let Some(tracking) = tracking {
+            // It is there until it has ended, so that whoever else stops it waits for that too.
+            tracking.end().await;
+            self.tracking.borrow_mut().take_if(|now| Rc::ptr_eq(now, &tracking));
+        }
+        Ok(())
+    }
+
+    async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "open userfaultfd", reason };
+        // That of a QEMU which was started just now for a guest may not have come yet.
+        self.shims.wait_for(self.qmp.pid(), blockers::CONNECTING).await;
+        let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
+        let handles = handles.map_err(|error| failed(error.to_string()))?;
+        let ram = self.ram.clone();
+        task::aside(move || handles.find(&ram, true)).await.map_err(failed)
+    }
+
+    async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
+        let asked = Instant::now();
+        let channel = self.channel().await?;
+        self.qmp.expect_migration();
+        self.qmp.execute("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        *self.state.borrow_mut() = Some(task::spawn("state of a QEMU", read_state(channel)));
+        let states = ["pre-switchover", "completed", "failed", "cancelled"];
+        match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
+            "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
+            other => {
+                let reason = format!("its own migration is {other}; {}", self.last_words().await);
+                Err(DriverError::Failed { request: "pause", reason })
+            }
+        }
+    }
+
+    async fn resume(&self) -> Result<Option<Duration>, DriverError> {
+        self.state.borrow_mut().take().inspect(JoinHandle::abort);
+        if !self.incoming.get() {
+            self.cancel().await?;
+        }
+        let status = match self.qmp.status().await {
+            // Nobody has told it to run yet, and by itself it does not: so much is certain.
+            Err(error) if self.loaded.get() => {
+                return Err(DriverError::Failed { request: "resume", reason: error.to_string() });
+            }
+            status => status?,
+        };
+        self.loaded.set(false);
+        // A guest that stands still for reasons of its own (it was suspended, its disk is full) is
+        // left to its operator; that it was told to run and then stopped is no failure either.
+        if matches!(status.as_str(), "postmigrate" | "finish-migrate")
+            || self.incoming.get() && matches!(status.as_str(), "paused" | "prelaunch" | "inmigrate")
+        {
+            self.qmp.execute("cont", json!({})).await?;
+        }
+        let (qmp, settings) = (self.qmp.clone(), self.settings.take().unwrap_or_default());
+        if self.incoming.take() {
+            task::spawn("tidying a QEMU up", async move {
+                announce(&qmp).await;
+                tidy(&qmp, settings).await;
+            });
+        } else {
+            tidy(&qmp, settings).await;
+            self.states.note_migration(&self.name, false).await;
+        }
+        Ok(self.qmp.resumed())
+    }
+
+    async fn save(&self) -> Result<SavedState, DriverError> {
+        let started = Instant::now();
+        let failed = |reason: String| DriverError::Failed { request: "save", reason };
+        self.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).await?;
+        let states = ["completed", "failed", "cancelled"];
+        let state = self.qmp.migration_reaches(&states, "save", PATIENCE).await?;
+        let reading = self.state.borrow_mut().take();
+        let reading = reading.ok_or_else(|| failed("the guest was not paused".into()))?;
+        if state != "completed" {
+            reading.abort();
+            return Err(failed(format!("its own migration is {state}; {}", self.last_words().await)));
+        }
+        let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
+        let bytes = tokio::time::timeout(PATIENCE, reading).await.map_err(late)?;
+        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        Ok(SavedState { bytes, took: started.elapsed() })
+    }
+
+    async fn get_ready(&self) -> Result<(), DriverError> {
+        self.remember_settings().await?;
+        settings::prepare_destination(&self.qmp).await
+    }
+
+    async fn stand_down(&self) {
+        if let Some(settings) = self.settings.take() {
+            tidy(&self.qmp, settings).await;
+            self.states.note_migration(&self.name, false).await;
+        }
+    }
+
+    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+        let started = Instant::now();
+        self.states.note_migration(&self.name, true).await;
+        // While a guest is awaited this means: do not run it by yourself.
+        self.qmp.execute("stop", json!({})).await?;
+        let mut channel = self.channel().await?;
+        self.qmp.expect_migration();
+        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        let write = async {
+            // A QEMU that does not like what it reads says so below, by its end.
+            let _ = channel.write_all(state).await;
+            let _ = channel.shutdown().await;
+            std::future::pending::<()>().await;
+        };
+        let states = ["completed", "failed"];
+        let loaded = tokio::select! {
+            state = self.qmp.migration_reaches(&states, "load", PATIENCE) => state,
+            () = write => unreachable!("it waits for the other"),
+        };
+        // What it has loaded in part it must never run: none of these is a plain failure.
+        let broken = async |what: String| {
+            let reason = format!("{what}; {}", self.last_words().await);
+            DriverError::Broken { request: "load", reason }
+        };
+        match loaded {
+            Ok(state) if state == "completed" => {}
+            Ok(state) => return Err(broken(format!("its own migration is {state}")).await),
+            Err(DriverError::Gone) => return Err(broken("it ended".into()).await),
+            Err(error) => return Err(error),
+        }
+        let status = self.qmp.status().await?;
+        if status != "paused" {
+            return Err(broken(format!("its status is {status}")).await);
+        }
+        self.loaded.set(true);
+        Ok(started.elapsed())
+    }
+
+    async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
+        match self.qmp.status().await?.as_str() {
+            "postmigrate" => self.bind("relinquish", bond).await,
+            status => {
+                let reason = format!("its status is {status}, not postmigrate");
+                Err(DriverError::Failed { request: "relinquish", reason })
+            }
+        }
+    }
+
+    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.bind("prepare", bond).await
+    }
+
+    async fn discard(&self) -> Result<(), DriverError> {
+        match self.qmp.execute("quit", json!({})).await {
+            Ok(_) | Err(DriverError::Gone) => {}
+            Err(error) => warn!(%error, "QEMU does not quit by itself"),
+        }
+        if tokio::time::timeout(PATIENCE, self.process.ended()).await.is_ok() {
+            return Ok(());
+        }
+        warn!(pid = self.process.identity().pid, "QEMU does not quit; it is killed");
+        if let Err(error) = self.process.kill() {
+            let reason = error.to_string();
+            return Err(DriverError::Failed { request: "quit", reason });
+        }
+        match tokio::time::timeout(PATIENCE, self.process.ended()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(DriverError::Slow { request: "quit", after: 2 * PATIENCE }),
+        }
+    }
+
+    async fn gone(&self) {
+        self.qmp.gone().await;
+    }
+
+    fn hang_up(&self) {
+        self.qmp.hang_up();
+    }
+
+    fn saves_last(&self) -> bool {
+        // With its devices QEMU gives up its disks, which another process may then take.
+        true
+    }
+
+    async fn awaits(&self) -> Result<bool, DriverError> {
+        let (status, migration) = (self.qmp.status().await?, self.qmp.migration().await?);
+        Ok(status == "inmigrate" && !is_migrating(&migration))
+    }
+
+    async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
+        blockers::find(&self.qmp, &self.shims).await
+    }
+
+    fn qemu(&self) -> Option<&QemuGuest> {
+        Some(&self.guest)
+    }
+}
+
+/// Has QEMU tell the network where the guest is, in its own words and the guest's.
+async fn announce(qmp: &Qmp) {
+    // Milliseconds; as QEMU does by itself after a migration of its own.
+    let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = qmp.execute("announce-self", times).await {
+        warn!(%error, "QEMU does not announce its guest; the daemon did");
+    }
+}
+
+/// Leaves QEMU's own migration as it was found.
+async fn tidy(qmp: &Qmp, settings: Settings) {
+    if let Err(error) = settings.restore(qmp).await {
+        warn!(%error, "cannot restore QEMU's settings for its own migration; x-ignore-shared may be on");
+    }
+}
+
+async fn read_state(channel: UnixStream) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    channel.take(MAX_STATE_BYTES + 1).read_to_end(&mut bytes).await?;
+    if bytes.len() as u64 > MAX_STATE_BYTES {
+        let text = format!("the state of its devices has more than {MAX_STATE_BYTES} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(bytes)
+}
+
+/// The instant of a Unix time that has just been.
+fn ago(time: Option<Duration>) -> Option<Instant> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.checked_sub(time?)?;
+    Instant::now().checked_sub(since)
+}

@@ -1,0 +1,316 @@
+//! Starting QEMU.
+
+use std::ffi::OsString;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use memlane_net::task;
+use memlane_protocol::wire::{Label, plain};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tracing::{debug, warn};
+
+use super::definition::{Definition, Paths};
+use super::state_directory::{Record, paths};
+use super::supervisor::Settings;
+use super::{Lacking, QemuError};
+
+/// A QEMU that is starting is looked at so often.
+const LOOK: Duration = Duration::from_millis(5);
+/// Longest wait for its monitor: it may have to take all RAM from the host first.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for a process that was told to end, or has.
+const ENDING: Duration = Duration::from_secs(20);
+/// Bytes of its log that are told when it fails.
+const TAIL_BYTES: u64 = 1000;
+
+/// A QEMU whose monitor can be connected to.
+pub struct Started {
+    /// Where its output goes.
+    pub log: PathBuf,
+    /// The process, or what waits for systemd's unit to end: somebody must collect it when it ends.
+    pub child: Child,
+    unit: Option<String>,
+}
+
+impl Started {
+    /// Ends it, which was started in vain, and removes what it leaves behind.
+    pub async fn end(mut self, record: Record) {
+        let end = move || {
+            if let Some(unit) = &self.unit {
+                let mut stop = manager("systemctl");
+                let stopped = stop.args(["stop", unit]).stdin(Stdio::null()).spawn();
+                let stopped = stopped.map(|mut stopping| collect(&mut stopping));
+                debug!(unit, ?stopped, "stopping a unit");
+            }
+            let _ = self.child.kill();
+            collect(&mut self.child);
+            record.remove_files();
+        };
+        task::aside(end).await;
+    }
+}
+
+/// Waits for a process that has ended, or is about to: not for ever, and on no thread that has anything else to do.
+pub fn collect(child: &mut Child) -> Option<ExitStatus> {
+    let until = Instant::now() + ENDING;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),
+            Ok(None) => {
+                warn!(pid = child.id(), "a process does not end; it is killed, and not waited for any more");
+                let _ = child.kill();
+                return None;
+            }
+            Err(error) => {
+                debug!(pid = child.id(), %error, "cannot wait for a process");
+                return None;
+            }
+        }
+    }
+}
+
+/// Starts the QEMU of a guest, and waits until its monitor answers. `record` says what it leaves behind.
+pub async fn start(
+    settings: &Settings,
+    definition: &Definition,
+    record: &Record,
+) -> Result<Started, QemuError> {
+    let paths = paths(&settings.guests, &definition.name);
+    let begin = {
+        let (settings, definition, paths) = (settings.clone(), definition.clone(), paths.clone());
+        let incoming = record.incoming;
+        move || begin(&settings, &definition, &paths, incoming)
+    };
+    let mut started = task::aside(begin).await?;
+    let up = tokio::select! {
+        () = answers(&paths.qmp) => Ok(()),
+        () = ends(&mut started.child) => Err(true),
+        () = tokio::time::sleep(PATIENCE) => Err(false),
+    };
+    let Err(ended) = up else { return Ok(started) };
+    let words = tail(&started.log).await;
+    started.end(record.clone()).await;
+    Err(match ended {
+        true => QemuError::Ended { lacks: lacking(&words), words },
+        false => QemuError::Slow { after: PATIENCE, words },
+    })
+}
+
+/// Prepares what a QEMU needs, and starts it.
+fn begin(
+    settings: &Settings,
+    definition: &Definition,
+    paths: &Paths,
+    incoming: bool,
+) -> Result<Started, QemuError> {
+    for nic in &definition.nics {
+        if !Path::new("/sys/class/net").join(&nic.tap).exists() {
+            let (guest, network) = (definition.name.clone(), nic.network.clone());
+            return Err(QemuError::NoTap { tap: nic.tap.clone(), guest, network });
+        }
+    }
+    let log = log_of(&paths.qmp);
+    prepare(paths).map_err(|(doing, path, source)| QemuError::Start { doing, path, source })?;
+    let output =
+        log_file(&log).map_err(|source| QemuError::Start { doing: "write to", path: log.clone(), source })?;
+    let arguments = definition.command_line(paths, incoming);
+    let shim = &settings.guests.shim;
+    let environment = [
+        ("LD_PRELOAD", shim.clone().into_os_string()),
+        ("MEMLANE_ATTACH_SOCKET", settings.attach_socket.clone().into_os_string()),
+    ];
+    if !shim.exists() {
+        return Err(QemuError::NoShim(shim.clone()));
+    }
+    let failed = |source| QemuError::Start { doing: "start", path: definition.qemu.clone(), source };
+    if systemd_runs() {
+        let child = run_as_unit(definition, &arguments, &environment, (&log, output)).map_err(failed)?;
+        Ok(Started { log, child, unit: Some(unit(&definition.name)) })
+    } else {
+        let child = run_as_session(&definition.qemu, &arguments, &environment, output).map_err(failed)?;
+        Ok(Started { log, child, unit: None })
+    }
+}
+
+/// What QEMU lacks, by what it said before it ended: it has no other way to tell.
+fn lacking(words: &str) -> Option<Lacking> {
+    match words {
+        _ if words.contains("unsupported machine type") => Some(Lacking::Machine),
+        _ if words.contains("CPU model") => Some(Lacking::Cpu),
+        _ => None,
+    }
+}
+
+/// The log of the QEMU that has its monitor at `qmp`.
+pub fn log_of(qmp: &Path) -> PathBuf {
+    qmp.with_file_name("qemu.log")
+}
+
+/// The last lines of QEMU's log.
+pub async fn tail(log: &Path) -> String {
+    let log = log.to_owned();
+    task::aside(move || read_tail(&log)).await
+}
+
+fn read_tail(log: &Path) -> String {
+    let read = || {
+        let mut file = File::open(log)?;
+        let length = file.metadata()?.len();
+        // Some guests write their console there.
+        file.seek(io::SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
+        let mut text = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut text)?;
+        io::Result::Ok(text)
+    };
+    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = &lines[lines.len().saturating_sub(4)..];
+    if last.is_empty() {
+        format!("it says nothing in {}", log.display())
+    } else {
+        plain(&last.join("; ")).into_owned()
+    }
+}
+
+/// Makes the directories, and removes what an earlier QEMU of this name has left.
+fn prepare(paths: &Paths) -> Result<(), (&'static str, PathBuf, io::Error)> {
+    for path in [&paths.memory, &paths.qmp] {
+        let directory = path.parent().expect("a file in a directory");
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.and_then(|()| is_ours(directory))
+            .map_err(|error| ("use the directory", directory.to_owned(), error))?;
+    }
+    memlane_net::unix_socket::make_way(&paths.qmp)
+        .map_err(|error| ("use the socket", paths.qmp.clone(), error))?;
+    match std::fs::remove_file(&paths.memory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(("remove the old memory", paths.memory.clone(), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Others may have made a directory of this name before us, where everybody may make some.
+fn is_ours(directory: &Path) -> io::Result<()> {
+    let metadata = std::fs::symlink_metadata(directory)?;
+    if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(io::Error::other(
+        "others can write to it; remove it, or name another in [guests] of the configuration",
+    ))
+}
+
+fn log_file(log: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(log)
+}
+
+/// Returns once QEMU answers. A thread of it greets long before: then it takes its RAM and makes the devices,
+/// which may last, and may be its end.
+async fn answers(qmp: &Path) {
+    loop {
+        if let Ok(monitor) = UnixStream::connect(qmp).await
+            && ask(monitor).await.is_ok()
+        {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Reads the greeting and the answer to the first command that a monitor takes.
+async fn ask(mut monitor: UnixStream) -> io::Result<()> {
+    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").await?;
+    let mut lines = BufReader::new(monitor).lines();
+    for _ in 0..2 {
+        lines.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    }
+    Ok(())
+}
+
+/// Returns once the process has ended.
+async fn ends(child: &mut Child) {
+    while matches!(child.try_wait(), Ok(None)) {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn systemd_runs() -> bool {
+    // sd_booted(3)
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// A transient unit, which has a cgroup of its own and is not ended with the daemon's: of the
+/// system where the daemon is root, else of its user's own manager, which needs nobody's leave (but
+/// whose user must linger). Returns what waits for its end.
+fn run_as_unit(
+    definition: &Definition,
+    arguments: &[OsString],
+    environment: &[(&str, OsString)],
+    (log, output): (&Path, File),
+) -> io::Result<Child> {
+    let mut command = manager("systemd-run");
+    command.args(["--quiet", "--collect", "--wait", &format!("--unit={}", unit(&definition.name))]);
+    for stream in ["StandardOutput", "StandardError"] {
+        command.arg(format!("--property={stream}=append:{}", log.display()));
+    }
+    for (name, value) in environment {
+        let mut setting = OsString::from(format!("--setenv={name}="));
+        setting.push(value);
+        command.arg(setting);
+    }
+    // systemd would put variables of its own in the place of names after `$`.
+    let arguments = arguments.iter().map(|argument| {
+        let bytes = argument.as_bytes().split(|byte| *byte == b'$').collect::<Vec<_>>();
+        OsString::from_vec(bytes.join(&b"$$"[..]))
+    });
+    command.arg("--").arg(&definition.qemu).args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(output).spawn()
+}
+
+fn unit(name: &Label) -> String {
+    format!("memlane-guest-{name}.service")
+}
+
+/// A program that talks to the daemon user's service manager.
+fn manager(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let user = rustix::process::geteuid();
+    if !user.is_root() {
+        command.arg("--user").env("XDG_RUNTIME_DIR", format!("/run/user/{}", user.as_raw()));
+    }
+    command
+}
+
+/// A session of its own, which the daemon's end does not concern.
+fn run_as_session(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(&str, OsString)],
+    output: File,
+) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command.args(arguments).envs(environment.iter().cloned()).current_dir("/");
+    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+    // SAFETY: two system calls, which are all right between fork and exec; nothing is allocated.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            // What the daemon may (announce guests) is not for QEMU.
+            rustix::thread::clear_ambient_capability_set()?;
+            Ok(())
+        });
+    }
+    let child = command.spawn()?;
+    // The daemon is the last that the kernel ends for want of memory; its guests are not.
+    let _ = std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
+    Ok(child)
+}

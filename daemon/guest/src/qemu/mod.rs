@@ -1,0 +1,204 @@
+//! Stock QEMU: guests whose VMM knows nothing of Memlane.
+//!
+//! A QEMU does not attach itself: the daemon starts it from a [guest file](definition), or is told where its monitor
+//! is. From then on a [`Supervisor`] keeps to it, across lost connections and, by what is in its state directory,
+//! across the daemon's own end.
+
+mod blockers;
+pub mod definition;
+mod driver;
+mod inspect;
+mod launch;
+mod qmp;
+mod settings;
+mod state_directory;
+mod supervisor;
+
+use std::io;
+use std::path::PathBuf;
+
+use memlane_kvm::ram::RamError;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::control::{QemuGuest, Refusal, Respect};
+use memlane_protocol::wire::machine::MAX_RAM_BYTES;
+
+use crate::driver::DriverError;
+use crate::process::ProcessError;
+
+use definition::DefinitionError;
+use state_directory::StateError;
+
+pub use supervisor::{Settings as SupervisorSettings, Supervisor};
+
+/// Why a guest in QEMU cannot be taken in or started.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    /// There is a guest of this name.
+    #[error("a guest named {0} is here already; names are unique on a host")]
+    NameTaken(Label),
+    /// There is no such QEMU.
+    #[error("no guest named {0} in a QEMU is here; see `memlanectl guests`")]
+    Unknown(Label),
+    /// It is being moved.
+    #[error("guest {0} is being moved; wait until that has ended, or cancel it")]
+    Moving(Label),
+    /// Its monitor.
+    #[error(transparent)]
+    Connect(#[from] qmp::ConnectError),
+    /// It does not do as it is asked.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// Its process cannot be followed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The user it runs as.
+    #[error(
+        "QEMU runs as user {user}, who may not attach guests; add that user to attach_users in the daemon's \
+         configuration"
+    )]
+    User {
+        /// Its user id.
+        user: u32,
+    },
+    /// Its version.
+    #[error("QEMU {} is too old to be moved; install {}.{} or newer", dotted(found), oldest[0], oldest[1])]
+    TooOld {
+        /// Its version.
+        found: [u32; 3],
+        /// The oldest that would do.
+        oldest: [u32; 3],
+    },
+    /// Its memory is not behind memory back ends.
+    #[error(
+        "QEMU has {found} memory back ends, and 1 to {limit} can be moved; see QEMU's -object memory-backend-file"
+    )]
+    NoMemory {
+        /// How many it has.
+        found: usize,
+        /// How many it may have.
+        limit: usize,
+    },
+    /// Its memory is larger than any that can be moved.
+    #[error(
+        "with memory {id} of {bytes} bytes the guest has more RAM than can be moved, which is {MAX_RAM_BYTES} bytes"
+    )]
+    TooMuchMemory {
+        /// Name of the back end.
+        id: String,
+        /// Its length in bytes, by QEMU's account.
+        bytes: u64,
+    },
+    /// Its memory cannot be shared.
+    #[error(
+        "memory {id} of the guest ({kind}{}) cannot be seen by the daemon; start QEMU with -object \
+         memory-backend-file,id=mem,share=on,size=SIZE,mem-path=/dev/shm/NAME -machine memory-backend=mem",
+        if *share { "" } else { ", share=off" }
+    )]
+    PrivateMemory {
+        /// Name of the back end.
+        id: String,
+        /// Its type.
+        kind: String,
+        /// Whether it is shared.
+        share: bool,
+    },
+    /// Its memory cannot be opened.
+    #[error("cannot use {} as the guest's memory: {source}", path.display())]
+    MemoryFile {
+        /// The file, as QEMU names it.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its memory is of a kind that cannot be moved.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Whether it waits for a guest is not as was said.
+    #[error("{0}")]
+    Standing(&'static str),
+    /// The guest file.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    /// A tap that the guest file names is not on this host.
+    #[error(
+        "tap {tap} of guest {guest} is not there; make it with `ip tuntap add {tap} mode tap`, join it to the \
+         bridge of network {network} and bring it up, or change nic.tap in the guest file"
+    )]
+    NoTap {
+        /// The tap.
+        tap: String,
+        /// Whose.
+        guest: Label,
+        /// Where it belongs.
+        network: Label,
+    },
+    /// The shim is not on this host.
+    #[error(
+        "the shim {} is not there, without which the guest could not be moved; install it, or name it in \
+         guests.shim of the daemon's configuration",
+        .0.display()
+    )]
+    NoShim(PathBuf),
+    /// QEMU cannot be started.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Start {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It ended as soon as it had begun.
+    #[error("QEMU did not start: {words}")]
+    Ended {
+        /// What it does not have, if it said so.
+        lacks: Option<Lacking>,
+        /// Its words.
+        words: String,
+    },
+    /// Its monitor did not answer in time.
+    #[error("QEMU did not start: its monitor has not answered for {after:.0?}, and it was ended; {words}")]
+    Slow {
+        /// How long was waited.
+        after: std::time::Duration,
+        /// Its words.
+        words: String,
+    },
+    /// What must be remembered cannot be written down.
+    #[error(transparent)]
+    Remember(#[from] StateError),
+}
+
+/// What a QEMU does not have that a guest wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lacking {
+    /// Its machine type.
+    Machine,
+    /// Its CPU model.
+    Cpu,
+}
+
+/// Everything in which a waiting QEMU differs from the one that its guest comes from.
+pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
+    let pairs = [
+        ("machine type", "-machine", &guest.machine, &waiting.machine),
+        ("CPU model", "-cpu", &guest.cpu, &waiting.cpu),
+        ("accelerator", "-accel", &guest.accelerator, &waiting.accelerator),
+    ];
+    let differing = pairs.into_iter().filter(|(_, _, ours, theirs)| ours != theirs);
+    differing
+        .map(|(what, option, ours, theirs)| Refusal {
+            what: Respect::Machine,
+            reason: format!(
+                "the guest has {what} {ours}, and the QEMU that waits for it {theirs}; start that one with \
+                 {option} {ours}"
+            ),
+        })
+        .collect()
+}
+
+fn dotted(version: &[u32; 3]) -> String {
+    let [major, minor, micro] = version;
+    format!("{major}.{minor}.{micro}")
+}

@@ -1,0 +1,344 @@
+//! QMP, the QEMU Machine Protocol: lines of JSON on a Unix socket
+//! (QEMU's `docs/interop/qmp-spec.rst`; its commands are in `qemu-qmp-ref`).
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_kvm::{descriptors, packet};
+use memlane_net::task;
+use memlane_net::unix_socket::{Peer, peer};
+use memlane_protocol::wire::plain;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Mutex, oneshot, watch};
+use tracing::{debug, warn};
+
+use crate::DriverError;
+
+/// Longest line that QEMU may send: long lists of devices have some ten thousand bytes.
+const MAX_LINE_BYTES: u64 = 4 << 20;
+/// Longest wait for the answer to a command.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for the greeting; QEMU talks to one client at a time, and lets others wait.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// Why QEMU cannot be talked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Nobody listens.
+    #[error(
+        "cannot connect to QEMU's monitor at {}: {source}; start QEMU with -qmp unix:PATH,server=on,wait=off, \
+         and let the daemon's user write to that socket",
+        path.display()
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not speak.
+    #[error(
+        "QEMU's monitor at {} says nothing: another program may be connected to it (it serves one at a time); \
+         give this daemon a -qmp socket of its own",
+        .0.display()
+    )]
+    Silent(PathBuf),
+    /// It is something else.
+    #[error(
+        "what listens at {} is no QMP monitor: {why}; give the socket of QEMU's -qmp, not that of -monitor",
+        path.display()
+    )]
+    NotQmp {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// A QEMU that listens to us.
+pub struct Qmp {
+    writer: OwnedWriteHalf,
+    /// One command at a time.
+    asking: Mutex<()>,
+    /// A command was written in part, by somebody who then gave up: nothing that follows it would
+    /// be understood.
+    torn: Cell<bool>,
+    next_id: Cell<u64>,
+    news: Rc<News>,
+    pid: u32,
+    user: u32,
+    version: [u32; 3],
+}
+
+/// Takes the answer to the command of this number.
+type Waiting = (u64, oneshot::Sender<Result<Value, String>>);
+
+/// What the reading task tells.
+struct News {
+    /// Whoever waits for an answer.
+    waiting: RefCell<Option<Waiting>>,
+    /// State of QEMU's own migration, by its last event.
+    migration: watch::Sender<String>,
+    /// When the guest stood still last, and ran again: Unix time.
+    stopped: Cell<Option<Duration>>,
+    resumed: Cell<Option<Duration>>,
+    gone: watch::Sender<bool>,
+}
+
+impl Qmp {
+    /// Connects, and leaves the negotiation mode.
+    pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
+        let refused =
+            |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::told(source) };
+        let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
+        let stream = UnixStream::connect(path).await.map_err(refused)?;
+        let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;
+        let (reader, writer) = stream.into_split();
+        let mut lines = BufReader::new(reader);
+        let silent = |_| ConnectError::Silent(path.to_owned());
+        let greeting = tokio::time::timeout(GREETING, next_line(&mut lines)).await.map_err(silent)?;
+        let greeting = greeting.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => stranger("it does not speak JSON"),
+            _ => refused(error),
+        })?;
+        let greeting = greeting.ok_or_else(|| stranger("it hung up"))?;
+        let version = &greeting["QMP"]["version"]["qemu"];
+        let part = |name: &str| version[name].as_u64().and_then(|number| u32::try_from(number).ok());
+        let (Some(major), Some(minor), Some(micro)) = (part("major"), part("minor"), part("micro")) else {
+            return Err(stranger("its greeting has no version of QEMU"));
+        };
+        let news = Rc::new(News {
+            waiting: RefCell::default(),
+            migration: watch::Sender::default(),
+            stopped: Cell::default(),
+            resumed: Cell::default(),
+            gone: watch::Sender::new(false),
+        });
+        task::spawn("monitor of a QEMU", read(lines, news.clone()));
+        let (asking, torn, next_id) = (Mutex::default(), Cell::default(), Cell::new(1));
+        let version = [major, minor, micro];
+        let qmp = Self { writer, asking, torn, next_id, news, pid, user, version };
+        match qmp.execute("qmp_capabilities", json!({})).await {
+            Ok(_) => Ok(qmp),
+            Err(error) => Err(stranger(&error.to_string())),
+        }
+    }
+
+    /// QEMU's process: the one that made the socket.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The user of QEMU's process.
+    pub fn user(&self) -> u32 {
+        self.user
+    }
+
+    /// QEMU's version: major, minor, micro.
+    pub fn version(&self) -> [u32; 3] {
+        self.version
+    }
+
+    /// Runs a command; returns what it returns.
+    pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+        self.run(command, arguments, &[]).await
+    }
+
+    /// Gives QEMU a descriptor, which `fd:NAME` stands for from now on.
+    pub async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
+        self.run("getfd", json!({ "fdname": name }), &[descriptor]).await.map(drop)
+    }
+
+    /// Runs a command of the human monitor, which tells what QMP has no words for.
+    pub async fn human(&self, line: &'static str) -> Result<String, DriverError> {
+        let answer = self.execute("human-monitor-command", json!({ "command-line": line })).await?;
+        Ok(answer.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The status of the guest, such as `running`.
+    pub async fn status(&self) -> Result<String, DriverError> {
+        let status = self.execute("query-status", json!({})).await?;
+        Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The state of QEMU's own migration, such as `completed`; empty if there never was one.
+    pub async fn migration(&self) -> Result<String, DriverError> {
+        let migration = self.execute("query-migrate", json!({})).await?;
+        Ok(migration["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Forgets the events so far, before a migration is begun.
+    pub fn expect_migration(&self) {
+        self.news.migration.send_replace(String::new());
+    }
+
+    /// Waits for an event that says that QEMU's own migration is in one of these `states`; `request` is what
+    /// it was asked for.
+    pub async fn migration_reaches(
+        &self,
+        states: &[&str],
+        request: &'static str,
+        patience: Duration,
+    ) -> Result<String, DriverError> {
+        let mut migration = self.news.migration.subscribe();
+        let reached = migration.wait_for(|state| states.contains(&state.as_str()));
+        tokio::select! {
+            reached = tokio::time::timeout(patience, reached) => match reached {
+                Ok(Ok(state)) => Ok(state.clone()),
+                Ok(Err(_)) => Err(DriverError::Gone),
+                Err(_) => Err(DriverError::Slow { request, after: patience }),
+            },
+            () = self.gone() => Err(DriverError::Gone),
+        }
+    }
+
+    /// When the last vCPU stood still, as QEMU saw it: Unix time.
+    pub fn stopped(&self) -> Option<Duration> {
+        self.news.stopped.get()
+    }
+
+    /// When the vCPUs were let go last, as QEMU saw it: Unix time.
+    pub fn resumed(&self) -> Option<Duration> {
+        self.news.resumed.get()
+    }
+
+    /// Returns once the connection is lost.
+    pub async fn gone(&self) {
+        // The reading task sets it last.
+        let _ = self.news.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    /// Ends the connection; QEMU does not mind.
+    pub fn hang_up(&self) {
+        memlane_lane::socket::hang_up(self.writer.as_ref());
+        self.news.gone.send_replace(true);
+    }
+
+    async fn run(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Value, DriverError> {
+        let _one_at_a_time = self.asking.lock().await;
+        if self.torn.get() {
+            self.hang_up();
+        }
+        if *self.news.gone.borrow() {
+            return Err(DriverError::Gone);
+        }
+        let id = self.next_id.replace(self.next_id.get() + 1);
+        let line = json!({ "execute": command, "arguments": arguments, "id": id });
+        let (sender, answer) = oneshot::channel();
+        *self.news.waiting.borrow_mut() = Some((id, sender));
+        let exchange = async {
+            self.write(format!("{line}\n").as_bytes(), descriptors).await.map_err(|_| DriverError::Gone)?;
+            answer.await.map_err(|_| DriverError::Gone)
+        };
+        match tokio::time::timeout(PATIENCE, exchange).await {
+            Ok(Ok(Ok(value))) => Ok(value),
+            Ok(Ok(Err(reason))) => Err(DriverError::Failed { request: command, reason }),
+            Ok(Err(gone)) => Err(gone),
+            Err(_) => Err(DriverError::Slow { request: command, after: PATIENCE }),
+        }
+    }
+
+    /// Writes a line; the descriptors go with its first bytes.
+    async fn write(&self, line: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let stream: &UnixStream = self.writer.as_ref();
+        let mut written = 0;
+        while written < line.len() {
+            stream.writable().await?;
+            let with = if written == 0 { descriptors } else { &[] };
+            let rest = &line[written..];
+            match stream.try_io(Interest::WRITABLE, || packet::send_some(stream, rest, with)) {
+                Ok(count) => {
+                    written += count;
+                    self.torn.set(written < line.len());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The items of a list that a command returned; none if it is no list.
+pub fn items(list: &Value) -> &[Value] {
+    list.as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+/// Whether QEMU migrates by its own means, by the state that [`Qmp::migration`] tells.
+pub fn is_migrating(state: &str) -> bool {
+    !matches!(state, "" | "none" | "completed" | "failed" | "cancelled")
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        memlane_lane::socket::hang_up(self.writer.as_ref());
+    }
+}
+
+async fn read(mut lines: BufReader<OwnedReadHalf>, news: Rc<News>) {
+    loop {
+        match next_line(&mut lines).await {
+            Ok(Some(line)) if line.get("event").is_some() => news.event(&line),
+            Ok(Some(line)) => news.answer(&line),
+            Ok(None) => break,
+            Err(error) => {
+                warn!(%error, "cannot read from QEMU; the connection is given up");
+                break;
+            }
+        }
+    }
+    news.gone.send_replace(true);
+    news.waiting.borrow_mut().take();
+}
+
+impl News {
+    fn event(&self, line: &Value) {
+        debug!(event = %line, "QEMU");
+        let at = &line["timestamp"];
+        let at = at["seconds"].as_u64().zip(at["microseconds"].as_u64()).map(|(seconds, microseconds)| {
+            Duration::from_secs(seconds) + Duration::from_micros(microseconds.min(999_999))
+        });
+        match line["event"].as_str().unwrap_or_default() {
+            "STOP" => self.stopped.set(at),
+            "RESUME" => self.resumed.set(at),
+            "MIGRATION" => {
+                let status = line["data"]["status"].as_str().unwrap_or_default();
+                self.migration.send_replace(status.to_owned());
+            }
+            _ => {}
+        }
+    }
+
+    fn answer(&self, line: &Value) {
+        let mut waiting = self.waiting.borrow_mut();
+        // Whoever asked may have given up meanwhile.
+        let Some((_, sender)) = waiting.take_if(|(id, _)| line["id"].as_u64() == Some(*id)) else { return };
+        let _ = sender.send(match line.get("error") {
+            Some(error) => Err(plain(error["desc"].as_str().unwrap_or("it does not say why")).into_owned()),
+            None => Ok(line["return"].clone()),
+        });
+    }
+}
+
+/// The next line; `None` at the end.
+async fn next_line(lines: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Value>> {
+    let mut line = Vec::new();
+    lines.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    serde_json::from_slice(&line).map(Some).map_err(io::Error::from)
+}

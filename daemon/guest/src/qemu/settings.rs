@@ -1,0 +1,132 @@
+//! Capabilities and parameters of QEMU's own migration, for the time of ours.
+
+use serde_json::{Value, json};
+
+use super::qmp::{Qmp, items};
+use crate::DriverError;
+
+/// What is switched on at the source.
+const SOURCE: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
+/// The same at the destination. Disks are taken (and locked) only when the guest is to run.
+const DESTINATION: [&str; 3] = ["x-ignore-shared", "late-block-activate", "events"];
+/// What must be off, since state travels in one piece and one way.
+const NEITHER: [&str; 3] = ["multifd", "return-path", "postcopy-ram"];
+/// What must not stay on, even if it was: without its RAM, a guest that is saved or moved by QEMU's own means is
+/// lost.
+const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "late-block-activate"];
+
+/// What QEMU had set before.
+pub struct Settings {
+    /// As `migrate-set-capabilities` takes them.
+    capabilities: Vec<Value>,
+    /// As `migrate-set-parameters` takes them.
+    parameters: Value,
+}
+
+impl Default for Settings {
+    /// As QEMU has them when it starts.
+    fn default() -> Self {
+        Self {
+            capabilities: Vec::new(),
+            parameters: json!({ "max-bandwidth": 128 << 20, "downtime-limit": 300, "announce-rounds": 5 }),
+        }
+    }
+}
+
+impl Settings {
+    /// Asks what is set, for [`Self::restore`].
+    pub async fn read(qmp: &Qmp) -> Result<Self, DriverError> {
+        let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
+        let parameters = qmp.execute("query-migrate-parameters", json!({})).await?;
+        Ok(Self::from_answers(&capabilities, &parameters))
+    }
+
+    /// Undoes what was set over a connection that has been lost since, or by a daemon that was killed. What was there
+    /// before, nobody knows any more.
+    pub async fn restore_lost(qmp: &Qmp) -> Result<(), DriverError> {
+        let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
+        if is_on(&capabilities, "x-ignore-shared") { Self::default().restore(qmp).await } else { Ok(()) }
+    }
+
+    fn from_answers(capabilities: &Value, parameters: &Value) -> Self {
+        let is_on = |name: &str| is_on(capabilities, name);
+        let mut before = Self::default();
+        if is_on("x-ignore-shared") {
+            // By a migration before this one, whose own settings are not to be kept.
+            return before;
+        }
+        for (name, value) in before.parameters.as_object_mut().expect("an object").iter_mut() {
+            if let Some(found) = parameters.get(name) {
+                *value = found.clone();
+            }
+        }
+        before.capabilities =
+            NEITHER.iter().chain(&["events"]).map(|name| switch(name, is_on(name))).collect();
+        before
+    }
+
+    /// Leaves QEMU as it was, and safe to be used by others.
+    pub async fn restore(self, qmp: &Qmp) -> Result<(), DriverError> {
+        // First and by itself: it must not fail with anything else.
+        set_capabilities(qmp, switches(&NOT_AFTERWARDS, false).collect()).await?;
+        qmp.execute("migrate-set-parameters", self.parameters).await?;
+        set_capabilities(qmp, self.capabilities).await
+    }
+}
+
+/// Prepares QEMU to give up a guest.
+pub async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
+    // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
+    let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
+    prepare(qmp, &SOURCE, most).await
+}
+
+/// Prepares QEMU to receive a guest.
+pub async fn prepare_destination(qmp: &Qmp) -> Result<(), DriverError> {
+    // It is announced when it runs here, not before.
+    prepare(qmp, &DESTINATION, json!({ "announce-rounds": 0 })).await
+}
+
+async fn prepare(qmp: &Qmp, on: &[&str], parameters: Value) -> Result<(), DriverError> {
+    set_capabilities(qmp, switches(on, true).chain(switches(&NEITHER, false)).collect()).await?;
+    qmp.execute("migrate-set-parameters", parameters).await.map(drop)
+}
+
+/// Whether a capability is among those that `query-migrate-capabilities` tells, and on.
+fn is_on(capabilities: &Value, name: &str) -> bool {
+    items(capabilities).iter().any(|found| found["capability"] == name && found["state"] == true)
+}
+
+fn switches(names: &[&str], on: bool) -> impl Iterator<Item = Value> {
+    names.iter().map(move |name| switch(name, on))
+}
+
+fn switch(capability: &str, on: bool) -> Value {
+    json!({ "capability": capability, "state": on })
+}
+
+async fn set_capabilities(qmp: &Qmp, capabilities: Vec<Value>) -> Result<(), DriverError> {
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_set_is_remembered_but_for_what_is_dangerous() {
+        let capabilities = |ignores: bool| {
+            json!([switch("multifd", true), switch("x-ignore-shared", ignores), switch("zero-blocks", true)])
+        };
+        let parameters = json!({ "announce-rounds": 0, "max-bandwidth": 7, "cpu-throttle-initial": 20 });
+        let before = Settings::from_answers(&capabilities(false), &parameters);
+        let expected = ["multifd", "return-path", "postcopy-ram", "events"];
+        assert_eq!(before.capabilities, expected.map(|name| switch(name, name == "multifd")));
+        let expected = json!({ "announce-rounds": 0, "max-bandwidth": 7, "downtime-limit": 300 });
+        assert_eq!(before.parameters, expected);
+
+        let before = Settings::from_answers(&capabilities(true), &parameters);
+        assert_eq!(before.parameters, Settings::default().parameters);
+        assert!(before.capabilities.is_empty());
+    }
+}

@@ -1,0 +1,401 @@
+//! Keeping to the QEMUs of this host: whoever attaches by itself comes back by itself, but to a
+//! QEMU the daemon has to go.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_net::task;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use serde_json::json;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::QemuError;
+use super::definition::Definition;
+use super::driver::Qemu;
+use super::inspect::inspect;
+use super::launch::{self, Started, collect};
+use super::qmp::{Qmp, is_migrating};
+use super::settings::Settings as QemuSettings;
+use super::state_directory::{Record, StateDirectory};
+use crate::config::{GuestsConfig, NetworkConfig};
+use crate::driver::DriverError;
+use crate::guest::Guest;
+use crate::process::Process;
+use crate::registry::Guests;
+use crate::shim::Shims;
+
+/// How often a QEMU is looked for whose monitor does not answer.
+const AGAIN: Duration = Duration::from_millis(500);
+/// Longest wait for the QEMU of a guest that has just left to be gone.
+const LEAVING: Duration = Duration::from_secs(5);
+
+/// What the configuration says of QEMUs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Guests that this daemon starts.
+    pub guests: GuestsConfig,
+    /// Networks that guests are plugged into.
+    pub networks: Vec<NetworkConfig>,
+    /// User ids whose VMMs may attach guests.
+    pub attach_users: Vec<u32>,
+    /// Where the shims in VMMs connect.
+    pub attach_socket: PathBuf,
+}
+
+/// Starts, takes in and keeps to the QEMUs of this host.
+pub struct Supervisor {
+    settings: Settings,
+    guests: Rc<Guests>,
+    shims: Rc<Shims>,
+    states: Rc<StateDirectory>,
+    /// The QEMUs that are kept to, by the names of their guests; true is sent to let go of one.
+    kept: RefCell<BTreeMap<Label, watch::Sender<bool>>>,
+}
+
+/// The name of one QEMU's guest, which no other can take meanwhile.
+struct Place {
+    supervisor: Rc<Supervisor>,
+    name: Label,
+    /// True once the QEMU is to be let go of.
+    let_go: watch::Receiver<bool>,
+}
+
+impl Supervisor {
+    /// Makes a supervisor whose state lies in `directory`; it keeps to nothing before [`Supervisor::resume`].
+    pub fn new(settings: Settings, directory: &Path, guests: Rc<Guests>, shims: Rc<Shims>) -> Rc<Self> {
+        let states = Rc::new(StateDirectory::beside(directory));
+        Rc::new(Self { settings, guests, shims, states, kept: RefCell::default() })
+    }
+
+    /// Reads what was kept to before the daemon ended.
+    pub async fn load(&self) {
+        self.states.load().await;
+    }
+
+    /// Keeps on to what was kept to before the daemon ended.
+    pub fn resume(self: &Rc<Self>) {
+        for record in self.states.all() {
+            let Ok(name) = record.name.parse::<Label>() else { continue };
+            task::spawn("keeper of a QEMU", Place::new(self, name).stay(record, None, None));
+        }
+    }
+
+    /// What the configuration says of the guests that this daemon starts.
+    pub fn guests_config(&self) -> &GuestsConfig {
+        &self.settings.guests
+    }
+
+    /// Starts a guest from its file; one that waits for a guest to arrive if `incoming`.
+    ///
+    /// # Errors
+    ///
+    /// If the file is not permitted here, the name is taken, or QEMU does not start.
+    pub async fn launch(
+        self: &Rc<Self>,
+        definition: Definition,
+        incoming: bool,
+    ) -> Result<Rc<Guest>, QemuError> {
+        let record = Record::launched(&definition, incoming, &self.settings.guests);
+        self.start(definition, record).await
+    }
+
+    /// Starts what a guest that has been offered is to arrive in, which ends if it does not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Supervisor::launch`].
+    pub async fn launch_incoming(self: &Rc<Self>, definition: Definition) -> Result<Rc<Guest>, QemuError> {
+        let record = Record::launched(&definition, true, &self.settings.guests);
+        self.start(definition, Record { summoned: true, ..record }).await
+    }
+
+    /// Takes in the guest of a QEMU that others started, with its monitor at `qmp`.
+    ///
+    /// # Errors
+    ///
+    /// If the monitor does not answer, or its guest cannot be moved by this daemon.
+    pub async fn attach(
+        self: &Rc<Self>,
+        name: Label,
+        qmp: PathBuf,
+        incoming: bool,
+    ) -> Result<Rc<Guest>, QemuError> {
+        let place = Place::take(self, &name).await?;
+        place.keep(Record::attached(name, qmp, incoming)).await
+    }
+
+    /// Lets go of a QEMU; its guest runs on.
+    ///
+    /// # Errors
+    ///
+    /// If there is none of this name, or its guest is being moved.
+    pub fn detach(&self, name: &Label) -> Result<Rc<Guest>, QemuError> {
+        let guest = self.guests.get(name).filter(|guest| guest.driver.qemu().is_some());
+        if guest.as_ref().is_some_and(|guest| guest.is_moving()) {
+            return Err(QemuError::Moving(name.clone()));
+        }
+        // One that cannot be reached is not kept to any more either.
+        if let Some(kept) = self.kept.borrow().get(name) {
+            kept.send_replace(true);
+        }
+        guest.ok_or_else(|| QemuError::Unknown(name.clone()))
+    }
+
+    /// Where the monitor of a guest's QEMU is, if it is kept to.
+    pub fn monitor(&self, name: &Label) -> Option<PathBuf> {
+        self.states.read(name.as_str()).map(|record| record.qmp)
+    }
+
+    /// Remembers that a guest which has arrived runs here now. Does nothing for one that is in no QEMU.
+    pub fn note_arrival(&self, name: &Label) {
+        self.states.note_arrival(name.as_str());
+    }
+
+    async fn start(self: &Rc<Self>, definition: Definition, record: Record) -> Result<Rc<Guest>, QemuError> {
+        definition.permitted_by(&self.settings.guests)?;
+        let place = Place::take(self, &definition.name).await?;
+        let started = launch::start(&self.settings, &definition, &record).await?;
+        place.keep_started(started, record).await
+    }
+
+    /// Whether a guest of this name is about to be none of this host's.
+    async fn is_leaving(&self, name: &Label) -> bool {
+        let Some(guest) = self.guests.get(name) else { return true };
+        guest.is_moving() || tokio::time::timeout(Duration::ZERO, guest.process.ended()).await.is_ok()
+    }
+}
+
+impl Place {
+    /// Takes the name of a guest, unless there is one of that name. One that is just leaving is
+    /// waited for.
+    async fn take(supervisor: &Rc<Supervisor>, name: &Label) -> Result<Self, QemuError> {
+        let until = tokio::time::Instant::now() + LEAVING;
+        while supervisor.kept.borrow().contains_key(name) || supervisor.guests.get(name).is_some() {
+            if !supervisor.is_leaving(name).await || tokio::time::Instant::now() > until {
+                return Err(QemuError::NameTaken(name.clone()));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(Self::new(supervisor, name.clone()))
+    }
+
+    fn new(supervisor: &Rc<Supervisor>, name: Label) -> Self {
+        let sender = watch::Sender::new(false);
+        let let_go = sender.subscribe();
+        supervisor.kept.borrow_mut().insert(name.clone(), sender);
+        Self { supervisor: supervisor.clone(), name, let_go }
+    }
+
+    /// Takes in the guest of a QEMU that this daemon has started, and keeps to it.
+    async fn keep_started(self, started: Started, record: Record) -> Result<Rc<Guest>, QemuError> {
+        match self.take_in(&record, true).await {
+            Ok((guest, record)) => {
+                info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
+                if let Err(why) = self.supervisor.guests.attach(guest.clone()) {
+                    started.end(record).await;
+                    return Err(QemuError::Standing(why));
+                }
+                task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
+                Ok(guest)
+            }
+            Err(error) => {
+                started.end(record).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes in the guest of a QEMU that others started, and keeps to it.
+    async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
+        let (guest, record) = self.take_in(&record, true).await?;
+        self.supervisor.guests.attach(guest.clone()).map_err(QemuError::Standing)?;
+        task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), None));
+        Ok(guest)
+    }
+
+    /// Connects to the QEMU, looks at its guest, and writes down what must be remembered. `fresh` if
+    /// the daemon has not had it before.
+    async fn take_in(&self, record: &Record, fresh: bool) -> Result<(Rc<Guest>, Record), QemuError> {
+        let supervisor = &self.supervisor;
+        let qmp = Qmp::connect(&record.qmp).await?;
+        if !supervisor.settings.attach_users.contains(&qmp.user()) {
+            return Err(QemuError::User { user: qmp.user() });
+        }
+        let (status, migration) = (qmp.status().await?, qmp.migration().await?);
+        let process = Rc::new(Process::running(qmp.pid())?);
+        let by_itself =
+            status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
+        if !fresh && !record.migrating && by_itself {
+            return Err(QemuError::Standing(
+                "QEMU was told to migrate by others; once that is settled, `memlanectl detach` it and attach it again",
+            ));
+        }
+        // A guest was about to come or to leave, and no more came of it.
+        let prepared = status == "inmigrate" || record.migrating && status == "running";
+        if !fresh && prepared && !is_migrating(&migration) {
+            QemuSettings::restore_lost(&qmp).await?;
+        }
+        if fresh {
+            agree(record.incoming, &status, &migration, listens(&qmp).await?)?;
+        }
+        let definition =
+            record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
+        let definition = definition.transpose()?;
+        let facts = inspect(&qmp, &self.name, definition.as_ref(), &supervisor.settings.networks).await?;
+        let mut record = record.clone();
+        // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
+        record.incoming &= status != "running";
+        record.migrating &= status != "running" || is_migrating(&migration);
+        (record.pid, record.started) = (process.identity().pid, process.identity().started);
+        let standing = match (status.as_str(), record.incoming) {
+            ("inmigrate", _) => Standing::Incoming,
+            ("paused", true) => Standing::Loaded,
+            // A daemon before this one was about to move it.
+            ("postmigrate" | "finish-migrate", _) => Standing::Relinquished,
+            (_, false) if is_migrating(&migration) => Standing::Relinquished,
+            _ => Standing::Running,
+        };
+        record.bond = record.bond.filter(|_| matches!(standing, Standing::Loaded | Standing::Relinquished));
+        supervisor.states.write(&record).await?;
+        let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
+        let driver = Qemu::new(qmp, facts, process.clone(), (&supervisor.shims, &supervisor.states), &record);
+        let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
+        guest.summoned.set(record.summoned);
+        guest.bond.replace(record.bond.as_ref().and_then(|bound| bound.bond()));
+        Ok((Rc::new(guest), record))
+    }
+
+    /// Keeps to a QEMU, whose guest is attached if it is given, until it ends or is let go of.
+    async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, child: Option<Child>) {
+        let mut told = false;
+        // A guest that stood still when the daemon ended has waited long enough.
+        let mut patience = Duration::ZERO;
+        loop {
+            let process = Process::remembered(record.identity());
+            let gone = async {
+                if let Some(guest) = guest.take() {
+                    told = false;
+                    guest.driver.gone().await;
+                }
+                // A QEMU that has not been seen since the daemon started may be none any more.
+                tokio::time::timeout(std::mem::replace(&mut patience, AGAIN), process.ended()).await.is_ok()
+            };
+            let ended = tokio::select! {
+                ended = gone => Some(ended),
+                _ = self.let_go.wait_for(|let_go| *let_go) => None,
+            };
+            let Some(ended) = ended else {
+                self.supervisor.states.remove(&record.name).await;
+                info!(guest = %self.name, "let go of a QEMU");
+                if let Some(guest) = self.supervisor.guests.get(&self.name) {
+                    guest.driver.hang_up();
+                }
+                drop(self);
+                process.ended().await;
+                return tidy_up(child, record).await;
+            };
+            if ended {
+                info!(guest = %self.name, pid = record.pid, "QEMU has ended");
+                tidy_up(child, record.clone()).await;
+                self.supervisor.states.remove(&record.name).await;
+                return;
+            }
+            // It may have been changed: a guest has arrived.
+            record = self.supervisor.states.read(&record.name).unwrap_or(record);
+            match self.take_in(&record, false).await {
+                Ok((again, _)) if self.is_useless(&again) => {
+                    info!(guest = %self.name, "ending a QEMU whose guest does not come any more");
+                    if let Err(error) = again.driver.discard().await {
+                        warn!(guest = %self.name, %error, "cannot end a QEMU; trying on");
+                    }
+                }
+                Ok((again, new)) => {
+                    // That it was sent away was said; it is tried again.
+                    let _ = self.supervisor.guests.attach(again.clone());
+                    (guest, record) = (Some(again), new);
+                }
+                Err(error) if !told => {
+                    told = true;
+                    warn!(guest = %self.name, %error, "cannot take up a QEMU again; trying on");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Whether it was started for a migration that nobody works on any more.
+    fn is_useless(&self, guest: &Guest) -> bool {
+        let awaited = self.supervisor.guests.work_with(guest.process.identity());
+        guest.summoned.get() && guest.standing.get() == Standing::Incoming && !awaited
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.supervisor.kept.borrow_mut().remove(&self.name);
+    }
+}
+
+/// Collects a QEMU that has ended, and gives back its memory, which may take the kernel long.
+async fn tidy_up(child: Option<Child>, record: Record) {
+    let tidy = move || {
+        if let Some(mut child) = child {
+            collect(&mut child);
+        }
+        record.remove_files();
+    };
+    task::aside(tidy).await;
+}
+
+/// Whether QEMU awaits a migration at an address of its own, and so none that it would be told of.
+async fn listens(qmp: &Qmp) -> Result<bool, DriverError> {
+    let migration = qmp.execute("query-migrate", json!({})).await?;
+    Ok(migration["socket-address"].is_array())
+}
+
+/// Whether the QEMU is in the state that the operator says.
+fn agree(incoming: bool, status: &str, migration: &str, listens: bool) -> Result<(), QemuError> {
+    let reason = match (incoming, status) {
+        (true, "inmigrate") if !listens && !is_migrating(migration) => return Ok(()),
+        (true, "inmigrate") => "QEMU listens for a migration of its own; start it with -incoming defer",
+        (true, _) => "QEMU does not wait for a guest; start it with -incoming defer",
+        (false, "inmigrate") => "QEMU waits for a guest to arrive; say so with --incoming",
+        (false, _) if is_migrating(migration) => {
+            "QEMU migrates the guest by itself; wait until that has ended"
+        }
+        (false, "postmigrate") => "QEMU has migrated the guest by itself: it runs elsewhere",
+        (false, _) => return Ok(()),
+    };
+    Err(QemuError::Standing(reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_operator_says_is_compared_with_what_qemu_says() {
+        for (incoming, status, migration) in
+            [(true, "inmigrate", ""), (false, "running", ""), (false, "paused", "completed")]
+        {
+            assert!(agree(incoming, status, migration, false).is_ok());
+        }
+        for (incoming, status, migration, listens, text) in [
+            (true, "inmigrate", "setup", false, "-incoming defer"),
+            (true, "inmigrate", "", true, "-incoming defer"),
+            (true, "running", "", false, "-incoming defer"),
+            (false, "inmigrate", "", false, "--incoming"),
+            (false, "running", "active", false, "by itself"),
+            (false, "postmigrate", "completed", false, "elsewhere"),
+        ] {
+            let told = agree(incoming, status, migration, listens).unwrap_err().to_string();
+            assert!(told.contains(text), "{told}");
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Shims: who speaks for the daemon inside VMMs that know nothing of it (`tools/shim`).
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_net::task;
+use rustix::io::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::driver::{Driver, DriverError};
+use super::linked::Linked;
+use super::memory::{DEVICE, Handles, open_device};
+
+/// Shims that may be connected at once. Children of a VMM that load the shim too count as well.
+pub const MOST: usize = 1024;
+
+/// Longest time that a shim may take: it makes three system calls.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a process's memory cannot be tracked from here.
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    /// No shim has connected from it.
+    #[error(
+        "there is no shim in process {0}: start it with LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so and \
+         MEMLANE_ATTACH_SOCKET set to the attach_socket of this daemon, as a user that attach_users names, \
+         and without -daemonize"
+    )]
+    Missing(u32),
+    /// Neither the daemon nor the process may.
+    #[error(
+        "a userfaultfd of process {pid} is not permitted: this daemon cannot open {DEVICE} ({device}), and \
+         the process may not do without ({reason}); let the daemon's user read and write {DEVICE}, or set \
+         vm.unprivileged_userfaultfd to 1"
+    )]
+    NotPermitted {
+        /// The process.
+        pid: u32,
+        /// Why the device could not be opened.
+        device: io::Error,
+        /// What the shim said.
+        reason: String,
+    },
+    /// The kernel has no such device.
+    #[error(
+        "there is no {DEVICE} here, and process {pid} may not do without ({reason}); Memlane needs Linux 6.7 \
+         or newer with CONFIG_USERFAULTFD, and in a container the device must be passed into it"
+    )]
+    NoDevice {
+        /// The process.
+        pid: u32,
+        /// What the shim said.
+        reason: String,
+    },
+    /// The shim has tried, with the device of the daemon.
+    #[error(
+        "the shim in process {pid} failed: {reason}; see whether a seccomp filter (QEMU's -sandbox, systemd's \
+         SystemCallFilter=) or a limit on open files forbids it"
+    )]
+    Failed {
+        /// The process.
+        pid: u32,
+        /// What the shim said.
+        reason: String,
+    },
+    /// It does not answer.
+    #[error(
+        "the shim in process {pid} did not answer within {after:.0?}; see whether the process is stopped"
+    )]
+    Slow {
+        /// The process.
+        pid: u32,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// Its answer makes no sense, or the connection was lost over it.
+    #[error(
+        "the shim in process {pid} broke off: {reason}; see whether the process still runs, and try again"
+    )]
+    Broken {
+        /// The process.
+        pid: u32,
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// The shims that are connected, by their processes.
+#[derive(Default)]
+pub struct Shims {
+    connected: watch::Sender<HashMap<u32, Rc<Linked>>>,
+}
+
+impl Shims {
+    /// Asks the shim in process `pid` for a userfaultfd of it, of which it is to `keep` a copy, and
+    /// for what tells its memory.
+    ///
+    /// The device that userfaultfds are made with is opened here, so that the process needs no
+    /// rights; where that fails, its own rights decide.
+    pub async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
+        let shim = self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))?;
+        let device = open_device();
+        let answer = timeout(PATIENCE, shim.open_userfault(device.as_ref().ok(), keep)).await;
+        let broken = |reason: String| ShimError::Broken { pid, reason };
+        match (answer, device) {
+            (Ok(Ok(handles)), _) => Ok(handles),
+            (Ok(Err(DriverError::Broken { reason, .. })), _) => Err(broken(reason)),
+            (Ok(Err(DriverError::Failed { reason, .. })), Ok(_)) => Err(ShimError::Failed { pid, reason }),
+            (Ok(Err(DriverError::Failed { reason, .. })), Err(Errno::NOENT | Errno::NXIO | Errno::NODEV)) => {
+                Err(ShimError::NoDevice { pid, reason })
+            }
+            (Ok(Err(DriverError::Failed { reason, .. })), Err(error)) => {
+                Err(ShimError::NotPermitted { pid, device: error.into(), reason })
+            }
+            (Ok(Err(DriverError::Slow { .. })) | Err(_), _) => Err(ShimError::Slow { pid, after: PATIENCE }),
+            (Ok(Err(other)), _) => Err(broken(other.to_string())),
+        }
+    }
+
+    /// Waits for the shim in process `pid`, at most for `patience`; whether it is there.
+    pub async fn wait_for(&self, pid: u32, patience: Duration) -> bool {
+        let mut connected = self.connected.subscribe();
+        timeout(patience, connected.wait_for(|shims| shims.contains_key(&pid))).await.is_ok()
+    }
+
+    /// Whether the shim in process `pid` may connect.
+    pub(super) fn has_room(&self, pid: u32) -> bool {
+        let connected = self.connected.borrow();
+        connected.len() < MOST || connected.contains_key(&pid)
+    }
+
+    /// Takes in the shim in process `pid`, which stays until its connection ends, and has `share` for so long.
+    pub(super) fn add(self: &Rc<Self>, pid: u32, socket: AsyncFd<OwnedFd>, share: impl Sized + 'static) {
+        // There may have been room only while it was being greeted; it comes again.
+        if !self.has_room(pid) {
+            return;
+        }
+        debug!(pid, "a shim connected");
+        // Of the guest's pages it knows nothing.
+        let shim = Rc::new(Linked::new(socket, None));
+        let shims = self.clone();
+        let connected = shim.clone();
+        task::spawn("watch of a shim", async move {
+            connected.gone().await;
+            debug!(pid, "a shim is gone");
+            drop(share);
+            shims.connected.send_if_modified(|shims| {
+                let is_this = shims.get(&pid).is_some_and(|other| Rc::ptr_eq(other, &connected));
+                is_this && shims.remove(&pid).is_some()
+            });
+        });
+        self.connected.send_modify(|shims| {
+            // Its process may have run another program, and with it connected anew.
+            if let Some(before) = shims.insert(pid, shim) {
+                before.hang_up();
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+//! Tracking a VMM's writes from outside, through the descriptors that its process hands over.
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memlane_kvm::dirty::{ForeignTracker, TrackError, Writes};
+use memlane_kvm::userfault::{Userfault, WRITE_PROTECT, WRITE_PROTECT_ASYNC};
+use memlane_net::task;
+use memlane_protocol::PageSet;
+
+use super::memory::VmmMemory;
+use super::stun::Releaser;
+use super::{DriverError, Harvest};
+
+/// Tracks until it ends or is dropped, which lifts all protection.
+pub struct Tracking {
+    work: Arc<Work>,
+    harvested: Arc<PageSet>,
+    ended: Cell<bool>,
+}
+
+/// What lies on the threads that do the work: a large guest's page tables take long to walk.
+struct Work {
+    tracker: Mutex<ForeignTracker>,
+    /// Lets writes go, where they wait. Dropped after the tracker.
+    releaser: Option<Releaser>,
+}
+
+impl Tracking {
+    /// Begins to track the writes of the VMM whose memory this is. Nothing is armed yet. Once it is,
+    /// writes are held to so many `pages_per_second`, if any.
+    pub async fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
+        let harvested = Arc::new(PageSet::new(memory.memory.ram().pages()));
+        // The VMM's mappings may be busy, and all of its memory is registered.
+        let work = task::aside(move || Work::start(memory, pages_per_second)).await?;
+        Ok(Self { work: Arc::new(work), harvested, ended: Cell::default() })
+    }
+
+    /// See [`Driver::arm`](crate::Driver::arm).
+    pub async fn arm(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
+        self.work("arm", move |tracker, _| tracker.arm(pages)).await
+    }
+
+    /// Arms all memory, of which nothing is to be copied for that: another tracker tells what is
+    /// written up to then.
+    pub async fn arm_all(&self) -> Result<(), DriverError> {
+        self.work("arm", |tracker, _| tracker.arm_all()).await
+    }
+
+    /// See [`Driver::harvest`](crate::Driver::harvest).
+    pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+        // Into a set of its own first: whoever asked may give up waiting, and what was found must
+        // not be lost with it.
+        let work = self.work.clone();
+        let harvest = move |tracker: &mut ForeignTracker, harvested: &PageSet| {
+            let found = tracker.harvest(harvested)?;
+            if let Some(releaser) = &work.releaser {
+                releaser.protected(harvested);
+            }
+            Ok(found)
+        };
+        let found = self.work("harvest", harvest).await?;
+        let mut new = 0;
+        let drain = |piece| new += self.harvested.drain_into(piece, into);
+        task::in_pieces(self.harvested.pages(), drain).await;
+        Ok(Harvest { new, holes: found.holes })
+    }
+
+    /// What lets writes go, where they wait.
+    pub fn releaser(&self) -> Option<&Releaser> {
+        self.work.releaser.as_ref()
+    }
+
+    /// Ends tracking, and returns when all protection is lifted.
+    pub async fn end(&self) {
+        let work = self.work.clone();
+        task::aside(move || work.end()).await;
+        self.ended.set(true);
+    }
+
+    async fn work<T: Send + 'static>(
+        &self,
+        request: &'static str,
+        act: impl FnOnce(&mut ForeignTracker, &PageSet) -> Result<T, TrackError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let (work, harvested) = (self.work.clone(), self.harvested.clone());
+        let done = task::aside(move || {
+            let mut tracker = work.tracker.lock().unwrap_or_else(PoisonError::into_inner);
+            act(&mut tracker, &harvested)
+        });
+        let done = done.await;
+        done.map_err(|error| DriverError::Failed { request, reason: error.to_string() })
+    }
+}
+
+impl Work {
+    fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
+        let VmmMemory { userfault, pagemap, memory, punches } = memory;
+        let (features, writes) = match pages_per_second {
+            None => (WRITE_PROTECT_ASYNC, Writes::GoOn),
+            Some(_) => (WRITE_PROTECT, Writes::Wait),
+        };
+        let userfault = Userfault::from_fd(userfault, features).map_err(|error| failed(error.to_string()))?;
+        let userfault = Arc::new(userfault);
+        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
+        let tracker = tracker.map_err(|error| failed(error.to_string()))?;
+        let tracker = Mutex::new(if punches { tracker } else { tracker.without_punches() });
+        let releaser = pages_per_second.map(|rate| Releaser::start(memory, userfault, rate)).transpose();
+        let releaser = releaser.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
+        Ok(Self { tracker, releaser })
+    }
+
+    fn end(&self) {
+        if let Some(releaser) = &self.releaser {
+            releaser.open();
+        }
+        self.tracker.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        if let Some(releaser) = &self.releaser {
+            releaser.end();
+        }
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        if self.ended.get() {
+            return;
+        }
+        let work = self.work.clone();
+        // Without a thread the kernel lifts the protection when the last of this is dropped.
+        let _ = std::thread::Builder::new().name("tracking-end".into()).spawn(move || work.end());
+    }
+}

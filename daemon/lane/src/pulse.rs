@@ -1,0 +1,87 @@
+//! Looks after a lane's connection: whether the way to the other end still carries anything.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::liveness::{Condition, Liveness, Vitals};
+
+use crate::socket::tcp_info;
+
+/// How often the kernel is asked.
+pub const LOOK: Duration = Duration::from_millis(50);
+
+/// One connection's pulse.
+pub struct Pulse {
+    liveness: Liveness,
+    begun: Instant,
+    looked: Duration,
+    round_trip: Duration,
+}
+
+impl Pulse {
+    pub fn new(socket: impl AsFd) -> Self {
+        let round_trip = tcp_info(socket).map(|info| shortest_round_trip(&info)).unwrap_or_default();
+        Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
+    }
+
+    /// Time since the connection was looked at first.
+    pub fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// The shortest round trip that was seen lately; zero if nothing is known of it.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// How the connection is, if it is time to look again.
+    pub fn look(&mut self, socket: impl AsFd) -> Option<Condition> {
+        let now = self.now();
+        if now - self.looked < LOOK {
+            return None;
+        }
+        self.looked = now;
+        let info = tcp_info(socket)?;
+        self.round_trip = shortest_round_trip(&info);
+        Some(self.liveness.observe(now, &vitals(&info)))
+    }
+}
+
+fn vitals(info: &libc::tcp_info) -> Vitals {
+    Vitals {
+        since_heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        // The other end answers every probe of a window that is closed.
+        unanswered: info.tcpi_unacked > 0 || info.tcpi_probes > 1,
+        round_trip: Duration::from_micros(info.tcpi_rtt.into()),
+        variation: Duration::from_micros(info.tcpi_rttvar.into()),
+    }
+}
+
+fn shortest_round_trip(info: &libc::tcp_info) -> Duration {
+    // Before the first one the shortest is as long as can be.
+    Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_tells_of_connections() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_far, _) = listener.accept().unwrap();
+        near.write_all(&[1; 1000]).unwrap();
+        let info = tcp_info(&near).unwrap();
+        assert!(info.tcpi_bytes_sent >= 1000 && info.tcpi_rtt > 0);
+        let mut pulse = Pulse::new(&near);
+        assert!(pulse.round_trip() > Duration::ZERO);
+        assert_eq!(pulse.look(&near), None, "it was just looked at");
+        std::thread::sleep(LOOK);
+        assert_eq!(pulse.look(&near), Some(Condition::Well));
+        assert!(tcp_info(std::fs::File::open("/dev/null").unwrap()).is_none());
+    }
+}

@@ -1,0 +1,303 @@
+//! What a source may believe of its lanes, with real sockets and without.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use memlane_kvm::ram::Backing;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::frame::{
+    Content, FRAME_HEADER_BYTES, RUN_BYTES, contents_bytes, encode_compressed_head,
+};
+use proptest::prelude::*;
+
+use super::encode::claim_frame;
+use super::*;
+
+const PAGES: u64 = 2000;
+/// Longest wait for what will happen.
+const LONG: Duration = Duration::from_secs(30);
+
+/// A bell that nobody hears.
+fn silent() -> Bell {
+    Arc::new(|| ())
+}
+
+fn ram() -> Arc<GuestRam> {
+    Arc::new(GuestRam::create(&[(0, PAGES * PAGE_SIZE)], &Backing::Memfd).unwrap())
+}
+
+/// Every third page says its number; the others are zero.
+fn fill(ram: &GuestRam) {
+    (0..PAGES).step_by(3).for_each(|page| fill_page(ram, page));
+}
+
+fn fill_page(ram: &GuestRam, page: u64) {
+    write_word(ram, page, page + 1);
+}
+
+fn write_word(ram: &GuestRam, page: u64, word: u64) {
+    let slice = ram.slices(page..page + 1).next().unwrap();
+    // SAFETY: within the slice, which nobody else uses.
+    unsafe { slice.ptr.cast::<u64>().write(word) };
+}
+
+fn first_word(ram: &GuestRam, page: u64) -> u64 {
+    let slice = ram.slices(page..page + 1).next().unwrap();
+    // SAFETY: within the slice, which nobody writes any more.
+    unsafe { slice.ptr.cast::<u64>().read() }
+}
+
+fn connection() -> (OwnedFd, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (near.into(), listener.accept().unwrap().0.into())
+}
+
+fn until(done: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < LONG, "it never happens");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn knows_of_pages_in_hand_and_of_orphans() {
+    let outbound = Outbound::new(ram(), silent());
+    let (mut cursor, mut runs) = (0, Vec::new());
+    assert!(outbound.all_acknowledged());
+    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
+    assert!(runs.is_empty() && !outbound.all_acknowledged(), "a claim is open");
+    outbound.settle(1);
+    assert!(outbound.all_acknowledged());
+
+    outbound.dirty.insert_range(10..20);
+    assert!(!outbound.all_acknowledged());
+    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
+    assert!(outbound.dirty.is_empty() && !outbound.all_acknowledged(), "a frame is on its way");
+    outbound.orphan(7, [runs].into_iter());
+    assert_eq!(outbound.orphaned_lanes(), [7]);
+    outbound.take_back(6);
+    assert!(outbound.dirty.is_empty() && outbound.in_flight.count() == 10);
+    outbound.take_back(7);
+    assert!(outbound.orphaned_lanes().is_empty() && outbound.in_flight.is_empty());
+    assert_eq!(outbound.dirty.next_run(0, u64::MAX), Some(10..20));
+    assert!(!outbound.all_acknowledged());
+}
+
+#[test]
+fn a_guest_comes_to_rest_where_it_ran_and_nowhere_else() {
+    let outbound = Outbound::new(ram(), silent());
+    assert!(!outbound.comes_to_rest(), "it runs");
+    outbound.still.store(true, Ordering::Release);
+    assert!(outbound.comes_to_rest());
+    assert!(!Outbound::of_still_guest(ram(), silent()).comes_to_rest(), "it runs elsewhere");
+}
+
+#[test]
+fn a_small_window_bounds_contents_and_zeros_hardly() {
+    let outbound = Outbound::new(ram(), silent());
+    fill(&outbound.ram);
+    outbound.dirty.insert_range(0..PAGES);
+    let (mut cursor, mut runs) = (0, Vec::new());
+    claim_frame(&outbound, &mut cursor, 16 * PAGE_SIZE, &mut runs);
+    // A page of 16, and two that are taken for an eighth of one, again and again.
+    assert_eq!(contents_bytes(&runs), 13 * PAGE_SIZE);
+    assert_eq!((outbound.in_flight.count(), cursor), (37, 37));
+    let empty = Outbound::new(ram(), silent());
+    empty.dirty.insert_range(0..PAGES);
+    let mut cursor = 0;
+    claim_frame(&empty, &mut cursor, 16 * PAGE_SIZE, &mut runs);
+    assert_eq!((runs.len(), cursor), (1, 16 * 8 - 7), "less than a page with contents may take is left");
+}
+
+/// The first lane's peer closes without a word; the second brings everything across.
+#[test]
+fn a_lost_lane_leaves_its_pages_to_the_others() {
+    let (here, there) = (ram(), ram());
+    fill(&here);
+    let outbound = Arc::new(Outbound::new(here, silent()));
+    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
+    let send = |number: u16, socket: Arc<OwnedFd>| {
+        let (outbound, lane) = (outbound.clone(), (outbound.take_seat().unwrap(), number));
+        std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
+    };
+    outbound.dirty.insert_range(0..PAGES);
+
+    let (near, far) = connection();
+    let lost = send(3, near.into());
+    until(|| !outbound.in_flight.is_empty());
+    drop(far);
+    lost.join().unwrap();
+    assert_eq!(outbound.orphaned_lanes(), [3]);
+
+    let (near, far) = connection();
+    let near = Arc::new(near);
+    let receiver =
+        std::thread::spawn(move || Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run());
+    let sender = send(4, near.clone());
+    until(|| outbound.dirty.is_empty());
+    assert!(!outbound.all_acknowledged(), "the lost lane's pages are not there");
+    outbound.take_back(3);
+    until(|| outbound.all_acknowledged());
+    assert!(outbound.in_flight.is_empty());
+    for page in 0..PAGES {
+        assert_eq!(first_word(&there, page), if page % 3 == 0 { page + 1 } else { 0 }, "page {page}");
+    }
+    crate::socket::hang_up(&*near);
+    assert!(matches!(sender.join().unwrap(), LaneError::HungUp));
+    assert!(matches!(receiver.join().unwrap(), LaneError::HungUp));
+    assert_eq!(outbound.orphaned_lanes(), [4], "it left nothing, and the destination is to close it too");
+    outbound.take_back(4);
+    assert!(outbound.orphaned_lanes().is_empty() && outbound.all_acknowledged());
+}
+
+/// Sends what is dirty over one lane and waits until it is there.
+fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
+    let (near, far) = connection();
+    let near = Arc::new(near);
+    let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
+    let lane = (outbound.take_seat().unwrap(), 0);
+    std::thread::scope(|scope| {
+        let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
+        scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
+        scope.spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run());
+        until(|| outbound.all_acknowledged());
+        crate::socket::hang_up(&*near);
+    });
+    (sent, received)
+}
+
+/// What is there already is received in place, and what is not beside it, in one frame.
+#[test]
+fn every_page_arrives_whatever_was_there_before() {
+    let (here, there) = (ram(), ram());
+    // Longer and shorter than what is mapped in one go, and a single one.
+    for touched in [10..11, 100..105, 200..260, 1000..1500] {
+        touched.for_each(|page| fill_page(&there, page));
+    }
+    let outbound = Arc::new(Outbound::new(here.clone(), silent()));
+    for round in 1..=2 {
+        (0..PAGES).for_each(|page| write_word(&here, page, page + round * PAGES));
+        outbound.dirty.insert_range(0..PAGES);
+        // So that there are runs of several lengths.
+        (5..PAGES).step_by(190).for_each(|page| _ = outbound.dirty.remove_range(page..page + 3));
+        carry(&outbound, &there);
+        for page in (0..PAGES).filter(|page| !(5..8).contains(&(page % 190))) {
+            assert_eq!(first_word(&there, page), page + round * PAGES, "page {page}");
+        }
+    }
+}
+
+fn held_pages(ram: &GuestRam) -> u64 {
+    let blocks = ram.descriptors().into_iter().map(|fd| rustix::fs::fstat(fd).unwrap().st_blocks as u64);
+    blocks.sum::<u64>() * 512 / PAGE_SIZE
+}
+
+#[test]
+fn pages_that_were_emptied_are_given_back_at_both_ends() {
+    let (here, there) = (ram(), ram());
+    fill(&here);
+    let outbound = Arc::new(Outbound::new(here.clone(), silent()));
+    outbound.dirty.insert_range(0..PAGES);
+    carry(&outbound, &there);
+    assert_eq!(held_pages(&here), PAGES, "reading fills holes");
+    assert_eq!(held_pages(&there), PAGES.div_ceil(3));
+
+    // Another process: its holes are not told to this one. A page among them is written again.
+    let fds = here.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    let other = GuestRam::map(here.regions().iter().copied().zip(fds).collect()).unwrap();
+    other.punch(300..1500).unwrap();
+    fill_page(&other, 601);
+    outbound.sparse.store(true, Ordering::Relaxed);
+    outbound.dirty.insert_range(290..1510);
+    let (sent, received) = carry(&outbound, &there);
+    for stats in [sent, received] {
+        // Of those around the holes, every third holds something.
+        assert_eq!(stats.data_pages.load(Ordering::Relaxed), 8);
+        assert_eq!(stats.zero_pages.load(Ordering::Relaxed), 1212);
+    }
+    for page in 0..PAGES {
+        let emptied = (300..1500).contains(&page);
+        let word = if page == 601 || (page % 3 == 0 && !emptied) { page + 1 } else { 0 };
+        // A hole is not read: it would be none any more.
+        let hole = there.extents_now(page..page + 1).unwrap().is_empty();
+        assert_eq!(if hole { 0 } else { first_word(&there, page) }, word, "page {page}");
+    }
+    assert_eq!(held_pages(&here), PAGES - 1200 + 1);
+    assert_eq!(held_pages(&there), PAGES.div_ceil(3) - 400 + 1);
+}
+
+/// A frame of page 7, whose bytes lie between two runs that have none, as an LZ4 block of `contents`.
+fn compressed(contents: &[u8], checksum: Option<u32>) -> Vec<u8> {
+    let run = |pages, content| Run { pages, content };
+    let runs = [run(5..7, Content::Zero), run(7..8, Content::Data), run(8..9, Content::Hole)];
+    let block = lz4_flex::block::compress(contents);
+    let mut frame = Vec::new();
+    encode_compressed_head(&mut frame, 1, &runs, checksum, block.len() as u64);
+    frame.extend(block);
+    frame
+}
+
+/// What a receiver into `there` ends with when it has been sent this, and the other end has hung up.
+fn received(there: &Arc<GuestRam>, frame: &[u8]) -> LaneError {
+    let (near, far) = connection();
+    TcpStream::from(near).write_all(frame).unwrap();
+    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
+    Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run()
+}
+
+#[test]
+fn compressed_pages_are_written_where_they_belong() {
+    let there = ram();
+    fill(&there);
+    let contents: Vec<u8> =
+        (0..PAGE_SIZE as usize / 16).flat_map(|line| [[line as u8; 8], [7; 8]].concat()).collect();
+    let ended = received(&there, &compressed(&contents, Some(crc32c::crc32c(&contents))));
+    // It may be that the acknowledgement finds nobody.
+    assert!(matches!(ended, LaneError::HungUp | LaneError::Io { .. }), "{ended}");
+    let mut page = [0; PAGE_SIZE as usize];
+    assert!(there.copy_page(7, &mut page) && page[..] == contents);
+    assert_eq!([3, 5, 6, 8, 9].map(|page| first_word(&there, page)), [4, 0, 0, 0, 10]);
+}
+
+#[test]
+fn blocks_that_lie_end_the_lane_and_write_nothing() {
+    let there = ram();
+    let page = vec![7; PAGE_SIZE as usize];
+    let cut = |frame: Vec<u8>| {
+        // The block is there to its end, says the header, and it is none.
+        let head = FRAME_HEADER_BYTES + 3 * RUN_BYTES;
+        [&frame[..head], &vec![0xff; frame.len() - head]].concat()
+    };
+    for (frame, why) in [
+        (compressed(&page[1..], None), "the length of the pages in a compressed frame cannot be 4095"),
+        (compressed(&page.repeat(100), None), "cannot be decompressed"),
+        (cut(compressed(&page, None)), "cannot be decompressed"),
+        (compressed(&page, Some(1)), "checksum of the frame"),
+    ] {
+        let error = received(&there, &frame).to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    assert_eq!(held_pages(&there), 0);
+}
+
+proptest! {
+    /// Whatever is said to be a block: the lane ends, or its page is what a decompressor makes of it.
+    #[test]
+    fn a_block_may_be_anything(block in prop::collection::vec(any::<u8>(), 1..200)) {
+        let there = ram();
+        let mut frame = Vec::new();
+        let runs = [Run { pages: 7..8, content: Content::Data }];
+        encode_compressed_head(&mut frame, 1, &runs, None, block.len() as u64);
+        frame.extend(&block);
+        received(&there, &frame);
+        let mut page = [0; PAGE_SIZE as usize];
+        prop_assert!(there.copy_page(7, &mut page));
+        let expected = lz4_flex::block::decompress(&block, PAGE_SIZE as usize);
+        let expected = expected.ok().filter(|bytes| bytes.len() == page.len());
+        prop_assert_eq!(&page[..], &expected.unwrap_or(vec![0; page.len()])[..]);
+    }
+}

@@ -1,0 +1,181 @@
+//! What migrations are given: this host, as far as it concerns them.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use memlane_guest::config::NetworkConfig;
+use memlane_guest::{Guests, qemu};
+use memlane_lane::FaultObserver;
+use memlane_net::config::{PeerConfig, PortConfig};
+use memlane_net::journal::Journal;
+use memlane_net::link::{Link, LinkError};
+use memlane_net::port::{Rendezvous, Traffic, holds};
+use memlane_net::task;
+use memlane_protocol::convergence::Predictor;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::{Control, MAX_PORTS, Port};
+use memlane_protocol::wire::machine::Nic;
+use tracing::warn;
+
+use crate::config::Limits;
+use crate::observer::Observer;
+use crate::registry::{Migrations, Offered};
+
+/// What the configuration says that concerns migrations.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Name of this host, as its peers know it.
+    pub host: Label,
+    /// Network ports lent to migrations.
+    pub ports: Vec<PortConfig>,
+    /// TCP port, on each migration port's address, where lanes connect.
+    pub lane_port: u16,
+    /// Hosts that guests may move to and come from.
+    pub peers: Vec<PeerConfig>,
+    /// Networks that guests are plugged into.
+    pub networks: Vec<NetworkConfig>,
+    /// Bounds on migrations.
+    pub limits: Limits,
+}
+
+/// What every migration of this host works with.
+pub struct Context {
+    /// What the configuration says.
+    pub settings: Settings,
+    /// What must be remembered.
+    pub journal: Journal,
+    /// The guests that are here.
+    pub guests: Rc<Guests>,
+    /// Starts QEMUs for guests that are offered.
+    pub qemu: Rc<qemu::Supervisor>,
+    /// The migrations.
+    pub migrations: Rc<Migrations>,
+    /// Where lanes meet their migrations.
+    pub rendezvous: Rc<Rendezvous>,
+    /// What the ports have carried.
+    pub traffic: Rc<Traffic>,
+    /// Told what is measured.
+    pub observer: Rc<dyn Observer>,
+    /// Told how long accesses to missing pages waited.
+    pub faults: Arc<dyn FaultObserver>,
+    /// Forecasts, by the kind of VMM.
+    predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
+}
+
+impl Context {
+    /// Makes a context in which no migration is under way.
+    pub fn new(
+        settings: Settings,
+        journal: Journal,
+        guests: Rc<Guests>,
+        qemu: Rc<qemu::Supervisor>,
+        (observer, faults): (Rc<dyn Observer>, Arc<dyn FaultObserver>),
+    ) -> Rc<Self> {
+        let rendezvous = Rc::new(Rendezvous::with(&settings.peers));
+        let (migrations, traffic, predictors) = Default::default();
+        Rc::new(Self {
+            settings,
+            journal,
+            guests,
+            qemu,
+            migrations,
+            rendezvous,
+            traffic,
+            observer,
+            faults,
+            predictors,
+        })
+    }
+
+    /// Name of this host.
+    pub fn name(&self) -> &Label {
+        &self.settings.host
+    }
+
+    /// Bounds on migrations.
+    pub fn limits(&self) -> &Limits {
+        &self.settings.limits
+    }
+
+    /// A peer by its name.
+    pub fn peer(&self, name: &Label) -> Option<&PeerConfig> {
+        self.settings.peers.iter().find(|peer| peer.name == *name)
+    }
+
+    /// Connects to a peer, and says where lanes of this host come from; `None` if there is no such peer.
+    ///
+    /// # Errors
+    ///
+    /// If the peer cannot be reached, or does not want to talk.
+    pub async fn connect(&self, peer: &Label) -> Result<Option<Link>, LinkError> {
+        let Some(peer) = self.peer(peer) else { return Ok(None) };
+        let link = Link::connect(peer.control, self.name(), self.limits().silence).await?;
+        let addresses = self.settings.ports.iter().map(|port| port.address).take(MAX_PORTS).collect();
+        link.send(&Control::LanesFrom(addresses)).await?;
+        Ok(Some(link))
+    }
+
+    /// Takes note of an offer, until what is returned is dropped; `None` if a migration of this identity is under way
+    /// here, or was lately, with whichever peer.
+    pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
+        if self.journal.knows(&id) { None } else { self.migrations.take_offer(id) }
+    }
+
+    /// What is known about pauses of this kind of VMM.
+    pub fn predictor(&self, vmm: &Label) -> Rc<RefCell<Predictor>> {
+        self.predictors.borrow_mut().entry(vmm.clone()).or_default().clone()
+    }
+
+    /// Where lanes may connect on this host: the ports whose addresses it holds.
+    pub fn offered_ports(&self) -> Vec<Port> {
+        let up = self.settings.ports.iter().filter(|port| holds(port.address).unwrap_or(false));
+        up.map(|port| Port {
+            name: port.name.clone(),
+            address: SocketAddr::new(port.address, self.settings.lane_port),
+            lanes: port.lanes,
+        })
+        .collect()
+    }
+
+    /// The address of a port, as text; empty if there is no such port.
+    pub fn port_address(&self, name: &Label) -> String {
+        let port = self.settings.ports.iter().find(|port| port.name == *name);
+        port.map(|port| port.address.to_string()).unwrap_or_default()
+    }
+
+    /// The bridges of the configured networks that are there.
+    pub async fn bridges_there(&self) -> BTreeSet<String> {
+        let bridges: Vec<_> = self.settings.networks.iter().map(|network| network.bridge.clone()).collect();
+        let is_there = |bridge: &String| std::path::Path::new("/sys/class/net").join(bridge).exists();
+        task::aside(move || bridges.into_iter().filter(is_there).collect()).await
+    }
+
+    /// Why guests on this network cannot run here, if they cannot; `bridges` are there.
+    pub fn network_missing(&self, network: &Label, bridges: &BTreeSet<String>) -> Option<String> {
+        let Some(found) = self.settings.networks.iter().find(|found| found.name == *network) else {
+            return Some(format!(
+                "network {network} is not configured here; add it as [[network]] with its bridge"
+            ));
+        };
+        let missing = || format!("bridge {} of network {network} is not there; bring it up", found.bridge);
+        (!bridges.contains(&found.bridge)).then(missing)
+    }
+
+    /// Addresses to announce, by the bridge of their network.
+    pub fn bridges_of(&self, nics: &[Nic]) -> BTreeMap<String, Vec<[u8; 6]>> {
+        let mut bridges: BTreeMap<String, Vec<[u8; 6]>> = BTreeMap::new();
+        for nic in nics {
+            match self.settings.networks.iter().find(|network| network.name == nic.network) {
+                Some(network) => bridges.entry(network.bridge.clone()).or_default().push(nic.mac),
+                None => {
+                    warn!(network = %nic.network, "cannot announce a guest on a network that is not configured")
+                }
+            }
+        }
+        bridges
+    }
+}

@@ -1,0 +1,475 @@
+//! Carries out what a half of the handover orders.
+
+mod deadline;
+mod doubt;
+mod lost;
+mod words;
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::future::pending;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_guest::{Claim, DriverError, Guest, Process};
+use memlane_lane::Placing;
+use memlane_net::announce::announce;
+use memlane_net::journal::Entry;
+use memlane_net::link::{Link, LinkError};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::control::Control;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, error, info, warn};
+
+use super::silence::Silence;
+use crate::context::Context;
+use crate::handle::{Arrivals, Returned, Ticket, unix_seconds};
+use crate::progress::Role;
+
+pub use deadline::Deadline;
+pub use lost::NEVER_WHOLE;
+
+/// How often what has not been answered is asked again.
+pub const TICK: Duration = Duration::from_secs(1);
+
+/// A half of the handover.
+pub trait Half {
+    /// Takes an event and says what to do.
+    fn on(&mut self, event: Event) -> Vec<Action>;
+    /// Whether nothing is left to do.
+    fn is_over(&self) -> bool;
+    /// Whether an operator may give up the guest's missing pages.
+    fn can_abandon(&self) -> bool;
+    /// Whether the guest is in doubt, so that an operator may decide.
+    fn can_resolve(&self) -> bool;
+}
+
+impl Half for Source {
+    fn on(&mut self, event: Event) -> Vec<Action> {
+        Source::on(self, event)
+    }
+
+    fn is_over(&self) -> bool {
+        Source::is_over(self)
+    }
+
+    fn can_abandon(&self) -> bool {
+        Source::can_abandon(self)
+    }
+
+    fn can_resolve(&self) -> bool {
+        Source::can_resolve(self)
+    }
+}
+
+impl Half for Destination {
+    fn on(&mut self, event: Event) -> Vec<Action> {
+        Destination::on(self, event)
+    }
+
+    fn is_over(&self) -> bool {
+        Destination::is_over(self)
+    }
+
+    fn can_abandon(&self) -> bool {
+        Destination::can_abandon(self)
+    }
+
+    fn can_resolve(&self) -> bool {
+        Destination::can_resolve(self)
+    }
+}
+
+/// The VMM, as far as it can be reached.
+pub enum Vmm {
+    /// It is attached.
+    Attached(Rc<Guest>),
+    /// Its connection is lost, but it lives, and will attach again.
+    Away(Rc<Process>),
+    /// Its process has ended.
+    Ended,
+    /// The half is done with it: it waits for another guest.
+    Released,
+}
+
+/// What happened to the VMM.
+pub enum VmmNews {
+    /// Its connection is lost.
+    Lost(Rc<Process>),
+    /// It attached again.
+    Back(Returned),
+    /// Its process has ended.
+    Ended,
+}
+
+/// What a half acts on: the guest here, the journal, and the other host.
+pub struct Executor {
+    /// What every migration of this host works with.
+    pub context: Rc<Context>,
+    /// The migration, as the journal names it.
+    pub entry: Entry,
+    /// The guest's VMM.
+    pub vmm: Vmm,
+    /// Keeps the guest from taking part in another migration.
+    pub claim: Option<Claim>,
+    /// The migration's own connection, while it lasts.
+    pub link: Option<Link>,
+    /// How others on this host see the migration.
+    pub ticket: Rc<Ticket>,
+    /// What others on this host have for the migration.
+    pub arrivals: Arrivals,
+    /// Where the answer to the word being dealt with goes, if it came another way.
+    pub reply: Option<oneshot::Sender<Message>>,
+    /// Why things went as they did, for the operator.
+    pub reason: Option<String>,
+    /// The VMM was gone before there was a reason.
+    gone: bool,
+    /// Time spent in making records durable.
+    pub journal_time: Duration,
+    /// Time that loading took, for the word that says so.
+    pub load_time: Duration,
+    /// Time that resuming took.
+    pub resume_time: Duration,
+    /// What of the guest's memory is missing here.
+    pub placing: Option<Arc<Placing>>,
+    /// When the guest's pause must have come to the commit.
+    pub commit_by: Option<Deadline>,
+    /// What the VMM was told and has not answered, because its connection was lost.
+    unanswered: Option<Action>,
+    /// Since when a VMM whose connection is lost has not answered.
+    unanswered_since: Instant,
+    /// The guest can never be whole here, and its VMM lives.
+    lost: Option<Rc<Process>>,
+    /// The VMM may have heard that it is to let the guest run here.
+    told_to_run: bool,
+    /// The migration has started the guest here.
+    resumed: bool,
+    /// A word is on its way over a connection of its own.
+    exchanging: Rc<Cell<bool>>,
+    /// What came of the words that were sent so.
+    silence: Rc<Silence>,
+}
+
+impl Executor {
+    /// For a migration of the guest in `vmm`.
+    pub fn new(
+        context: Rc<Context>,
+        entry: Entry,
+        vmm: Vmm,
+        claim: Option<Claim>,
+        (link, (ticket, arrivals)): (Option<Link>, (Rc<Ticket>, Arrivals)),
+    ) -> Self {
+        // What a daemon before this one told the VMM nobody knows.
+        let told_to_run = entry.record == Record::Running;
+        Self {
+            context,
+            entry,
+            vmm,
+            claim,
+            link,
+            ticket,
+            arrivals,
+            reply: None,
+            reason: None,
+            gone: false,
+            journal_time: Duration::ZERO,
+            load_time: Duration::ZERO,
+            resume_time: Duration::ZERO,
+            placing: None,
+            commit_by: None,
+            unanswered: None,
+            unanswered_since: Instant::now(),
+            lost: None,
+            told_to_run,
+            resumed: false,
+            exchanging: Rc::default(),
+            silence: Rc::default(),
+        }
+    }
+
+    /// The guest, while its VMM is attached.
+    pub fn guest(&self) -> Option<&Rc<Guest>> {
+        match &self.vmm {
+            Vmm::Attached(guest) => Some(guest),
+            _ => None,
+        }
+    }
+
+    /// Takes in what happened to the VMM, and says what that means for the half.
+    pub async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
+        if std::mem::take(&mut self.gone) {
+            self.reason = None;
+        }
+        match news {
+            VmmNews::Lost(process) => {
+                info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
+                self.blame("the connection to the guest's VMM was lost");
+                if let Vmm::Attached(guest) = &self.vmm {
+                    guest.end_stun();
+                }
+                self.vmm = Vmm::Away(process);
+                Some(Event::Failed)
+            }
+            VmmNews::Ended => {
+                self.blame("the guest's VMM is gone");
+                self.vmm = Vmm::Ended;
+                Some(self.ended())
+            }
+            VmmNews::Back(Returned { guest, claim }) => {
+                self.claim = claim;
+                info!(guest = %self.entry.guest, "the VMM is back");
+                let told = self.told_by(&guest);
+                self.vmm = Vmm::Attached(guest);
+                match self.unanswered.take() {
+                    Some(action) => self.perform(action).await,
+                    None => told,
+                }
+            }
+        }
+    }
+
+    /// What a moment that passed is for `half`: the end of all hope, if the guest has begun to run without all of
+    /// its memory and the rest is not there any more.
+    pub fn tick(&mut self, half: &impl Half) -> Event {
+        let lost = match self.guest() {
+            Some(guest) if half.can_abandon() => guest.ram.check().err(),
+            _ => None,
+        };
+        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        match lost.map(|lost| lost.to_string()).or(broken) {
+            Some(reason) if half.can_abandon() => {
+                self.blame(reason);
+                Event::Abandoned
+            }
+            _ => Event::Tick,
+        }
+    }
+
+    /// The migration is over: the guest is free for another.
+    pub fn release(&mut self) {
+        self.claim = None;
+        self.arrivals.returns.close();
+        while let Ok(Returned { guest, .. }) = self.arrivals.returns.try_recv() {
+            // It came too late to be told anything: it attaches again, and is judged anew.
+            guest.driver.hang_up();
+        }
+    }
+
+    /// The VMM does not answer since it is gone. What has become of it is about to be known better, and is the
+    /// reason of all that is heard meanwhile.
+    pub fn note_gone(&mut self) {
+        self.gone |= self.reason.is_none();
+    }
+
+    /// Keeps the first reason that is given.
+    pub fn blame(&mut self, reason: impl ToString) {
+        self.reason.get_or_insert_with(|| reason.to_string());
+    }
+
+    /// Does what `half` said, tells it what came of that, and so on until nothing is left to do.
+    /// Returns what only the half's own task can do: copy, pause, serve and report.
+    pub async fn carry_out<H: Half>(&mut self, half: &mut H, actions: Vec<Action>) -> Vec<Action> {
+        let mut left = Vec::new();
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            debug!(guest = %self.entry.guest, ?action, "handover");
+            match action {
+                Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => left.push(action),
+                _ => {
+                    if let Some(event) = self.perform(action).await {
+                        actions.extend(half.on(event));
+                    }
+                }
+            }
+        }
+        self.reply = None;
+        left
+    }
+
+    async fn perform(&mut self, action: Action) -> Option<Event> {
+        match action {
+            Action::Send(message) => return self.send(message).await,
+            Action::Journal(record) => {
+                let started = Instant::now();
+                let written = self.context.journal.write(&self.entry, record).await;
+                self.journal_time += started.elapsed();
+                if let Err(failure) = written {
+                    error!(guest = %self.entry.guest, %record, %failure, "cannot write to the journal");
+                    self.blame(failure);
+                    return Some(Event::JournalFailed(record));
+                }
+                self.entry.record = record;
+                return Some(Event::Journalled(record));
+            }
+            Action::Forget if self.lost.is_some() => self.forget_when_ended(),
+            Action::Forget => {
+                if let Err(failure) = self.context.journal.forget(&self.entry).await {
+                    warn!(guest = %self.entry.guest, %failure, "cannot tidy up the journal");
+                }
+            }
+            Action::Relinquish | Action::Resume | Action::Discard => return self.tell_vmm(action).await,
+            Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => {
+                unreachable!("these are left to the half that has them")
+            }
+        }
+        None
+    }
+
+    /// Tells the VMM to relinquish, resume or end.
+    async fn tell_vmm(&mut self, action: Action) -> Option<Event> {
+        let mut done = match action {
+            Action::Relinquish => Event::Relinquished,
+            Action::Resume if self.resumed => return Some(self.resumed()),
+            Action::Resume if self.cannot_be_whole() => return self.give_back_or_end(),
+            Action::Resume if self.is_broken() => return self.give_back_broken(),
+            Action::Resume => Event::Resumed,
+            _ => Event::Discarded,
+        };
+        let guest = match &self.vmm {
+            Vmm::Attached(guest) => guest.clone(),
+            Vmm::Away(_) => return self.leave_unanswered(action),
+            Vmm::Ended => return Some(self.ended()),
+            Vmm::Released => return Some(done),
+        };
+        if action == Action::Resume {
+            self.announce(&guest).await;
+        }
+        let started = Instant::now();
+        let told = match action {
+            Action::Relinquish => self.relinquish(&guest).await.map(|event| done = event),
+            Action::Resume => guest.driver.resume().await.map(|since| self.note_running(since)),
+            _ => guest.driver.discard().await,
+        };
+        let told_before = self.told_to_run;
+        self.told_to_run |= action == Action::Resume && !matches!(told, Err(DriverError::Unheard));
+        match told {
+            Ok(()) => {}
+            Err(failure @ DriverError::Failed { .. }) if action != Action::Discard => {
+                warn!(guest = %self.entry.guest, %failure, "the VMM did not do as it was told");
+                self.blame(failure);
+                return Some(match (action, self.entry.record) {
+                    (Action::Resume, Record::Running) if !self.has_never_run(told_before) => Event::VmmGone,
+                    (Action::Resume, _) => Event::ResumeFailed,
+                    _ => Event::Failed,
+                });
+            }
+            Err(failure) => {
+                // It may or may not have done it. Without its daemon it keeps to its own rules,
+                // and says how it stands when it is back.
+                warn!(guest = %self.entry.guest, %failure, "the VMM did not answer");
+                match failure {
+                    DriverError::Gone | DriverError::Unheard => self.note_gone(),
+                    _ => self.blame(failure),
+                }
+                guest.driver.hang_up();
+                return self.leave_unanswered(action);
+            }
+        }
+        if action == Action::Resume {
+            self.resume_time = started.elapsed();
+            self.resumed = true;
+            guest.standing.set(Standing::Running);
+            if guest.tracked.take()
+                && let Err(failure) = guest.stop_tracking().await
+            {
+                warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
+            }
+            let event = self.resumed();
+            if let (Event::Resumed, Some(placing), Some(link)) = (event, &self.placing, &self.link) {
+                // All of its memory came before it ran: told ahead of the word that ends it, as ever.
+                let _ = link.send(&Control::Fetched(placing.report())).await;
+            }
+            return Some(event);
+        }
+        Some(done)
+    }
+
+    /// The guest runs here, with all of its memory or without.
+    fn resumed(&self) -> Event {
+        match &self.placing {
+            Some(placing) if placing.remaining() > 0 => Event::ResumedIncomplete,
+            _ => Event::Resumed,
+        }
+    }
+
+    /// All of the guest's memory is here.
+    pub async fn whole(&mut self) {
+        self.entry.fetching = false;
+        if self.entry.record == Record::Running
+            && let Err(failure) = self.context.journal.write(&self.entry, Record::Running).await
+        {
+            warn!(guest = %self.entry.guest, %failure, "cannot note that a guest has all of its memory; \
+                after a restart before the other host has heard, the daemon takes it for lost");
+        }
+    }
+
+    /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
+    /// and at a source that takes it back from one that may have told them already.
+    async fn announce(&self, guest: &Guest) {
+        let arrives = self.ticket.progress.borrow().role == Role::Destination;
+        if arrives || self.entry.record == Record::TakenBack {
+            let sent = self.context.observer.announced();
+            for (bridge, macs) in self.context.bridges_of(&guest.shape.nics) {
+                announce(guest.shape.name.to_string(), bridge, macs, sent).await;
+            }
+        }
+    }
+
+    /// The guest runs here: since when, if its VMM told that.
+    fn note_running(&self, since: Option<Duration>) {
+        let since = since.map_or_else(unix_seconds, |since| since.as_secs_f64());
+        self.ticket.update(|progress| progress.resumed_at_seconds = Some(since));
+    }
+
+    /// The VMM is told again when it is back; only whether it relinquished is not worth waiting
+    /// for, since a VMM that has not resumes by itself.
+    fn leave_unanswered(&mut self, action: Action) -> Option<Event> {
+        if action == Action::Relinquish {
+            return Some(Event::Failed);
+        }
+        self.unanswered = Some(action);
+        self.unanswered_since = Instant::now();
+        None
+    }
+}
+
+/// What happens next to a VMM; to be awaited again and again. `returns` brings VMMs that have
+/// attached again.
+pub async fn vmm_news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
+    /// A process that ends closes its connections a little earlier.
+    const ENDING: Duration = Duration::from_millis(200);
+    match vmm {
+        Vmm::Attached(guest) => {
+            guest.driver.gone().await;
+            match tokio::time::timeout(ENDING, guest.process.ended()).await {
+                Ok(()) => VmmNews::Ended,
+                Err(_) => VmmNews::Lost(guest.process.clone()),
+            }
+        }
+        Vmm::Away(process) => {
+            tokio::select! {
+                Some(returned) = returns.recv() => VmmNews::Back(returned),
+                () = process.ended() => VmmNews::Ended,
+            }
+        }
+        Vmm::Ended | Vmm::Released => pending().await,
+    }
+}
+
+/// The next message of a link, while there is one.
+pub async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
+    match link {
+        Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}
+
+/// Returns at this time, if there is one.
+pub async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}

@@ -1,0 +1,79 @@
+//! What is in doubt after a crash, and what the operator says of it.
+
+use memlane_guest::Guest;
+use memlane_net::journal::Entry;
+use memlane_protocol::handover::{Event, Record, Resolution};
+use memlane_protocol::wire::attach::{Bond, Standing};
+
+use super::{Executor, Half, Vmm};
+use crate::handle::unix_seconds;
+
+impl Executor {
+    /// What a VMM that has attached says of whose the guest is.
+    pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
+        // Whatever the journal says of it, it was told to.
+        self.told_to_run |= guest.standing.get() == Standing::Running;
+        match guest.standing.get() {
+            Standing::Running => Some(Event::Owned),
+            // It knows nothing of daemons, and was paused, but nobody has noted that it was given up.
+            Standing::Relinquished
+                if guest.driver.qemu().is_some()
+                    && guest.bond.borrow().is_none()
+                    && self.entry.record == Record::Leaving =>
+            {
+                Some(Event::Owned)
+            }
+            Standing::Relinquished | Standing::Loaded => Some(Event::Waits),
+            Standing::Incoming => None,
+        }
+    }
+
+    /// The same of a VMM that had attached before its migration was taken up.
+    pub fn told_at_once(&mut self) -> Option<Event> {
+        let guest = self.guest()?.clone();
+        self.told_by(&guest)
+    }
+
+    /// The operator has decided.
+    pub fn note_resolution(&mut self, resolution: Resolution) -> Event {
+        self.reason = None;
+        self.blame(match resolution {
+            Resolution::RunHere => "the operator had the guest run here",
+            Resolution::Discard => "the operator gave up what was here of the guest",
+        });
+        Event::Resolved(resolution)
+    }
+
+    /// What the VMM is to remember of this migration.
+    pub fn bond(&self) -> Bond {
+        let Entry { migration, peer, fetching, .. } = &self.entry;
+        Bond { migration: *migration, peer: peer.clone(), fetching: *fetching }
+    }
+
+    /// Shows whether the guest is in doubt, and what is waited for.
+    pub fn show_doubt(&self, half: &impl Half) {
+        let in_doubt = half.can_resolve() && self.link.is_none();
+        self.ticket.resolvable.set(in_doubt);
+        let waits_for = match &self.vmm {
+            Vmm::Away(process) if in_doubt || self.link.is_none() && !half.is_over() => {
+                Some(format!("the guest's VMM, process {}, to attach again", process.identity().pid))
+            }
+            _ if in_doubt => Some(self.silence.words(&self.entry)),
+            _ => None,
+        };
+        let seen = self.ticket.progress.borrow();
+        let same = seen.waits_for == waits_for && seen.in_doubt_since_unix_seconds.is_some() == in_doubt;
+        if same || seen.outcome.is_some() {
+            return;
+        }
+        drop(seen);
+        self.ticket.update(|progress| {
+            let since = progress.in_doubt_since_unix_seconds.unwrap_or_else(unix_seconds);
+            progress.in_doubt_since_unix_seconds = in_doubt.then_some(since);
+            progress.waits_for = waits_for;
+            if in_doubt {
+                progress.guest_runs_at = None;
+            }
+        });
+    }
+}

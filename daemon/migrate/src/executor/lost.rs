@@ -1,0 +1,152 @@
+//! Guests whose missing pages were known to a daemon that is no more, and their VMMs.
+
+use std::time::{Duration, Instant};
+
+use memlane_net::task;
+use memlane_protocol::handover::{Action, Event, Record};
+use memlane_protocol::wire::attach::Standing;
+use tracing::{error, warn};
+
+use super::{Executor, Vmm};
+
+/// Longest wait for a VMM that lives to attach again, before it is ended by force.
+const RETURN: Duration = Duration::from_secs(10);
+/// Why a guest that was prepared to fetch is given back.
+pub const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
+     is not known any more; it was given back";
+
+impl Executor {
+    /// Whether the guest lacks pages, and which was known to a daemon that is no more.
+    pub(super) fn cannot_be_whole(&self) -> bool {
+        self.entry.fetching && self.placing.is_none()
+    }
+
+    /// Deals with a guest that was perhaps told to run, and can never be whole: it would go on until it waits
+    /// for a missing page for ever.
+    pub(super) fn give_back_or_end(&mut self) -> Option<Event> {
+        match &self.vmm {
+            // How it stands only it can tell; not for long, as it may hang.
+            Vmm::Away(_) => self.leave_unanswered(Action::Resume),
+            // QEMU's state does not tell whether its guest has run.
+            Vmm::Attached(guest)
+                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none() =>
+            {
+                self.blame(NEVER_WHOLE);
+                Some(Event::ResumeFailed)
+            }
+            _ => Some(self.end_lost()),
+        }
+    }
+
+    fn end_lost(&mut self) -> Event {
+        let ended = match self.end_by_force() {
+            Ok(()) => "its VMM was ended".to_owned(),
+            Err(failure) => failure,
+        };
+        self.blame(format!(
+            "the daemon ended while the guest ran here without all of its memory, and what was missing is not \
+             known any more; {ended}"
+        ));
+        Event::Abandoned
+    }
+
+    /// Kills the VMM, whose guest can never be whole. Where that cannot be, says so, and that it is no
+    /// guest that runs.
+    fn end_by_force(&mut self) -> Result<(), String> {
+        let process = match &self.vmm {
+            Vmm::Attached(guest) => guest.process.clone(),
+            Vmm::Away(process) => process.clone(),
+            Vmm::Ended | Vmm::Released => return Ok(()),
+        };
+        let identity = process.identity();
+        let shared = self.context.guests.all().into_iter().any(|other| {
+            other.process.identity() == identity && other.shape.name != self.entry.guest && !other.lost.get()
+        });
+        let killed = match shared {
+            true => {
+                Err(format!("its VMM (process {}) runs other guests too, and was left alone", identity.pid))
+            }
+            false => process.kill().map_err(|error| error.to_string()),
+        };
+        if let Err(failure) = &killed {
+            error!(guest = %self.entry.guest, failure, "a guest that can never be whole hangs");
+            self.context.guests.note_lost(&self.entry.guest, identity);
+            self.lost = Some(process);
+        }
+        killed
+    }
+
+    /// A daemon that starts while the VMM still lives must know what it is.
+    pub(super) fn forget_when_ended(&self) {
+        let (context, entry, lost) = (self.context.clone(), self.entry.clone(), self.lost.clone());
+        task::spawn("forgetting a lost guest", async move {
+            if let Some(process) = lost {
+                process.ended().await;
+            }
+            if let Err(failure) = context.journal.forget(&entry).await {
+                warn!(guest = %entry.guest, %failure, "cannot tidy up the journal");
+            }
+        });
+    }
+
+    /// Whether a VMM that lives is still to be told to end.
+    pub fn owes_discard(&self) -> bool {
+        self.unanswered == Some(Action::Discard) && matches!(self.vmm, Vmm::Away(_)) && self.entry.fetching
+    }
+
+    /// When a VMM that hangs is waited for no longer.
+    pub fn patience_ends(&self) -> Option<Instant> {
+        let waits = self.lost.is_none()
+            && self.cannot_be_whole()
+            && matches!(self.vmm, Vmm::Away(_))
+            && self.unanswered.is_some();
+        waits.then(|| self.unanswered_since + RETURN)
+    }
+
+    /// Does to a VMM that does not come back what it cannot be told.
+    pub fn lose_patience(&mut self) -> Option<Event> {
+        if self.unanswered == Some(Action::Resume) {
+            self.unanswered = None;
+            return Some(self.end_lost());
+        }
+        // It never ran, and the half is done with it. Should it come back after all, it is told to end.
+        let _ = self.end_by_force();
+        self.unanswered_since = Instant::now();
+        None
+    }
+
+    /// Whether the memory that the guest would have here is known not to be right; then that is the reason.
+    pub(super) fn is_broken(&mut self) -> bool {
+        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        broken.is_some_and(|reason| {
+            self.blame(reason);
+            true
+        })
+    }
+
+    /// Deals with a guest whose memory here is known not to be right, and which is to run.
+    pub(super) fn give_back_broken(&mut self) -> Option<Event> {
+        match &self.vmm {
+            _ if self.has_never_run(self.told_to_run) => Some(Event::ResumeFailed),
+            Vmm::Away(_) => self.leave_unanswered(Action::Resume),
+            Vmm::Ended => Some(self.ended()),
+            Vmm::Attached(_) | Vmm::Released => Some(Event::Abandoned),
+        }
+    }
+
+    /// Whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which the
+    /// state of a QEMU does not tell).
+    pub(super) fn has_never_run(&self, told: bool) -> bool {
+        !told
+            || matches!(&self.vmm, Vmm::Attached(guest)
+                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none())
+    }
+
+    /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
+    pub(super) fn ended(&self) -> Event {
+        match self.entry.record {
+            Record::Running if !self.told_to_run => Event::ResumeFailed,
+            _ => Event::VmmGone,
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What the two hosts say to each other, over whichever connection there is.
+
+use std::time::Duration;
+
+use memlane_net::journal::Entry;
+use memlane_net::link::LinkError;
+use memlane_net::task;
+use memlane_protocol::handover::{Event, Message};
+use memlane_protocol::wire::control::Control;
+use tokio::sync::oneshot;
+
+use super::Executor;
+use crate::context::Context;
+use crate::handle::Word;
+
+/// Longest wait for the answer to a word that is sent over a connection of its own.
+const ANSWER: Duration = Duration::from_secs(2);
+
+impl Executor {
+    /// Sends a word where the other half will hear it: as the answer to its own, over the
+    /// migration's connection, or over a new one, which then brings the answer.
+    pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
+        if let Some(reply) = self.reply.take() {
+            let _ = reply.send(message);
+            return None;
+        }
+        let word = self.word(message)?;
+        if let Some(link) = &self.link {
+            // A broken link is noticed by whoever listens to it. One that takes nothing holds up nothing here:
+            // a guest may stand still.
+            let _ = tokio::time::timeout(ANSWER, link.send(&word)).await;
+            return None;
+        }
+        self.exchange(word);
+        None
+    }
+
+    /// Sends a word over a connection of its own; the answer arrives as others' words do.
+    fn exchange(&self, word: Control) {
+        if self.entry.peer == *self.context.name() {
+            return; // a QEMU was paused, and for whom is not known
+        }
+        if self.exchanging.replace(true) {
+            return; // the one before has not been answered, and is repeated
+        }
+        let (context, entry, ticket) = (self.context.clone(), self.entry.clone(), self.ticket.clone());
+        let (exchanging, silence) = (self.exchanging.clone(), self.silence.clone());
+        task::spawn("word over a connection of its own", async move {
+            match ask(&context, &entry, &word).await {
+                Ok(Some(message)) => {
+                    silence.broken(&entry, message);
+                    // Nobody waits for the answer to an answer.
+                    let (reply, _) = oneshot::channel();
+                    let _ = ticket.words.send(Word { message, reply }).await;
+                }
+                Ok(None) if context.peer(&entry.peer).is_none() => {
+                    silence.goes_on(&entry, "no peer of this name is configured; add it as [[peer]]")
+                }
+                Ok(None) => silence.goes_on(&entry, "it has no answer yet"),
+                Err(failure) => silence.goes_on(&entry, failure),
+            }
+            exchanging.set(false);
+        });
+    }
+
+    fn word(&self, message: Message) -> Option<Control> {
+        let time = match message {
+            // These carry more than a word, and were sent where they were made.
+            Message::Offer | Message::Accept | Message::Refuse => return None,
+            Message::Ready => self.load_time,
+            Message::Running | Message::Fetching => self.resume_time,
+            _ => Duration::ZERO,
+        };
+        Some(Control::Handover {
+            migration: self.entry.migration,
+            message,
+            nanoseconds: time.as_nanos() as u64,
+            reason: self.reason.clone().unwrap_or_default(),
+        })
+    }
+}
+
+/// Asks the other host, over a connection of its own.
+async fn ask(context: &Context, entry: &Entry, word: &Control) -> Result<Option<Message>, LinkError> {
+    let Some(mut link) = context.connect(&entry.peer).await? else {
+        return Ok(None);
+    };
+    link.send(word).await?;
+    match tokio::time::timeout(ANSWER, link.receive()).await {
+        Ok(Ok(Control::Handover { migration, message, .. })) if migration == entry.migration => {
+            Ok(Some(message))
+        }
+        Ok(Err(LinkError::Closed)) | Err(_) | Ok(Ok(_)) => Ok(None),
+        Ok(Err(failure)) => Err(failure),
+    }
+}

@@ -1,0 +1,323 @@
+//! Fetching at the destination: the guest runs here, and part of its memory is still at the source.
+//!
+//! A [`Session`] is one connection of the source's for control, and its lanes. Sessions come and go;
+//! what is missing is known here alone, and each session is told it anew.
+
+use std::future::pending;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_api::ids;
+use memlane_guest::Guest;
+use memlane_kvm::userfault::{self, Userfault};
+use memlane_lane::{Faults, Inbound, Placing};
+use memlane_net::link::{Link, LinkError};
+use memlane_net::port::{ArrivedLane, LaneKind};
+use memlane_net::task;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::{Accept, Control, FetchReport, Missing};
+use tokio::sync::{Notify, mpsc};
+use tracing::{debug, info, warn};
+
+use super::lanes::{self, LaneEnd, Lanes};
+use super::missing::{heard, tell};
+use crate::context::Context;
+use crate::observer::Measurement;
+
+/// Lanes that a source may have open.
+const MOST_LANES: usize = 256;
+/// How often the source is told how it goes.
+const REPORT: Duration = Duration::from_millis(200);
+
+/// A guest's memory that is not all here.
+pub struct Fetching {
+    context: Rc<Context>,
+    guest: Rc<Guest>,
+    placing: Arc<Placing>,
+    faults: Faults,
+    /// Rung when the lane for faults is lost.
+    lost: Arc<Notify>,
+    session: Option<Session>,
+    /// Since when the guest runs without all of its memory.
+    since: Option<Instant>,
+    counted: FetchReport,
+    /// Rung when nothing is missing any more, and when memory is not right.
+    bell: Arc<Notify>,
+}
+
+/// What the source has connected.
+pub struct Session {
+    link: Link,
+    arriving: mpsc::Receiver<ArrivedLane>,
+    lanes: Lanes,
+    inbound: Arc<Inbound>,
+    reported: Instant,
+    /// The lane for faults has come: another takes its place only when it is lost.
+    asks: bool,
+}
+
+impl Fetching {
+    /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
+    pub async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, String> {
+        guest.map_no_further().await;
+        let memory = guest.driver.open_memory(true).await;
+        let memory = memory.map_err(|error| format!("cannot have the guest's accesses wait: {error}"))?;
+        let failed = |error: io::Error| format!("cannot have the guest's accesses wait: {error}");
+        let ((bell, ring), observer) = (lanes::bell(), context.faults.clone());
+        let register = move || {
+            let userfault =
+                Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
+            let (userfault, _) = userfault.map_err(|error| error.to_string())?;
+            Placing::new(userfault, memory.memory, ring, observer).map_err(failed)
+        };
+        let placing = Arc::new(task::aside(register).await?);
+        let lost = Arc::new(Notify::new());
+        let ring = lost.clone();
+        let silence = context.limits().silence;
+        let faults = match Faults::start(placing.clone(), silence, move || ring.notify_one()) {
+            Ok(faults) => faults,
+            Err(error) => {
+                // Nobody else would: the VMM keeps what it waits by.
+                let _ = task::aside(move || placing.end()).await;
+                return Err(failed(error));
+            }
+        };
+        let counted = FetchReport::default();
+        Ok(Self { context, guest, placing, faults, lost, session: None, since: None, counted, bell })
+    }
+
+    /// The pages that are missing.
+    pub fn placing(&self) -> &Arc<Placing> {
+        &self.placing
+    }
+
+    /// The source offers to serve over `link`: takes the place of any session before.
+    pub async fn accept(&mut self, mut link: Link, peer: &Label, migration: MigrationId) {
+        self.session = None;
+        let token = ids::random();
+        let arriving = self.context.rendezvous.await_lanes(token, peer.clone(), MOST_LANES);
+        let accept = Control::Accept(Accept { token, ports: self.context.offered_ports() });
+        if let Err(error) = link.send(&accept).await {
+            return info!(guest = %self.guest.shape.name, %error, "the source went away");
+        }
+        if self.placing.is_known()
+            && let Err(error) = tell_missing(&mut link, &self.placing).await
+        {
+            return info!(guest = %self.guest.shape.name, %error, "the source went away");
+        }
+        debug!(guest = %self.guest.shape.name, migration = ids::encode(&migration), "the source is about to serve missing pages");
+        let lanes = Lanes::new(&self.context);
+        let inbound = Arc::new(Inbound { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
+        self.session =
+            Some(Session { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
+    }
+
+    /// The source says that these pages are missing.
+    pub async fn add(&self, missing: Missing) -> Result<(), String> {
+        if self.placing.is_known() {
+            return Err("the source adds missing pages when all were known".into());
+        }
+        let placing = self.placing.clone();
+        task::aside(move || {
+            let runs = heard(&missing, placing.pages())?;
+            let added = runs.into_iter().try_for_each(|run| placing.add_missing(run));
+            added.map_err(|error| format!("cannot drop pages that are out of date: {error}"))
+        })
+        .await
+    }
+
+    /// All missing pages are known: they may come.
+    pub async fn all_known(&mut self) {
+        self.placing.all_known();
+        self.faults.wake();
+        if let Some(session) = &mut self.session
+            && let Err(error) = tell_missing(&mut session.link, &self.placing).await
+        {
+            info!(guest = %self.guest.shape.name, %error, "the source cannot be told what is missing");
+            self.session = None;
+        }
+    }
+
+    /// Sees that nothing is there of what is missing, while the guest has not run here. On a thread of its own: it
+    /// looks at each run of missing pages.
+    pub fn see_holes(&self) -> impl Future<Output = Result<(), String>> + use<> {
+        let placing = self.placing.clone();
+        let looking = tokio::task::spawn_blocking(move || placing.see_holes());
+        async move { looking.await.expect("looking does not panic").map_err(|error| error.to_string()) }
+    }
+
+    /// The guest runs from now on.
+    pub fn begin(&mut self) {
+        self.since.get_or_insert_with(Instant::now);
+    }
+
+    /// Returns when nothing is missing any more, or when memory turns out not to be right and why. To be awaited
+    /// again and again.
+    pub async fn completes(&mut self) -> Result<(), String> {
+        loop {
+            tokio::select! {
+                () = self.bell.notified() => {
+                    if let Some(reason) = self.placing.broken() {
+                        return Err(reason.to_owned());
+                    }
+                    if self.placing.is_known() && self.placing.remaining() == 0 {
+                        return Ok(());
+                    }
+                }
+                happened = happens(&mut self.session, &self.faults) => if let Err(error) = happened {
+                    self.lose(&error);
+                },
+                () = self.lost.notified() => {
+                    // The source opens everything anew, over ports that answer.
+                    if !self.faults.is_connected() {
+                        self.session = None;
+                    }
+                }
+                () = tokio::time::sleep(REPORT) => {}
+            }
+            self.report().await;
+        }
+    }
+
+    /// The source is gone; it connects again.
+    fn lose(&mut self, error: &LinkError) {
+        // A source whose ports are down connects and goes twice a second.
+        match self.faults.is_connected() {
+            true => {
+                warn!(guest = %self.guest.shape.name, %error, "lost the source, from which pages are fetched")
+            }
+            false => debug!(guest = %self.guest.shape.name, %error, "the source cannot serve yet"),
+        }
+        self.session = None;
+    }
+
+    /// How it goes.
+    pub fn progress(&self) -> FetchReport {
+        let nanoseconds = self.since.map_or(0, |since| since.elapsed().as_nanos() as u64);
+        FetchReport { nanoseconds, ..self.placing.report() }
+    }
+
+    /// What is waited for, in words; nothing while pages can come.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        match &self.session {
+            None => Some("the source host, from which missing pages are fetched"),
+            Some(_) if !self.faults.is_connected() => {
+                Some("a lane of the source's for pages that are waited for")
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// Shows the lanes.
+    pub fn show(&mut self, progress: &mut crate::progress::Progress) {
+        if let Some(session) = &mut self.session {
+            session.lanes.measure(false);
+            session.lanes.show(progress);
+        }
+    }
+
+    /// Accesses to what is missing fail from now on, and to the rest are as any other; returns how many
+    /// pages are missing. On an error accesses go on waiting: letting go of them would have them find
+    /// zeros.
+    pub async fn poison(self) -> io::Result<u64> {
+        self.guest.incomplete.set(true);
+        let placing = self.placing.clone();
+        let poison = move || placing.poison().and_then(|pages| placing.end().map(|()| pages));
+        let poisoned = task::aside(poison).await;
+        if poisoned.is_err() {
+            std::mem::forget(self);
+        }
+        poisoned
+    }
+
+    /// No guest comes after all: the VMM's memory is as any other, for the next one.
+    pub async fn withdraw(self) {
+        if let Err(error) = let_go(&self.placing).await {
+            warn!(guest = %self.guest.shape.name, %error, "cannot let go of a VMM's memory; it must be started anew");
+        }
+    }
+
+    /// Nothing is missing any more: the guest's memory is as any other. Returns how it went, and what the
+    /// source has connected, which takes the end of that for a loss until it has heard.
+    pub async fn end(mut self) -> (FetchReport, Option<Session>) {
+        let report = self.progress();
+        self.count();
+        if let Err(error) = let_go(&self.placing).await {
+            // The guest is served all the same, as long as this daemon lives.
+            warn!(guest = %self.guest.shape.name, %error, "cannot let go of the guest's memory");
+            std::mem::forget(self.faults);
+        }
+        (report, self.session)
+    }
+
+    async fn report(&mut self) {
+        let due = self.session.as_ref().is_some_and(|session| session.reported.elapsed() >= REPORT);
+        if !due || !self.placing.is_known() {
+            return;
+        }
+        self.count();
+        let report = Control::Fetched(self.progress());
+        if let Some(session) = &mut self.session {
+            session.reported = Instant::now();
+            // A broken link is noticed by whoever listens to it.
+            let _ = session.link.send(&report).await;
+        }
+    }
+
+    /// Tells what is new.
+    fn count(&mut self) {
+        let report = self.placing.report();
+        self.context.observer.measured(Measurement::Fetched { before: &self.counted, now: &report });
+        self.counted = report;
+    }
+}
+
+/// Deals with what the source does, until it is gone.
+async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), LinkError> {
+    let Some(session) = session else { return pending().await };
+    tokio::select! {
+        message = session.link.receive() => match message? {
+            Control::LaneLost(lane) => {
+                // The source has taken back what it had: nobody waits for its end.
+                drop(session.lanes.close_lane(lane));
+                Ok(())
+            }
+            other => Err(LinkError::Unexpected { expected: "nothing but lanes", found: other.name() }),
+        },
+        Some(ArrivedLane { port, kind, socket, remote }) = session.arriving.recv() => {
+            match kind {
+                LaneKind::Faults if session.asks && faults.is_connected() => {
+                    warn!(%port, %remote, "refused a second lane for faults while the first one lives");
+                }
+                LaneKind::Faults => {
+                    session.asks = true;
+                    faults.connect(socket);
+                }
+                // More than that are dropped, and so closed.
+                LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
+                LaneKind::Pages(number) => {
+                    let end = LaneEnd { port, number, local: String::new(), remote, socket };
+                    session.lanes.receive(end, &session.inbound);
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Has the VMM's memory behave as any other: all of it is gone through for that.
+async fn let_go(placing: &Arc<Placing>) -> io::Result<()> {
+    let placing = placing.clone();
+    task::aside(move || placing.end()).await
+}
+
+async fn tell_missing(link: &mut Link, placing: &Arc<Placing>) -> Result<(), LinkError> {
+    let placing = placing.clone();
+    for missing in task::aside(move || tell(&placing.missing())).await {
+        link.send(&Control::Missing(missing)).await?;
+    }
+    Ok(())
+}

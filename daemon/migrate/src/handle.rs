@@ -1,0 +1,180 @@
+//! A migration, as everyone else on this host sees it.
+
+use std::rc::Rc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use memlane_api::ids;
+use memlane_guest::{Claim, Guest};
+use memlane_net::journal::{Entry, VmmIdentity};
+use memlane_net::link::Link;
+use memlane_protocol::handover::{Message, Resolution};
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::{MigrationId, Standing};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::context::Context;
+use crate::observer::{Measurement, Observer};
+use crate::progress::{Outcome, Phase, Progress, Role};
+
+/// A migration as everyone else on this host sees it.
+pub struct Ticket {
+    /// Its identity.
+    pub id: MigrationId,
+    /// The guest.
+    pub guest: Label,
+    /// The other host.
+    pub peer: Label,
+    /// How it stands; the outcome is set last.
+    pub progress: watch::Sender<Progress>,
+    /// True once the operator wants it cancelled.
+    pub cancelled: watch::Sender<bool>,
+    /// Whether cancelling would still be heeded.
+    pub cancellable: std::cell::Cell<bool>,
+    /// Words of the handover that came over another connection than the migration's own.
+    pub words: mpsc::Sender<Word>,
+    /// The guest's VMM, when it attaches again.
+    pub returns: mpsc::Sender<Returned>,
+    /// Connections over which the source offers to serve what is missing here.
+    pub links: mpsc::Sender<Link>,
+    /// True once the operator has given up what is missing.
+    pub abandoned: watch::Sender<bool>,
+    /// Whether that would be heeded.
+    pub abandonable: std::cell::Cell<bool>,
+    /// What the operator decides about a guest in doubt.
+    pub resolutions: mpsc::Sender<Resolution>,
+    /// Whether that would be heeded.
+    pub resolvable: std::cell::Cell<bool>,
+    /// The process of the guest's VMM.
+    pub vmm: VmmIdentity,
+    /// What the guest is made of; 0 if it is not known.
+    pub shape: u64,
+    started: Instant,
+    observer: Rc<dyn Observer>,
+}
+
+/// Where a migration receives what others on this host have for it.
+pub struct Arrivals {
+    /// See [`Ticket::words`].
+    pub words: mpsc::Receiver<Word>,
+    /// See [`Ticket::returns`].
+    pub returns: mpsc::Receiver<Returned>,
+    /// See [`Ticket::links`].
+    pub links: mpsc::Receiver<Link>,
+    /// See [`Ticket::resolutions`].
+    pub resolutions: mpsc::Receiver<Resolution>,
+}
+
+/// A guest whose VMM has attached again.
+pub struct Returned {
+    /// The guest.
+    pub guest: Rc<Guest>,
+    /// The migration's claim on it, unless that is over.
+    pub claim: Option<Claim>,
+}
+
+/// A word of the handover that came over a connection of its own, and where the answer goes.
+pub struct Word {
+    /// The word.
+    pub message: Message,
+    /// Takes the answer; dropped where there is none.
+    pub reply: oneshot::Sender<Message>,
+}
+
+impl Ticket {
+    /// For a migration that begins now, together with what arrives for it.
+    pub fn new(entry: &Entry, context: &Context, role: Role) -> (Rc<Self>, Arrivals) {
+        const WAITING: usize = 4;
+        let here = context.name();
+        let Entry { migration: id, guest, peer, vmm, shape, .. } = entry;
+        let (words, words_arriving) = mpsc::channel(WAITING);
+        let (returns, returning) = mpsc::channel(WAITING);
+        let (links, linking) = mpsc::channel(WAITING);
+        let (resolutions, resolving) = mpsc::channel(WAITING);
+        let destination = if role == Role::Source { peer } else { here };
+        let mut progress = Progress::new(ids::encode(id), guest.as_str(), destination.as_str());
+        progress.role = role;
+        progress.started_at_unix_seconds = unix_seconds();
+        let source = if role == Role::Source { here } else { peer };
+        progress.guest_runs_at = Some(source.to_string());
+        let ticket = Self {
+            id: *id,
+            guest: guest.clone(),
+            peer: peer.clone(),
+            progress: watch::Sender::new(progress),
+            cancelled: watch::Sender::new(false),
+            cancellable: (role == Role::Source).into(),
+            words,
+            returns,
+            links,
+            abandoned: watch::Sender::new(false),
+            abandonable: false.into(),
+            resolutions,
+            resolvable: false.into(),
+            vmm: *vmm,
+            shape: *shape,
+            started: Instant::now(),
+            observer: context.observer.clone(),
+        };
+        let (words, returns, links, resolutions) = (words_arriving, returning, linking, resolving);
+        (Rc::new(ticket), Arrivals { words, returns, links, resolutions })
+    }
+
+    /// Why a VMM that attaches is not the one that this migration has told what to do, if it is not.
+    pub fn stranger(&self, guest: &Guest) -> Option<&'static str> {
+        let bond = guest.bond.borrow();
+        let role = self.progress.borrow().role;
+        let told = match guest.standing.get() {
+            Standing::Running => true,
+            Standing::Incoming | Standing::Loaded => role == Role::Destination,
+            Standing::Relinquished => role == Role::Source,
+        };
+        let ours = bond.as_ref().is_none_or(|bond| bond.migration == self.id && bond.peer == self.peer);
+        [
+            (guest.shape.name == self.guest, "it has another guest"),
+            (guest.process.identity() == self.vmm, "it is another process"),
+            (self.shape == 0 || self.shape == guest.digest(), "its guest is made of something else"),
+            (told, "it was not told to do what it says that it does"),
+            (ours, "it waits for word of another migration"),
+        ]
+        .into_iter()
+        .find_map(|(holds, otherwise)| (!holds).then_some(otherwise))
+    }
+
+    /// Changes what everyone sees.
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
+        self.progress.send_modify(|progress| {
+            progress.total_seconds = self.started.elapsed().as_secs_f64();
+            change(progress);
+        });
+    }
+
+    /// The last change.
+    pub fn end(&self, outcome: Outcome, reason: Option<String>, guest_runs_at: Option<String>) {
+        self.observer.measured(Measurement::Ended(outcome));
+        self.cancellable.set(false);
+        self.abandonable.set(false);
+        self.resolvable.set(false);
+        self.update(|progress| {
+            progress.phase = Phase::Ended;
+            (progress.in_doubt_since_unix_seconds, progress.waits_for) = (None, None);
+            progress.reason = reason;
+            progress.guest_runs_at = guest_runs_at;
+            progress.outcome = Some(outcome);
+        });
+    }
+
+    /// Whether its half still works on it.
+    pub fn is_live(&self) -> bool {
+        !self.words.is_closed()
+    }
+
+    /// Whether it has ended, as far as the operator is concerned.
+    pub fn is_over(&self) -> bool {
+        self.progress.borrow().outcome.is_some()
+    }
+}
+
+/// Now, in seconds of Unix time.
+pub fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}

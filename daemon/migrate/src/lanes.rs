@@ -1,0 +1,474 @@
+//! The lanes of one migration: their threads, and what they have done so far.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::ops::Add;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use memlane_lane::socket::hang_up;
+use memlane_lane::{Answerer, Bell, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender, Totals};
+use memlane_net::port::Traffic;
+use memlane_protocol::wire::Label;
+use tokio::sync::{Notify, watch};
+use tracing::{info, warn};
+
+use crate::context::Context;
+use crate::observer::{Measurement, Observer};
+use crate::progress::{Lane as LaneView, LaneState, Progress};
+
+/// Lanes of one migration at one end. Dropping them ends their connections.
+///
+/// A lane that begins on a port takes the place of one that was lost there, and goes on counting
+/// where that had come to.
+pub struct Lanes {
+    lanes: Vec<Lane>,
+    running: watch::Sender<usize>,
+    /// Numbers of lanes that no connection may bring back.
+    closed: BTreeSet<u16>,
+    /// When the rates were looked at last.
+    measured: Instant,
+    observer: Rc<dyn Observer>,
+    traffic: Rc<Traffic>,
+}
+
+/// A lane's connection and thread.
+struct Lane {
+    port: Label,
+    number: u16,
+    local: String,
+    remote: SocketAddr,
+    socket: Arc<OwnedFd>,
+    stats: Arc<LaneStats>,
+    /// It carries nothing but what somebody waits for.
+    answers: bool,
+    /// What lanes had done that were in this place before.
+    past: Totals,
+    /// How often such a lane was lost,
+    losses: u32,
+    /// and how many of these losses, with the lane's own, have been told.
+    counted_losses: u32,
+    /// What has been told already.
+    counted: Totals,
+    /// Bytes when the rates were looked at last.
+    measured_bytes: u64,
+    rate: f64,
+}
+
+/// One end of a lane's connection.
+pub struct LaneEnd {
+    /// The port of this host.
+    pub port: Label,
+    /// Number of the lane.
+    pub number: u16,
+    /// The address here.
+    pub local: String,
+    /// The address there.
+    pub remote: SocketAddr,
+    /// The connection.
+    pub socket: OwnedFd,
+}
+
+/// A bell that lanes ring, and where it is heard.
+pub fn bell() -> (Arc<Notify>, Bell) {
+    let heard = Arc::new(Notify::new());
+    let ring = heard.clone();
+    (heard, Arc::new(move || ring.notify_one()))
+}
+
+impl Lanes {
+    /// No lanes yet.
+    pub fn new(context: &Context) -> Self {
+        Self::telling(context.observer.clone(), context.traffic.clone())
+    }
+
+    /// No lanes yet; what they carry is told to `observer` and added to `traffic`.
+    fn telling(observer: Rc<dyn Observer>, traffic: Rc<Traffic>) -> Self {
+        let (lanes, running, closed) = (Vec::new(), watch::Sender::new(0), BTreeSet::new());
+        Self { lanes, running, closed, measured: Instant::now(), observer, traffic }
+    }
+
+    /// Starts a lane that sends from `outbound`.
+    pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
+        let (outbound, number, seat) = (outbound.clone(), end.number, outbound.take_seat());
+        self.start(end, false, move |stats, socket| {
+            let seat = match seat {
+                Ok(seat) => seat,
+                Err(source) => return LaneError::Io { doing: "make an eventfd", source },
+            };
+            match Sender::new(outbound, stats, socket, (seat, number), silence) {
+                Ok(sender) => sender.run(),
+                Err(error) => error,
+            }
+        });
+    }
+
+    /// Starts a lane that receives into `inbound`; not if its number has been
+    /// [closed](Self::close_lane).
+    pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<Inbound>) {
+        if self.closed.contains(&end.number) {
+            return;
+        }
+        let inbound = inbound.clone();
+        self.start(end, false, move |stats, socket| match Receiver::new(inbound, stats, socket) {
+            Ok(receiver) => receiver.run(),
+            Err(error) => error,
+        });
+    }
+
+    /// Starts a lane that answers what a guest at the destination waits for, from `outbound`.
+    pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
+        let outbound = outbound.clone();
+        self.start(end, true, move |stats, socket| match Answerer::new(outbound, stats, socket, silence) {
+            Ok(answerer) => answerer.run(),
+            Err(error) => error,
+        });
+    }
+
+    fn start(
+        &mut self,
+        end: LaneEnd,
+        answers: bool,
+        work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
+    ) {
+        let LaneEnd { port, number, local, remote, socket } = end;
+        let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
+        let (thread_socket, thread_stats) = (socket.clone(), stats.clone());
+        let ending = Ending { stats: stats.clone(), running: self.running.clone() };
+        let name = format!("lane-{port}-{number}");
+        let port_name = port.clone();
+        self.running.send_modify(|running| *running += 1);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let error = work(thread_stats, thread_socket);
+            let lost = !matches!(error, LaneError::HungUp);
+            ending.stats.lost.store(lost, Ordering::Release);
+            // Before the log, which may be slow: a guest that stands still may wait for this.
+            drop(ending);
+            match lost {
+                true => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
+                false => info!(port = %port_name, lane = number, %remote, "lane closed"),
+            }
+        });
+        if let Err(error) = thread {
+            warn!(%port, lane = number, %error, "cannot start a thread for a lane");
+        }
+        let (past, counted, measured_bytes) = Default::default();
+        let (losses, counted_losses, rate) = (0, 0, 0.0);
+        let mut lane = Lane {
+            port,
+            number,
+            local,
+            remote,
+            socket,
+            stats,
+            answers,
+            past,
+            losses,
+            counted_losses,
+            counted,
+            measured_bytes,
+            rate,
+        };
+        match self
+            .lanes
+            .iter_mut()
+            .find(|old| old.port == lane.port && old.answers == answers && old.is_over())
+        {
+            Some(old) => {
+                lane.succeed(old);
+                self.observer.measured(Measurement::LaneReopened { port: &lane.port });
+                *old = lane;
+            }
+            None => self.lanes.push(lane),
+        }
+    }
+
+    /// Ends all connections at once; what it returns is done when no thread touches guest
+    /// memory any more.
+    pub fn close(&self) -> impl Future<Output = ()> + use<> {
+        self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
+        let mut running = self.running.subscribe();
+        async move {
+            // The last thread drops the last sender, and then there is nothing to wait for.
+            let _ = running.wait_for(|running| *running == 0).await;
+        }
+    }
+
+    /// Ends the connection of lane number `number`, for good; what it returns is done when that
+    /// lane's thread touches guest memory no more. At once if there is no such lane.
+    pub fn close_lane(&mut self, number: u16) -> impl Future<Output = ()> + use<> {
+        self.closed.insert(number);
+        let lanes = self.lanes.iter().filter(|lane| lane.number == number);
+        let ending: Vec<Arc<LaneStats>> = lanes
+            .map(|lane| {
+                hang_up(&lane.socket);
+                lane.stats.clone()
+            })
+            .collect();
+        let mut running = self.running.subscribe();
+        async move {
+            let ended = |_: &usize| ending.iter().all(|stats| stats.ended.load(Ordering::Acquire));
+            // As in `close`.
+            let _ = running.wait_for(ended).await;
+        }
+    }
+
+    /// Whether every lane has ended.
+    pub fn all_ended(&self) -> bool {
+        self.running() == 0
+    }
+
+    /// Lanes that have not ended.
+    pub fn running(&self) -> usize {
+        *self.running.borrow()
+    }
+
+    /// Whether lane number `number` has ended.
+    pub fn has_ended(&self, number: u16) -> bool {
+        let mut lanes = self.lanes.iter().filter(|lane| lane.number == number);
+        lanes.all(|lane| lane.stats.ended.load(Ordering::Acquire))
+    }
+
+    /// Lanes for whatever there is to send on `port` that have not ended.
+    pub fn running_on(&self, port: &Label) -> usize {
+        self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
+    }
+
+    /// The longest round trip of lanes that have not ended, as far as they know; zero if none does.
+    pub fn round_trip(&self) -> Duration {
+        let running = self.lanes.iter().filter(|lane| !lane.is_over());
+        let longest = running.map(|lane| lane.stats.round_trip_us.load(Ordering::Relaxed)).max();
+        Duration::from_micros(longest.unwrap_or_default())
+    }
+
+    /// Bytes of pages acknowledged so far, over all lanes.
+    pub fn acked_bytes(&self) -> u64 {
+        self.totals().acked_bytes
+    }
+
+    /// Bytes on the wire so far, over all lanes.
+    pub fn wire_bytes(&self) -> u64 {
+        self.totals().wire_bytes
+    }
+
+    /// Pages that have travelled so far, as bytes or as descriptors.
+    pub fn pages(&self) -> u64 {
+        self.data_pages() + self.zero_pages()
+    }
+
+    /// Pages that have travelled so far with their contents.
+    pub fn data_pages(&self) -> u64 {
+        self.totals().data_pages
+    }
+
+    /// Pages that have travelled so far as descriptors.
+    pub fn zero_pages(&self) -> u64 {
+        self.totals().zero_pages
+    }
+
+    fn totals(&self) -> Totals {
+        self.lanes.iter().map(Lane::totals).fold(Totals::default(), Totals::add)
+    }
+
+    /// Brings rates up to date, and tells what is new; `sending` tells which way the bytes go.
+    pub fn measure(&mut self, sending: bool) {
+        let elapsed = self.measured.elapsed().as_secs_f64();
+        if elapsed >= 0.2 {
+            self.measured = Instant::now();
+            self.lanes.iter_mut().for_each(|lane| lane.measure(elapsed));
+        }
+        for lane in &mut self.lanes {
+            lane.count(sending, &*self.observer, &self.traffic);
+        }
+    }
+
+    /// Shows the lanes.
+    pub fn show(&self, progress: &mut Progress) {
+        progress.bytes_sent = self.wire_bytes();
+        progress.pages_sent = self.data_pages();
+        progress.zero_pages = self.zero_pages();
+        let Totals { uncompressed_bytes, compressed_bytes, .. } = self.totals();
+        (progress.uncompressed_bytes, progress.compressed_bytes) = (uncompressed_bytes, compressed_bytes);
+        progress.lanes = self.lanes.iter().map(Lane::view).collect();
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
+    }
+}
+
+/// Says that a lane has ended, even if its thread panics or cannot be started.
+struct Ending {
+    stats: Arc<LaneStats>,
+    running: watch::Sender<usize>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.stats.lost.store(true, Ordering::Release);
+        }
+        self.stats.ended.store(true, Ordering::Release);
+        self.running.send_modify(|running| *running -= 1);
+    }
+}
+
+impl Lane {
+    fn is_over(&self) -> bool {
+        self.stats.ended.load(Ordering::Acquire)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.is_over() && self.stats.lost.load(Ordering::Acquire)
+    }
+
+    /// Takes the place of a lane that has ended.
+    fn succeed(&mut self, old: &Self) {
+        (self.past, self.counted) = (old.totals(), old.counted);
+        (self.losses, self.counted_losses) = (old.losses + 1, old.counted_losses);
+        self.measured_bytes = old.measured_bytes;
+        info!(port = %self.port, lane = self.number, remote = %self.remote, "the port has a lane again");
+    }
+
+    /// What this lane has done, and those that were in its place before.
+    fn totals(&self) -> Totals {
+        self.past + self.stats.totals()
+    }
+
+    fn losses(&self) -> u32 {
+        self.losses + u32::from(self.is_lost())
+    }
+
+    fn view(&self) -> LaneView {
+        let state = match (self.is_over(), self.is_lost()) {
+            (false, _) => LaneState::Up,
+            (true, false) => LaneState::Closed,
+            (true, true) => LaneState::Lost,
+        };
+        let totals = self.totals();
+        LaneView {
+            port: self.port.to_string(),
+            lane: self.number,
+            local: self.local.clone(),
+            remote: self.remote.to_string(),
+            bytes: totals.wire_bytes,
+            zero_copy_bytes: totals.zero_copy_bytes,
+            copied_bytes: totals.copied_bytes,
+            bytes_per_second: self.rate,
+            state,
+            losses: self.losses(),
+        }
+    }
+
+    /// Takes note of the bytes of the last `seconds`.
+    fn measure(&mut self, seconds: f64) {
+        let bytes = self.totals().wire_bytes;
+        let before = std::mem::replace(&mut self.measured_bytes, bytes);
+        self.rate = (bytes - before) as f64 / seconds;
+    }
+
+    /// Tells what is new.
+    fn count(&mut self, sending: bool, observer: &dyn Observer, traffic: &Traffic) {
+        let now = self.totals();
+        let fresh = now - std::mem::replace(&mut self.counted, now);
+        let port = &self.port;
+        observer.measured(Measurement::Carried { port, sending, fresh });
+        if !sending {
+            return traffic.add(port, 0, fresh.wire_bytes);
+        }
+        traffic.add(port, fresh.wire_bytes, 0);
+        let losses = self.losses();
+        let lanes = losses - std::mem::replace(&mut self.counted_losses, losses);
+        if lanes > 0 {
+            observer.measured(Measurement::LanesLost { port: &self.port, lanes });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An observer that keeps nothing.
+    struct Unwatched;
+
+    impl Observer for Unwatched {
+        fn measured(&self, _: Measurement<'_>) {}
+
+        fn announced(&self) -> fn() {
+            || ()
+        }
+    }
+
+    fn lane(number: u16) -> (LaneEnd, OwnedFd) {
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (socket, peer) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            flags,
+            None,
+        )
+        .unwrap();
+        let port = "p0".parse().unwrap();
+        let (local, remote) = ("here".to_owned(), "[::1]:1".parse().unwrap());
+        (LaneEnd { port, number, local, remote, socket }, peer)
+    }
+
+    /// Works until it is hung up on.
+    fn until_hung_up(_: Arc<LaneStats>, socket: Arc<OwnedFd>) -> LaneError {
+        let _ = rustix::io::read(&*socket, &mut [0; 1]);
+        LaneError::HungUp
+    }
+
+    #[tokio::test]
+    async fn closes_one_lane_and_counts_one_that_panics() {
+        let mut lanes = Lanes::telling(Rc::new(Unwatched), Rc::default());
+        let ((first, _peer), (second, _other_peer), (third, _third_peer)) = (lane(0), lane(1), lane(2));
+        lanes.start(first, false, until_hung_up);
+        lanes.start(second, false, until_hung_up);
+        lanes.start(third, false, |_, _| panic!("on purpose"));
+        lanes.close_lane(2).await;
+        lanes.close_lane(0).await;
+        lanes.close_lane(7).await;
+        let state = |lanes: &Lanes, index: usize| lanes.lanes[index].view().state;
+        assert_eq!(state(&lanes, 0), LaneState::Closed);
+        assert_eq!(state(&lanes, 1), LaneState::Up);
+        assert_eq!(state(&lanes, 2), LaneState::Lost);
+        assert!(!lanes.all_ended());
+        lanes.close().await;
+        assert!(lanes.all_ended());
+    }
+
+    #[tokio::test]
+    async fn a_lane_goes_on_where_a_lost_one_has_ended() {
+        let mut lanes = Lanes::telling(Rc::new(Unwatched), Rc::default());
+        let ((first, _peer), (second, _other_peer)) = (lane(0), lane(1));
+        let port = first.port.clone();
+        lanes.start(first, false, |stats, _| {
+            stats.wire_bytes.store(100, Ordering::Relaxed);
+            LaneError::Silent(Duration::from_secs(1))
+        });
+        let lost = lanes.running.subscribe().wait_for(|running| *running == 0).await.is_ok();
+        let view = lanes.lanes[0].view();
+        assert!(lost && lanes.running_on(&port) == 0 && view.state == LaneState::Lost && view.losses == 1);
+
+        lanes.start(second, false, |stats, socket| {
+            stats.wire_bytes.store(11, Ordering::Relaxed);
+            until_hung_up(stats, socket)
+        });
+        let counted = || lanes.wire_bytes() == 111;
+        while !counted() {
+            tokio::task::yield_now().await;
+        }
+        assert!(lanes.lanes.len() == 1 && lanes.running_on(&port) == 1);
+        let view = lanes.lanes[0].view();
+        assert_eq!((view.lane, view.state, view.losses, view.bytes), (1, LaneState::Up, 1, 111));
+        lanes.close_lane(1).await;
+        assert!(lanes.all_ended() && lanes.has_ended(0) && lanes.has_ended(1));
+    }
+}

@@ -1,0 +1,168 @@
+//! Post-copy at the source: the guest is handed over before all of its memory is.
+//!
+//! What is out of date at the destination is dropped there while the guest still runs here; in the pause
+//! only what was written since, and the VMM's state, have to be told. From the moment that the
+//! destination knows all that is missing, it is served.
+//!
+//! Of a guest that was never looked through ([`Postcopy::Now`]) everything is missing that its memory holds
+//! as data, in blocks; all between is made zero at the destination. In the pause whatever holds data then,
+//! and did not before, is told.
+//!
+//! [`Postcopy::Now`]: memlane_protocol::convergence::Postcopy::Now
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use memlane_guest::SavedState;
+use memlane_net::task;
+use memlane_protocol::PageSet;
+use memlane_protocol::wire::control::{Control, Missing};
+
+use super::copy::{CopyError, Copying};
+use super::missing::tell;
+use super::serve::{Server, Serving};
+
+/// Pages that are told once more before the pause: so many cost more there than another look.
+const MANY: u64 = 4096;
+/// Looks before the pause.
+const LOOKS: u32 = 3;
+/// Pages that are told together where nobody knows which were written, if one of them holds data (2 MiB):
+/// so few blocks, and stretches between them, are looked at again in the pause.
+const BLOCK_PAGES: u64 = 512;
+
+impl Copying {
+    /// Gets the destination ready to run the guest without all of its memory, while it runs here.
+    /// `tracked` tells whether its writes are tracked; otherwise nothing was sent yet.
+    pub async fn open_postcopy(&self, tracked: bool) -> Result<(), CopyError> {
+        self.end_lanes().await?;
+        let server = Server {
+            context: self.context.clone(),
+            ticket: self.ticket.clone(),
+            ram: self.guest.ram.clone(),
+            // Of a guest that was never looked through, much may be holes.
+            sparse: !tracked || self.outbound.sparse.load(Ordering::Acquire),
+        };
+        let serving = Serving::begin(server).await?;
+        self.postcopy.replace(Some(serving));
+        if !tracked {
+            return self.tell_all().await;
+        }
+        for _ in 0..LOOKS {
+            self.harvest().await?;
+            if self.tell_dirty().await? < MANY {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets what is in flight arrive, and ends the lanes: from then on nothing is written to the
+    /// guest's memory at the destination that is not placed whole.
+    async fn end_lanes(&self) -> Result<(), CopyError> {
+        self.outbound.hold();
+        while !self.outbound.is_settled() {
+            self.wait_for_lanes().await?;
+        }
+        let closed = self.lanes.borrow().close();
+        closed.await;
+        Ok(())
+    }
+
+    /// The guest stands still: saves its state, and tells what was written since the last look.
+    pub async fn save_for_postcopy(&self) -> Result<SavedState, CopyError> {
+        let saved = self.guest.driver.save().await?;
+        if self.guest.tracked.get() {
+            // Device models have come to rest and saved themselves: nothing is written any more.
+            self.harvest().await?;
+            self.tell_dirty().await?;
+        } else {
+            self.tell_new_blocks().await?;
+        }
+        Ok(saved)
+    }
+
+    /// Tells which blocks of the guest's memory hold data, and that the rest is to be zero.
+    async fn tell_all(&self) -> Result<(), CopyError> {
+        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
+        let look = move || {
+            let all = 0..ram.pages();
+            let blocks = ram.data_blocks(all.clone(), BLOCK_PAGES)?;
+            std::io::Result::Ok((gaps(&all, &blocks), tell(&note(blocks, &told))))
+        };
+        let (mut holes, messages) = task::aside(look).await.map_err(CopyError::Memory)?;
+        // Dealt with before what follows them, and so before the guest runs there.
+        self.send_holes(&mut holes).await?;
+        self.tell_missing(messages).await
+    }
+
+    /// Tells which blocks hold data that did not when they were looked at.
+    async fn tell_new_blocks(&self) -> Result<(), CopyError> {
+        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
+        let look = move || {
+            let known: Vec<_> = told.runs().collect();
+            let parts = gaps(&(0..ram.pages()), &known).into_iter();
+            let blocks = parts.map(|part| ram.data_blocks(part, BLOCK_PAGES));
+            let blocks = blocks.collect::<std::io::Result<Vec<_>>>()?.concat();
+            std::io::Result::Ok((!blocks.is_empty()).then(|| tell(&note(blocks, &told))))
+        };
+        match task::aside(look).await.map_err(CopyError::Memory)? {
+            Some(messages) => self.tell_missing(messages).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Tells what of the dirty pages the destination has not been told; returns how many.
+    async fn tell_dirty(&self) -> Result<u64, CopyError> {
+        let (told, outbound) = (self.told_missing.clone(), self.outbound.clone());
+        let look = move || {
+            let fresh = PageSet::new(told.pages());
+            for (word, bits) in outbound.dirty.words(0..told.pages()) {
+                fresh.insert_word(word, told.insert_bits(word, bits));
+            }
+            (fresh.count(), tell(&fresh))
+        };
+        let (count, messages) = task::aside(look).await;
+        self.tell_missing(messages).await?;
+        Ok(count)
+    }
+
+    /// Returns when the destination has dropped these pages.
+    async fn tell_missing(&self, messages: Vec<Missing>) -> Result<(), CopyError> {
+        for missing in messages {
+            self.link.send(&Control::Missing(missing)).await?;
+        }
+        match self.answer().await? {
+            Control::MissingDone => Ok(()),
+            _ => Err(CopyError::Protocol("something else than that pages are dropped")),
+        }
+    }
+}
+
+/// Adds blocks to what was told; returns them as a set.
+fn note(blocks: Vec<Range<u64>>, told: &PageSet) -> PageSet {
+    let fresh = PageSet::new(told.pages());
+    for block in blocks {
+        told.insert_range(block.clone());
+        fresh.insert_range(block);
+    }
+    fresh
+}
+
+/// What of `all` lies between `parts`, which are in order.
+fn gaps(all: &Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
+    let starts = std::iter::once(all.start).chain(parts.iter().map(|part| part.end));
+    let ends = parts.iter().map(|part| part.start).chain(std::iter::once(all.end));
+    starts.zip(ends).map(|(start, end)| start..end).filter(|gap| !gap.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_and_parts_make_all() {
+        assert_eq!(gaps(&(0..9), &[]), vec![0..9]);
+        assert_eq!(gaps(&(0..9), &[2..3, 3..5, 8..9]), [0..2, 5..8]);
+        assert!(gaps(&(0..9), &[0..4, 4..9]).is_empty());
+    }
+}

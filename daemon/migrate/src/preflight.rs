@@ -1,0 +1,310 @@
+//! What is found out before anything moves, on both hosts.
+
+mod findings;
+mod launch;
+mod receive;
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_api::units::Rate;
+use memlane_guest::Guest;
+use memlane_net::config::PortConfig;
+use memlane_net::link::Link;
+use memlane_net::port;
+use memlane_net::task;
+use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
+use memlane_protocol::wire::hello::{Purpose, Token};
+
+use super::lanes::LaneEnd;
+use super::routes::{Route, Routes};
+use crate::context::Context;
+
+pub use findings::{Estimate, Finding, PortCheck, Severity};
+pub use receive::{receive, release};
+
+/// Longest wait for the destination's answer to an offer: it may have to start a VMM first.
+const ANSWER: Duration = Duration::from_secs(90);
+
+/// What a migration needs to begin.
+pub struct Plan {
+    /// To the destination, which has accepted.
+    pub link: Link,
+    /// Lanes, connected.
+    pub lanes: Vec<LaneEnd>,
+    /// Where more can be opened.
+    pub routes: Routes,
+    /// Round trip between the ports.
+    pub round_trip: Duration,
+}
+
+/// What the preflight found.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// In the order in which they were looked at.
+    pub findings: Vec<Finding>,
+    /// Pairs of ports.
+    pub ports: Vec<PortCheck>,
+    /// How long it would take.
+    pub estimate: Estimate,
+}
+
+/// An order, as the preflight needs it.
+#[derive(Clone, Copy)]
+pub struct Request {
+    /// Names the migration.
+    pub migration: MigrationId,
+    /// Only look.
+    pub check_only: bool,
+    /// Bits per second that the ports must promise.
+    pub min_bandwidth: u64,
+}
+
+/// A pair of ports that lanes can use.
+pub struct Pair {
+    /// The ports of this host and of the destination.
+    pub route: Route,
+    /// Round trip between them.
+    pub round_trip: Duration,
+}
+
+/// Asks the destination, tries the ports, and opens the lanes unless this is only a check.
+/// `None` if something in `findings` forbids the move.
+pub async fn send(
+    context: &Rc<Context>,
+    guest: &Guest,
+    peer: &memlane_protocol::wire::Label,
+    request: Request,
+    findings: &mut Findings,
+) -> Option<Plan> {
+    findings.estimate = estimate(guest);
+    look_at_source(guest, findings).await;
+    if findings.refused() && !request.check_only {
+        return None;
+    }
+    let offer = Offer {
+        migration: request.migration,
+        check_only: request.check_only,
+        data_bytes: findings.estimate.data_bytes,
+        shape: guest.shape.clone(),
+        qemu: guest.driver.qemu().cloned().map(Box::new),
+    };
+    let (link, token, ports) = ask(context, peer, offer, findings).await?;
+    let pairs = try_ports(context, &ports, findings).await;
+    judge_bandwidth(&pairs, request.min_bandwidth, findings).await;
+    if findings.refused() || request.check_only {
+        return None;
+    }
+    let round_trip = pairs.iter().map(|pair| pair.round_trip).min().unwrap_or_default();
+    let routes = Routes::new(context.clone(), token, &ports);
+    let lanes = open_lanes(&routes, &pairs, findings).await;
+    (!findings.refused()).then_some(Plan { link, lanes, routes, round_trip })
+}
+
+impl Findings {
+    /// Whether something forbids the move.
+    pub fn refused(&self) -> bool {
+        self.findings.iter().any(|finding| finding.severity == Severity::Refused)
+    }
+
+    /// All that forbids the move, as one text.
+    pub fn reasons(&self) -> String {
+        let refused = self.findings.iter().filter(|finding| finding.severity == Severity::Refused);
+        let texts: Vec<String> = refused
+            .map(|finding| match &finding.remedy {
+                Some(remedy) => format!("{}: {}; {remedy}", finding.what, finding.detail),
+                None => format!("{}: {}", finding.what, finding.detail),
+            })
+            .collect();
+        texts.join("\n")
+    }
+
+    fn add(&mut self, severity: Severity, what: impl Into<String>, detail: String, remedy: Option<&str>) {
+        let remedy = remedy.map(str::to_owned);
+        self.findings.push(Finding { severity, what: what.into(), detail, remedy });
+    }
+}
+
+/// What is in the way on this host.
+async fn look_at_source(guest: &Guest, findings: &mut Findings) {
+    if let Err(lost) = guest.ram.check() {
+        findings.add(Severity::Refused, "memory", lost.to_string(), Some("start the guest anew"));
+    }
+    match guest.driver.obstacles().await {
+        Ok(obstacles) => {
+            for obstacle in obstacles {
+                findings.add(Severity::Refused, obstacle.what, obstacle.detail, obstacle.remedy.as_deref());
+            }
+        }
+        Err(error) => findings.add(Severity::Refused, "vmm", error.to_string(), Some("look at its log")),
+    }
+}
+
+fn estimate(guest: &Guest) -> Estimate {
+    Estimate {
+        ram_bytes: guest.shape.ram_bytes(),
+        data_bytes: guest.ram.held_bytes().unwrap_or(0),
+        bytes_per_second: None,
+        seconds: None,
+    }
+}
+
+/// Offers the guest.
+async fn ask(
+    context: &Rc<Context>,
+    peer: &memlane_protocol::wire::Label,
+    offer: Offer,
+    findings: &mut Findings,
+) -> Option<(Link, Token, Vec<Port>)> {
+    let unreachable = "see that memlaned runs there and that its control address can be reached from here";
+    let mut link = match context.connect(peer).await {
+        Ok(Some(link)) => link,
+        Ok(None) => {
+            findings.add(Severity::Refused, "host", format!("{peer} is no peer of this host"), None);
+            return None;
+        }
+        Err(error) => {
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            return None;
+        }
+    };
+    let answer = async {
+        link.send(&Control::Offer(offer)).await?;
+        link.receive().await
+    };
+    match tokio::time::timeout(ANSWER, answer).await {
+        Ok(Ok(Control::Accept(accept))) => {
+            findings.add(Severity::Ok, "destination", format!("{peer} can take the guest"), None);
+            Some((link, accept.token, accept.ports))
+        }
+        Ok(Ok(Control::Refuse(refusals))) => {
+            for Refusal { what, reason } in refusals {
+                findings.add(Severity::Refused, what.name(), format!("{peer}: {reason}"), None);
+            }
+            None
+        }
+        Ok(Ok(other)) => {
+            let detail = format!("{peer} answered the offer with `{}`", other.name());
+            findings.add(Severity::Refused, "host", detail, Some("see that both run the same version"));
+            None
+        }
+        Ok(Err(error)) => {
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            None
+        }
+        Err(_) => {
+            let detail = format!("{peer} did not answer the offer within {ANSWER:.0?}");
+            findings.add(Severity::Refused, "host", detail, Some("look at its log"));
+            None
+        }
+    }
+}
+
+/// Connects each port of this host to the port of the same name there.
+pub async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    let probes: Vec<_> = context
+        .settings
+        .ports
+        .iter()
+        .map(|ours| {
+            let there = theirs.iter().find(|port| port.name == ours.name).cloned();
+            let (ours, name) = (ours.clone(), context.name().clone());
+            tokio::task::spawn_blocking(move || {
+                let opened =
+                    there.as_ref().map(|there| port::open(&ours, there.address, &name, Purpose::Probe));
+                (ours, there, opened)
+            })
+        })
+        .collect();
+    for probe in probes {
+        let (ours, there, opened) = probe.await.expect("a probe does not panic");
+        let mut check = PortCheck { port: ours.name.to_string(), ..PortCheck::default() };
+        let what = format!("port {}", ours.name);
+        match (there, opened) {
+            (Some(there), Some(Ok(opened))) => {
+                check.peer_port = there.name.to_string();
+                check.reachable = true;
+                check.round_trip_seconds = Some(opened.round_trip.as_secs_f64());
+                findings.add(Severity::Ok, what, format!("{} answers", there.address), None);
+                let route = Route { port: ours, there };
+                pairs.push(Pair { route, round_trip: opened.round_trip });
+            }
+            (Some(there), Some(Err(error))) => {
+                check.peer_port = there.name.to_string();
+                findings.add(
+                    Severity::Warning,
+                    what,
+                    error,
+                    Some("look at the cabling, the address and the firewall"),
+                );
+            }
+            _ => {
+                let detail = "the destination has no port of this name".to_owned();
+                findings.add(
+                    Severity::Warning,
+                    what,
+                    detail,
+                    Some("give ports of one network one name on both hosts"),
+                );
+            }
+        }
+        findings.ports.push(check);
+    }
+    if pairs.is_empty() {
+        let of_ports = findings.findings.iter().filter(|finding| finding.severity == Severity::Warning);
+        let why: Vec<String> =
+            of_ports.map(|finding| format!("{}: {}", finding.what, finding.detail)).collect();
+        let detail = format!("no port reaches its counterpart at the destination ({})", why.join("; "));
+        let remedy = "see `memlanectl ports` on both hosts";
+        findings.add(Severity::Refused, Respect::Port.name(), detail, Some(remedy));
+    }
+    pairs
+}
+
+/// The ports must promise what is asked, as far as their speeds are known.
+async fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
+    let ports: Vec<_> = pairs.iter().map(|pair| pair.route.port.clone()).collect();
+    let total = task::aside(move || ports.iter().map(speed).sum::<Option<u64>>()).await;
+    let Some(total) = total.filter(|_| !pairs.is_empty()) else { return };
+    findings.estimate.bytes_per_second = Some(total as f64 / 8.0);
+    findings.estimate.seconds = Some(findings.estimate.data_bytes as f64 * 8.0 / total as f64);
+    let (total, least) = (Rate(total), Rate(min_bandwidth));
+    if total.0 < least.0 {
+        let detail = format!("the ports carry {total} together, and at least {least} is asked for");
+        let remedy = "add ports, or lower limits.min_bandwidth or the order's --min-bandwidth";
+        findings.add(Severity::Refused, Respect::Bandwidth.name(), detail, Some(remedy));
+    } else {
+        findings.add(
+            Severity::Ok,
+            Respect::Bandwidth.name(),
+            format!("{total} on {} ports", pairs.len()),
+            None,
+        );
+    }
+}
+
+/// Speed of a port in bits per second: as configured, or as its interface says, which may have to be waited for.
+pub fn speed(port: &PortConfig) -> Option<u64> {
+    let reported = || port.interface.as_deref().and_then(|interface| port::interface_state(interface).1);
+    port.speed.map(|speed| speed.0).or_else(reported)
+}
+
+/// Opens lanes between all pairs of ports.
+pub async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings) -> Vec<LaneEnd> {
+    let each = pairs.iter().flat_map(|pair| (0..pair.route.lanes()).map(|_| routes.open(&pair.route)));
+    // All at once, before any of them is waited for.
+    let opening: Vec<_> = each.flatten().collect();
+    let mut lanes = Vec::new();
+    for lane in opening {
+        match lane.await {
+            Ok(lane) => lanes.push(lane),
+            Err(error) => findings.add(Severity::Warning, "lane", error, None),
+        }
+    }
+    if lanes.is_empty() {
+        findings.add(Severity::Refused, Respect::Port.name(), "no lane could be opened".into(), None);
+    }
+    lanes
+}

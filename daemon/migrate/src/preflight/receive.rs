@@ -1,0 +1,151 @@
+//! What the destination looks at before it accepts a guest.
+
+use std::collections::HashSet;
+use std::rc::Rc;
+
+use memlane_guest::{Claim, Guest, qemu};
+use memlane_kvm::compat;
+use memlane_net::port;
+use memlane_net::task;
+use memlane_protocol::PAGE_SIZE;
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Refusal, Respect};
+use tracing::warn;
+
+use super::launch;
+use crate::context::Context;
+
+/// Whether an offered guest can come: the VMM that waits for it, which the migration then has
+/// for itself, or everything that is wrong. A guest in QEMU may bring what its QEMU here is
+/// started from.
+pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Result<Claim, Vec<Refusal>> {
+    let name = &offer.shape.name;
+    let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
+    let guest = match context.guests.get(name) {
+        Some(guest) if guest.is_moving() => {
+            return busy(name);
+        }
+        Some(guest) if guest.standing.get() != Standing::Incoming => {
+            return refused(
+                Respect::Busy,
+                format!("a guest named {name} is here already; names must be unique"),
+            );
+        }
+        Some(guest) => guest,
+        None => match launch::launch_incoming(context, peer, offer).await {
+            Ok(guest) => guest,
+            Err(refusals) => return Err(shorten(refusals)),
+        },
+    };
+    // Taken before anything else is awaited, so that no second offer can take it too.
+    let Some(claim) = guest.claim(offer.migration) else { return busy(name) };
+    let mut refusals = judge(context, offer, &guest).await;
+    if !matches!(guest.driver.awaits().await, Ok(true)) {
+        let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
+        refusals.push(Refusal { what: Respect::Receiver, reason });
+    }
+    if refusals.is_empty()
+        && !offer.check_only
+        && let Err(error) = guest.driver.get_ready().await
+    {
+        let reason = format!("the VMM named {name} cannot be made ready: {error}; look at its log there");
+        refusals.push(Refusal { what: Respect::Receiver, reason });
+    }
+    if refusals.is_empty() {
+        return Ok(claim);
+    }
+    release(claim).await;
+    Err(shorten(refusals))
+}
+
+fn busy<T>(name: &Label) -> Result<T, Vec<Refusal>> {
+    let reason = format!("guest {name} is moving already; wait until that has ended");
+    Err(vec![Refusal { what: Respect::Busy, reason }])
+}
+
+/// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
+pub async fn release(guest: Claim) {
+    if !guest.summoned.get() {
+        guest.driver.stand_down().await;
+    } else if let Err(error) = guest.driver.discard().await {
+        warn!(guest = %guest.shape.name, %error, "cannot end the VMM that was started for a guest");
+    }
+}
+
+/// Compares what is offered with what waits for it, and with this host.
+async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
+    let refusal = |what, reason: String| Refusal { what, reason };
+    let mut refusals = Vec::new();
+    for reason in compat::check(&offer.shape, &guest.shape) {
+        refusals.push(refusal(Respect::Machine, reason.to_string()));
+    }
+    if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
+        refusals.extend(qemu::differences(theirs, ours));
+    }
+    if let Err(lost) = guest.ram.check() {
+        let reason = format!("{lost}; start the VMM that waits for the guest anew");
+        refusals.push(refusal(Respect::Memory, reason));
+    }
+    let (available, bridges) = (task::aside(available_memory), context.bridges_there());
+    let (available, bridges) = tokio::join!(available, bridges);
+    if let Some(reason) = available.and_then(|available| memory_missing(context, offer, guest, available)) {
+        refusals.push(refusal(Respect::Memory, reason));
+    }
+    for nic in &offer.shape.nics {
+        if let Some(reason) = context.network_missing(&nic.network, &bridges) {
+            refusals.push(refusal(Respect::Network, reason));
+        }
+    }
+    if context.offered_ports().is_empty() {
+        let unknown = context.settings.ports.iter().find_map(|port| port::holds(port.address).err());
+        refusals.push(match unknown {
+            Some(error) => refusal(Respect::Host, error.to_string()),
+            None => {
+                let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
+                refusal(Respect::Port, reason)
+            }
+        });
+    }
+    refusals
+}
+
+/// What fits into one answer: a VMM of another kind may differ in hundreds of registers.
+fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
+    if refusals.len() > MAX_REFUSALS {
+        // One of each respect first, so that the cut leaves something of all of them.
+        let mut seen = HashSet::new();
+        refusals.sort_by_cached_key(|refusal| !seen.insert(refusal.what));
+        let left_out = refusals.len() - (MAX_REFUSALS - 1);
+        refusals.truncate(MAX_REFUSALS - 1);
+        refusals.push(Refusal { what: Respect::Machine, reason: format!("and {left_out} more") });
+    }
+    refusals
+}
+
+/// Why this host's memory does not do, if it does not.
+fn memory_missing(context: &Context, offer: &Offer, guest: &Guest, available: u64) -> Option<String> {
+    let held = guest.ram.held_bytes().unwrap_or(0);
+    // A VMM on huge pages has reserved them; one whose memory is touched holds it.
+    let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
+    let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };
+    let reserve = context.limits().memory_reserve.0;
+    (wanted > 0 && available < wanted.saturating_add(reserve)).then(|| {
+        let mib = |bytes: u64| bytes >> 20;
+        format!(
+            "the guest needs {} MiB more than its VMM holds, {} MiB are available, and {} MiB of them are to \
+             stay free; free memory there, or lower limits.memory_reserve",
+            mib(wanted),
+            mib(available),
+            mib(reserve)
+        )
+    })
+}
+
+/// What the kernel thinks can be used without swapping (`MemAvailable`).
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib << 10)
+}

@@ -1,0 +1,76 @@
+//! The migrations of this host: those under way, and those that ended lately.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::rc::Rc;
+
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::MigrationId;
+
+use crate::handle::Ticket;
+
+/// Migrations that are remembered after their end.
+const REMEMBERED: usize = 100;
+
+/// The migrations of this host, the oldest first.
+#[derive(Default)]
+pub struct Migrations {
+    migrations: RefCell<Vec<Rc<Ticket>>>,
+    /// Migrations that are being offered to this host.
+    offered: Rc<RefCell<HashSet<MigrationId>>>,
+}
+
+/// An offer that is being looked at.
+pub struct Offered {
+    offered: Rc<RefCell<HashSet<MigrationId>>>,
+    id: MigrationId,
+}
+
+impl Migrations {
+    /// Remembers a migration.
+    pub fn add(&self, ticket: Rc<Ticket>) {
+        let mut migrations = self.migrations.borrow_mut();
+        // One that is over may still be worked on: its VMM is to be discarded, or the other host to hear of the end.
+        let ended = |ticket: &Rc<Ticket>| ticket.is_over() && !ticket.is_live();
+        let over = migrations.iter().filter(|ticket| ended(ticket)).count();
+        if over >= REMEMBERED
+            && let Some(oldest) = migrations.iter().position(ended)
+        {
+            migrations.remove(oldest);
+        }
+        migrations.push(ticket);
+    }
+
+    /// All migrations, the oldest first.
+    pub fn all(&self) -> Vec<Rc<Ticket>> {
+        self.migrations.borrow().clone()
+    }
+
+    /// The migration with this identity.
+    pub fn get(&self, id: &MigrationId) -> Option<Rc<Ticket>> {
+        self.migrations.borrow().iter().rev().find(|ticket| ticket.id == *id).cloned()
+    }
+
+    /// The migration with this identity, if it is one with this peer.
+    pub fn with(&self, peer: &Label, id: &MigrationId) -> Option<Rc<Ticket>> {
+        let is = |ticket: &&Rc<Ticket>| ticket.id == *id && ticket.peer == *peer;
+        self.migrations.borrow().iter().rev().find(is).cloned()
+    }
+
+    /// How many migrations are under way.
+    pub fn active(&self) -> usize {
+        self.migrations.borrow().iter().filter(|ticket| !ticket.is_over()).count()
+    }
+
+    /// Takes note of an offer, until what is returned is dropped; `None` if the migration is known already.
+    pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
+        let fresh = self.get(&id).is_none() && self.offered.borrow_mut().insert(id);
+        fresh.then(|| Offered { offered: self.offered.clone(), id })
+    }
+}
+
+impl Drop for Offered {
+    fn drop(&mut self) {
+        self.offered.borrow_mut().remove(&self.id);
+    }
+}

@@ -1,0 +1,87 @@
+//! The routes from this host's ports to those of the destination, and the lanes that are opened on them.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use memlane_net::config::PortConfig;
+use memlane_net::port;
+use memlane_protocol::wire::control::Port;
+use memlane_protocol::wire::hello::{Purpose, Token};
+
+use super::lanes::LaneEnd;
+use crate::context::Context;
+
+/// Streams over one pair of ports.
+const MOST_LANES: u16 = memlane_net::config::MAX_LANES as u16;
+
+/// All routes of one migration, whether they can be gone or not.
+pub struct Routes {
+    context: Rc<Context>,
+    token: Token,
+    routes: Vec<Route>,
+    /// Number of the next lane: no two of a migration have the same.
+    next: Cell<u16>,
+}
+
+/// A port of this host, and the port of the same name there.
+#[derive(Clone)]
+pub struct Route {
+    /// The port of this host.
+    pub port: PortConfig,
+    /// The port of the destination.
+    pub there: Port,
+}
+
+impl Route {
+    /// Lanes that are opened on it.
+    pub fn lanes(&self) -> u16 {
+        self.port.lanes.min(self.there.lanes).clamp(1, MOST_LANES)
+    }
+}
+
+impl Routes {
+    /// To the ports that the destination offers, for lanes that say `token`.
+    pub fn new(context: Rc<Context>, token: Token, theirs: &[Port]) -> Self {
+        let route = |ours: &PortConfig| {
+            let there = theirs.iter().find(|port| port.name == ours.name)?.clone();
+            Some(Route { port: ours.clone(), there })
+        };
+        let routes = context.settings.ports.iter().filter_map(route).collect();
+        Self { context, token, routes, next: Cell::new(0) }
+    }
+
+    /// The routes, one for each pair of ports.
+    pub fn all(&self) -> &[Route] {
+        &self.routes
+    }
+
+    /// Opens a lane on a route; what is returned goes on by itself. `None` if this migration has had
+    /// all the lanes that can be told apart.
+    pub fn open(&self, route: &Route) -> Option<impl Future<Output = Result<LaneEnd, String>> + use<>> {
+        let number = self.next.get();
+        self.next.set(number.checked_add(1)?);
+        let purpose = Purpose::Lane { token: self.token, lane: number };
+        Some(self.connect(route, purpose, number))
+    }
+
+    /// Opens a lane for pages that somebody waits for.
+    pub async fn open_faults(&self, route: &Route) -> Result<LaneEnd, String> {
+        let number = self.next.replace(self.next.get() + 1);
+        self.connect(route, Purpose::Faults { token: self.token }, number).await
+    }
+
+    fn connect(
+        &self,
+        route: &Route,
+        purpose: Purpose,
+        number: u16,
+    ) -> impl Future<Output = Result<LaneEnd, String>> + use<> {
+        let (ours, remote, name) = (route.port.clone(), route.there.address, self.context.name().clone());
+        let opening = tokio::task::spawn_blocking(move || {
+            let opened = port::open(&ours, remote, &name, purpose)?;
+            let (local, socket) = (opened.local.to_string(), opened.socket);
+            Ok::<_, String>(LaneEnd { port: ours.name, number, local, remote, socket })
+        });
+        async move { opening.await.expect("opening a lane does not panic") }
+    }
+}

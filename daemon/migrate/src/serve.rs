@@ -1,0 +1,292 @@
+//! Serving at the source: the guest runs at the destination, and fetches memory from here.
+//!
+//! The source knows nothing of what is missing: each session, the first as any after a loss, begins
+//! with the destination's telling it. The guest stands still here, so that whatever is sent twice
+//! is the same.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use memlane_kvm::ram::GuestRam;
+use memlane_lane::Outbound;
+use memlane_net::link::{Link, LinkError};
+use memlane_net::task;
+use memlane_protocol::wire::control::{Control, FetchReport};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use super::lanes::{self, LaneEnd, Lanes};
+use super::missing;
+use super::preflight::{self, Findings};
+use super::reopen::Reopener;
+use super::routes::{Route, Routes};
+use crate::context::Context;
+use crate::handle::Ticket;
+use crate::progress::Postcopy;
+
+/// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
+const ANSWER: Duration = Duration::from_secs(15);
+/// How often the lanes are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long to wait before a lost session is opened again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Why memory cannot be served, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The connection for control failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The destination is not configured here.
+    #[error("{0} is no peer of this host any more; add it as [[peer]]")]
+    NoPeer(String),
+    /// The destination cannot fetch.
+    #[error("the destination cannot fetch: {0}")]
+    Refused(String),
+    /// The destination did not answer.
+    #[error("the destination did not answer within {0:.0?}")]
+    Slow(Duration),
+    /// No lane could be opened.
+    #[error("no port reaches the destination: {0}")]
+    NoPort(String),
+    /// The lane for faults, or all others, are lost.
+    #[error("{0} to the destination is lost; see `memlanectl ports` and the daemon's log")]
+    Lost(&'static str),
+    /// The destination named pages that there are not.
+    #[error("the destination broke the protocol: {0}")]
+    Protocol(String),
+}
+
+/// What is served, and to whom.
+#[derive(Clone)]
+pub struct Server {
+    /// What every migration of this host works with.
+    pub context: Rc<Context>,
+    /// The migration.
+    pub ticket: Rc<Ticket>,
+    /// The guest's memory, which nobody writes to any more once pages are asked for.
+    pub ram: Arc<GuestRam>,
+    /// Pages may be holes, which are not to be read.
+    pub sparse: bool,
+}
+
+/// Serves until it is dropped.
+pub struct Serving(JoinHandle<()>);
+
+/// One connection for control, and its lanes.
+struct Session {
+    link: Link,
+    lanes: Lanes,
+    reopener: Reopener,
+    outbound: Arc<Outbound>,
+    bell: Arc<Notify>,
+    /// Number of the lane for faults.
+    faults: u16,
+}
+
+impl Serving {
+    /// Opens the first session, and serves from then on.
+    pub async fn begin(server: Server) -> Result<Self, ServeError> {
+        let session = server.open().await?;
+        Ok(Self(task::spawn("server of missing pages", server.serve(Some(session)))))
+    }
+
+    /// Serves as soon as the destination can be reached.
+    pub fn again(server: Server) -> Self {
+        Self(task::spawn("server of missing pages", server.serve(None)))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Server {
+    async fn serve(self, mut first: Option<Session>) {
+        let base = self.ticket.progress.borrow().clone();
+        let mut before = (base.bytes_sent, base.pages_sent, base.zero_pages);
+        let mut told = String::new();
+        loop {
+            let opened = match first.take() {
+                Some(session) => Ok(session),
+                None => self.open().await,
+            };
+            let error = match opened {
+                Ok(mut session) => {
+                    told.clear();
+                    self.waits_for(None);
+                    let error = self.serve_over(&mut session, before).await;
+                    let lanes = &session.lanes;
+                    before.0 += lanes.wire_bytes();
+                    before.1 += lanes.data_pages();
+                    before.2 += lanes.zero_pages();
+                    session.lanes.close().await;
+                    error
+                }
+                Err(error) => error,
+            };
+            let Ticket { guest, peer, .. } = &*self.ticket;
+            let error = error.to_string();
+            // Not the same line twice a second for as long as a network is down.
+            if error != told {
+                warn!(%guest, %peer, error, "cannot serve a guest's missing pages; trying again");
+            }
+            self.waits_for(Some(format!("{peer}, which fetches pages from here: {error}")));
+            told = error;
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn open(&self) -> Result<Session, ServeError> {
+        let (context, peer) = (&self.context, &self.ticket.peer);
+        let mut link = context.connect(peer).await?.ok_or_else(|| ServeError::NoPeer(peer.to_string()))?;
+        link.send(&Control::Fetch(self.ticket.id)).await?;
+        let answer = tokio::time::timeout(ANSWER, link.receive()).await;
+        let accept = match answer.map_err(|_| ServeError::Slow(ANSWER))?? {
+            Control::Accept(accept) => accept,
+            Control::Refuse(refusals) => {
+                let reasons: Vec<String> = refusals.into_iter().map(|refusal| refusal.reason).collect();
+                return Err(ServeError::Refused(reasons.join("; ")));
+            }
+            other => {
+                let (expected, found) = ("the ports to serve over", other.name());
+                return Err(LinkError::Unexpected { expected, found }.into());
+            }
+        };
+        let mut findings = Findings::default();
+        let mut pairs = preflight::try_ports(context, &accept.ports, &mut findings).await;
+        pairs.sort_by_key(|pair| pair.round_trip);
+        let routes = Routes::new(context.clone(), accept.token, &accept.ports);
+        let faults = open_faults(&routes, &pairs).await;
+        let ends = preflight::open_lanes(&routes, &pairs, &mut findings).await;
+        let Some(faults) = faults.filter(|_| !ends.is_empty()) else {
+            return Err(ServeError::NoPort(findings.reasons()));
+        };
+        let (bell, ring) = lanes::bell();
+        let outbound = Arc::new(Outbound::of_still_guest(self.ram.clone(), ring));
+        outbound.sparse.store(self.sparse, Ordering::Release);
+        let mut lanes = Lanes::new(context);
+        let number = faults.number;
+        for end in ends {
+            lanes.send(end, &outbound, context.limits().silence);
+        }
+        lanes.answer(faults, &outbound, context.limits().silence);
+        info!(guest = %self.ticket.guest, %peer, "ready to serve missing pages");
+        Ok(Session { link, lanes, reopener: Reopener::new(routes), outbound, bell, faults: number })
+    }
+
+    /// Serves until the session is lost.
+    async fn serve_over(&self, session: &mut Session, before: (u64, u64, u64)) -> ServeError {
+        let silence = self.context.limits().silence;
+        loop {
+            let lanes = &session.lanes;
+            let is_missing = |route: &Route| lanes.running_on(&route.port.name) < usize::from(route.lanes());
+            tokio::select! {
+                message = session.link.receive() => {
+                    let heard = match message {
+                        Ok(message) => self.hear(session, message).await,
+                        Err(error) => Err(error.into()),
+                    };
+                    if let Err(error) = heard {
+                        return error;
+                    }
+                }
+                end = session.reopener.next(is_missing) => {
+                    session.lanes.send(end, &session.outbound, silence);
+                }
+                () = session.bell.notified() => {}
+                () = tokio::time::sleep(LOOK) => self.show(session, before),
+            }
+            for lane in session.outbound.orphaned_lanes() {
+                // What still lies in some buffer may come late: it is the same as what comes again.
+                session.outbound.take_back(lane);
+                if let Err(error) = session.link.send(&Control::LaneLost(lane)).await {
+                    return error.into();
+                }
+            }
+            if session.lanes.has_ended(session.faults) {
+                return ServeError::Lost("the lane for faults");
+            }
+            if session.lanes.running() <= 1 {
+                return ServeError::Lost("every lane");
+            }
+        }
+    }
+
+    async fn hear(&self, session: &Session, message: Control) -> Result<(), ServeError> {
+        match message {
+            Control::Missing(missing) => {
+                let (outbound, last) = (session.outbound.clone(), missing.last);
+                let added = task::aside(move || missing::add(&missing, &outbound)).await;
+                added.map_err(ServeError::Protocol)?;
+                if last {
+                    session.outbound.wake(session.outbound.dirty.count());
+                }
+                Ok(())
+            }
+            Control::Fetched(report) => {
+                self.ticket.update(|progress| {
+                    progress.pages_remaining = report.remaining_pages;
+                    progress.postcopy.get_or_insert_default().report(&report);
+                });
+                Ok(())
+            }
+            other => {
+                let (expected, found) = ("missing pages", other.name());
+                Err(LinkError::Unexpected { expected, found }.into())
+            }
+        }
+    }
+
+    fn show(&self, session: &mut Session, (sent, pages, zeros): (u64, u64, u64)) {
+        session.lanes.measure(true);
+        self.ticket.update(|progress| {
+            // These lanes compress nothing.
+            let compressed = (progress.uncompressed_bytes, progress.compressed_bytes);
+            session.lanes.show(progress);
+            (progress.uncompressed_bytes, progress.compressed_bytes) = compressed;
+            progress.bytes_sent += sent;
+            progress.pages_sent += pages;
+            progress.zero_pages += zeros;
+        });
+    }
+
+    fn waits_for(&self, what: Option<String>) {
+        self.ticket.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
+    }
+}
+
+/// The lane for faults, on the port with the shortest round trip that works.
+async fn open_faults(routes: &Routes, pairs: &[preflight::Pair]) -> Option<LaneEnd> {
+    for pair in pairs {
+        match routes.open_faults(&pair.route).await {
+            Ok(end) => return Some(end),
+            Err(error) => info!(%error, "cannot open the lane for faults on this port"),
+        }
+    }
+    None
+}
+
+impl Postcopy {
+    /// Takes over what the destination tells, unless something later was heard over another connection.
+    pub fn report(&mut self, report: &FetchReport) {
+        let placed = report.pages_fetched.saturating_add(report.pages_streamed);
+        if placed < self.pages_fetched.saturating_add(self.pages_streamed) {
+            return;
+        }
+        let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1e3;
+        self.faults = report.faults;
+        self.fault_p50_us = microseconds(report.fault_p50_nanoseconds);
+        self.fault_p99_us = microseconds(report.fault_p99_nanoseconds);
+        self.fault_max_us = microseconds(report.fault_max_nanoseconds);
+        self.pages_fetched = report.pages_fetched;
+        self.pages_streamed = report.pages_streamed;
+        self.remaining_pages = report.remaining_pages;
+        self.seconds = report.nanoseconds as f64 / 1e9;
+    }
+}

@@ -1,0 +1,230 @@
+//! What comes to the engine from outside: orders, offers, words of other daemons, and VMMs that attach.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use memlane_api::ids;
+use memlane_guest::{Guest, GuestObserver, Process};
+use memlane_net::journal::{Entry, VmmIdentity};
+use memlane_net::link::Link;
+use memlane_net::task;
+use memlane_protocol::handover::{Destination, Message, Record, Source};
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::control::Offer;
+use tokio::sync::oneshot;
+use tracing::info;
+
+use crate::context::Context;
+use crate::handle::{Returned, Ticket, Word};
+use crate::observer::Measurement;
+use crate::preflight::{self, Findings, Request, Severity};
+use crate::progress::Role;
+use crate::source::{self, Wishes};
+use crate::{destination, recover};
+
+/// Longest wait for what a migration says to a word.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Within this time of the daemon's start all VMMs have attached again.
+const RETURNING: Duration = Duration::from_secs(5);
+
+/// Runs the migrations of this host.
+pub struct Supervisor {
+    context: Rc<Context>,
+    started: Instant,
+}
+
+/// An order to move a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Order {
+    /// What the order allows and wants.
+    pub wishes: Wishes,
+    /// Bits per second that the ports must promise.
+    pub min_bandwidth: u64,
+}
+
+/// An order was not taken; nothing was moved.
+#[derive(Debug, thiserror::Error)]
+pub enum OrderError {
+    /// The guest takes part in a migration.
+    #[error("the guest is being moved already")]
+    Moving,
+    /// Something is in the way, which the findings name.
+    #[error("{}", .0.reasons())]
+    Refused(Findings),
+    /// The VMM went away during the preflight.
+    #[error("the connection to the VMM was lost meanwhile; order it again")]
+    VmmLost,
+}
+
+impl Supervisor {
+    /// Makes the supervisor of a host, which is asked about each VMM that attaches from now on.
+    pub fn new(context: Rc<Context>) -> Rc<Self> {
+        let supervisor = Rc::new(Self { context: context.clone(), started: Instant::now() });
+        let observer: Rc<dyn GuestObserver> = supervisor.clone();
+        context.guests.observe(Rc::downgrade(&observer));
+        supervisor
+    }
+
+    /// What every migration of this host works with.
+    pub fn context(&self) -> &Rc<Context> {
+        &self.context
+    }
+
+    /// Takes up everything that the journal held when the daemon started.
+    pub fn recover(&self, unfinished: Vec<Entry>) {
+        recover::all(&self.context, unfinished);
+    }
+
+    /// Does the preflight of an order, and nothing else.
+    pub async fn check(&self, guest: &Guest, peer: &Label, min_bandwidth: u64) -> Findings {
+        let mut findings = Findings::default();
+        let request = Request { migration: ids::random(), check_only: true, min_bandwidth };
+        preflight::send(&self.context, guest, peer, request, &mut findings).await;
+        findings
+    }
+
+    /// Does the preflight of an order and begins the migration `migration`, which then goes on by itself.
+    ///
+    /// # Errors
+    ///
+    /// If the guest takes part in another migration, or cannot be moved; it runs on.
+    pub async fn migrate(
+        &self,
+        guest: &Rc<Guest>,
+        peer: &Label,
+        migration: MigrationId,
+        order: Order,
+    ) -> Result<Rc<Ticket>, OrderError> {
+        let context = &self.context;
+        let name = &guest.shape.name;
+        // Taken before anything is awaited, so that no second order can take the guest too.
+        let claim = guest.claim(migration).ok_or(OrderError::Moving)?;
+        let mut findings = Findings::default();
+        let request = Request { migration, check_only: false, min_bandwidth: order.min_bandwidth };
+        let Some(plan) = preflight::send(context, guest, peer, request, &mut findings).await else {
+            for finding in findings.findings.iter().filter(|finding| finding.severity != Severity::Ok) {
+                info!(guest = %name, %peer, what = finding.what, detail = finding.detail, "preflight");
+            }
+            context.observer.measured(Measurement::Refused("preflight"));
+            return Err(OrderError::Refused(findings));
+        };
+        if !context.guests.get(name).is_some_and(|now| Rc::ptr_eq(&now, guest)) {
+            return Err(OrderError::VmmLost);
+        }
+        let entry = Entry {
+            migration,
+            guest: name.clone(),
+            peer: peer.clone(),
+            record: Record::Leaving,
+            vmm: guest.process.identity(),
+            shape: guest.digest(),
+            fetching: false,
+        };
+        let (ticket, arrivals) = Ticket::new(&entry, context, Role::Source);
+        ticket.update(|progress| {
+            progress.pages_total = guest.shape.pages();
+            progress.downtime_limit_seconds = order.wishes.policy.downtime_limit.as_secs_f64();
+        });
+        context.migrations.add(ticket.clone());
+        let to_ticket = (ticket.clone(), arrivals);
+        let source = source::run(context.clone(), claim, entry, to_ticket, plan, order.wishes);
+        task::spawn("source of a migration", source);
+        Ok(ticket)
+    }
+
+    /// Answers an offer of `peer`, and takes the guest if it can come. Returns when the migration is over.
+    pub async fn take_offer(&self, peer: Label, link: Link, offer: Offer) {
+        destination::run(self.context.clone(), peer, link, offer).await;
+    }
+
+    /// Hands a connection of `peer` over which it offers to serve missing pages to the migration that wants them.
+    pub fn serve(&self, peer: &Label, migration: &MigrationId, link: Link) {
+        let ticket = self.context.migrations.with(peer, migration).filter(|ticket| ticket.is_live());
+        let Some(ticket) = ticket else {
+            return info!(%peer, "a peer would serve a guest that does not fetch anything here");
+        };
+        // One that finds no room is dropped, and so closed: the source tries again.
+        let _ = ticket.links.try_send(link);
+    }
+
+    /// What this host has to say to a word of `peer` about a migration.
+    pub async fn answer(&self, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
+        let ticket = self.context.migrations.with(peer, &migration);
+        // It has ended since this daemon was started.
+        let ended = ticket.as_ref().is_some_and(|ticket| !ticket.is_live());
+        if let Some(ticket) = ticket.filter(|ticket| ticket.is_live()) {
+            let (reply, answer) = oneshot::channel();
+            let asked = async {
+                ticket.words.send(Word { message, reply }).await.ok()?;
+                answer.await.ok()
+            };
+            return tokio::time::timeout(PATIENCE, asked).await.ok()?;
+        }
+        if self.context.journal.known(peer, &migration).is_some() {
+            return None; // it is remembered, and its half will answer when it is asked again
+        }
+        match message {
+            // A VMM that this journal should know of, and does not, may be about to say so.
+            Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined
+                if !ended && self.started.elapsed() < RETURNING =>
+            {
+                None
+            }
+            Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
+                Source::answer_unknown(message)
+            }
+            _ => Destination::answer_unknown(message),
+        }
+    }
+
+    /// The migration under way that a VMM which attaches belongs to, if one does; an error for a stranger, who claims to
+    /// or is in its place.
+    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<Ticket>>, &'static str> {
+        let claimed = guest.bond.borrow().as_ref().map(|bond| bond.migration);
+        let concerned = |ticket: &Rc<Ticket>| {
+            ticket.is_live() && (ticket.guest == guest.shape.name || claimed == Some(ticket.id))
+        };
+        let mut tickets = self.context.migrations.all();
+        tickets.retain(concerned);
+        // A guest may move again before the other host of its last move has heard of the end.
+        if let Some(ticket) = tickets.iter().rev().find(|ticket| ticket.stranger(guest).is_none()) {
+            return Ok(Some(ticket.clone()));
+        }
+        // Of a source that is done nothing is waited for but the end of its old VMM, which has no claim to the name.
+        let done = |ticket: &Ticket| ticket.is_over() && ticket.progress.borrow().role == Role::Source;
+        let claims =
+            |ticket: &&Rc<Ticket>| claimed == Some(ticket.id) || !done(ticket) && Process::lives(ticket.vmm);
+        match tickets.iter().rev().find(claims).and_then(|ticket| ticket.stranger(guest)) {
+            Some(why) => Err(why),
+            None => Ok(None),
+        }
+    }
+}
+
+impl GuestObserver for Supervisor {
+    fn expects(&self, guest: &Guest) -> Result<(), &'static str> {
+        self.recognise(guest).map(drop)
+    }
+
+    fn attached(&self, guest: &Rc<Guest>) {
+        if let Ok(Some(ticket)) = self.recognise(guest) {
+            // A migration that works on it already, and waits for it or is about to.
+            let claim = if ticket.is_over() { None } else { guest.claim(ticket.id) };
+            let returned = Returned { guest: guest.clone(), claim };
+            task::spawn("return of a VMM", async move {
+                if let Err(unsent) = ticket.returns.send(returned).await {
+                    // Over meanwhile: it attaches again, and is judged anew.
+                    unsent.0.guest.driver.hang_up();
+                }
+            });
+        } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
+            let unknown = recover::unknown(self.context.clone(), guest.clone());
+            task::spawn("recovery of an unknown guest", unknown);
+        }
+    }
+
+    fn works_with(&self, vmm: VmmIdentity) -> bool {
+        self.context.migrations.all().iter().any(|ticket| ticket.is_live() && ticket.vmm == vmm)
+    }
+}

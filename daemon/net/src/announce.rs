@@ -1,0 +1,127 @@
+//! Tells the switches where a guest has gone: RARP frames with its Ethernet address, on the
+//! bridge of its network, several of them and further and further apart, as QEMU does.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+/// Frames sent for each address.
+const ROUNDS: u32 = 5;
+/// Time between the first and the second frame.
+const FIRST_GAP: Duration = Duration::from_millis(50);
+/// How much longer each gap is than the one before.
+const GAP_STEP: Duration = Duration::from_millis(100);
+/// The longest gap.
+const LONGEST_GAP: Duration = Duration::from_millis(550);
+
+const ETH_P_RARP: u16 = 0x8035;
+
+/// Longest wait for the first frames: a guest that is about to run speaks for itself soon.
+const FIRST_FRAMES: Duration = Duration::from_millis(100);
+
+/// Announces `macs` on `bridge`: the first frames are sent when this returns, the others by and by, by a thread
+/// of their own, as opening and closing such a socket may have to wait for the kernel. A bridge that is not there
+/// is logged, since nothing can be done about it: the guest is this host's already. `sent` is called for each frame.
+pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>, sent: fn()) {
+    let (begun, first_sent) = oneshot::channel();
+    let name = guest.clone();
+    let thread = std::thread::Builder::new().name("announce".into()).spawn(move || {
+        match send_all(&guest, &bridge, &macs, begun, sent) {
+            Ok(()) => info!(guest, bridge, rounds = ROUNDS, "announced the guest's new place"),
+            Err(error) => {
+                warn!(guest, bridge, %error, "cannot announce the guest; switches learn its place from its traffic")
+            }
+        }
+    });
+    if let Err(error) = thread {
+        warn!(guest = name, %error, "cannot start a thread that announces the guest");
+    }
+    let _ = tokio::time::timeout(FIRST_FRAMES, first_sent).await;
+}
+
+/// Sends all rounds of frames; tells when the first is gone.
+fn send_all(
+    guest: &str,
+    bridge: &str,
+    macs: &[[u8; 6]],
+    begun: oneshot::Sender<()>,
+    sent: fn(),
+) -> io::Result<()> {
+    let socket = open(bridge)?;
+    let (mut begun, mut gap) = (Some(begun), FIRST_GAP);
+    for round in 0..ROUNDS {
+        if round > 0 {
+            std::thread::sleep(gap);
+            gap = (gap + GAP_STEP).min(LONGEST_GAP);
+        }
+        for mac in macs {
+            match rustix::net::send(&socket, &frame(mac), rustix::net::SendFlags::empty()) {
+                Ok(_) => sent(),
+                Err(error) => warn!(guest, %error, "cannot send an announcement"),
+            }
+        }
+        // Whoever waits for it may have given up.
+        let _ = begun.take().map(|begun| begun.send(()));
+    }
+    Ok(())
+}
+
+/// A RARP request (RFC 903) by which `mac` asks for its own protocol address, padded to the
+/// least length of an Ethernet frame.
+pub fn frame(mac: &[u8; 6]) -> [u8; 60] {
+    let mut frame = [0; 60];
+    frame[..6].fill(0xff);
+    frame[6..12].copy_from_slice(mac);
+    frame[12..14].copy_from_slice(&ETH_P_RARP.to_be_bytes());
+    frame[14..16].copy_from_slice(&1u16.to_be_bytes()); // Ethernet
+    frame[16..18].copy_from_slice(&0x0800u16.to_be_bytes()); // IPv4
+    (frame[18], frame[19]) = (6, 4); // lengths of both kinds of address
+    frame[20..22].copy_from_slice(&3u16.to_be_bytes()); // request reverse
+    frame[22..28].copy_from_slice(mac);
+    frame[32..38].copy_from_slice(mac);
+    frame
+}
+
+/// A packet socket bound to the bridge; needs `CAP_NET_RAW`.
+fn open(bridge: &str) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(bridge)?;
+    // SAFETY: the name ends in NUL.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a plain system call; its result is checked before it is owned.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just opened, and owned by nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: an address of zeros is a valid one to fill in.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = ETH_P_RARP.to_be();
+    address.sll_ifindex = index as i32;
+    let length = size_of::<libc::sockaddr_ll>() as u32;
+    // SAFETY: the address is of the length given.
+    match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_frame_is_a_rarp_request_from_and_about_the_guest() {
+        let mac = [0x52, 0x54, 0, 1, 2, 3];
+        let frame = super::frame(&mac);
+        assert_eq!(frame[..14], [255, 255, 255, 255, 255, 255, 0x52, 0x54, 0, 1, 2, 3, 0x80, 0x35]);
+        assert_eq!(frame[14..22], [0, 1, 8, 0, 6, 4, 0, 3]);
+        assert_eq!((&frame[22..28], &frame[32..38]), (&mac[..], &mac[..]));
+    }
+}

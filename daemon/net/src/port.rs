@@ -1,0 +1,147 @@
+//! Network ports lent to migration: where lanes are awaited, and how they are opened.
+
+pub mod congestion;
+mod door;
+mod rendezvous;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use memlane_kvm::descriptors::{is_exhaustion, told};
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, VERSIONS};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio_uring::net::TcpListener;
+
+use self::congestion::Congestion;
+use crate::config::PortConfig;
+
+pub use door::{Door, Place};
+pub use rendezvous::{ArrivedLane, LaneKind, Rendezvous, serve};
+
+/// Longest time for a lane to connect and greet.
+const CONNECT: Duration = Duration::from_secs(2);
+/// Connections that the kernel holds ready to be accepted: a crowd must not keep a lane waiting for its
+/// second try.
+const BACKLOG: i32 = 1024;
+
+/// Bytes that lanes have sent and received on each port since the daemon started.
+#[derive(Default)]
+pub struct Traffic {
+    ports: RefCell<HashMap<Label, (u64, u64)>>,
+}
+
+impl Traffic {
+    /// Lanes have carried more.
+    pub fn add(&self, port: &Label, sent: u64, received: u64) {
+        let mut ports = self.ports.borrow_mut();
+        let totals = ports.entry(port.clone()).or_default();
+        (totals.0, totals.1) = (totals.0 + sent, totals.1 + received);
+    }
+
+    /// What a port has sent and received.
+    pub fn of(&self, port: &Label) -> (u64, u64) {
+        self.ports.borrow().get(port).copied().unwrap_or_default()
+    }
+}
+
+/// Binds a listener, if need be as soon as a daemon that was killed has let go of the address:
+/// the kernel closes the sockets that an io_uring waits for a moment after the process's end.
+pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    const LOOK: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                tokio::time::sleep(LOOK).await;
+            }
+            bound => return bound,
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from_std(socket.into()))
+}
+
+/// A lane's or a probe's connection from a port of this host to one of another.
+pub struct Opened {
+    /// The connection.
+    pub socket: OwnedFd,
+    /// This end.
+    pub local: SocketAddr,
+    /// Time that a greeting and its answer took.
+    pub round_trip: Duration,
+}
+
+/// Connects from `port` to `remote` and greets. Blocks for a few seconds at the most.
+pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpose) -> Result<Opened, String> {
+    let failed = |doing: &str| {
+        let place = format!("from port {} ({}) to {remote}", port.name, port.address);
+        let doing = doing.to_owned();
+        move |error: io::Error| format!("cannot {doing} {place}: {}", told(error))
+    };
+    let socket =
+        Socket::new(Domain::for_address(remote), Type::STREAM, None).map_err(failed("open a socket"))?;
+    if let Some(interface) = &port.interface {
+        socket.bind_device(Some(interface.as_bytes())).map_err(failed("use the interface"))?;
+    }
+    let congestion = Congestion::choose(&socket, port.congestion_control.as_deref())
+        .map_err(failed("use the congestion control that is configured"))?;
+    socket.bind(&SockAddr::from(SocketAddr::new(port.address, 0))).map_err(failed("bind"))?;
+    socket.connect_timeout(&remote.into(), CONNECT).map_err(failed("connect"))?;
+    congestion.settle(&socket);
+    socket.set_tcp_nodelay(true).map_err(failed("prepare a connection"))?;
+    let (oldest, newest) = VERSIONS;
+    let hello = Hello { oldest, newest, host: host.clone(), purpose };
+    let mut stream = StdStream::from(socket);
+    let greeted = Instant::now();
+    let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
+    let round_trip = greeted.elapsed();
+    if let Answer::Refused { reason } = answer {
+        return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
+    }
+    let local = stream.local_addr().map_err(failed("look at a connection"))?;
+    Ok(Opened { socket: stream.into(), local, round_trip })
+}
+
+fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
+    let broken = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    stream.set_read_timeout(Some(CONNECT))?;
+    stream.set_write_timeout(Some(CONNECT))?;
+    stream.write_all(&hello.encode())?;
+    let mut bytes = vec![0; ANSWER_BYTES];
+    stream.read_exact(&mut bytes)?;
+    let text = Answer::text_bytes(&bytes).map_err(broken)?;
+    bytes.resize(ANSWER_BYTES + text, 0);
+    stream.read_exact(&mut bytes[ANSWER_BYTES..])?;
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
+    Answer::decode(&bytes).map_err(broken)
+}
+
+/// Whether this host holds `address`; an error says why that cannot be told.
+pub fn holds(address: IpAddr) -> io::Result<bool> {
+    match std::net::UdpSocket::bind((address, 0)) {
+        Ok(_) => Ok(true),
+        Err(error) if is_exhaustion(&error) => Err(told(error)),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Whether an interface has a carrier, and the speed that it reports in bits per second.
+pub fn interface_state(interface: &str) -> (bool, Option<u64>) {
+    let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{interface}/{file}")).ok();
+    let up = read("carrier").is_some_and(|carrier| carrier.trim() == "1");
+    let megabits: Option<u64> = read("speed").and_then(|speed| speed.trim().parse().ok());
+    (up, megabits.map(|megabits| megabits * 1_000_000))
+}

@@ -1,0 +1,120 @@
+//! Names, kinds, units and help texts of all metrics.
+
+use metrics::Unit;
+
+pub const GUESTS: &str = "memlane_guests";
+pub const MIGRATIONS_ACTIVE: &str = "memlane_migrations_active";
+pub const MIGRATIONS: &str = "memlane_migrations_total";
+pub const REFUSALS: &str = "memlane_preflight_refusals_total";
+pub const BYTES_SENT: &str = "memlane_bytes_sent_total";
+pub const BYTES_RECEIVED: &str = "memlane_bytes_received_total";
+pub const ZERO_COPY_BYTES: &str = "memlane_zero_copy_bytes_total";
+pub const COPIED_BYTES: &str = "memlane_copied_bytes_total";
+pub const UNCOMPRESSED_BYTES: &str = "memlane_uncompressed_bytes_total";
+pub const COMPRESSED_BYTES: &str = "memlane_compressed_bytes_total";
+pub const BANDWIDTH: &str = "memlane_bandwidth_bytes_per_second";
+pub const LANES_LOST: &str = "memlane_lanes_lost_total";
+pub const LANES_REOPENED: &str = "memlane_lanes_reopened_total";
+pub const PAGES_SENT: &str = "memlane_pages_sent_total";
+pub const DIRTY_PAGES: &str = "memlane_dirty_pages_total";
+pub const ROUND: &str = "memlane_round_seconds";
+pub const TRACKING_START: &str = "memlane_tracking_start_seconds";
+pub const DOWNTIME: &str = "memlane_downtime_seconds";
+pub const DOWNTIME_PREDICTED: &str = "memlane_downtime_predicted_seconds";
+pub const DOWNTIME_ERROR: &str = "memlane_downtime_prediction_error_seconds";
+pub const STUN_SWITCH: &str = "memlane_stun_switch_seconds";
+pub const STUN_SECONDS: &str = "memlane_stun_seconds_total";
+pub const STUN_RELEASED: &str = "memlane_stun_released_pages_total";
+pub const MISSING_PAGES: &str = "memlane_postcopy_missing_pages";
+pub const FAULTS: &str = "memlane_postcopy_faults_total";
+pub const FETCHED_PAGES: &str = "memlane_postcopy_pages_total";
+pub const FAULT: &str = "memlane_postcopy_fault_seconds";
+pub const FAULT_ASK: &str = "memlane_postcopy_fault_ask_seconds";
+pub const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds";
+pub const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
+pub const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
+pub const ANNOUNCEMENTS: &str = "memlane_announcements_total";
+
+/// Kinds of metrics.
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// With its buckets.
+    Histogram(&'static [f64]),
+}
+
+impl Kind {
+    /// What Prometheus calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// Of a pause, of what happens within one, and of the start of tracking.
+pub const SHORT: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0, 2.5, 10.0,
+];
+/// Of a round: up to a terabyte on a slow network.
+pub const LONG: &[f64] =
+    &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0];
+/// Of a page on its way over a network, in about equal ratios (the series E6 of IEC 60063): a quantile is told within a
+/// fifth.
+pub const WIRE: &[f64] = &[
+    0.000_01, 0.000_015, 0.000_022, 0.000_033, 0.000_047, 0.000_068, 0.0001, 0.000_15, 0.000_22, 0.000_33,
+    0.000_47, 0.000_68, 0.001, 0.0015, 0.0022, 0.0033, 0.0047, 0.0068, 0.01, 0.015, 0.022, 0.033, 0.047,
+    0.068, 0.1, 0.22, 0.47, 1.0, 2.2, 4.7, 10.0,
+];
+/// Of a write to disk.
+pub const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
+
+/// All metrics: name, kind, unit and help text.
+pub const ALL: [(&str, Kind, Unit, &str); 32] = [
+    (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
+    (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
+    (MIGRATIONS, Kind::Counter, Unit::Count, "Migrations that ended, counted at their source, by outcome."),
+    (REFUSALS, Kind::Counter, Unit::Count, "Orders that the preflight refused, by reason."),
+    (BYTES_SENT, Kind::Counter, Unit::Bytes, "Bytes that lanes sent, by port."),
+    (BYTES_RECEIVED, Kind::Counter, Unit::Bytes, "Bytes that lanes received, by port."),
+    (ZERO_COPY_BYTES, Kind::Counter, Unit::Bytes, "Bytes sent straight from guest memory, by port."),
+    (COPIED_BYTES, Kind::Counter, Unit::Bytes, "Bytes that the kernel copied to send them, by port."),
+    (UNCOMPRESSED_BYTES, Kind::Counter, Unit::Bytes, "Bytes of pages that lanes compressed, by port."),
+    (COMPRESSED_BYTES, Kind::Counter, Unit::Bytes, "Bytes that these became, by port."),
+    (BANDWIDTH, Kind::Gauge, Unit::Bytes, "What lanes deliver, measured lately, by port."),
+    (LANES_LOST, Kind::Counter, Unit::Count, "Lanes that were lost while they sent, by port."),
+    (LANES_REOPENED, Kind::Counter, Unit::Count, "Lanes that came in the place of lost ones, by port."),
+    (PAGES_SENT, Kind::Counter, Unit::Count, "Pages sent, by kind: data, zero, hole."),
+    (DIRTY_PAGES, Kind::Counter, Unit::Count, "Pages that guests wrote while a round was sent."),
+    (ROUND, Kind::Histogram(LONG), Unit::Seconds, "Length of rounds of pre-copy."),
+    (TRACKING_START, Kind::Histogram(SHORT), Unit::Seconds, "Time to begin to track a guest's writes."),
+    (DOWNTIME, Kind::Histogram(SHORT), Unit::Seconds, "Downtime: how long guests stood still."),
+    (DOWNTIME_PREDICTED, Kind::Histogram(SHORT), Unit::Seconds, "Downtime as predicted at switchover."),
+    (DOWNTIME_ERROR, Kind::Histogram(SHORT), Unit::Seconds, "How far downtime and prediction lay apart."),
+    (
+        STUN_SWITCH,
+        Kind::Histogram(SHORT),
+        Unit::Seconds,
+        "How long it took until a guest's writes were held to a rate.",
+    ),
+    (STUN_SECONDS, Kind::Counter, Unit::Seconds, "Time for which guests' writes were held to a rate."),
+    (STUN_RELEASED, Kind::Counter, Unit::Count, "Pages that guests were let write in that time."),
+    (MISSING_PAGES, Kind::Gauge, Unit::Count, "Pages that guests in post-copy still miss here."),
+    (FAULTS, Kind::Counter, Unit::Count, "Accesses to missing pages that had to wait."),
+    (
+        FETCHED_PAGES,
+        Kind::Counter,
+        Unit::Count,
+        "Missing pages that came, by: fault, or stream (nobody waited).",
+    ),
+    (FAULT, Kind::Histogram(WIRE), Unit::Seconds, "From an access to a missing page until it was placed."),
+    (FAULT_ASK, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the page was asked for."),
+    (FAULT_TRANSFER, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the answer was there."),
+    (FAULT_PLACE, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the page was in place."),
+    (JOURNAL_SYNC, Kind::Histogram(DISK), Unit::Seconds, "Time to write the journal to disk."),
+    (ANNOUNCEMENTS, Kind::Counter, Unit::Count, "Announcements (RARP) sent for guests that arrived."),
+];

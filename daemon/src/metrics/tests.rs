@@ -1,0 +1,170 @@
+//! What is recorded is rendered, under names that are described.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use memlane_migrate::progress::{Lane, Postcopy};
+use memlane_protocol::wire::Label;
+use metrics::Unit;
+
+use super::*;
+
+/// A migration that sends over port a, with lanes of these rates.
+fn source(rates: &[f64]) -> Progress {
+    let lane = |rate: &f64| Lane { port: "a".into(), bytes_per_second: *rate, ..Lane::default() };
+    let lanes = rates.iter().map(lane).collect();
+    Progress { lanes, ..Progress::new("1", "web1", "host-b") }
+}
+
+/// One that has ended.
+fn ended() -> Progress {
+    Progress { outcome: Some(Outcome::Lost), postcopy: destination(1000).postcopy, ..source(&[7.0]) }
+}
+
+/// One whose guest misses so many pages here.
+fn destination(remaining_pages: u64) -> Progress {
+    let postcopy = Some(Postcopy { remaining_pages, ..Postcopy::default() });
+    Progress { role: Role::Destination, postcopy, ..source(&[]) }
+}
+
+/// Runs on a recorder of this thread's own and gives what it renders.
+fn rendered(record: impl FnOnce()) -> String {
+    let recorder = recorder();
+    metrics::with_local_recorder(&recorder, || {
+        describe();
+        record();
+    });
+    recorder.handle().render()
+}
+
+type ByName<'t, T> = BTreeMap<&'t str, T>;
+
+/// Prometheus' text format, as far as it is used: kinds and helps by name, values by series.
+fn parse(text: &str) -> (ByName<'_, &str>, ByName<'_, &str>, ByName<'_, f64>) {
+    let (mut kinds, mut helps, mut samples) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let is_name = |name: &str| {
+        !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || matches!(c, '_' | '0'..='9'))
+    };
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let words: Vec<&str> = line.splitn(4, ' ').collect();
+        if let ["#", what, name, rest] = words[..] {
+            assert!(is_name(name), "{line}");
+            let seen = if what == "TYPE" { kinds.insert(name, rest) } else { helps.insert(name, rest) };
+            assert_eq!(seen, None, "{line}");
+            continue;
+        }
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        let name = series.split('{').next().unwrap();
+        assert!(is_name(name), "{line}");
+        if let Some(labels) = series.strip_prefix(name).filter(|labels| !labels.is_empty()) {
+            let labels = labels.strip_prefix('{').unwrap().strip_suffix('}').unwrap();
+            for label in labels.split(',') {
+                let (name, value) = label.split_once('=').unwrap();
+                assert!(is_name(name) && value.starts_with('"') && value.ends_with('"'), "{line}");
+            }
+        }
+        assert_eq!(samples.insert(series, value.parse().unwrap()), None, "{line}");
+    }
+    (kinds, helps, samples)
+}
+
+#[test]
+fn all_names_are_described_and_rendered() {
+    let text = rendered(|| {
+        port("a");
+        Metrics.measured(Measurement::Refused("memory"));
+    });
+    let (kinds, helps, samples) = parse(&text);
+    let names: BTreeSet<&str> = ALL.iter().map(|(name, ..)| *name).collect();
+    assert_eq!(names.len(), ALL.len());
+    assert_eq!(names, kinds.keys().copied().collect());
+    assert_eq!(names, helps.keys().copied().collect());
+    for (name, kind, unit, help) in ALL {
+        assert_eq!((kinds[name], helps[name]), (kind.name(), help));
+        assert_eq!(matches!(kind, Kind::Counter), name.ends_with("_total"), "{name}");
+        assert!(name.starts_with("memlane_"), "{name}");
+        let unit_named = match unit {
+            Unit::Seconds => name.trim_end_matches("_total").ends_with("_seconds"),
+            Unit::Bytes => name.contains("_bytes"),
+            _ => true,
+        };
+        assert!(unit_named, "{name}");
+        assert!(samples.keys().any(|series| series.starts_with(name)), "{name} has no sample");
+    }
+}
+
+#[test]
+fn what_is_recorded_is_rendered() {
+    let text = rendered(|| {
+        let name: Label = "a".parse().unwrap();
+        port("a");
+        let mut carried =
+            Totals { wire_bytes: 1001, zero_copy_bytes: 600, copied_bytes: 400, ..Totals::default() };
+        (carried.uncompressed_bytes, carried.compressed_bytes, carried.zero_pages) = (300, 100, 7);
+        let measured = |measurement| Metrics.measured(measurement);
+        measured(Measurement::Carried { port: &name, sending: true, fresh: carried });
+        measured(Measurement::Carried {
+            port: &name,
+            sending: false,
+            fresh: Totals { wire_bytes: 5, ..Totals::default() },
+        });
+        now(2, &[source(&[1e9, 2.5e8]), source(&[]), ended(), destination(4), destination(5)], ["a", "b"]);
+        measured(Measurement::Ended(Outcome::Completed));
+        measured(Measurement::Refused("memory"));
+        measured(Measurement::Iteration { took: Duration::from_secs(2), dirtied_pages: 30 });
+        measured(Measurement::TrackingStarted(Duration::from_millis(2)));
+        let (actual, predicted) = (Duration::from_millis(12), Duration::from_millis(9));
+        measured(Measurement::Downtime { actual, predicted });
+        journal_synced(Duration::from_micros(300));
+        (0..5).for_each(|_| Metrics.announced()());
+        measured(Measurement::StunBegan(Duration::from_millis(30)));
+        let report = StunReport { in_force: Duration::from_secs(2), released_pages: 9, target_pages: 9.0 };
+        Metrics.measured(Measurement::Stunned { before: &StunReport::default(), now: &report });
+        let before = FetchReport { pages_streamed: 1, ..FetchReport::default() };
+        let report = FetchReport { faults: 3, pages_fetched: 3, pages_streamed: 8, ..FetchReport::default() };
+        Metrics.measured(Measurement::Fetched { before: &before, now: &report });
+        Metrics.waited(Duration::from_micros(80));
+        Metrics.took(Leg::Transfer, Duration::from_micros(60));
+    });
+    let (_, _, samples) = parse(&text);
+    for (series, value) in [
+        ("memlane_bytes_sent_total{port=\"a\"}", 1001.0),
+        ("memlane_bytes_received_total{port=\"a\"}", 5.0),
+        ("memlane_zero_copy_bytes_total{port=\"a\"}", 600.0),
+        ("memlane_copied_bytes_total{port=\"a\"}", 400.0),
+        ("memlane_uncompressed_bytes_total{port=\"a\"}", 300.0),
+        ("memlane_compressed_bytes_total{port=\"a\"}", 100.0),
+        // Of two migrations at once, and of one that has ended.
+        ("memlane_bandwidth_bytes_per_second{port=\"a\"}", 1.25e9),
+        ("memlane_bandwidth_bytes_per_second{port=\"b\"}", 0.0),
+        ("memlane_guests", 2.0),
+        ("memlane_migrations_active", 4.0),
+        ("memlane_migrations_total{outcome=\"completed\"}", 1.0),
+        ("memlane_migrations_total{outcome=\"failed\"}", 0.0),
+        ("memlane_preflight_refusals_total{reason=\"memory\"}", 1.0),
+        ("memlane_pages_sent_total{kind=\"zero\"}", 7.0),
+        ("memlane_dirty_pages_total", 30.0),
+        ("memlane_round_seconds_sum", 2.0),
+        ("memlane_tracking_start_seconds_count", 1.0),
+        ("memlane_downtime_seconds_bucket{le=\"0.01\"}", 0.0),
+        ("memlane_downtime_seconds_bucket{le=\"0.02\"}", 1.0),
+        ("memlane_downtime_predicted_seconds_sum", 0.009),
+        ("memlane_downtime_prediction_error_seconds_sum", 0.003),
+        ("memlane_journal_sync_seconds_count", 1.0),
+        ("memlane_announcements_total", 5.0),
+        ("memlane_stun_switch_seconds_sum", 0.03),
+        ("memlane_stun_seconds_total", 2.0),
+        ("memlane_stun_released_pages_total", 9.0),
+        ("memlane_postcopy_missing_pages", 9.0),
+        ("memlane_postcopy_faults_total", 3.0),
+        ("memlane_postcopy_pages_total{by=\"stream\"}", 7.0),
+        ("memlane_postcopy_fault_seconds_bucket{le=\"0.0001\"}", 1.0),
+        ("memlane_postcopy_fault_transfer_seconds_count", 1.0),
+    ] {
+        assert_eq!(samples.get(series), Some(&value), "{series}\n{text}");
+    }
+}
+
+#[test]
+fn a_program_without_install_renders_nothing() {
+    assert_eq!(INSTALLED.get().is_none(), render().is_empty());
+}
