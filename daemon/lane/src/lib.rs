@@ -217,8 +217,18 @@ impl Outbound {
         self.roster.take()
     }
 
-    /// Tells the lanes that there are pages to claim: about `pages` of them.
-    pub fn wake(&self, pages: u64) {
+    /// Tells the lanes that there are pages to claim, unless they are [held](Self::hold).
+    pub fn publish(&self) {
+        self.publish_ahead(0);
+    }
+
+    /// Tells the lanes that there are pages to claim, and that so many may follow soon: lanes make larger frames where
+    /// much is to come.
+    pub fn publish_ahead(&self, to_come: u64) {
+        if self.is_held() {
+            return;
+        }
+        let pages = self.dirty.count() + to_come;
         const SMALLEST: u64 = 64 << 10;
         let share = pages * PAGE_SIZE / (2 * self.roster.len().max(1) as u64);
         self.frame_bytes.store(share.clamp(SMALLEST, self.largest_frame), Ordering::Relaxed);
@@ -312,7 +322,7 @@ impl Outbound {
         }
         drop(whole);
         self.settle(frames.len() as u64);
-        self.wake(self.dirty.count());
+        self.publish();
     }
 
     /// Keeps the frames of a lane that has ended until they are taken back.

@@ -58,8 +58,8 @@ pub struct Arrivals {
     pub words: mpsc::Receiver<Word>,
     /// See [`Ticket::returns`].
     pub returns: mpsc::Receiver<Returned>,
-    /// See [`Ticket::links`].
-    pub links: mpsc::Receiver<Link>,
+    /// See [`Ticket::links`]; only a destination listens to it.
+    pub links: Option<mpsc::Receiver<Link>>,
     /// See [`Ticket::resolutions`].
     pub resolutions: mpsc::Receiver<Resolution>,
 }
@@ -115,7 +115,7 @@ impl Ticket {
             started: Instant::now(),
             observer: context.observer.clone(),
         };
-        let (words, returns, links, resolutions) = (words_arriving, returning, linking, resolving);
+        let (words, returns, links, resolutions) = (words_arriving, returning, Some(linking), resolving);
         (Rc::new(ticket), Arrivals { words, returns, links, resolutions })
     }
 

@@ -17,9 +17,9 @@ use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
-use super::lanes::LaneEnd;
-use super::routes::{Route, Routes};
 use crate::context::Context;
+use crate::lanes::LaneEnd;
+use crate::routes::{Route, Routes};
 
 pub use findings::{Estimate, Finding, PortCheck, Severity};
 pub use receive::{receive, release};

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use memlane_protocol::wire::control::FetchReport;
+
 /// One migration, under way or ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
@@ -283,6 +285,25 @@ impl Progress {
             save_seconds: None,
             load_seconds: None,
         }
+    }
+}
+
+impl Postcopy {
+    /// Takes over what the destination tells, unless something later was heard over another connection.
+    pub fn report(&mut self, report: &FetchReport) {
+        let placed = report.pages_fetched.saturating_add(report.pages_streamed);
+        if placed < self.pages_fetched.saturating_add(self.pages_streamed) {
+            return;
+        }
+        let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1e3;
+        self.faults = report.faults;
+        self.fault_p50_us = microseconds(report.fault_p50_nanoseconds);
+        self.fault_p99_us = microseconds(report.fault_p99_nanoseconds);
+        self.fault_max_us = microseconds(report.fault_max_nanoseconds);
+        self.pages_fetched = report.pages_fetched;
+        self.pages_streamed = report.pages_streamed;
+        self.remaining_pages = report.remaining_pages;
+        self.seconds = report.nanoseconds as f64 / 1e9;
     }
 }
 

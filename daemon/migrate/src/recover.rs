@@ -1,5 +1,8 @@
 //! Taking up migrations that were in doubt when the daemon went away.
 
+use std::convert::Infallible;
+use std::future::pending;
+use std::marker::PhantomData;
 use std::rc::Rc;
 
 use memlane_api::ids;
@@ -10,18 +13,21 @@ use memlane_protocol::handover::{Action, Destination, Event, Outcome, Record, So
 use memlane_protocol::wire::attach::{Bond, Standing};
 use tracing::{error, info, warn};
 
-use super::destination;
-use super::executor::{Executor, Half, NEVER_WHOLE, TICK, Vmm, until, vmm_news};
-use super::serve::{Server, Serving};
 use crate::context::Context;
-use crate::handle::{Arrivals, Ticket};
-use crate::progress::{Outcome as OutcomeView, Phase, Role};
+use crate::destination;
+use crate::drive::{News, Role, Session, drive};
+use crate::effects::{Effects, NEVER_WHOLE};
+use crate::handle::Ticket;
+use crate::machine::Machine;
+use crate::progress::{Outcome as OutcomeView, Phase, Role as RoleView};
+use crate::source::serve::{Server, Serving};
+use crate::vmm::Vmm;
 
 /// Takes up everything that the journal held when the daemon started.
 pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
     for entry in unfinished {
         let record = entry.record;
-        let role = if record.is_of_source() { Role::Source } else { Role::Destination };
+        let role = if record.is_of_source() { RoleView::Source } else { RoleView::Destination };
         info!(guest = %entry.guest, peer = %entry.peer, %record, "taking up a migration that was in doubt");
         let vmm = Vmm::Away(Rc::new(Process::remembered(entry.vmm)));
         take_up(context, vmm, entry, Some(record), role);
@@ -32,7 +38,8 @@ pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
 /// its migration: the other host, which the VMM names, is asked.
 pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     let bond = guest.bond.borrow().clone();
-    let role = if guest.standing.get() == Standing::Relinquished { Role::Source } else { Role::Destination };
+    let role =
+        if guest.standing.get() == Standing::Relinquished { RoleView::Source } else { RoleView::Destination };
     let Some(bond) = bond else { return unbound(&context, guest, role).await };
     let name = &guest.shape.name;
     let (peer, migration) = (&bond.peer, ids::encode(&bond.migration));
@@ -40,15 +47,16 @@ pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
         guest = %name, %peer, migration, ?role,
         "a VMM waits for word of a migration of which the journal knows nothing; the other host is asked"
     );
-    let entry = entry(&guest, bond, if role == Role::Source { Record::Leaving } else { Record::Prepared });
+    let entry =
+        entry(&guest, bond, if role == RoleView::Source { Record::Leaving } else { Record::Prepared });
     take_up(&context, Vmm::Attached(guest), entry, None, role);
 }
 
 /// The VMM is a QEMU that was paused and not relinquished, or has loaded a guest and not been prepared:
 /// nothing was promised about either.
-async fn unbound(context: &Rc<Context>, guest: Rc<Guest>, role: Role) {
+async fn unbound(context: &Rc<Context>, guest: Rc<Guest>, role: RoleView) {
     info!(guest = %guest.shape.name, ?role, "a VMM is back from a migration that came to nothing");
-    if role == Role::Destination {
+    if role == RoleView::Destination {
         if let Err(failure) = guest.driver.discard().await {
             warn!(guest = %guest.shape.name, %failure, "cannot end a VMM whose guest does not come any more");
         }
@@ -66,7 +74,7 @@ fn entry(guest: &Guest, bond: Bond, record: Record) -> Entry {
 }
 
 /// Makes the migration known at once, and works on it in a task of its own.
-fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>, role: Role) {
+fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>, role: RoleView) {
     let claim = match &vmm {
         Vmm::Attached(guest) => guest.claim(entry.migration),
         _ => None,
@@ -80,21 +88,21 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
     });
     context.migrations.add(ticket.clone());
     let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
-    let mut executor = Executor::new(context.clone(), entry, vmm, claim, (None, (ticket.clone(), arrivals)));
+    let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (ticket.clone(), arrivals)));
     task::spawn("recovery of a migration", async move {
         let reason = match role {
-            Role::Source => match Source::recover(record) {
-                Ok((half, actions)) => drive(executor, half, actions).await,
+            RoleView::Source => match Source::recover(record) {
+                Ok((machine, actions)) => settle(effects, machine, actions).await,
                 Err(error) => give_up(&ticket, error),
             },
-            Role::Destination => match Destination::recover(record) {
-                Ok((mut half, _)) if lacks_pages => {
+            RoleView::Destination => match Destination::recover(record) {
+                Ok((mut machine, _)) if lacks_pages => {
                     // It never ran here, and can never be whole: nothing is left to ask.
-                    executor.blame(NEVER_WHOLE);
-                    let actions = half.on(Event::ResumeFailed);
-                    drive(executor, half, actions).await
+                    effects.blame(NEVER_WHOLE);
+                    let actions = machine.on(Event::ResumeFailed);
+                    settle(effects, machine, actions).await
                 }
-                Ok((half, actions)) => drive(executor, half, actions).await,
+                Ok((machine, actions)) => settle(effects, machine, actions).await,
                 Err(error) => give_up(&ticket, error),
             },
         };
@@ -109,71 +117,75 @@ fn give_up(ticket: &Ticket, failure: WrongRecord) -> Option<String> {
     Some(failure.to_string())
 }
 
-async fn drive<H: Half>(mut executor: Executor, mut half: H, actions: Vec<Action>) -> Option<String> {
-    let mut left = executor.carry_out(&mut half, actions).await;
-    if let Some(event) = executor.told_at_once() {
-        let actions = half.on(event);
-        left.extend(executor.carry_out(&mut half, actions).await);
-    }
-    let (mut serve, mut serving) = (false, None);
-    loop {
-        for action in left.drain(..) {
-            match action {
-                Action::Serve => serve = true,
-                Action::Report(outcome) => {
-                    (serve, serving) = (false, None);
-                    report(&mut executor, outcome);
-                }
-                _ => {}
-            }
-        }
-        if half.is_over() && !executor.owes_discard() {
-            break;
-        }
-        if serve && serving.is_none() {
-            serving = begin_to_serve(&executor);
-        }
-        if serve && serving.is_none() && matches!(executor.vmm, Vmm::Ended) {
-            serve = false;
-            executor
+/// A migration that was taken up after a restart. There is nothing to copy any more: only who owns the guest is to be
+/// settled, and what is missing elsewhere to be served.
+struct RecoveryRole<M> {
+    /// The guest runs at the destination without all of its memory.
+    serve: bool,
+    serving: Option<Serving>,
+    machine: PhantomData<M>,
+}
+
+impl<M: Machine> Role for RecoveryRole<M> {
+    type Machine = M;
+
+    async fn next_event(&mut self, session: &mut Session<M>) -> Option<Event> {
+        if self.serve && self.serving.is_none() && matches!(session.effects.vmm, Vmm::Ended) {
+            self.serve = false;
+            session
+                .effects
                 .blame("the VMM that had the guest's memory is gone, and part of it had not been fetched");
-            let actions = half.on(Event::Abandoned);
-            left = executor.carry_out(&mut half, actions).await;
-            continue;
+            return Some(Event::Abandoned);
         }
-        executor.ticket.abandonable.set(half.can_abandon());
-        executor.show_doubt(&half);
-        let mut abandoned = executor.ticket.abandoned.subscribe();
-        let patience_ends = executor.patience_ends();
-        let Arrivals { words, returns, resolutions, .. } = &mut executor.arrivals;
-        let event = tokio::select! {
-            Some(word) = words.recv() => {
-                executor.reply = Some(word.reply);
-                Some(Event::Message(word.message))
-            }
-            Some(resolution) = resolutions.recv() => Some(executor.note_resolution(resolution)),
-            news = vmm_news(&executor.vmm, returns) => executor.note_vmm(news).await,
-            Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if half.can_abandon() => {
-                executor.blame("abandoned by the operator: the destination is gone for good");
+        match session.news(pending::<Infallible>()).await {
+            News::Event(event) => event,
+            News::Abandoned => {
+                session.effects.blame("abandoned by the operator: the destination is gone for good");
                 Some(Event::Abandoned)
             }
-            () = until(patience_ends) => executor.lose_patience(),
-            () = tokio::time::sleep(TICK) => Some(executor.tick(&half)),
-        };
-        if let Some(event) = event {
-            let actions = half.on(event);
-            left = executor.carry_out(&mut half, actions).await;
+            News::Moment => Some(session.tick()),
+            // It has no connection of its own, and cannot be cancelled.
+            News::Message(_) | News::Cancelled => None,
+            News::Own(never) => match never {},
         }
     }
-    executor.release();
-    executor.reason.take()
+
+    async fn begin(&mut self, session: &mut Session<M>, action: Action) {
+        match action {
+            Action::Serve => self.serve = true,
+            Action::Report(outcome) => {
+                (self.serve, self.serving) = (false, None);
+                report(&mut session.effects, outcome);
+            }
+            _ => {}
+        }
+    }
+
+    fn show(&mut self, session: &mut Session<M>) {
+        if self.serve && self.serving.is_none() {
+            self.serving = begin_to_serve(&session.effects);
+        }
+        session.effects.ticket.abandonable.set(session.machine.can_abandon());
+    }
+
+    fn is_done(&self, session: &Session<M>) -> bool {
+        session.machine.is_over() && !session.effects.owes_discard()
+    }
+}
+
+/// Settles a migration, which begins with `actions`; returns why it went as it did.
+async fn settle<M: Machine>(mut effects: Effects, machine: M, actions: Vec<Action>) -> Option<String> {
+    let told = effects.told_at_once();
+    let role = RecoveryRole { serve: false, serving: None, machine: PhantomData };
+    let mut session = drive(role, Session { machine, effects }, actions, told).await;
+    session.effects.reason.take()
 }
 
 /// Serves a guest that runs at the destination without all of its memory, as soon as the VMM that
 /// has that memory is here.
-fn begin_to_serve(executor: &Executor) -> Option<Serving> {
-    let guest = executor.guest()?;
-    let (context, ticket) = (executor.context.clone(), executor.ticket.clone());
+fn begin_to_serve(effects: &Effects) -> Option<Serving> {
+    let guest = effects.guest()?;
+    let (context, ticket) = (effects.context.clone(), effects.ticket.clone());
     ticket.update(|progress| {
         progress.phase = Phase::Fetching;
         progress.guest_runs_at = Some(ticket.peer.to_string());
@@ -183,35 +195,35 @@ fn begin_to_serve(executor: &Executor) -> Option<Serving> {
     Some(Serving::again(Server { context, ticket, ram: guest.ram.clone(), sparse: true }))
 }
 
-fn report(executor: &mut Executor, outcome: Outcome) {
-    let ticket = executor.ticket.clone();
-    let (here, there) = (executor.context.name().to_string(), ticket.peer.to_string());
+fn report(effects: &mut Effects, outcome: Outcome) {
+    let ticket = effects.ticket.clone();
+    let (here, there) = (effects.context.name().to_string(), ticket.peer.to_string());
     let role = ticket.progress.borrow().role;
     let runs_here = match (role, outcome) {
         (_, Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp) => None,
         // It is the source's again, which may not have heard of that.
-        (Role::Destination, Outcome::TakenBack) => None,
-        (Role::Source, Outcome::Completed) => Some(false),
-        (Role::Source, _) => Some(true),
-        (Role::Destination, Outcome::Completed) => Some(true),
-        (Role::Destination, _) => Some(false),
+        (RoleView::Destination, Outcome::TakenBack) => None,
+        (RoleView::Source, Outcome::Completed) => Some(false),
+        (RoleView::Source, _) => Some(true),
+        (RoleView::Destination, Outcome::Completed) => Some(true),
+        (RoleView::Destination, _) => Some(false),
     };
     if runs_here == Some(true)
-        && let Some(guest) = executor.guest()
+        && let Some(guest) = effects.guest()
     {
         guest.standing.set(Standing::Running);
-        if role == Role::Destination {
-            destination::arrived(&executor.context, guest);
+        if role == RoleView::Destination {
+            destination::arrived(&effects.context, guest);
         }
-        executor.claim = None;
+        effects.claim = None;
     }
-    let reason = executor.reason.take();
+    let reason = effects.reason.take();
     info!(guest = %ticket.guest, %outcome, reason, "a migration in doubt is settled");
     let view = match outcome {
         Outcome::Completed => OutcomeView::Completed,
         Outcome::Lost => OutcomeView::Lost,
         // Its owner was this host.
-        Outcome::VmmGone if role == Role::Destination => OutcomeView::Lost,
+        Outcome::VmmGone if role == RoleView::Destination => OutcomeView::Lost,
         _ => OutcomeView::Failed,
     };
     ticket.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));

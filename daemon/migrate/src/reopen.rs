@@ -9,8 +9,8 @@ use memlane_net::task;
 use tokio::task::JoinSet;
 use tracing::{debug, info};
 
-use super::lanes::LaneEnd;
-use super::routes::{Route, Routes};
+use crate::lanes::LaneEnd;
+use crate::routes::{Route, Routes};
 
 /// How long a port is left alone when it has lost a lane.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -8,8 +8,8 @@ use memlane_net::port;
 use memlane_protocol::wire::control::Port;
 use memlane_protocol::wire::hello::{Purpose, Token};
 
-use super::lanes::LaneEnd;
 use crate::context::Context;
+use crate::lanes::LaneEnd;
 
 /// Streams over one pair of ports.
 const MOST_LANES: u16 = memlane_net::config::MAX_LANES as u16;

@@ -179,7 +179,7 @@ mod tests {
     fn actions_are_found_in_a_log() {
         let line = |guest, action| {
             format!(
-                "2026-11-29T04:35:21.250000Z DEBUG memlane_migrate::executor: handover guest={guest} action={action}\n"
+                "2026-11-29T04:35:21.250000Z DEBUG memlane_migrate::effects: handover guest={guest} action={action}\n"
             )
         };
         let log = [

@@ -17,7 +17,7 @@ use super::round::{Outcome, Round};
 use super::{Options, User};
 
 /// What the handover does is logged, and read by [`record`](super::record).
-const LOG: &str = "info,memlane_migrate::executor=debug";
+const LOG: &str = "info,memlane_migrate::effects=debug";
 /// What a port carries, in bits a second: a guest's memory takes about half a second.
 const PORT_RATE: u64 = 500_000_000;
 /// How long a word takes from one daemon to the other, where they are far from each other.

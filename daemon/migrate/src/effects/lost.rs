@@ -7,7 +7,8 @@ use memlane_protocol::handover::{Action, Event, Record};
 use memlane_protocol::wire::attach::Standing;
 use tracing::{error, warn};
 
-use super::{Executor, Vmm};
+use super::Effects;
+use crate::vmm::Vmm;
 
 /// Longest wait for a VMM that lives to attach again, before it is ended by force.
 const RETURN: Duration = Duration::from_secs(10);
@@ -15,7 +16,7 @@ const RETURN: Duration = Duration::from_secs(10);
 pub const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
      is not known any more; it was given back";
 
-impl Executor {
+impl Effects {
     /// Whether the guest lacks pages, and which was known to a daemon that is no more.
     pub(super) fn cannot_be_whole(&self) -> bool {
         self.entry.fetching && self.placing.is_none()

@@ -9,14 +9,14 @@ use memlane_protocol::handover::{Event, Message};
 use memlane_protocol::wire::control::Control;
 use tokio::sync::oneshot;
 
-use super::Executor;
+use super::Effects;
 use crate::context::Context;
 use crate::handle::Word;
 
 /// Longest wait for the answer to a word that is sent over a connection of its own.
 const ANSWER: Duration = Duration::from_secs(2);
 
-impl Executor {
+impl Effects {
     /// Sends a word where the other half will hear it: as the answer to its own, over the
     /// migration's connection, or over a new one, which then brings the answer.
     pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
@@ -67,8 +67,8 @@ impl Executor {
         let time = match message {
             // These carry more than a word, and were sent where they were made.
             Message::Offer | Message::Accept | Message::Refuse => return None,
-            Message::Ready => self.load_time,
-            Message::Running | Message::Fetching => self.resume_time,
+            Message::Ready => self.times.load,
+            Message::Running | Message::Fetching => self.times.resume,
             _ => Duration::ZERO,
         };
         Some(Control::Handover {

@@ -1,4 +1,4 @@
-//! Carries out what a half of the handover orders.
+//! What is done of what the handover decides: to the VMM, in the journal, and in words to the other host.
 
 mod deadline;
 mod doubt;
@@ -7,7 +7,6 @@ mod words;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,96 +15,25 @@ use memlane_guest::{Claim, DriverError, Guest, Process};
 use memlane_lane::Placing;
 use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
-use memlane_net::link::{Link, LinkError};
-use memlane_protocol::handover::{Action, Destination, Event, Message, Record, Source};
+use memlane_net::link::Link;
+use memlane_protocol::handover::{Action, Event, Message, Record};
 use memlane_protocol::wire::attach::Standing;
 use memlane_protocol::wire::control::Control;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
-use super::silence::Silence;
 use crate::context::Context;
 use crate::handle::{Arrivals, Returned, Ticket, unix_seconds};
+use crate::machine::Machine;
 use crate::progress::Role;
+use crate::silence::Silence;
+use crate::vmm::{Vmm, VmmNews};
 
 pub use deadline::Deadline;
 pub use lost::NEVER_WHOLE;
 
-/// How often what has not been answered is asked again.
-pub const TICK: Duration = Duration::from_secs(1);
-
-/// A half of the handover.
-pub trait Half {
-    /// Takes an event and says what to do.
-    fn on(&mut self, event: Event) -> Vec<Action>;
-    /// Whether nothing is left to do.
-    fn is_over(&self) -> bool;
-    /// Whether an operator may give up the guest's missing pages.
-    fn can_abandon(&self) -> bool;
-    /// Whether the guest is in doubt, so that an operator may decide.
-    fn can_resolve(&self) -> bool;
-}
-
-impl Half for Source {
-    fn on(&mut self, event: Event) -> Vec<Action> {
-        Source::on(self, event)
-    }
-
-    fn is_over(&self) -> bool {
-        Source::is_over(self)
-    }
-
-    fn can_abandon(&self) -> bool {
-        Source::can_abandon(self)
-    }
-
-    fn can_resolve(&self) -> bool {
-        Source::can_resolve(self)
-    }
-}
-
-impl Half for Destination {
-    fn on(&mut self, event: Event) -> Vec<Action> {
-        Destination::on(self, event)
-    }
-
-    fn is_over(&self) -> bool {
-        Destination::is_over(self)
-    }
-
-    fn can_abandon(&self) -> bool {
-        Destination::can_abandon(self)
-    }
-
-    fn can_resolve(&self) -> bool {
-        Destination::can_resolve(self)
-    }
-}
-
-/// The VMM, as far as it can be reached.
-pub enum Vmm {
-    /// It is attached.
-    Attached(Rc<Guest>),
-    /// Its connection is lost, but it lives, and will attach again.
-    Away(Rc<Process>),
-    /// Its process has ended.
-    Ended,
-    /// The half is done with it: it waits for another guest.
-    Released,
-}
-
-/// What happened to the VMM.
-pub enum VmmNews {
-    /// Its connection is lost.
-    Lost(Rc<Process>),
-    /// It attached again.
-    Back(Returned),
-    /// Its process has ended.
-    Ended,
-}
-
 /// What a half acts on: the guest here, the journal, and the other host.
-pub struct Executor {
+pub struct Effects {
     /// What every migration of this host works with.
     pub context: Rc<Context>,
     /// The migration, as the journal names it.
@@ -126,12 +54,8 @@ pub struct Executor {
     pub reason: Option<String>,
     /// The VMM was gone before there was a reason.
     gone: bool,
-    /// Time spent in making records durable.
-    pub journal_time: Duration,
-    /// Time that loading took, for the word that says so.
-    pub load_time: Duration,
-    /// Time that resuming took.
-    pub resume_time: Duration,
+    /// What of that took how long.
+    pub times: Times,
     /// What of the guest's memory is missing here.
     pub placing: Option<Arc<Placing>>,
     /// When the guest's pause must have come to the commit.
@@ -152,7 +76,18 @@ pub struct Executor {
     silence: Rc<Silence>,
 }
 
-impl Executor {
+/// How long effects took on this host.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Making records durable.
+    pub journal: Duration,
+    /// Loading the VMM's state.
+    pub load: Duration,
+    /// Letting the vCPUs run.
+    pub resume: Duration,
+}
+
+impl Effects {
     /// For a migration of the guest in `vmm`.
     pub fn new(
         context: Rc<Context>,
@@ -174,9 +109,7 @@ impl Executor {
             reply: None,
             reason: None,
             gone: false,
-            journal_time: Duration::ZERO,
-            load_time: Duration::ZERO,
-            resume_time: Duration::ZERO,
+            times: Times::default(),
             placing: None,
             commit_by: None,
             unanswered: None,
@@ -230,21 +163,11 @@ impl Executor {
         }
     }
 
-    /// What a moment that passed is for `half`: the end of all hope, if the guest has begun to run without all of
-    /// its memory and the rest is not there any more.
-    pub fn tick(&mut self, half: &impl Half) -> Event {
-        let lost = match self.guest() {
-            Some(guest) if half.can_abandon() => guest.ram.check().err(),
-            _ => None,
-        };
-        let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
-        match lost.map(|lost| lost.to_string()).or(broken) {
-            Some(reason) if half.can_abandon() => {
-                self.blame(reason);
-                Event::Abandoned
-            }
-            _ => Event::Tick,
-        }
+    /// Why the guest's memory here can never be whole, if that is so.
+    pub fn hopeless(&self) -> Option<String> {
+        let lost = self.guest().and_then(|guest| guest.ram.check().err());
+        let broken = || self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
+        lost.map(|lost| lost.to_string()).or_else(broken)
     }
 
     /// The migration is over: the guest is free for another.
@@ -268,9 +191,9 @@ impl Executor {
         self.reason.get_or_insert_with(|| reason.to_string());
     }
 
-    /// Does what `half` said, tells it what came of that, and so on until nothing is left to do.
+    /// Does what `machine` said, tells it what came of that, and so on until nothing is left to do.
     /// Returns what only the half's own task can do: copy, pause, serve and report.
-    pub async fn carry_out<H: Half>(&mut self, half: &mut H, actions: Vec<Action>) -> Vec<Action> {
+    pub async fn apply(&mut self, machine: &mut impl Machine, actions: Vec<Action>) -> Vec<Action> {
         let mut left = Vec::new();
         let mut actions = VecDeque::from(actions);
         while let Some(action) = actions.pop_front() {
@@ -279,7 +202,7 @@ impl Executor {
                 Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => left.push(action),
                 _ => {
                     if let Some(event) = self.perform(action).await {
-                        actions.extend(half.on(event));
+                        actions.extend(machine.on(event));
                     }
                 }
             }
@@ -294,7 +217,7 @@ impl Executor {
             Action::Journal(record) => {
                 let started = Instant::now();
                 let written = self.context.journal.write(&self.entry, record).await;
-                self.journal_time += started.elapsed();
+                self.times.journal += started.elapsed();
                 if let Err(failure) = written {
                     error!(guest = %self.entry.guest, %record, %failure, "cannot write to the journal");
                     self.blame(failure);
@@ -368,7 +291,7 @@ impl Executor {
             }
         }
         if action == Action::Resume {
-            self.resume_time = started.elapsed();
+            self.times.resume = started.elapsed();
             self.resumed = true;
             guest.standing.set(Standing::Running);
             if guest.tracked.take()
@@ -432,44 +355,5 @@ impl Executor {
         self.unanswered = Some(action);
         self.unanswered_since = Instant::now();
         None
-    }
-}
-
-/// What happens next to a VMM; to be awaited again and again. `returns` brings VMMs that have
-/// attached again.
-pub async fn vmm_news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
-    /// A process that ends closes its connections a little earlier.
-    const ENDING: Duration = Duration::from_millis(200);
-    match vmm {
-        Vmm::Attached(guest) => {
-            guest.driver.gone().await;
-            match tokio::time::timeout(ENDING, guest.process.ended()).await {
-                Ok(()) => VmmNews::Ended,
-                Err(_) => VmmNews::Lost(guest.process.clone()),
-            }
-        }
-        Vmm::Away(process) => {
-            tokio::select! {
-                Some(returned) = returns.recv() => VmmNews::Back(returned),
-                () = process.ended() => VmmNews::Ended,
-            }
-        }
-        Vmm::Ended | Vmm::Released => pending().await,
-    }
-}
-
-/// The next message of a link, while there is one.
-pub async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
-    match link {
-        Some(link) => link.receive().await,
-        None => pending().await,
-    }
-}
-
-/// Returns at this time, if there is one.
-pub async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => pending().await,
     }
 }

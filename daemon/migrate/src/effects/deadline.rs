@@ -6,7 +6,7 @@ use memlane_guest::{DriverError, Guest};
 use memlane_protocol::handover::Event;
 use tracing::warn;
 
-use super::Executor;
+use super::Effects;
 
 /// When the pause must have come to the commit, or end. What is begun then cannot be taken back: until the
 /// journal has answered nobody knows whose the guest is.
@@ -29,7 +29,7 @@ impl Deadline {
     }
 }
 
-impl Executor {
+impl Effects {
     /// Tells the VMM to relinquish the guest, for which it has what is left of the limit: an answer that comes
     /// later is of no use, as the record that follows would be late too.
     pub(super) async fn relinquish(&mut self, guest: &Guest) -> Result<Event, DriverError> {

@@ -1,15 +1,14 @@
-//! Round one: all of the guest's memory, armed piece by piece just ahead of the lanes.
+//! The first iteration: all of the guest's memory, write-protected piece by piece just ahead of the lanes.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use memlane_protocol::wire::control::MAX_RANGES;
 
-use super::copy::{CopyError, Copying};
-use crate::observer::Measurement;
+use super::error::CopyError;
+use super::precopy::Precopy;
 
 /// Pages armed at once, just ahead of the lanes: a VMM never protects much of its guest in
 /// one go.
@@ -20,11 +19,12 @@ const HOLE_PAGES: u64 = (64 << 30) / PAGE_SIZE;
 /// Armed pages that wait for the lanes.
 const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 
-impl Copying {
+impl Precopy {
     /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
     /// so a page that comes into being later is noticed as written.
-    pub async fn first_round(&self) -> Result<(), CopyError> {
-        let ram = &self.guest.ram;
+    pub(super) async fn first_iteration(&self) -> Result<(), CopyError> {
+        let transfer = &self.transfer;
+        let ram = &transfer.guest.ram;
         let pages = ram.pages();
         let mut holes = Vec::new();
         let mut first = 0;
@@ -32,7 +32,7 @@ impl Copying {
             let piece = next_piece(ram, first).await.map_err(CopyError::Memory)?;
             let begins = first == 0;
             first = piece.end;
-            let data = match self.guest.driver.arm(piece.clone()).await? {
+            let data = match transfer.guest.driver.arm(piece.clone()).await? {
                 Some(data) => Ok(data),
                 None if begins => first_extents(ram, piece.clone()).await,
                 None => data_extents(ram, piece.clone()).await,
@@ -43,58 +43,25 @@ impl Copying {
             for extent in data {
                 add_hole(&mut holes, hole_from..extent.start);
                 hole_from = extent.end;
-                fresh += self.outbound.dirty.insert_range(extent);
+                fresh += transfer.outbound.dirty.insert_range(extent);
             }
             add_hole(&mut holes, hole_from..piece.end);
             if holes.len() >= MAX_RANGES / 2 {
-                self.send_holes(&mut holes).await?;
+                transfer.send_holes(&mut holes).await?;
             }
-            let mut ahead = self.outbound.dirty.count();
+            let mut ahead = transfer.outbound.dirty.count();
             if fresh > 0 {
-                self.outbound.wake(ahead + pages - piece.end);
+                transfer.outbound.publish_ahead(pages - piece.end);
             }
             while ahead > AHEAD_PAGES {
-                self.wait_for_lanes().await?;
-                ahead = self.outbound.dirty.count();
+                transfer.wait_for_lanes().await?;
+                ahead = transfer.outbound.dirty.count();
             }
         }
         // Memory may have ended in holes, which were counted until now.
-        self.outbound.wake(self.outbound.dirty.count());
-        self.send_holes(&mut holes).await?;
-        self.until_holes_are_made().await
-    }
-
-    /// A hole must be a hole there before the page behind it can be sent as data.
-    async fn until_holes_are_made(&self) -> Result<(), CopyError> {
-        let until = Instant::now() + self.patience();
-        while self.holes_made.get() < self.holes_sent.get() {
-            self.wait_for_lanes().await?;
-            if Instant::now() > until {
-                return Err(CopyError::Protocol("no word that holes are made"));
-            }
-        }
-        Ok(())
-    }
-
-    /// The destination has dealt with one message about holes.
-    pub fn holes_made(&self) {
-        self.holes_made.set(self.holes_made.get() + 1);
-        self.bell.notify_one();
-    }
-
-    /// Tells the destination that these pages are zero.
-    pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
-        let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
-        if pages == 0 {
-            return Ok(());
-        }
-        self.context.observer.measured(Measurement::Holes { pages });
-        self.ticket.update(|progress| progress.hole_pages += pages);
-        for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
-            self.link.send(&Control::Holes(ranges.to_vec())).await?;
-            self.holes_sent.set(self.holes_sent.get() + 1);
-        }
-        Ok(())
+        transfer.outbound.publish();
+        transfer.send_holes(&mut holes).await?;
+        transfer.until_holes_are_made().await
     }
 }
 

@@ -11,6 +11,7 @@
 //! [`Postcopy::Now`]: memlane_protocol::convergence::Postcopy::Now
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use memlane_guest::SavedState;
@@ -18,9 +19,12 @@ use memlane_net::task;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::control::{Control, Missing};
 
-use super::copy::{CopyError, Copying};
-use super::missing::tell;
+use super::error::CopyError;
+use super::precopy::Precopy;
 use super::serve::{Server, Serving};
+use super::switchover::Switchover;
+use super::transfer::Transfer;
+use crate::missing::tell;
 
 /// Pages that are told once more before the pause: so many cost more there than another look.
 const MANY: u64 = 4096;
@@ -30,26 +34,26 @@ const LOOKS: u32 = 3;
 /// so few blocks, and stretches between them, are looked at again in the pause.
 const BLOCK_PAGES: u64 = 512;
 
-impl Copying {
+impl Precopy {
     /// Gets the destination ready to run the guest without all of its memory, while it runs here.
     /// `tracked` tells whether its writes are tracked; otherwise nothing was sent yet.
-    pub async fn open_postcopy(&self, tracked: bool) -> Result<(), CopyError> {
+    pub(super) async fn open_postcopy(&self, tracked: bool) -> Result<(), CopyError> {
         self.end_lanes().await?;
         let server = Server {
-            context: self.context.clone(),
-            ticket: self.ticket.clone(),
-            ram: self.guest.ram.clone(),
+            context: self.transfer.context.clone(),
+            ticket: self.transfer.ticket.clone(),
+            ram: self.transfer.guest.ram.clone(),
             // Of a guest that was never looked through, much may be holes.
-            sparse: !tracked || self.outbound.sparse.load(Ordering::Acquire),
+            sparse: !tracked || self.transfer.outbound.sparse.load(Ordering::Acquire),
         };
         let serving = Serving::begin(server).await?;
-        self.postcopy.replace(Some(serving));
+        self.serving.set(Some(serving));
         if !tracked {
             return self.tell_all().await;
         }
         for _ in 0..LOOKS {
-            self.harvest().await?;
-            if self.tell_dirty().await? < MANY {
+            self.transfer.harvest().await?;
+            if tell_dirty(&self.transfer, &self.told_missing).await? < MANY {
                 break;
             }
         }
@@ -59,31 +63,18 @@ impl Copying {
     /// Lets what is in flight arrive, and ends the lanes: from then on nothing is written to the
     /// guest's memory at the destination that is not placed whole.
     async fn end_lanes(&self) -> Result<(), CopyError> {
-        self.outbound.hold();
-        while !self.outbound.is_settled() {
-            self.wait_for_lanes().await?;
+        self.transfer.outbound.hold();
+        while !self.transfer.outbound.is_settled() {
+            self.transfer.wait_for_lanes().await?;
         }
-        let closed = self.lanes.borrow().close();
+        let closed = self.transfer.lanes.borrow().close();
         closed.await;
         Ok(())
     }
 
-    /// The guest stands still: saves its state, and tells what was written since the last look.
-    pub async fn save_for_postcopy(&self) -> Result<SavedState, CopyError> {
-        let saved = self.guest.driver.save().await?;
-        if self.guest.tracked.get() {
-            // Device models have come to rest and saved themselves: nothing is written any more.
-            self.harvest().await?;
-            self.tell_dirty().await?;
-        } else {
-            self.tell_new_blocks().await?;
-        }
-        Ok(saved)
-    }
-
     /// Tells which blocks of the guest's memory hold data, and that the rest is to be zero.
     async fn tell_all(&self) -> Result<(), CopyError> {
-        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
+        let (told, ram) = (self.told_missing.clone(), self.transfer.guest.ram.clone());
         let look = move || {
             let all = 0..ram.pages();
             let blocks = ram.data_blocks(all.clone(), BLOCK_PAGES)?;
@@ -91,13 +82,28 @@ impl Copying {
         };
         let (mut holes, messages) = task::aside(look).await.map_err(CopyError::Memory)?;
         // Dealt with before what follows them, and so before the guest runs there.
-        self.send_holes(&mut holes).await?;
-        self.tell_missing(messages).await
+        self.transfer.send_holes(&mut holes).await?;
+        self.transfer.tell_missing(messages).await
+    }
+}
+
+impl Switchover {
+    /// The guest stands still: saves its state, and tells what was written since the last look.
+    pub(super) async fn save_for_postcopy(&self) -> Result<SavedState, CopyError> {
+        let saved = self.transfer.guest.driver.save().await?;
+        if self.transfer.guest.tracked.get() {
+            // Device models have come to rest and saved themselves: nothing is written any more.
+            self.transfer.harvest().await?;
+            tell_dirty(&self.transfer, &self.told_missing).await?;
+        } else {
+            self.tell_new_blocks().await?;
+        }
+        Ok(saved)
     }
 
     /// Tells which blocks hold data that did not when they were looked at.
     async fn tell_new_blocks(&self) -> Result<(), CopyError> {
-        let (told, ram) = (self.told_missing.clone(), self.guest.ram.clone());
+        let (told, ram) = (self.told_missing.clone(), self.transfer.guest.ram.clone());
         let look = move || {
             let known: Vec<_> = told.runs().collect();
             let parts = gaps(&(0..ram.pages()), &known).into_iter();
@@ -106,26 +112,13 @@ impl Copying {
             std::io::Result::Ok((!blocks.is_empty()).then(|| tell(&note(blocks, &told))))
         };
         match task::aside(look).await.map_err(CopyError::Memory)? {
-            Some(messages) => self.tell_missing(messages).await,
+            Some(messages) => self.transfer.tell_missing(messages).await,
             None => Ok(()),
         }
     }
+}
 
-    /// Tells what of the dirty pages the destination has not been told; returns how many.
-    async fn tell_dirty(&self) -> Result<u64, CopyError> {
-        let (told, outbound) = (self.told_missing.clone(), self.outbound.clone());
-        let look = move || {
-            let fresh = PageSet::new(told.pages());
-            for (word, bits) in outbound.dirty.words(0..told.pages()) {
-                fresh.insert_word(word, told.insert_bits(word, bits));
-            }
-            (fresh.count(), tell(&fresh))
-        };
-        let (count, messages) = task::aside(look).await;
-        self.tell_missing(messages).await?;
-        Ok(count)
-    }
-
+impl Transfer {
     /// Returns when the destination has dropped these pages.
     async fn tell_missing(&self, messages: Vec<Missing>) -> Result<(), CopyError> {
         for missing in messages {
@@ -136,6 +129,21 @@ impl Copying {
             _ => Err(CopyError::Protocol("something else than that pages are dropped")),
         }
     }
+}
+
+/// Tells what of the dirty pages the destination has not been told; returns how many.
+async fn tell_dirty(transfer: &Transfer, told: &Arc<PageSet>) -> Result<u64, CopyError> {
+    let (told, outbound) = (told.clone(), transfer.outbound.clone());
+    let look = move || {
+        let fresh = PageSet::new(told.pages());
+        for (word, bits) in outbound.dirty.words(0..told.pages()) {
+            fresh.insert_word(word, told.insert_bits(word, bits));
+        }
+        (fresh.count(), tell(&fresh))
+    };
+    let (count, messages) = task::aside(look).await;
+    transfer.tell_missing(messages).await?;
+    Ok(count)
 }
 
 /// Adds blocks to what was told; returns them as a set.

@@ -13,19 +13,18 @@ use memlane_kvm::ram::GuestRam;
 use memlane_lane::Outbound;
 use memlane_net::link::{Link, LinkError};
 use memlane_net::task;
-use memlane_protocol::wire::control::{Control, FetchReport};
+use memlane_protocol::wire::control::Control;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use super::lanes::{self, LaneEnd, Lanes};
-use super::missing;
-use super::preflight::{self, Findings};
-use super::reopen::Reopener;
-use super::routes::{Route, Routes};
 use crate::context::Context;
 use crate::handle::Ticket;
-use crate::progress::Postcopy;
+use crate::lanes::{self, LaneEnd, Lanes};
+use crate::missing;
+use crate::preflight::{self, Findings};
+use crate::reopen::Reopener;
+use crate::routes::{Route, Routes};
 
 /// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -225,7 +224,7 @@ impl Server {
                 let added = task::aside(move || missing::add(&missing, &outbound)).await;
                 added.map_err(ServeError::Protocol)?;
                 if last {
-                    session.outbound.wake(session.outbound.dirty.count());
+                    session.outbound.publish();
                 }
                 Ok(())
             }
@@ -270,23 +269,4 @@ async fn open_faults(routes: &Routes, pairs: &[preflight::Pair]) -> Option<LaneE
         }
     }
     None
-}
-
-impl Postcopy {
-    /// Takes over what the destination tells, unless something later was heard over another connection.
-    pub fn report(&mut self, report: &FetchReport) {
-        let placed = report.pages_fetched.saturating_add(report.pages_streamed);
-        if placed < self.pages_fetched.saturating_add(self.pages_streamed) {
-            return;
-        }
-        let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1e3;
-        self.faults = report.faults;
-        self.fault_p50_us = microseconds(report.fault_p50_nanoseconds);
-        self.fault_p99_us = microseconds(report.fault_p99_nanoseconds);
-        self.fault_max_us = microseconds(report.fault_max_nanoseconds);
-        self.pages_fetched = report.pages_fetched;
-        self.pages_streamed = report.pages_streamed;
-        self.remaining_pages = report.remaining_pages;
-        self.seconds = report.nanoseconds as f64 / 1e9;
-    }
 }

@@ -5,10 +5,12 @@ use memlane_net::journal::Entry;
 use memlane_protocol::handover::{Event, Record, Resolution};
 use memlane_protocol::wire::attach::{Bond, Standing};
 
-use super::{Executor, Half, Vmm};
+use super::Effects;
 use crate::handle::unix_seconds;
+use crate::machine::Machine;
+use crate::vmm::Vmm;
 
-impl Executor {
+impl Effects {
     /// What a VMM that has attached says of whose the guest is.
     pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
         // Whatever the journal says of it, it was told to.
@@ -51,11 +53,11 @@ impl Executor {
     }
 
     /// Shows whether the guest is in doubt, and what is waited for.
-    pub fn show_doubt(&self, half: &impl Half) {
-        let in_doubt = half.can_resolve() && self.link.is_none();
+    pub fn show_doubt(&self, machine: &impl Machine) {
+        let in_doubt = machine.can_resolve() && self.link.is_none();
         self.ticket.resolvable.set(in_doubt);
         let waits_for = match &self.vmm {
-            Vmm::Away(process) if in_doubt || self.link.is_none() && !half.is_over() => {
+            Vmm::Away(process) if in_doubt || self.link.is_none() && !machine.is_over() => {
                 Some(format!("the guest's VMM, process {}, to attach again", process.identity().pid))
             }
             _ if in_doubt => Some(self.silence.words(&self.entry)),

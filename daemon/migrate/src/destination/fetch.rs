@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_api::ids;
-use memlane_guest::Guest;
-use memlane_kvm::userfault::{self, Userfault};
+use memlane_guest::{DriverError, Guest};
+use memlane_kvm::userfault::{self, Userfault, UserfaultError};
 use memlane_lane::{Faults, Inbound, Placing};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
@@ -22,15 +22,41 @@ use memlane_protocol::wire::control::{Accept, Control, FetchReport, Missing};
 use tokio::sync::{Notify, mpsc};
 use tracing::{debug, info, warn};
 
-use super::lanes::{self, LaneEnd, Lanes};
-use super::missing::{heard, tell};
 use crate::context::Context;
+use crate::lanes::{self, LaneEnd, Lanes};
+use crate::missing::{heard, tell};
 use crate::observer::Measurement;
 
 /// Lanes that a source may have open.
 const MOST_LANES: usize = 256;
 /// How often the source is told how it goes.
 const REPORT: Duration = Duration::from_millis(200);
+
+/// Why what is missing cannot be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The VMM does not hand over what tells its memory.
+    #[error("cannot have the guest's accesses wait: {0}")]
+    Memory(DriverError),
+    /// The kernel does not let accesses wait.
+    #[error("cannot have the guest's accesses wait: {0}")]
+    Wait(io::Error),
+    /// The VMM's userfaultfd is of no use.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
+    /// Pages that are out of date cannot be dropped.
+    #[error("cannot drop pages that are out of date: {0}")]
+    Drop(io::Error),
+    /// A page is there that should be missing, or that cannot be seen.
+    #[error("{0}")]
+    NotAHole(io::Error),
+    /// The guest's memory is not right, and never will be.
+    #[error("{0}")]
+    Broken(String),
+    /// The source does not keep to the protocol.
+    #[error("{0}")]
+    Protocol(String),
+}
 
 /// A guest's memory that is not all here.
 pub struct Fetching {
@@ -61,17 +87,16 @@ pub struct Session {
 
 impl Fetching {
     /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
-    pub async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, String> {
+    pub async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, FetchError> {
         guest.map_no_further().await;
         let memory = guest.driver.open_memory(true).await;
-        let memory = memory.map_err(|error| format!("cannot have the guest's accesses wait: {error}"))?;
-        let failed = |error: io::Error| format!("cannot have the guest's accesses wait: {error}");
+        let memory = memory.map_err(FetchError::Memory)?;
         let ((bell, ring), observer) = (lanes::bell(), context.faults.clone());
         let register = move || {
             let userfault =
                 Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
-            let (userfault, _) = userfault.map_err(|error| error.to_string())?;
-            Placing::new(userfault, memory.memory, ring, observer).map_err(failed)
+            let (userfault, _) = userfault?;
+            Placing::new(userfault, memory.memory, ring, observer).map_err(FetchError::Wait)
         };
         let placing = Arc::new(task::aside(register).await?);
         let lost = Arc::new(Notify::new());
@@ -82,7 +107,7 @@ impl Fetching {
             Err(error) => {
                 // Nobody else would: the VMM keeps what it waits by.
                 let _ = task::aside(move || placing.end()).await;
-                return Err(failed(error));
+                return Err(FetchError::Wait(error));
             }
         };
         let counted = FetchReport::default();
@@ -116,15 +141,15 @@ impl Fetching {
     }
 
     /// The source says that these pages are missing.
-    pub async fn add(&self, missing: Missing) -> Result<(), String> {
+    pub async fn add(&self, missing: Missing) -> Result<(), FetchError> {
         if self.placing.is_known() {
-            return Err("the source adds missing pages when all were known".into());
+            return Err(FetchError::Protocol("the source adds missing pages when all were known".into()));
         }
         let placing = self.placing.clone();
         task::aside(move || {
-            let runs = heard(&missing, placing.pages())?;
+            let runs = heard(&missing, placing.pages()).map_err(FetchError::Protocol)?;
             let added = runs.into_iter().try_for_each(|run| placing.add_missing(run));
-            added.map_err(|error| format!("cannot drop pages that are out of date: {error}"))
+            added.map_err(FetchError::Drop)
         })
         .await
     }
@@ -143,10 +168,10 @@ impl Fetching {
 
     /// Sees that nothing is there of what is missing, while the guest has not run here. On a thread of its own: it
     /// looks at each run of missing pages.
-    pub fn see_holes(&self) -> impl Future<Output = Result<(), String>> + use<> {
+    pub fn see_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
         let placing = self.placing.clone();
         let looking = tokio::task::spawn_blocking(move || placing.see_holes());
-        async move { looking.await.expect("looking does not panic").map_err(|error| error.to_string()) }
+        async move { looking.await.expect("looking does not panic").map_err(FetchError::NotAHole) }
     }
 
     /// The guest runs from now on.
@@ -156,12 +181,12 @@ impl Fetching {
 
     /// Returns when nothing is missing any more, or when memory turns out not to be right and why. To be awaited
     /// again and again.
-    pub async fn completes(&mut self) -> Result<(), String> {
+    pub async fn completes(&mut self) -> Result<(), FetchError> {
         loop {
             tokio::select! {
                 () = self.bell.notified() => {
                     if let Some(reason) = self.placing.broken() {
-                        return Err(reason.to_owned());
+                        return Err(FetchError::Broken(reason.to_owned()));
                     }
                     if self.placing.is_known() && self.placing.remaining() == 0 {
                         return Ok(());

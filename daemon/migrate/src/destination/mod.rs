@@ -1,0 +1,428 @@
+//! The side that is given the guest.
+
+mod fetch;
+mod receive;
+
+use std::future::pending;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use memlane_api::ids;
+use memlane_guest::Guest;
+use memlane_lane::Inbound;
+use memlane_net::journal::Entry;
+use memlane_net::link::{Link, LinkError};
+use memlane_net::port::{ArrivedLane, LaneKind};
+use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
+use memlane_protocol::wire::Label;
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::control::{Accept, Control, Offer, Refusal, Respect};
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
+
+use crate::context::Context;
+use crate::drive::{News, Role, Session, drive};
+use crate::effects::Effects;
+use crate::handle::Ticket;
+use crate::lanes::{LaneEnd, Lanes};
+use crate::observer::Measurement;
+use crate::preflight;
+use crate::progress::{Outcome as OutcomeView, Phase as PhaseView, Role as RoleView};
+use crate::vmm::Vmm;
+
+use fetch::{FetchError, Fetching};
+
+/// Lanes that a source may have open.
+const MOST_LANES: usize = 256;
+/// The source has no memory for this guest.
+const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
+
+/// Answers an offer, and takes the guest if it can come.
+pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer) {
+    let name = offer.shape.name.clone();
+    let Some(offered) = context.take_offer(offer.migration) else {
+        warn!(guest = %name, %peer, "refused an offer that names a migration which is known here");
+        let reason = "this host knows a migration of that identity already, and one is never offered twice; \
+            order it anew";
+        let refusal = Refusal { what: Respect::Busy, reason: reason.to_owned() };
+        let _ = link.send(&Control::Refuse(vec![refusal])).await;
+        link.until_closed().await;
+        return;
+    };
+    let claim = match preflight::receive(&context, &peer, &offer).await {
+        Ok(claim) => claim,
+        Err(refusals) => {
+            for refusal in &refusals {
+                info!(guest = %name, %peer, what = refusal.what.name(), reason = refusal.reason, "refused a guest");
+                context.observer.measured(Measurement::Refused(refusal.what.name()));
+            }
+            let _ = link.send(&Control::Refuse(refusals)).await;
+            link.until_closed().await;
+            return;
+        }
+    };
+    let guest = claim.guest().clone();
+    let token = ids::random();
+    let accept = Control::Accept(Accept { token, ports: context.offered_ports() });
+    let arriving = context.rendezvous.await_lanes(token, peer.clone(), MOST_LANES);
+    if let Err(error) = link.send(&accept).await {
+        info!(guest = %name, %peer, %error, "the source went away");
+        return preflight::release(claim).await;
+    }
+    if offer.check_only {
+        link.until_closed().await;
+        return preflight::release(claim).await;
+    }
+    let vmm = guest.process.identity();
+    let record = Record::Prepared;
+    let (guest_name, migration) = (name.clone(), offer.migration);
+    let (peer_name, shape) = (peer.clone(), guest.digest());
+    let entry = Entry { migration, guest: guest_name, peer: peer_name, vmm, shape, record, fetching: false };
+    let (ticket, mut arrivals) = Ticket::new(&entry, &context, RoleView::Destination);
+    ticket.update(|progress| {
+        progress.pages_total = guest.shape.pages();
+        progress.phase = PhaseView::Copying;
+    });
+    context.migrations.add(ticket.clone());
+    drop(offered);
+    info!(guest = %name, %peer, "a guest is coming");
+    let inbound = Arc::new(Inbound { ram: guest.ram.clone(), placing: None });
+    let lanes = Lanes::new(&context);
+    let role = DestinationRole {
+        ticket: ticket.clone(),
+        guest: guest.clone(),
+        lanes,
+        inbound,
+        arriving,
+        links: arrivals.links.take(),
+        state: Vec::new(),
+        loaded: false,
+        fetching: None,
+        fetched: None,
+    };
+    let to_effects = (Some(link), (ticket, arrivals));
+    let effects = Effects::new(context, entry, Vmm::Attached(guest), Some(claim), to_effects);
+    // The acceptance has been sent with the ports.
+    drive(role, Session { machine: Destination::new(), effects }, Vec::new(), [Event::Accepted]).await;
+}
+
+struct DestinationRole {
+    ticket: Rc<Ticket>,
+    guest: Rc<Guest>,
+    lanes: Lanes,
+    inbound: Arc<Inbound>,
+    arriving: mpsc::Receiver<ArrivedLane>,
+    /// Connections over which the source offers to serve what is missing.
+    links: Option<mpsc::Receiver<Link>>,
+    /// The VMM's state, as far as it has come.
+    state: Vec<u8>,
+    /// The VMM was told to load, and has not said that it did not.
+    loaded: bool,
+    /// The source offered to serve what is missing: the guest is to run without all of its memory.
+    fetching: Option<Fetching>,
+    /// What the source had connected until the last page came: closed when it has heard of that.
+    fetched: Option<fetch::Session>,
+}
+
+/// What the destination itself waits for.
+enum Own {
+    Lane(ArrivedLane),
+    Link(Link),
+    /// All of the guest's memory is here, or it is not right.
+    Fetched(Result<(), FetchError>),
+}
+
+impl Role for DestinationRole {
+    type Machine = Destination;
+
+    async fn next_event(&mut self, session: &mut Session<Destination>) -> Option<Event> {
+        // Once the state is there, nothing may write to the guest's memory.
+        let copying = session.machine.phase() == Phase::Copying && !self.loaded;
+        let receiving = copying && self.lanes.running() < MOST_LANES;
+        let Self { arriving, links, fetching, .. } = self;
+        let own = async {
+            tokio::select! {
+                biased;
+                Some(lane) = arriving.recv(), if receiving => Own::Lane(lane),
+                Some(link) = next_link(links) => Own::Link(link),
+                whole = completes(fetching) => Own::Fetched(whole),
+            }
+        };
+        match session.news(own).await {
+            News::Message(message) => self.hear(session, message).await,
+            News::Own(Own::Lane(lane)) => {
+                self.start(session, lane);
+                None
+            }
+            News::Own(Own::Link(link)) => {
+                self.fetch_over(session, link).await;
+                None
+            }
+            News::Own(Own::Fetched(Ok(()))) => self.complete(session).await,
+            News::Own(Own::Fetched(Err(error))) => self.fail(session, error),
+            News::Event(event) => event,
+            News::Cancelled => None,
+            News::Abandoned => self.abandoned(session).await,
+            News::Moment => {
+                self.show_lanes();
+                match self.guest.ram.check() {
+                    Err(lost) if copying => self.fail(session, lost),
+                    _ => Some(session.tick()),
+                }
+            }
+        }
+    }
+
+    async fn before(&mut self, session: &mut Session<Destination>, event: Event) {
+        if self.gives_up_at(&session.machine, event) {
+            self.abandon(session).await;
+        }
+    }
+
+    async fn begin(&mut self, session: &mut Session<Destination>, action: Action) {
+        if let Action::Report(outcome) = action {
+            self.report(session, outcome).await;
+        }
+    }
+
+    fn show(&mut self, session: &mut Session<Destination>) {
+        let phase = match session.machine.phase() {
+            Phase::Committing => PhaseView::Committing,
+            Phase::Fetching => PhaseView::Fetching,
+            _ => return,
+        };
+        self.ticket.abandonable.set(session.machine.can_abandon());
+        let here = session.effects.context.name().to_string();
+        let fetching = self.fetching.as_mut().filter(|_| phase == PhaseView::Fetching);
+        let fetched = fetching.map(|fetching| {
+            fetching.begin();
+            (fetching.progress(), fetching.waits_for())
+        });
+        self.ticket.update(|progress| {
+            if progress.outcome.is_some() {
+                return;
+            }
+            progress.phase = phase;
+            if let Some((report, waits_for)) = fetched {
+                progress.guest_runs_at = Some(here);
+                progress.pages_remaining = report.remaining_pages;
+                let postcopy = progress.postcopy.get_or_insert_default();
+                postcopy.report(&report);
+                postcopy.waits_for = waits_for.map(str::to_owned);
+            }
+        });
+    }
+
+    async fn end(&mut self, _: &mut Session<Destination>) {
+        self.lanes.close().await;
+    }
+}
+
+impl DestinationRole {
+    fn start(&mut self, session: &Session<Destination>, lane: ArrivedLane) {
+        let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
+        let local = session.effects.context.port_address(&port);
+        self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
+    }
+
+    async fn hear(
+        &mut self,
+        session: &mut Session<Destination>,
+        message: Result<Control, LinkError>,
+    ) -> Option<Event> {
+        let message = match message {
+            Ok(message) => message,
+            Err(error) => return Some(session.peer_lost(error)),
+        };
+        match message {
+            Control::Handover { migration, message, reason, .. }
+                if migration == session.effects.entry.migration =>
+            {
+                match message {
+                    Message::Abort => session.effects.blame(format!("the source gave up: {reason}")),
+                    Message::Gone => session.effects.blame(GONE),
+                    _ => {}
+                }
+                Some(Event::Message(message))
+            }
+            message if session.machine.phase() == Phase::Copying => match self.obey(session, message).await {
+                Ok(event) => event,
+                Err(error) => {
+                    warn!(guest = %self.ticket.guest, %error, "the migration fails");
+                    session.effects.blame(error);
+                    Some(Event::Failed)
+                }
+            },
+            other => Some(session.peer_lost(format!("the source sent `{}` out of turn", other.name()))),
+        }
+    }
+
+    /// The guest's memory here is not right, and will not be. Where nothing can be done about that now, it is
+    /// looked at again.
+    fn fail(&mut self, session: &mut Session<Destination>, error: impl std::fmt::Display) -> Option<Event> {
+        let event = match session.machine.phase() {
+            Phase::Copying => Event::Failed,
+            _ if session.machine.can_abandon() => Event::Abandoned,
+            _ => return None,
+        };
+        warn!(guest = %self.ticket.guest, %error, "the migration fails");
+        session.effects.blame(error);
+        Some(event)
+    }
+
+    /// Whether the machine will give up at this event, before it was in doubt.
+    fn gives_up_at(&self, machine: &Destination, event: Event) -> bool {
+        let fatal = matches!(
+            event,
+            Event::PeerLost | Event::Failed | Event::VmmGone | Event::Message(Message::Abort)
+        );
+        fatal && machine.phase() == Phase::Copying
+    }
+
+    /// Leaves a VMM that others started waiting for another try if nothing was loaded into it: its
+    /// memory is given back, and discarding it would only make somebody start it again.
+    async fn abandon(&mut self, session: &mut Session<Destination>) {
+        self.lanes.close().await;
+        if let Some(fetching) = self.fetching.take() {
+            (session.effects.placing, session.effects.entry.fetching) = (None, false);
+            fetching.withdraw().await;
+        }
+        if !self.loaded && !self.guest.summoned.get() && session.effects.guest().is_some() {
+            session.effects.vmm = Vmm::Released;
+            self.guest.driver.stand_down().await;
+            let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
+            let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
+            if let Ok(Err(error)) = punched {
+                warn!(guest = %self.ticket.guest, %error, "cannot give back the memory of a guest that did not come");
+            }
+        }
+    }
+
+    fn show_lanes(&mut self) {
+        self.lanes.measure(false);
+        self.ticket.update(|progress| match (&mut self.fetching, &self.fetched) {
+            (Some(fetching), _) => fetching.show(progress),
+            (None, Some(_)) => {}
+            (None, None) => self.lanes.show(progress),
+        });
+    }
+
+    /// The source offers to serve what is missing of the guest.
+    async fn fetch_over(&mut self, session: &mut Session<Destination>, mut link: Link) {
+        let may_begin = session.machine.phase() == Phase::Copying && !self.loaded;
+        if self.fetching.is_none() && may_begin {
+            match Fetching::open(session.effects.context.clone(), self.guest.clone()).await {
+                Ok(fetching) => {
+                    session.effects.placing = Some(fetching.placing().clone());
+                    session.effects.entry.fetching = true;
+                    self.fetching = Some(fetching);
+                }
+                Err(error) => {
+                    warn!(guest = %self.ticket.guest, %error, "cannot fetch what would be missing");
+                    let refusal = Refusal { what: Respect::Host, reason: error.to_string() };
+                    // The source ends it, and says why.
+                    let _ = link.send(&Control::Refuse(vec![refusal])).await;
+                    link.until_closed().await;
+                    return;
+                }
+            }
+        }
+        if let Some(fetching) = &mut self.fetching {
+            fetching.accept(link, &self.ticket.peer, self.ticket.id).await;
+        }
+    }
+
+    /// The last missing page is here.
+    async fn complete(&mut self, session: &mut Session<Destination>) -> Option<Event> {
+        let fetching = self.fetching.take()?;
+        let report;
+        (report, self.fetched) = fetching.end().await;
+        info!(guest = %self.ticket.guest, ?report, "all of the guest's memory is here");
+        self.ticket.update(|progress| {
+            progress.pages_remaining = 0;
+            let postcopy = progress.postcopy.get_or_insert_default();
+            postcopy.report(&report);
+            postcopy.waits_for = None;
+        });
+        if let Some(link) = &session.effects.link {
+            // Ahead of the word that ends it. A broken link is noticed by whoever listens to it.
+            let _ = link.send(&Control::Fetched(report)).await;
+        }
+        session.effects.whole().await;
+        Some(Event::Complete)
+    }
+
+    /// The operator gives up what is missing, if anything still is.
+    async fn abandoned(&mut self, session: &mut Session<Destination>) -> Option<Event> {
+        if self.fetching.as_ref().is_some_and(|fetching| fetching.placing().remaining() == 0) {
+            return self.complete(session).await;
+        }
+        session.effects.blame("what was missing of the guest's memory was abandoned by the operator");
+        Some(Event::Abandoned)
+    }
+
+    /// What is missing will never come: accesses to it fail from now on.
+    async fn poison(&mut self, session: &Session<Destination>) {
+        let Some(fetching) = self.fetching.take() else { return };
+        // Where the VMM is gone, so is whoever could touch what is missing.
+        let Some(guest) = session.effects.guest() else { return };
+        guest.incomplete.set(true);
+        match fetching.poison().await {
+            Ok(pages) => {
+                warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")
+            }
+            Err(error) => {
+                session.effects.context.guests.note_lost(&self.ticket.guest, guest.process.identity());
+                error!(guest = %self.ticket.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
+            }
+        }
+    }
+
+    async fn report(&mut self, session: &mut Session<Destination>, outcome: Outcome) {
+        self.show_lanes();
+        let (here, there) = (session.effects.context.name().to_string(), self.ticket.peer.to_string());
+        let reason = session.effects.reason.take();
+        info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
+        match outcome {
+            Outcome::Completed => {
+                // Its VMM may have attached again since.
+                let guest = session.effects.guest().unwrap_or(&self.guest);
+                guest.standing.set(Standing::Running);
+                arrived(&session.effects.context, guest);
+                session.effects.claim = None;
+                self.ticket.end(OutcomeView::Completed, None, Some(here));
+            }
+            Outcome::VmmGone => self.ticket.end(OutcomeView::Lost, reason, None),
+            Outcome::GivenUp => self.ticket.end(OutcomeView::Failed, reason, None),
+            Outcome::Lost => {
+                self.poison(session).await;
+                let runs_here = session.effects.guest().map(|guest| {
+                    guest.standing.set(Standing::Running);
+                    here
+                });
+                self.ticket.end(OutcomeView::Lost, reason, runs_here);
+            }
+            _ => self.ticket.end(OutcomeView::Failed, reason, Some(there)),
+        }
+    }
+}
+
+async fn next_link(links: &mut Option<mpsc::Receiver<Link>>) -> Option<Link> {
+    match links {
+        Some(links) => links.recv().await,
+        None => None,
+    }
+}
+
+async fn completes(fetching: &mut Option<Fetching>) -> Result<(), FetchError> {
+    match fetching {
+        Some(fetching) => fetching.completes().await,
+        None => pending().await,
+    }
+}
+
+/// Notes that a guest has begun to run on this host.
+pub fn arrived(context: &Context, guest: &Guest) {
+    guest.summoned.set(false);
+    context.qemu.note_arrival(&guest.shape.name);
+}

@@ -1,0 +1,170 @@
+//! What the source says while it copies.
+
+use std::io;
+use std::ops::Range;
+
+use memlane_guest::DriverError;
+use memlane_net::link::LinkError;
+use memlane_protocol::handover::{Destination, Event};
+use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
+
+use super::DestinationRole;
+use super::fetch::FetchError;
+use crate::digest::digest_all;
+use crate::drive::Session;
+use crate::progress::{Phase as PhaseView, Round as RoundView};
+
+/// Why the guest cannot be received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The source does not keep to the protocol.
+    #[error("{0}")]
+    Protocol(String),
+    /// The memory that the guest would have is not there any more.
+    #[error("{0}")]
+    Memory(io::Error),
+    /// Memory cannot be looked at.
+    #[error("cannot digest memory: {0}")]
+    Digest(io::Error),
+    /// Memory cannot be given back.
+    #[error("cannot make pages zero: {0}")]
+    Hole(io::Error),
+    /// The VMM does not do as it is asked.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The source cannot be answered.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// What is missing cannot be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+}
+
+impl DestinationRole {
+    /// Does what the source says while it copies.
+    pub(super) async fn obey(
+        &mut self,
+        session: &mut Session<Destination>,
+        message: Control,
+    ) -> Result<Option<Event>, ReceiveError> {
+        match message {
+            Control::Round { round, pages } => {
+                self.ticket.update(|progress| {
+                    progress.rounds.push(RoundView { round, pages, ..RoundView::default() });
+                    // A source that counts forever must not fill this host's memory.
+                    if progress.rounds.len() > 1000 {
+                        progress.rounds.remove(0);
+                    }
+                });
+            }
+            Control::LaneLost(lane) => {
+                self.lanes.close_lane(lane).await;
+                self.guest.ram.intact().map_err(ReceiveError::Memory)?;
+                answer(session, Control::LaneClosed(lane)).await?;
+            }
+            Control::Holes(holes) => {
+                self.make_holes(holes).await?;
+                answer(session, Control::HolesDone).await?;
+            }
+            Control::Verify => {
+                let ram = self.guest.ram.clone();
+                let digests = tokio::task::spawn_blocking(move || digest_all(&ram)).await;
+                let digests = digests.expect("digesting does not panic");
+                let digests = digests.map_err(ReceiveError::Digest)?;
+                let mut rest = digests.as_slice();
+                loop {
+                    let (digests, later) = rest.split_at(rest.len().min(MAX_DIGESTS));
+                    rest = later;
+                    let last = rest.is_empty();
+                    answer(session, Control::Digests { digests: digests.to_vec(), last }).await?;
+                    if last {
+                        break;
+                    }
+                }
+            }
+            Control::Missing(missing) => {
+                let Some(fetching) = &self.fetching else {
+                    return Err(ReceiveError::Protocol(
+                        "the source says what is missing before it offers to serve it".into(),
+                    ));
+                };
+                let last = missing.last;
+                fetching.add(missing).await?;
+                if last {
+                    answer(session, Control::MissingDone).await?;
+                }
+            }
+            Control::State { total, offset, bytes } => {
+                if offset != self.state.len() as u64 {
+                    let expected = self.state.len();
+                    let what = format!("state from byte {offset} came where byte {expected} is next");
+                    return Err(ReceiveError::Protocol(what));
+                }
+                self.state.extend(bytes);
+                if self.state.len() as u64 == total {
+                    return self.load(session).await.map(Some);
+                }
+            }
+            other => {
+                let what = format!("the source sent `{}` out of turn", other.name());
+                return Err(ReceiveError::Protocol(what));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn make_holes(&self, holes: Vec<Range<u64>>) -> Result<(), ReceiveError> {
+        let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
+        if let Some(hole) = holes.iter().find(|hole| hole.start >= hole.end || hole.end > pages) {
+            let what = format!("the source sent the hole {hole:?} of a guest of {pages} pages");
+            return Err(ReceiveError::Protocol(what));
+        }
+        let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
+        self.ticket.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));
+        let punching = move || holes.into_iter().try_for_each(|hole| ram.punch(hole));
+        let punched = tokio::task::spawn_blocking(punching).await.expect("punching does not panic");
+        punched.map_err(ReceiveError::Hole)
+    }
+
+    /// Loads the state, after the last lane has let go of the guest's memory.
+    async fn load(&mut self, session: &mut Session<Destination>) -> Result<Event, ReceiveError> {
+        self.lanes.close().await;
+        self.show_lanes();
+        // All that came is the guest's.
+        self.guest.ram.check().map_err(ReceiveError::Memory)?;
+        let mut seen = None;
+        if let Some(fetching) = &mut self.fetching {
+            // Device models look at the guest's memory while they load, and wait for what is missing.
+            fetching.all_known().await;
+            seen = Some(fetching.see_holes());
+        }
+        let driver = &self.guest.driver;
+        self.loaded = true;
+        let loaded = driver.load(&self.state).await;
+        if let Some(seen) = seen {
+            seen.await?;
+        }
+        if let Err(DriverError::Failed { .. }) = loaded {
+            self.loaded = false;
+        }
+        let took = loaded?;
+        driver.prepare(&session.effects.bond()).await?;
+        self.guest.standing.set(Standing::Loaded);
+        session.effects.times.load = took;
+        self.ticket.update(|progress| {
+            progress.phase = PhaseView::SwitchingOver;
+            progress.vmm_state_bytes = Some(self.state.len() as u64);
+            progress.load_seconds = Some(took.as_secs_f64());
+        });
+        self.state = Vec::new();
+        Ok(Event::Loaded)
+    }
+}
+
+async fn answer(session: &Session<Destination>, message: Control) -> Result<(), LinkError> {
+    match &session.effects.link {
+        Some(link) => link.send(&message).await,
+        None => Ok(()),
+    }
+}

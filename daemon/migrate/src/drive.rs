@@ -1,0 +1,179 @@
+//! The one loop of every migration: an event, what the handover decides about it, and what is done then.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::time::{Duration, Instant};
+
+use memlane_api::ids;
+use memlane_net::journal::Entry;
+use memlane_net::link::{Link, LinkError};
+use memlane_protocol::handover::{Action, Event};
+use memlane_protocol::wire::control::Control;
+use tracing::{Instrument, info_span};
+
+use crate::effects::Effects;
+use crate::machine::Machine;
+use crate::vmm;
+
+/// How often what has not been answered is asked again.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What one side of a migration does besides the effects that both have.
+pub trait Role {
+    /// Decides for it.
+    type Machine: Machine;
+
+    /// Waits for whatever happens next; `None` if it does not concern the handover.
+    async fn next_event(&mut self, session: &mut Session<Self::Machine>) -> Option<Event>;
+    /// Takes note of an event that the machine is about to hear of.
+    async fn before(&mut self, _session: &mut Session<Self::Machine>, _event: Event) {}
+    /// Takes note that the machine has decided; nothing of that is done yet.
+    fn decided(&mut self, _session: &mut Session<Self::Machine>) {}
+    /// Does what only this side can: copy, pause, serve or report.
+    async fn begin(&mut self, session: &mut Session<Self::Machine>, action: Action);
+    /// Brings up to date what everyone else sees.
+    fn show(&mut self, session: &mut Session<Self::Machine>);
+    /// Whether nothing is left to do.
+    fn is_done(&self, session: &Session<Self::Machine>) -> bool {
+        session.machine.is_over()
+    }
+    /// Lets go of what the migration had.
+    async fn end(&mut self, _session: &mut Session<Self::Machine>) {}
+}
+
+/// What every side of a migration has.
+pub struct Session<M> {
+    /// Decides.
+    pub machine: M,
+    /// Does what was decided.
+    pub effects: Effects,
+}
+
+/// What happened.
+pub enum News<T> {
+    /// A message came over the migration's own connection, or that ended.
+    Message(Result<Control, LinkError>),
+    /// What the side itself has waited for.
+    Own(T),
+    /// Something of which the machine is to hear, if it does.
+    Event(Option<Event>),
+    /// The operator wants the migration cancelled.
+    Cancelled,
+    /// The operator gives up what is missing.
+    Abandoned,
+    /// A moment has passed.
+    Moment,
+}
+
+/// Works on a migration until nothing is left to do. It begins with `actions`, and then with `events`.
+///
+/// All that is logged meanwhile carries the migration's identity, by which the logs of both hosts can be joined.
+pub async fn drive<R: Role>(
+    role: R,
+    session: Session<R::Machine>,
+    actions: Vec<Action>,
+    events: impl IntoIterator<Item = Event>,
+) -> Session<R::Machine> {
+    let Entry { migration, guest, peer, .. } = &session.effects.entry;
+    let side = session.effects.ticket.progress.borrow().role;
+    let span = info_span!("migration", id = ids::encode(migration), %guest, %peer, role = ?side);
+    run(role, session, actions, VecDeque::from_iter(events)).instrument(span).await
+}
+
+async fn run<R: Role>(
+    mut role: R,
+    mut session: Session<R::Machine>,
+    mut actions: Vec<Action>,
+    mut events: VecDeque<Event>,
+) -> Session<R::Machine> {
+    loop {
+        let left = session.effects.apply(&mut session.machine, actions).await;
+        for action in left {
+            role.begin(&mut session, action).await;
+        }
+        role.show(&mut session);
+        session.effects.show_doubt(&session.machine);
+        let event = loop {
+            if role.is_done(&session) {
+                role.end(&mut session).await;
+                session.effects.release();
+                return session;
+            }
+            match events.pop_front() {
+                Some(event) => break event,
+                None => match role.next_event(&mut session).await {
+                    Some(event) => break event,
+                    None => role.show(&mut session),
+                },
+            }
+        };
+        role.before(&mut session, event).await;
+        actions = session.machine.on(event);
+        role.decided(&mut session);
+        if event == Event::PeerLost {
+            events.push_back(Event::Tick); // what is in doubt is asked about at once
+        }
+    }
+}
+
+impl<M: Machine> Session<M> {
+    /// Waits for what happens next; `own` is what the side itself waits for. To be awaited again and again.
+    pub async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
+        let mut cancelled = self.effects.ticket.cancelled.subscribe();
+        let mut abandoned = self.effects.ticket.abandoned.subscribe();
+        let patience_ends = self.effects.patience_ends();
+        let Effects { link, vmm, arrivals, .. } = &mut self.effects;
+        tokio::select! {
+            biased;
+            message = receive(link) => News::Message(message),
+            Some(word) = arrivals.words.recv() => {
+                self.effects.reply = Some(word.reply);
+                News::Event(Some(Event::Message(word.message)))
+            }
+            own = own => News::Own(own),
+            Ok(_) = cancelled.wait_for(|cancelled| *cancelled), if self.machine.can_cancel() => News::Cancelled,
+            Ok(_) = abandoned.wait_for(|abandoned| *abandoned), if self.machine.can_abandon() => News::Abandoned,
+            Some(resolution) = arrivals.resolutions.recv() => {
+                News::Event(Some(self.effects.note_resolution(resolution)))
+            }
+            news = vmm::news(vmm, &mut arrivals.returns) => News::Event(self.effects.note_vmm(news).await),
+            () = until(patience_ends) => News::Event(self.effects.lose_patience()),
+            () = tokio::time::sleep(TICK) => News::Moment,
+        }
+    }
+
+    /// What a moment that passed is for the machine: the end of all hope, if the guest has begun to run without all of
+    /// its memory and the rest is not there any more.
+    pub fn tick(&mut self) -> Event {
+        match self.effects.hopeless().filter(|_| self.machine.can_abandon()) {
+            Some(reason) => {
+                self.effects.blame(reason);
+                Event::Abandoned
+            }
+            None => Event::Tick,
+        }
+    }
+
+    /// The migration's own connection is lost, or is of no use any more.
+    pub fn peer_lost(&mut self, reason: impl ToString) -> Event {
+        self.effects.blame(reason);
+        self.effects.link = None;
+        Event::PeerLost
+    }
+}
+
+/// Returns at this time, if there is one.
+pub async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
+
+/// The next message of a link, while there is one.
+async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
+    match link {
+        Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}

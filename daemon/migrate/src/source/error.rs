@@ -1,0 +1,40 @@
+//! Why the source's work ended without success.
+
+use memlane_guest::DriverError;
+use memlane_net::link::LinkError;
+use memlane_protocol::convergence::Why;
+
+use super::serve::ServeError;
+use crate::effects::Deadline;
+
+/// Why copying or the switchover ended without success. The guest runs on at the source.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The VMM failed.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The control connection failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// No lane is left.
+    #[error("every lane to the destination is lost; see `memlanectl ports` and the daemon's log")]
+    NoLanes,
+    /// Memory could not be looked at.
+    #[error("cannot find out what the guest's memory holds: {0}")]
+    Memory(std::io::Error),
+    /// The pause would be too long.
+    #[error("{0}")]
+    GaveUp(Why),
+    /// The pause was about to be too long.
+    #[error("{}", .0.reason())]
+    Late(Deadline),
+    /// The destination cannot fetch.
+    #[error("post-copy cannot begin: {0}")]
+    Serve(#[from] ServeError),
+    /// The destination's memory differs.
+    #[error("the destination's memory is not equal: {0}; the guest was not handed over")]
+    Unequal(String),
+    /// The destination answered something else than it was asked.
+    #[error("the destination broke the protocol: {0}")]
+    Protocol(&'static str),
+}

@@ -1,0 +1,301 @@
+//! Copying while the guest runs: [the first iteration](super::first_iteration) over all memory, then what was written
+//! meanwhile, until the pause fits the limit.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memlane_protocol::bandwidth::Bandwidth;
+use memlane_protocol::convergence::{
+    Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round, Verdict,
+};
+use memlane_protocol::wire::control::Control;
+use memlane_protocol::{PAGE_SIZE, PageSet};
+use tracing::info;
+
+use super::error::CopyError;
+use super::serve::Serving;
+use super::switchover::Switchover;
+use super::transfer::{LOOK, Transfer};
+use crate::observer::Measurement;
+use crate::progress::{Forecast as ForecastView, Phase, Round as RoundView};
+use crate::reopen::Reopener;
+use crate::routes::Route;
+
+/// The stage in which the guest runs and is copied.
+pub struct Precopy {
+    pub(super) transfer: Rc<Transfer>,
+    /// Compare digests in the pause.
+    verify: bool,
+    policy: Policy,
+    pub(super) convergence: RefCell<Convergence>,
+    /// Forecasts for this kind of VMM.
+    predictor: Rc<RefCell<Predictor>>,
+    /// Round trip between the ports, before the first ping of the control connection.
+    round_trip: Duration,
+    /// What the lanes deliver.
+    pub(super) bandwidth: RefCell<Bandwidth>,
+    /// When it was measured last in this iteration, and what had been acknowledged by then.
+    sampled: Cell<Option<(Instant, u64)>>,
+    /// The forecast of the last decision.
+    forecast: Cell<Option<Forecast>>,
+    /// Serves what is missing at the destination, once post-copy was decided.
+    pub(super) serving: Cell<Option<Serving>>,
+    /// Pages that the destination was told are missing.
+    pub(super) told_missing: Arc<PageSet>,
+}
+
+impl Precopy {
+    /// Prepares to copy; `round_trip` is that between the ports.
+    pub fn new(transfer: Rc<Transfer>, policy: Policy, verify: bool, round_trip: Duration) -> Self {
+        let predictor = transfer.context.predictor(&transfer.guest.shape.machine.vmm);
+        let told_missing = Arc::new(PageSet::new(transfer.guest.ram.pages()));
+        Self {
+            transfer,
+            verify,
+            policy,
+            convergence: Convergence::new(policy).into(),
+            predictor,
+            round_trip,
+            bandwidth: Bandwidth::new().into(),
+            sampled: Cell::default(),
+            forecast: Cell::default(),
+            serving: Cell::default(),
+            told_missing,
+        }
+    }
+
+    /// Copies until it is time to switch over. Lanes that are lost meanwhile are opened again by `reopener`.
+    ///
+    /// # Errors
+    ///
+    /// If the guest cannot be copied, or was given up on: it runs on.
+    pub async fn run(self, reopener: Reopener) -> Result<Switchover, CopyError> {
+        tokio::select! {
+            result = self.iterate() => result,
+            never = self.keep_measuring() => never,
+            never = self.keep_lanes_open(reopener) => never,
+        }?;
+        Ok(Switchover {
+            transfer: self.transfer,
+            downtime_limit: self.policy.downtime_limit,
+            verify: self.verify,
+            forecast: self.forecast.get(),
+            predictor: self.predictor,
+            serving: self.serving.take(),
+            told_missing: self.told_missing,
+        })
+    }
+
+    async fn iterate(&self) -> Result<(), CopyError> {
+        let transfer = &self.transfer;
+        let memory = transfer.guest.shape.ram_bytes();
+        let at_once = self.convergence.borrow().before_rounds(memory, &self.now(), &self.predictor.borrow());
+        if let Some(verdict) = at_once {
+            self.note(&verdict);
+            return match verdict.decision {
+                Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
+                _ => {
+                    // Beginning to track is what prepares a VMM to give up its guest; all pages will be
+                    // missing, whatever is written to them.
+                    self.start_tracking().await?;
+                    transfer.guest.driver.stop_tracking().await?;
+                    transfer.guest.tracked.set(false);
+                    self.open_postcopy(false).await
+                }
+            };
+        }
+        self.start_tracking().await?;
+        for number in 1.. {
+            match self.iteration(number).await? {
+                Decision::Continue => {}
+                Decision::Stun { pages_per_second, .. } => self.stun(pages_per_second).await?,
+                Decision::SwitchOver => return Ok(()),
+                Decision::Postcopy { .. } => return self.open_postcopy(true).await,
+                Decision::GiveUp { why } => return Err(CopyError::GaveUp(why)),
+            }
+        }
+        unreachable!("the policy bounds the number of iterations")
+    }
+
+    /// Sends what is dirty, finds what was written meanwhile, and decides how to go on.
+    async fn iteration(&self, number: u32) -> Result<Decision, CopyError> {
+        let transfer = &self.transfer;
+        let started = Instant::now();
+        self.begin_sample();
+        let bytes_before = transfer.lanes.borrow().wire_bytes();
+        let pages_before = transfer.lanes.borrow().pages();
+        let pages = if number == 1 { transfer.guest.ram.pages() } else { transfer.outbound.dirty.count() };
+        transfer.link.send(&Control::Round { round: number, pages }).await?;
+        transfer.ticket.update(|progress| {
+            progress.rounds.push(RoundView { round: number, pages, ..RoundView::default() });
+        });
+        if number == 1 {
+            self.first_iteration().await?;
+        }
+        self.until_all_claimed().await?;
+        self.sample();
+        let looked = Instant::now();
+        let dirtied_pages = transfer.harvest().await?;
+        let harvest_seconds = looked.elapsed().as_secs_f64();
+        let duration = started.elapsed();
+        let remaining = transfer.outbound.dirty.count() + transfer.outbound.in_flight.count();
+        let bytes = transfer.lanes.borrow().wire_bytes() - bytes_before;
+        let sent = transfer.lanes.borrow().pages() - pages_before;
+        let measured = Measurement::Iteration { took: duration, dirtied_pages };
+        transfer.context.observer.measured(measured);
+        transfer.ticket.update(|progress| {
+            let round = progress.rounds.last_mut().expect("pushed when the iteration began");
+            let pages = if number == 1 { sent } else { pages };
+            let seconds = duration.as_secs_f64();
+            *round = RoundView { round: number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
+        });
+        let remaining_bytes = remaining * PAGE_SIZE;
+        Ok(self.decide(&Round { number, duration, dirtied_pages, remaining_bytes }))
+    }
+
+    /// What to do after an iteration.
+    fn decide(&self, round: &Round) -> Decision {
+        let mut convergence = self.convergence.borrow_mut();
+        let verdict = convergence.after_round(round, &self.now(), &self.predictor.borrow());
+        info!(
+            guest = %self.transfer.ticket.guest,
+            round = round.number,
+            seconds = round.duration.as_secs_f64(),
+            dirtied_pages = round.dirtied_pages,
+            "round ended"
+        );
+        self.note(&verdict);
+        verdict.decision
+    }
+
+    /// What decisions are made from, as it is now.
+    fn now(&self) -> Conditions {
+        let transfer = &self.transfer;
+        Conditions {
+            bandwidth: self.bandwidth.borrow().bytes_per_second(),
+            // Pages may take another way than words.
+            round_trip: transfer
+                .link
+                .round_trip()
+                .unwrap_or(self.round_trip)
+                .max(transfer.lanes.borrow().round_trip()),
+            // Comparing is for those who have the time: the limit bounds the rest of the pause.
+            verify: Duration::ZERO,
+        }
+    }
+
+    /// Tells what was decided, and from which figures.
+    fn note(&self, verdict: &Verdict) {
+        self.forecast.set(Some(verdict.forecast));
+        self.transfer.ticket.update(|progress| {
+            progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
+            progress.forecast = Some(view(&verdict.forecast));
+            progress.decision = Some(verdict.to_string());
+        });
+        let figures = &verdict.figures;
+        info!(
+            guest = %self.transfer.ticket.guest,
+            remaining_bytes = figures.remaining_bytes,
+            dirty_bytes_per_second = figures.dirty_bytes_per_second,
+            bandwidth_bytes_per_second = figures.bandwidth,
+            predicted_downtime = ?verdict.forecast.total(),
+            margin = ?verdict.forecast.margin,
+            downtime_limit = ?figures.downtime_limit,
+            "decided: {verdict}"
+        );
+    }
+
+    async fn start_tracking(&self) -> Result<(), CopyError> {
+        let transfer = &self.transfer;
+        transfer.ticket.update(|progress| progress.phase = Phase::Preparing);
+        let started = Instant::now();
+        transfer.guest.tracked.set(true);
+        transfer.guest.driver.start_tracking().await?;
+        let took = started.elapsed();
+        transfer.context.observer.measured(Measurement::TrackingStarted(took));
+        transfer.ticket.update(|progress| {
+            progress.tracking_start_seconds = Some(took.as_secs_f64());
+            progress.phase = Phase::Copying;
+        });
+        Ok(())
+    }
+
+    /// Returns when every page of this iteration is in some lane's hands. Those that are still on their way do not hold
+    /// up the next one.
+    ///
+    /// An iteration that has nothing to claim ends when nothing is on its way either: it would else be over in no time,
+    /// and tell nothing about how fast pages are written and sent.
+    async fn until_all_claimed(&self) -> Result<(), CopyError> {
+        let dirty = &self.transfer.outbound.dirty;
+        if dirty.is_empty() {
+            return self.transfer.until_all_acknowledged().await;
+        }
+        while !dirty.is_empty() {
+            self.transfer.wait_for_lanes().await?;
+        }
+        Ok(())
+    }
+
+    /// Opens lanes again on ports that have lost them.
+    async fn keep_lanes_open(&self, mut reopener: Reopener) -> ! {
+        let transfer = &self.transfer;
+        let silence = transfer.context.limits().silence;
+        let is_missing = |route: &Route| {
+            let running = transfer.lanes.borrow().running_on(&route.port.name);
+            !transfer.outbound.is_held() && running < usize::from(route.lanes())
+        };
+        loop {
+            let end = reopener.next(is_missing).await;
+            // Once the lanes are to come to an end, what was being opened meanwhile is closed.
+            if !transfer.outbound.is_held() {
+                transfer.lanes.borrow_mut().send(end, &transfer.outbound, silence);
+            }
+        }
+    }
+
+    /// Measures bandwidth and shows progress, now and then.
+    async fn keep_measuring(&self) -> ! {
+        let mut ticker = tokio::time::interval(LOOK);
+        for tick in 0u64.. {
+            ticker.tick().await;
+            self.sample();
+            if tick % 5 == 0 {
+                self.follow_lanes().await;
+                self.show();
+            }
+        }
+        unreachable!("the loop has no end")
+    }
+
+    /// From here on the lanes are busy with an iteration.
+    fn begin_sample(&self) {
+        self.sampled.set(Some((Instant::now(), self.transfer.lanes.borrow().acked_bytes())));
+    }
+
+    /// Adds what was acknowledged since the last sample of this iteration.
+    fn sample(&self) {
+        let Some((before, bytes_before)) = self.sampled.get() else { return };
+        let bytes = self.transfer.lanes.borrow().acked_bytes();
+        self.bandwidth.borrow_mut().record(bytes - bytes_before, before.elapsed());
+        self.sampled.set(Some((Instant::now(), bytes)));
+    }
+
+    fn show(&self) {
+        self.transfer.show();
+        let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
+        self.transfer.ticket.update(|progress| progress.bandwidth_bytes_per_second = bandwidth);
+    }
+}
+
+fn view(forecast: &Forecast) -> ForecastView {
+    ForecastView {
+        remaining_seconds: forecast.transfer.as_secs_f64(),
+        round_trip_seconds: forecast.round_trips.as_secs_f64(),
+        state_seconds: (forecast.save + forecast.load).as_secs_f64(),
+        resume_seconds: (forecast.journal + forecast.resume).as_secs_f64(),
+        verify_seconds: forecast.verify.as_secs_f64(),
+        margin_seconds: forecast.margin.as_secs_f64(),
+    }
+}

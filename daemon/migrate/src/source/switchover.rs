@@ -1,0 +1,194 @@
+//! What happens while the guest stands still: the last pages, the proof if it was ordered, and the VMM's state.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use memlane_guest::SavedState;
+use memlane_protocol::PageSet;
+use memlane_protocol::convergence::{Forecast, Measured, Predictor};
+use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
+
+use super::error::CopyError;
+use super::serve::Serving;
+use super::transfer::Transfer;
+use crate::effects::Deadline;
+use crate::handle::unix_seconds;
+use crate::progress::Phase;
+
+/// The stage in which the guest stands still and what is left of it is sent.
+pub struct Switchover {
+    pub(super) transfer: Rc<Transfer>,
+    /// Longest pause, without what comparing takes.
+    pub(super) downtime_limit: Duration,
+    /// Compare digests.
+    pub(super) verify: bool,
+    /// The forecast on which the switchover was decided.
+    pub(super) forecast: Option<Forecast>,
+    /// Forecasts for this kind of VMM.
+    pub(super) predictor: Rc<RefCell<Predictor>>,
+    /// Serves what is missing at the destination, in post-copy.
+    pub(super) serving: Option<Serving>,
+    /// Pages that the destination was told are missing.
+    pub(super) told_missing: Arc<PageSet>,
+}
+
+/// A guest that stands still here, and of which the destination has all that it needs to run it.
+pub struct Paused {
+    /// When it stopped.
+    pub at: Instant,
+    /// From then on until its state was saved.
+    save_time: Duration,
+    /// Time that comparing digests took, which the limit does not bound.
+    verify_time: Duration,
+    downtime_limit: Duration,
+    forecast: Option<Forecast>,
+    predictor: Rc<RefCell<Predictor>>,
+    serving: Option<Serving>,
+}
+
+/// What the destination measured of a pause.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RemoteTimes {
+    /// Loading the VMM's state.
+    pub load: Duration,
+    /// Letting the vCPUs run.
+    pub resume: Duration,
+}
+
+impl Switchover {
+    /// Pauses the guest and sends everything that is not there yet.
+    ///
+    /// # Errors
+    ///
+    /// If something fails, or the pause would exceed the limit: the guest is still paused.
+    pub async fn run(self) -> Result<Paused, CopyError> {
+        let transfer = &self.transfer;
+        transfer.ticket.update(|progress| {
+            progress.phase = Phase::SwitchingOver;
+            progress.guest_runs_at = None;
+        });
+        let asked = Instant::now();
+        let pausing = async { Ok(transfer.guest.pause(self.longest_pause()).await?) };
+        let at = self.in_time(asked, pausing).await?;
+        let pause_time = at.elapsed();
+        let stopped_at = unix_seconds() - pause_time.as_secs_f64();
+        transfer.ticket.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
+        let saved = self.in_time(at, self.send_last_pages()).await?;
+        let save_time = pause_time + saved.took;
+        let mut verify_time = Duration::ZERO;
+        if self.verify {
+            let started = Instant::now();
+            self.compare().await?;
+            verify_time = started.elapsed();
+        }
+        // All that was sent was the guest's, and nothing passed for a hole that was cut off.
+        transfer.guest.ram.check().map_err(CopyError::Memory)?;
+        self.in_time(at + verify_time, self.send_state(&saved)).await?;
+        let Self { downtime_limit, forecast, predictor, serving, .. } = self;
+        Ok(Paused { at, save_time, verify_time, downtime_limit, forecast, predictor, serving })
+    }
+
+    /// Sends what was written since the last look, and saves the VMM's state.
+    async fn send_last_pages(&self) -> Result<SavedState, CopyError> {
+        let transfer = &self.transfer;
+        if self.serving.is_some() {
+            return self.save_for_postcopy().await;
+        }
+        transfer.outbound.still.store(true, Ordering::Release);
+        transfer.harvest().await?;
+        let saved = if transfer.guest.driver.saves_last() {
+            transfer.until_all_acknowledged().await?;
+            transfer.guest.driver.save().await?
+        } else {
+            // The VMM saves its state while the lanes send the last pages.
+            let (saved, sent) = tokio::join!(transfer.guest.driver.save(), transfer.until_all_acknowledged());
+            sent?;
+            saved?
+        };
+        // What device models wrote while they came to rest and saved themselves.
+        if transfer.harvest().await? > 0 {
+            transfer.until_all_acknowledged().await?;
+        }
+        Ok(saved)
+    }
+
+    /// When the VMM is to end the pause by itself: this daemon has done so by then, or hangs.
+    fn longest_pause(&self) -> Duration {
+        /// For a daemon that is slow.
+        const GRACE: Duration = Duration::from_secs(1);
+        // Both sides go through all of memory, and neither is told how far the other is.
+        let comparing = if self.verify { self.transfer.patience() * 2 } else { Duration::ZERO };
+        self.downtime_limit.saturating_add(comparing).saturating_add(GRACE)
+    }
+
+    /// Does something while the limit of a pause that began `at` lasts.
+    async fn in_time<T>(
+        &self,
+        at: Instant,
+        work: impl Future<Output = Result<T, CopyError>>,
+    ) -> Result<T, CopyError> {
+        let deadline = deadline(at, self.downtime_limit, self.forecast.as_ref());
+        let done = tokio::time::timeout_at(deadline.at.into(), work).await;
+        done.unwrap_or(Err(CopyError::Late(deadline)))
+    }
+
+    async fn send_state(&self, saved: &SavedState) -> Result<(), CopyError> {
+        let total = saved.bytes.len() as u64;
+        self.transfer.ticket.update(|progress| {
+            progress.vmm_state_bytes = Some(total);
+            progress.save_seconds = Some(saved.took.as_secs_f64());
+        });
+        let mut offset = 0;
+        loop {
+            let end = (offset + MAX_STATE_CHUNK_BYTES).min(saved.bytes.len());
+            let bytes = saved.bytes[offset..end].to_vec();
+            self.transfer.link.send(&Control::State { total, offset: offset as u64, bytes }).await?;
+            offset = end;
+            if offset == saved.bytes.len() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Paused {
+    /// When the commit must have begun to be written, or the guest is kept.
+    pub fn deadline(&self) -> Deadline {
+        deadline(self.at + self.verify_time, self.downtime_limit, self.forecast.as_ref())
+    }
+
+    /// Serves no more.
+    pub fn end_serving(&mut self) {
+        self.serving = None;
+    }
+
+    /// Learns from a pause of this length, of which this host's journal took `journal`; returns what was measured, and
+    /// what had been expected.
+    pub fn learn(
+        &self,
+        downtime: Duration,
+        journal: Duration,
+        remote: RemoteTimes,
+    ) -> Option<(Measured, Forecast)> {
+        let forecast = self.forecast?;
+        let measured = Measured {
+            downtime: downtime.saturating_sub(self.verify_time),
+            save: self.save_time,
+            load: remote.load.min(downtime),
+            // The destination writes two records, this host one.
+            journal: journal * 3,
+            resume: remote.resume.min(downtime),
+        };
+        self.predictor.borrow_mut().learn(&forecast, &measured);
+        Some((measured, forecast))
+    }
+}
+
+/// When a pause that began `at` must have come to the commit. What is begun then cannot be taken back.
+fn deadline(at: Instant, limit: Duration, forecast: Option<&Forecast>) -> Deadline {
+    let later = forecast.map_or(Duration::ZERO, Forecast::after_commit);
+    Deadline { at: at + limit.saturating_sub(later), limit }
+}

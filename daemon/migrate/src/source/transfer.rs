@@ -1,0 +1,225 @@
+//! What all stages of the source share: the guest, its lanes, and the way to the destination.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use memlane_guest::{Guest, StunReport};
+use memlane_lane::Outbound;
+use memlane_net::link::{LinkError, LinkSender};
+use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use tokio::sync::{Mutex, Notify, mpsc};
+
+use super::error::CopyError;
+use crate::context::Context;
+use crate::handle::Ticket;
+use crate::lanes::{self, Lanes};
+use crate::observer::Measurement;
+use crate::progress::Stun;
+
+/// How long a ring of the bell may be missed.
+pub const LOOK: Duration = Duration::from_millis(20);
+/// Longest wait for an answer of the destination, besides its work.
+const ANSWER: Duration = Duration::from_secs(30);
+/// Answers of the destination that wait to be dealt with.
+const ANSWERS_WAITING: usize = 16;
+
+/// One guest on its way.
+pub struct Transfer {
+    /// What every migration of this host works with.
+    pub context: Rc<Context>,
+    /// The guest.
+    pub guest: Rc<Guest>,
+    /// How everyone else sees the migration.
+    pub ticket: Rc<Ticket>,
+    /// What the lanes share.
+    pub outbound: Arc<Outbound>,
+    /// The lanes.
+    pub lanes: RefCell<Lanes>,
+    /// To the destination.
+    pub link: LinkSender,
+    bell: Arc<Notify>,
+    /// What the destination says besides words of the handover.
+    answers: Mutex<mpsc::Receiver<Control>>,
+    /// Messages about holes that were sent.
+    holes_sent: Cell<u64>,
+    /// Those of them that the destination has dealt with.
+    holes_made: Cell<u64>,
+    /// Lanes of which the destination was told that they are lost.
+    lanes_lost: RefCell<BTreeSet<u16>>,
+    /// How a stun went when it was looked at last.
+    stunned: Cell<StunReport>,
+}
+
+impl Transfer {
+    /// Makes a transfer without lanes, which may compress if `compress`; what it answers to is sent to what comes with
+    /// it.
+    pub fn new(
+        context: Rc<Context>,
+        guest: Rc<Guest>,
+        ticket: Rc<Ticket>,
+        link: LinkSender,
+        compress: bool,
+    ) -> (Rc<Self>, mpsc::Sender<Control>) {
+        let (bell, ring) = lanes::bell();
+        let mut outbound = Outbound::new(guest.ram.clone(), ring);
+        outbound.compress = compress;
+        let (answers, arriving) = mpsc::channel(ANSWERS_WAITING);
+        let lanes = Lanes::new(&context).into();
+        let (holes_sent, holes_made, lanes_lost, stunned) = Default::default();
+        let transfer = Self {
+            context,
+            guest,
+            ticket,
+            outbound: Arc::new(outbound),
+            lanes,
+            link,
+            bell,
+            answers: Mutex::new(arriving),
+            holes_sent,
+            holes_made,
+            lanes_lost,
+            stunned,
+        };
+        (Rc::new(transfer), answers)
+    }
+
+    /// Makes dirty what was written since it was armed or last harvested, and has the lanes send it; returns how many
+    /// pages are new.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not answer: what it has found may be lost.
+    pub async fn harvest(&self) -> Result<u64, CopyError> {
+        let found = self.guest.harvest(&self.outbound.dirty).await?;
+        if found.holes {
+            self.outbound.sparse.store(true, Ordering::Release);
+        }
+        self.outbound.publish();
+        Ok(found.new)
+    }
+
+    /// The destination has dealt with one message about holes.
+    pub fn holes_made(&self) {
+        self.holes_made.set(self.holes_made.get() + 1);
+        self.bell.notify_one();
+    }
+
+    /// Tells the destination that these pages are zero.
+    pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
+        let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
+        if pages == 0 {
+            return Ok(());
+        }
+        self.context.observer.measured(Measurement::Holes { pages });
+        self.ticket.update(|progress| progress.hole_pages += pages);
+        for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
+            self.link.send(&Control::Holes(ranges.to_vec())).await?;
+            self.holes_sent.set(self.holes_sent.get() + 1);
+        }
+        Ok(())
+    }
+
+    /// Returns when all holes are made: a hole must be one there before the page behind it can be sent as data.
+    pub async fn until_holes_are_made(&self) -> Result<(), CopyError> {
+        let until = Instant::now() + self.patience();
+        while self.holes_made.get() < self.holes_sent.get() {
+            self.wait_for_lanes().await?;
+            if Instant::now() > until {
+                return Err(CopyError::Protocol("no word that holes are made"));
+            }
+        }
+        Ok(())
+    }
+
+    /// How long to wait for the destination when it may have to go through all of memory.
+    pub fn patience(&self) -> Duration {
+        /// Slower than this, in bytes per second, nobody goes through memory.
+        const SLOWEST: u64 = 128 << 20;
+        ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
+    }
+
+    /// The destination's next answer, for which it may have to go through all of memory.
+    pub async fn answer(&self) -> Result<Control, CopyError> {
+        let mut answers = self.answers.lock().await;
+        match tokio::time::timeout(self.patience(), answers.recv()).await {
+            Ok(answer) => answer.ok_or(CopyError::Link(LinkError::Closed)),
+            Err(_) => Err(CopyError::Protocol("nothing where an answer was due")),
+        }
+    }
+
+    /// Returns when the destination has every page that there was to send.
+    pub async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
+        while !self.outbound.all_acknowledged() {
+            self.wait_for_lanes().await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when a lane has something to tell, or after a moment.
+    ///
+    /// # Errors
+    ///
+    /// If no lane is left, or the guest's memory is not there any more.
+    pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
+        let _ = tokio::time::timeout(LOOK, self.bell.notified()).await;
+        self.outbound.ram.intact().map_err(CopyError::Memory)?;
+        for lane in self.outbound.orphaned_lanes() {
+            // Bytes of a lost lane may still lie in some buffer: its pages are not sent again
+            // before the destination has closed it too.
+            if self.lanes_lost.borrow_mut().insert(lane) {
+                self.link.send(&Control::LaneLost(lane)).await?;
+            }
+        }
+        if self.lanes.borrow().all_ended() { Err(no_lanes().await) } else { Ok(()) }
+    }
+
+    /// Sends no more: no lane reads the guest's memory after what is returned is done. Its writes are not held up.
+    pub fn stop(&self) -> impl Future<Output = ()> + use<> {
+        self.guest.let_writes_go();
+        let closed = self.lanes.borrow().close();
+        self.outbound.still.store(false, Ordering::Release);
+        closed
+    }
+
+    /// Brings up to date what everyone sees of the lanes and of a stun.
+    pub fn show(&self) {
+        self.lanes.borrow_mut().measure(true);
+        self.show_stun();
+        self.ticket.update(|progress| {
+            self.lanes.borrow().show(progress);
+            progress.pages_remaining = match progress.rounds.as_slice() {
+                [first] if first.seconds == 0.0 => {
+                    let done = progress.pages_sent + progress.zero_pages + progress.hole_pages;
+                    progress.pages_total.saturating_sub(done)
+                }
+                _ => self.outbound.dirty.count() + self.outbound.in_flight.count(),
+            };
+        });
+    }
+
+    fn show_stun(&self) {
+        let Some(report) = self.guest.stun_report() else { return };
+        let before = self.stunned.replace(report);
+        self.context.observer.measured(Measurement::Stunned { before: &before, now: &report });
+        let seconds = report.in_force.as_secs_f64();
+        let per_second = |pages: f64| if seconds > 0.0 { pages / seconds } else { 0.0 };
+        self.ticket.update(|progress| {
+            let stun = progress.stun.get_or_insert_with(Stun::default);
+            stun.seconds = seconds;
+            stun.released_pages_per_second = per_second(report.released_pages as f64);
+            stun.target_pages_per_second = per_second(report.target_pages);
+        });
+    }
+}
+
+/// A destination that gives up closes its lanes before it says why: leaves it a moment for that.
+async fn no_lanes() -> CopyError {
+    const LAST_WORDS: Duration = Duration::from_millis(200);
+    tokio::time::sleep(LAST_WORDS).await;
+    CopyError::NoLanes
+}

@@ -1,0 +1,47 @@
+//! The proof that both ends hold the same memory, where it was ordered.
+
+use memlane_protocol::wire::control::Control;
+
+use super::error::CopyError;
+use super::switchover::Switchover;
+use crate::digest::{Digest, chunks, difference, digest_all};
+
+impl Switchover {
+    /// Compares digests of all RAM at both ends, while the guest stands still.
+    ///
+    /// # Errors
+    ///
+    /// If they differ, or the destination does not tell its own.
+    pub(super) async fn compare(&self) -> Result<(), CopyError> {
+        self.transfer.link.send(&Control::Verify).await?;
+        let ram = self.transfer.guest.ram.clone();
+        let digesting = tokio::task::spawn_blocking(move || digest_all(&ram));
+        let mut there = Vec::new();
+        loop {
+            let Control::Digests { digests, last } = self.transfer.answer().await? else {
+                return Err(CopyError::Protocol("something else than its digests"));
+            };
+            let known = there.len();
+            there.extend(digests);
+            let from = known.saturating_sub(1);
+            let in_order = there[from..].is_sorted_by(|before: &Digest, after| before.0 < after.0);
+            if !in_order || there.last().is_some_and(|(chunk, _)| *chunk >= chunks(&self.transfer.guest.ram))
+            {
+                return Err(CopyError::Protocol("digests that are out of order, or of no memory"));
+            }
+            if last {
+                break;
+            }
+            if there.len() == known {
+                return Err(CopyError::Protocol("no digests where some are left"));
+            }
+        }
+        let here = digesting.await.expect("digesting does not panic").map_err(CopyError::Memory)?;
+        let difference = difference(&self.transfer.guest.ram, &here, &there);
+        self.transfer.ticket.update(|progress| progress.digest_verified = Some(difference.is_none()));
+        match difference {
+            Some(difference) => Err(CopyError::Unequal(difference)),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! A migration's VMM: whether it can be reached, and what happens to it.
+
+use std::future::pending;
+use std::rc::Rc;
+use std::time::Duration;
+
+use memlane_guest::{Guest, Process};
+use tokio::sync::mpsc;
+
+use crate::handle::Returned;
+
+/// The VMM, as far as it can be reached.
+pub enum Vmm {
+    /// It is attached.
+    Attached(Rc<Guest>),
+    /// Its connection is lost, but it lives, and will attach again.
+    Away(Rc<Process>),
+    /// Its process has ended.
+    Ended,
+    /// The half is done with it: it waits for another guest.
+    Released,
+}
+
+/// What happened to a VMM.
+pub enum VmmNews {
+    /// Its connection is lost.
+    Lost(Rc<Process>),
+    /// It attached again.
+    Back(Returned),
+    /// Its process has ended.
+    Ended,
+}
+
+/// What happens next to a VMM. `returns` brings VMMs that have attached again.
+pub async fn news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
+    /// A process that ends closes its connections a little earlier.
+    const ENDING: Duration = Duration::from_millis(200);
+    match vmm {
+        Vmm::Attached(guest) => {
+            guest.driver.gone().await;
+            match tokio::time::timeout(ENDING, guest.process.ended()).await {
+                Ok(()) => VmmNews::Ended,
+                Err(_) => VmmNews::Lost(guest.process.clone()),
+            }
+        }
+        Vmm::Away(process) => {
+            tokio::select! {
+                Some(returned) = returns.recv() => VmmNews::Back(returned),
+                () = process.ended() => VmmNews::Ended,
+            }
+        }
+        Vmm::Ended | Vmm::Released => pending().await,
+    }
+}
