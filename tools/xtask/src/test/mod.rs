@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
+mod dependencies;
 mod program;
 mod setup;
 
@@ -32,7 +33,9 @@ pub struct Options {
 /// Checks and tests; true if all is well.
 pub fn run(options: &Options) -> Result<bool> {
     setup::bring().context("bringing what tests need (nothing was tested)")?;
+    let mut tally = Tally::default();
     if !options.large {
+        tally.add(&dependencies::check()?);
         step("formatting", &["fmt", "--all", "--check"])?;
         step("lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
         // SAFETY: this program has one thread.
@@ -40,7 +43,8 @@ pub fn run(options: &Options) -> Result<bool> {
         step("documentation", &["doc", "--workspace", "--no-deps", "--locked"])?;
     }
     println!("\n== tests");
-    let (mut tally, mut ok) = if options.large { tests(LARGE, 1, ALONE) } else { tests(ALL, AT_ONCE, &[]) }?;
+    let (tested, mut ok) = if options.large { tests(LARGE, 1, ALONE) } else { tests(ALL, AT_ONCE, &[]) }?;
+    tally.add(&tested);
     if !options.large {
         let (documented, well) = program::run_documentation();
         tally.add(&documented);
