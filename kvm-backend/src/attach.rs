@@ -1,21 +1,23 @@
 //! The VMM's side of the attach protocol ([`memlane_protocol::wire::attach`]).
 //!
-//! A VMM implements [`Vmm`] and calls [`serve`]; a thread then connects to the daemon, lends it
-//! the guest's memory, and does what it asks. When the daemon goes away, tracking ends, the
-//! thread connects again, and:
+//! A VMM implements [`Vmm`] and calls [`serve`]. A thread then connects to the daemon, lends it the guest's
+//! memory, and carries out its requests. When the daemon goes away, tracking ends and the thread connects again.
+//! Meanwhile:
 //!
-//! - a guest that was paused and not given up runs on by itself (as it does when a daemon that is there
-//!   neither ends the pause nor takes the guest over in the time that it has said itself);
-//! - a guest that was given up ([`Request::Relinquish`]) stays paused until a daemon decides;
-//! - a guest that has arrived, or is awaited, does not run before a daemon says so.
+//! - A guest that was paused and not relinquished is resumed. (It also is if a daemon that stays connected neither
+//!   ends the pause nor takes the guest over within the time limit of its own request.)
+//! - A guest that was relinquished ([`Request::Relinquish`]) stays paused until a daemon decides.
+//! - A guest that has arrived, or is awaited, does not run before a daemon says so.
 //!
 //! [`Request::Relinquish`]: memlane_protocol::wire::attach::Request::Relinquish
 
-mod ownership;
+mod connection;
+mod lifecycle;
+mod requests;
 mod serve;
-mod session;
+mod state_memfd;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memlane_protocol::wire::machine::GuestShape;
 
@@ -25,53 +27,74 @@ use crate::ram::GuestRam;
 
 pub use serve::{Attachment, Ended, Options, serve};
 
-/// Why a VMM could not do what was asked; the daemon passes its text on to the operator.
+/// Why a VMM could not carry out a request; the daemon passes the text on to the operator.
 pub type VmmError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What the attach thread asks of the VMM around it.
+/// The VMM, as the attach thread uses it.
 ///
-/// Called with the lock held that was given to [`serve`], and by its thread alone.
+/// Only the attach thread calls these functions, and it holds the lock of the `Mutex` that was given to [`serve`].
 pub trait Vmm: Send {
-    /// The guest; for one that is awaited, what this VMM could run.
+    /// Describes the guest; if one is awaited, describes what this VMM could run.
     fn shape(&self) -> GuestShape;
 
-    /// The guest's memory.
+    /// Returns the guest's memory.
     fn ram(&self) -> &Arc<GuestRam>;
 
-    /// The tracker of that memory.
+    /// Returns the tracker of that memory.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
-    /// Stops all vCPUs; they stand still when this returns. After an error they run.
-    /// Does nothing to a paused guest.
+    /// Pauses all vCPUs; none of them runs when this returns. It does nothing to a paused guest.
+    ///
+    /// # Errors
+    ///
+    /// The guest could not be paused; its vCPUs run on.
     fn pause(&mut self) -> Result<(), VmmError>;
 
-    /// Lets the vCPUs run. Does nothing to a running guest.
+    /// Resumes the vCPUs. It does nothing to a running guest.
+    ///
+    /// # Errors
+    ///
+    /// The guest could not be resumed; the attach thread tries again where the guest must run.
     fn resume(&mut self) -> Result<(), VmmError>;
 
-    /// Everything about the paused guest but its memory.
+    /// Returns the state of the paused guest, which is everything but its memory.
+    ///
+    /// # Errors
+    ///
+    /// The state could not be read; the guest stays paused.
     fn save(&mut self) -> Result<Vec<u8>, VmmError>;
 
-    /// Takes over what [`Vmm::save`] gave on another host. The guest stays paused until
-    /// [`Vmm::resume`].
+    /// Loads the state that [`Vmm::save`] returned on another host. The guest stays paused until [`Vmm::resume`].
+    ///
+    /// # Errors
+    ///
+    /// The state could not be loaded; the guest must not run.
     fn load(&mut self, state: &[u8]) -> Result<(), VmmError>;
 
-    /// The guest runs elsewhere, or will never run here: it must never run again, and the VMM is to end if it
-    /// has no other guest. The attachment ends after this. Memory that never came reads as zeros from here on.
+    /// Discards the guest, which runs elsewhere or will never run here. It must never run again in this VMM, which
+    /// should end if it has no other guest. The attachment ends after this. From here on, memory that never
+    /// arrived reads as zeros.
     fn discard(&mut self);
 
-    /// Tells what tracking does, for the VMM's own statistics.
+    /// Reports a change of tracking, for the VMM's own statistics.
     fn tracking_changed(&mut self, _phase: TrackingPhase) {}
 }
 
-/// What tracking does.
+/// A phase of tracking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrackingPhase {
-    /// It is on; nothing is armed yet.
+    /// Tracking is on; no page is write-protected yet.
     Started,
-    /// All pages are armed.
-    Armed,
-    /// It is off.
+    /// All pages are write-protected.
+    WriteProtected,
+    /// Tracking is off.
     Stopped,
+}
+
+/// Locks the VMM. After a panic in another thread the guest still must not stay paused, so a poisoned lock is
+/// taken too.
+fn lock<'a>(vmm: &'a Mutex<dyn Vmm>) -> MutexGuard<'a, dyn Vmm + 'static> {
+    vmm.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,30 +1,36 @@
-//! The room for file descriptors: made once, and told as what it is where it runs out.
+//! The process's table of file descriptors: making room in it once, and explaining that it is full.
 
 use std::io;
 
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Resource, getrlimit};
 
-/// Most descriptors that [`make_room`] makes room for: the kernel takes 8 bytes for each.
-const ROOM: u64 = 65536;
+/// The largest number of descriptors that [`make_room`] makes room for: the kernel takes 8 bytes for each.
+const MAX_ROOM: u64 = 65536;
 
-/// Has the kernel make room for as many descriptors as this process may have, up to 65536.
+/// Makes the kernel reserve room for as many descriptors as this process may have (getrlimit(2), `RLIMIT_NOFILE`),
+/// up to 65536.
 ///
-/// Without it the kernel makes room at the 65th, 129th, 257th and so on. In a process of several threads it
-/// then waits until every processor has let go of the old table (`synchronize_rcu`): 8 to 31 ms were measured,
-/// in whichever call happens to need the descriptor. Call this before there are threads.
+/// Otherwise the kernel makes the table larger at the 65th, 129th, 257th descriptor and so on. In a process of
+/// several threads it then waits until every processor has let go of the old table (`synchronize_rcu`): 8 to 31 ms
+/// were measured, in the system call that happens to need the descriptor. So the process must call this before it
+/// starts threads.
+///
+/// # Errors
+///
+/// The kernel refused.
 pub fn make_room() -> io::Result<()> {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(ROOM);
-    let last = i32::try_from(limit.min(ROOM)).unwrap_or(i32::MAX).saturating_sub(1);
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(MAX_ROOM);
+    let last = i32::try_from(limit.min(MAX_ROOM)).unwrap_or(i32::MAX).saturating_sub(1);
     let any = std::fs::File::open("/dev/null")?;
-    // It is closed at once: the table stays as it is.
+    // The descriptor is closed at once; the table keeps its size.
     fcntl_dupfd_cloexec(&any, last)?;
     Ok(())
 }
 
-/// The error, in words that say what to do where this process, or the whole host, has run out of file
-/// descriptors (`EMFILE`, `ENFILE`: open(2)); any other as it is.
-pub fn told(error: io::Error) -> io::Error {
+/// Returns the error in words that say what to do, if this process or the whole host has run out of file
+/// descriptors (`EMFILE`, `ENFILE`: open(2)). Any other error is returned as it is.
+pub fn explain(error: io::Error) -> io::Error {
     match Errno::from_io_error(&error) {
         Some(Errno::MFILE) => exhausted(),
         Some(Errno::NFILE) => {
@@ -34,12 +40,13 @@ pub fn told(error: io::Error) -> io::Error {
     }
 }
 
-/// Whether the error says that there are no more file descriptors.
+/// Returns whether the error says that this process or the host has run out of file descriptors (`EMFILE`,
+/// `ENFILE`).
 pub fn is_exhaustion(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
-/// This process has run out of file descriptors.
+/// Returns the error that this process has run out of file descriptors, in words that say what to do.
 pub fn exhausted() -> io::Error {
     let limit = getrlimit(Resource::Nofile).current.map_or("none".to_owned(), |limit| limit.to_string());
     let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
@@ -58,22 +65,22 @@ mod tests {
         make_room().unwrap();
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(ROOM);
-        assert!(size.trim().parse::<u64>().unwrap() >= limit.min(ROOM), "{size}");
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(MAX_ROOM);
+        assert!(size.trim().parse::<u64>().unwrap() >= limit.min(MAX_ROOM), "{size}");
     }
 
     #[test]
     fn what_is_no_exhaustion_stays_as_it_is() {
-        let refused = told(Errno::CONNREFUSED.into());
+        let refused = explain(Errno::CONNREFUSED.into());
         assert_eq!(Errno::from_io_error(&refused), Some(Errno::CONNREFUSED));
         let limit = getrlimit(Resource::Nofile).current.unwrap();
-        let text = told(Errno::MFILE.into()).to_string();
+        let text = explain(Errno::MFILE.into()).to_string();
         assert!(
             text.contains("run out of file descriptors") && text.contains(&format!("limit {limit}")),
             "{text}"
         );
         assert!(
-            text.contains("LimitNOFILE") && told(Errno::NFILE.into()).to_string().contains("fs.file-max")
+            text.contains("LimitNOFILE") && explain(Errno::NFILE.into()).to_string().contains("fs.file-max")
         );
     }
 }

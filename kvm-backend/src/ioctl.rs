@@ -1,28 +1,30 @@
-//! The one shape of ioctl that rustix has no pattern for: its return value counts or names something.
+//! [`ReturnsValue`]: the one shape of ioctl for which rustix has no pattern, where the return value is the answer.
 
 use std::ffi::c_void;
 
 use rustix::io::Result;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
 
-/// An ioctl whose argument is a number or a pointer and whose return value is the answer.
-pub(crate) struct Answering<const OPCODE: Opcode> {
+/// An ioctl whose argument is a number or a pointer, and whose return value is the answer: a count or a descriptor.
+pub(crate) struct ReturnsValue<const OPCODE: Opcode> {
     argument: *mut c_void,
 }
 
-impl<const OPCODE: Opcode> Answering<OPCODE> {
+impl<const OPCODE: Opcode> ReturnsValue<OPCODE> {
+    /// Returns the ioctl with this argument.
+    ///
     /// # Safety
     ///
-    /// `OPCODE` must be a valid ioctl for the descriptor that it will be used on, and
-    /// `argument` what it expects: a number, or a pointer to what it reads and writes that
-    /// stays valid, and is not otherwise borrowed, until the call returns.
+    /// `OPCODE` must be a valid ioctl for the descriptor that it will be used on, and `argument` must be what it
+    /// expects: a number, or a pointer to what it reads and writes that stays valid, and is not otherwise
+    /// borrowed, until the call returns.
     pub(crate) unsafe fn new(argument: *mut c_void) -> Self {
         Self { argument }
     }
 }
 
-// SAFETY: the creator vouched for opcode and argument; the output is the plain return value.
-unsafe impl<const OPCODE: Opcode> Ioctl for Answering<OPCODE> {
+// SAFETY: the caller of `new` vouched for opcode and argument; the output is the plain return value.
+unsafe impl<const OPCODE: Opcode> Ioctl for ReturnsValue<OPCODE> {
     type Output = IoctlOutput;
 
     const IS_MUTATING: bool = true;

@@ -2,20 +2,23 @@
 //!
 //! - [`ram`] is the guest's memory: shared mappings behind descriptors.
 //! - [`dirty`] finds the pages that a running guest writes.
-//! - [`userfault`] is what a tracker needs for that, and whoever holds up a guest's writes or provides
-//!   pages that are missing; [`foreign_ram`] tells where they lie in the process of the guest.
-//! - [`shared`] is the memory in which a VMM hands those pages to its daemon.
-//! - [`vcpu`] and [`state`] capture and restore everything but memory; [`compat`] says beforehand
-//!   whether a host can.
-//! - [`attach`] serves the daemon's requests inside the VMM; [`packet`] is how both ends of that
-//!   socket send bytes with descriptors, and [`descriptors`] what they say when they have too many.
+//! - [`userfault`] is userfaultfd, which trackers need, and with which a daemon delays a guest's writes and
+//!   provides missing pages; [`vmm_mapping`] translates between pages and addresses in the VMM's process.
+//! - [`shared`] is the memory in which a VMM hands dirty pages to its daemon.
+//! - [`vcpu`] and [`state`] capture and restore everything but memory; [`compat`] tells beforehand whether a host
+//!   can run a guest.
+//! - [`attach`] serves the daemon's requests inside the VMM; [`packet`] sends bytes with descriptors over the
+//!   attach socket, and [`descriptors`] explains what to do when a process has run out of descriptors.
+//!
+//! Arrows run downwards only: `attach`; `dirty`; `vmm_mapping`, `compat`; `state`; `ram`, `userfault`, `vcpu`,
+//! `packet`; `shared`, `descriptors`, `error`.
 
 pub mod attach;
+mod clock;
 pub mod compat;
 pub mod descriptors;
 pub mod dirty;
 mod error;
-pub mod foreign_ram;
 mod ioctl;
 pub mod packet;
 pub mod ram;
@@ -23,5 +26,6 @@ pub mod shared;
 pub mod state;
 pub mod userfault;
 pub mod vcpu;
+pub mod vmm_mapping;
 
-pub use error::{AttachError, RamError, RamLost, TrackError};
+pub use error::{AttachError, RamError, RamFault, TrackError};

@@ -1,6 +1,6 @@
-//! Packets with descriptors (`SCM_RIGHTS`) on a `SOCK_SEQPACKET` Unix socket.
+//! Packets with file descriptors (`SCM_RIGHTS`, unix(7)) on a `SOCK_SEQPACKET` Unix socket.
 //!
-//! Both ends of the attach protocol use these, on blocking and on non-blocking sockets alike.
+//! Both ends of the attach protocol use these functions, on blocking and on non-blocking sockets alike.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,19 +15,25 @@ use rustix::net::{
 
 use crate::descriptors::exhausted;
 
-/// Descriptors that one packet can carry.
+/// The largest number of descriptors that one packet can carry.
 pub const MAX_DESCRIPTORS: usize = MAX_REGIONS;
 
-/// Sends `bytes` and `descriptors` as one packet.
+/// Sends `bytes` and `descriptors` as one packet (sendmsg(2)).
 ///
-/// Errors are the socket's, `WouldBlock` among them; with more than [`MAX_DESCRIPTORS`]
-/// descriptors or no bytes `InvalidInput`. A peer that is gone is `BrokenPipe`, without a signal.
+/// # Errors
+///
+/// `InvalidInput` for more than [`MAX_DESCRIPTORS`] descriptors or no bytes, and the errors of the socket,
+/// `WouldBlock` among them. If the peer is gone, the error is `BrokenPipe`, and no signal is sent.
 pub fn send<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     send_some(socket, bytes, descriptors).map(drop)
 }
 
-/// The same on a stream socket, which may take only the first bytes: returns how many. The
-/// descriptors are gone with them.
+/// Sends `bytes` and `descriptors` on a stream socket, which may take only the first bytes, and returns how many
+/// it took. The descriptors go with the first byte.
+///
+/// # Errors
+///
+/// As those of [`send`].
 pub fn send_some<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if descriptors.len() > MAX_DESCRIPTORS || bytes.is_empty() {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -42,12 +48,14 @@ pub fn send_some<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'
     Ok(rustix::io::retry_on_intr(send)?)
 }
 
-/// Receives one packet into `buffer`: its length, and its descriptors, which close on exec.
+/// Receives one packet into `buffer` (recvmsg(2)), and returns its length in bytes and its descriptors, which
+/// close on exec. A length of 0 says that the peer closed the connection.
 ///
-/// A length of 0 says that the peer closed the connection. Errors are the socket's,
-/// `WouldBlock` among them, and `InvalidData` for a packet longer than the buffer or with more
-/// than [`MAX_DESCRIPTORS`] descriptors; what came of it is dropped and closed. So it is where this
-/// process may have no more descriptors, which is then what the error says.
+/// # Errors
+///
+/// `InvalidData` for a packet that is longer than the buffer or has more than [`MAX_DESCRIPTORS`] descriptors, an
+/// error that says so if this process may have no more descriptors, and the errors of the socket, `WouldBlock`
+/// among them. After an error, what came of the packet is dropped and closed.
 pub fn recv<Fd: AsFd>(socket: Fd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let socket = socket.as_fd();
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -62,18 +70,19 @@ pub fn recv<Fd: AsFd>(socket: Fd, buffer: &mut [u8]) -> io::Result<(usize, Vec<O
             descriptors.extend(rights);
         }
     }
-    let cut = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    let refuse = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
     if received.flags.contains(ReturnFlags::TRUNC) {
-        return cut(format!("a packet is longer than {} bytes", buffer.len()));
+        return refuse(format!("a packet is longer than {} bytes", buffer.len()));
     }
-    // The kernel makes as many as it can: fewer than there is room for is all that this process may have.
+    // The kernel makes as many descriptors as it can: if it made fewer than there is room for, this process may
+    // have no more.
     if received.flags.contains(ReturnFlags::CTRUNC) && descriptors.len() < MAX_DESCRIPTORS {
         drop(descriptors);
         return Err(exhausted());
     }
-    // The buffer is a little larger than asked for, to be aligned.
+    // The buffer is a little larger than was asked for, as it is aligned.
     if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
-        return cut(format!("a packet carries more than {MAX_DESCRIPTORS} descriptors"));
+        return refuse(format!("a packet carries more than {MAX_DESCRIPTORS} descriptors"));
     }
     Ok((received.bytes, descriptors))
 }
@@ -132,7 +141,7 @@ mod tests {
         assert_eq!(recv(&there, &mut buffer).unwrap().0, 4);
     }
 
-    /// In a process of its own, in which nobody else needs descriptors.
+    /// The test runs in a process of its own, in which no other test needs descriptors.
     #[test]
     fn a_process_that_has_run_out_says_so() {
         const ALONE: &str = "MEMLANE_TEST_FEW_DESCRIPTORS";

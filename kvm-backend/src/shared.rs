@@ -9,22 +9,27 @@ use std::sync::atomic::AtomicU64;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// Words in a memfd, mapped. A [`PageSet`](memlane_protocol::PageSet) over them is a set of
-/// pages that two processes fill and drain at once.
+/// A mapped memfd, as words of 64 bits. A [`PageSet`](memlane_protocol::PageSet) over them is a set of pages that
+/// two processes fill and drain at once.
 #[derive(Debug)]
 pub struct SharedWords {
     first: NonNull<AtomicU64>,
     words: usize,
 }
 
-// SAFETY: the mapping belongs to the value alone and is only ever read and written through
-// atomics, which any thread may use.
+// SAFETY: the mapping belongs to this value alone and is only ever read and written through atomics, which any
+// thread may use.
 unsafe impl Send for SharedWords {}
-// SAFETY: as above.
+// SAFETY: the mapping is only ever read and written through atomics, which threads may share.
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// Makes `words` words, all zero, and the memfd behind them, sealed at its size.
+    /// Makes a memfd of `words` words, all zero, seals it at its size, and maps it. Returns the words and the
+    /// memfd.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for no words or more than can be mapped, and what the kernel refused.
     pub fn create(words: usize) -> io::Result<(Self, OwnedFd)> {
         let fd = rustix::fs::memfd_create("dirty-pages", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, bytes(words)? as u64)?;
@@ -32,10 +37,13 @@ impl SharedWords {
         Ok((Self::map(&fd, words)?, fd))
     }
 
-    /// Maps `words` words of a memfd that another process made.
+    /// Maps `words` words of a memfd that another process made. If the memfd is not sealed against shrinking, it
+    /// is sealed here; otherwise the other process could take the memory away.
     ///
-    /// The memfd must be sealed against shrinking, or is sealed here; otherwise the other
-    /// process could take the memory away under this one.
+    /// # Errors
+    ///
+    /// `InvalidData` if the descriptor is no memfd, cannot be sealed, or is too short; and what the kernel
+    /// refused.
     pub fn map<Fd: AsFd>(fd: Fd, words: usize) -> io::Result<Self> {
         let fd = fd.as_fd();
         let wrong = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
@@ -43,14 +51,14 @@ impl SharedWords {
             .map_err(|error| wrong(format!("shared words must lie in a memfd ({error})")))?;
         if !seals.contains(SealFlags::SHRINK) {
             rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK)
-                .map_err(|error| wrong(format!("sealing shared words against shrinking: {error}")))?;
+                .map_err(|error| wrong(format!("cannot seal shared words against shrinking: {error}")))?;
         }
         let bytes = bytes(words)?;
         let found = rustix::fs::fstat(fd)?.st_size;
         if u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
             return Err(wrong(format!("{words} shared words take {bytes} bytes, their memfd has {found}")));
         }
-        // SAFETY: a new mapping, at an address that the kernel chooses.
+        // SAFETY: this makes a new mapping, at an address that the kernel chooses.
         let first = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -78,18 +86,26 @@ impl Deref for SharedWords {
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and no reference into it outlives `self`.
-        // An error would mean that it is gone already, and nothing is left to do.
+        // SAFETY: the mapping is ours, and no reference into it outlives `self`. An error would mean that the
+        // mapping is gone already, and nothing is left to do.
         let _ = unsafe { rustix::mm::munmap(self.first.as_ptr().cast(), self.words * size_of::<u64>()) };
     }
 }
 
-/// Bytes of a mapping of `words` words; none at all cannot be mapped.
+/// Returns the number of bytes of `words` words.
+///
+/// # Errors
+///
+/// `InvalidInput` for no words, which cannot be mapped, and for too many.
 fn bytes(words: usize) -> io::Result<usize> {
-    words
-        .checked_mul(size_of::<u64>())
-        .filter(|bytes| (1..=isize::MAX as usize).contains(bytes))
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{words} shared words")))
+    words.checked_mul(size_of::<u64>()).filter(|bytes| (1..=isize::MAX as usize).contains(bytes)).ok_or_else(
+        || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("cannot share {words} words: a mapping has 1 to 2^60 - 1"),
+            )
+        },
+    )
 }
 
 #[cfg(test)]
@@ -123,7 +139,7 @@ mod tests {
 
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(4096).unwrap();
-        assert!(SharedWords::map(&file, 8).unwrap_err().to_string().contains("sealing"));
+        assert!(SharedWords::map(&file, 8).unwrap_err().to_string().contains("cannot seal"));
         let (pipe, _other) = rustix::pipe::pipe().unwrap();
         assert!(SharedWords::map(&pipe, 8).unwrap_err().to_string().contains("memfd"));
 

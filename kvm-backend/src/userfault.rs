@@ -1,8 +1,9 @@
-//! userfaultfd, thin: missing pages and write protection (`userfaultfd(2)`, `ioctl_userfaultfd(2)`).
+//! [`Userfault`]: a thin layer over userfaultfd, for missing pages and write protection (`userfaultfd(2)`,
+//! `ioctl_userfaultfd(2)`).
 //!
-//! Whoever holds the descriptor acts on the memory of the process that made it. When the last copy of
-//! it is closed, the kernel lifts all protection and lets every waiting thread go; whatever was
-//! missing then reads as zeros.
+//! A process that holds the descriptor acts on the memory of the process that made it. When the last copy of the
+//! descriptor is closed, the kernel lifts all protection and wakes every waiting thread; pages that were missing
+//! then read as zeros.
 
 mod faults;
 mod place;
@@ -25,69 +26,76 @@ use rustix::io::Errno;
 use rustix::ioctl::{Setter, Updater, ioctl, opcode};
 use rustix::mm::UserfaultfdFlags;
 
-use crate::ioctl::Answering;
+use crate::ioctl::ReturnsValue;
 
 pub use faults::Fault;
-pub use place::{IfThere, Placed, Unplaced};
+pub use place::{IfPresent, PlaceError, Placed};
 
 /// `UFFDIO_WRITEPROTECT_MODE_WP` of `linux/userfaultfd.h`, which linux-raw-sys lacks.
 const MODE_PROTECT: u64 = 1 << 0;
 
-/// Missing pages of memory in files, hugetlbfs included.
+/// The features for missing pages of memory in files, hugetlbfs included.
 pub const MISSING: u64 = (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS) as u64;
-/// Pages that raise `SIGBUS` when they are touched (Linux 6.6).
+/// The feature for pages that raise `SIGBUS` when they are touched (Linux 6.6).
 pub const POISON: u64 = UFFD_FEATURE_POISON as u64;
-/// Write protection of memory in files, hugetlbfs included. A write to a protected page waits.
+/// The features for write protection of memory in files, hugetlbfs included, where a write to a protected page
+/// waits.
 pub const WRITE_PROTECT: u64 = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
-/// A write to a protected page lifts the protection and goes on, without a message.
+/// The features for write protection where a write to a protected page lifts the protection and goes on, without a
+/// message (Linux 6.7).
 pub const WRITE_PROTECT_ASYNC: u64 = WRITE_PROTECT | UFFD_FEATURE_WP_ASYNC as u64;
 
-/// What is unregistered in one go (64 MiB): the kernel goes through all page tables of it, and no
-/// thread of the process can take a fault meanwhile.
+/// The number of bytes that are unregistered in one go (64 MiB): the kernel goes through all their page tables,
+/// and no thread of the process can take a fault meanwhile.
 const UNREGISTER_BYTES: usize = 64 << 20;
 
-/// Which faults a range is registered for.
+/// The faults for which a range is registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Faults {
-    /// First touch of a page that is not there.
+    /// The range is registered for the first touch of a page that is missing.
     Missing,
-    /// Writes to protected pages.
+    /// The range is registered for writes to protected pages.
     WriteProtect,
-    /// Both.
+    /// The range is registered for both.
     Both,
 }
 
-/// A userfaultfd, of this process or of one that handed it over.
+/// A userfaultfd of this process, or of another process that handed it over. Reading it never waits.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
 /// Why a userfaultfd could not be opened or used.
 #[derive(Debug, thiserror::Error)]
 pub enum UserfaultError {
-    /// This process may not.
+    /// This process may not make a userfaultfd.
     #[error(
         "userfaultfd for faults of the kernel is not permitted: give the user access to /dev/userfaultfd, \
          or the process CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd to 1"
     )]
     Permission,
-    /// The descriptor is something else.
-    #[error("the descriptor is no userfaultfd")]
+    /// The descriptor is no userfaultfd.
+    #[error("cannot use the descriptor as a userfaultfd: it is something else")]
     Kind,
-    /// The kernel has none, or not with these features; or it was set up before.
+    /// The kernel has no userfaultfd, or not with these features; or the descriptor was set up before.
     #[error(
-        "userfaultfd with features {features:#x}: {source}; the features asked for need Linux 6.7 or newer"
+        "cannot set up a userfaultfd with features {features:#x}: {source}; they need Linux 6.7 or newer, and a \
+         userfaultfd can be set up once"
     )]
     Features {
-        /// `UFFD_FEATURE_*` asked for.
+        /// The `UFFD_FEATURE_*` bits that were asked for.
         features: u64,
-        /// What the kernel said.
+        /// What the kernel answered.
         source: io::Error,
     },
 }
 
 impl Userfault {
-    /// Opens a userfaultfd with these `UFFD_FEATURE_*`, by `/dev/userfaultfd` or else by the
-    /// system call. It reports faults of the kernel too, as KVM takes a guest's pages there.
+    /// Opens a userfaultfd with these `UFFD_FEATURE_*` bits, by `/dev/userfaultfd` or else by the system call. It
+    /// reports faults in the kernel too, as that is where KVM touches a guest's pages.
+    ///
+    /// # Errors
+    ///
+    /// [`UserfaultError::Permission`], and [`UserfaultError::Features`].
     pub fn open(features: u64) -> Result<Self, UserfaultError> {
         let fd = open().map_err(|error| match error {
             Errno::PERM | Errno::ACCESS => UserfaultError::Permission,
@@ -96,33 +104,49 @@ impl Userfault {
         Self::from_fd(fd, features)
     }
 
-    /// Takes a userfaultfd that another process made and left as it was, and asks for these
-    /// `UFFD_FEATURE_*`. It acts on the memory of the process that made it, whoever holds it.
+    /// Takes a userfaultfd that another process made and did not set up, and sets it up with these
+    /// `UFFD_FEATURE_*` bits (`UFFDIO_API`). It acts on the memory of the process that made it.
     ///
-    /// Fails on a descriptor of any other kind, and on one that was set up before.
+    /// # Errors
+    ///
+    /// [`UserfaultError::Kind`] for a descriptor of another kind, and [`UserfaultError::Features`] if the kernel lacks a
+    /// feature or the descriptor was set up before.
     pub fn from_fd(fd: OwnedFd, features: u64) -> Result<Self, UserfaultError> {
         set_up(&fd, features)?;
-        Self::never_waiting(fd)
+        Self::nonblocking(fd)
     }
 
-    /// As [`from_fd`](Self::from_fd), and asks for the features `wished` too; whether the kernel has
-    /// those. One that does not know all that it is asked for leaves the descriptor as it was.
-    pub fn from_fd_wishing(fd: OwnedFd, features: u64, wished: u64) -> Result<(Self, bool), UserfaultError> {
-        if set_up(&fd, features | wished).is_ok() {
-            return Ok((Self::never_waiting(fd)?, true));
+    /// Takes a userfaultfd as [`from_fd`](Self::from_fd) does, with the `optional` features too if the kernel has
+    /// them all, and returns whether it has.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`from_fd`](Self::from_fd).
+    pub fn from_fd_with_optional(
+        fd: OwnedFd,
+        features: u64,
+        optional: u64,
+    ) -> Result<(Self, bool), UserfaultError> {
+        // A kernel that does not know a feature leaves the descriptor as it was.
+        if set_up(&fd, features | optional).is_ok() {
+            return Ok((Self::nonblocking(fd)?, true));
         }
         Ok((Self::from_fd(fd, features)?, false))
     }
 
-    /// Whoever made the descriptor may have meant it to keep its reader waiting.
-    fn never_waiting(fd: OwnedFd) -> Result<Self, UserfaultError> {
+    /// Makes reads return at once: the process that made the descriptor may have meant it to block its reader.
+    fn nonblocking(fd: OwnedFd) -> Result<Self, UserfaultError> {
         match rustix::io::ioctl_fionbio(&fd, true) {
             Ok(()) => Ok(Self(fd)),
             Err(_) => Err(UserfaultError::Kind),
         }
     }
 
-    /// Registers whole pages of a mapping of its process for `faults`.
+    /// Registers whole pages of a mapping of the descriptor's process for `faults` (`UFFDIO_REGISTER`).
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, as it does if nothing is mapped there or another userfaultfd has registered it.
     pub fn register(&self, addresses: Range<u64>, faults: Faults) -> io::Result<()> {
         let mode = match faults {
             Faults::Missing => UFFDIO_REGISTER_MODE_MISSING,
@@ -135,7 +159,11 @@ impl Userfault {
         Ok(())
     }
 
-    /// Ends what [`register`](Self::register) began; protection is lifted, waiting threads go on.
+    /// Undoes [`register`](Self::register) (`UFFDIO_UNREGISTER`): protection is lifted, and waiting threads go on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused; see [`is_gone`] for a process that has ended.
     pub fn unregister(&self, addresses: Range<u64>) -> io::Result<()> {
         for start in addresses.clone().step_by(UNREGISTER_BYTES) {
             let end = addresses.end.min(start.saturating_add(UNREGISTER_BYTES as u64));
@@ -143,12 +171,17 @@ impl Userfault {
             // SAFETY: the argument is of the ioctl's type. Unregistering changes no memory.
             unsafe { ioctl(&self.0, Updater::<UFFDIO_UNREGISTER, _>::new(&mut argument)) }?;
         }
-        // The kernel wakes only those who wait for missing pages (Linux 6.18).
+        // The kernel wakes only threads that wait for missing pages (Linux 6.18).
         self.wake(addresses)
     }
 
-    /// Protects registered pages against writing, or lifts the protection. Also pages that are
-    /// not there yet, in files and where the feature is asynchronous.
+    /// Write-protects registered pages, or lifts their protection and wakes the threads that wait for it
+    /// (`UFFDIO_WRITEPROTECT`). In files, and where the feature is asynchronous, pages that are missing are
+    /// protected too.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused; see [`is_gone`] for a process that has ended.
     pub fn write_protect(&self, addresses: Range<u64>, on: bool) -> io::Result<()> {
         let mode = if on { MODE_PROTECT } else { 0 };
         let mut argument = uffdio_writeprotect { range: range(addresses), mode };
@@ -162,7 +195,11 @@ impl Userfault {
         }
     }
 
-    /// Lets threads go that wait for these pages: they look again.
+    /// Wakes the threads that wait for these pages (`UFFDIO_WAKE`); they then try again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
     pub fn wake(&self, addresses: Range<u64>) -> io::Result<()> {
         // SAFETY: the argument is of the ioctl's type, and waking changes no memory.
         Ok(unsafe { ioctl(&self.0, Setter::<UFFDIO_WAKE, _>::new(range(addresses))) }?)
@@ -175,37 +212,38 @@ impl AsFd for Userfault {
     }
 }
 
-/// Whether a call failed because the process, or its mapping of that memory, is gone.
+/// Returns whether a call failed because the process has ended, or no longer maps that memory (`ESRCH`, `ENOENT`).
 pub fn is_gone(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::SRCH | Errno::NOENT))
 }
 
-/// Whether a page could not be placed because there is one already; see [`IfThere::Fail`].
-pub fn is_there(error: &io::Error) -> bool {
+/// Returns whether a page was not placed because there is one already (`EEXIST`); see [`IfPresent::Fail`].
+pub fn is_already_present(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::EXIST)
 }
 
-/// A userfaultfd of this process that nothing was asked of yet.
+/// Makes a userfaultfd of this process that is not set up yet.
 pub(crate) fn open() -> Result<OwnedFd, Errno> {
     match rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
         Ok(device) => open_by(device.as_fd()),
-        // SAFETY: of no concern to memory before it is registered.
+        // SAFETY: a userfaultfd does nothing to memory before it is registered.
         Err(_) => unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) },
     }
 }
 
-/// The same, by the rights of whoever opened `device`, which is `/dev/userfaultfd`.
+/// Makes a userfaultfd of this process that is not set up yet, by `device`, which is an open `/dev/userfaultfd`.
+/// The rights of the process that opened it count.
 pub(crate) fn open_by(device: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     const NEW: u32 = opcode::none(USERFAULTFD_IOC as u8, 0);
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     let flags = std::ptr::without_provenance_mut(flags.bits() as usize);
     // SAFETY: USERFAULTFD_IOC_NEW takes flags by value.
-    let fd = unsafe { ioctl(device, Answering::<NEW>::new(flags)) }?;
-    // SAFETY: the ioctl returned a new descriptor, which nobody else has.
+    let fd = unsafe { ioctl(device, ReturnsValue::<NEW>::new(flags)) }?;
+    // SAFETY: the ioctl returned a new descriptor, which nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Asks for features, as can be done once.
+/// Sets a userfaultfd up with features, as can be done once (`UFFDIO_API`).
 fn set_up(fd: &OwnedFd, features: u64) -> Result<(), UserfaultError> {
     let mut api = uffdio_api { api: UFFD_API.into(), features, ioctls: 0 };
     // SAFETY: the argument is of the ioctl's type.
@@ -215,6 +253,7 @@ fn set_up(fd: &OwnedFd, features: u64) -> Result<(), UserfaultError> {
     })
 }
 
+/// Returns a range of addresses as the ioctls take it.
 fn range(addresses: Range<u64>) -> uffdio_range {
     uffdio_range { start: addresses.start, len: addresses.end.saturating_sub(addresses.start) }
 }

@@ -1,5 +1,4 @@
-//! One virtual CPU: everything that KVM knows about it, read and written in the order that KVM
-//! needs.
+//! [`VcpuState`]: everything that KVM knows about one virtual CPU, read and written in the order that KVM needs.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -14,69 +13,76 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use memlane_protocol::wire::machine::MAX_CPUID_ENTRIES;
 use zerocopy::IntoBytes;
 
-use crate::state::{Moment, StateError};
+use crate::clock::Moment;
+use crate::error::StateError;
 
-/// The time-stamp counter; it is moved as [`VcpuState::tsc`], never as a plain MSR.
+/// The MSR of the time-stamp counter, which is moved as [`VcpuState::tsc`] and never as a plain MSR.
 const MSR_IA32_TSC: u32 = 0x10;
-/// Meaningful only once the LAPIC's timer mode and the TSC are in place.
+/// The MSR of the deadline timer, which means something only once the LAPIC's timer mode and the TSC are in place.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// MSRs in one `KVM_GET_MSRS` or `KVM_SET_MSRS`.
+/// The number of MSRs in one `KVM_GET_MSRS` or `KVM_SET_MSRS`.
 const MSRS_AT_ONCE: usize = 256;
-/// Parts per million by which two TSC frequencies may differ before KVM calls them different
-/// (its module parameter `tsc_tolerance_ppm`).
+/// By how many parts per million two TSC frequencies may differ before KVM takes them for different (its module
+/// parameter `tsc_tolerance_ppm`).
 pub const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// What this host's KVM can save and restore of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// MSRs that can be read and written back, ascending, without the TSC itself.
+    /// The MSRs that can be read and written back, in ascending order, without the TSC itself.
     pub msrs: Vec<u32>,
-    /// Bytes of the XSAVE area (`KVM_CAP_XSAVE2`).
+    /// The size of the XSAVE area in bytes (`KVM_CAP_XSAVE2`).
     pub xsave_bytes: usize,
-    /// Extended control registers are known (`KVM_CAP_XCRS`).
+    /// Whether KVM has extended control registers (`KVM_CAP_XCRS`).
     pub xcrs: bool,
-    /// The VM has the in-kernel interrupt controllers.
+    /// Whether the virtual machine has the in-kernel interrupt controllers.
     pub irqchip: bool,
-    /// A guest's TSC may run at another frequency than the host's (`KVM_CAP_TSC_CONTROL`).
+    /// Whether a guest's TSC may run at another frequency than the host's (`KVM_CAP_TSC_CONTROL`).
     pub tsc_control: bool,
-    /// The host's TSC frequency.
+    /// The host's TSC frequency in kHz.
     pub tsc_khz: u32,
 }
 
-/// All of a vCPU, as raw kernel structures.
+/// The whole state of a vCPU, as raw kernel structures.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VcpuState {
-    /// What CPUID tells the guest.
+    /// The answers of CPUID to the guest.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// General registers.
+    /// The general registers.
     pub regs: kvm_regs,
-    /// Segments, control registers, EFER, APIC base.
+    /// The segments, control registers, EFER and APIC base.
     pub sregs: kvm_sregs,
-    /// FPU, SSE, AVX and whatever else XSAVE covers, `Capabilities::xsave_bytes` long.
+    /// The FPU, SSE, AVX and other state that XSAVE covers: [`Capabilities::xsave_bytes`] bytes.
     pub xsave: Vec<u8>,
-    /// XCR0, where the host has it.
+    /// XCR0, if the host has it.
     pub xcrs: Option<kvm_xcrs>,
-    /// Breakpoints.
+    /// The debug registers.
     pub debugregs: kvm_debugregs,
-    /// Pending exceptions, interrupts, NMIs.
+    /// The pending exceptions, interrupts and NMIs.
     pub events: kvm_vcpu_events,
-    /// Runnable, halted, waiting for INIT.
+    /// Whether the vCPU is runnable, halted or waiting for INIT.
     pub mp_state: kvm_mp_state,
-    /// Model-specific registers, without the TSC.
+    /// The model-specific registers, without the TSC.
     pub msrs: Vec<kvm_msr_entry>,
-    /// Local APIC, where it is the kernel's.
+    /// The local APIC, if it is in the kernel.
     pub lapic: Option<kvm_lapic_state>,
     /// The guest's time-stamp counter at the [`Moment`] of capture.
     pub tsc: u64,
-    /// Its frequency.
+    /// The frequency of that counter in kHz.
     pub tsc_khz: u32,
 }
 
 impl Capabilities {
-    /// Finds out by asking `vcpu`, which must have its CPUID and must not have run yet: each MSR
-    /// that `KVM_GET_MSR_INDEX_LIST` names is read and written back.
+    /// Finds the capabilities out by asking `vcpu`, which must have its CPUID and must not have run yet: each MSR
+    /// that `KVM_GET_MSR_INDEX_LIST` names is read and written back. `irqchip` says whether `vm` has the in-kernel
+    /// interrupt controllers.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Kvm`] if KVM does not answer.
     pub fn probe(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, irqchip: bool) -> Result<Self, StateError> {
-        let listed = kvm.get_msr_index_list().map_err(kvm_error("list MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
+        let listed =
+            kvm.get_msr_index_list().map_err(StateError::kvm("list MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
         let mut msrs: Vec<u32> =
             listed.as_slice().iter().copied().filter(|msr| restorable(vcpu, *msr)).collect();
         msrs.sort_unstable();
@@ -91,40 +97,47 @@ impl Capabilities {
             xcrs: kvm.check_extension(Cap::Xcrs),
             irqchip,
             tsc_control: kvm.check_extension(Cap::TscControl),
-            tsc_khz: vcpu.get_tsc_khz().map_err(kvm_error("read the TSC frequency (KVM_GET_TSC_KHZ)"))?,
+            tsc_khz: vcpu
+                .get_tsc_khz()
+                .map_err(StateError::kvm("read the TSC frequency (KVM_GET_TSC_KHZ)"))?,
         })
     }
 }
 
 impl VcpuState {
-    /// Reads everything. The vCPU must stand still, with its port I/O complete
-    /// (see [`complete_io`]); `at` is the moment for which the TSC's value is given, the same for
-    /// all vCPUs of a guest.
+    /// Reads the whole state. The vCPU must be paused, with its port I/O complete (see [`complete_io`]). `at` is
+    /// the moment for which the TSC's value is given, and must be the same for all vCPUs of a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError`] says what KVM refused.
     pub fn capture(vcpu: &VcpuFd, host: &Capabilities, at: &Moment) -> Result<Self, StateError> {
         // KVM_GET_MP_STATE first: it takes in pending INITs and SIPIs, which changes registers.
-        let mp_state = vcpu.get_mp_state().map_err(kvm_error("read the run state (KVM_GET_MP_STATE)"))?;
-        let regs = vcpu.get_regs().map_err(kvm_error("read registers (KVM_GET_REGS)"))?;
-        let sregs = vcpu.get_sregs().map_err(kvm_error("read special registers (KVM_GET_SREGS)"))?;
+        let mp_state =
+            vcpu.get_mp_state().map_err(StateError::kvm("read the run state (KVM_GET_MP_STATE)"))?;
+        let regs = vcpu.get_regs().map_err(StateError::kvm("read registers (KVM_GET_REGS)"))?;
+        let sregs = vcpu.get_sregs().map_err(StateError::kvm("read special registers (KVM_GET_SREGS)"))?;
         let xcrs = match host.xcrs {
-            true => Some(vcpu.get_xcrs().map_err(kvm_error("read XCR0 (KVM_GET_XCRS)"))?),
+            true => Some(vcpu.get_xcrs().map_err(StateError::kvm("read XCR0 (KVM_GET_XCRS)"))?),
             false => None,
         };
         let xsave = read_xsave(vcpu, host.xsave_bytes)?;
         let debugregs =
-            vcpu.get_debug_regs().map_err(kvm_error("read debug registers (KVM_GET_DEBUGREGS)"))?;
+            vcpu.get_debug_regs().map_err(StateError::kvm("read debug registers (KVM_GET_DEBUGREGS)"))?;
         // MSRs before the LAPIC: a deadline timer that fires in between is then seen twice rather
         // than never.
         let msrs = read_msrs(vcpu, &host.msrs)?;
         let lapic = match host.irqchip {
-            true => Some(vcpu.get_lapic().map_err(kvm_error("read the local APIC (KVM_GET_LAPIC)"))?),
+            true => Some(vcpu.get_lapic().map_err(StateError::kvm("read the local APIC (KVM_GET_LAPIC)"))?),
             false => None,
         };
         let events =
-            vcpu.get_vcpu_events().map_err(kvm_error("read pending events (KVM_GET_VCPU_EVENTS)"))?;
-        let tsc_khz = vcpu.get_tsc_khz().map_err(kvm_error("read the TSC frequency (KVM_GET_TSC_KHZ)"))?;
+            vcpu.get_vcpu_events().map_err(StateError::kvm("read pending events (KVM_GET_VCPU_EVENTS)"))?;
+        let tsc_khz =
+            vcpu.get_tsc_khz().map_err(StateError::kvm("read the TSC frequency (KVM_GET_TSC_KHZ)"))?;
         let cpuid = vcpu
             .get_cpuid2(MAX_CPUID_ENTRIES)
-            .map_err(kvm_error("read CPUID (KVM_GET_CPUID2)"))?
+            .map_err(StateError::kvm("read CPUID (KVM_GET_CPUID2)"))?
             .as_slice()
             .to_vec();
         Ok(Self {
@@ -143,8 +156,12 @@ impl VcpuState {
         })
     }
 
-    /// Writes everything into a vCPU that has not run yet. `at` is now, and `passed` the time
-    /// since the capture, which the guest's TSC is advanced by; both are the same for all vCPUs of a guest.
+    /// Writes the whole state into a vCPU that has not run yet. `at` is now, and `passed` is the time since the
+    /// capture, by which the guest's TSC is advanced; both must be the same for all vCPUs of a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError`] says what KVM refused; the vCPU must not run then.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -154,22 +171,24 @@ impl VcpuState {
     ) -> Result<(), StateError> {
         // CPUID first: it decides which bits, MSRs and components the rest may set.
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany("CPUID entries"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm_error("set CPUID (KVM_SET_CPUID2)"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(StateError::kvm("set CPUID (KVM_SET_CPUID2)"))?;
         let scaled = !same_frequency(self.tsc_khz, host.tsc_khz);
         if scaled {
-            vcpu.set_tsc_khz(self.tsc_khz).map_err(kvm_error("set the TSC frequency (KVM_SET_TSC_KHZ)"))?;
+            vcpu.set_tsc_khz(self.tsc_khz)
+                .map_err(StateError::kvm("set the TSC frequency (KVM_SET_TSC_KHZ)"))?;
         }
         // Special registers switch the LAPIC on and choose its mode, so they come before it;
         // general registers clear pending exceptions, so they come before the events.
-        vcpu.set_sregs(&self.sregs).map_err(kvm_error("set special registers (KVM_SET_SREGS)"))?;
-        vcpu.set_regs(&self.regs).map_err(kvm_error("set registers (KVM_SET_REGS)"))?;
+        vcpu.set_sregs(&self.sregs).map_err(StateError::kvm("set special registers (KVM_SET_SREGS)"))?;
+        vcpu.set_regs(&self.regs).map_err(StateError::kvm("set registers (KVM_SET_REGS)"))?;
         self.write_xsave(vcpu, host.xsave_bytes)?;
         if let Some(xcrs) = &self.xcrs {
-            vcpu.set_xcrs(xcrs).map_err(kvm_error("set XCR0 (KVM_SET_XCRS)"))?;
+            vcpu.set_xcrs(xcrs).map_err(StateError::kvm("set XCR0 (KVM_SET_XCRS)"))?;
         }
-        vcpu.set_debug_regs(&self.debugregs).map_err(kvm_error("set debug registers (KVM_SET_DEBUGREGS)"))?;
+        vcpu.set_debug_regs(&self.debugregs)
+            .map_err(StateError::kvm("set debug registers (KVM_SET_DEBUGREGS)"))?;
         if let Some(lapic) = &self.lapic {
-            vcpu.set_lapic(lapic).map_err(kvm_error("set the local APIC (KVM_SET_LAPIC)"))?;
+            vcpu.set_lapic(lapic).map_err(StateError::kvm("set the local APIC (KVM_SET_LAPIC)"))?;
         }
         let (deadline, msrs): (Vec<_>, Vec<_>) =
             self.msrs.iter().partition(|msr| msr.index == MSR_IA32_TSC_DEADLINE);
@@ -178,10 +197,12 @@ impl VcpuState {
         let tsc = self.tsc.wrapping_add(u64::try_from(ticks).unwrap_or(u64::MAX));
         set_guest_tsc(vcpu, tsc, scaled, at)?;
         write_msrs(vcpu, &deadline)?;
-        vcpu.set_vcpu_events(&self.events).map_err(kvm_error("set pending events (KVM_SET_VCPU_EVENTS)"))?;
-        vcpu.set_mp_state(self.mp_state).map_err(kvm_error("set the run state (KVM_SET_MP_STATE)"))
+        vcpu.set_vcpu_events(&self.events)
+            .map_err(StateError::kvm("set pending events (KVM_SET_VCPU_EVENTS)"))?;
+        vcpu.set_mp_state(self.mp_state).map_err(StateError::kvm("set the run state (KVM_SET_MP_STATE)"))
     }
 
+    /// Writes the XSAVE area (`KVM_SET_XSAVE`).
     fn write_xsave(&self, vcpu: &VcpuFd, host_bytes: usize) -> Result<(), StateError> {
         let words: Vec<u32> = self
             .xsave
@@ -199,29 +220,33 @@ impl VcpuState {
         let mut area = Xsave::new((host_bytes / 4).saturating_sub(fixed))
             .map_err(|_| StateError::TooMany("words of XSAVE"))?;
         area.as_mut_slice()[..words.len() - fixed].copy_from_slice(&words[fixed..]);
-        // SAFETY: only the fixed part is written; the length, which the wrapper relies on, stays.
+        // SAFETY: only the fixed part is written; the length field, on which the wrapper relies, stays.
         unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(&words[..fixed]);
         // SAFETY: the area has as many bytes as KVM_CAP_XSAVE2 says that the kernel reads.
-        unsafe { vcpu.set_xsave2(&area) }.map_err(kvm_error("set the FPU (KVM_SET_XSAVE)"))
+        unsafe { vcpu.set_xsave2(&area) }.map_err(StateError::kvm("set the FPU (KVM_SET_XSAVE)"))
     }
 }
 
-/// Lets KVM finish a port or memory access that it has reported to user space and not yet
-/// retired: enters the guest without running a single instruction of it.
+/// Lets KVM finish a port or memory access that it has reported to user space and not yet retired: it enters the
+/// guest without running a single instruction of it (`KVM_RUN` with `immediate_exit`).
 ///
-/// To be called on the vCPU's own thread before its state is captured.
+/// It must be called on the vCPU's own thread before the vCPU's state is captured.
+///
+/// # Errors
+///
+/// [`StateError::PendingExit`] if the vCPU left the guest for another reason, and [`StateError::Kvm`].
 pub fn complete_io(vcpu: &mut VcpuFd) -> Result<(), StateError> {
     vcpu.set_kvm_immediate_exit(1);
     let unfinished = match vcpu.run() {
         Ok(_) => Some(StateError::PendingExit),
         Err(error) if error.errno() == rustix::io::Errno::INTR.raw_os_error() => None,
-        Err(error) => Some(kvm_error("complete port I/O (KVM_RUN)")(error)),
+        Err(error) => Some(StateError::kvm("complete port I/O (KVM_RUN)")(error)),
     };
     vcpu.set_kvm_immediate_exit(0);
     unfinished.map_or(Ok(()), Err)
 }
 
-/// What the guest's TSC is ahead of the host's (`KVM_VCPU_TSC_OFFSET`), modulo 2^64; `None`
+/// Returns by how many ticks the guest's TSC is ahead of the host's, modulo 2^64 (`KVM_VCPU_TSC_OFFSET`); `None`
 /// where KVM does not tell.
 pub fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
@@ -230,7 +255,7 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
     Some(offset)
 }
 
-/// Whether KVM takes two TSC frequencies for the same.
+/// Returns whether KVM takes two TSC frequencies, in kHz, for the same.
 pub fn same_frequency(guest_khz: u32, host_khz: u32) -> bool {
     u64::from(guest_khz.abs_diff(host_khz)) * 1_000_000 <= u64::from(guest_khz) * TSC_TOLERANCE_PPM
 }
@@ -242,7 +267,7 @@ const GET_DEVICE_ATTR: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<kv
 ///
 /// # Safety
 ///
-/// `OPCODE` is one of the two above and `value` is valid for the access that it makes.
+/// `OPCODE` must be one of the two above, and `value` must be valid for the access that it makes.
 unsafe fn tsc_attribute<const OPCODE: rustix::ioctl::Opcode>(
     vcpu: &VcpuFd,
     value: *mut u64,
@@ -255,18 +280,20 @@ unsafe fn tsc_attribute<const OPCODE: rustix::ioctl::Opcode>(
     };
     // SAFETY: the descriptor is open as long as `vcpu` is borrowed.
     let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-    // SAFETY: the opcode takes a kvm_device_attr, and its address is the caller's promise.
+    // SAFETY: the opcode takes a kvm_device_attr, and the caller vouches for the address in it.
     Ok(unsafe { rustix::ioctl::ioctl(fd, rustix::ioctl::Setter::<OPCODE, _>::new(attribute)) }?)
 }
 
+/// Returns the guest's TSC at a moment.
 fn guest_tsc(vcpu: &VcpuFd, host: &Capabilities, guest_khz: u32, at: &Moment) -> Result<u64, StateError> {
     match tsc_offset(vcpu) {
-        // Exact and equally so for all vCPUs, which keeps their counters in step.
+        // The offset is exact, and equally so for all vCPUs, which keeps their counters in step.
         Some(offset) if same_frequency(guest_khz, host.tsc_khz) => Ok(at.tsc.wrapping_add(offset)),
         _ => Ok(read_msrs(vcpu, &[MSR_IA32_TSC])?.first().map_or(0, |msr| msr.data)),
     }
 }
 
+/// Sets the guest's TSC to the value that it has at a moment.
 fn set_guest_tsc(vcpu: &VcpuFd, tsc: u64, scaled: bool, at: &Moment) -> Result<(), StateError> {
     let mut offset = tsc.wrapping_sub(at.tsc);
     // SAFETY: the kernel reads one u64 from the address given.
@@ -276,19 +303,21 @@ fn set_guest_tsc(vcpu: &VcpuFd, tsc: u64, scaled: bool, at: &Moment) -> Result<(
     write_msrs(vcpu, &[&kvm_msr_entry { index: MSR_IA32_TSC, data: tsc, ..Default::default() }])
 }
 
+/// Returns whether an MSR can be read and written back.
 fn restorable(vcpu: &VcpuFd, index: u32) -> bool {
     let entry = kvm_msr_entry { index, ..Default::default() };
     let Ok(mut msrs) = Msrs::from_entries(&[entry]) else { return false };
     index != MSR_IA32_TSC && vcpu.get_msrs(&mut msrs) == Ok(1) && vcpu.set_msrs(&msrs) == Ok(1)
 }
 
+/// Reads MSRs (`KVM_GET_MSRS`).
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
     let mut found = Vec::with_capacity(indices.len());
     for some in indices.chunks(MSRS_AT_ONCE) {
         let asked: Vec<_> =
             some.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
         let mut msrs = Msrs::from_entries(&asked).map_err(|_| StateError::TooMany("MSRs"))?;
-        let read = vcpu.get_msrs(&mut msrs).map_err(kvm_error("read MSRs (KVM_GET_MSRS)"))?;
+        let read = vcpu.get_msrs(&mut msrs).map_err(StateError::kvm("read MSRs (KVM_GET_MSRS)"))?;
         if let Some(refused) = some.get(read) {
             return Err(StateError::Msr { doing: "read", msr: *refused });
         }
@@ -297,11 +326,12 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, State
     Ok(found)
 }
 
+/// Writes MSRs (`KVM_SET_MSRS`).
 fn write_msrs(vcpu: &VcpuFd, entries: &[&kvm_msr_entry]) -> Result<(), StateError> {
     for some in entries.chunks(MSRS_AT_ONCE) {
         let values: Vec<_> = some.iter().map(|entry| **entry).collect();
         let msrs = Msrs::from_entries(&values).map_err(|_| StateError::TooMany("MSRs"))?;
-        let written = vcpu.set_msrs(&msrs).map_err(kvm_error("set MSRs (KVM_SET_MSRS)"))?;
+        let written = vcpu.set_msrs(&msrs).map_err(StateError::kvm("set MSRs (KVM_SET_MSRS)"))?;
         if let Some(refused) = some.get(written) {
             return Err(StateError::Msr { doing: "set", msr: refused.index });
         }
@@ -309,21 +339,17 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[&kvm_msr_entry]) -> Result<(), StateErro
     Ok(())
 }
 
+/// Reads the XSAVE area (`KVM_GET_XSAVE`, or `KVM_GET_XSAVE2` if it is longer).
 fn read_xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Vec<u8>, StateError> {
     let fixed = size_of::<kvm_xsave>();
     let what = "read the FPU (KVM_GET_XSAVE)";
     if bytes <= fixed {
-        return Ok(vcpu.get_xsave().map_err(kvm_error(what))?.region.as_bytes().to_vec());
+        return Ok(vcpu.get_xsave().map_err(StateError::kvm(what))?.region.as_bytes().to_vec());
     }
     let mut area = Xsave::new((bytes - fixed) / 4).map_err(|_| StateError::TooMany("words of XSAVE"))?;
     // SAFETY: the area has as many bytes as KVM_CAP_XSAVE2 says that the kernel writes.
-    unsafe { vcpu.get_xsave2(&mut area) }.map_err(kvm_error(what))?;
+    unsafe { vcpu.get_xsave2(&mut area) }.map_err(StateError::kvm(what))?;
     let mut out = area.as_fam_struct_ref().xsave.region.as_bytes().to_vec();
     out.extend_from_slice(area.as_slice().as_bytes());
     Ok(out)
-}
-
-/// Wraps what an ioctl answered.
-pub(crate) fn kvm_error(doing: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
-    move |error| StateError::Kvm { doing, source: error.into() }
 }

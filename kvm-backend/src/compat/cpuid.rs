@@ -1,55 +1,54 @@
-//! Features in CPUID: which words hold them, what they are called, and whether one processor
-//! has all that another has.
+//! [`Feature`]: features in CPUID, the words that hold them, and their names.
 
 use std::fmt;
 use std::str::FromStr;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use memlane_protocol::wire::machine::CpuidEntry;
-
-use super::Incompatible;
 
 /// One bit of CPUID that stands for a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Feature {
-    /// Leaf (EAX on entry).
+    /// The leaf (EAX on entry).
     pub function: u32,
-    /// Subleaf (ECX on entry), 0 where there are none.
+    /// The subleaf (ECX on entry), 0 where there are none.
     pub index: u32,
-    /// Register of the result.
+    /// The register of the result.
     pub register: Register,
-    /// Bit in it, 0 to 31.
+    /// The bit in the register, 0 to 31.
     pub bit: u8,
 }
 
 /// A register of a CPUID result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub enum Register {
+    /// The register is EAX.
     Eax,
+    /// The register is EBX.
     Ebx,
+    /// The register is ECX.
     Ecx,
+    /// The register is EDX.
     Edx,
 }
 
-/// A name that no feature has.
+/// The error for a name that no feature has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no processor feature is called {0:?}; names are those of /proc/cpuinfo, such as avx2 or sha_ni")]
 pub struct UnknownFeature(pub String);
 
 impl Feature {
-    /// What lets a guest run guests: VMX and SVM.
+    /// The features that let a guest run guests of its own: VMX and SVM.
     pub const NESTED: [Feature; 2] = [
         Feature { function: 1, index: 0, register: Register::Ecx, bit: 5 },
         Feature { function: 0x8000_0001, index: 0, register: Register::Ecx, bit: 2 },
     ];
 
-    /// The feature's name as Linux spells it, where it has one here.
+    /// Returns the feature's name as `/proc/cpuinfo` spells it, or `None` if this library knows no name for it.
     pub fn name(&self) -> Option<&'static str> {
         NAMES.iter().find(|(feature, _)| feature == self).map(|(_, name)| *name)
     }
 
-    /// Clears the feature in an entry of its leaf; leaves others as they are.
+    /// Clears the feature in a CPUID entry of its leaf; entries of other leaves are left as they are.
     pub fn hide(&self, entry: &mut kvm_cpuid_entry2) {
         if entry.function == self.function && entry.index == self.index {
             let word = match self.register {
@@ -88,80 +87,13 @@ impl fmt::Display for Feature {
     }
 }
 
-/// What `guest` was given and `host` does not have.
-pub(super) fn compare(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Vec<Incompatible> {
-    let mut found = Vec::new();
-    let (ours, theirs) = (vendor(guest), vendor(host));
-    if ours != theirs {
-        found.push(Incompatible::Vendor { guest: ours, host: theirs });
-    }
-    for (function, index, register, ignored) in WORDS {
-        let has = word(guest, function, index, register);
-        let nested = |bit| Feature::NESTED.contains(&Feature { function, index, register, bit });
-        let lacks = has & !word(host, function, index, register) & !ignored;
-        for bit in 0..32u8 {
-            let feature = Feature { function, index, register, bit };
-            if has >> bit & 1 == 1 && nested(bit) {
-                found.push(Incompatible::Nested(feature));
-            } else if lacks >> bit & 1 == 1 {
-                found.push(Incompatible::Cpuid(feature));
-            }
-        }
-    }
-    found
-}
-
-fn word(entries: &[CpuidEntry], function: u32, index: u32, register: Register) -> u32 {
-    let found = entries.iter().find(|e| e.function.get() == function && e.index.get() == index);
-    found.map_or(0, |entry| match register {
-        Register::Eax => entry.eax.get(),
-        Register::Ebx => entry.ebx.get(),
-        Register::Ecx => entry.ecx.get(),
-        Register::Edx => entry.edx.get(),
-    })
-}
-
-fn vendor(entries: &[CpuidEntry]) -> String {
-    let bytes: Vec<u8> = [Register::Ebx, Register::Edx, Register::Ecx]
-        .into_iter()
-        .flat_map(|register| word(entries, 0, 0, register).to_le_bytes())
-        .filter(u8::is_ascii_graphic)
-        .collect();
-    String::from_utf8(bytes).expect("printable ASCII is UTF-8")
-}
-
 use Register::{Eax, Ebx, Ecx, Edx};
-
-/// Words that are made of feature bits, each with the bits that say something else: the state of
-/// CR4 (OSXSAVE, OSPKE), whether there is a hypervisor, or topology (HTT, CMP_LEGACY).
-const WORDS: [(u32, u32, Register, u32); 20] = [
-    (0x1, 0, Ecx, 1 << 27 | 1 << 31),
-    (0x1, 0, Edx, 1 << 28),
-    (0x6, 0, Eax, 0),
-    (0x7, 0, Ebx, 0),
-    (0x7, 0, Ecx, 1 << 4),
-    (0x7, 0, Edx, 0),
-    (0x7, 1, Eax, 0),
-    (0x7, 1, Ebx, 0),
-    (0x7, 1, Ecx, 0),
-    (0x7, 1, Edx, 0),
-    (0x7, 2, Edx, 0),
-    (0xd, 1, Eax, 0),
-    (0xd, 1, Ecx, 0),
-    (0x4000_0001, 0, Eax, 0),
-    (0x8000_0001, 0, Ecx, 1 << 1),
-    (0x8000_0001, 0, Edx, 0),
-    (0x8000_0007, 0, Edx, 0),
-    (0x8000_0008, 0, Ebx, 0),
-    (0x8000_0021, 0, Eax, 0),
-    (0x8000_0021, 0, Ecx, 0),
-];
 
 const fn feature(function: u32, index: u32, register: Register, bit: u8) -> Feature {
     Feature { function, index, register, bit }
 }
 
-/// Names from the kernel's `cpufeatures.h`, as `/proc/cpuinfo` shows them.
+/// The names of features, from the kernel's `cpufeatures.h`, as `/proc/cpuinfo` shows them.
 #[rustfmt::skip]
 const NAMES: &[(Feature, &str)] = &[
     (feature(1, 0, Ecx, 0), "pni"), (feature(1, 0, Ecx, 1), "pclmulqdq"), (feature(1, 0, Ecx, 3), "monitor"),
@@ -234,12 +166,4 @@ const NAMES: &[(Feature, &str)] = &[
 #[cfg(test)]
 pub(super) fn names() -> impl Iterator<Item = (Feature, &'static str)> {
     NAMES.iter().copied()
-}
-
-#[cfg(test)]
-pub(super) fn is_compared(feature: Feature) -> bool {
-    WORDS.iter().any(|(function, index, register, ignored)| {
-        (*function, *index, *register) == (feature.function, feature.index, feature.register)
-            && ignored >> feature.bit & 1 == 0
-    })
 }

@@ -139,7 +139,7 @@ fn names_are_unique_and_lie_in_words_that_are_compared() {
     for (feature, name) in cpuid::names() {
         assert!(names.insert(name), "{name} twice");
         assert!(places.insert(feature), "{name} has the place of another");
-        assert!(cpuid::is_compared(feature), "{name} is not compared");
+        assert!(compare::is_compared(feature), "{name} is not compared");
     }
 }
 

@@ -1,8 +1,8 @@
 //! [`LogTracker`]: KVM's dirty bitmap.
 //!
-//! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` and `KVM_DIRTY_LOG_INITIALLY_SET`, switching the
-//! log on protects nothing and so stalls no vCPU; every page counts as dirty. Clearing a piece
-//! of the bitmap (`KVM_CLEAR_DIRTY_LOG`) protects just that piece, which is what arming is.
+//! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` and `KVM_DIRTY_LOG_INITIALLY_SET`, switching the log on protects
+//! nothing and so stalls no vCPU; every page counts as dirty. Clearing a piece of the bitmap
+//! (`KVM_CLEAR_DIRTY_LOG`) write-protects just that piece (`Documentation/virt/kvm/api.rst`).
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -17,18 +17,18 @@ use memlane_protocol::wire::machine::TrackerKind;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::ioctl::{Updater, ioctl, opcode};
 
-use super::{Armed, DirtyTracker, TrackError};
+use super::{DirtyTracker, ProtectedPages, TrackError};
 use crate::ram::{GuestRam, MemorySlot};
 use crate::shared::SharedWords;
 
-/// Pages cleared in one call (16 MiB): KVM holds its MMU lock meanwhile, and a vCPU that
+/// The number of pages that are cleared in one call (16 MiB): KVM holds its MMU lock meanwhile, and a vCPU that
 /// faults has to wait for it.
 const PIECE_PAGES: u64 = 4096;
 
-/// Pages whose bits are put together to be cleared (4 GiB), however many are armed at once.
+/// The number of pages whose bits are put together to be cleared (4 GiB), however many are protected at once.
 const MASK_PAGES: u64 = 1 << 20;
 
-/// Pages in a word of the bitmap; ranges to clear begin and end at its multiples.
+/// The number of pages in a word of the bitmap; ranges to clear begin and end at its multiples.
 const WORD: u64 = 64;
 
 /// Finds dirty pages by KVM's dirty log.
@@ -36,29 +36,32 @@ pub struct LogTracker {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     slots: Vec<MemorySlot>,
-    armed: Armed,
+    protected: ProtectedPages,
     started: bool,
 }
 
 impl LogTracker {
-    /// A tracker for a virtual machine whose memory was registered as `slots`.
+    /// Returns a tracker for a virtual machine whose memory was [registered](GuestRam::register) as `slots`.
     ///
-    /// Sets the dirty log of the virtual machine to manual protection, for good. Fails where
-    /// KVM cannot (before Linux 5.7).
+    /// It sets the dirty log of the virtual machine to manual protection, for good.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Unavailable`] where KVM cannot do that (before Linux 5.7).
     pub fn new(vm: Arc<VmFd>, ram: Arc<GuestRam>, slots: Vec<MemorySlot>) -> Result<Self, TrackError> {
         let mut manual = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         manual.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
         vm.enable_cap(&manual).map_err(|error| TrackError::Unavailable {
             what: "manual protection by KVM's dirty log (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, INITIALLY_SET)",
             source: error.into(),
-            advice: "it needs Linux 5.7 or newer; the pagemap tracker does without",
+            advice: "use Linux 5.7 or newer, or the pagemap tracker",
         })?;
-        let armed = Armed::new(ram.pages());
-        Ok(Self { vm, ram, slots, armed, started: false })
+        let protected = ProtectedPages::new(ram.pages());
+        Ok(Self { vm, ram, slots, protected, started: false })
     }
 
-    /// Clears, and so protects, the pages of `bits` (a bit each, the first for page `first` of
-    /// the slot), piece by piece.
+    /// Clears, and so write-protects, the pages of `bits` piece by piece. There is one bit for each page; the first
+    /// is for page `first` of the slot.
     fn clear(&self, slot: &MemorySlot, first: u64, bits: &mut [u64]) -> Result<(), TrackError> {
         for (index, piece) in bits.chunks_mut((PIECE_PAGES / WORD) as usize).enumerate() {
             let Some(begin) = piece.iter().position(|word| *word != 0) else { continue };
@@ -78,19 +81,19 @@ impl LogTracker {
             let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
             // SAFETY: the argument is of the ioctl's type, and its bitmap holds a bit for each of `num_pages`.
             unsafe { ioctl(vm, Updater::<CLEAR, _>::new(&mut argument)) }
-                .map_err(TrackError::kernel("protecting pages again (KVM_CLEAR_DIRTY_LOG)"))?;
+                .map_err(TrackError::kernel("write-protect the guest's pages (KVM_CLEAR_DIRTY_LOG)"))?;
         }
         Ok(())
     }
 
-    /// Reads a slot's bitmap, clears what is armed of it, and adds that to `into`.
+    /// Reads a slot's bitmap, clears the protected pages in it, and adds them to `into`.
     fn harvest_slot(&self, slot: &MemorySlot, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
         let mut bits = self
             .vm
             .get_dirty_log(slot.slot, (slot.pages * PAGE_SIZE) as usize)
-            .map_err(TrackError::kernel("reading the dirty log (KVM_GET_DIRTY_LOG)"))?;
+            .map_err(TrackError::kernel("read the dirty log (KVM_GET_DIRTY_LOG)"))?;
         for (index, word) in bits.iter_mut().enumerate().filter(|(_, word)| **word != 0) {
-            *word &= self.armed.bits(slot.first_page + index as u64 * WORD);
+            *word &= self.protected.bits(slot.first_page + index as u64 * WORD);
         }
         self.clear(slot, 0, &mut bits)?;
         let mut new = 0;
@@ -100,12 +103,13 @@ impl LogTracker {
         Ok(new)
     }
 
-    fn log(&self, on: bool) -> Result<(), TrackError> {
+    /// Switches the dirty log of all slots on or off.
+    fn switch(&self, on: bool) -> Result<(), TrackError> {
         for slot in &self.slots {
             let flags = slot.flags | if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-            self.ram
-                .set_slot(&self.vm, slot, flags)
-                .map_err(TrackError::kernel("switching the dirty log of a memory slot"))?;
+            self.ram.set_slot(&self.vm, slot, flags).map_err(TrackError::kernel(
+                "switch the dirty log of a memory slot (KVM_SET_USER_MEMORY_REGION)",
+            ))?;
         }
         Ok(())
     }
@@ -118,22 +122,22 @@ impl DirtyTracker for LogTracker {
 
     fn start(&mut self) -> Result<(), TrackError> {
         if !self.started {
-            self.armed.clear();
-            self.ram.marks().clear();
-            self.log(true).inspect_err(|_| {
+            self.protected.clear();
+            self.ram.dirty_bitmap().clear();
+            self.switch(true).inspect_err(|_| {
                 // Best effort: the error that matters is the first.
-                let _ = self.log(false);
+                let _ = self.switch(false);
             })?;
             self.started = true;
         }
         Ok(())
     }
 
-    fn arm(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
+    fn write_protect(&mut self, pages: Range<u64>) -> Result<(), TrackError> {
         if !self.started {
             return Err(TrackError::NotStarted);
         }
-        for run in self.armed.missing(pages)? {
+        for run in self.protected.missing(pages)? {
             for slot in &self.slots {
                 let slot_pages = slot.pages();
                 let part = run.start.max(slot_pages.start)..run.end.min(slot_pages.end);
@@ -143,20 +147,20 @@ impl DirtyTracker for LogTracker {
                     self.clear(slot, first, &mut bits)?;
                 }
             }
-            self.armed.add(run);
+            self.protected.add(run);
         }
         Ok(())
     }
 
-    fn armed(&self) -> u64 {
-        self.armed.count()
+    fn write_protected_pages(&self) -> u64 {
+        self.protected.count()
     }
 
     fn harvest(&mut self, into: &PageSet<SharedWords>) -> Result<u64, TrackError> {
         if !self.started {
             return Err(TrackError::NotStarted);
         }
-        let mut new = self.armed.drain(self.ram.marks(), into);
+        let mut new = self.protected.drain(self.ram.dirty_bitmap(), into);
         for slot in &self.slots {
             new += self.harvest_slot(slot, into)?;
         }
@@ -165,15 +169,15 @@ impl DirtyTracker for LogTracker {
 
     fn stop(&mut self) -> Result<(), TrackError> {
         if self.started {
-            self.log(false)?;
+            self.switch(false)?;
             self.started = false;
-            self.armed.clear();
+            self.protected.clear();
         }
         Ok(())
     }
 }
 
-/// The pages of `run` as bits, beginning at the multiple of 64 that is returned first.
+/// Returns the pages of `run` as bits, and the multiple of 64 that the first bit stands for.
 fn mask(run: Range<u64>) -> (u64, Vec<u64>) {
     let first = run.start / WORD * WORD;
     let words = run.end.div_ceil(WORD) - first / WORD;
@@ -185,7 +189,7 @@ fn mask(run: Range<u64>) -> (u64, Vec<u64>) {
     (first, bits)
 }
 
-/// Adds the 64 pages from `page` on that `bits` marks.
+/// Adds those of the 64 pages from `page` on whose bits are set, and returns how many are new.
 fn insert_bits(into: &PageSet<SharedWords>, page: u64, bits: u64) -> u64 {
     let (word, shift) = (page / WORD, page % WORD);
     match shift {

@@ -1,4 +1,4 @@
-//! [`PagemapScan`]: what the page tables of a process tell (`PAGEMAP_SCAN`).
+//! [`PagemapScan`]: reads, and write-protects, the page tables of a process (`PAGEMAP_SCAN`).
 
 use std::fs::File;
 use std::ops::Range;
@@ -12,79 +12,91 @@ use rustix::io::Errno;
 use rustix::ioctl::{ioctl, opcode};
 
 use super::TrackError;
-use crate::ioctl::Answering;
+use crate::ioctl::ReturnsValue;
 
-/// Pages protected in one call (4 MiB): KVM drops its own mappings of the whole range, and a
+/// The number of pages that are protected in one call (4 MiB): KVM drops its own mappings of the whole range, and a
 /// vCPU that faults there has to wait.
 pub(super) const PIECE_PAGES: u64 = 1024;
 
-/// Written pages no further apart than this are protected again in one call. A call costs
-/// about as much as KVM's mapping some tens of clean pages anew.
+/// Written pages that are no further apart than this are protected again in one call: a call costs about as much as
+/// it costs KVM to map some tens of clean pages anew.
 const MERGE_PAGES: u64 = 32;
 
-/// Runs of pages that one scan can return.
+/// The number of runs of pages that one scan can return.
 const SCAN_RUNS: usize = 512;
 
-/// Bytes of a huge page. Pieces are cut at its multiples, so that none is torn apart.
+/// The size of a huge page in bytes. Pieces are cut at its multiples, so that no huge page is protected in part.
 pub(super) const HUGE_PAGE: u64 = 2 << 20;
 
-/// Which pages a scan returns, and what it tells of them; see
-/// `Documentation/admin-guide/mm/pagemap.rst`.
+/// Which pages a scan returns, and which of their categories; the fields are those of `struct pm_scan_arg`
+/// (`Documentation/admin-guide/mm/pagemap.rst`).
 #[derive(Clone, Copy)]
 pub(super) struct Query {
-    inverted: u32,
-    all_of: u32,
-    any_of: u32,
-    told: u32,
+    category_inverted: u32,
+    category_mask: u32,
+    category_anyof_mask: u32,
+    return_mask: u32,
     protect: bool,
 }
 
 impl Query {
-    /// Pages that are not protected. As nothing more is told, no [`State`] either, the kernel goes
+    /// Finds pages that are not protected. As nothing more is returned, no [`State`] either, the kernel goes
     /// through the page tables fastest.
-    pub const WRITTEN: Self =
-        Self { inverted: 0, all_of: PAGE_IS_WRITTEN, any_of: 0, told: PAGE_IS_WRITTEN, protect: false };
-
-    /// Pages that are not protected.
-    pub const WRITTEN_WITH_STATE: Self = Self { told: STATE, ..Self::WRITTEN };
-
-    /// Pages in every [`State`] but [`State::Clean`].
-    pub const NOT_CLEAN: Self = Self {
-        inverted: PAGE_IS_PRESENT,
-        all_of: 0,
-        any_of: PAGE_IS_PRESENT | PAGE_IS_WRITTEN,
-        told: STATE,
+    pub(super) const WRITTEN: Self = Self {
+        category_inverted: 0,
+        category_mask: PAGE_IS_WRITTEN,
+        category_anyof_mask: 0,
+        return_mask: PAGE_IS_WRITTEN,
         protect: false,
     };
 
-    /// All pages that can be protected asynchronously.
-    pub const ALL: Self =
-        Self { inverted: 0, all_of: PAGE_IS_WPALLOWED, any_of: 0, told: STATE, protect: false };
+    /// Finds pages that are not protected, with their [`State`].
+    pub(super) const WRITTEN_WITH_STATE: Self = Self { return_mask: STATE, ..Self::WRITTEN };
 
-    /// All pages that are mapped.
-    pub const ALL_MAPPED: Self = Self { all_of: 0, ..Self::ALL };
+    /// Finds pages in every [`State`] but [`State::Clean`].
+    pub(super) const NOT_CLEAN: Self = Self {
+        category_inverted: PAGE_IS_PRESENT,
+        category_mask: 0,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_WRITTEN,
+        return_mask: STATE,
+        protect: false,
+    };
+
+    /// Finds all pages that can be protected asynchronously.
+    pub(super) const ALL: Self = Self {
+        category_inverted: 0,
+        category_mask: PAGE_IS_WPALLOWED,
+        category_anyof_mask: 0,
+        return_mask: STATE,
+        protect: false,
+    };
+
+    /// Finds all pages that are mapped.
+    pub(super) const ALL_MAPPED: Self = Self { category_mask: 0, ..Self::ALL };
 }
 
 const STATE: u32 = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
 
-/// What a page table says of a page.
+/// What a page table says about a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// There, and protected.
+    /// The page is present and protected.
     Clean,
-    /// Protected, and not there: never touched since, swapped out, or taken from the file.
+    /// The page is protected and not present: it was never touched since, was swapped out, or was taken from the
+    /// file.
     Vacant,
-    /// There, or on its way from one frame to another, and not protected.
+    /// The page is present, or on its way from one frame to another, and not protected.
     Written,
-    /// Nothing is known: no entry, or no page table. Kernels differ in whether they call this
-    /// written.
+    /// The page has no entry in a page table. Kernels differ in whether they call this written.
     Unknown,
 }
 
 /// A run of pages that a scan returned.
 pub(super) struct Found {
-    pub addresses: Range<u64>,
-    pub state: State,
+    /// The run's addresses in the process.
+    pub(super) addresses: Range<u64>,
+    /// The state of all its pages.
+    pub(super) state: State,
 }
 
 /// The page tables of one process.
@@ -93,13 +105,17 @@ pub(super) struct PagemapScan {
 }
 
 impl PagemapScan {
-    /// By `/proc/PID/pagemap`, whoever opened it.
-    pub fn new(file: File) -> Self {
+    /// Reads the process whose `/proc/PID/pagemap` this is; any process may have opened it.
+    pub(super) fn new(file: File) -> Self {
         Self { file }
     }
 
-    /// Protects what `query` finds in `addresses`, piece by piece; calls `found` with it.
-    pub fn protect(
+    /// Protects the pages that `query` finds in `addresses`, piece by piece, and calls `found` with each run.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Gone`] if the process has ended, and what the kernel refused.
+    pub(super) fn protect(
         &self,
         addresses: Range<u64>,
         query: Query,
@@ -118,8 +134,12 @@ impl PagemapScan {
         Ok(())
     }
 
-    /// Calls `found` with what `query` finds in `addresses`, in order.
-    pub fn scan(
+    /// Calls `found` with each run that `query` finds in `addresses`, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`TrackError::Gone`] if the process has ended, what the kernel refused, and the errors of `found`.
+    pub(super) fn scan(
         &self,
         addresses: Range<u64>,
         query: Query,
@@ -139,27 +159,27 @@ impl PagemapScan {
                 vec: runs.as_mut_ptr() as u64,
                 vec_len: runs.len() as u64,
                 max_pages: 0,
-                category_inverted: query.inverted.into(),
-                category_mask: query.all_of.into(),
-                category_anyof_mask: query.any_of.into(),
-                return_mask: query.told.into(),
+                category_inverted: query.category_inverted.into(),
+                category_mask: query.category_mask.into(),
+                category_anyof_mask: query.category_anyof_mask.into(),
+                return_mask: query.return_mask.into(),
             };
-            // SAFETY: the argument is of the ioctl's type, and `vec` has room for `vec_len` runs.
+            // SAFETY: the argument is of the ioctl's type, and `vec` points to room for `vec_len` runs.
             let filled =
-                match unsafe { ioctl(&self.file, Answering::<SCAN>::new((&raw mut argument).cast())) } {
+                match unsafe { ioctl(&self.file, ReturnsValue::<SCAN>::new((&raw mut argument).cast())) } {
                     Ok(filled) => filled,
                     Err(Errno::INTR) => continue,
                     Err(Errno::SRCH) => return Err(TrackError::Gone),
                     Err(error) => {
-                        return Err(TrackError::kernel("scanning for written pages (PAGEMAP_SCAN)")(error));
+                        return Err(TrackError::kernel("scan for written pages (PAGEMAP_SCAN)")(error));
                     }
                 };
             for run in runs.iter().take(usize::try_from(filled).unwrap_or(0)) {
                 found(Found { addresses: run.start..run.end, state: State::of(run.categories) })?;
             }
             if argument.walk_end <= from {
-                let stuck = std::io::Error::other("the scan stands still");
-                return Err(TrackError::kernel("scanning for written pages (PAGEMAP_SCAN)")(stuck));
+                let stuck = std::io::Error::other("the scan makes no progress");
+                return Err(TrackError::kernel("scan for written pages (PAGEMAP_SCAN)")(stuck));
             }
             from = argument.walk_end;
         }
@@ -179,17 +199,16 @@ impl State {
     }
 }
 
-/// Puts runs of written pages, which come in order, together to pieces that are protected in
-/// one call.
+/// Joins runs of written pages, which come in order, to pieces that are protected in one call.
 ///
-/// Protecting makes KVM drop its mappings of all that is scanned, clean pages too. So whoever
-/// harvests looks first, without protecting, and then protects around what was found.
+/// Protecting makes KVM drop its mappings of all that is scanned, clean pages too. So a harvest first scans without
+/// protecting, and then protects around what it found.
 #[derive(Default)]
 pub(super) struct Pieces(Option<Range<u64>>);
 
 impl Pieces {
-    /// Adds a run. If it begins a new piece, returns the one before, which is then complete.
-    pub fn add(&mut self, run: Range<u64>) -> Option<Range<u64>> {
+    /// Adds a run. If the run begins a new piece, returns the piece before, which is then complete.
+    pub(super) fn add(&mut self, run: Range<u64>) -> Option<Range<u64>> {
         match &mut self.0 {
             Some(last)
                 if run.start.saturating_sub(last.end) <= MERGE_PAGES * PAGE_SIZE
@@ -202,8 +221,8 @@ impl Pieces {
         }
     }
 
-    /// The last piece, once there are no more runs.
-    pub fn end(&mut self) -> Option<Range<u64>> {
+    /// Returns the last piece, once there are no more runs.
+    pub(super) fn end(&mut self) -> Option<Range<u64>> {
         self.0.take()
     }
 }

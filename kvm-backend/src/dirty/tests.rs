@@ -1,10 +1,10 @@
 //! Each tracker against real writers: what would be migrated must equal what was written.
 
-mod foreign;
+mod external;
+mod external_sync;
 mod guest;
-mod held;
-mod other;
 mod sparse;
+mod vmm_process;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -104,7 +104,7 @@ fn converge(
             tracker.start().unwrap();
             let half = ram.pages() / 2;
             for first in (0..half).step_by(100) {
-                tracker.arm(first..half.min(first + 100)).unwrap();
+                tracker.write_protect(first..half.min(first + 100)).unwrap();
                 replica.copy(first..half.min(first + 100));
             }
             progress(&turns);
@@ -114,26 +114,26 @@ fn converge(
             assert_eq!(
                 replica.dirty.next_run(half.next_multiple_of(unit), 1),
                 None,
-                "not armed, yet reported"
+                "not write-protected, yet reported"
             );
-            tracker.arm(half - 300..ram.pages()).unwrap();
+            tracker.write_protect(half - 300..ram.pages()).unwrap();
             replica.copy(half..ram.pages());
-            assert_eq!(tracker.armed(), ram.pages());
+            assert_eq!(tracker.write_protected_pages(), ram.pages());
             for _ in 0..8 {
                 progress(&turns);
                 replica.round(tracker);
             }
             drop(finished);
         });
-        // All of this is armed already: what was written since must not be forgotten.
-        tracker.arm(0..ram.pages()).unwrap();
+        // All of this is write-protected already: what was written since must not be forgotten.
+        tracker.write_protect(0..ram.pages()).unwrap();
         replica.round(tracker);
         replica.assert_equal();
-        assert_eq!(replica.round(tracker), 0, "reported again, yet nobody wrote");
-        assert!(matches!(tracker.arm(0..ram.pages() + 1), Err(TrackError::Range { .. })));
+        assert_eq!(replica.round(tracker), 0, "reported again, yet not written");
+        assert!(matches!(tracker.write_protect(0..ram.pages() + 1), Err(TrackError::Range { .. })));
         tracker.stop().unwrap();
         tracker.stop().unwrap();
-        assert_eq!(tracker.armed(), 0);
+        assert_eq!(tracker.write_protected_pages(), 0);
     }
 }
 
@@ -218,7 +218,7 @@ fn pagemap_reports_what_was_written_and_nothing_else() {
     write(3);
     tracker.start().unwrap();
     write(4);
-    tracker.arm(0..pages).unwrap();
+    tracker.write_protect(0..pages).unwrap();
     // Pages that hold something, and pages that have never been touched.
     for page in [3, 256, 257, 258, 1000, pages - 1] {
         write(page);
@@ -242,19 +242,19 @@ fn pagemap_reports_what_was_written_and_nothing_else() {
 }
 
 #[test]
-fn pagemap_arms_whole_huge_pages_once() {
-    let name = "pagemap, 2 MiB pages armed in parts";
+fn pagemap_protects_whole_huge_pages_once() {
+    let name = "pagemap, 2 MiB pages protected in parts";
     let Some((_pages, ram)) = huge_ram(name) else { return };
     let Some(mut tracker) = pagemap(name, &ram) else { return };
     let dirty = shared_set(ram.pages());
     tracker.start().unwrap();
-    tracker.arm(512..600).unwrap();
-    assert_eq!(tracker.armed(), 512);
+    tracker.write_protect(512..600).unwrap();
+    assert_eq!(tracker.write_protected_pages(), 512);
     let slice = ram.slices(530..531).next().unwrap();
     // SAFETY: within a mapping of this test, which nobody else writes.
     unsafe { slice.ptr.write_volatile(1) };
     // The rest of the same huge page: the write before it must not be forgotten.
-    tracker.arm(600..1500).unwrap();
+    tracker.write_protect(600..1500).unwrap();
     assert_eq!(tracker.harvest(&dirty).unwrap(), 512);
     assert_eq!((dirty.next_run(0, 512), dirty.count()), (Some(512..1024), 512));
     assert_eq!(tracker.harvest(&dirty).unwrap(), 0);

@@ -1,4 +1,4 @@
-//! What guest memory is made of: memfds, or files on tmpfs or hugetlbfs.
+//! What backs guest memory: memfds, or files on tmpfs or hugetlbfs.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -9,31 +9,24 @@ use memlane_protocol::wire::machine::Region;
 use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, SealFlags, Stat};
 use rustix::io::Errno;
 
-use super::{RamError, check_layout};
+use super::layout::{HUGE_PAGE, check_layout, is_huge};
+use crate::error::RamError;
 
-/// The only size of huge page that guest memory may have.
-pub(super) const HUGE_PAGE: u64 = 2 << 20;
-
-/// Where the memory of a new guest comes from.
+/// What backs the memory of a new guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// A memfd of 4 KiB pages for each region.
+    /// Each region is a memfd of 4 KiB pages.
     Memfd,
-    /// A memfd of 2 MiB pages for each region; the system must have free ones
+    /// Each region is a memfd of 2 MiB pages; the system must have enough free ones
     /// (`/proc/sys/vm/nr_hugepages`).
     HugeMemfd,
-    /// A directory, in which each region gets an unnamed file, or a file, in which the regions
-    /// lie one after another; on tmpfs (4 KiB pages) or hugetlbfs (2 MiB pages). A file that
-    /// exists keeps what it holds and is made long enough.
+    /// The path is a directory, in which each region gets an unnamed file, or a file, in which the regions lie one
+    /// after another. It lies on tmpfs (4 KiB pages) or hugetlbfs (2 MiB pages). A file that exists keeps what it
+    /// holds and is made long enough.
     File(PathBuf),
 }
 
-/// Whether a region has 2 MiB pages.
-pub(super) fn is_huge(region: &Region) -> bool {
-    u64::from(region.page_bytes) == HUGE_PAGE
-}
-
-/// A region and a descriptor for each piece of `layout`.
+/// Makes a region and its descriptor for each piece of `layout`.
 pub(super) fn create(layout: &[(u64, u64)], backing: &Backing) -> Result<Vec<(Region, OwnedFd)>, RamError> {
     let (page_bytes, shared) = match backing {
         Backing::Memfd => (PAGE_SIZE, None),
@@ -57,37 +50,38 @@ pub(super) fn create(layout: &[(u64, u64)], backing: &Backing) -> Result<Vec<(Re
         let fd = match (backing, &shared) {
             (_, Some(file)) => file.try_clone().map_err(|source| RamError::Kernel {
                 index,
-                doing: "duplicating its descriptor",
+                doing: "duplicate its descriptor",
                 source,
             })?,
             (Backing::File(directory), None) => {
                 let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
                 rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)
-                    .map_err(failed("making an unnamed file (O_TMPFILE)"))?
+                    .map_err(failed("make an unnamed file (O_TMPFILE)"))?
             }
-            (_, None) => memfd(is_huge(&region)).map_err(failed("memfd_create"))?,
+            (_, None) => memfd(is_huge(&region)).map_err(failed("make its memfd (memfd_create)"))?,
         };
         let end = region.offset + region.bytes;
-        if size(fd.as_fd()).map_err(failed("reading its length"))? < end {
-            rustix::fs::ftruncate(&fd, end).map_err(failed("setting its length"))?;
+        if size(fd.as_fd()).map_err(failed("read its file's length (fstat)"))? < end {
+            rustix::fs::ftruncate(&fd, end).map_err(failed("make its file long enough (ftruncate)"))?;
         }
         made.push((region, fd));
     }
     Ok(made)
 }
 
-/// Checks descriptors that may come from a stranger; returns whether none can be made shorter.
+/// Checks descriptors that may come from a process that is not trusted, and seals them where that can be done.
+/// Returns whether all files are sealed against shrinking.
 pub(super) fn check(regions: &[(Region, OwnedFd)]) -> Result<bool, RamError> {
     let mut sealed = true;
     let mut places: Vec<(u64, u64, u64, u64)> = Vec::new();
     for (index, (region, fd)) in regions.iter().enumerate() {
         let failed = |doing| move |error: Errno| RamError::Kernel { index, doing, source: error.into() };
-        let stat = rustix::fs::fstat(fd).map_err(failed("reading its file's status"))?;
+        let stat = rustix::fs::fstat(fd).map_err(failed("read its file's status (fstat)"))?;
         check_kind(index, region, fd.as_fd(), &stat)?;
-        // Sealed before measured: what is measured then stays.
-        sealed &= seal(fd.as_fd()).map_err(failed("sealing it against shrinking"))?;
+        // The file is sealed before it is measured, so that what is measured stays.
+        sealed &= seal(fd.as_fd()).map_err(failed("seal its file against shrinking (F_ADD_SEALS)"))?;
         let (begin, end) = (region.offset, region.offset + region.bytes);
-        let found = size(fd.as_fd()).map_err(failed("reading its length"))?;
+        let found = size(fd.as_fd()).map_err(failed("read its file's length (fstat)"))?;
         if found < end {
             return Err(RamError::Short { index, found, needed: end });
         }
@@ -103,7 +97,7 @@ pub(super) fn check(regions: &[(Region, OwnedFd)]) -> Result<bool, RamError> {
     Ok(sealed)
 }
 
-/// The descriptor must be a regular file in memory with pages of the stated size.
+/// Checks that the descriptor is a regular file in memory with pages of the stated size.
 fn check_kind(index: usize, region: &Region, fd: BorrowedFd<'_>, stat: &Stat) -> Result<(), RamError> {
     let wanted = if is_huge(region) { "hugetlbfs with 2 MiB pages" } else { "tmpfs" };
     let wrong = |found: String| Err(RamError::Kind { index, found, wanted });
@@ -111,13 +105,13 @@ fn check_kind(index: usize, region: &Region, fd: BorrowedFd<'_>, stat: &Stat) ->
     if kind != FileType::RegularFile {
         return wrong(format!("no regular file ({kind:?})"));
     }
-    // What is written to it would not go where it belongs (pwrite(2)).
+    // pwrite(2) would append what is written to such a file, whatever the offset.
     if rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::APPEND)) {
         return wrong("opened for appending (O_APPEND)".into());
     }
     let system = rustix::fs::fstatfs(fd).map_err(|error| RamError::Kernel {
         index,
-        doing: "asking for its file system",
+        doing: "read its file system's type (fstatfs)",
         source: error.into(),
     })?;
     match (system.f_type as u32, system.f_bsize as u64) {
@@ -129,9 +123,9 @@ fn check_kind(index: usize, region: &Region, fd: BorrowedFd<'_>, stat: &Stat) ->
     }
 }
 
-/// Seals against shrinking where the file can be sealed; returns whether it is.
+/// Seals a file against shrinking where it can be sealed, and returns whether it is sealed.
 ///
-/// Only a memfd can be. A file on tmpfs looks like a memfd whose seals were closed.
+/// Only a memfd can be sealed. A file on tmpfs looks like a memfd whose set of seals was closed.
 fn seal(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     let seals = match rustix::fs::fcntl_get_seals(fd) {
         Ok(seals) => seals,
@@ -145,18 +139,19 @@ fn seal(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
         return Ok(false);
     }
     match rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK) {
-        // Its owner was quicker to close its seals.
+        // Its owner closed the set of seals in between.
         Err(Errno::PERM) => Ok(false),
         other => other.map(|()| true),
     }
 }
 
+/// Makes a memfd for guest memory.
 fn memfd(huge: bool) -> Result<OwnedFd, Errno> {
     let pages = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
     rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages)
 }
 
-/// The page size of the file system at `path`, and the file where it is no directory.
+/// Returns the page size of the file system at `path`, and the file unless `path` is a directory.
 fn open(path: &Path) -> Result<(u64, Option<OwnedFd>), RamError> {
     let failed = |error: Errno| RamError::Open { path: path.to_owned(), source: error.into() };
     let directory = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
@@ -170,13 +165,14 @@ fn open(path: &Path) -> Result<(u64, Option<OwnedFd>), RamError> {
     };
     let system = rustix::fs::fstatfs(&fd).map_err(failed)?;
     let page_bytes = match system.f_type as u32 {
-        // A size that no region may have is refused with the layout.
+        // A size that no region may have is refused later, with the layout.
         HUGETLBFS_MAGIC => u32::try_from(system.f_bsize).map_or(0, u64::from),
         _ => PAGE_SIZE,
     };
     Ok((page_bytes, is_file.then_some(fd)))
 }
 
+/// Returns the length of a file in bytes.
 fn size(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     Ok(u64::try_from(rustix::fs::fstat(fd)?.st_size).unwrap_or(0))
 }

@@ -1,4 +1,4 @@
-//! What a guest's files hold as data, and where they have holes.
+//! Which pages a guest's files hold as data, and where they have holes (lseek(2), `SEEK_DATA` and `SEEK_HOLE`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,14 +8,19 @@ use memlane_protocol::PAGE_SIZE;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::{GuestRam, backing};
+use super::GuestRam;
+use super::layout::is_huge;
 
 impl GuestRam {
-    /// The runs within `pages` that may hold something other than zeros (`SEEK_DATA`); all of
-    /// them where the file cannot tell, as on hugetlbfs.
+    /// Returns the runs within `pages` that may hold something other than zeros; all of them where the file cannot
+    /// tell, as on hugetlbfs.
     ///
-    /// Pages that another process has punched may be among them if they lie inside a run that
-    /// was found earlier. They read as zeros, and reading them allocates them again.
+    /// Holes that another process has punched may be among them if they lie inside a run that was found earlier.
+    /// They read as zeros, and reading them allocates them again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the file was truncated ([`RamFault::Truncated`](super::RamFault)).
     pub fn data_extents(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut extents: Vec<Range<u64>> = Vec::new();
         for (index, piece) in self.pieces(pages) {
@@ -31,29 +36,38 @@ impl GuestRam {
         Ok(extents)
     }
 
-    /// Bytes that the files hold, swapped or not, at once and without looking for where (`st_blocks`). Those that a
-    /// file holds beside the guest's memory count with them, up to the memory's length, and so does what was reserved
-    /// (`fallocate`) and never written.
-    pub fn held_bytes(&self) -> io::Result<u64> {
-        /// What `st_blocks` counts, whatever the file system's blocks.
+    /// Returns how many bytes the files have allocated, swapped out or not (stat(2), `st_blocks`). It takes a
+    /// system call for each region, however large. What a file holds beside the guest's memory counts too, up to
+    /// the memory's length, and so does what was reserved (fallocate(2)) and never written.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        /// The unit of `st_blocks`, whatever the file system's blocks.
         const BLOCK: u64 = 512;
-        // By file: the bytes of its regions, and what it holds.
+        // For each file, the bytes of its regions and the bytes that it has allocated.
         let mut files = BTreeMap::new();
         for (region, mapped) in self.regions.iter().zip(&self.mapped) {
             let stat = rustix::fs::fstat(&*mapped.file)?;
-            let held = u64::try_from(stat.st_blocks).unwrap_or(0) * BLOCK;
-            files.entry((stat.st_dev, stat.st_ino)).or_insert((0, held)).0 += region.bytes;
+            let allocated = u64::try_from(stat.st_blocks).unwrap_or(0) * BLOCK;
+            files.entry((stat.st_dev, stat.st_ino)).or_insert((0, allocated)).0 += region.bytes;
         }
-        Ok(files.values().map(|(bytes, held)| *bytes.min(held)).sum())
+        Ok(files.values().map(|(bytes, allocated)| *bytes.min(allocated)).sum())
     }
 
-    /// As [`data_extents`](Self::data_extents), and every hole is left out, whoever made it and
-    /// however lately. It costs a system call for each page of data.
-    pub fn extents_now(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    /// Returns the runs within `pages` that may hold something other than zeros, without every hole that there is
+    /// now, also those that another process has just punched. Unlike [`data_extents`](Self::data_extents) it costs
+    /// a system call for each page of data.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the file was truncated ([`RamFault::Truncated`](super::RamFault)).
+    pub fn data_extents_uncached(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let mut extents: Vec<Range<u64>> = Vec::new();
         for (index, mut piece) in self.pieces(pages) {
-            let huge = backing::is_huge(&self.regions[index]);
-            // Not by SEEK_HOLE: that walks to the end of the run, far beyond the piece.
+            let huge = is_huge(&self.regions[index]);
+            // SEEK_HOLE would walk to the end of the run, far beyond the piece.
             while let Some(first) = self.seek_data(index, &piece)? {
                 let end = if huge { piece.end } else { first + 1 };
                 match extents.last_mut() {
@@ -66,15 +80,19 @@ impl GuestRam {
         Ok(extents)
     }
 
-    /// The blocks of so many pages, counted from page 0, that may hold something other than zeros,
-    /// cut to `pages`; those that touch are one run.
+    /// Returns the blocks of `block_pages` pages, counted from page 0, that may hold something other than zeros,
+    /// cut to `pages`. Blocks that touch are returned as one run.
     ///
-    /// Where memory is held here and there it costs a system call for each block that holds some, and
-    /// nothing for what lies between, however much; it does not look at how blocks are filled.
+    /// It costs a system call for each block that holds data, and nothing for the holes between, however long. It
+    /// does not look at how much of a block is data.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the file was truncated ([`RamFault::Truncated`](super::RamFault)).
     pub fn data_blocks(&self, pages: Range<u64>, block_pages: u64) -> io::Result<Vec<Range<u64>>> {
         let mut blocks: Vec<Range<u64>> = Vec::new();
         for (index, mut piece) in self.pieces(pages) {
-            let huge = backing::is_huge(&self.regions[index]);
+            let huge = is_huge(&self.regions[index]);
             while let Some(first) = self.seek_data(index, &piece)? {
                 let block = first / block_pages * block_pages;
                 let start = piece.start.max(block);
@@ -89,8 +107,12 @@ impl GuestRam {
         Ok(blocks)
     }
 
-    /// The first of `pages` that may hold something other than zeros. However far off it is, finding it costs
-    /// a system call for each region.
+    /// Returns the first of `pages` that may hold something other than zeros. It costs a system call for each
+    /// region, however far off the page is.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the file was truncated ([`RamFault::Truncated`](super::RamFault)).
     pub fn next_data(&self, pages: Range<u64>) -> io::Result<Option<u64>> {
         self.pieces(pages)
             .map(|(index, piece)| self.seek_data(index, &piece))
@@ -98,24 +120,23 @@ impl GuestRam {
             .transpose()
     }
 
-    /// Has the next [`data_extents`](Self::data_extents) see the holes that other processes have
-    /// made up to now.
-    pub(crate) fn look_anew(&self) {
-        self.data.forget(&(0..self.pages()));
+    /// Makes the next [`data_extents`](Self::data_extents) see the holes that other processes have made up to now.
+    pub(crate) fn forget_data_extents(&self) {
+        self.extent_cache.remove(&(0..self.pages()));
     }
 
-    /// The first of `pages`, which lie in one region, that may hold something other than zeros.
+    /// Returns the first of `pages`, which lie in one region, that may hold something other than zeros.
     pub(crate) fn first_data(&self, pages: &Range<u64>) -> io::Result<Option<u64>> {
         self.region_of(pages.start).map_or(Ok(None), |index| self.seek_data(index, pages))
     }
 
-    /// The first run of data within `piece` of region `index`. It is never empty, whatever the
-    /// other users of the file do meanwhile.
+    /// Returns the first run of data within `piece` of region `index`. The run is never empty, whatever the other
+    /// users of the file do meanwhile.
     fn next_extent(&self, index: usize, piece: Range<u64>) -> io::Result<Option<Range<u64>>> {
         if piece.is_empty() {
             return Ok(None);
         }
-        if let Some(end) = self.data.end_of_run(piece.start) {
+        if let Some(end) = self.extent_cache.end_of_extent(piece.start) {
             return Ok(Some(piece.start..end.min(piece.end)));
         }
         let Some(first) = self.seek_data(index, &piece)? else { return Ok(None) };
@@ -123,7 +144,7 @@ impl GuestRam {
         let region_end = self.mapped[index].pages.end;
         let last = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
             Ok(hole) => first + hole.saturating_sub(data).div_ceil(PAGE_SIZE),
-            // Nothing is there any more, of what was just found: somebody made a hole, or cut the file.
+            // What was just found is there no more: a hole was made, or the file was truncated.
             Err(Errno::NXIO) => {
                 self.check_length(index)?;
                 region_end
@@ -131,11 +152,11 @@ impl GuestRam {
             Err(error) => return Err(error.into()),
         };
         let run = first..last.clamp(first + 1, region_end);
-        self.data.note(run.clone());
+        self.extent_cache.insert(run.clone());
         Ok(Some(first..run.end.min(piece.end)))
     }
 
-    /// The first page of `piece` of region `index` that the file holds as data.
+    /// Returns the first page of `piece` of region `index` that the file holds as data.
     fn seek_data(&self, index: usize, piece: &Range<u64>) -> io::Result<Option<u64>> {
         if piece.is_empty() {
             return Ok(None);
@@ -146,7 +167,7 @@ impl GuestRam {
                 let page = piece.start + data.saturating_sub(begin) / PAGE_SIZE;
                 Ok((page < piece.end).then_some(page))
             }
-            // So it is beyond the end of a file that was cut, which must not pass for a hole.
+            // This is also the answer beyond the end of a file that was truncated, which must not pass for a hole.
             Err(Errno::NXIO) => self.check_length(index).map(|()| None),
             Err(error) => Err(error.into()),
         }

@@ -58,16 +58,16 @@ fn both_processes_see_the_same_bytes() {
 }
 
 #[test]
-fn writes_of_the_vmm_are_marked() {
+fn writes_of_the_vmm_set_bits() {
     let ram = ram();
     ram.memory().write_slice(&[1; 5000], GuestAddress(4090)).unwrap();
     ram.memory().write_obj(1u8, GuestAddress(MIB + PAGE_SIZE)).unwrap();
-    let marked: Vec<_> = ram.marks().runs().collect();
-    assert_eq!(marked, [0..3, 6..7]);
+    let written: Vec<_> = ram.dirty_bitmap().runs().collect();
+    assert_eq!(written, [0..3, 6..7]);
     let region = ram.memory().find_region(GuestAddress(MIB)).unwrap();
     assert!(region.bitmap().dirty_at(PAGE_SIZE as usize) && !region.bitmap().dirty_at(0));
     ram.memory().read_obj::<u64>(GuestAddress(MIB)).unwrap();
-    assert!(!ram.marks().contains(5));
+    assert!(!ram.dirty_bitmap().contains(5));
 }
 
 #[test]
@@ -80,11 +80,11 @@ fn holes_are_found_and_made() {
     assert_eq!(ram.data_extents(0..512).unwrap(), [3..5, 255..257, 300..301]);
     assert_eq!(ram.data_extents(4..256).unwrap(), [4..5, 255..256]);
     assert_eq!(ram.data_extents(400..9999).unwrap(), []);
-    assert_eq!(ram.held_bytes().unwrap(), 5 * PAGE_SIZE);
+    assert_eq!(ram.allocated_bytes().unwrap(), 5 * PAGE_SIZE);
     ram.punch(4..257).unwrap();
-    assert_eq!(ram.held_bytes().unwrap(), 2 * PAGE_SIZE);
+    assert_eq!(ram.allocated_bytes().unwrap(), 2 * PAGE_SIZE);
     assert_eq!(ram.data_extents(0..512).unwrap(), [3..4, 300..301]);
-    ram.prepare(2..7).unwrap();
+    ram.populate_write(2..7).unwrap();
     assert_eq!(ram.data_extents(0..512).unwrap(), [2..7, 300..301]);
     assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(255 * PAGE_SIZE)).unwrap(), 0);
     assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(3 * PAGE_SIZE)).unwrap(), 3);
@@ -93,7 +93,7 @@ fn holes_are_found_and_made() {
 #[test]
 fn pieces_of_a_long_run_are_found_and_holes_of_others_when_one_begins_anew() {
     let ram = GuestRam::create(&[(0, MIB), (4 * MIB, MIB)], &Backing::Memfd).unwrap();
-    ram.prepare(10..500).unwrap();
+    ram.populate_write(10..500).unwrap();
     let by_pieces = || {
         let extents = (0..512).step_by(32).flat_map(|at| ram.data_extents(at..at + 32).unwrap());
         extents.map(|extent| extent.end - extent.start).sum::<u64>()
@@ -104,9 +104,9 @@ fn pieces_of_a_long_run_are_found_and_holes_of_others_when_one_begins_anew() {
     let other = GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap();
     other.punch(100..110).unwrap();
     assert!(ram.data_extents(96..128).unwrap().contains(&(96..128)));
-    assert_eq!(ram.extents_now(0..128).unwrap(), [10..100, 110..128]);
-    assert_eq!(ram.extents_now(100..9999).unwrap().len(), 1);
-    assert_eq!(ram.extents_now(100..110).unwrap(), []);
+    assert_eq!(ram.data_extents_uncached(0..128).unwrap(), [10..100, 110..128]);
+    assert_eq!(ram.data_extents_uncached(100..9999).unwrap().len(), 1);
+    assert_eq!(ram.data_extents_uncached(100..110).unwrap(), []);
     assert_eq!(by_pieces(), 480);
     assert_eq!(ram.data_extents(96..128).unwrap(), [96..100, 110..128]);
     ram.punch(112..500).unwrap();
@@ -150,7 +150,7 @@ fn layouts_that_cannot_be_are_refused() {
     refused(&[(0, 100)], "length");
     refused(&[(100, PAGE_SIZE)], "address");
     refused(&[(u64::MAX - 4095, PAGE_SIZE)], "address");
-    refused(&[(0, 2 * PAGE_SIZE), (PAGE_SIZE, PAGE_SIZE)], "memory region 1: it must begin");
+    refused(&[(0, 2 * PAGE_SIZE), (PAGE_SIZE, PAGE_SIZE)], "memory region 1 cannot be used: it must begin");
     refused(&[(0, u64::MAX - 4095)], "64 TiB");
     let huge = GuestRam::create(&[(0, MIB)], &Backing::HugeMemfd).unwrap_err();
     assert!(huge.to_string().contains("length"), "{huge}");
@@ -176,13 +176,13 @@ fn descriptors_of_strangers_are_checked() {
     );
     let read_only = memfd(PAGE_SIZE);
     rustix::fs::fcntl_add_seals(&read_only, SealFlags::WRITE).unwrap();
-    refused(vec![(region(0, PAGE_SIZE), read_only)], "mapping it");
+    refused(vec![(region(0, PAGE_SIZE), read_only)], "map it into this process");
 
     // Twice the same bytes, by two descriptors of one file.
     let twice = memfd(3 * PAGE_SIZE);
     let other = twice.as_fd().try_clone_to_owned().unwrap();
     let second = Region { offset: PAGE_SIZE, ..region(MIB, 2 * PAGE_SIZE) };
-    refused(vec![(region(0, 2 * PAGE_SIZE), twice), (second, other)], "regions 0 and 1 lie over each other");
+    refused(vec![(region(0, 2 * PAGE_SIZE), twice), (second, other)], "regions 0 and 1 overlap");
 }
 
 #[test]
@@ -190,9 +190,9 @@ fn regions_of_one_file_hold_together_what_it_holds() {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let backing = Backing::File(file.path().to_owned());
     let ram = GuestRam::create(&[(0, MIB), (4 * MIB, MIB)], &backing).unwrap();
-    ram.prepare(250..260).unwrap();
-    assert_eq!(ram.held_bytes().unwrap(), 10 * PAGE_SIZE);
+    ram.populate_write(250..260).unwrap();
+    assert_eq!(ram.allocated_bytes().unwrap(), 10 * PAGE_SIZE);
     // What lies beyond the guest's memory cannot be told apart.
     std::os::unix::fs::FileExt::write_at(file.as_file(), &[1], 2 * MIB).unwrap();
-    assert_eq!(ram.held_bytes().unwrap(), 11 * PAGE_SIZE);
+    assert_eq!(ram.allocated_bytes().unwrap(), 11 * PAGE_SIZE);
 }

@@ -6,46 +6,49 @@ use memlane_protocol::PAGE_SIZE;
 
 use super::HostSlice;
 
-/// Words looked at before the next decision to stop: one cache line.
+/// The number of words that are looked at before the next decision to stop: one cache line.
 const LINE_WORDS: usize = 8;
-/// Pages whose beginnings are on their way from memory at once: about as many lines as a core waits for.
+/// The number of pages whose first words are loaded at once: about as many cache lines as a core can wait for.
 const AT_ONCE: usize = 16;
 
-/// Of each page of `slice`, in order, whether it is all zero.
+/// Returns for each page of `slice`, in order, whether it is all zero.
 ///
-/// Most pages show in their first word that they are not, so what looking costs is the wait for that word, which
-/// is the same for several pages at once as for one.
+/// Most pages that are not zero show it in their first word, so that looking costs the wait for that word. The
+/// wait is the same for several pages at once as for one.
 ///
 /// # Safety
-/// The slice is mapped for reading for as long as the iterator is used.
+///
+/// The slice must be mapped for reading for as long as the iterator is used.
 pub unsafe fn zero_pages(slice: HostSlice) -> impl Iterator<Item = bool> {
     let pages = slice.len / PAGE_SIZE as usize;
     let mut first_words = [0; AT_ONCE];
     (0..pages).map(move |page| {
         let at = |page: usize| slice.ptr.wrapping_add(page * PAGE_SIZE as usize).cast_const();
         if page % AT_ONCE == 0 {
-            // SAFETY: the beginning of a page of the slice: of its last one, where it has no more.
+            // SAFETY: each address is the beginning of a page of the slice; of the last page, where there are no
+            // more.
             first_words = array::from_fn(|ahead| unsafe {
                 at((page + ahead).min(pages - 1)).cast::<u64>().read_volatile()
             });
         }
-        // SAFETY: a page of the slice, which begins with one.
+        // SAFETY: `at(page)` is a whole page of the slice, which consists of whole pages.
         first_words[page % AT_ONCE] == 0 && unsafe { is_zero(at(page)) }
     })
 }
 
-/// Whether the page at `page` is all zero. A page that holds anything mostly shows it in its
-/// first line, so that looking costs next to nothing.
+/// Returns whether the page at `page` is all zero. Most pages that are not zero show it in their first cache line,
+/// so that looking costs next to nothing.
 ///
 /// # Safety
-/// `page` is 8-byte aligned and its [`PAGE_SIZE`] bytes are mapped for reading.
+///
+/// `page` must be aligned to 8 bytes, and its [`PAGE_SIZE`] bytes must be mapped for reading.
 pub unsafe fn is_zero(page: *const u8) -> bool {
     let words = page.cast::<u64>();
     (0..PAGE_SIZE as usize / 8).step_by(LINE_WORDS).all(|line| {
         let mut bits = 0;
         for word in line..line + LINE_WORDS {
-            // SAFETY: within the page, see above. Volatile, since the guest may be writing: a
-            // page that changes under our eyes is dirty again and comes round once more.
+            // SAFETY: the word lies within the page, which the caller vouches for. The read is volatile, since the
+            // guest may be writing: a page that changes meanwhile is dirty again and is looked at once more.
             bits |= unsafe { words.add(word).read_volatile() };
         }
         bits == 0

@@ -1,4 +1,4 @@
-//! What a userfaultfd tells of threads that wait.
+//! Reading the faults of threads that wait: [`Userfault::read`].
 
 use std::io;
 
@@ -9,29 +9,34 @@ use rustix::io::Errno;
 
 use super::Userfault;
 
-/// Messages read in one call.
+/// The number of messages that are read in one call.
 const MESSAGES: usize = 64;
 const MESSAGE_BYTES: usize = size_of::<uffd_msg>();
-/// Where the fields of a message about a fault lie.
+/// The offsets of the fields of a message about a fault.
 const FLAGS: usize = std::mem::offset_of!(uffd_msg, arg);
 const ADDRESS: usize = FLAGS + size_of::<u64>();
 
-/// A thread waits.
+/// A fault that a thread waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// Where the page begins that it waits for.
+    /// The address at which the page begins.
     pub address: u64,
-    /// It wants to write.
+    /// Whether the thread wants to write.
     pub write: bool,
-    /// The page is there and protected; otherwise it is missing.
+    /// Whether the page is present and write-protected; otherwise it is missing.
     pub protected: bool,
 }
 
 impl Userfault {
-    /// Takes what has been told since the last call, at most some dozens of faults, and calls `take`
-    /// with each; how many that were. Does not wait: poll for the descriptor to be readable.
+    /// Reads faults that were reported since the last call, at most some dozens, calls `take` with each, and
+    /// returns how many there were. The call does not wait: poll(2) tells when the descriptor is readable.
     ///
-    /// A thread that was let go meanwhile, or interrupted by a signal, is not told of, or again.
+    /// The fault of a thread that was woken meanwhile is not reported; that of a thread which a signal interrupted
+    /// may be reported again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
     pub fn read(&self, mut take: impl FnMut(Fault)) -> io::Result<usize> {
         let mut buffer = [0; MESSAGES * MESSAGE_BYTES];
         let bytes = match rustix::io::retry_on_intr(|| rustix::io::read(&self.0, &mut buffer)) {
@@ -43,7 +48,7 @@ impl Userfault {
     }
 }
 
-/// Reads a message; nothing but faults is ever asked for.
+/// Parses a message; `None` if it is not about a fault, which the features of this library never ask for.
 fn parse(message: &[u8]) -> Option<Fault> {
     let word = |at: usize| message.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
     let (flags, address) = (word(FLAGS)?, word(ADDRESS)?);

@@ -52,7 +52,12 @@ impl Bench {
     /// Copies a page full of `byte`.
     fn copy(&self, page: u64, byte: u8) -> Placed {
         self.userfault
-            .copy(self.addresses(page..page + 1).start, &self.contents(byte), self.page_bytes, IfThere::Leave)
+            .copy(
+                self.addresses(page..page + 1).start,
+                &self.contents(byte),
+                self.page_bytes,
+                IfPresent::Skip,
+            )
             .unwrap()
     }
 
@@ -127,7 +132,7 @@ fn a_wish_that_is_not_granted_does_no_harm() {
             Ok(fd) => fd,
             Err(error) => return say_skipped(test, &error.to_string()),
         };
-        let (_, has) = Userfault::from_fd_wishing(fd, MISSING, wish).unwrap();
+        let (_, has) = Userfault::from_fd_with_optional(fd, MISSING, wish).unwrap();
         assert_eq!(has, granted);
         assert!(Userfault::open(NOBODYS).is_err());
     }
@@ -150,7 +155,7 @@ fn serves_missing_pages(bench: Bench) {
     assert!(bench.fault().write);
     let five = bench.contents(0x42).repeat(5);
     let placed =
-        bench.userfault.copy(bench.addresses(0..5).start, &five, bench.page_bytes, IfThere::Leave).unwrap();
+        bench.userfault.copy(bench.addresses(0..5).start, &five, bench.page_bytes, IfPresent::Skip).unwrap();
     assert_eq!(placed, bench.placed(4, 1));
     writer.join().unwrap();
     let words = [0, 1, 2, 3, 4].map(|page| bench.word(page).load(Ordering::Relaxed));
@@ -160,7 +165,7 @@ fn serves_missing_pages(bench: Bench) {
         bench.addresses(8..9).start,
         &bench.contents(1),
         bench.page_bytes,
-        IfThere::Leave,
+        IfPresent::Skip,
     );
     assert!(is_gone(&beyond.unwrap_err().source));
     // Placed through another mapping: whoever waits has to be woken.
@@ -168,12 +173,14 @@ fn serves_missing_pages(bench: Bench) {
     bench.fault();
     let other = bench.ram.descriptors()[0].try_clone_to_owned().unwrap();
     let other = GuestRam::map(vec![(bench.ram.regions()[0], other)]).unwrap();
-    other.prepare(6 * bench.page_bytes / PAGE_SIZE..7 * bench.page_bytes / PAGE_SIZE).unwrap();
+    other.populate_write(6 * bench.page_bytes / PAGE_SIZE..7 * bench.page_bytes / PAGE_SIZE).unwrap();
     // To whoever alone places pages that is an error, behind what could be placed; and nobody is woken by it.
     let two = bench.contents(0x33).repeat(2);
-    let strict =
-        bench.userfault.copy(bench.addresses(5..7).start, &two, bench.page_bytes, IfThere::Fail).unwrap_err();
-    assert_eq!((strict.placed, is_there(&strict.source)), (bench.placed(1, 0), true));
+    let strict = bench
+        .userfault
+        .copy(bench.addresses(5..7).start, &two, bench.page_bytes, IfPresent::Fail)
+        .unwrap_err();
+    assert_eq!((strict.placed, is_already_present(&strict.source)), (bench.placed(1, 0), true));
     assert!(!reader.is_finished());
     assert_eq!(bench.copy(6, 0x33), bench.placed(0, 1));
     assert_eq!(reader.join().unwrap(), 0);
@@ -211,7 +218,7 @@ fn zeros_are_placed_and_waiting_threads_woken() {
     bench.copy(1, 0xff);
     let reader = bench.read(2);
     bench.fault();
-    assert_eq!(bench.userfault.zero(bench.addresses(0..3), IfThere::Leave).unwrap(), bench.placed(2, 1));
+    assert_eq!(bench.userfault.zero(bench.addresses(0..3), IfPresent::Skip).unwrap(), bench.placed(2, 1));
     assert_eq!(reader.join().unwrap(), 0);
     assert_eq!(bench.word(1).load(Ordering::Relaxed), bytes(0xff));
     // Woken for nothing, a thread asks again.

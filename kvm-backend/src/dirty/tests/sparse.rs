@@ -56,12 +56,13 @@ fn pages_first_touched_at_any_time_are_found_wherever_they_are() {
     let before = tables_kb();
     tracker.start().unwrap();
     write(&ram, 2000);
-    tracker.arm(0..second - 5000).unwrap();
-    tracker.arm(second - 5000..pages).unwrap();
-    assert_eq!(tracker.armed(), pages);
+    tracker.write_protect(0..second - 5000).unwrap();
+    tracker.write_protect(second - 5000..pages).unwrap();
+    assert_eq!(tracker.write_protected_pages(), pages);
     assert_eq!(harvest(&mut tracker, &ram), NONE);
 
-    // Beside a page that was there, and where nothing was: close by, far off, and on both sides of where regions meet.
+    // Beside a page that was there, and where nothing was: close by, far off, and on both sides of where regions
+    // meet.
     let fresh =
         [0, 2, 512, 4096, pages / 4, second - 513, second - 2, second, second + 1, pages - 513, pages - 2];
     fresh.iter().for_each(|page| write(&ram, *page));
@@ -79,7 +80,7 @@ fn pages_first_touched_at_any_time_are_found_wherever_they_are() {
 
     tracker.stop().unwrap();
     tracker.start().unwrap();
-    tracker.arm(0..pages).unwrap();
+    tracker.write_protect(0..pages).unwrap();
     write(&ram, pages / 2);
     assert_eq!(harvest(&mut tracker, &ram), [pages / 2], "nothing is left of what was tracked before");
 }
@@ -92,7 +93,7 @@ fn pages_that_are_taken_from_the_guest_are_found_and_again_when_they_come_back()
     let held = [5, 6, 700, last];
     held.iter().for_each(|page| write(&ram, *page));
     tracker.start().unwrap();
-    tracker.arm(0..ram.pages()).unwrap();
+    tracker.write_protect(0..ram.pages()).unwrap();
     // Holes are among them, for most of them.
     ram.discard(6..last + 1).unwrap();
     assert_eq!(harvest(&mut tracker, &ram), [6, 700, last]);
@@ -106,7 +107,7 @@ fn pages_that_are_taken_from_the_guest_are_found_and_again_when_they_come_back()
     assert_eq!(harvest(&mut tracker, &ram), [5, 6, last]);
 }
 
-/// Copies as a daemon does: what is data once a piece is armed, then what harvests find.
+/// Copies as a daemon does: the data of a piece once it is write-protected, then what harvests find.
 #[test]
 fn no_page_is_lost_while_threads_touch_ever_new_ones() {
     let ram = sparse_ram();
@@ -145,7 +146,7 @@ fn no_page_is_lost_while_threads_touch_ever_new_ones() {
             tracker.start().unwrap();
             for first in (0..pages).step_by(1 << 24) {
                 let piece = first..pages.min(first + (1 << 24));
-                tracker.arm(piece.clone()).unwrap();
+                tracker.write_protect(piece.clone()).unwrap();
                 ram.data_extents(piece).unwrap().into_iter().for_each(&mut copy);
             }
             for _ in 0..10 {

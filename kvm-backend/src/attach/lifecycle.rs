@@ -1,27 +1,27 @@
-//! Whether the guest may run: which requests are in order, and what follows from each.
+//! [`Lifecycle`]: whether the guest may run here, which requests are in order, and what follows from each.
 
 use memlane_protocol::wire::attach::{Bond, Request, Standing};
 
-/// The guest's standing, and the pause that a daemon ordered.
+/// The guest's standing, the migration that it belongs to, and the pause that a daemon ordered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Ownership {
+pub(super) struct Lifecycle {
     standing: Standing,
     bond: Option<Bond>,
     pause: Pause,
 }
 
-/// How far a daemon got with pausing the guest.
+/// How far a daemon has got with pausing the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
-    /// It runs.
+    /// The guest runs.
     No,
-    /// A pause was begun: the guest may stand still.
+    /// A pause was begun: the guest may be paused.
     Begun,
-    /// It stands still.
+    /// The guest is paused.
     Done,
 }
 
-/// Why a request is not in order; the text goes to the daemon.
+/// Why a request is not in order; the daemon passes the text on to the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
     #[error("no guest has arrived here yet")]
@@ -32,7 +32,7 @@ pub(super) enum Refusal {
     Running,
     #[error("the guest runs here and was not relinquished")]
     Owned,
-    #[error("the guest has been given up for a migration; resume it or discard it")]
+    #[error("the guest was given up for a migration; resume it or discard it")]
     Relinquished,
     #[error("the guest must be paused first")]
     NotPaused,
@@ -40,26 +40,28 @@ pub(super) enum Refusal {
     OtherMigration,
 }
 
-impl Ownership {
-    /// A guest that runs here, or one that is awaited.
+impl Lifecycle {
+    /// Returns the lifecycle of a guest that begins with this standing.
     pub(super) fn new(standing: Standing) -> Self {
         Self { standing, bond: None, pause: Pause::No }
     }
 
+    /// Returns the guest's standing.
     pub(super) fn standing(&self) -> Standing {
         self.standing
     }
 
-    /// What the standing belongs to.
+    /// Returns the migration that the standing belongs to.
     pub(super) fn bond(&self) -> Option<&Bond> {
         self.bond.as_ref()
     }
 
-    /// Whether the request is in order now. Nothing changes before it is [`done`](Self::done).
+    /// Checks whether the request is in order now. Nothing changes before it is [`done`](Self::done).
     pub(super) fn check(&self, request: &Request) -> Result<(), Refusal> {
         use Standing::{Incoming, Loaded, Relinquished, Running};
         match (request, self.standing) {
-            // Memory is looked at and provided whoever owns the guest, one that is awaited included.
+            // These requests are about memory, and are in order whichever host owns the guest, even if it is
+            // awaited.
             (Request::StopTracking | Request::OpenUserfault { .. }, _) => Ok(()),
             (Request::Discard, Running) => Err(Refusal::Owned),
             (Request::Discard, _) => Ok(()),
@@ -81,14 +83,14 @@ impl Ownership {
         }
     }
 
-    /// A pause is about to be tried: should the connection be lost on the way, it must be undone.
+    /// Notes that a pause is about to be tried: if the connection is lost on the way, the pause must be undone.
     pub(super) fn pausing(&mut self) {
         if self.standing == Standing::Running {
             self.pause = Pause::Begun;
         }
     }
 
-    /// The request was carried out.
+    /// Notes that the request was carried out.
     pub(super) fn done(&mut self, request: &Request) {
         match request {
             Request::Pause { .. } => self.pause = Pause::Done,
@@ -103,13 +105,13 @@ impl Ownership {
         }
     }
 
-    /// Whether the guest, with no daemon there or none that ends its pause in time, should run but was paused
-    /// by one.
+    /// Returns whether a daemon has paused a guest that should run. It must be resumed if no daemon is connected,
+    /// or the daemon does not end the pause in time.
     pub(super) fn must_resume(&self) -> bool {
         self.standing == Standing::Running && self.pause != Pause::No
     }
 
-    /// The guest runs on by itself: what was saved of it in that pause is worth nothing any more.
+    /// Notes that the guest was resumed without a request: what was saved in that pause is out of date.
     pub(super) fn runs_on(&mut self) {
         *self = Self::new(Standing::Running);
     }
@@ -136,16 +138,16 @@ mod tests {
         Bond { migration: [number; 16], peer: "host-b".parse().unwrap(), fetching: false }
     }
 
-    fn after(standing: Standing, requests: &[Request]) -> Ownership {
-        let mut ownership = Ownership::new(standing);
+    fn after(standing: Standing, requests: &[Request]) -> Lifecycle {
+        let mut lifecycle = Lifecycle::new(standing);
         for request in requests {
-            ownership.check(request).unwrap();
+            lifecycle.check(request).unwrap();
             if matches!(request, Request::Pause { .. }) {
-                ownership.pausing();
+                lifecycle.pausing();
             }
-            ownership.done(request);
+            lifecycle.done(request);
         }
-        ownership
+        lifecycle
     }
 
     #[test]
@@ -158,8 +160,8 @@ mod tests {
         assert!(!given_up.must_resume());
         assert_eq!((given_up.standing(), given_up.bond()), (Standing::Relinquished, Some(&bond(A))));
 
-        // A pause that failed half way is undone as well, and is none to give the guest up in.
-        let mut half = Ownership::new(Standing::Running);
+        // A pause that failed half way is undone as well, and the guest cannot be relinquished in it.
+        let mut half = Lifecycle::new(Standing::Running);
         half.pausing();
         assert!(half.must_resume());
         assert_eq!(half.check(&Request::Relinquish(bond(A))), Err(Refusal::NotPaused));
@@ -179,7 +181,7 @@ mod tests {
     fn requests_out_of_order_are_refused() {
         let load = Request::Load { bytes: 1 };
         let relinquish = Request::Relinquish(bond(A));
-        let incoming = Ownership::new(Standing::Incoming);
+        let incoming = Lifecycle::new(Standing::Incoming);
         for request in [Request::StartTracking, PAUSE, Request::Resume, Request::Save, relinquish.clone()] {
             assert_eq!(incoming.check(&request), Err(Refusal::Incoming), "{request:?}");
         }
@@ -204,15 +206,15 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a daemon asks in whatever order: only a resume makes a guest run that was
-        /// given up, has arrived, or is awaited.
+        /// Whatever a daemon requests in whatever order, only a resume makes a guest run that was relinquished, has
+        /// arrived, or is awaited.
         #[test]
         fn only_a_resume_makes_a_guest_run(
             incoming: bool,
             asked in prop::collection::vec((0usize..13, prop::bool::ANY), 0..40),
         ) {
             let start = if incoming { Standing::Incoming } else { Standing::Running };
-            let mut ownership = Ownership::new(start);
+            let mut lifecycle = Lifecycle::new(start);
             for (which, first) in asked {
                 let bond = bond(if first { A } else { B });
                 let request = [
@@ -230,22 +232,22 @@ mod tests {
                     Request::OpenUserfault { keep: first },
                     Request::Pace { pages_per_second: 1 },
                 ][which].clone();
-                let before = ownership.clone();
-                if ownership.check(&request).is_err() {
+                let before = lifecycle.clone();
+                if lifecycle.check(&request).is_err() {
                     continue;
                 }
                 prop_assert!(request != Request::Discard || before.standing() != Standing::Running);
                 if matches!(request, Request::Pause { .. }) {
-                    ownership.pausing();
+                    lifecycle.pausing();
                 }
-                ownership.done(&request);
-                if before.standing() != Standing::Running && ownership.standing() == Standing::Running {
+                lifecycle.done(&request);
+                if before.standing() != Standing::Running && lifecycle.standing() == Standing::Running {
                     prop_assert_eq!(request, Request::Resume);
                     prop_assert_ne!(before.standing(), Standing::Incoming);
                 }
-                if ownership.standing() == Standing::Relinquished {
-                    prop_assert!(ownership.bond().is_some());
-                    prop_assert!(!ownership.must_resume());
+                if lifecycle.standing() == Standing::Relinquished {
+                    prop_assert!(lifecycle.bond().is_some());
+                    prop_assert!(!lifecycle.must_resume());
                 }
             }
         }

@@ -1,38 +1,39 @@
-//! [`Marks`]: the pages that the VMM itself writes.
+//! [`DirtyBitmap`]: the pages that the VMM itself writes.
 
 use std::sync::Arc;
 
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 
-/// Notes what is written through [`vm_memory`], for KVM's dirty log and ring see only what
-/// the vCPUs write.
+/// One region's part of the bitmap of pages that were written through [`vm_memory`]: KVM's dirty log and dirty
+/// rings see only what the vCPUs write.
 ///
-/// vm-memory marks a page after it has written it, and each mark is a full atomic
-/// read-modify-write even where the bit is set already: a tracker that takes the bit before
-/// finds the page marked again, one that takes it after copies what was written.
+/// vm-memory sets a page's bit after it has written the page, and each time by a full atomic read-modify-write,
+/// even where the bit is set already. So a tracker that takes the bit before finds it set again, and one that
+/// takes it after copies what was written.
 #[derive(Clone, Debug)]
-pub struct Marks {
+pub struct DirtyBitmap {
     pages: Arc<PageSet>,
     first_page: u64,
 }
 
-impl Marks {
-    /// Marks for a region whose first page has the number `first_page` in `pages`.
+impl DirtyBitmap {
+    /// Returns the part for a region whose first page has the number `first_page` in `pages`.
     pub(super) fn new(pages: Arc<PageSet>, first_page: u64) -> Self {
         Self { pages, first_page }
     }
 
+    /// Returns the page at an offset, in bytes, into the region.
     fn page(&self, offset: usize) -> u64 {
         self.first_page.saturating_add(offset as u64 / PAGE_SIZE)
     }
 }
 
-impl<'a> WithBitmapSlice<'a> for Marks {
+impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
     type S = RefSlice<'a, Self>;
 }
 
-impl Bitmap for Marks {
+impl Bitmap for DirtyBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
         if let Some(last) = len.checked_sub(1) {
             self.pages

@@ -9,11 +9,11 @@ use super::*;
 use crate::ram::{Backing, is_zero};
 
 const PAGES: u64 = 4096;
-/// Tells a test that it runs in a process of its own, and what it is to do there.
+/// The variable that tells a test that it runs in a process of its own, and what it is to do there.
 const CHILD: &str = "MEMLANE_TEST_CHILD";
 
 /// Memory in a file, full of data, in two regions; and the file.
-fn cuttable() -> (GuestRam, std::fs::File, tempfile::TempDir) {
+fn truncatable() -> (GuestRam, std::fs::File, tempfile::TempDir) {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = directory.path().join("ram");
     let file = std::fs::File::create_new(&path).unwrap();
@@ -26,7 +26,7 @@ fn cuttable() -> (GuestRam, std::fs::File, tempfile::TempDir) {
     (ram, file, directory)
 }
 
-fn lost(result: io::Result<()>) -> Option<RamLost> {
+fn fault(result: io::Result<()>) -> Option<RamFault> {
     let error = result.err()?;
     Some(*error.get_ref().unwrap().downcast_ref().unwrap())
 }
@@ -47,9 +47,9 @@ fn read_all(ram: &GuestRam, enough: impl Fn() -> bool) -> u64 {
 }
 
 #[test]
-fn a_file_that_is_cut_is_an_error_of_its_guest_alone() {
-    contain_faults().unwrap();
-    let ((ram, file, _one), (other, _file, _two)) = (cuttable(), cuttable());
+fn a_truncated_file_is_an_error_of_its_guest_alone() {
+    install_sigbus_handler().unwrap();
+    let ((ram, file, _one), (other, _file, _two)) = (truncatable(), truncatable());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let readers: Vec<_> =
@@ -63,11 +63,11 @@ fn a_file_that_is_cut_is_an_error_of_its_guest_alone() {
         done.store(true, Ordering::Relaxed);
         assert_eq!(neighbour.join().unwrap(), 0);
     });
-    assert_eq!(lost(ram.intact()), Some(RamLost::Truncated));
-    assert_eq!((lost(other.intact()), lost(other.check())), (None, None));
+    assert_eq!(fault(ram.intact()), Some(RamFault::Truncated));
+    assert_eq!((fault(other.intact()), fault(other.check())), (None, None));
     // Whatever comes back is not what was there, and writing to what is left harms nobody.
     file.set_len(PAGES * PAGE_SIZE).unwrap();
-    assert_eq!(lost(ram.check()), Some(RamLost::NoPage));
+    assert_eq!(fault(ram.check()), Some(RamFault::NoPage));
     for slice in ram.slices(0..PAGES) {
         // SAFETY: within the slice, which nobody else uses.
         unsafe { slice.ptr.write_bytes(1, slice.len) };
@@ -75,38 +75,41 @@ fn a_file_that_is_cut_is_an_error_of_its_guest_alone() {
 }
 
 #[test]
-fn what_was_cut_off_is_no_hole() {
-    let (ram, file, _directory) = cuttable();
+fn what_was_truncated_is_no_hole() {
+    let (ram, file, _directory) = truncatable();
     assert_eq!(ram.data_extents(0..PAGES).unwrap(), vec![0..PAGES]);
     file.set_len(3000 * PAGE_SIZE).unwrap();
     // What is there may be asked about.
     assert_eq!(ram.next_data(0..10).unwrap(), Some(0));
-    for looked in [ram.extents_now(2900..3100), ram.data_blocks(0..PAGES, 512), ram.extents_now(3500..PAGES)]
-    {
-        assert_eq!(lost(looked.map(drop)), Some(RamLost::Truncated));
+    for looked in [
+        ram.data_extents_uncached(2900..3100),
+        ram.data_blocks(0..PAGES, 512),
+        ram.data_extents_uncached(3500..PAGES),
+    ] {
+        assert_eq!(fault(looked.map(drop)), Some(RamFault::Truncated));
     }
-    assert_eq!(lost(ram.intact()), Some(RamLost::Truncated));
+    assert_eq!(fault(ram.intact()), Some(RamFault::Truncated));
 }
 
 #[test]
-fn a_file_that_is_cut_is_not_written_to() {
-    let (ram, file, _directory) = cuttable();
-    assert_eq!(lost(ram.check()), None);
+fn a_truncated_file_is_not_written_to() {
+    let (ram, file, _directory) = truncatable();
+    assert_eq!(fault(ram.check()), None);
     file.set_len(0).unwrap();
-    assert!(!ram.is_fresh(&(100..164)));
+    assert!(!ram.is_unallocated(&(100..164)));
     let written = ram.write_pages(100..164, &[1; 64 * PAGE_SIZE as usize]);
-    assert_eq!(lost(written), Some(RamLost::Truncated));
-    assert_eq!((file.metadata().unwrap().len(), lost(ram.check())), (0, Some(RamLost::Truncated)));
+    assert_eq!(fault(written), Some(RamFault::Truncated));
+    assert_eq!((file.metadata().unwrap().len(), fault(ram.check())), (0, Some(RamFault::Truncated)));
 }
 
 #[test]
-fn huge_pages_that_are_cut_are_an_error_too() {
-    let test = "huge_pages_that_are_cut_are_an_error_too";
+fn truncated_huge_pages_are_an_error_too() {
+    let test = "truncated_huge_pages_are_an_error_too";
     let _pages = match HugePages::reserve(4) {
         Ok(pages) => pages,
         Err(error) => return say_skipped(test, &format!("{error:#}")),
     };
-    contain_faults().unwrap();
+    install_sigbus_handler().unwrap();
     let flags = rustix::fs::MemfdFlags::HUGETLB | rustix::fs::MemfdFlags::HUGE_2MB;
     let fd = rustix::fs::memfd_create("huge", flags).unwrap();
     rustix::fs::ftruncate(&fd, 4 << 20).unwrap();
@@ -118,30 +121,30 @@ fn huge_pages_that_are_cut_are_an_error_too() {
     };
     let ram = GuestRam::map(vec![(region, fd.try_clone().unwrap())]).unwrap();
     assert!(!ram.is_sealed());
-    ram.prepare(0..1024).unwrap();
+    ram.populate_write(0..1024).unwrap();
     rustix::fs::ftruncate(&fd, 2 << 20).unwrap();
     let mut page = [0; PAGE_SIZE as usize];
     assert!(ram.copy_page(100, &mut page) && ram.intact().is_ok());
     assert!(ram.copy_page(1000, &mut page));
-    assert_eq!(lost(ram.intact()), Some(RamLost::Truncated));
+    assert_eq!(fault(ram.intact()), Some(RamFault::Truncated));
 }
 
 #[test]
 fn mappings_come_and_go_in_any_number() {
-    contain_faults().unwrap();
-    let all: Vec<GuestRam> = (0..3 * BLOCK)
+    install_sigbus_handler().unwrap();
+    let all: Vec<GuestRam> = (0..3 * BLOCK_SLOTS)
         .map(|_| GuestRam::create(&[(0, PAGE_SIZE), (1 << 20, PAGE_SIZE)], &Backing::Memfd).unwrap())
         .collect();
-    let held = |ram: &GuestRam| ram.guarded.places.iter().all(|place| place.read().is_some());
+    let held = |ram: &GuestRam| ram.sigbus_guard.slots.iter().all(|slot| slot.read().is_some());
     assert!(all.iter().all(held));
-    let places: Vec<&Place> = all.iter().flat_map(|ram| ram.guarded.places.clone()).collect();
-    let starts: Vec<usize> = places.iter().map(|place| place.start.load(Ordering::SeqCst)).collect();
+    let slots: Vec<&Slot> = all.iter().flat_map(|ram| ram.sigbus_guard.slots.clone()).collect();
+    let starts: Vec<usize> = slots.iter().map(|slot| slot.start.load(Ordering::SeqCst)).collect();
     drop(all);
     // Another test may have taken one of them by now.
-    let stale = places.iter().zip(starts).filter(|(place, start)| {
-        place.read().is_some_and(|(found, bytes, _)| found == *start && bytes == PAGE_SIZE as usize)
+    let stale = slots.iter().zip(starts).filter(|(slot, start)| {
+        slot.read().is_some_and(|(found, bytes, _)| found == *start && bytes == PAGE_SIZE as usize)
     });
-    assert!(stale.count() < places.len() / 2);
+    assert!(stale.count() < slots.len() / 2);
 }
 
 /// What happens elsewhere is none of the handler's business: the process ends, as ever.
@@ -149,7 +152,7 @@ fn mappings_come_and_go_in_any_number() {
 fn any_other_fault_ends_the_process() {
     let test = "any_other_fault_ends_the_process";
     if let Ok(what) = std::env::var(CHILD) {
-        contain_faults().unwrap();
+        install_sigbus_handler().unwrap();
         if what == "sent" {
             // SAFETY: a signal to this process, which is to end.
             unsafe { libc::raise(libc::SIGBUS) };
@@ -166,7 +169,7 @@ fn any_other_fault_ends_the_process() {
     }
     for what in ["sent", "fault"] {
         let mut child = Command::new(std::env::current_exe().unwrap());
-        child.env(CHILD, what).args([&format!("ram::loss::tests::{test}"), "--exact"]);
+        child.env(CHILD, what).args([&format!("ram::sigbus::tests::{test}"), "--exact"]);
         let status = child.output().unwrap().status;
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{what}: {status}");
     }

@@ -1,4 +1,4 @@
-//! [`Punches`]: whether memory was taken from a guest's files.
+//! [`HoleWatch`]: whether memory was taken from a guest's files.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -9,34 +9,29 @@ use rustix::io::Errno;
 
 use crate::ram::GuestRam;
 
-/// Hears of every hole that is punched into the files behind a guest's memory (inotify: punching
-/// modifies a file, a write through a mapping does not).
-pub(super) enum Punches {
-    /// Of this.
-    Heard(OwnedFd),
-    /// Nothing would be heard of any.
-    Unheard,
-    /// There are none.
-    None,
+/// Notices holes that are punched into the files behind a guest's memory, by inotify(7): punching a hole modifies
+/// a file, and a write through a mapping does not.
+pub(super) enum HoleWatch {
+    /// The kernel reports every hole to this inotify descriptor.
+    Inotify(OwnedFd),
+    /// The kernel reports no holes in these files, so there may be some at any time.
+    Unavailable,
+    /// The caller has promised that no holes are made.
+    Disabled,
 }
 
-impl Punches {
-    /// Listens from now on.
-    pub fn new(ram: &GuestRam) -> Self {
-        watch(ram).map_or(Self::Unheard, Self::Heard)
+impl HoleWatch {
+    /// Watches the files behind `ram` from now on.
+    pub(super) fn new(ram: &GuestRam) -> Self {
+        watch(ram).map_or(Self::Unavailable, Self::Inotify)
     }
 
-    /// Where nobody punches.
-    pub fn none() -> Self {
-        Self::None
-    }
-
-    /// Whether there may have been any since the last call.
-    pub fn any(&self) -> bool {
+    /// Returns whether holes may have been punched since the last call.
+    pub(super) fn may_have_changed(&self) -> bool {
         let watch = match self {
-            Self::Heard(watch) => watch,
-            Self::Unheard => return true,
-            Self::None => return false,
+            Self::Inotify(watch) => watch,
+            Self::Unavailable => return true,
+            Self::Disabled => return false,
         };
         let mut any = false;
         let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
@@ -55,7 +50,7 @@ fn watch(ram: &GuestRam) -> Result<OwnedFd, Errno> {
     let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
     for fd in ram.descriptors() {
         if is_memfd(fd) {
-            // What is done to one without a path is told to nobody (Linux 6.14).
+            // The kernel reports no event for a file that has no path (Linux 6.14).
             return Err(Errno::OPNOTSUPP);
         }
         inotify::add_watch(&watch, format!("/proc/self/fd/{}", fd.as_raw_fd()), WatchFlags::MODIFY)?;
@@ -63,7 +58,7 @@ fn watch(ram: &GuestRam) -> Result<OwnedFd, Errno> {
     Ok(watch)
 }
 
-/// Guest memory in a memfd is sealed against shrinking, which no other file can be.
+/// Returns whether the file is a memfd: guest memory in one is sealed against shrinking, as no other file can be.
 fn is_memfd(fd: BorrowedFd<'_>) -> bool {
     fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
 }
@@ -76,21 +71,21 @@ mod tests {
     use crate::ram::Backing;
 
     #[test]
-    fn hears_of_holes_and_not_of_writes() {
+    fn holes_are_noticed_and_writes_are_not() {
         let ram = GuestRam::create(&[(0, 1 << 20)], &Backing::File("/dev/shm".into())).unwrap();
-        let punches = Punches::new(&ram);
+        let watch = HoleWatch::new(&ram);
         ram.memory().write_obj(1u64, GuestAddress(0)).unwrap();
-        assert!(!punches.any());
+        assert!(!watch.may_have_changed());
         ram.punch(0..1).unwrap();
         ram.punch(7..8).unwrap();
-        assert!(punches.any());
-        assert!(!punches.any());
+        assert!(watch.may_have_changed());
+        assert!(!watch.may_have_changed());
     }
 
     #[test]
-    fn fears_the_worst_of_a_memfd() {
+    fn a_memfd_may_have_holes_at_any_time() {
         let ram = GuestRam::create(&[(0, 1 << 20)], &Backing::Memfd).unwrap();
-        assert!(Punches::new(&ram).any());
-        assert!(!Punches::none().any());
+        assert!(HoleWatch::new(&ram).may_have_changed());
+        assert!(!HoleWatch::Disabled.may_have_changed());
     }
 }

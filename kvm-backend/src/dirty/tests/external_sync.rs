@@ -1,27 +1,27 @@
-//! [`ForeignTracker`] with writes that wait, and a thread that releases them.
+//! [`ExternalTracker`] with writes that wait, and a thread that releases them.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::foreign::{LAYOUT, Mirror, converge, file_ram, track};
-use super::other::{Act, Other};
+use super::external::{LAYOUT, Mirror, converge, file_ram, track};
+use super::vmm_process::{Act, VmmProcess};
 use super::*;
-use crate::dirty::ForeignTracker;
-use crate::foreign_ram::ForeignRam;
+use crate::dirty::ExternalTracker;
 use crate::userfault::{Fault, Userfault};
+use crate::vmm_mapping::VmmMapping;
 
 /// Releases whoever waits, until it is dropped; then those who still wait are not released.
-struct Releaser {
+struct WriteReleaser {
     stop: Arc<AtomicBool>,
     /// Own pages that were released.
     released: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Releaser {
-    fn start(memory: Arc<ForeignRam>, userfault: Arc<Userfault>) -> Self {
+impl WriteReleaser {
+    fn start(memory: Arc<VmmMapping>, userfault: Arc<Userfault>) -> Self {
         let (stop, released) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let (stopped, count) = (stop.clone(), released.clone());
         let thread = std::thread::spawn(move || {
@@ -41,7 +41,7 @@ impl Releaser {
     }
 }
 
-impl Drop for Releaser {
+impl Drop for WriteReleaser {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap();
@@ -58,7 +58,7 @@ fn faults(userfault: &Userfault, patience: Duration) -> Vec<Fault> {
     found
 }
 
-fn release(memory: &ForeignRam, userfault: &Userfault, fault: Fault) {
+fn release(memory: &VmmMapping, userfault: &Userfault, fault: Fault) {
     let page = memory.page_at(fault.address).unwrap();
     for (addresses, _) in memory.pieces(memory.whole(page..page + 1)) {
         userfault.write_protect(addresses, false).unwrap();
@@ -66,12 +66,15 @@ fn release(memory: &ForeignRam, userfault: &Userfault, fault: Fault) {
 }
 
 /// Another process over `ram`, whose writes wait.
-fn hold(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker, Arc<ForeignRam>, Arc<Userfault>)> {
+fn hold(
+    name: &str,
+    ram: &Arc<GuestRam>,
+) -> Option<(VmmProcess, ExternalTracker, Arc<VmmMapping>, Arc<Userfault>)> {
     if let Err(error) = crate::userfault::open() {
         skipped(name, error);
         return None;
     }
-    let other = Other::start(ram);
+    let other = VmmProcess::start(ram);
     let (tracker, memory, userfault) = other.hold(ram);
     Some((other, tracker, memory, userfault))
 }
@@ -80,13 +83,13 @@ fn hold(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker, Arc<F
 fn writes_wait_and_are_told_once_they_are_released() {
     let ram = file_ram(&LAYOUT);
     let Some((other, mut tracker, memory, userfault)) = hold("holding writes up", &ram) else { return };
-    let releaser = Releaser::start(memory, userfault);
+    let releaser = WriteReleaser::start(memory, userfault);
     let mut mirror = Mirror::new(&ram, true);
     other.act(Act::Write(7), 3..10);
     other.act(Act::Write(7), 600..1200);
     // Nothing is protected yet.
     assert_eq!(releaser.released(), 0);
-    mirror.arm(&mut tracker, 0..ram.pages());
+    mirror.write_protect(&mut tracker, 0..ram.pages());
     let mut expect = |released: u64, runs: &[(u64, u64)], holes| {
         assert_eq!(releaser.released(), released);
         let expected: Vec<u64> = runs.iter().flat_map(|&(first, end)| first..end).collect();
@@ -133,7 +136,7 @@ fn loses_no_page_while_writers_wait_and_are_released() {
     ] {
         let ram = Arc::new(GuestRam::create(&LAYOUT, &backing).unwrap());
         let Some((other, mut tracker, memory, userfault)) = hold("a riot held up", &ram) else { return };
-        let releaser = Releaser::start(memory, userfault);
+        let releaser = WriteReleaser::start(memory, userfault);
         converge(&other, Act::Riot, &mut tracker, &ram, sparse);
         assert!(releaser.released() > 0);
         // And back again.
@@ -147,7 +150,7 @@ fn loses_no_huge_page_while_writers_wait_and_are_released() {
     let name = "a riot held up, 2 MiB pages";
     let Some((_pages, ram)) = huge_ram(name) else { return };
     let Some((other, mut tracker, memory, userfault)) = hold(name, &ram) else { return };
-    let releaser = Releaser::start(memory, userfault);
+    let releaser = WriteReleaser::start(memory, userfault);
     converge(&other, Act::WriteRiot, &mut tracker, &ram, true);
     assert!(releaser.released() > 0);
 }
@@ -162,15 +165,15 @@ fn loses_no_page_when_one_tracker_follows_another() {
         for page in (0..ram.pages()).step_by(3) {
             other.act(Act::Write(page + 1), page..page + 1);
         }
-        mirror.arm(&mut first, 0..ram.pages());
+        mirror.write_protect(&mut first, 0..ram.pages());
         other.act(Act::Riot, 0..0);
         mirror.round(&mut first);
         other.act(Act::Halt, 0..0);
         mirror.round(&mut first);
         first.stop();
         let (mut tracker, memory, userfault) = other.hold(&ram);
-        let releaser = Releaser::start(memory, userfault);
-        tracker.arm_all().unwrap();
+        let releaser = WriteReleaser::start(memory, userfault);
+        tracker.write_protect_all().unwrap();
         other.act(Act::Riot, 0..0);
         for _ in 0..10 {
             mirror.round(&mut tracker);
@@ -194,7 +197,7 @@ fn all_go_on_when_tracking_ends() {
     for stops in [true, false] {
         let Some((other, mut tracker, memory, userfault)) = hold("ending a hold", &ram) else { return };
         other.act(Act::Write(1), 0..100);
-        tracker.arm(0..ram.pages()).unwrap();
+        tracker.write_protect(0..ram.pages()).unwrap();
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| other.act(Act::Write(2), 0..100));
             let first = loop {

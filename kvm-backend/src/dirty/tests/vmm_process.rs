@@ -10,13 +10,13 @@ use rustix::mm::Advice;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
-use crate::dirty::foreign::Writes;
-use crate::foreign_ram::ForeignRam;
+use crate::dirty::external::WriteProtection;
 use crate::packet;
 use crate::userfault::{self, Userfault, WRITE_PROTECT, WRITE_PROTECT_ASYNC};
+use crate::vmm_mapping::VmmMapping;
 
 /// Says to the test binary that it is to be the other process.
-const MARK: &str = "MEMLANE_TEST_OTHER_PROCESS";
+const MARK: &str = "MEMLANE_TEST_VMM_PROCESS";
 
 /// What the other process can be told to do with pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,20 +43,20 @@ pub enum Act {
 }
 
 /// A tracker, and what it works on.
-pub type Tracked = (ForeignTracker, Arc<ForeignRam>, Arc<Userfault>);
+pub type Tracked = (ExternalTracker, Arc<VmmMapping>, Arc<Userfault>);
 
 /// The other process, from here. It is killed when this is dropped.
-pub struct Other {
+pub struct VmmProcess {
     child: Child,
     socket: OwnedFd,
 }
 
-impl Other {
+impl VmmProcess {
     pub fn start(ram: &GuestRam) -> Self {
         let flags = SocketFlags::CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "dirty::tests::other::the_other_process", "--nocapture"])
+            .args(["--exact", "dirty::tests::vmm_process::the_vmm_process", "--nocapture"])
             .env(MARK, "1")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
@@ -68,24 +68,29 @@ impl Other {
     }
 
     /// Tracks it, by descriptors that it makes for this.
-    pub fn track(&self, ram: &Arc<GuestRam>) -> Result<ForeignTracker, TrackError> {
-        self.track_with(ram, WRITE_PROTECT_ASYNC, Writes::GoOn).map(|(tracker, ..)| tracker)
+    pub fn track(&self, ram: &Arc<GuestRam>) -> Result<ExternalTracker, TrackError> {
+        self.track_with(ram, WRITE_PROTECT_ASYNC, WriteProtection::Async).map(|(tracker, ..)| tracker)
     }
 
     /// Tracks it with writes held up, until they are released by the userfaultfd.
     pub fn hold(&self, ram: &Arc<GuestRam>) -> Tracked {
-        self.track_with(ram, WRITE_PROTECT, Writes::Wait).unwrap()
+        self.track_with(ram, WRITE_PROTECT, WriteProtection::Sync).unwrap()
     }
 
-    fn track_with(&self, ram: &Arc<GuestRam>, features: u64, writes: Writes) -> Result<Tracked, TrackError> {
+    fn track_with(
+        &self,
+        ram: &Arc<GuestRam>,
+        features: u64,
+        writes: WriteProtection,
+    ) -> Result<Tracked, TrackError> {
         packet::send(&self.socket, &[0], &[]).unwrap();
         let mut buffer = [0; 1024];
         let (length, descriptors) = packet::recv(&self.socket, &mut buffer).unwrap();
         let [userfault, pagemap] = <[OwnedFd; 2]>::try_from(descriptors).unwrap();
         let userfault = Arc::new(Userfault::from_fd(userfault, features).unwrap());
-        let memory = ForeignRam::new(Arc::clone(ram), &numbers(&buffer[..length])).unwrap();
+        let memory = VmmMapping::new(Arc::clone(ram), &numbers(&buffer[..length])).unwrap();
         let memory = Arc::new(memory);
-        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), File::from(pagemap), writes)?;
+        let tracker = ExternalTracker::new(memory.clone(), userfault.clone(), File::from(pagemap), writes)?;
         Ok((tracker, memory, userfault))
     }
 
@@ -120,7 +125,7 @@ impl Other {
     }
 }
 
-impl Drop for Other {
+impl Drop for VmmProcess {
     fn drop(&mut self) {
         // It may have been killed by the test.
         let _ = self.child.kill();
@@ -128,9 +133,9 @@ impl Drop for Other {
     }
 }
 
-/// No test, but what [`Other::start`] runs.
+/// No test, but what [`VmmProcess::start`] runs.
 #[test]
-fn the_other_process() {
+fn the_vmm_process() {
     if std::env::var_os(MARK).is_none() {
         return;
     }

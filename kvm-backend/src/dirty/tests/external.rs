@@ -1,8 +1,8 @@
-//! [`ForeignTracker`] against a real process: what would be migrated must equal what is there.
+//! [`ExternalTracker`] against a real process: what would be migrated must equal what is there.
 
 use std::time::{Duration, Instant};
 
-use super::other::{Act, Other, Random};
+use super::vmm_process::{Act, Random, VmmProcess};
 use super::*;
 
 /// Both begin within a word of any bitmap, and the second holds whole page tables.
@@ -13,12 +13,12 @@ pub(super) fn file_ram(layout: &[(u64, u64)]) -> Arc<GuestRam> {
 }
 
 /// Another process over `ram`, tracked.
-pub(super) fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(Other, ForeignTracker)> {
+pub(super) fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(VmmProcess, ExternalTracker)> {
     if let Err(error) = crate::userfault::open() {
         skipped(name, error);
         return None;
     }
-    let other = Other::start(ram);
+    let other = VmmProcess::start(ram);
     let tracker = other.track(ram).unwrap();
     Some((other, tracker))
 }
@@ -38,7 +38,8 @@ impl Mirror {
 
     /// What is in each page.
     fn look(ram: &GuestRam, pages: Range<u64>, sparse: bool, mut tell: impl FnMut(u64, u64)) {
-        let data = if sparse { ram.extents_now(pages.clone()).unwrap() } else { vec![pages.clone()] };
+        let data =
+            if sparse { ram.data_extents_uncached(pages.clone()).unwrap() } else { vec![pages.clone()] };
         for page in pages {
             let word = data.iter().any(|extent| extent.contains(&page)).then(|| {
                 let slice = ram.slices(page..page + 1).next().unwrap();
@@ -54,14 +55,14 @@ impl Mirror {
         Self::look(&ram, pages, sparse, |page, word| self.words[page as usize] = word);
     }
 
-    pub(super) fn arm(&mut self, tracker: &mut ForeignTracker, pages: Range<u64>) {
-        for run in tracker.arm(pages).unwrap() {
+    pub(super) fn write_protect(&mut self, tracker: &mut ExternalTracker, pages: Range<u64>) {
+        for run in tracker.write_protect(pages).unwrap() {
             self.copy(run);
         }
     }
 
     /// Harvests and copies; returns what was reported.
-    pub(super) fn round(&mut self, tracker: &mut ForeignTracker) -> (Vec<u64>, Harvest) {
+    pub(super) fn round(&mut self, tracker: &mut ExternalTracker) -> (Vec<u64>, Harvest) {
         let dirty = PageSet::new(self.ram.pages());
         let harvest = tracker.harvest(&dirty).unwrap();
         assert_eq!(harvest.new, dirty.count());
@@ -84,10 +85,10 @@ fn tells_what_was_written_read_and_emptied() {
     let mut mirror = Mirror::new(&ram, true);
     other.act(Act::Write(7), 3..10);
     other.act(Act::Write(7), 600..1200);
-    let armed = tracker.arm(0..ram.pages()).unwrap();
-    assert_eq!(armed, [3..10, 600..1200]);
-    armed.into_iter().for_each(|run| mirror.copy(run));
-    assert_eq!(tracker.arm(0..ram.pages()).unwrap(), []);
+    let protected = tracker.write_protect(0..ram.pages()).unwrap();
+    assert_eq!(protected, [3..10, 600..1200]);
+    protected.into_iter().for_each(|run| mirror.copy(run));
+    assert_eq!(tracker.write_protect(0..ram.pages()).unwrap(), []);
     let mut expect = |runs: &[(u64, u64)], holes| {
         let expected: Vec<u64> = runs.iter().flat_map(|&(first, end)| first..end).collect();
         let new = expected.len() as u64;
@@ -163,7 +164,7 @@ fn loses_no_page_in_scripts_of_all_kinds() {
             other.act(Act::Write(page + 1), page..page + 1);
         }
         for first in (0..ram.pages()).step_by(100) {
-            mirror.arm(&mut tracker, first..ram.pages().min(first + 100));
+            mirror.write_protect(&mut tracker, first..ram.pages().min(first + 100));
         }
         let touched = PageSet::new(ram.pages());
         for step in 0..1500u64 {
@@ -187,16 +188,16 @@ fn loses_no_page_in_scripts_of_all_kinds() {
 
 /// Copies rounds while `other` riots, and compares when it has stopped.
 pub(super) fn converge(
-    other: &Other,
+    other: &VmmProcess,
     riot: Act,
-    tracker: &mut ForeignTracker,
+    tracker: &mut ExternalTracker,
     ram: &Arc<GuestRam>,
     sparse: bool,
 ) {
     let mut mirror = Mirror::new(ram, sparse);
     other.act(riot, 0..0);
     for first in (0..ram.pages()).step_by(512) {
-        mirror.arm(tracker, first..ram.pages().min(first + 512));
+        mirror.write_protect(tracker, first..ram.pages().min(first + 512));
     }
     let mut busy_rounds = 0;
     while busy_rounds < 30 {
@@ -243,7 +244,7 @@ fn holes_get_no_page_tables() {
         other.act(Act::Write(page), page..page + 1);
     }
     let before = other.page_table_bytes();
-    mirror.arm(&mut tracker, 0..ram.pages());
+    mirror.write_protect(&mut tracker, 0..ram.pages());
     assert!(mirror.round(&mut tracker).0.is_empty());
     other.act(Act::Write(1), pages[3]..pages[3] + 1);
     other.act(Act::Write(2), 77..80);
@@ -255,7 +256,7 @@ fn holes_get_no_page_tables() {
     let after = other.page_table_bytes();
     // One more table for the pages at 77 and what leads to it.
     assert!(after <= before + (64 << 10), "page tables grew from {before} to {after} bytes");
-    assert!(tracker.arm(0..ram.pages() + 1).is_err());
+    assert!(tracker.write_protect(0..ram.pages() + 1).is_err());
 }
 
 #[test]
@@ -264,8 +265,8 @@ fn loses_no_huge_page() {
     let Some((_pages, ram)) = huge_ram(name) else { return };
     let Some((other, mut tracker)) = track(name, &ram) else { return };
     let mut mirror = Mirror::new(&ram, true);
-    mirror.arm(&mut tracker, 0..700);
-    mirror.arm(&mut tracker, 700..ram.pages());
+    mirror.write_protect(&mut tracker, 0..700);
+    mirror.write_protect(&mut tracker, 700..ram.pages());
     // Zeros are told of once more.
     mirror.round(&mut tracker);
     assert!(mirror.round(&mut tracker).0.is_empty());
@@ -292,7 +293,7 @@ fn the_end_of_the_process_is_an_error() {
     let ram = file_ram(&LAYOUT);
     let Some((mut other, mut tracker)) = track(name, &ram) else { return };
     other.act(Act::Write(1), 0..2000);
-    tracker.arm(0..ram.pages()).unwrap();
+    tracker.write_protect(0..ram.pages()).unwrap();
     other.act(Act::Riot, 0..0);
     let dirty = PageSet::new(ram.pages());
     tracker.harvest(&dirty).unwrap();
