@@ -10,7 +10,7 @@
 //! - [`attach`] serves the daemon's requests inside the VMM; [`packet`] sends bytes with descriptors over the
 //!   attach socket, and [`descriptors`] explains what to do when a process has run out of descriptors.
 //!
-//! Arrows run downwards only: `attach`; `dirty`; `vmm_mapping`, `compat`; `state`; `ram`, `userfault`, `vcpu`,
+//! Modules import only those after them: `attach`; `dirty`; `vmm_mapping`, `compat`; `state`; `ram`, `userfault`, `vcpu`,
 //! `packet`; `shared`, `descriptors`, `error`.
 
 pub mod attach;

@@ -33,7 +33,7 @@ pub fn send<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) 
 ///
 /// # Errors
 ///
-/// As those of [`send`].
+/// The errors are those of [`send`].
 pub fn send_some<Fd: AsFd>(socket: Fd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if descriptors.len() > MAX_DESCRIPTORS || bytes.is_empty() {
         return Err(io::ErrorKind::InvalidInput.into());

@@ -121,7 +121,7 @@ impl Userfault {
     ///
     /// # Errors
     ///
-    /// As those of [`from_fd`](Self::from_fd).
+    /// The errors are those of [`from_fd`](Self::from_fd).
     pub fn from_fd_with_optional(
         fd: OwnedFd,
         features: u64,

@@ -1,4 +1,4 @@
-//! [`Throttle`]: a limit on a guest's write rate, kept by holding the vCPUs that write out of the guest.
+//! [`Throttle`]: a limit on a guest's write rate, which keeps the vCPUs that write out of the guest for a time.
 //!
 //! It is for trackers that learn which vCPU wrote, as KVM's dirty rings tell. It protects nothing that tracking
 //! does not protect already, so a vCPU that only reads or computes notices nothing. What a vCPU wrote is paid for

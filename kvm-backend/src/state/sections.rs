@@ -25,9 +25,14 @@ impl SectionWriter {
     }
 
     /// Appends a section: `tag` says what `value` is, and `index` which of several it is (which vCPU, which chip).
+    ///
+    /// # Panics
+    ///
+    /// A section has less than 4 GiB.
     pub fn put<T: IntoBytes + Immutable + ?Sized>(&mut self, tag: u16, index: u16, value: &T) {
         let payload = value.as_bytes();
-        let section = RawSection { tag, index, bytes: payload.len() as u32 };
+        let bytes = u32::try_from(payload.len()).expect("a section has less than 4 GiB");
+        let section = RawSection { tag, index, bytes };
         self.0.extend_from_slice(section.as_bytes());
         self.0.extend_from_slice(payload);
     }

@@ -88,7 +88,7 @@ impl Userfault {
     ///
     /// # Errors
     ///
-    /// As those of [`copy`](Self::copy).
+    /// The errors are those of [`copy`](Self::copy).
     pub fn zero(&self, addresses: Range<u64>, if_present: IfPresent) -> Result<Placed, PlaceError> {
         self.place(addresses, PAGE_SIZE, if_present, |part| {
             let mut argument = uffdio_zeropage { range: range(part), mode: 0, zeropage: 0 };
@@ -104,7 +104,7 @@ impl Userfault {
     ///
     /// # Errors
     ///
-    /// As those of [`copy`](Self::copy).
+    /// The errors are those of [`copy`](Self::copy).
     pub fn poison(&self, addresses: Range<u64>, page_bytes: u64) -> Result<Placed, PlaceError> {
         self.place(addresses, page_bytes, IfPresent::Skip, |part| {
             let mut argument = uffdio_poison { range: range(part), mode: 0, updated: 0 };
