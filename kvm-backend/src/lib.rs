@@ -10,8 +10,8 @@
 //! - [`attach`] serves the daemon's requests inside the VMM; [`packet`] sends bytes with descriptors over the
 //!   attach socket, and [`descriptors`] explains what to do when a process has run out of descriptors.
 //!
-//! Modules import only those after them: `attach`; `dirty`; `vmm_mapping`, `compat`; `state`; `ram`, `userfault`, `vcpu`,
-//! `packet`; `shared`, `descriptors`, `error`.
+//! Modules import only those after them: `attach`; `dirty`; `vmm_mapping`, `compat`; `state`; `ram`, `userfault`,
+//! `vcpu`, `packet`; `shared`, `descriptors`, `error`.
 
 pub mod attach;
 mod clock;

@@ -41,7 +41,7 @@ pub(super) enum Refusal {
 }
 
 impl Lifecycle {
-    /// Returns the lifecycle of a guest that begins with this standing.
+    /// Returns the lifecycle of a guest that begins with the standing given.
     pub(super) fn new(standing: Standing) -> Self {
         Self { standing, bond: None, pause: Pause::No }
     }

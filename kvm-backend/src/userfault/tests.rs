@@ -124,24 +124,24 @@ fn takes_a_fresh_userfaultfd_and_nothing_else() {
 }
 
 #[test]
-fn a_wish_that_is_not_granted_does_no_harm() {
-    const NOBODYS: u64 = 1 << 50;
-    let test = "wishing for features";
-    for (wish, granted) in [(NOBODYS, false), (0, true)] {
+fn an_optional_feature_that_is_lacking_does_no_harm() {
+    const UNKNOWN_FEATURE: u64 = 1 << 50;
+    let test = "optional features";
+    for (optional, known) in [(UNKNOWN_FEATURE, false), (0, true)] {
         let fd = match open() {
             Ok(fd) => fd,
             Err(error) => return say_skipped(test, &error.to_string()),
         };
-        let (_, has) = Userfault::from_fd_with_optional(fd, MISSING, wish).unwrap();
-        assert_eq!(has, granted);
-        assert!(Userfault::open(NOBODYS).is_err());
+        let (_, has) = Userfault::from_fd_with_optional(fd, MISSING, optional).unwrap();
+        assert_eq!(has, known);
+        assert!(Userfault::open(UNKNOWN_FEATURE).is_err());
     }
 }
 
 /// Whatever the size of pages.
 fn serves_missing_pages(bench: Bench) {
     let bench = Arc::new(bench);
-    assert_eq!(bench.userfault.read(|_| panic!("nobody waits")).unwrap(), 0);
+    assert_eq!(bench.userfault.read(|_| panic!("no thread waits")).unwrap(), 0);
     let reader = bench.read(2);
     assert_eq!(bench.fault(), Fault { address: bench.addresses(2..3).start, write: false, protected: false });
     assert_eq!(bench.copy(2, 0xa5), bench.placed(1, 0));
@@ -168,13 +168,13 @@ fn serves_missing_pages(bench: Bench) {
         IfPresent::Skip,
     );
     assert!(is_gone(&beyond.unwrap_err().source));
-    // Placed through another mapping: whoever waits has to be woken.
+    // The page is placed through another mapping: the thread that waits for it has to be woken.
     let reader = bench.read(6);
     bench.fault();
     let other = bench.ram.descriptors()[0].try_clone_to_owned().unwrap();
     let other = GuestRam::map(vec![(bench.ram.regions()[0], other)]).unwrap();
     other.populate_write(6 * bench.page_bytes / PAGE_SIZE..7 * bench.page_bytes / PAGE_SIZE).unwrap();
-    // To whoever alone places pages that is an error, behind what could be placed; and nobody is woken by it.
+    // If only the caller should place pages, that is an error, behind what could be placed; and no thread is woken.
     let two = bench.contents(0x33).repeat(2);
     let strict = bench
         .userfault

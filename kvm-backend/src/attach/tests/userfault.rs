@@ -38,7 +38,7 @@ fn a_discarded_guest_keeps_no_thread_waiting_for_its_memory() {
     assert!(bench.vmm.lock().unwrap().discarded);
 }
 
-/// Whoever waits for a missing page of a guest waits on without a daemon, where it wanted that.
+/// A thread that waits for a missing page of a guest waits on without a daemon, if the daemon asked for that.
 #[test]
 fn a_userfaultfd_is_handed_over_and_kept() {
     let test = "handing a userfaultfd over";

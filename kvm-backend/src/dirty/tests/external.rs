@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 use super::vmm_process::{Act, Random, VmmProcess};
 use super::*;
 
-/// Both begin within a word of any bitmap, and the second holds whole page tables.
+/// Two regions, which begin within a word of any bitmap, and the second of which has whole page tables.
 pub(super) const LAYOUT: [(u64, u64); 2] = [(0, 0x10_1000), (16 << 20, 8 << 20)];
 
 pub(super) fn file_ram(layout: &[(u64, u64)]) -> Arc<GuestRam> {
     Arc::new(GuestRam::create(layout, &Backing::File("/dev/shm".into())).unwrap())
 }
 
-/// Another process over `ram`, tracked.
+/// Starts another process over `ram`, and tracks it.
 pub(super) fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(VmmProcess, ExternalTracker)> {
     if let Err(error) = crate::userfault::open() {
         skipped(name, error);
@@ -23,7 +23,7 @@ pub(super) fn track(name: &str, ram: &Arc<GuestRam>) -> Option<(VmmProcess, Exte
     Some((other, tracker))
 }
 
-/// The destination: the first word of each page, as it was when it was last copied.
+/// The destination of a migration: the first word of each page, as it was when it was last copied.
 pub(super) struct Mirror {
     ram: Arc<GuestRam>,
     words: Vec<u64>,
@@ -108,7 +108,7 @@ fn tells_what_was_written_read_and_emptied() {
     other.act(Act::Punch, 1500..1600);
     other.act(Act::Write(9), 1700..1701);
     other.act(Act::Punch, 1700..1701);
-    // After that, zeros that were told of as written are told of once more.
+    // After that, zeros that were reported as written are reported once more.
     expect(&[(5, 6), (700, 702), (2000, 2001)], true);
     expect(&[], false);
     // Emptied while protected, and read: there again, protected, and zero.
@@ -119,7 +119,7 @@ fn tells_what_was_written_read_and_emptied() {
     other.act(Act::Drop, 824..825);
     expect(&[(800, 810), (820, 830)], true);
     expect(&[], false);
-    // A hole that was told of is read, then written, then emptied, with and without a word between.
+    // A hole that was reported is read, then written, then emptied, with and without a harvest between.
     other.act(Act::Read, 5..6);
     expect(&[], false);
     other.act(Act::Write(1), 5..6);
@@ -177,9 +177,9 @@ fn loses_no_page_in_scripts_of_all_kinds() {
             if random.below(10) == 0 {
                 let (found, _) = mirror.round(&mut tracker);
                 mirror.assert_equal(&format!("by step {step} of script {seed}"));
-                // Zeros may be told of once more, and holes that were read have become data.
+                // Zeros may be reported once more, and holes that were read have become data.
                 let news = |page: &u64| touched.contains(*page) || mirror.words[*page as usize] == 0;
-                assert!(found.iter().all(news), "step {step} of script {seed} reports what nobody touched");
+                assert!(found.iter().all(news), "step {step} of script {seed} reports what was not touched");
                 touched.clear();
             }
         }
@@ -207,7 +207,7 @@ pub(super) fn converge(
     mirror.round(tracker);
     mirror.assert_equal("in the riot");
     let mut quiet = || mirror.round(tracker).0;
-    // Entries that were dropped in the middle of a harvest are told of once more.
+    // Entries that were dropped in the middle of a harvest are reported once more.
     quiet();
     assert!(quiet().is_empty());
 }
@@ -267,7 +267,7 @@ fn loses_no_huge_page() {
     let mut mirror = Mirror::new(&ram, true);
     mirror.write_protect(&mut tracker, 0..700);
     mirror.write_protect(&mut tracker, 700..ram.pages());
-    // Zeros are told of once more.
+    // Zeros are reported once more.
     mirror.round(&mut tracker);
     assert!(mirror.round(&mut tracker).0.is_empty());
     other.act(Act::Write(7), 600..601);
@@ -306,7 +306,9 @@ fn the_end_of_the_process_is_an_error() {
     let error = loop {
         match tracker.harvest(&dirty) {
             Err(error) => break error,
-            Ok(_) => assert!(started.elapsed() < Duration::from_secs(60), "nobody notices"),
+            Ok(_) => {
+                assert!(started.elapsed() < Duration::from_secs(60), "the end of the process was not noticed")
+            }
         }
     };
     assert!(matches!(error, TrackError::Gone), "{error}");

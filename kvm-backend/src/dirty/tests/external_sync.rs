@@ -12,10 +12,10 @@ use crate::dirty::ExternalTracker;
 use crate::userfault::{Fault, Userfault};
 use crate::vmm_mapping::VmmMapping;
 
-/// Releases whoever waits, until it is dropped; then those who still wait are not released.
+/// Releases the writes that wait, until it is dropped; writes that wait later are not released.
 struct WriteReleaser {
     stop: Arc<AtomicBool>,
-    /// Own pages that were released.
+    /// The number of pages, of the region's own size, that were released.
     released: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
@@ -48,7 +48,7 @@ impl Drop for WriteReleaser {
     }
 }
 
-/// What is told within `patience`.
+/// Returns the faults that are reported within `patience`.
 fn faults(userfault: &Userfault, patience: Duration) -> Vec<Fault> {
     let mut ready = [PollFd::new(userfault, PollFlags::IN)];
     let patience = Timespec::try_from(patience).unwrap();
@@ -65,7 +65,7 @@ fn release(memory: &VmmMapping, userfault: &Userfault, fault: Fault) {
     }
 }
 
-/// Another process over `ram`, whose writes wait.
+/// Starts another process over `ram`, whose writes wait.
 fn hold(
     name: &str,
     ram: &Arc<GuestRam>,
@@ -80,7 +80,7 @@ fn hold(
 }
 
 #[test]
-fn writes_wait_and_are_told_once_they_are_released() {
+fn writes_wait_and_are_reported_once_they_are_released() {
     let ram = file_ram(&LAYOUT);
     let Some((other, mut tracker, memory, userfault)) = hold("holding writes up", &ram) else { return };
     let releaser = WriteReleaser::start(memory, userfault);
@@ -190,7 +190,7 @@ fn loses_no_page_when_one_tracker_follows_another() {
     }
 }
 
-/// Whoever waits when tracking ends goes on, and so does whoever writes later.
+/// A write that waits when tracking ends goes on, and so does a later write.
 #[test]
 fn all_go_on_when_tracking_ends() {
     let ram = file_ram(&LAYOUT);

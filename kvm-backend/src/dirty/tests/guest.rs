@@ -104,7 +104,7 @@ impl Guest {
         }
     }
 
-    /// Runs all vCPUs until told to stop, counting how often they leave the guest.
+    /// Runs all vCPUs until `stop` is set, counting how often they leave the guest.
     pub(super) fn run(&self, stop: &AtomicBool, turns: &AtomicU64, ring_full: &(dyn Fn() + Sync)) {
         std::thread::scope(|scope| {
             for vcpu in &self.vcpus {

@@ -1,4 +1,4 @@
-//! A process of its own that maps a guest's memory and does with it as it is told.
+//! A process that stands for a VMM: it maps a guest's memory and uses it as the test says.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,10 +15,10 @@ use crate::packet;
 use crate::userfault::{self, Userfault, WRITE_PROTECT, WRITE_PROTECT_ASYNC};
 use crate::vmm_mapping::VmmMapping;
 
-/// Says to the test binary that it is to be the other process.
+/// The variable that makes the test binary the other process.
 const MARK: &str = "MEMLANE_TEST_VMM_PROCESS";
 
-/// What the other process can be told to do with pages.
+/// What the other process does with pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     /// Writes a number to the first word of each.
@@ -27,7 +27,7 @@ pub enum Act {
     Read,
     /// Makes a hole in the file.
     Punch,
-    /// The same by `MADV_REMOVE`.
+    /// Makes a hole by `MADV_REMOVE`.
     Remove,
     /// Drops them from the page table, and nothing else.
     Drop,
@@ -35,8 +35,9 @@ pub enum Act {
     PageOut,
     /// Does all of that at once and at random, in threads, until `Halt`.
     Riot,
-    /// The same, and takes no memory away.
+    /// Does the same as `Riot`, but takes no memory away.
     WriteRiot,
+    /// Ends a riot.
     Halt,
     /// Maps them no longer.
     Unmap,
@@ -45,7 +46,7 @@ pub enum Act {
 /// A tracker, and what it works on.
 pub type Tracked = (ExternalTracker, Arc<VmmMapping>, Arc<Userfault>);
 
-/// The other process, from here. It is killed when this is dropped.
+/// The other process, as the test sees it. It is killed when this value is dropped.
 pub struct VmmProcess {
     child: Child,
     socket: OwnedFd,
@@ -198,7 +199,7 @@ fn act(ram: &GuestRam, code: u64, pages: Range<u64>, value: u64) {
     }
     for slice in ram.slices(pages) {
         let advise = |advice| {
-            // SAFETY: memory of a shared file that nobody has references into.
+            // SAFETY: this is memory of a shared file, into which there are no references.
             unsafe { rustix::mm::madvise(slice.ptr.cast(), slice.len, advice) }.unwrap();
         };
         match code {
