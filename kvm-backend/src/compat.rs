@@ -80,9 +80,10 @@ pub fn describe_process(program: &Program) -> Machine {
     }
 }
 
-/// Returns the CPUID that a guest on this host may be given (`KVM_GET_SUPPORTED_CPUID`): what KVM supports,
-/// without the features in `without`, and without VMX and SVM, since the state of a guest's own guests is not
-/// moved.
+/// Returns the CPUID that a guest on this host may be given (`KVM_GET_SUPPORTED_CPUID`).
+///
+/// That is what KVM supports, without the features in `without`, and without VMX and SVM, since the state of a
+/// guest's own guests is not moved.
 ///
 /// # Errors
 ///

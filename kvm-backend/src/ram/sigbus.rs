@@ -153,9 +153,10 @@ impl GuestRam {
     }
 }
 
-/// Installs a handler for `SIGBUS` (sigaction(2)), so that faults in guests' memory become errors of these guests:
-/// see [`GuestRam::intact`]. It is for a process that maps the memory of guests which run elsewhere; a VMM is
-/// better off with the signal. Later calls do nothing.
+/// Installs a handler for `SIGBUS` (sigaction(2)), so that faults in guests' memory become errors of these guests.
+///
+/// See [`GuestRam::intact`] for the errors. The handler is for a process that maps the memory of guests which run
+/// elsewhere; a VMM is better off with the signal. Later calls do nothing.
 ///
 /// # Errors
 ///
@@ -169,7 +170,7 @@ pub fn install_sigbus_handler() -> io::Result<()> {
         // A thread may have a stack for signals. Another SIGBUS while the handler runs ends the process.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         // SAFETY: the action is complete, and its handler does only what a signal handler may (see `on_sigbus`).
-        match unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) } {
+        match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or_default()),
         }

@@ -20,7 +20,7 @@ const MARK: &str = "MEMLANE_TEST_VMM_PROCESS";
 
 /// What the other process does with pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
+pub(super) enum Act {
     /// Writes a number to the first word of each.
     Write(u64),
     /// Reads them.
@@ -44,16 +44,16 @@ pub enum Act {
 }
 
 /// A tracker, and what it works on.
-pub type Tracked = (ExternalTracker, Arc<VmmMapping>, Arc<Userfault>);
+pub(super) type Tracked = (ExternalTracker, Arc<VmmMapping>, Arc<Userfault>);
 
 /// The other process, as the test sees it. It is killed when this value is dropped.
-pub struct VmmProcess {
+pub(super) struct VmmProcess {
     child: Child,
     socket: OwnedFd,
 }
 
 impl VmmProcess {
-    pub fn start(ram: &GuestRam) -> Self {
+    pub(super) fn start(ram: &GuestRam) -> Self {
         let flags = SocketFlags::CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         let child = Command::new(std::env::current_exe().unwrap())
@@ -69,12 +69,12 @@ impl VmmProcess {
     }
 
     /// Tracks it, by descriptors that it makes for this.
-    pub fn track(&self, ram: &Arc<GuestRam>) -> Result<ExternalTracker, TrackError> {
+    pub(super) fn track(&self, ram: &Arc<GuestRam>) -> Result<ExternalTracker, TrackError> {
         self.track_with(ram, WRITE_PROTECT_ASYNC, WriteProtection::Async).map(|(tracker, ..)| tracker)
     }
 
     /// Tracks it with writes held up, until they are released by the userfaultfd.
-    pub fn hold(&self, ram: &Arc<GuestRam>) -> Tracked {
+    pub(super) fn hold(&self, ram: &Arc<GuestRam>) -> Tracked {
         self.track_with(ram, WRITE_PROTECT, WriteProtection::Sync).unwrap()
     }
 
@@ -96,7 +96,7 @@ impl VmmProcess {
     }
 
     /// Has it act, and waits until it has.
-    pub fn act(&self, act: Act, pages: Range<u64>) {
+    pub(super) fn act(&self, act: Act, pages: Range<u64>) {
         let (code, value) = match act {
             Act::Write(value) => (1, value),
             Act::Read => (2, 0),
@@ -114,13 +114,13 @@ impl VmmProcess {
     }
 
     /// Bytes of its page tables.
-    pub fn page_table_bytes(&self) -> u64 {
+    pub(super) fn page_table_bytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
-    pub fn kill(&mut self) {
+    pub(super) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -250,15 +250,15 @@ fn numbers(bytes: &[u8]) -> Vec<u64> {
 }
 
 /// Numbers that are the same each time.
-pub struct Random(pub u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         self.0 >> 16
     }
 
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 }
