@@ -67,9 +67,12 @@
 //!   operator ends both;
 //! - a destination that has lost `Running`, and whose VMM has ended as well, promises that the guest has
 //!   never run: the source goes on from where the guest was paused, as after a crash of a host that is
-//!   restored from a snapshot; one whose guest runs without all of its memory promises the same, and
-//!   both run until its VMM is ended, which is begun at once. (The journal of the daemon cannot lose its
-//!   last record unseen; an older copy of it that somebody puts in its place can.)
+//!   restored from a snapshot. (A source that has heard of post-copy knows better, and takes the guest for
+//!   lost.) The journal of the daemon cannot lose its last record unseen; an older copy of it that somebody
+//!   puts in its place can.
+//!
+//! A VMM that still lives is asked before anything is promised: one that says that it runs the guest is
+//! believed, whatever the journal has lost. So even then there are never two owners at the same time.
 //!
 //! # Post-copy
 //!
@@ -221,9 +224,9 @@ pub enum Event {
     Resumed,
     /// [`Action::Resume`] failed, and the guest has not executed an instruction since it was
     /// paused or loaded. If that is not certain, it is [`Event::VmmGone`] instead. To be said as
-    /// well of a guest that was never started, when a restarted daemon at the destination does
-    /// not know which of its pages are missing: at once, before anybody asks that it be started,
-    /// and whatever becomes of its VMM.
+    /// well of a guest that the journal calls no more than prepared, when a restarted daemon at the
+    /// destination does not know which of its pages are missing: at once, before anybody asks that it
+    /// be started. What that means is decided when the VMM has said whether it runs the guest.
     ResumeFailed,
     /// [`Action::Discard`] was carried out.
     Discarded,

@@ -29,11 +29,13 @@ const POSTCOPY_BUDGETS: [Budget; 3] = [
 ];
 
 /// Damaged journals, hosts that burn, and operators who decide what nobody else can.
-const DOUBT_BUDGETS: [Budget; 5] = [
+const DOUBT_BUDGETS: [Budget; 7] = [
     Budget { crashes: 1, damage: 1, vmm: 1, ..DOUBT },
     Budget { crashes: 1, damage: 1, discard: true, ..DOUBT },
     Budget { crashes: 1, burn: 1, discard: true, ..DOUBT },
     Budget { crashes: 1, damage: 1, postcopy: true, abandon: true, ..DOUBT },
+    Budget { crashes: 1, damage: 1, postcopy: true, vmm: 1, ..DOUBT },
+    Budget { crashes: 1, damage: 1, postcopy: true, journal: 1, ..DOUBT },
     Budget { crashes: 1, burn: 1, postcopy: true, abandon: true, ..DOUBT },
 ];
 
@@ -120,6 +122,7 @@ fn a_daemon_that_cheats_is_caught() {
         (Fault::BelievesStrangers, Budget { vmm: 1, ..calm }, Violation::is_unsafe),
         (Fault::ResumesOnAGuess, damage, Violation::is_unsafe),
         (Fault::UnknownIsDeclined, damage, Violation::is_unsafe),
+        (Fault::TakesRunningForLoaded, Budget { postcopy: true, ..damage }, Violation::is_unsafe),
         (Fault::PromisesWhatIsNotTrue, DOUBT, Violation::is_unsafe),
     ] {
         let violation = check(World::new(budget, fault)).expect_err(&format!("{fault:?} was not caught"));

@@ -18,13 +18,21 @@ enum State {
     /// `Prepared` is being written. An abort that comes now comes again in answer to `Ready`.
     Preparing,
     Prepared,
-    /// Restarted: the VMM is to say how it stands. Until then nothing is begun or promised that it
-    /// may belie.
-    Unsure,
+    /// The daemon was restarted, and the VMM has not said yet whether it runs the guest. Until it does,
+    /// nothing is begun or promised that it may belie.
+    Unsure {
+        /// The guest cannot be started here, as it is not known which of its pages are missing.
+        incomplete: bool,
+    },
 
     // The guest is ours.
     /// `Running` is being written; the VMM has not been told to run.
     Starting,
+    /// The VMM was seen to run the guest, of which the journal says no more than `Prepared`. `Running` is to
+    /// be written again; `writing` tells whether the journal is at it.
+    Unrecorded {
+        writing: bool,
+    },
     /// The VMM has been told to run: if it vanishes now, nobody knows whether it did.
     Resuming,
     /// It runs, and part of its memory is still at the source.
@@ -61,8 +69,9 @@ impl Destination {
     /// Takes up a migration after the daemon was restarted, from the last record that the
     /// journal holds of it. The VMM is to be heard: [`Event::Owned`] if it runs the guest,
     /// [`Event::Waits`] if it does not, [`Event::VmmGone`] if it is no longer there; if the guest
-    /// cannot run here since nobody knows which of its pages are missing, [`Event::ResumeFailed`],
-    /// which gives back at once what was only prepared. To be called as well, with `None`, for a
+    /// cannot run here since nobody knows which of its pages are missing, [`Event::ResumeFailed`] as
+    /// well, which gives back what was only prepared as soon as the VMM has said that it waits, or has
+    /// ended. To be called as well, with `None`, for a
     /// VMM that has loaded a guest of a migration of which the journal knows nothing (but not for a
     /// VMM that runs: that is simply a guest of this host).
     ///
@@ -73,7 +82,9 @@ impl Destination {
         let (state, actions) = match record {
             // The source may have heard `Ready`, whatever this journal has lost.
             None => (State::Preparing, vec![Action::Journal(Record::Prepared)]),
-            Some(Record::Prepared) => (State::Unsure, vec![Action::Send(Message::Ready)]),
+            Some(Record::Prepared) => {
+                (State::Unsure { incomplete: false }, vec![Action::Send(Message::Ready)])
+            }
             // Perhaps it runs already, and perhaps it was never told to.
             Some(Record::Running) => (State::Resuming, vec![Action::Resume]),
             Some(Record::Declined) => (
@@ -121,13 +132,20 @@ impl Destination {
             (Preparing, Event::Journalled(Record::Prepared)) | (Prepared, Event::Tick) => {
                 self.go(Prepared, [Action::Send(Message::Ready)])
             }
-            (Unsure, Event::Tick | Event::Waits) => {
-                let seen = if event == Event::Waits { Prepared } else { Unsure };
-                self.go(seen, [Action::Send(Message::Ready)])
+            (before @ Unsure { incomplete: false }, Event::Tick) => {
+                self.go(before, [Action::Send(Message::Ready)])
             }
+            (Unsure { incomplete: false }, Event::Waits) => self.go(Prepared, [Action::Send(Message::Ready)]),
+            // That it never ran is promised only when its VMM has said so, or has ended.
+            (Unsure { .. }, Event::ResumeFailed) => self.go(Unsure { incomplete: true }, []),
             // A VMM that runs was told to, though the journal has lost it.
-            (Unsure, Event::Owned)
-            | (Prepared, Heard(Message::Commit) | Event::Resolved(Resolution::RunHere)) => {
+            (Unsure { .. }, Event::Owned) | (Unrecorded { writing: false }, Event::Tick) => {
+                self.go(Unrecorded { writing: true }, [Action::Journal(Record::Running)])
+            }
+            (Unrecorded { .. }, Event::JournalFailed(Record::Running)) => {
+                self.go(Unrecorded { writing: false }, [])
+            }
+            (Prepared, Heard(Message::Commit) | Event::Resolved(Resolution::RunHere)) => {
                 self.go(Starting, [Action::Journal(Record::Running)])
             }
             (Prepared, Heard(Message::Abort)) => {
@@ -135,13 +153,16 @@ impl Destination {
             }
             // Not before the VMM is gone: with no record, a loaded VMM would be in doubt again.
             (Discarding, Event::Discarded | Event::VmmGone) => self.go(Discarded, [Action::Forget]),
-            (Starting, Event::Journalled(Record::Running)) => self.go(Resuming, [Action::Resume]),
+            (Starting | Unrecorded { .. }, Event::Journalled(Record::Running)) => {
+                self.go(Resuming, [Action::Resume])
+            }
             // The source is asked again, and the journal is tried again.
             (Starting, Event::JournalFailed(Record::Running)) => self.go(Prepared, []),
 
             // It never ran. Should a record still be on its way to the journal, `Declined` follows it.
-            (Preparing | Prepared | Unsure | Starting, Event::VmmGone)
-            | (Prepared | Unsure | Resuming, Event::ResumeFailed)
+            (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone)
+            | (Unsure { incomplete: true }, Event::Waits)
+            | (Prepared | Resuming, Event::ResumeFailed)
             | (Accepting | Receiving | Prepared, Heard(Message::Withdraw)) => {
                 self.decline(Outcome::TakenBack)
             }
@@ -163,7 +184,7 @@ impl Destination {
             }
 
             // Perhaps it ran, so the source must not; and whether all of it was here is not known.
-            (Resuming, Event::VmmGone) => {
+            (Resuming | Unrecorded { .. }, Event::VmmGone) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)])
             }
             (Resuming, Event::Abandoned)
@@ -228,7 +249,11 @@ impl Destination {
             State::Accepting => Phase::Offering,
             State::Receiving => Phase::Copying,
             State::Preparing => Phase::SwitchingOver,
-            State::Prepared | State::Unsure | State::Starting | State::Resuming => Phase::Committing,
+            State::Prepared
+            | State::Unsure { .. }
+            | State::Starting
+            | State::Unrecorded { .. }
+            | State::Resuming => Phase::Committing,
             State::Fetching => Phase::Fetching,
             State::Running | State::Lost => Phase::Finishing,
             State::Finished => Phase::Completed,

@@ -163,9 +163,9 @@ impl Source {
             }
             (Committed | Asking, Heard(Message::Fetching)) => self.go(Serving, [Action::Serve]),
             (Committed | Asking | Serving, Heard(Message::Running)) => self.finish(Outcome::Completed),
-            (Committed | Asking | Serving, Heard(Message::Lost)) | (Serving, Event::Abandoned) => {
-                self.finish(Outcome::Lost)
-            }
+            // A destination that declines what has run there has lost its journal, and the guest with it.
+            (Committed | Asking | Serving, Heard(Message::Lost))
+            | (Serving, Heard(Message::Declined) | Event::Abandoned) => self.finish(Outcome::Lost),
             (Committed | Asking, Event::Resolved(Resolution::Discard)) => self.finish(Outcome::GivenUp),
             (Finishing { outcome, .. }, Event::Journalled(record)) if record == Self::end_of(outcome) => {
                 self.go(Discarding, [Action::Send(Message::Done), Action::Discard, Action::Report(outcome)])

@@ -199,9 +199,15 @@ fn a_vmm_that_ends_before_it_was_told_to_run_never_ran() {
 }
 
 #[test]
-fn what_was_prepared_and_cannot_run_is_given_back_at_once() {
+fn what_was_prepared_and_cannot_run_is_given_back_when_its_vmm_has_not_run_it() {
     let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
-    assert_eq!(destination.on(Event::ResumeFailed), [Action::Journal(Record::Declined)]);
+    assert_eq!(destination.on(Event::ResumeFailed), []);
+    for event in [Event::Tick, Event::Message(Message::Commit), Event::Message(Message::Withdraw)] {
+        assert_eq!(destination.on(event), [], "its VMM has not been heard");
+    }
+    let mut ended = destination;
+    assert_eq!(ended.on(Event::VmmGone), [Action::Journal(Record::Declined)]);
+    assert_eq!(destination.on(Event::Waits), [Action::Journal(Record::Declined)]);
     // The commit does not wait for the VMM to be seen to end, nor does the answer.
     assert_eq!(destination.on(Event::Message(Message::Commit)), []);
     assert_eq!(
@@ -260,7 +266,6 @@ fn the_memory_stays_until_the_last_page_is_there() {
         Event::Cancel,
         Event::Message(Message::Ready),
         Event::Message(Message::Fetching),
-        Event::Message(Message::Declined),
         Event::Message(Message::Abort),
     ] {
         assert_eq!(source.on(event), [], "{event:?}");
@@ -300,6 +305,7 @@ fn what_is_lost_is_reported_as_lost_by_both() {
     for (mut source, event) in [
         (restarted, Event::Message(Message::Lost)),
         (serving(), Event::Message(Message::Lost)),
+        (serving(), Event::Message(Message::Declined)),
         (serving(), Event::Abandoned),
     ] {
         assert_eq!(source.on(event), [Action::Journal(Record::Lost)]);
@@ -406,6 +412,19 @@ fn what_was_decided_is_reported_after_a_restart() {
 fn a_vmm_that_runs_is_believed_where_the_journal_lags_behind() {
     let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
     assert_eq!(destination.on(Event::Owned), [Action::Journal(Record::Running)]);
+    assert_eq!(destination.on(Event::JournalFailed(Record::Running)), []);
+    assert_eq!(destination.on(Event::Message(Message::Abort)), [], "it runs, whatever the journal says");
+    assert_eq!(destination.on(Event::Tick), [Action::Journal(Record::Running)]);
+    let lost = |outcome| [Action::Send(Message::Lost), Action::Report(outcome)];
+    let mut ended = destination;
+    assert_eq!(ended.on(Event::VmmGone), lost(Outcome::VmmGone));
+    assert_eq!(destination.on(Event::Journalled(Record::Running)), [Action::Resume]);
+    let (mut incomplete, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert_eq!(incomplete.on(Event::ResumeFailed), []);
+    assert_eq!(incomplete.on(Event::Owned), [Action::Journal(Record::Running)]);
+    assert_eq!(incomplete.on(Event::Journalled(Record::Running)), [Action::Resume]);
+    assert_eq!(incomplete.on(Event::Abandoned), lost(Outcome::Lost));
+
     let (mut source, _) = Source::recover(Some(Record::Committed)).expect("its record");
     assert_eq!(source.on(Event::Owned), [Action::Resume]);
 }

@@ -84,6 +84,8 @@ pub enum Fault {
     UnknownIsDeclined,
     /// The operator says that the other host is off when it is not.
     PromisesWhatIsNotTrue,
+    /// A restarted destination says of a VMM that runs the guest that it waits for word.
+    TakesRunningForLoaded,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -177,7 +179,7 @@ impl World {
                 Memory::Whole => Some(Some(Side::Destination)),
                 Memory::Hopeless => Some(None),
                 Memory::Missing => {
-                    let given_up = self.given_up || self.fetch.given_up_at_source;
+                    let given_up = self.given_up || self.run_by_order || self.fetch.given_up_at_source;
                     (given_up && self.destination.half.is_none()).then_some(None)
                 }
             },
@@ -480,7 +482,8 @@ impl World {
             }
             Side::Destination => {
                 let (half, actions) = Destination::recover(record).expect("the destination wrote it");
-                let news = if vmm == Vmm::Running { Event::Owned } else { Event::Waits };
+                let runs = vmm == Vmm::Running && self.fault != Fault::TakesRunningForLoaded;
+                let news = if runs { Event::Owned } else { Event::Waits };
                 (Half::Destination(half), actions, Some(news))
             }
         };

@@ -139,9 +139,11 @@ impl World {
     }
 
     pub fn report(&mut self, at: Side, outcome: Outcome) {
+        // An operator or a damaged journal let the guest run after the source's VMM, or its claim on it, was gone.
+        let nothing_to_fetch = (self.run_by_order || self.damaged) && self.source.has_nothing();
         let fetch = &mut self.fetch;
-        let really_lost =
-            self.destination.vmm == Vmm::Ended || fetch.given_up_at_source || fetch.given_up_at_destination;
+        let given_up = fetch.given_up_at_source || fetch.given_up_at_destination;
+        let really_lost = self.destination.vmm == Vmm::Ended || given_up || nothing_to_fetch;
         let is_true = match outcome {
             Outcome::Completed => fetch.memory == Memory::Whole,
             // What has never run there can be given back.

@@ -144,19 +144,7 @@ impl World {
         }
         self.resolutions(at, steps);
         if !host.up {
-            steps.push(Step::Restart { at, forgetful: false, damaged: None });
-            if self.budget.damage > 0 && !self.promised(at) {
-                // See the end of the list of what no answer can mend.
-                let incomplete = self.lacks_pages() || self.is_hopeless();
-                let hopeless = at == Side::Destination && host.vmm == Vmm::Running && incomplete;
-                let damages = host.damages().filter(|found| !(hopeless && *found == Some(Record::Prepared)));
-                let damages = damages.map(Some);
-                steps.extend(damages.map(|damaged| Step::Restart { at, forgetful: false, damaged }));
-            }
-            let lacks_pages = matches!(host.vmm, Vmm::Loaded | Vmm::Running) && self.lacks_pages();
-            if at == Side::Destination && lacks_pages {
-                steps.push(Step::Restart { at, forgetful: true, damaged: None });
-            }
+            self.restarts(at, steps);
         } else if host.half.is_none() && matches!(host.vmm, Vmm::Relinquished | Vmm::Loaded) {
             steps.push(Step::Attach(at));
             if self.budget.crashes > 0 {
@@ -167,6 +155,22 @@ impl World {
         }
         if !matches!(host.vmm, Vmm::Discarded | Vmm::Ended) && self.budget.vmm > 0 {
             steps.push(Step::VmmEnds(at));
+        }
+    }
+
+    /// How a daemon may find its journal, and what it may know of missing pages, when it starts again.
+    fn restarts(&self, at: Side, steps: &mut Vec<Step>) {
+        let host = self.host(at);
+        let mut found = vec![None];
+        if self.budget.damage > 0 && !self.promised(at) {
+            found.extend(host.damages().map(Some));
+        }
+        let lacks_pages = matches!(host.vmm, Vmm::Loaded | Vmm::Running) && self.lacks_pages();
+        for damaged in found {
+            steps.push(Step::Restart { at, forgetful: false, damaged });
+            if at == Side::Destination && lacks_pages {
+                steps.push(Step::Restart { at, forgetful: true, damaged });
+            }
         }
     }
 
