@@ -1,4 +1,4 @@
-//! One host: a daemon with its half of the handover, a journal and a VMM.
+//! One host: a daemon with its role in the handover, a journal and a VMM.
 
 use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
 
@@ -18,7 +18,7 @@ pub enum Vmm {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Half {
+pub enum Role {
     Source(Source),
     Destination(Destination),
 }
@@ -26,8 +26,8 @@ pub enum Half {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Host {
     pub up: bool,
-    /// None: the daemon is down, or knows nothing of the migration.
-    pub half: Option<Half>,
+    /// The daemon's role, or `None` if the daemon is down or does not know the migration.
+    pub role: Option<Role>,
     pub journal: Option<Record>,
     /// What the journal has held before, one bit a record: a damaged one may hold it again.
     pub past: u16,
@@ -44,7 +44,7 @@ pub struct Host {
     pub arriving: u16,
 }
 
-impl Half {
+impl Role {
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         match self {
             Self::Source(source) => source.on(event),
@@ -78,7 +78,7 @@ impl Host {
     pub fn new(vmm: Vmm) -> Self {
         Self {
             up: true,
-            half: None,
+            role: None,
             journal: None,
             past: 0,
             burned: false,
@@ -92,11 +92,11 @@ impl Host {
     }
 
     pub fn phase(&self) -> Option<Phase> {
-        self.half.map(|half| half.phase())
+        self.role.map(|role| role.phase())
     }
 
     pub fn at_rest(&self) -> bool {
-        self.is_quiet() && self.half.is_none_or(|half| half.is_over()) && self.journal.is_none()
+        self.is_quiet() && self.role.is_none_or(|role| role.is_over()) && self.journal.is_none()
     }
 
     /// Whether nothing happens here unless another host does something.
@@ -108,7 +108,7 @@ impl Host {
     pub fn has_nothing(&self) -> bool {
         match self.vmm {
             Vmm::Ended | Vmm::Discarded => true,
-            Vmm::Incoming => self.half.is_none_or(|half| half.is_over()),
+            Vmm::Incoming => self.role.is_none_or(|role| role.is_over()),
             _ => false,
         }
     }

@@ -3,7 +3,8 @@
 use memlane_protocol::handover::{Event, Outcome, Phase};
 
 use super::host::Vmm;
-use super::{Fault, Side, World};
+use super::trouble::Fault;
+use super::{Side, World};
 
 /// What the destination's VMM has of the guest's memory, which it knows without its daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

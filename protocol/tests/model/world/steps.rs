@@ -3,7 +3,8 @@
 use memlane_protocol::handover::{Action, Event, Message, Phase, Record, Resolution};
 
 use super::host::{MESSAGES, Vmm, record_bit};
-use super::{Fault, Side, World};
+use super::trouble::Fault;
+use super::{Side, World, other};
 
 /// One thing that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,7 +131,7 @@ impl World {
             }
         }
         steps.extend(host.inbox.iter().map(|&event| Step::Hear { at, event }));
-        if host.half.is_some_and(|half| !half.is_over()) {
+        if host.role.is_some_and(|role| !role.is_over()) {
             if self.fault != Fault::NeverRepeat {
                 steps.push(Step::Local { at, event: Event::Tick });
             }
@@ -145,7 +146,7 @@ impl World {
         self.resolutions(at, steps);
         if !host.up {
             self.restarts(at, steps);
-        } else if host.half.is_none() && matches!(host.vmm, Vmm::Relinquished | Vmm::Loaded) {
+        } else if host.role.is_none() && matches!(host.vmm, Vmm::Relinquished | Vmm::Loaded) {
             steps.push(Step::Attach(at));
             if self.budget.crashes > 0 {
                 steps.push(Step::Crash(at));
@@ -176,16 +177,16 @@ impl World {
 
     /// What an operator may decide at this host, who says of the other one only what is true.
     fn resolutions(&self, at: Side, steps: &mut Vec<Step>) {
-        if !self.budget.resolve || !self.host(at).half.is_some_and(|half| half.can_resolve()) {
+        if !self.budget.resolve || !self.host(at).role.is_some_and(|role| role.can_resolve()) {
             return;
         }
-        let other = self.host(super::other(at));
+        let other = self.host(other(at));
         let (run_here, discard) = (Resolution::RunHere, Resolution::Discard);
         if other.has_nothing() || self.fault == Fault::PromisesWhatIsNotTrue {
             steps.push(Step::Resolve { at, resolution: run_here, obvious: false });
         }
         // Without its journal the destination does not know that anything is missing.
-        let ended = !self.lacks_pages() || other.half.is_none();
+        let ended = !self.lacks_pages() || other.role.is_none();
         let obvious = at == Side::Source && other.vmm == Vmm::Running && ended;
         if !obvious && !self.budget.discard {
             return;
@@ -206,7 +207,7 @@ impl World {
         if source.arriving | destination.arriving != 0 {
             steps.push(Step::LoseAll);
         }
-        if self.budget.cancel && source.half.is_some() {
+        if self.budget.cancel && source.role.is_some() {
             steps.push(Step::Local { at: Side::Source, event: Event::Cancel });
         }
         match source.phase() {
