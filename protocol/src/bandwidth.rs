@@ -1,16 +1,15 @@
-//! [`Bandwidth`]: what the lanes deliver, measured lately rather than the best ever seen.
+//! [`Bandwidth`] is an estimate of what the lanes deliver. It follows recent measurements, not the best ever seen.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Samples that count.
+/// The number of samples that count.
 const WINDOW: usize = 16;
 
-/// Busy time that makes a sample: shorter stretches are added up, since acknowledgements
-/// come in bursts.
+/// The busy time that makes a sample. Shorter times are added up, because acknowledgements come in bursts.
 const SAMPLE: Duration = Duration::from_millis(20);
 
-/// How much less each sample counts than the one after it.
+/// The weight of each sample relative to the one after it.
 const DECAY: f64 = 0.7;
 
 /// An estimate of what the lanes of one migration deliver together.
@@ -21,9 +20,9 @@ const DECAY: f64 = 0.7;
 /// samples, and one lucky burst does not raise it.
 #[derive(Debug, Clone, Default)]
 pub struct Bandwidth {
-    /// Oldest first.
+    /// The samples, oldest first.
     window: VecDeque<Sample>,
-    /// What does not make a sample yet.
+    /// The measurements that do not make a sample yet.
     pending: Sample,
 }
 
@@ -34,14 +33,15 @@ struct Sample {
 }
 
 impl Bandwidth {
-    /// An estimator that knows nothing yet.
+    /// Returns an estimator without any measurement.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds what was acknowledged during `busy`, time in which the lanes had something to
-    /// send. Idle time must not be in it, or an idle guest would look like a slow wire; time
-    /// in which nothing was acknowledged although something was sent must be.
+    /// Adds the bytes that were acknowledged during `busy`, the time in which the lanes had something to send.
+    ///
+    /// Idle time must not be part of it, or an idle guest would look like a slow wire. Time in which nothing was
+    /// acknowledged although something was sent must be part of it.
     pub fn record(&mut self, bytes: u64, busy: Duration) {
         self.pending.bytes = self.pending.bytes.saturating_add(bytes);
         self.pending.busy = self.pending.busy.saturating_add(busy);
@@ -54,8 +54,8 @@ impl Bandwidth {
         self.window.push_back(std::mem::take(&mut self.pending));
     }
 
-    /// Bytes per second of busy time, or `None` while nothing has been measured. Before the
-    /// first full sample it goes by what there is.
+    /// Returns the bytes per second of busy time, or `None` while nothing has been measured. Before the first full sample
+    /// it uses what was measured until then.
     pub fn bytes_per_second(&self) -> Option<f64> {
         if self.window.is_empty() {
             let seconds = self.pending.busy.as_secs_f64();

@@ -1,89 +1,90 @@
-//! [`Compression`]: whether a lane compresses what it sends.
+//! [`Compression`] decides whether a lane compresses what it sends.
 //!
-//! It costs a processor, so it is done only where a lane is held up by its wire while its thread sleeps, and
-//! only for what becomes much smaller. What tells is measured: how long the thread ran, or waited for a
-//! processor, what the wire took, how fast compressing goes, and what a few pages of each frame become.
+//! Compression costs processor time, so a lane compresses only while its wire limits it and its thread sleeps, and only
+//! what becomes much smaller. The decision is based on measurements: how long the thread ran or waited for a processor,
+//! how much the wire took, how fast compression is, and how small a few pages of each frame become.
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Shortest time over which a lane is measured.
+/// The shortest time over which a lane is measured.
 const PERIOD: Duration = Duration::from_millis(100);
-/// A lane is held up by its wire if its thread slept for this share of the time, although it had more to send.
+/// The wire limits a lane whose thread slept for this share of the time although it had more to send.
 const ASLEEP: f64 = 0.5;
-/// No processor is free for a thread that waits for one for this share of the time: before it compresses,
+/// No processor is free for a thread that does not compress yet, and waits for one for this share of the time.
 const CROWDED: f64 = 0.25;
-/// and when it does.
+/// No processor is free for a thread that compresses, and waits for one for this share of the time.
 const CROWDED_OUT: f64 = 0.5;
-/// How many times as fast as the wire compressing must be, and how many times as long what is not compressed.
+/// Compression must be this many times as fast as the wire, and must make a frame this many times smaller.
 const WORTH: f64 = 1.25;
-/// Over so long it is seen whether a lane that compresses gets more across than its wire took without,
+/// The time over which it is checked whether a lane that compresses delivers more than its wire took without compression.
 const JUDGED_OVER: Duration = Duration::from_secs(1);
-/// and so often it does not compress for a [`PERIOD`], to learn what the wire takes by now.
+/// The interval after which a lane stops compressing for a [`PERIOD`], to learn what the wire takes now.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
-/// Bytes per second that are expected of a compressor of which nothing is known.
+/// The speed of compression in bytes per second that is assumed before it was measured.
 const EXPECTED_SPEED: f64 = 500e6;
-/// Frames with fewer bytes of contents are sent as they are.
+/// A frame with fewer bytes of pages is never compressed.
 const LEAST_BYTES: u64 = 16 << 10;
-/// Frames that are passed over at most after one that would not become smaller.
+/// The largest number of frames that are skipped after one that would not become smaller.
 const MOST_PASSED_OVER: u32 = 63;
-/// How long a lane leaves compressing alone when there was no processor for it,
+/// The first time for which a lane does not compress after there was no processor for it. It doubles each time.
 const FIRST_REST: Duration = Duration::from_millis(250);
-/// which doubles up to this, unless it went well for as long in between.
+/// The longest time for which a lane does not compress. A lane that compressed well for as long begins again with the
+/// first.
 const LONGEST_REST: Duration = Duration::from_secs(30);
 
-/// What an order says of compression.
+/// What an order says about compression.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// Where a lane is held up by its wire, and it is worth it.
+    /// A lane compresses if its wire limits it and compression is worth it.
     #[default]
     Auto,
-    /// Never.
+    /// No lane compresses.
     Off,
 }
 
-/// A word that names no [`Mode`].
+/// A word does not name a [`Mode`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no way to compress: use `auto` or `off`")]
 pub struct UnknownMode(pub String);
 
-/// What a lane and its thread have done so far.
+/// What a lane and its thread have done since they began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Bytes of payload that were acknowledged,
+    /// The number of bytes of payload that were acknowledged.
     pub wire_bytes: u64,
-    /// and those of the pages that they brought.
+    /// The number of bytes of the pages that this payload brought.
     pub contents_bytes: u64,
-    /// Time for which the thread ran,
+    /// The time for which the thread ran.
     pub ran: Duration,
-    /// and for which it could have, had a processor been free.
+    /// The time for which the thread waited for a processor.
     pub crowded: Duration,
 }
 
-/// Decides for one lane.
+/// The decisions for one lane.
 #[derive(Clone, Debug)]
 pub struct Compression {
     measured: Option<(Duration, Load)>,
-    /// Compressing since then.
+    /// The time since which the lane compresses, if it does.
     since: Option<Duration>,
-    /// Not compressing for a moment, to see how the wire does.
+    /// Whether the lane does not compress for a moment, to measure the wire.
     looking: bool,
-    /// When to look next.
+    /// The time of the next such measurement.
     next_look: Duration,
-    /// From when on it is seen what gets across, and what had by then.
+    /// The time since which delivery is checked, and the bytes of pages that were delivered by then.
     judged: Option<(Duration, u64)>,
-    /// Bytes per second that the wire took when it held the lane up.
+    /// The bytes per second that the wire took when it limited the lane.
     wire: f64,
-    /// Bytes of contents that were compressed since the lane was measured, and the time that it took.
+    /// The bytes of pages that were compressed since the last measurement, and the time that it took.
     compressed: (u64, Duration),
-    /// Not before this moment,
+    /// The lane does not compress before this time.
     not_before: Duration,
-    /// and so long the next time.
+    /// The next time for which the lane does not compress.
     rest: Duration,
-    /// Frames that are passed over yet,
+    /// The number of frames that are still to be skipped.
     pass_over: u32,
-    /// and how many after the next one that would not become smaller.
+    /// The number of frames that are skipped after the next one that would not become smaller.
     poor: u32,
 }
 
@@ -106,17 +107,17 @@ impl Default for Compression {
 }
 
 impl Compression {
-    /// The lane had nothing to send: what is measured begins anew.
+    /// Notes that the lane had nothing to send, so that the measurement begins anew.
     pub fn idle(&mut self) {
         (self.measured, self.judged) = (None, None);
     }
 
-    /// Whether enough time has passed at `now`, a time since any fixed moment, to [observe](Self::observe).
+    /// Tells whether enough time has passed at `now`, a time since any fixed moment, to [observe](Self::observe).
     pub fn is_due(&self, now: Duration) -> bool {
         self.measured.is_none_or(|(since, _)| now.saturating_sub(since) >= PERIOD)
     }
 
-    /// Takes in what the lane has done until `now`.
+    /// Takes what the lane has done until `now`, a time since any fixed moment.
     pub fn observe(&mut self, now: Duration, load: Load) {
         let Some((before, past)) = self.measured.replace((now, load)) else { return };
         let seconds = now.saturating_sub(before).as_secs_f64();
@@ -154,7 +155,7 @@ impl Compression {
         }
     }
 
-    /// Whether less gets across than did without compressing, everything included that it takes.
+    /// Tells whether the lane delivers less than it did without compression, including all costs.
     fn falls_behind(&mut self, now: Duration, load: &Load) -> bool {
         let (from, contents_bytes) = *self.judged.get_or_insert((now, load.contents_bytes));
         let took = now.saturating_sub(from);
@@ -165,7 +166,7 @@ impl Compression {
         (load.contents_bytes.saturating_sub(contents_bytes) as f64) < self.wire * took.as_secs_f64()
     }
 
-    /// Whether to look at what a few pages of a frame with so many bytes of contents would become.
+    /// Tells whether to compress a few pages of a frame with this many bytes of pages, as a sample.
     pub fn wants_sample(&mut self, bytes: u64) -> bool {
         if self.since.is_none() || self.looking || bytes < LEAST_BYTES {
             return false;
@@ -175,12 +176,13 @@ impl Compression {
         !passed_over
     }
 
-    /// So many bytes of a frame would become so many: whether to compress all of it.
+    /// Takes a sample of a frame, of which `bytes` became `compressed` bytes. Returns whether to compress the whole frame.
     pub fn judge_sample(&mut self, bytes: u64, compressed: u64) -> bool {
         self.judge(bytes, compressed)
     }
 
-    /// A frame was compressed from so many bytes to so many: whether to send it so.
+    /// Takes a frame of which `bytes` became `compressed` bytes in the time that it `took`. Returns whether to send it
+    /// compressed.
     pub fn judge_frame(&mut self, bytes: u64, compressed: u64, took: Duration) -> bool {
         self.compressed.0 += bytes;
         self.compressed.1 += took;

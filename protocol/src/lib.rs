@@ -1,9 +1,9 @@
 //! Memlane's formats and decisions.
 //!
-//! What crosses a socket is described in [`wire`]; what to do next is decided in
-//! [`bandwidth`], [`compression`], [`convergence`], [`handover`], [`liveness`], [`throttle`] and [`window`], as plain
-//! state machines that take events and return actions. Nothing here opens a socket or reads a clock, so
-//! that the daemon, the tests and a simulator drive the same code.
+//! [`wire`] describes what crosses a socket. [`bandwidth`], [`compression`], [`convergence`], [`handover`],
+//! [`liveness`], [`throttle`] and [`window`] decide what to do next, as plain state machines that take events and return
+//! actions. This crate opens no socket and reads no clock, so that the daemon, the tests and a simulator drive the same
+//! code.
 #![forbid(unsafe_code)]
 
 pub mod bandwidth;

@@ -1,61 +1,61 @@
-//! [`Liveness`]: whether the way to the other end still carries anything.
+//! [`Liveness`] tells whether a connection still carries anything.
 //!
-//! The other end's kernel acknowledges what arrives, however busy its daemon is. So a connection that has
-//! something on its way, and hears nothing for several times as long as an answer takes, has lost its way: a
-//! port that is down, or one that silently drops everything.
+//! The other end's kernel acknowledges what arrives, however busy its daemon is. So if something is in flight and no
+//! acknowledgement comes for several times as long as an answer takes, the path is broken: a port is down, or drops
+//! everything silently.
 
 use std::time::Duration;
 
-/// The shortest time after which TCP sends anew what was not acknowledged, beyond the round trip
-/// (`TCP_RTO_MIN` of Linux).
+/// The shortest time, beyond the round trip, after which TCP retransmits what was not acknowledged (`TCP_RTO_MIN` of
+/// Linux).
 const LEAST_VARIATION: Duration = Duration::from_millis(200);
 
-/// As many times as long as TCP waits before it sends anew are silence.
+/// A connection is silent after this many times the time that TCP waits before it retransmits.
 const TIMES: u32 = 3;
 
-/// A connection as the kernel tells of it.
+/// What the kernel says about a connection (`struct tcp_info` of Linux).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Vitals {
-    /// Since the other end was heard last.
+pub struct TcpInfo {
+    /// The time since the last acknowledgement arrived (`tcpi_last_ack_recv`).
     pub since_heard: Duration,
-    /// Something is on its way that the other end has not answered.
+    /// Whether something is in flight that the other end has not acknowledged (`tcpi_unacked`).
     pub unanswered: bool,
-    /// The round trip, lately.
+    /// The round-trip time (`tcpi_rtt`).
     pub round_trip: Duration,
-    /// How much the round trip varies.
+    /// The variation of the round-trip time (`tcpi_rttvar`).
     pub variation: Duration,
 }
 
-/// How a connection is.
+/// The condition of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Nothing is amiss.
+    /// Nothing is wrong.
     Well,
     /// An answer is overdue.
     Doubtful,
-    /// No answer came for so long.
+    /// No answer has come for this time.
     Silent(Duration),
 }
 
-/// What was seen of a connection so far.
+/// The observer of one connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Liveness {
-    /// Since when an answer is waited for without a sign of life.
+    /// The time since which an answer has been due without a sign of life.
     since: Option<Duration>,
 }
 
 impl Liveness {
-    /// Takes in how the connection is at `now`, a time since any fixed moment.
-    pub fn observe(&mut self, now: Duration, vitals: &Vitals) -> Condition {
-        if !vitals.unanswered {
+    /// Takes what the kernel says at `now`, a time since any fixed moment, and returns the condition of the connection.
+    pub fn observe(&mut self, now: Duration, info: &TcpInfo) -> Condition {
+        if !info.unanswered {
             self.since = None;
             return Condition::Well;
         }
         // It may have been idle before, and then it was not heard for a good reason.
-        let since = self.since.unwrap_or(now).max(now.saturating_sub(vitals.since_heard));
+        let since = self.since.unwrap_or(now).max(now.saturating_sub(info.since_heard));
         self.since = Some(since);
         let silence = now.saturating_sub(since);
-        let due = vitals.round_trip + (4 * vitals.variation).max(LEAST_VARIATION);
+        let due = info.round_trip + (4 * info.variation).max(LEAST_VARIATION);
         match silence {
             _ if silence > TIMES * due => Condition::Silent(silence),
             _ if silence > due => Condition::Doubtful,
@@ -74,23 +74,23 @@ mod tests {
         Duration::from_millis(milliseconds)
     }
 
-    fn vitals(since_heard: u64, unanswered: bool) -> Vitals {
-        Vitals { since_heard: ms(since_heard), unanswered, round_trip: ms(1), variation: ms(1) }
+    fn info(since_heard: u64, unanswered: bool) -> TcpInfo {
+        TcpInfo { since_heard: ms(since_heard), unanswered, round_trip: ms(1), variation: ms(1) }
     }
 
     #[test]
     fn silence_is_told_within_a_second_on_a_short_way() {
         let mut liveness = Liveness::default();
-        assert_eq!(liveness.observe(ms(1000), &vitals(10, true)), Condition::Well);
-        assert_eq!(liveness.observe(ms(1150), &vitals(160, true)), Condition::Well);
-        assert_eq!(liveness.observe(ms(1300), &vitals(310, true)), Condition::Doubtful);
-        assert_eq!(liveness.observe(ms(1650), &vitals(660, true)), Condition::Silent(ms(650)));
+        assert_eq!(liveness.observe(ms(1000), &info(10, true)), Condition::Well);
+        assert_eq!(liveness.observe(ms(1150), &info(160, true)), Condition::Well);
+        assert_eq!(liveness.observe(ms(1300), &info(310, true)), Condition::Doubtful);
+        assert_eq!(liveness.observe(ms(1650), &info(660, true)), Condition::Silent(ms(650)));
     }
 
     #[test]
     fn a_long_way_is_given_longer() {
         let mut liveness = Liveness::default();
-        let far = |since_heard| Vitals { round_trip: ms(150), ..vitals(since_heard, true) };
+        let far = |since_heard| TcpInfo { round_trip: ms(150), ..info(since_heard, true) };
         assert_eq!(liveness.observe(ms(0), &far(0)), Condition::Well);
         assert_eq!(liveness.observe(ms(1000), &far(1000)), Condition::Doubtful);
         assert_eq!(liveness.observe(ms(1100), &far(1100)), Condition::Silent(ms(1100)));
@@ -99,13 +99,13 @@ mod tests {
     #[test]
     fn an_idle_connection_owes_nothing() {
         let mut liveness = Liveness::default();
-        assert_eq!(liveness.observe(ms(9000), &vitals(8000, false)), Condition::Well);
+        assert_eq!(liveness.observe(ms(9000), &info(8000, false)), Condition::Well);
         // It has just begun to send.
-        assert_eq!(liveness.observe(ms(9050), &vitals(8050, true)), Condition::Well);
-        assert_eq!(liveness.observe(ms(9200), &vitals(8200, true)), Condition::Well);
+        assert_eq!(liveness.observe(ms(9050), &info(8050, true)), Condition::Well);
+        assert_eq!(liveness.observe(ms(9200), &info(8200, true)), Condition::Well);
         // And was idle again.
-        assert_eq!(liveness.observe(ms(9500), &vitals(0, false)), Condition::Well);
-        assert_eq!(liveness.observe(ms(20_000), &vitals(10_500, true)), Condition::Well);
+        assert_eq!(liveness.observe(ms(9500), &info(0, false)), Condition::Well);
+        assert_eq!(liveness.observe(ms(20_000), &info(10_500, true)), Condition::Well);
     }
 
     proptest! {
@@ -116,7 +116,7 @@ mod tests {
             let (mut liveness, mut now) = (Liveness::default(), 0);
             for (passed, since_heard, unanswered) in steps {
                 now += passed;
-                prop_assert_eq!(liveness.observe(ms(now), &vitals(since_heard, unanswered)), Condition::Well);
+                prop_assert_eq!(liveness.observe(ms(now), &info(since_heard, unanswered)), Condition::Well);
             }
         }
 
@@ -127,8 +127,8 @@ mod tests {
             let (mut liveness, mut now) = (Liveness::default(), 5000);
             let mut told = None;
             for passed in looks {
-                let vitals = Vitals { round_trip: ms(round_trip), ..vitals(now, true) };
-                if let Condition::Silent(silence) = liveness.observe(ms(now), &vitals) {
+                let info = TcpInfo { round_trip: ms(round_trip), ..info(now, true) };
+                if let Condition::Silent(silence) = liveness.observe(ms(now), &info) {
                     told.get_or_insert(silence);
                 }
                 now += passed;

@@ -1,54 +1,51 @@
-//! [`Bucket`]: a bound on how many pages go per second, and [`Reach`]: how many at a time.
+//! The throttle of a guest's writes: [`TokenBucket`] bounds how many pages are released per second, and [`FaultAround`]
+//! decides how many are released at a time.
 
-mod reach;
+mod fault_around;
 
 use std::time::Duration;
 
-pub use reach::Reach;
+pub use fault_around::FaultAround;
 
-/// What may go at once although nothing went for a while, as time at the rate.
+/// The burst: after an idle time, as many pages may be released at once as the rate permits in this time.
 const BURST: Duration = Duration::from_millis(2);
 
-/// The same for a caller that was made to wait lately and comes later than it was told, as
-/// threads wake up late: what it may make up for.
+/// The burst of a caller that had to wait lately and comes later than it was told, because threads wake up late.
 const LATENESS: Duration = Duration::from_millis(50);
 
-/// A caller was made to wait lately if that wait ended within this.
+/// A caller had to wait lately if its wait ended within this time.
 const LATELY: Duration = Duration::from_millis(100);
 
-/// A page in the unit of [`Bucket::remainder`].
+/// A page in the unit of [`TokenBucket::remainder`].
 const NANOS_PER_SECOND: u128 = 1_000_000_000;
 
-/// A token bucket: on average so many pages go per second and no more, and whoever wants to
-/// let pages go is told how long to wait.
+/// A token bucket. On average it releases no more than its rate, and tells each caller how long to wait.
 ///
-/// It is kept as the time at which the next pages may go (virtual scheduling, as in the generic
-/// cell rate algorithm of ITU-T I.371), so it is exact at any rate: nothing is rounded away, and
-/// nothing depends on how often it is asked. Pages of one request go together, however many
-/// they are, and the next request waits for all of them.
+/// It keeps the time at which the next pages may be released (virtual scheduling, as in the generic cell rate algorithm
+/// of ITU-T I.371), so it is exact at any rate: nothing is rounded away, and nothing depends on how often it is asked.
+/// The pages of one request are released together, however many they are, and the next request waits for all of them.
 ///
-/// The clock is the caller's: durations since any one moment.
+/// The caller has the clock. Times are durations since any fixed moment.
 #[derive(Debug, Clone)]
-pub struct Bucket {
-    /// None: open.
+pub struct TokenBucket {
+    /// The rate, or `None` if everything is released at once.
     pages_per_second: Option<u64>,
-    /// When the next pages may go; in the past if fewer went than might have.
+    /// The time when the next pages may be released. It is in the past if fewer were released than the rate permits.
     next: Duration,
-    /// What `next` leaves out, in billionths of a page.
+    /// The remainder that `next` leaves out, in billionths of a page.
     remainder: u128,
-    /// When the last wait ended, or was being made up for.
+    /// The time when the last wait ended, or was being made up for.
     waited: Option<Duration>,
 }
 
-impl Bucket {
-    /// Lets `pages_per_second` go, one at least, the first of them `now`.
+impl TokenBucket {
+    /// Returns a bucket that releases `pages_per_second` (at least one), the first of them at `now`.
     pub fn new(pages_per_second: u64, now: Duration) -> Self {
         Self { pages_per_second: Some(pages_per_second.max(1)), next: now, remainder: 0, waited: None }
     }
 
-    /// Lets `pages_per_second` go from `now` on, one at least. Pages that have been let go and
-    /// are not paid for yet are paid for at the new rate; a wait that a caller has been told
-    /// stays as it is.
+    /// Sets the rate from `now` on to `pages_per_second` (at least one). Pages that were released ahead of the rate count
+    /// at the new rate. A wait that a caller has been told stays as it is.
     pub fn set_rate(&mut self, pages_per_second: u64, now: Duration) {
         let pages_per_second = pages_per_second.max(1);
         match self.pages_per_second.replace(pages_per_second) {
@@ -67,15 +64,15 @@ impl Bucket {
         self.remainder = 0;
     }
 
-    /// Lets everything go at once, until the next [`set_rate`](Self::set_rate).
+    /// Releases everything at once until the next [`set_rate`](Self::set_rate).
     pub fn open(&mut self) {
         self.pages_per_second = None;
         self.waited = None;
     }
 
-    /// Reserves the passage of `pages` pages for a caller that asks `now`, and tells how long it
-    /// has to wait before it lets them go. A caller that comes up to 50 ms later than it was told
-    /// has lost nothing: that much less it waits the next times.
+    /// Takes `pages` out of the bucket for a caller that asks at `now`, and returns how long the caller has to wait before
+    /// it releases them. A caller that comes up to 50 ms later than it was told loses nothing, because it waits that much
+    /// less the next times.
     pub fn take(&mut self, pages: u64, now: Duration) -> Duration {
         let Some(pages_per_second) = self.pages_per_second else { return Duration::ZERO };
 
@@ -94,7 +91,7 @@ impl Bucket {
     }
 }
 
-/// The longest there is, some 584 years, if there are too many.
+/// Returns a duration of `nanos`, or the longest duration in 64 bits (some 584 years) if there are too many.
 fn nanoseconds(nanos: u128) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }

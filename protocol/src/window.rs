@@ -1,50 +1,53 @@
-//! [`Window`]: how much a lane may have on its way.
+//! [`Window`] decides how much a lane may have in flight.
 //!
-//! Too little, and the line runs empty before acknowledgements are back; too much, and a slow port holds pages
-//! for long that the others could have sent, and that the end of a round or of the pause waits for. The right
-//! amount follows from what the lane delivers and from the round trip, and both are only known by measuring;
-//! at the end also from [what is left](hold).
+//! With too little in flight, the line runs empty before acknowledgements return. With too much, a slow port holds pages
+//! for a long time that others could have sent, and for which the end of an iteration or of the pause has to wait. The
+//! right amount follows from what the lane delivers and from the round trip, which are only known by measuring. Towards
+//! the end it also follows from [what is left](hold).
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// What a lane begins with,
+/// The smallest window that a lane begins with.
 const FIRST_BYTES: u64 = 1 << 20;
-/// or, on a long way, with what holds this many bytes per second there, so that it does not stand in TCP's
-/// way, which begins slowly itself and never sends faster for a sender that sends little,
+/// On a long path, a lane begins with the window that this rate in bytes per second needs there. So it does not limit
+/// TCP, which begins slowly itself and never becomes faster for a sender that sends little.
 const FIRST_RATE: f64 = 64e6;
-/// but no more than this, which a slow port would keep for long.
+/// The largest window that a lane begins with, because a slow port would hold more for a long time.
 const MOST_FIRST_BYTES: u64 = 16 << 20;
+/// The smallest window of a lane that has been measured.
 const LEAST_BYTES: u64 = 512 << 10;
+/// The largest window of a lane.
 const MOST_BYTES: u64 = 64 << 20;
-/// On a short way, where a round trip takes no time, a lane holds what it delivers in this time,
+/// On a short path, where a round trip takes no time, a lane has in flight what it delivers in this time.
 const HOLD: Duration = Duration::from_millis(30);
-/// but no more than this, which keeps a processor busy that wakes up late.
+/// On a short path, a lane has no more in flight than this, which keeps a processor busy that wakes up late.
 const MOST_HELD_BYTES: u64 = 4 << 20;
-/// and no less, where little is left, than what it delivers in this time: to wait for a processor takes as long.
+/// Where little is left, a lane still has in flight what it delivers in this time, because waiting for a processor takes
+/// as long.
 const LEAST_HOLD: Duration = Duration::from_millis(4);
-/// On a long way it has so many times on its way what a round trip takes: twice as much as the line holds, so
-/// that the next measurement shows whether it could be more.
+/// On a long path, a lane has in flight what it delivers in this many round trips. It is twice as much as the line
+/// holds, so that the next measurement shows whether it could be more.
 const ROUND_TRIPS: f64 = 2.0;
-/// Shortest time over which a rate is measured: acknowledgements come in bursts.
+/// The shortest time over which a rate is measured, because acknowledgements come in bursts.
 const SAMPLE: Duration = Duration::from_millis(20);
-/// Measurements of which the best one counts.
+/// The number of measurements of which the best one counts.
 const SAMPLES: usize = 8;
 
-/// Bytes of a small frame.
+/// The size of a small frame in bytes.
 const LEAST_FRAME_BYTES: u64 = 64 << 10;
-/// A lane holds at least this, however slow it is: two small frames.
+/// A lane has at least two small frames in flight, however slow it is.
 const LEAST_HELD_BYTES: u64 = 2 * LEAST_FRAME_BYTES;
-/// A window has room for so many frames.
+/// A window has room for this many frames.
 const FRAMES: u64 = 4;
-/// Frames on their way, where these are small: each takes memory at both ends.
+/// The smallest limit for the number of frames in flight. There is a limit because each takes memory at both ends.
 const LEAST_FRAMES: usize = 64;
 
-/// How much each lane may hold, as the time in which it delivers that, where all together deliver
-/// `bytes_per_second` and `left_bytes` wait for being claimed.
+/// Returns how much each lane may have in flight, as the time in which it delivers that. All lanes together deliver
+/// `bytes_per_second`, and `left_bytes` are not claimed yet.
 ///
-/// Half of what those take: whoever comes first would else hold all that is left at the end, while the others have
-/// nothing to do. So lanes of any speed are done at about the same time.
+/// It is half of the time that the rest takes. Otherwise one lane would claim all that is left at the end, while the
+/// others have nothing to do. So lanes of any speed finish at about the same time.
 pub fn hold(left_bytes: u64, bytes_per_second: u64) -> Duration {
     match bytes_per_second {
         0 => HOLD,
@@ -52,26 +55,26 @@ pub fn hold(left_bytes: u64, bytes_per_second: u64) -> Duration {
     }
 }
 
-/// A lane, when something was acknowledged.
+/// The state of a lane when something was acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// Bytes of pages that were acknowledged so far.
+    /// The number of bytes of pages that were acknowledged so far.
     pub acked_bytes: u64,
-    /// The shortest round trip that was seen lately.
+    /// The shortest round trip of the recent past.
     pub round_trip: Duration,
-    /// The lane could have sent more since it was looked at last, had the window been larger.
+    /// Whether a larger window would have let the lane send more since the last observation.
     pub full: bool,
 }
 
-/// How much a lane may have on its way.
+/// The window of one lane: how much it may have in flight.
 #[derive(Clone, Debug)]
 pub struct Window {
     bytes: u64,
-    /// What a long way holds of that.
+    /// The part of the window that a long path needs.
     on_the_line: u64,
-    /// What it began with, and has at least until it has been measured for a while.
+    /// The first window, which is the smallest until the lane has been measured for a while.
     first: u64,
-    /// Bytes per second, newest last.
+    /// The measured rates in bytes per second, newest last.
     rates: VecDeque<f64>,
     sample: Option<Sample>,
 }
@@ -84,18 +87,18 @@ struct Sample {
 }
 
 impl Window {
-    /// That of a lane with such a round trip, which has not sent anything.
+    /// Returns the window of a lane that has sent nothing yet and has this round trip.
     pub fn new(round_trip: Duration) -> Self {
         let first = on_the_line(FIRST_RATE, round_trip).clamp(FIRST_BYTES, MOST_FIRST_BYTES);
         Self { bytes: first, on_the_line: 0, first, rates: VecDeque::new(), sample: None }
     }
 
-    /// Bytes of pages that may be on their way.
+    /// Returns how many bytes of pages may be in flight.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The same if no more may be [held](hold) than is delivered in this time.
+    /// Returns how many bytes of pages may be in flight if the lane may [hold] no more than it delivers in this time.
     pub fn bytes_held(&self, hold: Duration) -> u64 {
         if hold >= HOLD || self.rates.is_empty() {
             return self.bytes;
@@ -103,27 +106,27 @@ impl Window {
         delivered_in(self.best(), hold).max(self.on_the_line).max(LEAST_HELD_BYTES).min(self.bytes)
     }
 
-    /// Bytes per second that the lane delivers at its best; 0 before that was measured.
+    /// Returns the bytes per second that the lane delivers at its best, or 0 before that was measured.
     pub fn bytes_per_second(&self) -> u64 {
         self.best() as u64
     }
 
-    /// Frames that may be on their way.
+    /// Returns how many frames may be in flight.
     pub fn frames(&self) -> usize {
         ((self.bytes / LEAST_FRAME_BYTES) as usize).max(LEAST_FRAMES)
     }
 
-    /// Bytes of pages that one frame may have.
+    /// Returns how many bytes of pages one frame may have if the lane may [hold] no more than it delivers in this time.
     pub fn frame_bytes(&self, hold: Duration) -> u64 {
         (self.bytes_held(hold) / FRAMES).max(LEAST_FRAME_BYTES)
     }
 
-    /// Nothing is on its way and there is nothing to send: what is measured begins with what is sent next.
+    /// Notes that nothing is in flight and nothing is to be sent. The next measurement begins with what is sent next.
     pub fn rest(&mut self) {
         self.sample = None;
     }
 
-    /// Takes in how the lane is at `now`, a time since any fixed moment.
+    /// Takes the state of the lane at `now`, a time since any fixed moment.
     pub fn observe(&mut self, now: Duration, flow: &Flow) {
         let Flow { acked_bytes, round_trip, full } = *flow;
         let sample = self.sample.get_or_insert(Sample { since: now, acked_bytes, full: false });

@@ -1,89 +1,89 @@
-//! How long the pause would be, and how far such forecasts were off before.
+//! Forecasts of the pause, and their errors in the past.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Round trips within the pause: the last pages and their acknowledgement, the state and `Ready`,
-/// `Commit` and `Running`.
+/// The number of round trips within the pause: the last pages and their acknowledgement, the state and `Ready`, `Commit`
+/// and `Running`.
 const ROUND_TRIPS: u32 = 3;
 
-/// Errors that count.
+/// The number of past errors that count.
 const WINDOW: usize = 16;
-/// The margin is never less: no two pauses are alike.
+/// The smallest margin, because no two pauses are alike.
 const MARGIN_FLOOR: Duration = Duration::from_millis(3);
-/// Stands for experience while there is none, in seconds: a margin of 20 ms.
+/// The errors in seconds that are assumed before any was measured. They give a margin of 20 ms.
 const ASSUMED_ERRORS: [f64; 2] = [-0.010, 0.010];
-/// An error beyond this, in seconds, is a mishap to learn no more from than this.
+/// The largest error in seconds that is learnt. A larger one is an accident, and counts as this one.
 const WORST_ERROR: f64 = 60.0;
 
-/// How much a new measurement of a term counts against all before it.
+/// The weight of a new measurement of a term against all before it.
 const WEIGHT: f64 = 0.3;
 
-/// What a forecast is made from, as it is now.
+/// The present conditions on which a forecast is based.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Conditions {
     /// What the lanes deliver, in bytes per second ([`crate::bandwidth::Bandwidth`]).
     pub bandwidth: Option<f64>,
-    /// There and back, on the control connection or on the lanes, whichever takes longer.
+    /// The round trip on the control connection or on the lanes, whichever is longer.
     pub round_trip: Duration,
-    /// Digesting all memory at both ends, bytes by rate; zero unless it was ordered.
+    /// The time to compute digests of all memory at both ends, or zero if they were not ordered.
     pub verify: Duration,
 }
 
-/// The pause that a switchover now would mean, term by term.
+/// The pause that a switchover would cause now, term by term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forecast {
-    /// Sending the remaining pages.
+    /// The time to send the remaining pages.
     pub transfer: Duration,
-    /// Waiting for the other host's answers.
+    /// The time to wait for the other host's answers.
     pub round_trips: Duration,
-    /// Pausing the guest and saving the VMM's state.
+    /// The time to pause the guest and to save the VMM's state.
     pub save: Duration,
-    /// Loading it.
+    /// The time to load the VMM's state.
     pub load: Duration,
-    /// The three durable records that the handover takes (prepared, committed, running).
+    /// The time to write the three durable records of the handover (prepared, committed, running).
     pub journal: Duration,
-    /// Until the guest runs once the VMM is told to resume it.
+    /// The time from the command to resume until the guest runs.
     pub resume: Duration,
-    /// Comparing digests.
+    /// The time to compare digests.
     pub verify: Duration,
-    /// For the error that past forecasts had. Not part of the [`total`](Self::total).
+    /// The margin for the error that past forecasts had. It is not part of the [`total`](Self::total).
     pub margin: Duration,
 }
 
 impl Forecast {
-    /// The pause expected.
+    /// Returns the expected pause, without its margin.
     pub fn total(&self) -> Duration {
         [self.transfer, self.round_trips, self.save, self.load, self.journal, self.resume, self.verify]
             .into_iter()
             .fold(Duration::ZERO, Duration::saturating_add)
     }
 
-    /// What of it is still to come when the source begins to write the commit: that record and the
-    /// destination's, the word between them, and the guest's start. It can be taken back only until then.
+    /// Returns the part of the pause after the source has begun to write the commit: that record and the destination's, the
+    /// message between them, and the guest's start. Until then, the source can still keep the guest.
     pub fn after_commit(&self) -> Duration {
         let (records, words) = (self.journal * 2 / 3, self.round_trips / (2 * ROUND_TRIPS));
         [records, words, self.resume].into_iter().fold(Duration::ZERO, Duration::saturating_add)
     }
 
-    /// The pause that will hardly be exceeded: what must fit the limit.
+    /// Returns the pause with its margin, which must fit the limit.
     pub fn with_margin(&self) -> Duration {
         self.total().saturating_add(self.margin)
     }
 }
 
-/// What a pause turned out to be.
+/// The measured pause of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Measured {
-    /// From the guest's last instruction here to its first there.
+    /// The time from the guest's last instruction at the source to its first at the destination.
     pub downtime: Duration,
-    /// Pausing the guest and saving the VMM's state.
+    /// The time to pause the guest and to save the VMM's state.
     pub save: Duration,
-    /// Loading it.
+    /// The time to load the VMM's state.
     pub load: Duration,
-    /// All durable records within the pause.
+    /// The time to write all durable records within the pause.
     pub journal: Duration,
-    /// From telling the VMM to resume until the guest ran.
+    /// The time from the command to resume until the guest ran.
     pub resume: Duration,
 }
 
@@ -97,7 +97,7 @@ pub struct Predictor {
     load: Term,
     journal: Term,
     resume: Term,
-    /// Actual less predicted, in seconds, oldest first.
+    /// The errors (actual less predicted) in seconds, oldest first.
     errors: VecDeque<f64>,
 }
 
@@ -108,7 +108,7 @@ impl Default for Predictor {
 }
 
 impl Predictor {
-    /// With assumptions in place of experience.
+    /// Returns a predictor with assumptions in place of measurements.
     pub fn new() -> Self {
         Self {
             save: Term::assumed(Duration::from_millis(5)),
@@ -119,7 +119,7 @@ impl Predictor {
         }
     }
 
-    /// The pause if `remaining_bytes` were left to send.
+    /// Returns the pause if `remaining_bytes` were left to send.
     pub fn forecast(&self, remaining_bytes: u64, now: &Conditions) -> Forecast {
         Forecast {
             transfer: transfer(remaining_bytes, now.bandwidth),
@@ -133,7 +133,7 @@ impl Predictor {
         }
     }
 
-    /// Learns from a pause: `predicted` is the forecast on which it was decided.
+    /// Learns from a pause, for which `predicted` was forecast.
     pub fn learn(&mut self, predicted: &Forecast, actual: &Measured) {
         self.save.learn(actual.save);
         self.load.learn(actual.load);
@@ -147,7 +147,7 @@ impl Predictor {
         self.errors.push_back(error.clamp(-WORST_ERROR, WORST_ERROR));
     }
 
-    /// The margin that forecasts get at present.
+    /// Returns the margin that forecasts have at present.
     pub fn margin(&self) -> Duration {
         let count = self.errors.len() as f64;
         let mean = self.errors.iter().sum::<f64>() / count;
@@ -176,7 +176,7 @@ impl Term {
     }
 }
 
-/// The time that `bytes` take; beyond all limits if nothing is known of the lanes.
+/// Returns the time that `bytes` take, which is beyond all limits if the bandwidth is not known.
 fn transfer(bytes: u64, bandwidth: Option<f64>) -> Duration {
     match bandwidth {
         _ if bytes == 0 => Duration::ZERO,
@@ -185,7 +185,7 @@ fn transfer(bytes: u64, bandwidth: Option<f64>) -> Duration {
     }
 }
 
-/// A duration of so many seconds: none if negative, the longest there is if too many.
+/// Returns a duration of `seconds`, which is zero for a negative number and the longest duration for a too large one.
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
 }

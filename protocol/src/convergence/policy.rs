@@ -1,52 +1,52 @@
-//! What an order allows.
+//! What an order allows a migration to do.
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// What the order allows.
+/// What an order allows a migration to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// The longest pause that the guest may see.
     pub downtime_limit: Duration,
-    /// Rounds after which no more are copied, stunned ones included.
-    pub max_rounds: u32,
+    /// The largest number of iterations, including those with a stunned guest.
+    pub max_iterations: u32,
     /// What to do about a guest that outruns the lanes.
     pub converge: Converge,
-    /// How much of its writing a guest may lose to being stunned, at most: 0 to 99.
+    /// The largest share of its rate of writes that a guest may lose to a stun, in percent: 0 to 99.
     pub max_stun_percent: u8,
-    /// Post-copy for a guest that does not outrun the lanes, too.
+    /// When post-copy begins even for a guest that does not outrun the lanes, if ever.
     pub postcopy: Option<Postcopy>,
 }
 
 /// What to do about a guest that writes faster than the lanes deliver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Converge {
-    /// Leave it where it is.
+    /// The guest is left where it is.
     None,
-    /// Slow its writes, within [`Policy::max_stun_percent`]; if that is not enough, leave it.
+    /// The guest is stunned within [`Policy::max_stun_percent`]. If that is not enough, it is left where it is.
     Stun,
-    /// Let it run at the destination while the rest of its memory is fetched.
+    /// The guest runs at the destination while the rest of its memory is fetched.
     Postcopy,
-    /// Slow its writes, within [`Policy::max_stun_percent`]; if that is not enough, post-copy.
+    /// The guest is stunned within [`Policy::max_stun_percent`]. If that is not enough, post-copy begins.
     Auto,
 }
 
-/// When an order wants post-copy whatever the guest does.
+/// When post-copy begins, whatever the guest does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Postcopy {
-    /// Before any round.
+    /// Post-copy begins before any iteration.
     Now,
-    /// After the first round.
+    /// Post-copy begins after the first iteration.
     Hybrid,
 }
 
-/// A word that names no [`Converge`].
+/// A word does not name a [`Converge`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no way to converge: use `stun`, `postcopy`, `auto` or `none`")]
 pub struct UnknownConverge(pub String);
 
-/// A word that names no [`Postcopy`].
+/// A word does not name a [`Postcopy`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no moment for post-copy: use `now` or `hybrid`")]
 pub struct UnknownPostcopy(pub String);
@@ -55,7 +55,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             downtime_limit: Duration::from_millis(300),
-            max_rounds: 50,
+            max_iterations: 50,
             converge: Converge::None,
             max_stun_percent: 99,
             postcopy: None,
@@ -64,7 +64,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// The share of its writing that a guest keeps at least.
+    /// Returns the share of its rate of writes that a guest keeps at least.
     pub(super) fn kept_share(&self) -> f64 {
         f64::from(100 - self.max_stun_percent.min(99)) / 100.0
     }

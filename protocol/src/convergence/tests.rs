@@ -23,7 +23,7 @@ struct Writes {
 struct Simulated {
     decision: Decision,
     forecast: Forecast,
-    rounds: u32,
+    iterations: u32,
     bytes_sent: u64,
     remaining: u64,
 }
@@ -47,13 +47,13 @@ fn simulate(guest: &[Writes], limit: Duration) -> Simulated {
         });
         let dirtied_pages = dirtied_pages.sum();
         remaining = dirtied_pages * PAGE_SIZE;
-        let round = Round { number, duration, dirtied_pages, remaining_bytes: remaining };
-        let Verdict { decision, forecast, .. } = convergence.after_round(&round, &now, &predictor);
+        let iteration = Iteration { number, duration, dirtied_pages, remaining_bytes: remaining };
+        let Verdict { decision, forecast, .. } = convergence.after_iteration(&iteration, &now, &predictor);
         if decision != Decision::Continue {
-            return Simulated { decision, forecast, rounds: number, bytes_sent, remaining };
+            return Simulated { decision, forecast, iterations: number, bytes_sent, remaining };
         }
     }
-    unreachable!("rounds are limited")
+    unreachable!("iterations are limited")
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn an_idle_guest_pauses_for_next_to_nothing() {
     let guest = [Writes { working_set: 4 * MIB, bytes_per_second: 200.0 * 4096.0 }];
     let end = simulate(&guest, 300 * MS);
     assert_eq!(end.decision, Decision::SwitchOver);
-    assert!(end.rounds <= 2, "{} rounds", end.rounds);
+    assert!(end.iterations <= 2, "{} iterations", end.iterations);
     assert!(end.remaining < MIB && end.forecast.transfer < MS);
 }
 
@@ -70,7 +70,7 @@ fn a_small_working_set_written_flat_out_is_switched_over_at_once() {
     let guest = [Writes { working_set: 8 * MIB, bytes_per_second: 5e9 }];
     let end = simulate(&guest, 300 * MS);
     assert_eq!(end.decision, Decision::SwitchOver);
-    assert!(end.rounds <= 3, "{} rounds", end.rounds);
+    assert!(end.iterations <= 3, "{} iterations", end.iterations);
     assert!(end.bytes_sent < RAM + 32 * MIB);
 }
 
@@ -80,7 +80,7 @@ fn a_third_of_the_wire_over_all_memory_converges() {
     let end = simulate(&guest, 300 * MS);
     assert_eq!(end.decision, Decision::SwitchOver);
     assert!(end.forecast.total() < 40 * MS, "the limit is no target: {:?}", end.forecast);
-    assert!(end.rounds <= 8, "{} rounds", end.rounds);
+    assert!(end.iterations <= 8, "{} iterations", end.iterations);
     assert!(end.bytes_sent < RAM * 17 / 10);
 }
 
@@ -92,7 +92,7 @@ fn hot_pages_are_sent_in_the_pause_and_cold_ones_before() {
     ];
     let end = simulate(&guest, 300 * MS);
     assert_eq!(end.decision, Decision::SwitchOver);
-    assert!(end.rounds <= 6, "{} rounds", end.rounds);
+    assert!(end.iterations <= 6, "{} iterations", end.iterations);
     assert!(end.remaining < 80 * MIB);
     assert!(end.bytes_sent < RAM * 3 / 2);
 }
@@ -103,16 +103,16 @@ fn a_guest_that_writes_faster_than_the_wire_is_left_where_it_is() {
     let end = simulate(&guest, 300 * MS);
     let Decision::GiveUp { why } = end.decision else { panic!("{:?}", end.decision) };
     assert_eq!(why.reason, Reason::StoppedShrinking);
-    assert!(end.rounds <= 5, "{} rounds", end.rounds);
+    assert!(end.iterations <= 5, "{} iterations", end.iterations);
     assert!(end.bytes_sent <= 5 * RAM);
 }
 
 #[test]
-fn rounds_that_shrink_slowly_go_on() {
+fn iterations_that_shrink_slowly_go_on() {
     let guest = [Writes { working_set: 16 * GIB, bytes_per_second: WIRE * 0.95 }];
     let end = simulate(&guest, 500 * MS);
     assert_eq!(end.decision, Decision::SwitchOver);
-    assert!(end.rounds > 10 && end.rounds < 50, "{} rounds", end.rounds);
+    assert!(end.iterations > 10 && end.iterations < 50, "{} iterations", end.iterations);
 }
 
 #[test]
@@ -120,24 +120,24 @@ fn a_port_that_dies_is_no_reason_to_give_up() {
     let mut convergence = Convergence::new(Policy { downtime_limit: 60 * MS, ..Policy::default() });
     let predictor = Predictor::new();
     for (number, remaining_mib) in (1..).zip([400, 200, 100, 400, 320, 256, 205, 164]) {
-        let round = Round {
+        let iteration = Iteration {
             number,
             duration: 400 * MS,
             dirtied_pages: remaining_mib * MIB / PAGE_SIZE,
             remaining_bytes: remaining_mib * MIB,
         };
         let bandwidth = if number < 4 { 1e9 } else { 3e8 };
-        let verdict = convergence.after_round(&round, &conditions(bandwidth), &predictor);
-        assert_eq!(verdict.decision, Decision::Continue, "round {number}");
+        let verdict = convergence.after_iteration(&iteration, &conditions(bandwidth), &predictor);
+        assert_eq!(verdict.decision, Decision::Continue, "iteration {number}");
     }
 }
 
 #[test]
-fn a_limit_that_no_round_can_meet_is_found_after_the_first() {
+fn a_limit_that_no_iteration_can_meet_is_found_after_the_first() {
     let guest = [Writes { working_set: RAM, bytes_per_second: 100e6 }];
     let end = simulate(&guest, 10 * MS);
     let Decision::GiveUp { why } = end.decision else { panic!("{:?}", end.decision) };
-    assert_eq!((why.reason, end.rounds), (Reason::LimitTooShort, 1));
+    assert_eq!((why.reason, end.iterations), (Reason::LimitTooShort, 1));
     assert_eq!(
         why.to_string(),
         "even with nothing left to send, the pause would take 39 ms, and the limit is 10 ms: \
@@ -148,7 +148,7 @@ fn a_limit_that_no_round_can_meet_is_found_after_the_first() {
 #[test]
 fn the_reason_has_the_figures_and_the_remedy() {
     let figures = Figures {
-        round: 7,
+        iteration: 7,
         dirty_bytes_per_second: 412e6,
         bandwidth: Some(120e6),
         remaining_bytes: 310_000_000,
@@ -164,7 +164,7 @@ fn the_reason_has_the_figures_and_the_remedy() {
          is 300 ms: raise the downtime limit above that, add ports, or try when the guest writes less"
     );
     let figures = Figures { bandwidth: None, downtime: Duration::MAX, ..figures };
-    let unknown = Why { reason: Reason::TooManyRounds, figures };
+    let unknown = Why { reason: Reason::TooManyIterations, figures };
     assert!(
         unknown.to_string().contains("delivered nothing; with 310.0 MB left the pause would take more than")
     );
@@ -252,13 +252,13 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn any_round()(
+    fn any_iteration()(
         number in any::<u32>(),
         duration in durations(),
         dirtied_pages in amounts(),
         remaining_bytes in amounts(),
-    ) -> Round {
-        Round { number, duration, dirtied_pages, remaining_bytes }
+    ) -> Iteration {
+        Iteration { number, duration, dirtied_pages, remaining_bytes }
     }
 }
 
@@ -281,25 +281,25 @@ prop_compose! {
 proptest! {
     #[test]
     fn whatever_it_is_told_it_ends_in_time_and_keeps_the_limit(
-        rounds in prop::collection::vec((any_round(), prop_oneof![any_conditions(), likely_conditions()]), 1..60),
+        iterations in prop::collection::vec((any_iteration(), prop_oneof![any_conditions(), likely_conditions()]), 1..60),
         predictor in prop_oneof![Just(Predictor::new()), any_predictor()],
         downtime_limit in durations(),
-        (max_rounds, converge, max_stun_percent, postcopy) in
+        (max_iterations, converge, max_stun_percent, postcopy) in
             (0..50u32, ways(), any::<u8>(), prop::option::weighted(0.1, Just(Postcopy::Hybrid))),
     ) {
-        let policy = Policy { downtime_limit, max_rounds, converge, max_stun_percent, postcopy };
+        let policy = Policy { downtime_limit, max_iterations, converge, max_stun_percent, postcopy };
         let may_stun = converge.may_stun();
         let may_post = converge.may_postcopy() || postcopy.is_some();
         let mut convergence = Convergence::new(policy);
-        for (index, (round, now)) in (1u32..).zip(&rounds) {
-            let verdict = convergence.after_round(round, now, &predictor);
+        for (index, (iteration, now)) in (1u32..).zip(&iterations) {
+            let verdict = convergence.after_iteration(iteration, now, &predictor);
             let fits = verdict.forecast.with_margin() <= downtime_limit;
             prop_assert!(!verdict.to_string().is_empty());
             prop_assert!(verdict.forecast_after_another.total() <= verdict.forecast.total());
             match verdict.decision {
-                Decision::Continue => prop_assert!(index < max_rounds),
+                Decision::Continue => prop_assert!(index < max_iterations),
                 Decision::Stun { pages_per_second, .. } => {
-                    prop_assert!(may_stun && index < max_rounds && !fits);
+                    prop_assert!(may_stun && index < max_iterations && !fits);
                     prop_assert_eq!(convergence.stun_target(now.bandwidth), Some(pages_per_second));
                     prop_assert!(pages_per_second >= 256, "{pages_per_second}");
                 }
@@ -339,7 +339,7 @@ proptest! {
 
     #[test]
     fn a_longer_limit_never_makes_it_give_up(
-        rounds in prop::collection::vec(any_round(), 1..20),
+        iterations in prop::collection::vec(any_iteration(), 1..20),
         now in likely_conditions(),
         limit in 0..1000u32,
         longer in 0..1000u32,
@@ -347,14 +347,14 @@ proptest! {
         let predictor = Predictor::new();
         let policy = |milliseconds: u32| Policy {
             downtime_limit: milliseconds * MS,
-            max_rounds: 10,
+            max_iterations: 10,
             ..Policy::default()
         };
         let mut strict = Convergence::new(policy(limit));
         let mut lenient = Convergence::new(policy(limit + longer));
-        for round in &rounds {
-            let strict = strict.after_round(round, &now, &predictor).decision;
-            let lenient = lenient.after_round(round, &now, &predictor).decision;
+        for iteration in &iterations {
+            let strict = strict.after_iteration(iteration, &now, &predictor).decision;
+            let lenient = lenient.after_iteration(iteration, &now, &predictor).decision;
             match (strict, lenient) {
                 (Decision::Continue, Decision::Continue) => {}
                 (_, Decision::GiveUp { .. }) => {

@@ -1,9 +1,9 @@
-//! Decisions and their figures, in words for operators.
+//! The texts of decisions and their figures, for operators.
 
 use std::fmt;
 use std::time::Duration;
 
-use super::{Decision, Figures, Reason, Verdict, Why};
+use super::decision::{Decision, Figures, Reason, Verdict, Why};
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -82,16 +82,16 @@ impl fmt::Display for Figures {
     }
 }
 
-/// What was found, without what could be done about it.
+/// The text of what was found, without what could be done about it.
 struct Finding<'a>(&'a Why);
 
 impl fmt::Display for Finding<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Why { reason, figures } = self.0;
-        let round = figures.round;
+        let iteration = figures.iteration;
         match (reason, figures.stun) {
-            (Reason::Ordered, _) if round == 0 => return f.write_str("as ordered, before any round"),
-            (Reason::Ordered, _) => write!(f, "as ordered, after round {round}: ")?,
+            (Reason::Ordered, _) if iteration == 0 => return f.write_str("as ordered, before any round"),
+            (Reason::Ordered, _) => write!(f, "as ordered, after round {iteration}: ")?,
             (Reason::LimitTooShort, _) => {
                 let (downtime, limit) =
                     (Milliseconds(figures.downtime), Milliseconds(figures.downtime_limit));
@@ -104,21 +104,21 @@ impl fmt::Display for Finding<'_> {
             (Reason::StunTooWeak, Some(stun)) => {
                 let (needed, allowed) = (stun.percent(), stun.max_percent);
                 write!(f, "it would have to lose {needed} % of its writes, and may lose {allowed} % ")?;
-                write!(f, "(round {round}): ")?;
+                write!(f, "(round {iteration}): ")?;
             }
             (Reason::StoppedShrinking | Reason::StunTooWeak, _) => {
-                write!(f, "rounds have stopped shrinking (round {round}): ")?;
+                write!(f, "rounds have stopped shrinking (round {iteration}): ")?;
             }
-            (Reason::ShrinkingSlowly, _) => write!(f, "rounds shrink too slowly (round {round}): ")?,
-            (Reason::TooManyRounds, _) => {
-                write!(f, "the guest does not fit into its pause after {round} rounds: ")?;
+            (Reason::ShrinkingSlowly, _) => write!(f, "rounds shrink too slowly (round {iteration}): ")?,
+            (Reason::TooManyIterations, _) => {
+                write!(f, "the guest does not fit into its pause after {iteration} rounds: ")?;
             }
         }
         figures.fmt(f)
     }
 }
 
-/// A rate as operators of hosts and of networks know it.
+/// The text of a rate in the units of operators of hosts and of networks.
 struct Rate(f64);
 
 impl fmt::Display for Rate {
@@ -147,7 +147,7 @@ impl fmt::Display for Milliseconds {
     }
 }
 
-/// A number with its thousands set apart.
+/// The text of a number with separated thousands.
 struct Grouped(u64);
 
 impl fmt::Display for Grouped {

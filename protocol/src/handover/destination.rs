@@ -1,8 +1,12 @@
-//! The half that is given the guest.
+//! The role of the host that is given the guest.
 
-use super::{Action, Event, Message, Outcome, Phase, Record, Resolution, WrongRecord};
+use super::action::Action;
+use super::event::{Event, Resolution};
+use super::message::Message;
+use super::outcome::{Outcome, Phase};
+use super::record::{Record, WrongRecord};
 
-/// The destination's half of the handover of one guest.
+/// The destination's role in the handover of one guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Destination {
     state: State,
@@ -10,12 +14,12 @@ pub struct Destination {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum State {
-    // Free to give up.
+    // This host may give up by itself.
     Accepting,
     Receiving,
 
-    // In doubt.
-    /// `Prepared` is being written. An abort that comes now comes again in answer to `Ready`.
+    // This host is in doubt.
+    /// `Prepared` is being written. An abort that comes now is ignored, because it comes again in answer to `Ready`.
     Preparing,
     Prepared,
     /// The daemon was restarted, and the VMM has not said yet whether it runs the guest. Until it does,
@@ -25,79 +29,80 @@ enum State {
         incomplete: bool,
     },
 
-    // The guest is ours.
-    /// `Running` is being written; the VMM has not been told to run.
+    // This host owns the guest.
+    /// `Running` is being written, and the VMM has not been told to run the guest.
     Starting,
     /// The VMM was seen to run the guest, of which the journal says no more than `Prepared`. `Running` is to
     /// be written again; `writing` tells whether the journal is at it.
     Unrecorded {
         writing: bool,
     },
-    /// The VMM has been told to run: if it vanishes now, nobody knows whether it did.
+    /// The VMM has been told to run the guest. If it vanishes now, it is not known whether it did.
     Resuming,
-    /// It runs, and part of its memory is still at the source.
+    /// The guest runs, and part of its memory is still at the source.
     Fetching,
     Running,
-    /// Nothing will make it whole any more, or it has ended before that was known.
+    /// The guest will never be whole, or it has ended before it was known to be whole.
     Lost,
     Finished,
 
     // The guest has never run here and never will.
-    /// `Declined` is to be written; `writing` tells whether the journal is at it.
+    /// `Declined` is to be written, and `writing` tells whether the journal is writing it.
     Declining {
         writing: bool,
         outcome: Outcome,
     },
-    /// Nothing is forgotten before the VMM is gone and the source has heard.
+    /// The promise is durable. It is forgotten when the VMM is gone and the source has received it.
     Declined {
         discarded: bool,
         heard: bool,
     },
-    /// The source has taken the guest back; the VMM is being discarded.
+    /// The source keeps the guest, and the VMM is being discarded.
     Discarding,
     Discarded,
 }
 
 impl Destination {
-    /// Begins, when an offer has come: the daemon is to look whether it can be met, and to say
-    /// [`Event::Accepted`] or [`Event::Refused`].
-    #[allow(clippy::new_without_default, reason = "a half is made for an offer, not by default")]
+    /// Begins when an offer has come. The daemon checks whether the offer can be met, and says [`Event::Accepted`] or
+    /// [`Event::Refused`].
+    #[allow(clippy::new_without_default, reason = "a role begins with an offer, not by default")]
     pub fn new() -> Self {
         Self { state: State::Accepting }
     }
 
-    /// Takes up a migration after the daemon was restarted, from the last record that the
-    /// journal holds of it. The VMM is to be heard: [`Event::Owned`] if it runs the guest,
-    /// [`Event::Waits`] if it does not, [`Event::VmmGone`] if it is no longer there; if the guest
-    /// cannot run here since nobody knows which of its pages are missing, [`Event::ResumeFailed`] as
-    /// well, which gives back what was only prepared as soon as the VMM has said that it waits, or has
-    /// ended. To be called as well, with `None`, for a
-    /// VMM that has loaded a guest of a migration of which the journal knows nothing (but not for a
-    /// VMM that runs: that is simply a guest of this host).
+    /// Takes up a migration after the daemon was restarted, from the last record that the journal holds of it.
+    ///
+    /// The daemon says what the VMM reports: [`Event::Owned`] if it runs the guest, [`Event::Waits`] if it does not,
+    /// [`Event::VmmGone`] if it has ended. If the guest cannot be started here because it is not known which of its
+    /// pages are missing, the daemon says [`Event::ResumeFailed`] first. A guest that was only prepared is then given
+    /// back as soon as the VMM has said that it waits, or has ended.
+    ///
+    /// The daemon also calls this, with `None`, for a VMM that has loaded a guest of a migration that the journal does
+    /// not know. It does not do so for a VMM that runs its guest: that is simply a guest of this host.
     ///
     /// # Errors
     ///
-    /// [`WrongRecord`] for a record that only a source writes.
+    /// Returns [`WrongRecord`] for a record that only a source writes.
     pub fn recover(record: Option<Record>) -> Result<(Self, Vec<Action>), WrongRecord> {
         let (state, actions) = match record {
-            // The source may have heard `Ready`, whatever this journal has lost.
+            // The source may have received `Ready`, whatever this journal has lost.
             None => (State::Preparing, vec![Action::Journal(Record::Prepared)]),
             Some(Record::Prepared) => {
                 (State::Unsure { incomplete: false }, vec![Action::Send(Message::Ready)])
             }
-            // Perhaps it runs already, and perhaps it was never told to.
+            // The VMM may run the guest already, or may never have been told to.
             Some(Record::Running) => (State::Resuming, vec![Action::Resume]),
             Some(Record::Declined) => (
                 State::Declined { discarded: false, heard: false },
                 vec![Action::Discard, Action::Send(Message::Declined), Action::Report(Outcome::TakenBack)],
             ),
-            Some(record) => return Err(WrongRecord { record, half: "destination" }),
+            Some(record) => return Err(WrongRecord { record, role: "destination" }),
         };
         Ok((Self { state }, actions))
     }
 
-    /// Answers a message, other than a new offer, about a migration that this host, as a
-    /// destination, knows nothing of: it never got as far as `Ready`, or both sides have ended it.
+    /// Answers a message, other than a new offer, about a migration that this host does not know as a destination. Such
+    /// a migration never got as far as `Ready`, or both hosts have ended it.
     pub fn answer_unknown(message: Message) -> Option<Message> {
         match message {
             // Only a source that may still be waiting here can have offered it.
@@ -107,7 +112,7 @@ impl Destination {
         }
     }
 
-    /// Takes an event and says what to do.
+    /// Takes an event and returns what the daemon is to do.
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         use Event::Message as Heard;
         use State::*;
@@ -159,7 +164,7 @@ impl Destination {
             // The source is asked again, and the journal is tried again.
             (Starting, Event::JournalFailed(Record::Running)) => self.go(Prepared, []),
 
-            // It never ran. Should a record still be on its way to the journal, `Declined` follows it.
+            // The guest never ran. A record that is still on its way to the journal is followed by `Declined`.
             (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone)
             | (Unsure { incomplete: true }, Event::Waits)
             | (Prepared | Resuming, Event::ResumeFailed)
@@ -183,7 +188,7 @@ impl Destination {
                 self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
             }
 
-            // Perhaps it ran, so the source must not; and whether all of it was here is not known.
+            // The guest may have run, so the source must not run it; whether all of it was here is not known.
             (Resuming | Unrecorded { .. }, Event::VmmGone) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)])
             }
@@ -228,22 +233,22 @@ impl Destination {
         }
     }
 
-    /// Whether an operator may give the guest up with [`Event::Abandoned`].
+    /// Tells whether an operator may give the guest up with [`Event::Abandoned`].
     pub fn can_abandon(&self) -> bool {
         self.state == State::Fetching
     }
 
-    /// Whether the guest is in doubt, so that [`Event::Resolved`] would be taken.
+    /// Tells whether the guest is in doubt, so that [`Event::Resolved`] would have an effect.
     pub fn can_resolve(&self) -> bool {
         self.state == State::Prepared
     }
 
-    /// Whether nothing is left to do, so that the machine may be dropped.
+    /// Tells whether nothing is left to do, so that the machine may be dropped.
     pub fn is_over(&self) -> bool {
         matches!(self.state, State::Finished | State::Discarded)
     }
 
-    /// Where it stands, for operators.
+    /// Returns the phase of the migration, as operators see it.
     pub fn phase(&self) -> Phase {
         match self.state {
             State::Accepting => Phase::Offering,
@@ -262,7 +267,7 @@ impl Destination {
         }
     }
 
-    /// Promises that the guest never ran here and never will.
+    /// Begins to promise that the guest never ran here and never will.
     fn decline(&mut self, outcome: Outcome) -> Vec<Action> {
         self.go(State::Declining { writing: true, outcome }, [Action::Journal(Record::Declined)])
     }

@@ -1,8 +1,12 @@
-//! The half that has the guest and gives it away.
+//! The role of the host that has the guest and gives it away.
 
-use super::{Action, Event, Message, Outcome, Phase, Record, Resolution, WrongRecord};
+use super::action::Action;
+use super::event::{Event, Resolution};
+use super::message::Message;
+use super::outcome::{Outcome, Phase};
+use super::record::{Record, WrongRecord};
 
-/// The source's half of the handover of one guest.
+/// The source's role in the handover of one guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Source {
     state: State,
@@ -10,40 +14,41 @@ pub struct Source {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum State {
-    // The guest is ours; any failure returns to it.
+    // This host owns the guest, and every failure ends with the guest running here.
     Offering,
     Copying,
     /// `Leaving` is being written, and the guest runs.
     Leaving,
-    /// The guest is being paused and the rest sent. The destination may be done with it
-    /// before our own books say so, and making it ask again would lengthen the pause.
+    /// The guest is being paused and the rest is being sent. `ready` tells whether `Ready` came already: the
+    /// destination may be done before this host has counted everything as sent, and asking it to repeat `Ready` would
+    /// lengthen the pause.
     Pausing {
         ready: bool,
     },
-    /// All is sent; the destination is to say that it is ready.
+    /// Everything is sent, and the destination is to say that it is ready.
     Paused,
     Relinquishing,
-    /// `Committed` is being written: until the journal answers, nothing can be decided.
+    /// `Committed` is being written. Nothing can be decided until the journal answers.
     Committing,
 
-    // Whose the guest is, this host cannot tell any more.
-    /// Restarted, with no more than `Leaving`: the VMM is to say how it stands.
+    // This host cannot tell any more which host owns the guest.
+    /// The daemon was restarted, the journal says `Leaving`, and the VMM has not said yet whether it was relinquished.
     Unsure,
-    /// The VMM has been relinquished: the destination is asked for its promise.
+    /// The VMM has been relinquished, and the destination is asked for its promise.
     Asking,
 
-    // The guest is the destination's, until it says otherwise.
+    // The destination owns the guest, unless it declines.
     Committed,
-    /// `TakenBack` is being written. `committed`: `Committed` was durable before.
+    /// `TakenBack` is being written. `committed` tells whether `Committed` was durable before.
     TakingBack {
         committed: bool,
     },
 
     // The guest has run at the destination.
-    /// It still needs the memory that is here.
+    /// The guest still needs the memory that is here.
     Serving,
-    /// Nothing is needed from here any more. How it ended is to be written; `writing` tells
-    /// whether the journal is at it.
+    /// Nothing is needed from here any more. The outcome is to be written, and `writing` tells whether the journal is
+    /// writing it.
     Finishing {
         outcome: Outcome,
         writing: bool,
@@ -51,13 +56,14 @@ enum State {
     Discarding,
     Gone,
 
-    // The guest is ours for good.
-    /// `silent`: the destination may still be in doubt, and must not forget before the guest runs.
+    // This host owns the guest for good.
+    /// The guest is being resumed. `silent` means that the destination may still be in doubt, and must not forget the
+    /// migration before the guest runs.
     Returning {
         outcome: Outcome,
         silent: bool,
     },
-    /// The VMM could not resume it; it is asked again.
+    /// The VMM could not resume the guest, and is asked again.
     Stuck {
         outcome: Outcome,
         silent: bool,
@@ -66,21 +72,21 @@ enum State {
 }
 
 impl Source {
-    /// Begins: asks the destination.
+    /// Begins a migration by asking the destination. Returns the role and the first actions.
     pub fn new() -> (Self, Vec<Action>) {
         (Self { state: State::Offering }, vec![Action::Send(Message::Offer)])
     }
 
-    /// Takes up a migration after the daemon was restarted, from the last record that the
-    /// journal holds of it. To be called as well, with `None`, for a VMM that says that it has been
-    /// relinquished for a migration of which the journal knows nothing.
+    /// Takes up a migration after the daemon was restarted, from the last record that the journal holds of it. The
+    /// daemon also calls this, with `None`, for a VMM that says that it has been relinquished for a migration that the
+    /// journal does not know.
     ///
-    /// After [`Record::Leaving`] the VMM is to be heard: [`Event::Owned`], [`Event::Waits`] or
-    /// [`Event::VmmGone`]; [`Event::Owned`] is to be told after [`Record::Committed`] as well.
+    /// After [`Record::Leaving`], the daemon says what the VMM reports: [`Event::Owned`], [`Event::Waits`] or
+    /// [`Event::VmmGone`]. It also says [`Event::Owned`] after [`Record::Committed`].
     ///
     /// # Errors
     ///
-    /// [`WrongRecord`] for a record that only a destination writes.
+    /// Returns [`WrongRecord`] for a record that only a destination writes.
     pub fn recover(record: Option<Record>) -> Result<(Self, Vec<Action>), WrongRecord> {
         let ended = |outcome| (State::Discarding, vec![Action::Discard, Action::Report(outcome)]);
         let (state, actions) = match record {
@@ -95,14 +101,14 @@ impl Source {
                 (State::Returning { outcome, silent: false }, vec![Action::Resume])
             }
             Some(record @ (Record::Prepared | Record::Running | Record::Declined)) => {
-                return Err(WrongRecord { record, half: "source" });
+                return Err(WrongRecord { record, role: "source" });
             }
         };
         Ok((Self { state }, actions))
     }
 
-    /// Answers a message about a migration that this host, as a source, knows nothing of: it
-    /// was never committed, or both sides have ended it.
+    /// Answers a message about a migration that this host does not know as a source. Such a migration was never
+    /// committed, or both hosts have ended it.
     pub fn answer_unknown(message: Message) -> Option<Message> {
         match message {
             Message::Accept | Message::Ready => Some(Message::Abort),
@@ -112,7 +118,7 @@ impl Source {
         }
     }
 
-    /// Takes an event and says what to do.
+    /// Takes an event and returns what the daemon is to do.
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         use Event::Message as Heard;
         use State::*;
@@ -189,7 +195,7 @@ impl Source {
             (TakingBack { committed }, Event::JournalFailed(Record::TakenBack)) => {
                 self.go(if committed { Committed } else { Asking }, [])
             }
-            // Nobody but this half can have told it to run again: what told of that is lost.
+            // Only this role can have told it to run again, and the record of that is lost.
             (Committed, Event::Owned) => self.keep_silently(Outcome::TakenBack),
 
             // Not before the VMM is gone: with no record of a migration, a relinquished VMM
@@ -217,28 +223,28 @@ impl Source {
         }
     }
 
-    /// Whether [`Event::Cancel`] would still be taken.
+    /// Tells whether [`Event::Cancel`] would still have an effect.
     pub fn can_cancel(&self) -> bool {
         use State::*;
         matches!(self.state, Offering | Copying | Leaving | Pausing { .. } | Paused | Relinquishing)
     }
 
-    /// Whether [`Event::Abandoned`] would be taken.
+    /// Tells whether [`Event::Abandoned`] would have an effect.
     pub fn can_abandon(&self) -> bool {
         self.state == State::Serving
     }
 
-    /// Whether the guest is in doubt, so that [`Event::Resolved`] would be taken.
+    /// Tells whether the guest is in doubt, so that [`Event::Resolved`] would have an effect.
     pub fn can_resolve(&self) -> bool {
         matches!(self.state, State::Committed | State::Asking)
     }
 
-    /// Whether nothing is left to do, so that the machine may be dropped.
+    /// Tells whether nothing is left to do, so that the machine may be dropped.
     pub fn is_over(&self) -> bool {
         matches!(self.state, State::Gone | State::Kept)
     }
 
-    /// Where it stands, for operators.
+    /// Returns the phase of the migration, as operators see it.
     pub fn phase(&self) -> Phase {
         match self.state {
             State::Offering => Phase::Offering,
@@ -255,30 +261,30 @@ impl Source {
         }
     }
 
-    /// Ends it with the guest here, which has not been relinquished.
+    /// Ends the migration with the guest here, whose VMM has not been relinquished.
     fn keep(&mut self, outcome: Outcome) -> Vec<Action> {
         let silent = false;
         self.go(State::Returning { outcome, silent }, [Action::Resume, Action::Send(Message::Abort)])
     }
 
-    /// Ends it with the guest here, which may have been relinquished, though not committed: it runs
-    /// before the destination hears that it may forget.
+    /// Ends the migration with the guest here. It was not committed, but its VMM may have been relinquished, so the guest
+    /// is resumed before the destination is told that it may forget the migration.
     fn keep_silently(&mut self, outcome: Outcome) -> Vec<Action> {
         self.go(State::Returning { outcome, silent: true }, [Action::Resume])
     }
 
-    /// Ends it with the guest's VMM, which has ended.
+    /// Ends the migration because the guest's VMM has ended.
     fn vmm_gone(&mut self) -> Vec<Action> {
         let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(Outcome::VmmGone)];
         self.go(State::Kept, told)
     }
 
-    /// Ends it with the guest given away, whatever has become of it there.
+    /// Ends the migration with the guest given away, whatever has become of it at the destination.
     fn finish(&mut self, outcome: Outcome) -> Vec<Action> {
         self.go(State::Finishing { outcome, writing: true }, [Action::Journal(Self::end_of(outcome))])
     }
 
-    /// What is written of a guest that was given away.
+    /// Returns the record of a guest that was given away.
     fn end_of(outcome: Outcome) -> Record {
         match outcome {
             Outcome::Lost => Record::Lost,

@@ -319,7 +319,7 @@ fn what_is_lost_is_reported_as_lost_by_both() {
 }
 
 #[test]
-fn records_are_read_back_and_belong_to_one_half() {
+fn records_are_read_back_and_belong_to_one_role() {
     for record in Record::ALL {
         assert_eq!(record.to_string().parse(), Ok(record));
         assert!(Source::recover(Some(record)).is_ok() != Destination::recover(Some(record)).is_ok());

@@ -19,7 +19,7 @@ impl<'a> Saturated<'a> {
     }
 
     /// How many pages have gone at `until`.
-    fn run(&mut self, bucket: &mut Bucket, until: Duration) -> u64 {
+    fn run(&mut self, bucket: &mut TokenBucket, until: Duration) -> u64 {
         let mut gone = 0;
         while self.now < until {
             let wait = bucket.take(self.pages_each, self.now);
@@ -33,21 +33,21 @@ impl<'a> Saturated<'a> {
 
 #[test]
 fn the_first_goes_at_once_and_the_others_in_their_time() {
-    let mut bucket = Bucket::new(1000, SECOND);
+    let mut bucket = TokenBucket::new(1000, SECOND);
     let waits: Vec<_> = (0..4).map(|_| bucket.take(1, SECOND)).collect();
     assert_eq!(waits, [Duration::ZERO, MS, 2 * MS, 3 * MS]);
 }
 
 #[test]
 fn a_large_page_goes_whole_and_is_paid_for_by_the_next() {
-    let mut bucket = Bucket::new(5120, SECOND);
+    let mut bucket = TokenBucket::new(5120, SECOND);
     assert_eq!(bucket.take(512, SECOND), Duration::ZERO);
     assert_eq!(bucket.take(1, SECOND), 100 * MS);
 }
 
 #[test]
 fn a_long_silence_is_worth_two_milliseconds() {
-    let mut bucket = Bucket::new(1000, SECOND);
+    let mut bucket = TokenBucket::new(1000, SECOND);
     assert_eq!(bucket.take(1, 60 * SECOND), Duration::ZERO);
     let at_once = (1..100).take_while(|_| bucket.take(1, 60 * SECOND).is_zero()).count();
     assert_eq!(at_once, 2);
@@ -55,7 +55,7 @@ fn a_long_silence_is_worth_two_milliseconds() {
 
 #[test]
 fn a_silence_after_a_wait_is_worth_no_more() {
-    let mut bucket = Bucket::new(1000, SECOND);
+    let mut bucket = TokenBucket::new(1000, SECOND);
     while bucket.take(1, SECOND) < 5 * MS {}
     let at_once = (0..100).take_while(|_| bucket.take(1, 9 * SECOND).is_zero()).count();
     assert_eq!(at_once, 3);
@@ -63,7 +63,7 @@ fn a_silence_after_a_wait_is_worth_no_more() {
 
 #[test]
 fn lateness_is_made_up_for() {
-    let mut bucket = Bucket::new(1000, SECOND);
+    let mut bucket = TokenBucket::new(1000, SECOND);
     assert_eq!(bucket.take(1, SECOND), Duration::ZERO);
     assert_eq!(bucket.take(1, SECOND), MS);
     // It comes back 40 ms late, and is slow for a while.
@@ -78,7 +78,7 @@ fn lateness_is_made_up_for() {
 
 #[test]
 fn lateness_beyond_all_bounds_is_not() {
-    let mut bucket = Bucket::new(1000, SECOND);
+    let mut bucket = TokenBucket::new(1000, SECOND);
     while bucket.take(1, SECOND) < MS {}
     let at_once = (0..1000).take_while(|_| bucket.take(1, SECOND + 90 * MS).is_zero()).count();
     assert_eq!(at_once, 51);
@@ -86,7 +86,7 @@ fn lateness_beyond_all_bounds_is_not() {
 
 #[test]
 fn an_open_bucket_holds_nobody_up_until_it_gets_a_rate() {
-    let mut bucket = Bucket::new(1, SECOND);
+    let mut bucket = TokenBucket::new(1, SECOND);
     assert_eq!(bucket.take(1 << 20, SECOND), Duration::ZERO);
     bucket.open();
     assert!((0..100).all(|_| bucket.take(1 << 20, SECOND).is_zero()));
@@ -97,7 +97,7 @@ fn an_open_bucket_holds_nobody_up_until_it_gets_a_rate() {
 
 #[test]
 fn what_is_owed_is_owed_in_pages() {
-    let mut bucket = Bucket::new(10, SECOND);
+    let mut bucket = TokenBucket::new(10, SECOND);
     assert_eq!(bucket.take(100, SECOND), Duration::ZERO); // ten seconds' worth
     bucket.set_rate(1000, SECOND);
     assert_eq!(bucket.take(1, SECOND), 100 * MS);
@@ -105,7 +105,7 @@ fn what_is_owed_is_owed_in_pages() {
 
 #[test]
 fn no_rate_is_one_page_per_second() {
-    let mut bucket = Bucket::new(0, SECOND);
+    let mut bucket = TokenBucket::new(0, SECOND);
     assert_eq!((bucket.take(1, SECOND), bucket.take(1, SECOND)), (Duration::ZERO, SECOND));
     bucket.set_rate(0, SECOND);
     assert_eq!(bucket.take(1, SECOND), 2 * SECOND);
@@ -133,7 +133,7 @@ proptest! {
         delays in delays(),
     ) {
         let pages_each = if huge { 512 } else { some_at_once(rate) };
-        let mut bucket = Bucket::new(rate, SECOND);
+        let mut bucket = TokenBucket::new(rate, SECOND);
         let mut caller = Saturated::new(pages_each, &delays);
         // So long that what goes at the beginning and comes late at the end counts little.
         let span = (30 * SECOND).max(Duration::from_secs_f64(1000.0 * pages_each as f64 / rate as f64));
@@ -148,7 +148,7 @@ proptest! {
         rate in rates(),
         steps in prop::collection::vec((0..200_000_000u64, 1..600u64), 1..300),
     ) {
-        let mut bucket = Bucket::new(rate, SECOND);
+        let mut bucket = TokenBucket::new(rate, SECOND);
         let mut now = SECOND;
         // When pages went, and how many.
         let mut gone: Vec<(Duration, u64)> = Vec::new();
@@ -173,7 +173,7 @@ proptest! {
         rates in prop::collection::vec(50_000..1_000_000u64, 2..20),
         delays in delays(),
     ) {
-        let mut bucket = Bucket::new(rates[0], SECOND);
+        let mut bucket = TokenBucket::new(rates[0], SECOND);
         let mut caller = Saturated::new(some_at_once(1_000_000), &delays);
         let (mut gone, mut expected) = (0, 0.0);
         for rate in rates {
@@ -188,7 +188,7 @@ proptest! {
 
     #[test]
     fn whatever_it_is_told_it_answers(calls in prop::collection::vec((any::<u8>(), any::<u64>(), any::<u64>()), 1..100)) {
-        let mut bucket = Bucket::new(1, Duration::ZERO);
+        let mut bucket = TokenBucket::new(1, Duration::ZERO);
         for (call, amount, time) in calls {
             let now = if call < 128 { Duration::from_nanos(time) } else { Duration::from_secs(time) };
             match call % 8 {

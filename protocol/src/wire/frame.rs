@@ -1,95 +1,96 @@
-//! What flows on a lane: frames of pages one way, acknowledgements the other.
+//! What flows on a lane: frames of pages to the destination, and acknowledgements back.
 //!
 //! A frame is a [header](FRAME_HEADER_BYTES), a table of runs, and the bytes of the runs that
 //! carry any, in the table's order. The header and the table are small and read first, so that
 //! the bytes can be received straight into guest memory.
 //!
-//! In place of those bytes a frame may carry one LZ4 block (without a length in front) that
-//! decompresses to exactly as many: never on a lane for faults.
+//! In place of those bytes a frame may carry one LZ4 block (without a length in front) that decompresses to exactly as
+//! many bytes. A lane for faults never carries compressed frames.
 
 use std::ops::Range;
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Reader, WireError, put};
+use super::error::WireError;
+use super::reader::{Reader, put};
 use crate::PAGE_SIZE;
 
-/// Bytes of a frame's header.
+/// The length of a frame's header in bytes.
 pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
-/// Bytes of one entry of the table of runs.
+/// The length of one entry of the table of runs in bytes.
 pub const RUN_BYTES: usize = size_of::<RawRun>();
-/// Runs in one frame.
+/// The largest number of runs in one frame.
 pub const MAX_RUNS: usize = 256;
-/// Bytes of pages in one frame, compressed or not: a huge page, which post-copy has to place in
-/// one piece.
+/// The largest number of bytes of pages in one frame, compressed or not. It is a huge page, which post-copy has to place
+/// in one piece.
 pub const MAX_PAYLOAD_BYTES: u64 = 2 << 20;
-/// Pages in one run without bytes: 1 GiB.
+/// The largest number of pages in one run that carries no bytes. It is 1 GiB of memory.
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
-/// Bytes of an acknowledgement.
+/// The length of an acknowledgement in bytes.
 pub const ACK_BYTES: usize = size_of::<RawAck>();
-/// Bytes of a [`Want`].
-pub const WANT_BYTES: usize = size_of::<RawWant>();
+/// The length of a [`PageRequest`] in bytes.
+pub const PAGE_REQUEST_BYTES: usize = size_of::<RawPageRequest>();
 
 const FRAME_MAGIC: [u8; 4] = *b"MLFr";
 const ACK_MAGIC: [u8; 4] = *b"MLAk";
-const WANT_MAGIC: [u8; 4] = *b"MLWt";
+const PAGE_REQUEST_MAGIC: [u8; 4] = *b"MLWt";
 
-/// Consecutive pages under one descriptor.
+/// A run is a number of consecutive pages that are sent under one descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The pages.
+    /// The numbers of the pages.
     pub pages: Range<u64>,
-    /// What the frame says about them.
+    /// What the frame says about the pages.
     pub content: Content,
 }
 
 /// What a frame says about a run's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Their bytes follow in the frame.
+    /// The bytes of the pages follow in the frame.
     Data,
-    /// They are zero, and no bytes follow.
+    /// The pages are zero, and no bytes follow.
     Zero,
-    /// They are zero and hold no memory at the source, so that they need none here either. No
-    /// bytes follow.
+    /// The pages are zero and take no memory at the source, so that they need none at the destination either. No bytes
+    /// follow.
     Hole,
 }
 
-/// A frame's header, checked.
+/// The header of a frame, after it was checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// Number of the frame on its lane, from 1.
+    /// The number of the frame on its lane, from 1.
     pub sequence: u64,
-    /// Entries in the table of runs, at most [`MAX_RUNS`].
+    /// The number of entries in the table of runs, at most [`MAX_RUNS`].
     pub runs: usize,
-    /// Bytes that follow the table, at most [`MAX_PAYLOAD_BYTES`].
+    /// The number of bytes that follow the table, at most [`MAX_PAYLOAD_BYTES`].
     pub payload_bytes: u64,
-    /// CRC32C of the pages' bytes, as they are before they are compressed; only while the guest
-    /// stands still, since live pages change under the sum.
+    /// The CRC32C of the pages' bytes, as they are before they are compressed. It is only there while the guest is
+    /// paused, because live pages change while the sum is computed.
     pub checksum: Option<u32>,
-    /// The payload is an LZ4 block, and shorter than the pages' bytes.
+    /// Whether the payload is an LZ4 block, which is shorter than the pages' bytes.
     pub compressed: bool,
 }
 
-/// All frames up to one have been written to guest memory.
+/// An acknowledgement says that all frames up to one have been written to guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ack {
-    /// Number of the last of them.
+    /// The number of the last of these frames.
     pub sequence: u64,
 }
 
-/// What the destination says on a lane for faults.
+/// A page request is what the destination sends on a lane for faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Want {
-    /// The guest waits for the page of this number: send it, whole as its memory has it there.
+pub enum PageRequest {
+    /// The guest waits for the page of this number. The source sends it, or the huge page that it is part of.
     Page(u64),
-    /// Is anybody there? To be answered by a frame without runs.
-    Nothing,
+    /// The destination asks whether the lane still works. The source answers with a frame without runs.
+    Keepalive,
 }
 
 impl Run {
-    /// Bytes that the run takes in its frame's payload, before that is compressed.
+    /// Returns how many bytes the run takes in its frame's payload before that is compressed.
     pub fn payload_bytes(&self) -> u64 {
         match self.content {
             Content::Data => (self.pages.end - self.pages.start) * PAGE_SIZE,
@@ -98,7 +99,7 @@ impl Run {
     }
 }
 
-/// Bytes of the pages that a frame with these runs brings.
+/// Returns how many bytes of pages a frame with these runs brings.
 pub fn contents_bytes(runs: &[Run]) -> u64 {
     runs.iter().map(Run::payload_bytes).sum()
 }
@@ -107,7 +108,8 @@ pub fn contents_bytes(runs: &[Run]) -> u64 {
 /// Returns the payload's length in bytes.
 ///
 /// # Panics
-/// If the runs break the limits above or one is empty; the sender keeps them.
+///
+/// Panics if the runs exceed the limits above or one is empty; the sender keeps the limits.
 pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Option<u32>) -> u64 {
     let frame = Frame {
         sequence,
@@ -120,10 +122,11 @@ pub fn encode_head(out: &mut Vec<u8>, sequence: u64, runs: &[Run], checksum: Opt
     frame.payload_bytes
 }
 
-/// The same of a frame whose payload is an LZ4 block of so many bytes.
+/// Writes header and table as [`encode_head`] does, for a frame whose payload is an LZ4 block of `payload_bytes`.
 ///
 /// # Panics
-/// As [`encode_head`]; and if the block is not shorter than the pages' bytes.
+///
+/// Panics as [`encode_head`] does, and if the block is not shorter than the pages' bytes.
 pub fn encode_compressed_head(
     out: &mut Vec<u8>,
     sequence: u64,
@@ -136,12 +139,20 @@ pub fn encode_compressed_head(
 }
 
 impl Frame {
-    /// Reads a header, [`FRAME_HEADER_BYTES`] long, where frames are not compressed.
+    /// Reads a header of [`FRAME_HEADER_BYTES`] on a lane where frames are not compressed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the header is not valid, or says that the frame is compressed.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         Self::read(bytes, HAS_CHECKSUM)
     }
 
-    /// Reads a header, [`FRAME_HEADER_BYTES`] long, where frames may be compressed.
+    /// Reads a header of [`FRAME_HEADER_BYTES`] on a lane where frames may be compressed.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the header is not valid.
     pub fn decode_any(bytes: &[u8]) -> Result<Self, WireError> {
         Self::read(bytes, HAS_CHECKSUM | COMPRESSED)
     }
@@ -172,9 +183,13 @@ impl Frame {
         })
     }
 
-    /// Reads the table that follows this header into `runs`, which is cleared first. Every run
-    /// lies below `pages`, and together they are as long as the header says; longer, and within
-    /// the same limit, if they are compressed.
+    /// Reads the table that follows this header into `runs`, which is cleared first. `pages` is the number of the
+    /// guest's pages.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a run does not lie below `pages`, or the runs are not together as long as the header says.
+    /// Compressed runs must be longer than that, and within the same limit.
     pub fn decode_runs(&self, table: &[u8], pages: u64, runs: &mut Vec<Run>) -> Result<(), WireError> {
         runs.clear();
         let mut reader = Reader::new(table);
@@ -262,7 +277,7 @@ impl Frame {
 }
 
 impl Ack {
-    /// The bytes, [`ACK_BYTES`] of them.
+    /// Returns the [`ACK_BYTES`] bytes of the acknowledgement.
     pub fn encode(&self) -> [u8; ACK_BYTES] {
         let raw = RawAck { magic: ACK_MAGIC, reserved: 0.into(), sequence: self.sequence.into() };
         let mut bytes = [0; ACK_BYTES];
@@ -271,6 +286,10 @@ impl Ack {
     }
 
     /// Reads an acknowledgement.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the bytes are not exactly one acknowledgement.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
         let raw: &RawAck = reader.take("acknowledgement")?;
@@ -282,34 +301,42 @@ impl Ack {
     }
 }
 
-impl Want {
-    /// The bytes, [`WANT_BYTES`] of them.
-    pub fn encode(&self) -> [u8; WANT_BYTES] {
+impl PageRequest {
+    /// Returns the [`PAGE_REQUEST_BYTES`] bytes of the request.
+    pub fn encode(&self) -> [u8; PAGE_REQUEST_BYTES] {
         let (kind, page) = match *self {
-            Self::Page(page) => (WANT_PAGE, page),
-            Self::Nothing => (WANT_NOTHING, 0),
+            Self::Page(page) => (REQUEST_PAGE, page),
+            Self::Keepalive => (REQUEST_KEEPALIVE, 0),
         };
-        let raw = RawWant { magic: WANT_MAGIC, kind: kind.into(), page: page.into() };
-        let mut bytes = [0; WANT_BYTES];
+        let raw = RawPageRequest { magic: PAGE_REQUEST_MAGIC, kind: kind.into(), page: page.into() };
+        let mut bytes = [0; PAGE_REQUEST_BYTES];
         bytes.copy_from_slice(raw.as_bytes());
         bytes
     }
 
-    /// Reads a want of a guest of `pages` pages.
+    /// Reads a request for a guest of `pages` pages.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the bytes are not exactly one request, or name a page that the guest does not have.
     pub fn decode(bytes: &[u8], pages: u64) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
-        let raw: &RawWant = reader.take("wanted page")?;
+        let raw: &RawPageRequest = reader.take("page request")?;
         reader.end()?;
-        if raw.magic != WANT_MAGIC {
-            return Err(WireError::Magic { what: "wanted page", expected: WANT_MAGIC, found: raw.magic });
+        if raw.magic != PAGE_REQUEST_MAGIC {
+            return Err(WireError::Magic {
+                what: "page request",
+                expected: PAGE_REQUEST_MAGIC,
+                found: raw.magic,
+            });
         }
         match (raw.kind.get(), raw.page.get()) {
-            (WANT_PAGE, page) if page < pages => Ok(Self::Page(page)),
-            (WANT_PAGE, found) => {
-                Err(WireError::TooLarge { what: "number of a wanted page", found, limit: pages })
+            (REQUEST_PAGE, page) if page < pages => Ok(Self::Page(page)),
+            (REQUEST_PAGE, found) => {
+                Err(WireError::TooLarge { what: "number of a requested page", found, limit: pages })
             }
-            (WANT_NOTHING, _) => Ok(Self::Nothing),
-            (found, _) => Err(WireError::Unknown { what: "kind of a want", found }),
+            (REQUEST_KEEPALIVE, _) => Ok(Self::Keepalive),
+            (found, _) => Err(WireError::Unknown { what: "kind of a page request", found }),
         }
     }
 }
@@ -319,8 +346,8 @@ const COMPRESSED: u16 = 2;
 const DATA: u32 = 1;
 const ZERO: u32 = 2;
 const HOLE: u32 = 3;
-const WANT_PAGE: u32 = 1;
-const WANT_NOTHING: u32 = 2;
+const REQUEST_PAGE: u32 = 1;
+const REQUEST_KEEPALIVE: u32 = 2;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -351,7 +378,7 @@ struct RawAck {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-struct RawWant {
+struct RawPageRequest {
     magic: [u8; 4],
     kind: U32,
     page: U64,

@@ -1,88 +1,88 @@
-//! The first bytes of every connection between daemons, control and lane alike: who calls,
-//! what for, and which versions it speaks.
+//! The first bytes of every connection between daemons, on control connections and lanes alike. They say which host
+//! calls, for which purpose, and which versions of the protocol it speaks.
 
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::attach::MigrationId;
-use super::text::RawLabel;
-use super::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
+use super::error::WireError;
+use super::reader::{MAX_TEXT_BYTES, Reader, put, put_text};
+use super::text::{Label, RawLabel};
 
-/// Versions of the protocol between daemons that this build speaks, oldest and newest.
+/// The oldest and the newest version of the protocol between daemons that this build speaks.
 ///
-/// Since 2 digests name their pieces, pieces of zeros have none, and [`frame`](super::frame)s may be compressed;
-/// since 3 whoever connects names the addresses that its lanes come from, and a source that does not know whether
-/// it committed asks the destination to withdraw.
+/// Since version 2, digests name their pieces, pieces of zeros have none, and [`frame`](super::frame)s may be
+/// compressed. Since version 3, the calling daemon names the addresses that its lanes come from, and a source that does
+/// not know whether it committed asks the destination to withdraw.
 pub const VERSIONS: (u16, u16) = (3, 3);
-/// Bytes of a [`Hello`].
+/// The length of a [`Hello`] in bytes.
 pub const HELLO_BYTES: usize = size_of::<RawHello>();
-/// Bytes of an [`Answer`] before its text.
+/// The length of an [`Answer`] before its text, in bytes.
 pub const ANSWER_BYTES: usize = size_of::<RawAnswer>();
 
 const MAGIC: [u8; 4] = *b"MLN\0";
 
-/// What the caller says first.
+/// The first message of the calling daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Oldest version that it speaks.
+    /// The oldest version that the caller speaks.
     pub oldest: u16,
-    /// Newest version that it speaks.
+    /// The newest version that the caller speaks.
     pub newest: u16,
     /// The calling host.
     pub host: Label,
-    /// What the connection is for.
+    /// The purpose of the connection.
     pub purpose: Purpose,
 }
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Orders: [`control`](super::control) messages.
+    /// The connection carries orders, as [`control`](super::control) messages.
     Control,
-    /// Pages of one migration: [`frame`](super::frame)s.
+    /// The connection carries pages of one migration, as [`frame`](super::frame)s.
     Lane {
-        /// The token that the destination gave for this migration, so that nobody else's
-        /// bytes are taken for pages.
+        /// The token that the destination gave for this migration, so that bytes of others are not taken for pages.
         token: Token,
-        /// Number of the lane.
+        /// The number of the lane.
         lane: u16,
     },
-    /// Pages that a guest in post-copy waits for: [`Want`](super::frame::Want)s one way, frames the
-    /// other. Nothing else travels there.
+    /// The connection carries pages that a guest in post-copy waits for:
+    /// [`PageRequest`](super::frame::PageRequest)s to the source and frames back. Nothing else travels there.
     Faults {
         /// The token that the destination gave for fetching.
         token: Token,
     },
-    /// To see whether the port is reachable; answered and closed.
+    /// The connection shows that the port can be reached; it is answered and closed.
     Probe,
 }
 
-/// Proves that a lane belongs to a migration.
+/// A token proves that a lane belongs to a migration.
 pub type Token = MigrationId;
 
-/// What the called side says to a [`Hello`].
+/// The called daemon's answer to a [`Hello`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Go on, with this version.
+    /// The connection goes on with this version.
     Welcome {
         /// The newest version that both speak.
         version: u16,
     },
     /// The connection ends.
     Refused {
-        /// Why, for the operator of the calling side.
+        /// The reason, for the operator of the calling host.
         reason: String,
     },
 }
 
-/// The newest version that both sides speak.
+/// Returns the newest version that both sides speak, if there is one. Each side is its oldest and newest version.
 pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
     let newest = ours.1.min(theirs.1);
     (newest >= ours.0.max(theirs.0)).then_some(newest)
 }
 
 impl Hello {
-    /// The bytes, [`HELLO_BYTES`] of them.
+    /// Returns the [`HELLO_BYTES`] bytes of the hello.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HELLO_BYTES);
         let (purpose, token, lane) = match self.purpose {
@@ -107,6 +107,10 @@ impl Hello {
     }
 
     /// Reads a hello. The layout of this message is the same in all versions.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the bytes are not exactly one valid hello.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
         let raw: &RawHello = reader.take("hello")?;
@@ -128,7 +132,7 @@ impl Hello {
 }
 
 impl Answer {
-    /// The bytes: [`ANSWER_BYTES`] and the text of a refusal.
+    /// Returns the bytes of the answer: [`ANSWER_BYTES`] and the text of a refusal.
     pub fn encode(&self) -> Vec<u8> {
         let mut text = Vec::new();
         let version = match self {
@@ -145,7 +149,11 @@ impl Answer {
         out
     }
 
-    /// How many bytes of text follow the first [`ANSWER_BYTES`].
+    /// Returns how many bytes of text follow the first [`ANSWER_BYTES`], which are `head`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if `head` is not the head of an answer, or announces more than [`MAX_TEXT_BYTES`].
     pub fn text_bytes(head: &[u8]) -> Result<usize, WireError> {
         let raw: &RawAnswer = Reader::new(head).take("answer to a hello")?;
         check_magic(raw.magic)?;
@@ -157,7 +165,11 @@ impl Answer {
         Ok(found as usize)
     }
 
-    /// Reads head and text.
+    /// Reads an answer with its text.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the bytes are not exactly one valid answer.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let text_bytes = Self::text_bytes(bytes)?;
         let mut reader = Reader::new(bytes);

@@ -1,24 +1,25 @@
-//! What a guest is made of, and what a host can run: the same words for both, so that a
-//! destination compares like with like before anything moves.
+//! What a guest consists of, and what a host can run. Both are described in the same terms, so that a destination
+//! can compare them before anything is sent.
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::text::RawLabel;
-use super::{Label, Reader, WireError, put};
+use super::error::WireError;
+use super::reader::{Reader, put};
+use super::text::{Label, RawLabel};
 use crate::PAGE_SIZE;
 
-/// CPUID entries in a description (KVM's own limit is 256).
+/// The largest number of CPUID entries in a description. KVM's own limit is 256.
 pub const MAX_CPUID_ENTRIES: usize = 256;
-/// Model-specific registers in a description.
+/// The largest number of model-specific registers in a description.
 pub const MAX_MSRS: usize = 1024;
-/// Regions of memory in a guest; their descriptors travel in one message.
+/// The largest number of memory regions of a guest, whose descriptors travel in one message.
 pub const MAX_REGIONS: usize = 64;
-/// Network interfaces of a guest.
+/// The largest number of network interfaces of a guest.
 pub const MAX_NICS: usize = 16;
-/// Virtual CPUs of a guest.
+/// The largest number of virtual CPUs of a guest.
 pub const MAX_VCPUS: u16 = 4096;
-/// Bytes of RAM of a guest: 64 TiB, so that page numbers and sums stay far from overflow.
+/// The largest RAM of a guest in bytes. It is 64 TiB, so that page numbers and sums stay far from overflow.
 pub const MAX_RAM_BYTES: u64 = 64 << 40;
 
 /// A guest as its VMM describes it when it attaches, and as it is offered to a destination.
@@ -26,13 +27,13 @@ pub const MAX_RAM_BYTES: u64 = 64 << 40;
 pub struct GuestShape {
     /// The guest's name, unique on its host.
     pub name: Label,
-    /// How its VMM finds dirty pages.
+    /// How the VMM finds dirty pages.
     pub tracker: TrackerKind,
-    /// Processor, interrupt controller and clocks.
+    /// The processor, the interrupt controller and the clocks.
     pub machine: Machine,
-    /// RAM, in order of page number.
+    /// The regions of RAM, in the order of page numbers.
     pub regions: Vec<Region>,
-    /// Network interfaces that must be announced at the destination.
+    /// The network interfaces that must be announced at the destination.
     pub nics: Vec<Nic>,
 }
 
@@ -40,48 +41,48 @@ pub struct GuestShape {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum TrackerKind {
-    /// KVM's dirty bitmap, cleared piece by piece.
+    /// The VMM uses KVM's dirty bitmap, which is cleared piece by piece.
     Log = 1,
-    /// KVM's dirty ring.
+    /// The VMM uses KVM's dirty ring.
     Ring = 2,
-    /// `PAGEMAP_SCAN` over userfaultfd write protection.
+    /// The daemon uses `PAGEMAP_SCAN` over userfaultfd write protection.
     Pagemap = 3,
 }
 
-/// The VMM, and the processor that it shows to the guest (of an offered guest) or could show
-/// (of a VMM that waits for one).
+/// The VMM and the processor that it shows to the guest. For a VMM that waits for a guest, it is what the VMM could
+/// show.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
-    /// Name of the VMM program. State moves only between VMMs of one name.
+    /// The name of the VMM program. State moves only between VMMs of the same name.
     pub vmm: Label,
-    /// Format of the VMM's state; the destination must read it.
+    /// The format of the VMM's state, which the destination must be able to read.
     pub state_version: u16,
-    /// Number of virtual CPUs.
+    /// The number of virtual CPUs.
     pub vcpus: u16,
-    /// What else the guest uses, a set of [`Machine::FEATURES`].
+    /// A set of [`Machine::FEATURES`] that the guest uses.
     pub features: u32,
-    /// Frequency of the guest's time-stamp counter, 0 where it has none of its own.
+    /// The frequency of the guest's time-stamp counter in kHz, or 0 if it has none of its own.
     pub tsc_khz: u32,
-    /// Extended state components (XCR0) used, or allowed.
+    /// The extended state components (XCR0) that are used, or allowed.
     pub xcr0: u64,
-    /// Bytes of the XSAVE area.
+    /// The length of the XSAVE area in bytes.
     pub xsave_bytes: u32,
-    /// CPUID leaves; empty for a guest that is no virtual machine.
+    /// The CPUID leaves. They are empty for a guest that is not a virtual machine.
     pub cpuid: Vec<CpuidEntry>,
-    /// Model-specific registers saved, or restorable, in ascending order.
+    /// The model-specific registers that are saved, or can be restored, in ascending order.
     pub msrs: Vec<u32>,
 }
 
 impl Machine {
-    /// Runs under KVM.
+    /// The guest runs under KVM.
     pub const KVM: u32 = 1 << 0;
-    /// Has the in-kernel interrupt controllers.
+    /// The guest has the in-kernel interrupt controllers.
     pub const IRQCHIP: u32 = 1 << 1;
-    /// Has the in-kernel interval timer.
+    /// The guest has the in-kernel interval timer.
     pub const PIT: u32 = 1 << 2;
     /// The host can give the guest another TSC frequency than its own.
     pub const TSC_SCALING: u32 = 1 << 3;
-    /// Names of the features, by bit.
+    /// The names of the features, by bit.
     pub const FEATURES: [&str; 4] = ["kvm", "irqchip", "pit", "tsc-scaling"];
 }
 
@@ -102,51 +103,51 @@ impl Machine {
 )]
 #[repr(C)]
 pub struct CpuidEntry {
-    /// Leaf (EAX on entry).
+    /// The leaf (EAX on entry).
     pub function: U32,
-    /// Subleaf (ECX on entry), where the leaf has subleaves.
+    /// The subleaf (ECX on entry), if the leaf has subleaves.
     pub index: U32,
-    /// `KVM_CPUID_FLAG_*`.
+    /// A set of `KVM_CPUID_FLAG_*`.
     pub flags: U32,
-    /// Result in EAX.
+    /// The result in EAX.
     pub eax: U32,
-    /// Result in EBX.
+    /// The result in EBX.
     pub ebx: U32,
-    /// Result in ECX.
+    /// The result in ECX.
     pub ecx: U32,
-    /// Result in EDX.
+    /// The result in EDX.
     pub edx: U32,
 }
 
-/// A piece of guest memory behind one descriptor.
+/// A region of guest memory behind one descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// Guest physical address, page aligned.
+    /// The guest physical address, which is page aligned.
     pub address: u64,
-    /// Length, whole pages.
+    /// The length in bytes, which is a number of whole pages.
     pub bytes: u64,
-    /// Size of the backing pages: 4 KiB or 2 MiB.
+    /// The size of the backing pages in bytes: 4 KiB or 2 MiB.
     pub page_bytes: u32,
-    /// Where the region begins in its descriptor.
+    /// The offset in bytes at which the region begins in its descriptor.
     pub offset: u64,
 }
 
 /// A network interface of a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nic {
-    /// Ethernet address.
+    /// The Ethernet address.
     pub mac: [u8; 6],
-    /// The network it must find at the destination.
+    /// The network that the interface must find at the destination.
     pub network: Label,
 }
 
 impl GuestShape {
-    /// Bytes of RAM.
+    /// Returns the size of the RAM in bytes.
     pub fn ram_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.bytes).sum()
     }
 
-    /// Pages of RAM.
+    /// Returns the number of pages of RAM.
     pub fn pages(&self) -> u64 {
         self.ram_bytes() / PAGE_SIZE
     }
@@ -228,7 +229,7 @@ impl GuestShape {
 }
 
 impl TrackerKind {
-    /// The name that operators use.
+    /// Returns the name that operators use.
     pub fn name(self) -> &'static str {
         match self {
             Self::Log => "log",
@@ -245,7 +246,7 @@ impl TrackerKind {
     }
 }
 
-/// Each MSR once and in ascending order, so that a list can be searched.
+/// Checks that each MSR is listed once and in ascending order, so that a list can be searched.
 fn check_msrs(raw: &[U32]) -> Result<Vec<u32>, WireError> {
     let msrs: Vec<u32> = raw.iter().map(|msr| msr.get()).collect();
     match msrs.windows(2).find(|pair| pair[0] >= pair[1]) {
@@ -256,8 +257,8 @@ fn check_msrs(raw: &[U32]) -> Result<Vec<u32>, WireError> {
     }
 }
 
-/// Regions must be aligned, in ascending order and apart, and small enough that no sum of
-/// their lengths overflows.
+/// Checks that regions are aligned, in ascending order and apart, and small enough that no sum of their lengths
+/// overflows.
 fn check_regions(raw: &[RawRegion]) -> Result<Vec<Region>, WireError> {
     let mut regions = Vec::with_capacity(raw.len());
     let (mut free_from, mut total) = (0, 0u64);

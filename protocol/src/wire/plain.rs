@@ -1,16 +1,16 @@
-//! Text of others, on its way to a terminal or a log.
+//! Text that was written by others, on its way to a terminal or a log.
 
 use std::borrow::Cow;
 
-/// Stands in the place of characters that are left out.
+/// This character stands in the place of those that are left out.
 const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 
-/// Text without characters that a terminal or the reader of a log would obey instead of showing.
+/// Returns the text without characters that a terminal or the reader of a log would obey instead of showing.
 ///
 /// These are the control characters (C0, DEL and C1: ECMA-48, ISO 6429), of which escape sequences are made;
 /// Unicode's separators of lines and paragraphs; and those that turn the direction of what follows
-/// (Unicode Standard Annex 9). Tabs and ends of lines become spaces, all others U+FFFD. Applied twice, it is
-/// the same as once.
+/// (Unicode Standard Annex 9). Tabs and ends of lines become spaces, and all others become U+FFFD. The result of a
+/// second call is the same.
 pub fn plain(text: &str) -> Cow<'_, str> {
     if !text.contains(is_obeyed) {
         return Cow::Borrowed(text);
@@ -23,13 +23,14 @@ pub fn plain(text: &str) -> Cow<'_, str> {
     Cow::Owned(replaced.collect())
 }
 
-/// The same for text of several lines, which stay so many.
+/// Applies [`plain`] to each line of a text, and keeps the number of lines.
 pub fn plain_lines(text: &str) -> String {
     let lines: Vec<Cow<'_, str>> = text.split('\n').map(plain).collect();
     lines.join("\n")
 }
 
-/// Whether a character is obeyed instead of shown: what [`plain`] text has none of.
+/// Tells whether a terminal or the reader of a log would obey a character instead of showing it. [`plain`] text has no
+/// such character.
 pub fn is_obeyed(character: char) -> bool {
     character.is_control()
         || matches!(

@@ -1,11 +1,9 @@
-//! [`Label`]: the name of a guest, host, port or network, on the wire and in memory alike.
+//! [`Label`] is the name of a guest, host, port or network, on the wire and in memory alike.
 
 use std::fmt;
 use std::str::FromStr;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
-
-use super::WireError;
 
 /// A name of 1 to 63 characters out of `A-Z a-z 0-9 . _ -`, not beginning with a dot or dash.
 ///
@@ -13,18 +11,18 @@ use super::WireError;
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Label(String);
 
-/// A name that is no [`Label`].
+/// A name is not a [`Label`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the name {0:?} must have 1 to 63 characters of A-Z a-z 0-9 . _ - and begin with a letter or digit")]
 pub struct BadLabel(pub String);
 
-/// A label as it travels: NUL-padded to 64 bytes.
+/// A label as it travels, padded with NUL to 64 bytes.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub(crate) struct RawLabel([u8; 64]);
 
 impl Label {
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -37,13 +35,13 @@ impl Label {
 }
 
 impl RawLabel {
-    pub(crate) fn label(&self) -> Result<Label, WireError> {
+    pub(crate) fn label(&self) -> Result<Label, BadLabel> {
         let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(self.0.len());
         let name = String::from_utf8_lossy(&self.0[..end]);
         if self.0[end..].iter().any(|byte| *byte != 0) {
-            return Err(BadLabel(name.into_owned()).into());
+            return Err(BadLabel(name.into_owned()));
         }
-        Ok(name.parse()?)
+        name.parse()
     }
 }
 

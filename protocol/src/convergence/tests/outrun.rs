@@ -14,7 +14,7 @@ struct Setting {
     /// What it writes if nobody slows it, in bytes per second, rewriting included.
     writes: f64,
     wire: f64,
-    /// What a round takes besides sending.
+    /// What an iteration takes besides sending.
     overhead: Duration,
     /// Slowing it has an effect.
     obeys: bool,
@@ -33,8 +33,8 @@ const FLAT_OUT: Setting = Setting {
 #[derive(Debug)]
 struct End {
     verdict: Verdict,
-    rounds: u32,
-    /// Every target of a stun, and the round after which it was set.
+    iterations: u32,
+    /// Every target of a stun, and the iteration after which it was set.
     stuns: Vec<(u32, u64)>,
     bytes_sent: u64,
 }
@@ -43,8 +43,8 @@ impl Setting {
     fn run(&self, policy: Policy) -> End {
         let mut convergence = Convergence::new(policy);
         let (predictor, now) = (Predictor::new(), conditions(self.wire));
-        if let Some(verdict) = convergence.before_rounds(self.ram, &now, &predictor) {
-            return End { verdict, rounds: 0, stuns: Vec::new(), bytes_sent: 0 };
+        if let Some(verdict) = convergence.before_iterations(self.ram, &now, &predictor) {
+            return End { verdict, iterations: 0, stuns: Vec::new(), bytes_sent: 0 };
         }
         let (mut remaining, mut stuns, mut bytes_sent) = (self.ram, Vec::new(), 0);
         for number in 1.. {
@@ -53,15 +53,15 @@ impl Setting {
                 Duration::from_secs_f64(remaining as f64 / self.wire) + now.round_trip + self.overhead;
             let dirtied_pages = self.dirtied(duration, convergence.stun_target(Some(self.wire)));
             remaining = dirtied_pages * PAGE_SIZE;
-            let round = Round { number, duration, dirtied_pages, remaining_bytes: remaining };
-            let verdict = convergence.after_round(&round, &now, &predictor);
+            let iteration = Iteration { number, duration, dirtied_pages, remaining_bytes: remaining };
+            let verdict = convergence.after_iteration(&iteration, &now, &predictor);
             match verdict.decision {
                 Decision::Continue => {}
                 Decision::Stun { pages_per_second, .. } => stuns.push((number, pages_per_second)),
-                _ => return End { verdict, rounds: number, stuns, bytes_sent },
+                _ => return End { verdict, iterations: number, stuns, bytes_sent },
             }
         }
-        unreachable!("rounds are limited")
+        unreachable!("iterations are limited")
     }
 
     /// Distinct pages among random writes, or what is let through of them.
@@ -91,11 +91,11 @@ fn a_stun_makes_it_fit() {
     let end = FLAT_OUT.run(policy(Converge::Stun));
     assert_eq!(end.verdict.decision, Decision::SwitchOver);
     assert_eq!(end.stuns.len(), 1, "{:?}", end.stuns);
-    let (round, target) = end.stuns[0];
-    assert!(round <= 2, "it is clear early");
+    let (iteration, target) = end.stuns[0];
+    assert!(iteration <= 2, "it is clear early");
     let wire = FLAT_OUT.wire as u64 / PAGE_SIZE;
     assert!((wire * 45 / 100..=wire / 2).contains(&target), "{target} of {wire}");
-    assert!(end.rounds <= 12, "{} rounds, each half of the one before", end.rounds);
+    assert!(end.iterations <= 12, "{} iterations, each half of the one before", end.iterations);
     assert!(end.bytes_sent < 3 * GIB);
     let stun = end.verdict.figures.stun.expect("it was stunned to the end");
     assert_eq!(stun.pages_per_second(), target);
@@ -116,31 +116,32 @@ fn what_converges_by_itself_is_not_slowed() {
 #[test]
 fn postcopy_begins_as_soon_as_it_is_clear() {
     let everywhere = Setting { working_set: FLAT_OUT.ram, ..FLAT_OUT };
-    for (guest, reason, rounds) in [(everywhere, Reason::Outrun, 1), (FLAT_OUT, Reason::StoppedShrinking, 2)]
+    for (guest, reason, iterations) in
+        [(everywhere, Reason::Outrun, 1), (FLAT_OUT, Reason::StoppedShrinking, 2)]
     {
         let end = guest.run(policy(Converge::Postcopy));
         let why = why(&end.verdict);
         assert!(matches!(end.verdict.decision, Decision::Postcopy { .. }));
-        assert_eq!((why.reason, end.rounds, end.stuns.len()), (reason, rounds, 0));
+        assert_eq!((why.reason, end.iterations, end.stuns.len()), (reason, iterations, 0));
         assert_eq!(end.verdict.forecast.transfer, Duration::ZERO, "the forecast is for post-copy");
         assert!(why.figures.downtime > 1000 * MS, "the reason is for a switchover");
     }
 }
 
 #[test]
-fn a_round_that_grew_because_of_the_wire_is_not_held_against_the_guest() {
+fn a_iteration_that_grew_because_of_the_wire_is_not_held_against_the_guest() {
     for converge in [Converge::Stun, Converge::Postcopy, Converge::Auto] {
         let mut convergence = Convergence::new(policy(converge));
         for (number, remaining_mib, seconds) in [(1, 400, 4), (2, 200, 4), (3, 300, 12), (4, 180, 7)] {
-            let round = Round {
+            let iteration = Iteration {
                 number,
                 duration: Duration::from_secs(seconds),
                 dirtied_pages: remaining_mib * MIB / PAGE_SIZE,
                 remaining_bytes: remaining_mib * MIB,
             };
             let wire = if number < 3 { 250e6 } else { 80e6 };
-            let verdict = convergence.after_round(&round, &conditions(wire), &Predictor::new());
-            assert_eq!(verdict.decision, Decision::Continue, "round {number}");
+            let verdict = convergence.after_iteration(&iteration, &conditions(wire), &Predictor::new());
+            assert_eq!(verdict.decision, Decision::Continue, "iteration {number}");
         }
     }
 }
@@ -192,17 +193,17 @@ fn a_guest_that_does_not_get_slower_is_slowed_further_and_then_dealt_with() {
 }
 
 #[test]
-fn long_rounds_need_a_stronger_stun() {
+fn long_iterations_need_a_stronger_stun() {
     // Half of what the wire carries in a second never fits into 300 ms.
     let slow = Setting { overhead: Duration::from_secs(1), ..FLAT_OUT };
     let end = slow.run(policy(Converge::Stun));
     assert_eq!(end.verdict.decision, Decision::SwitchOver);
     assert!(end.stuns.len() > 1, "{:?}", end.stuns);
-    assert!(end.rounds <= 15, "{} rounds", end.rounds);
+    assert!(end.iterations <= 15, "{} iterations", end.iterations);
 }
 
 #[test]
-fn hot_pages_that_do_not_fit_the_limit_are_slowed_after_the_second_round() {
+fn hot_pages_that_do_not_fit_the_limit_are_slowed_after_the_second_iteration() {
     let hot = Setting { working_set: 64 * MIB, wire: 1e9, ..FLAT_OUT };
     let policy = Policy { downtime_limit: 70 * MS, ..policy(Converge::Stun) };
     let end = hot.run(policy);
@@ -212,12 +213,12 @@ fn hot_pages_that_do_not_fit_the_limit_are_slowed_after_the_second_round() {
 }
 
 #[test]
-fn rounds_that_shrink_too_slowly_are_helped_in_time() {
+fn iterations_that_shrink_too_slowly_are_helped_in_time() {
     let slow = Setting { ram: 16 * GIB, working_set: 16 * GIB, writes: 0.85 * 250e6, ..FLAT_OUT };
-    let policy = Policy { max_rounds: 12, ..policy(Converge::Stun) };
+    let policy = Policy { max_iterations: 12, ..policy(Converge::Stun) };
     assert!(matches!(
         slow.run(Policy { converge: Converge::None, ..policy }).verdict.decision,
-        Decision::GiveUp { why: Why { reason: Reason::TooManyRounds, .. } }
+        Decision::GiveUp { why: Why { reason: Reason::TooManyIterations, .. } }
     ));
     let end = slow.run(policy);
     assert_eq!(end.verdict.decision, Decision::SwitchOver);
@@ -225,10 +226,10 @@ fn rounds_that_shrink_too_slowly_are_helped_in_time() {
 }
 
 #[test]
-fn rounds_are_bounded_under_stun_too() {
-    for (converge, max_rounds) in [Converge::Stun, Converge::Auto].into_iter().zip([1, 3]) {
-        let end = FLAT_OUT.run(Policy { max_rounds, ..policy(converge) });
-        assert_eq!((why(&end.verdict).reason, end.rounds), (Reason::TooManyRounds, max_rounds));
+fn iterations_are_bounded_under_stun_too() {
+    for (converge, max_iterations) in [Converge::Stun, Converge::Auto].into_iter().zip([1, 3]) {
+        let end = FLAT_OUT.run(Policy { max_iterations, ..policy(converge) });
+        assert_eq!((why(&end.verdict).reason, end.iterations), (Reason::TooManyIterations, max_iterations));
         let postcopy = matches!(end.verdict.decision, Decision::Postcopy { .. });
         assert_eq!(postcopy, converge == Converge::Auto);
     }
@@ -239,14 +240,14 @@ fn a_target_follows_the_wire_and_keeps_to_the_bound() {
     let mut convergence = Convergence::new(Policy { max_stun_percent: 90, ..policy(Converge::Stun) });
     assert_eq!(convergence.stun_target(Some(1e9)), None);
     let dirtied_pages = 100_000;
-    let round = Round {
+    let iteration = Iteration {
         number: 1,
         duration: Duration::from_secs(1),
         dirtied_pages,
         remaining_bytes: dirtied_pages * PAGE_SIZE,
     };
     let wire = 200e6;
-    let verdict = convergence.after_round(&round, &conditions(wire), &Predictor::new());
+    let verdict = convergence.after_iteration(&iteration, &conditions(wire), &Predictor::new());
     let half = (wire / 2.0 / PAGE_SIZE as f64) as u64;
     assert!(matches!(verdict.decision, Decision::Stun { pages_per_second, .. } if pages_per_second == half));
     assert_eq!(convergence.stun_target(Some(2.0 * wire)), Some(2 * half));
@@ -260,10 +261,10 @@ fn postcopy_can_be_ordered() {
     let now = Policy { postcopy: Some(Postcopy::Now), ..Policy::default() };
     let hybrid = Policy { postcopy: Some(Postcopy::Hybrid), ..Policy::default() };
     let idle = Setting { writes: 0.0, ..FLAT_OUT };
-    for (guest, policy, rounds) in [(FLAT_OUT, now, 0), (FLAT_OUT, hybrid, 1), (idle, hybrid, 1)] {
+    for (guest, policy, iterations) in [(FLAT_OUT, now, 0), (FLAT_OUT, hybrid, 1), (idle, hybrid, 1)] {
         let end = guest.run(policy);
         assert!(matches!(end.verdict.decision, Decision::Postcopy { .. }));
-        assert_eq!((why(&end.verdict).reason, end.rounds), (Reason::Ordered, rounds));
+        assert_eq!((why(&end.verdict).reason, end.iterations), (Reason::Ordered, iterations));
         assert!(end.verdict.forecast.with_margin() <= policy.downtime_limit);
 
         let too_short = guest.run(Policy { downtime_limit: 10 * MS, ..policy });
@@ -275,7 +276,7 @@ fn postcopy_can_be_ordered() {
 #[test]
 fn decisions_are_told_with_their_figures() {
     let figures = Figures {
-        round: 2,
+        iteration: 2,
         dirty_bytes_per_second: 812e6,
         bandwidth: Some(250e6),
         remaining_bytes: 310_000_000,
@@ -342,10 +343,10 @@ proptest! {
         let end = guest.run(Policy { downtime_limit: limit * MS, ..policy(Converge::Stun) });
         prop_assert_eq!(end.verdict.decision, Decision::SwitchOver);
         prop_assert!(end.verdict.forecast.with_margin() <= limit * MS);
-        // It is clear early, unless rounds are hardly spent in sending.
+        // It is clear early, unless iterations are hardly spent in sending.
         let sending = Duration::from_secs_f64(guest.working_set as f64 / guest.wire);
         if guest.writes > guest.wire * 3.0 && sending > guest.overhead * 2 {
-            prop_assert!(end.stuns.first().is_none_or(|&(round, _)| round <= 2), "{:?}", end.stuns);
+            prop_assert!(end.stuns.first().is_none_or(|&(iteration, _)| iteration <= 2), "{:?}", end.stuns);
         }
     }
 
@@ -362,7 +363,7 @@ proptest! {
     fn no_guest_is_slowed_beyond_the_bound(guest in outrunning(), obeys in any::<bool>(), max_stun_percent in 0..=99u8) {
         let policy = Policy { max_stun_percent, ..policy(Converge::Stun) };
         let end = Setting { obeys, ..guest }.run(policy);
-        prop_assert!(end.rounds <= policy.max_rounds);
+        prop_assert!(end.iterations <= policy.max_iterations);
         if let Some(stun) = end.verdict.figures.stun {
             let floor = stun.unstunned * (100.0 - f64::from(max_stun_percent)) / 100.0 / PAGE_SIZE as f64;
             prop_assert!(end.stuns.iter().all(|&(_, target)| (target + 1) as f64 >= floor));

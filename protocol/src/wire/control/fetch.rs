@@ -1,51 +1,53 @@
-//! Post-copy: which pages are missing at the destination, and how fetching them goes.
+//! Post-copy: the pages that are missing at the destination, and the progress of fetching them.
 
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::wire::{Reader, WireError, put};
+use crate::wire::error::WireError;
+use crate::wire::reader::{Reader, put};
 
-/// Words in one [`Missing`]: 16 GiB of memory.
+/// The largest number of words in one [`Missing`], which stand for 16 GiB of memory.
 pub const MAX_WORDS: usize = 64 << 10;
 
-/// Bits in a word.
+/// The number of bits in a word.
 const WORD: u64 = 64;
 
-/// A stretch of the set of missing pages. Pages that none names are not missing.
+/// A part of the set of missing pages. A page that no message names is not missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
-    /// Page of the first word's lowest bit, a multiple of 64.
+    /// The page of the first word's lowest bit, which is a multiple of 64.
     pub first: u64,
-    /// A bit for each page; set where it is missing.
+    /// One bit for each page, which is set if the page is missing.
     pub words: Vec<u64>,
-    /// Whether all of the set has been told with this one.
+    /// Whether this message is the last part of the set.
     pub last: bool,
 }
 
-/// How fetching goes, as the destination sees it.
+/// The progress of fetching, as the destination sees it. Times are in nanoseconds.
+///
+/// A page fault takes from the moment that the destination sees it until its page was placed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FetchReport {
-    /// Pages that are still missing.
+    /// The number of pages that are still missing.
     pub remaining_pages: u64,
-    /// Accesses to missing pages that had to wait.
+    /// The number of page faults: accesses to missing pages that had to wait.
     pub faults: u64,
-    /// From the moment that such an access was seen until its page was placed, in nanoseconds: the
-    /// median,
+    /// The median time that a page fault took.
     pub fault_p50_nanoseconds: u64,
-    /// what 99 of 100 did not exceed,
+    /// The time that 99 of 100 page faults did not exceed.
     pub fault_p99_nanoseconds: u64,
-    /// and the longest.
+    /// The longest time that a page fault took.
     pub fault_max_nanoseconds: u64,
-    /// Pages that came because an access waited for them.
+    /// The number of pages that came because a page fault waited for them.
     pub pages_fetched: u64,
-    /// Pages that came before anybody asked for them.
+    /// The number of pages that came without being asked for.
     pub pages_streamed: u64,
-    /// Time since the guest began to run with pages missing, in nanoseconds.
+    /// The time since the guest began to run with pages missing.
     pub nanoseconds: u64,
 }
 
 impl Missing {
-    /// The missing pages, run by run.
+    /// Returns the runs of missing pages in order.
     pub fn runs(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
         (0..).zip(&self.words).flat_map(|(index, &word)| {
             let (first, mut bits) = (self.first.saturating_add(index * WORD), word);

@@ -1,4 +1,4 @@
-//! Offering a guest, and the answers to that.
+//! The offer of a guest, and the answers to it.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -7,75 +7,76 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::qemu::QemuGuest;
 use crate::wire::attach::MigrationId;
+use crate::wire::error::WireError;
 use crate::wire::hello::Token;
 use crate::wire::machine::GuestShape;
-use crate::wire::text::RawLabel;
-use crate::wire::{Label, MAX_TEXT_BYTES, Reader, WireError, put, put_text};
+use crate::wire::reader::{MAX_TEXT_BYTES, Reader, put, put_text};
+use crate::wire::text::{Label, RawLabel};
 
-/// Ports that one host may offer for a migration.
+/// The largest number of ports that one host may offer for a migration.
 pub const MAX_PORTS: usize = 64;
-/// Reasons for one refusal of a guest.
+/// The largest number of reasons for which a guest is refused.
 pub const MAX_REFUSALS: usize = 64;
 
-/// A guest that wants to move.
+/// The offer of a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// Names the migration from here on.
+    /// The identity of the migration from now on.
     pub migration: MigrationId,
-    /// Only asks; nothing is to be held.
+    /// Whether the source only asks, and nothing is to be reserved.
     pub check_only: bool,
-    /// Bytes of RAM that hold data (the rest are holes).
+    /// The number of bytes of RAM that hold data. The rest are holes.
     pub data_bytes: u64,
-    /// The guest.
+    /// The description of the guest.
     pub shape: GuestShape,
-    /// What else there is to know of it if its VMM is stock QEMU.
+    /// What else a destination must know of a guest whose VMM is stock QEMU.
     pub qemu: Option<Box<QemuGuest>>,
 }
 
-/// What the destination holds ready.
+/// What the destination has reserved for a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accept {
-    /// What each lane must say to be let in.
+    /// The token that each lane must show to be accepted.
     pub token: Token,
-    /// Where lanes may connect.
+    /// The ports to which lanes may connect.
     pub ports: Vec<Port>,
 }
 
 /// A port of the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
-    /// Its name there.
+    /// The name of the port at the destination.
     pub name: Label,
-    /// Where it listens.
+    /// The address at which it listens.
     pub address: SocketAddr,
-    /// Lanes that it would take.
+    /// The number of lanes that it accepts.
     pub lanes: u16,
 }
 
-/// Why a guest cannot come.
+/// The reason why a destination refuses a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// In which respect.
-    pub what: Respect,
-    /// What is wrong and what to do about it.
+    /// The kind of the reason.
+    pub what: RefusalKind,
+    /// A text that says what is wrong and what to do about it.
     pub reason: String,
 }
 
-/// In which respect a destination refuses a guest.
+/// The kind of reason why a destination refuses a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Respect {
+pub enum RefusalKind {
     /// No VMM waits for this guest.
     Receiver = 1,
-    /// Processor, interrupt controller or clock differ.
+    /// The processor, the interrupt controller or the clock differ.
     Machine = 2,
-    /// Memory is missing, or laid out otherwise.
+    /// There is not enough memory, or its layout differs.
     Memory = 3,
     /// No port can be used.
     Port = 4,
     /// A network of the guest is not there.
     Network = 5,
-    /// The guest is moving already, or is here already.
+    /// The guest is being migrated already, or is at the destination already.
     Busy = 6,
     /// The ports cannot carry what is asked.
     Bandwidth = 7,
@@ -85,7 +86,7 @@ pub enum Respect {
     Disk = 9,
 }
 
-impl Respect {
+impl RefusalKind {
     const ALL: [Self; 9] = [
         Self::Receiver,
         Self::Machine,
@@ -98,7 +99,7 @@ impl Respect {
         Self::Disk,
     ];
 
-    /// One word for logs, metrics and reports.
+    /// Returns one word for logs, metrics and reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Receiver => "receiver",
@@ -182,8 +183,8 @@ pub(super) fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, W
     let mut refusals = Vec::with_capacity(count);
     for _ in 0..count {
         let raw: &RawRefusal = reader.take("refusal")?;
-        let unknown = WireError::Unknown { what: "respect of a refusal", found: raw.what.into() };
-        let what = Respect::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
+        let unknown = WireError::Unknown { what: "kind of a refusal", found: raw.what.into() };
+        let what = RefusalKind::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
         let text = reader.bytes("reason of a refusal", raw.bytes.get().into(), MAX_TEXT_BYTES)?;
         let reason = Reader::new(text).text("reason of a refusal")?;
         refusals.push(Refusal { what, reason });
@@ -191,7 +192,7 @@ pub(super) fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, W
     Ok(refusals)
 }
 
-/// An address as it travels: one of IPv4 is mapped to IPv6.
+/// Returns an address as it travels. An IPv4 address is mapped to IPv6.
 pub(super) fn octets(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
@@ -199,7 +200,7 @@ pub(super) fn octets(address: IpAddr) -> [u8; 16] {
     }
 }
 
-/// Reads an address.
+/// Reads an address as it travels.
 pub(super) fn address_of(octets: [u8; 16]) -> IpAddr {
     Ipv6Addr::from(octets).to_canonical()
 }

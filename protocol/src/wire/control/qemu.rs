@@ -1,29 +1,30 @@
-//! What an offer says of a guest that runs in stock QEMU, besides its shape.
+//! What an offer says about a guest in stock QEMU besides its shape.
 
 use zerocopy::byteorder::little_endian::U32;
 
-use crate::wire::{Reader, WireError, put};
+use crate::wire::error::WireError;
+use crate::wire::reader::{Reader, put};
 
-/// Disks of one guest.
+/// The largest number of disks of one guest.
 pub const MAX_DISKS: usize = 64;
-/// Bytes of the path of a disk, and of the name of a machine type or CPU model.
+/// The longest path of a disk, and the longest name of a machine type or CPU model, in bytes.
 pub const MAX_NAME_BYTES: usize = 4096;
-/// Bytes of a guest file.
+/// The length of the longest guest file in bytes.
 pub const MAX_DEFINITION_BYTES: usize = 64 << 10;
 
-/// A guest in QEMU.
+/// What a destination must know of a guest in stock QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QemuGuest {
-    /// Machine type with its version, such as `pc-q35-7.2`.
+    /// The machine type with its version, such as `pc-q35-7.2`.
     pub machine: String,
-    /// CPU model, such as `qemu64`.
+    /// The CPU model, such as `qemu64`.
     pub cpu: String,
-    /// What runs the guest's code: `kvm` or `tcg`.
+    /// The accelerator that runs the guest's code: `kvm` or `tcg`.
     pub accelerator: String,
-    /// Files and devices that hold its disks, which the destination must have under the same paths.
+    /// The files and devices that hold the disks. The destination must have them under the same paths.
     pub disks: Vec<String>,
-    /// The guest file from which it was started, and could be at the destination; empty for a guest
-    /// that others started.
+    /// The guest file from which the guest was started, and could be started at the destination. It is empty for a guest
+    /// that was not started from a guest file.
     pub definition: String,
 }
 
@@ -54,7 +55,7 @@ impl QemuGuest {
     }
 }
 
-/// Appends text with its length. Longer than a reader allows is a bug of whoever made it.
+/// Appends text with its length. The caller makes sure that a reader accepts that length.
 fn put_long(out: &mut Vec<u8>, text: &str) {
     put(out, &U32::new(text.len() as u32));
     out.extend_from_slice(text.as_bytes());

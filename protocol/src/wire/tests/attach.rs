@@ -2,7 +2,7 @@
 
 use crate::wire::WireError;
 use crate::wire::attach::{
-    FromVmm, Hello, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, Standing, ToVmm,
+    FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, RunState, ToVmm, VmmHello,
 };
 
 use super::machine::{largest_shape, shape};
@@ -10,11 +10,11 @@ use super::machine::{largest_shape, shape};
 /// Where the fields of a packet lie: magic, kind, reserved, number; then the VMM's hello.
 const KIND: usize = 4;
 const BODY: usize = 12;
-const STANDING: usize = BODY + 4;
+const RUN_STATE: usize = BODY + 4;
 
 #[test]
 fn the_largest_guest_fits_into_a_packet() {
-    let hello = FromVmm::Hello(Hello { shape: largest_shape(), ..hello() });
+    let hello = FromVmm::Hello(VmmHello { shape: largest_shape(), ..hello() });
     let bytes = hello.encode();
     assert!(bytes.len() <= MAX_PACKET_BYTES, "{} bytes", bytes.len());
     assert_eq!(FromVmm::decode(&bytes), Ok(hello));
@@ -68,11 +68,11 @@ fn a_shim_speaks_in_bytes_that_do_not_change() {
 }
 
 #[test]
-fn an_unknown_standing_is_named() {
-    for standing in [0, 5, u8::MAX] {
+fn an_unknown_run_state_is_named() {
+    for run_state in [0, 5, u8::MAX] {
         let mut bytes = FromVmm::Hello(hello()).encode();
-        bytes[STANDING] = standing;
-        let unknown = WireError::Unknown { what: "standing of a guest", found: standing.into() };
+        bytes[RUN_STATE] = run_state;
+        let unknown = WireError::Unknown { what: "run state of a guest", found: run_state.into() };
         assert_eq!(FromVmm::decode(&bytes), Err(unknown));
     }
 }
@@ -86,6 +86,6 @@ fn a_state_over_the_limit_is_not_loaded() {
     assert_eq!(ToVmm::decode(&load(found).encode()), Err(WireError::TooLarge { what, found, limit }));
 }
 
-fn hello() -> Hello {
-    Hello { oldest: 1, newest: 1, standing: Standing::Running, bond: None, shape: shape() }
+fn hello() -> VmmHello {
+    VmmHello { oldest: 1, newest: 1, run_state: RunState::Running, bond: None, shape: shape() }
 }

@@ -9,7 +9,7 @@ use crate::wire::attach::MAX_STATE_BYTES;
 use crate::wire::control::{
     Accept, Control, HEADER_BYTES, MAX_BODY_BYTES, MAX_DEFINITION_BYTES, MAX_DIGESTS, MAX_DISKS,
     MAX_NAME_BYTES, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES, MAX_WORDS, Missing, Offer,
-    Port, QemuGuest, Refusal, Respect, decode_header,
+    Port, QemuGuest, Refusal, RefusalKind, decode_header,
 };
 use crate::wire::{MAX_TEXT_BYTES, WireError};
 
@@ -58,7 +58,7 @@ fn the_largest_messages_fit_into_a_body() {
         address: "[2001:db8::1]:8444".parse().unwrap(),
         lanes: u16::MAX,
     };
-    let refusal = Refusal { what: Respect::Host, reason: "x".repeat(MAX_TEXT_BYTES) };
+    let refusal = Refusal { what: RefusalKind::Host, reason: "x".repeat(MAX_TEXT_BYTES) };
     let bytes = vec![7; MAX_STATE_CHUNK_BYTES];
     let shape = largest_shape();
     let name = "n".repeat(MAX_NAME_BYTES);
@@ -131,7 +131,7 @@ fn counts_are_checked_before_their_lists_are_read() {
 
         let found = MAX_TEXT_BYTES + more;
         let length = (found as u16).to_le_bytes();
-        let body = [1, 0, Respect::Host as u8, 0, length[0], length[1]];
+        let body = [1, 0, RefusalKind::Host as u8, 0, length[0], length[1]];
         assert_eq!(Control::decode(3, &body), refused("reason of a refusal", found, MAX_TEXT_BYTES));
     }
 }
@@ -166,7 +166,7 @@ fn a_checksum_that_does_not_fit_shows_both() {
 #[test]
 fn an_unknown_respect_is_named() {
     for what in [0, 10, u8::MAX] {
-        let unknown = WireError::Unknown { what: "respect of a refusal", found: what.into() };
+        let unknown = WireError::Unknown { what: "kind of a refusal", found: what.into() };
         assert_eq!(Control::decode(3, &[1, 0, what, 0, 0, 0]), Err(unknown));
     }
 }

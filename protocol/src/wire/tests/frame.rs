@@ -8,7 +8,7 @@ use crate::PAGE_SIZE;
 use crate::wire::WireError;
 use crate::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES,
-    RUN_BYTES, Run, WANT_BYTES, Want, contents_bytes, encode_compressed_head, encode_head,
+    PAGE_REQUEST_BYTES, PageRequest, RUN_BYTES, Run, contents_bytes, encode_compressed_head, encode_head,
 };
 
 /// Pages of data that fit into a frame.
@@ -117,20 +117,20 @@ proptest! {
     }
 
     #[test]
-    fn a_want_comes_back_as_it_was_and_names_a_page_of_the_guest((pages, want) in strategies::want()) {
-        let bytes = want.encode();
-        prop_assert_eq!(bytes.len(), WANT_BYTES);
-        prop_assert_eq!(Want::decode(&bytes, pages), Ok(want));
-        if let Want::Page(page) = want {
+    fn a_page_request_comes_back_as_it_was_and_names_a_page_of_the_guest((pages, request) in strategies::page_request()) {
+        let bytes = request.encode();
+        prop_assert_eq!(bytes.len(), PAGE_REQUEST_BYTES);
+        prop_assert_eq!(PageRequest::decode(&bytes, pages), Ok(request));
+        if let PageRequest::Page(page) = request {
             let refused =
-                WireError::TooLarge { what: "number of a wanted page", found: page, limit: page };
-            prop_assert_eq!(Want::decode(&bytes, page), Err(refused));
+                WireError::TooLarge { what: "number of a requested page", found: page, limit: page };
+            prop_assert_eq!(PageRequest::decode(&bytes, page), Err(refused));
         }
     }
 
     #[test]
-    fn a_want_may_be_anything(bytes in prop::collection::vec(any::<u8>(), 0..WANT_BYTES * 2), pages: u64) {
-        if let Ok(Want::Page(page)) = Want::decode(&bytes, pages) {
+    fn a_page_request_may_be_anything(bytes in prop::collection::vec(any::<u8>(), 0..PAGE_REQUEST_BYTES * 2), pages: u64) {
+        if let Ok(PageRequest::Page(page)) = PageRequest::decode(&bytes, pages) {
             prop_assert!(page < pages);
         }
     }

@@ -17,12 +17,13 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
 
 use super::attach::{FromVmm, Reply, ToVmm};
-use super::control::{Control, HEADER_BYTES, decode_header};
-use super::frame::Ack;
+use super::control::{Control, HEADER_BYTES, QemuGuest, decode_header};
+use super::frame::{Ack, PageRequest};
 use super::hello::{Answer, Hello};
 use super::machine::GuestShape;
+use super::reader::{Reader, put};
 use super::text::RawLabel;
-use super::{Label, Reader, WireError, put};
+use super::{Label, WireError};
 
 /// A message, with its encoder and its decoder.
 trait Codec: Sized + PartialEq + Debug {
@@ -156,6 +157,7 @@ properties! {
     an_answer: Answer = strategies::answer();
     a_control_message: Control = strategies::control();
     an_acknowledgement: Ack = strategies::ack();
+    a_page_request: PageRequest = strategies::page_request().prop_map(|(_, request)| request);
 }
 
 impl Codec for Label {
@@ -169,7 +171,7 @@ impl Codec for Label {
         let mut reader = Reader::new(bytes);
         let raw: &RawLabel = reader.take("label")?;
         reader.end()?;
-        raw.label()
+        Ok(raw.label()?)
     }
 
     fn heap_bytes(&self) -> usize {
@@ -300,7 +302,14 @@ impl Codec for Control {
 
     fn heap_bytes(&self) -> usize {
         match self {
-            Self::Offer(offer) => offer.shape.heap_bytes(),
+            Self::LanesFrom(addresses) => capacity(addresses),
+            Self::Offer(offer) => {
+                let texts = offer.qemu.iter().flat_map(|qemu| {
+                    let QemuGuest { machine, cpu, accelerator, disks, definition } = &**qemu;
+                    [machine, cpu, accelerator, definition].into_iter().chain(disks)
+                });
+                offer.shape.heap_bytes() + texts.map(|text| size_of::<String>() + text.len()).sum::<usize>()
+            }
             Self::Accept(accept) => {
                 let names: usize = accept.ports.iter().map(|port| port.name.heap_bytes()).sum();
                 names + capacity(&accept.ports)
@@ -312,6 +321,7 @@ impl Codec for Control {
             Self::Holes(ranges) => capacity(ranges),
             Self::Digests { digests, .. } => capacity(digests),
             Self::State { bytes, .. } => bytes.capacity(),
+            Self::Missing(missing) => capacity(&missing.words),
             Self::Handover { reason, .. } => reason.capacity(),
             _ => 0,
         }
@@ -325,6 +335,17 @@ impl Codec for Ack {
 
     fn read(bytes: &[u8]) -> Result<Self, WireError> {
         Self::decode(bytes)
+    }
+}
+
+/// The guest has as many pages as there can be; that a page lies within a smaller one is tested with the frames.
+impl Codec for PageRequest {
+    fn write(&self) -> Vec<u8> {
+        self.encode().to_vec()
+    }
+
+    fn read(bytes: &[u8]) -> Result<Self, WireError> {
+        Self::decode(bytes, u64::MAX)
     }
 }
 

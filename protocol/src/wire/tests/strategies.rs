@@ -9,9 +9,11 @@ use proptest::prelude::*;
 use crate::PAGE_SIZE;
 use crate::handover::Message;
 use crate::wire::Label;
-use crate::wire::attach::{self, FromVmm, MAX_STATE_BYTES, Reply, Request, Standing, ToVmm};
-use crate::wire::control::{Accept, Control, FetchReport, Missing, Offer, Port, QemuGuest, Refusal, Respect};
-use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, Run, Want};
+use crate::wire::attach::{self, FromVmm, MAX_STATE_BYTES, Reply, Request, RunState, ToVmm};
+use crate::wire::control::{
+    Accept, Control, FetchReport, Missing, Offer, Port, QemuGuest, Refusal, RefusalKind,
+};
+use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, PageRequest, Run};
 use crate::wire::hello::{Answer, Hello, Purpose};
 use crate::wire::machine::{CpuidEntry, GuestShape, MAX_VCPUS, Machine, Nic, Region, TrackerKind};
 
@@ -70,13 +72,13 @@ fn nic() -> impl Strategy<Value = Nic> {
 }
 
 pub fn from_vmm() -> impl Strategy<Value = FromVmm> {
-    let standings = [Standing::Running, Standing::Incoming, Standing::Relinquished, Standing::Loaded];
+    let run_states = [RunState::Running, RunState::Incoming, RunState::Relinquished, RunState::Loaded];
     let hello =
-        (versions(), prop::sample::select(standings.to_vec()), prop::option::of(bond()), guest_shape());
+        (versions(), prop::sample::select(run_states.to_vec()), prop::option::of(bond()), guest_shape());
     let reply = (any::<u32>(), prop_oneof![any::<[u64; 2]>().prop_map(Ok), text().prop_map(Err)]);
     prop_oneof![
-        hello.prop_map(|((oldest, newest), standing, bond, shape)| {
-            FromVmm::Hello(attach::Hello { oldest, newest, standing, bond, shape })
+        hello.prop_map(|((oldest, newest), run_state, bond, shape)| {
+            FromVmm::Hello(attach::VmmHello { oldest, newest, run_state, bond, shape })
         }),
         versions().prop_map(|(oldest, newest)| FromVmm::Shim { oldest, newest }),
         reply.prop_map(|(id, outcome)| FromVmm::Reply(Reply { id, outcome })),
@@ -102,9 +104,9 @@ fn bond() -> impl Strategy<Value = attach::Bond> {
 fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         Just(Request::StartTracking),
-        any::<(u64, u64)>().prop_map(|(first, pages)| Request::Arm { first, pages }),
+        any::<(u64, u64)>().prop_map(|(first, pages)| Request::WriteProtect { first, pages }),
         Just(Request::Harvest),
-        any::<u64>().prop_map(|pages_per_second| Request::Pace { pages_per_second }),
+        any::<u64>().prop_map(|pages_per_second| Request::Throttle { pages_per_second }),
         Just(Request::StopTracking),
         any::<u64>().prop_map(|limit_nanoseconds| Request::Pause { limit_nanoseconds }),
         Just(Request::Resume),
@@ -157,7 +159,9 @@ pub fn control() -> impl Strategy<Value = Control> {
         any::<u64>().prop_map(Control::Pong),
         vec(any::<(u64, u64)>().prop_map(|(start, end)| start..end), 0..40).prop_map(Control::Holes),
         Just(Control::HolesDone),
-        any::<(u32, u64)>().prop_map(|(round, pages)| Control::Round { round, pages }),
+        any::<u16>().prop_map(Control::LaneLost),
+        any::<u16>().prop_map(Control::LaneClosed),
+        any::<(u32, u64)>().prop_map(|(number, pages)| Control::Iteration { number, pages }),
         Just(Control::Verify),
         (vec(any::<(u64, u128)>(), 0..40), any::<bool>())
             .prop_map(|(digests, last)| Control::Digests { digests, last }),
@@ -204,18 +208,18 @@ fn port() -> impl Strategy<Value = Port> {
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
-    let respects = [
-        Respect::Receiver,
-        Respect::Machine,
-        Respect::Memory,
-        Respect::Port,
-        Respect::Network,
-        Respect::Busy,
-        Respect::Bandwidth,
-        Respect::Host,
-        Respect::Disk,
+    let kinds = [
+        RefusalKind::Receiver,
+        RefusalKind::Machine,
+        RefusalKind::Memory,
+        RefusalKind::Port,
+        RefusalKind::Network,
+        RefusalKind::Busy,
+        RefusalKind::Bandwidth,
+        RefusalKind::Host,
+        RefusalKind::Disk,
     ];
-    (prop::sample::select(respects.to_vec()), text()).prop_map(|(what, reason)| Refusal { what, reason })
+    (prop::sample::select(kinds.to_vec()), text()).prop_map(|(what, reason)| Refusal { what, reason })
 }
 
 /// Any piece of any state, the empty one and the last one included.
@@ -270,12 +274,12 @@ pub fn ack() -> impl Strategy<Value = Ack> {
     any::<u64>().prop_map(|sequence| Ack { sequence })
 }
 
-/// Pages of a guest, and a want of one of them.
-pub fn want() -> impl Strategy<Value = (u64, Want)> {
+/// Pages of a guest, and a request for one of them.
+pub fn page_request() -> impl Strategy<Value = (u64, PageRequest)> {
     let wanted = (1..=u64::MAX, any::<u64>());
     prop_oneof![
-        wanted.prop_map(|(pages, page)| (pages, Want::Page(page % pages))),
-        any::<u64>().prop_map(|pages| (pages, Want::Nothing)),
+        wanted.prop_map(|(pages, page)| (pages, PageRequest::Page(page % pages))),
+        any::<u64>().prop_map(|pages| (pages, PageRequest::Keepalive)),
     ]
 }
 

@@ -5,9 +5,10 @@ use proptest::prelude::*;
 use super::Codec;
 use crate::handover::Message;
 use crate::wire::attach::{FromVmm, Reply, ToVmm};
-use crate::wire::control::{Control, Refusal, Respect};
+use crate::wire::control::{Control, Refusal, RefusalKind};
 use crate::wire::hello::Answer;
-use crate::wire::{Label, MAX_TEXT_BYTES, Reader, WireError, is_obeyed, put_text};
+use crate::wire::reader::{Reader, put_text};
+use crate::wire::{Label, MAX_TEXT_BYTES, WireError, is_obeyed};
 
 proptest! {
     #[test]
@@ -32,7 +33,7 @@ proptest! {
         prop_assert!(!heard.contains(is_obeyed), "{heard:?}");
         let Ok(ToVmm::Refused { reason: heard }) = ToVmm::read(&refused.write()) else { panic!() };
         prop_assert!(!heard.contains(is_obeyed), "{heard:?}");
-        let refusal = Control::Refuse(vec![Refusal { what: Respect::Memory, reason: reason.clone() }]);
+        let refusal = Control::Refuse(vec![Refusal { what: RefusalKind::Memory, reason: reason.clone() }]);
         let Ok(Control::Refuse(refusals)) = Control::read(&refusal.write()) else { panic!() };
         prop_assert!(!refusals[0].reason.contains(is_obeyed), "{refusals:?}");
         let Ok(Answer::Refused { reason: heard }) = Answer::read(&Answer::Refused { reason }.write()) else { panic!() };
@@ -70,7 +71,7 @@ fn long_reasons_arrive_short() {
     let received = Answer::Refused { reason: cut.clone() };
     assert_eq!(Answer::read(&Answer::Refused { reason: long.clone() }.write()), Ok(received));
 
-    let refusal = |reason: &str| Refusal { what: Respect::Memory, reason: reason.to_owned() };
+    let refusal = |reason: &str| Refusal { what: RefusalKind::Memory, reason: reason.to_owned() };
     let sent = Control::Refuse(vec![refusal(&long), refusal("after it")]);
     let received = Control::Refuse(vec![refusal(&cut), refusal("after it")]);
     assert_eq!(Control::read(&sent.write()), Ok(received));

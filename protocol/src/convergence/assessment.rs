@@ -1,36 +1,37 @@
-//! What a round means for the pause, and the decisions with that as their reason.
+//! What an iteration means for the pause, and the decisions that follow from it.
 
 use std::time::Duration;
 
-use super::{
-    Conditions, Decision, Figures, Forecast, Policy, Predictor, Reason, Round, Slowdown, Verdict, Why,
-};
+use super::decision::{Decision, Figures, Iteration, Reason, Verdict, Why};
+use super::forecast::{Conditions, Forecast, Predictor};
+use super::policy::Policy;
+use super::stun::Slowdown;
 use crate::PAGE_SIZE;
 
-/// What things are like after a round.
-pub(super) struct Outlook {
+/// The assessment of the migration after an iteration.
+pub(super) struct Assessment {
     pub figures: Figures,
     pub forecast: Forecast,
     pub forecast_after_another: Forecast,
-    /// Of another round.
+    /// The expected duration of another iteration.
     pub next_duration: Duration,
-    /// The pause with nothing left to send.
+    /// The pause if nothing were left to send.
     shortest: Forecast,
 }
 
-impl Outlook {
-    pub fn new(round: &Round, now: &Conditions, predictor: &Predictor, policy: &Policy) -> Self {
-        let forecast = predictor.forecast(round.remaining_bytes, now);
-        let dirty_bytes_per_second = dirty_rate(round);
+impl Assessment {
+    pub fn new(iteration: &Iteration, now: &Conditions, predictor: &Predictor, policy: &Policy) -> Self {
+        let forecast = predictor.forecast(iteration.remaining_bytes, now);
+        let dirty_bytes_per_second = dirty_rate(iteration);
         let next_duration = forecast.transfer.saturating_add(now.round_trip);
         let next_remaining = dirty_bytes_per_second * next_duration.as_secs_f64();
-        let next_remaining = (next_remaining as u64).min(round.remaining_bytes);
+        let next_remaining = (next_remaining as u64).min(iteration.remaining_bytes);
         Self {
             figures: Figures {
-                round: round.number,
+                iteration: iteration.number,
                 dirty_bytes_per_second,
                 bandwidth: now.bandwidth,
-                remaining_bytes: round.remaining_bytes,
+                remaining_bytes: iteration.remaining_bytes,
                 downtime: forecast.with_margin(),
                 downtime_limit: policy.downtime_limit,
                 stun: None,
@@ -42,17 +43,17 @@ impl Outlook {
         }
     }
 
-    /// Whether the pause fits the limit.
+    /// Tells whether the pause fits the limit.
     pub fn fits(&self) -> bool {
         self.figures.downtime <= self.figures.downtime_limit
     }
 
-    /// What the guest dirties as a share of what the lanes deliver; none if that is not known.
+    /// Returns what the guest dirties as a share of what the lanes deliver, or 0 if that is not known.
     pub fn load(&self) -> f64 {
         self.figures.bandwidth.map_or(0.0, |bandwidth| self.figures.dirty_bytes_per_second / bandwidth)
     }
 
-    /// Giving up because not even a pause with nothing left to send fits the limit.
+    /// Returns the decision to give up if not even a pause with nothing left to send fits the limit.
     pub fn limit_too_short(&self) -> Option<Decision> {
         let downtime = self.shortest.with_margin();
         let figures = Figures { downtime, ..self.figures };
@@ -60,22 +61,24 @@ impl Outlook {
         (downtime > self.figures.downtime_limit).then_some(Decision::GiveUp { why })
     }
 
+    /// Returns the decision to give up.
     pub fn give_up(&self, reason: Reason) -> Decision {
         Decision::GiveUp { why: Why { reason, figures: self.figures } }
     }
 
+    /// Returns the decision to begin post-copy.
     pub fn postcopy(&self, reason: Reason) -> Decision {
         Decision::Postcopy { why: Why { reason, figures: self.figures } }
     }
 
-    /// Holding the guest to what `slowdown` says.
+    /// Returns the decision to stun the guest as `slowdown` says.
     pub fn stun(&mut self, reason: Reason, slowdown: Slowdown) -> Decision {
         self.figures.stun = Some(slowdown);
         let why = Why { reason, figures: self.figures };
         Decision::Stun { pages_per_second: slowdown.pages_per_second(), why }
     }
 
-    /// `decision`, with what it is based on.
+    /// Returns `decision` with what it is based on.
     pub fn verdict(self, decision: Decision) -> Verdict {
         let Self { figures, forecast, forecast_after_another, shortest, .. } = self;
         let (forecast, forecast_after_another) = match decision {
@@ -86,10 +89,10 @@ impl Outlook {
     }
 }
 
-/// Bytes per second that the guest dirtied; infinite for pages dirtied in no time.
-fn dirty_rate(round: &Round) -> f64 {
-    match round.dirtied_pages {
+/// Returns how many bytes per second the guest dirtied, which is infinite for pages that were dirtied in no time.
+fn dirty_rate(iteration: &Iteration) -> f64 {
+    match iteration.dirtied_pages {
         0 => 0.0,
-        pages => pages as f64 * PAGE_SIZE as f64 / round.duration.as_secs_f64(),
+        pages => pages as f64 * PAGE_SIZE as f64 / iteration.duration.as_secs_f64(),
     }
 }

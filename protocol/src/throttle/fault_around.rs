@@ -1,38 +1,39 @@
-//! [`Reach`]: how many neighbours go along with a page whose write is let go.
+//! [`FaultAround`] decides how many neighbours are released together with a page whose write fault waits.
 
 use std::time::Duration;
 
-/// A writer whose next write waits so soon after it was let go does little else but wait: letting
-/// go, and not the rate, is what holds it up.
+/// A writer whose next write waits within this time after a release does little else but wait. So the cost of the
+/// releases limits it, and not the rate.
 const SOON: Duration = Duration::from_micros(200);
 
-/// Most pages that go together, as a power of two: 128 KiB. Each may be sent in vain.
+/// The largest number of pages that are released together, as a power of two. It is 128 KiB, because each page may be
+/// sent in vain.
 const LARGEST: u32 = 5;
 
-/// Pages that are let go together.
+/// The number of pages that are released together.
 ///
-/// Letting one write go costs some ten microseconds, and each vCPU a look at its page tables. So a
-/// guest whose every write waits writes far less than it may, and its readers are held up too. It
-/// gets more pages at a time while it uses up less than its rate, and fewer as soon as it has to
-/// wait for that.
+/// The release of one write costs some ten microseconds, and each vCPU a look at its page tables. So a guest whose every
+/// write waits writes far less than its rate permits, and its readers are slowed as well. It gets more pages at a time
+/// while it stays below its rate, and fewer as soon as it has to wait for the rate. The kernel does the same for read
+/// faults of file mappings (fault-around).
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Reach {
+pub struct FaultAround {
     power: u32,
     released: Option<Duration>,
 }
 
-impl Reach {
-    /// How many pages go together with one whose write begins to wait `now`: a power of two.
+impl FaultAround {
+    /// Returns how many pages are released together with one whose write begins to wait at `now`. It is a power of two.
     pub fn on_write(&mut self, now: Duration) -> u64 {
         match self.released {
             Some(released) if now.saturating_sub(released) <= SOON => {}
-            // Writes are not what it spends its time on.
+            // The guest does not spend its time on writes.
             _ => self.power = 0,
         }
         1 << self.power
     }
 
-    /// They have been let go, after they were made to `wait` for their rate.
+    /// Notes that the pages were released at `now`, after they had to `wait` for the rate.
     pub fn on_release(&mut self, wait: Duration, now: Duration) {
         self.released = Some(now);
         self.power = match wait.is_zero() {
@@ -45,20 +46,20 @@ impl Reach {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::throttle::Bucket;
+    use crate::throttle::TokenBucket;
 
     const SECOND: Duration = Duration::from_secs(1);
 
     /// A writer that waits again `busy` after each of its writes was let go, which takes `cost`;
     /// returns how many pages went in a second, and how many times it waited.
     fn write(rate: u64, busy: Duration, cost: Duration) -> (u64, u64) {
-        let (mut reach, mut bucket) = (Reach::default(), Bucket::new(rate, Duration::ZERO));
+        let (mut fault_around, mut bucket) = (FaultAround::default(), TokenBucket::new(rate, Duration::ZERO));
         let (mut now, mut gone, mut times) = (Duration::ZERO, 0, 0);
         while now < SECOND {
-            let pages = reach.on_write(now);
+            let pages = fault_around.on_write(now);
             let wait = bucket.take(pages, now);
             now += wait + cost;
-            reach.on_release(wait, now);
+            fault_around.on_release(wait, now);
             (gone, times, now) = (gone + pages, times + 1, now + busy);
         }
         (gone, times)
