@@ -5,6 +5,7 @@
 //! actions. This crate opens no socket and reads no clock, so that the daemon, the tests and a simulator drive the same
 //! code.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub, unnameable_types)]
 
 pub mod bandwidth;
 pub mod compression;

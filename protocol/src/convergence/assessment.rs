@@ -20,7 +20,12 @@ pub(super) struct Assessment {
 }
 
 impl Assessment {
-    pub fn new(iteration: &Iteration, now: &Conditions, predictor: &Predictor, policy: &Policy) -> Self {
+    pub(super) fn new(
+        iteration: &Iteration,
+        now: &Conditions,
+        predictor: &Predictor,
+        policy: &Policy,
+    ) -> Self {
         let forecast = predictor.forecast(iteration.remaining_bytes, now);
         let dirty_bytes_per_second = dirty_rate(iteration);
         let next_duration = forecast.transfer.saturating_add(now.round_trip);
@@ -44,17 +49,17 @@ impl Assessment {
     }
 
     /// Tells whether the pause fits the limit.
-    pub fn fits(&self) -> bool {
+    pub(super) fn fits(&self) -> bool {
         self.figures.downtime <= self.figures.downtime_limit
     }
 
     /// Returns what the guest dirties as a share of what the lanes deliver, or 0 if that is not known.
-    pub fn load(&self) -> f64 {
+    pub(super) fn load(&self) -> f64 {
         self.figures.bandwidth.map_or(0.0, |bandwidth| self.figures.dirty_bytes_per_second / bandwidth)
     }
 
     /// Returns the decision to give up if not even a pause with nothing left to send fits the limit.
-    pub fn limit_too_short(&self) -> Option<Decision> {
+    pub(super) fn limit_too_short(&self) -> Option<Decision> {
         let downtime = self.shortest.with_margin();
         let figures = Figures { downtime, ..self.figures };
         let why = Why { reason: Reason::LimitTooShort, figures };
@@ -62,24 +67,24 @@ impl Assessment {
     }
 
     /// Returns the decision to give up.
-    pub fn give_up(&self, reason: Reason) -> Decision {
+    pub(super) fn give_up(&self, reason: Reason) -> Decision {
         Decision::GiveUp { why: Why { reason, figures: self.figures } }
     }
 
     /// Returns the decision to begin post-copy.
-    pub fn postcopy(&self, reason: Reason) -> Decision {
+    pub(super) fn postcopy(&self, reason: Reason) -> Decision {
         Decision::Postcopy { why: Why { reason, figures: self.figures } }
     }
 
     /// Returns the decision to stun the guest as `slowdown` says.
-    pub fn stun(&mut self, reason: Reason, slowdown: Slowdown) -> Decision {
+    pub(super) fn stun(&mut self, reason: Reason, slowdown: Slowdown) -> Decision {
         self.figures.stun = Some(slowdown);
         let why = Why { reason, figures: self.figures };
         Decision::Stun { pages_per_second: slowdown.pages_per_second(), why }
     }
 
     /// Returns `decision` with what it is based on.
-    pub fn verdict(self, decision: Decision) -> Verdict {
+    pub(super) fn verdict(self, decision: Decision) -> Verdict {
         let Self { figures, forecast, forecast_after_another, shortest, .. } = self;
         let (forecast, forecast_after_another) = match decision {
             Decision::Postcopy { .. } => (shortest, shortest),

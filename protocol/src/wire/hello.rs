@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::attach::MigrationId;
 use super::error::WireError;
-use super::reader::{MAX_TEXT_BYTES, Reader, put, put_text};
+use super::reader::{MAX_TEXT_BYTES, Reader, count, put, put_text};
 use super::text::{Label, RawLabel};
 
 /// The oldest and the newest version of the protocol between daemons that this build speaks.
@@ -143,7 +143,7 @@ impl Answer {
             }
         };
         let mut out = Vec::with_capacity(ANSWER_BYTES + text.len());
-        let text_bytes = U32::new(text.len() as u32);
+        let text_bytes = U32::new(count(text.len(), u32::MAX));
         put(&mut out, &RawAnswer { magic: MAGIC, version: version.into(), reserved: 0.into(), text_bytes });
         out.extend_from_slice(&text);
         out

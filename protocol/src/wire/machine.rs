@@ -5,7 +5,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::WireError;
-use super::reader::{Reader, put};
+use super::reader::{Reader, count, put};
 use super::text::{Label, RawLabel};
 use crate::PAGE_SIZE;
 
@@ -160,8 +160,8 @@ impl GuestShape {
                 name: self.name.raw(),
                 vmm: machine.vmm.raw(),
                 tracker: self.tracker as u8,
-                regions: self.regions.len() as u8,
-                nics: self.nics.len() as u8,
+                regions: count(self.regions.len(), u8::MAX),
+                nics: count(self.nics.len(), u8::MAX),
                 reserved: 0,
                 state_version: machine.state_version.into(),
                 vcpus: machine.vcpus.into(),
@@ -169,8 +169,8 @@ impl GuestShape {
                 tsc_khz: machine.tsc_khz.into(),
                 xcr0: machine.xcr0.into(),
                 xsave_bytes: machine.xsave_bytes.into(),
-                cpuid: (machine.cpuid.len() as u16).into(),
-                msrs: (machine.msrs.len() as u16).into(),
+                cpuid: count(machine.cpuid.len(), u16::MAX).into(),
+                msrs: count(machine.msrs.len(), u16::MAX).into(),
             },
         );
         for region in &self.regions {

@@ -81,6 +81,14 @@ pub(crate) fn put<T: IntoBytes + Immutable + ?Sized>(out: &mut Vec<u8>, value: &
     out.extend_from_slice(value.as_bytes());
 }
 
+/// Returns a number of values for a field whose largest value is `most`.
+///
+/// A number that the field cannot hold becomes `most`, which is above every limit, so that a reader refuses the message
+/// with the count in place of taking it for a shorter one.
+pub(crate) fn count<T: TryFrom<usize>>(values: usize, most: T) -> T {
+    T::try_from(values).unwrap_or(most)
+}
+
 /// Appends `text`, cut at a character boundary to what a reader accepts.
 pub(crate) fn put_text(out: &mut Vec<u8>, text: &str) {
     let mut end = text.len().min(MAX_TEXT_BYTES);

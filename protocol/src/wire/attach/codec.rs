@@ -205,26 +205,26 @@ impl RunState {
 const MAGIC: [u8; 4] = *b"MLAT";
 
 mod kind {
-    pub const HELLO: u16 = 1;
-    pub const DONE: u16 = 2;
-    pub const FAILED: u16 = 3;
-    pub const SHIM: u16 = 4;
-    pub const WELCOME: u16 = 16;
-    pub const REFUSED: u16 = 17;
-    pub const START_TRACKING: u16 = 32;
-    pub const WRITE_PROTECT: u16 = 33;
-    pub const HARVEST: u16 = 34;
-    pub const STOP_TRACKING: u16 = 35;
-    pub const PAUSE: u16 = 36;
-    pub const RESUME: u16 = 37;
-    pub const SAVE: u16 = 38;
-    pub const LOAD: u16 = 39;
-    pub const RELINQUISH: u16 = 40;
-    pub const PREPARE: u16 = 41;
-    pub const DISCARD: u16 = 42;
-    pub const OPEN_USERFAULT: u16 = 43;
-    pub const KEEP_USERFAULT: u16 = 44;
-    pub const THROTTLE: u16 = 45;
+    pub(super) const HELLO: u16 = 1;
+    pub(super) const DONE: u16 = 2;
+    pub(super) const FAILED: u16 = 3;
+    pub(super) const SHIM: u16 = 4;
+    pub(super) const WELCOME: u16 = 16;
+    pub(super) const REFUSED: u16 = 17;
+    pub(super) const START_TRACKING: u16 = 32;
+    pub(super) const WRITE_PROTECT: u16 = 33;
+    pub(super) const HARVEST: u16 = 34;
+    pub(super) const STOP_TRACKING: u16 = 35;
+    pub(super) const PAUSE: u16 = 36;
+    pub(super) const RESUME: u16 = 37;
+    pub(super) const SAVE: u16 = 38;
+    pub(super) const LOAD: u16 = 39;
+    pub(super) const RELINQUISH: u16 = 40;
+    pub(super) const PREPARE: u16 = 41;
+    pub(super) const DISCARD: u16 = 42;
+    pub(super) const OPEN_USERFAULT: u16 = 43;
+    pub(super) const KEEP_USERFAULT: u16 = 44;
+    pub(super) const THROTTLE: u16 = 45;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

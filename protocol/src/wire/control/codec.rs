@@ -9,7 +9,7 @@ use super::offer::{self, Accept, MAX_PORTS, Offer};
 use crate::handover::Message;
 use crate::wire::attach::{MAX_STATE_BYTES, MigrationId};
 use crate::wire::error::WireError;
-use crate::wire::reader::{Reader, put, put_text};
+use crate::wire::reader::{Reader, count, put, put_text};
 
 /// The length of a message's header in bytes.
 pub const HEADER_BYTES: usize = size_of::<RawHeader>();
@@ -39,7 +39,7 @@ impl Control {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![0; HEADER_BYTES];
         let kind = self.encode_body(&mut out);
-        let bytes = U32::new((out.len() - HEADER_BYTES) as u32);
+        let bytes = U32::new(count(out.len() - HEADER_BYTES, u32::MAX));
         let header = RawHeader { kind: kind.into(), reserved: 0.into(), bytes };
         out[..HEADER_BYTES].copy_from_slice(header.as_bytes());
         out
@@ -48,7 +48,7 @@ impl Control {
     fn encode_body(&self, out: &mut Vec<u8>) -> u16 {
         match self {
             Self::LanesFrom(addresses) => {
-                put(out, &U16::new(addresses.len() as u16));
+                put(out, &U16::new(count(addresses.len(), u16::MAX)));
                 addresses.iter().for_each(|address| put(out, &offer::octets(*address)));
                 kind::LANES_FROM
             }
@@ -73,7 +73,7 @@ impl Control {
                 kind::PONG
             }
             Self::Holes(ranges) => {
-                put(out, &U32::new(ranges.len() as u32));
+                put(out, &U32::new(count(ranges.len(), u32::MAX)));
                 for range in ranges {
                     put(out, &[U64::new(range.start), U64::new(range.end)]);
                 }
@@ -94,7 +94,7 @@ impl Control {
             }
             Self::Verify => kind::VERIFY,
             Self::Digests { digests, last } => {
-                put(out, &[U32::new(digests.len() as u32), U32::from(u32::from(*last))]);
+                put(out, &[U32::new(count(digests.len(), u32::MAX)), U32::from(u32::from(*last))]);
                 for (piece, digest) in digests {
                     put(out, &RawDigest { piece: (*piece).into(), digest: (*digest).into() });
                 }
@@ -107,7 +107,7 @@ impl Control {
                         total: (*total).into(),
                         offset: (*offset).into(),
                         checksum: crc32c::crc32c(bytes).into(),
-                        bytes: (bytes.len() as u32).into(),
+                        bytes: count(bytes.len(), u32::MAX).into(),
                     },
                 );
                 out.extend_from_slice(bytes);
@@ -229,26 +229,26 @@ fn decode_state(reader: &mut Reader<'_>) -> Result<Control, WireError> {
 }
 
 mod kind {
-    pub const OFFER: u16 = 1;
-    pub const ACCEPT: u16 = 2;
-    pub const REFUSE: u16 = 3;
-    pub const PING: u16 = 4;
-    pub const PONG: u16 = 5;
-    pub const HOLES: u16 = 6;
-    pub const HOLES_DONE: u16 = 7;
-    pub const ITERATION: u16 = 8;
-    pub const VERIFY: u16 = 9;
-    pub const DIGESTS: u16 = 10;
-    pub const STATE: u16 = 11;
-    pub const HANDOVER: u16 = 12;
-    pub const LANE_LOST: u16 = 13;
-    pub const LANE_CLOSED: u16 = 14;
-    pub const FETCH: u16 = 15;
-    pub const MISSING: u16 = 16;
-    pub const MISSING_DONE: u16 = 17;
-    pub const FETCHED: u16 = 18;
-    pub const LANES_FROM: u16 = 19;
-    pub const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANES_FROM;
+    pub(super) const OFFER: u16 = 1;
+    pub(super) const ACCEPT: u16 = 2;
+    pub(super) const REFUSE: u16 = 3;
+    pub(super) const PING: u16 = 4;
+    pub(super) const PONG: u16 = 5;
+    pub(super) const HOLES: u16 = 6;
+    pub(super) const HOLES_DONE: u16 = 7;
+    pub(super) const ITERATION: u16 = 8;
+    pub(super) const VERIFY: u16 = 9;
+    pub(super) const DIGESTS: u16 = 10;
+    pub(super) const STATE: u16 = 11;
+    pub(super) const HANDOVER: u16 = 12;
+    pub(super) const LANE_LOST: u16 = 13;
+    pub(super) const LANE_CLOSED: u16 = 14;
+    pub(super) const FETCH: u16 = 15;
+    pub(super) const MISSING: u16 = 16;
+    pub(super) const MISSING_DONE: u16 = 17;
+    pub(super) const FETCHED: u16 = 18;
+    pub(super) const LANES_FROM: u16 = 19;
+    pub(super) const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANES_FROM;
 }
 
 /// The messages of the handover and their numbers on the wire. Offer, Accept and Refuse are not among them, because

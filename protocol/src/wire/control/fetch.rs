@@ -4,7 +4,7 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::wire::error::WireError;
-use crate::wire::reader::{Reader, put};
+use crate::wire::reader::{Reader, count, put};
 
 /// The largest number of words in one [`Missing`], which stand for 16 GiB of memory.
 pub const MAX_WORDS: usize = 64 << 10;
@@ -65,7 +65,7 @@ impl Missing {
     }
 
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
-        let words = U32::new(self.words.len() as u32);
+        let words = U32::new(count(self.words.len(), u32::MAX));
         put(out, &RawMissing { first: self.first.into(), words, last: u32::from(self.last).into() });
         for word in &self.words {
             put(out, &U64::new(*word));

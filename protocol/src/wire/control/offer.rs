@@ -10,7 +10,7 @@ use crate::wire::attach::MigrationId;
 use crate::wire::error::WireError;
 use crate::wire::hello::Token;
 use crate::wire::machine::GuestShape;
-use crate::wire::reader::{MAX_TEXT_BYTES, Reader, put, put_text};
+use crate::wire::reader::{MAX_TEXT_BYTES, Reader, count, put, put_text};
 use crate::wire::text::{Label, RawLabel};
 
 /// The largest number of ports that one host may offer for a migration.
@@ -148,7 +148,7 @@ impl Offer {
 impl Accept {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         put(out, &self.token);
-        put(out, &U16::new(self.ports.len() as u16));
+        put(out, &U16::new(count(self.ports.len(), u16::MAX)));
         for port in &self.ports {
             put(out, &RawPort::from(port));
         }
@@ -164,11 +164,11 @@ impl Accept {
 }
 
 pub(super) fn encode_refusals(refusals: &[Refusal], out: &mut Vec<u8>) {
-    put(out, &U16::new(refusals.len() as u16));
+    put(out, &U16::new(count(refusals.len(), u16::MAX)));
     for refusal in refusals {
         let mut text = Vec::new();
         put_text(&mut text, &refusal.reason);
-        let bytes = U16::new(text.len() as u16);
+        let bytes = U16::new(count(text.len(), u16::MAX));
         put(out, &RawRefusal { what: refusal.what as u8, reserved: 0, bytes });
         out.extend_from_slice(&text);
     }
@@ -184,7 +184,7 @@ pub(super) fn decode_refusals(reader: &mut Reader<'_>) -> Result<Vec<Refusal>, W
     for _ in 0..count {
         let raw: &RawRefusal = reader.take("refusal")?;
         let unknown = WireError::Unknown { what: "kind of a refusal", found: raw.what.into() };
-        let what = RefusalKind::ALL.into_iter().find(|respect| *respect as u8 == raw.what).ok_or(unknown)?;
+        let what = RefusalKind::ALL.into_iter().find(|kind| *kind as u8 == raw.what).ok_or(unknown)?;
         let text = reader.bytes("reason of a refusal", raw.bytes.get().into(), MAX_TEXT_BYTES)?;
         let reason = Reader::new(text).text("reason of a refusal")?;
         refusals.push(Refusal { what, reason });

@@ -3,7 +3,7 @@
 use zerocopy::byteorder::little_endian::U32;
 
 use crate::wire::error::WireError;
-use crate::wire::reader::{Reader, put};
+use crate::wire::reader::{Reader, count, put};
 
 /// The largest number of disks of one guest.
 pub const MAX_DISKS: usize = 64;
@@ -33,7 +33,7 @@ impl QemuGuest {
         for name in [&self.machine, &self.cpu, &self.accelerator] {
             put_long(out, name);
         }
-        put(out, &U32::new(self.disks.len() as u32));
+        put(out, &U32::new(count(self.disks.len(), u32::MAX)));
         self.disks.iter().for_each(|disk| put_long(out, disk));
         put_long(out, &self.definition);
     }
@@ -57,7 +57,7 @@ impl QemuGuest {
 
 /// Appends text with its length. The caller makes sure that a reader accepts that length.
 fn put_long(out: &mut Vec<u8>, text: &str) {
-    put(out, &U32::new(text.len() as u32));
+    put(out, &U32::new(count(text.len(), u32::MAX)));
     out.extend_from_slice(text.as_bytes());
 }
 

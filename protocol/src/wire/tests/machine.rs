@@ -22,7 +22,7 @@ const HUGE: u32 = 2 << 20;
 const GIB: u64 = 1 << 30;
 
 /// A guest with 1 GiB of 4 KiB pages, and 2 GiB of 2 MiB pages above the gap below 4 GiB.
-pub fn shape() -> GuestShape {
+pub(super) fn shape() -> GuestShape {
     GuestShape {
         name: "web1".parse().unwrap(),
         tracker: TrackerKind::Ring,
@@ -43,7 +43,7 @@ pub fn shape() -> GuestShape {
 }
 
 /// As much of everything as is allowed.
-pub fn largest_shape() -> GuestShape {
+pub(super) fn largest_shape() -> GuestShape {
     let shape = shape();
     let entry = CpuidEntry {
         function: 1.into(),
@@ -220,6 +220,14 @@ fn counts_are_checked_before_their_lists_are_read() {
             assert_eq!(GuestShape::read(&bytes[..regions_end]), Err(error));
         }
     }
+}
+
+/// A count that its field cannot hold is written as one that is refused, not as a smaller one.
+#[test]
+fn more_regions_than_can_be_counted_are_refused() {
+    let regions = (0..300).map(|page| region(page << 12, 1 << 12, 4 << 10)).collect();
+    let (what, found, limit) = ("count of memory regions", 255, MAX_REGIONS as u64);
+    assert_eq!(read(regions), Err(WireError::TooLarge { what, found, limit }));
 }
 
 fn region(address: u64, bytes: u64, page_bytes: u32) -> Region {

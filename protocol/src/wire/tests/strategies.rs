@@ -17,16 +17,16 @@ use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAG
 use crate::wire::hello::{Answer, Hello, Purpose};
 use crate::wire::machine::{CpuidEntry, GuestShape, MAX_VCPUS, Machine, Nic, Region, TrackerKind};
 
-pub fn label() -> impl Strategy<Value = Label> {
+pub(super) fn label() -> impl Strategy<Value = Label> {
     "[A-Za-z0-9][A-Za-z0-9._-]{0,62}".prop_map(|name| name.parse().unwrap())
 }
 
 /// Plain text of all alphabets that is not cut.
-pub fn text() -> impl Strategy<Value = String> {
+pub(super) fn text() -> impl Strategy<Value = String> {
     "[\\PC&&[^\\p{Zl}\\p{Zp}]]{0,120}"
 }
 
-pub fn guest_shape() -> impl Strategy<Value = GuestShape> {
+pub(super) fn guest_shape() -> impl Strategy<Value = GuestShape> {
     let trackers = [TrackerKind::Log, TrackerKind::Ring, TrackerKind::Pagemap];
     (label(), prop::sample::select(trackers.to_vec()), machine(), regions(), vec(nic(), 0..4)).prop_map(
         |(name, tracker, machine, regions, nics)| GuestShape { name, tracker, machine, regions, nics },
@@ -71,7 +71,7 @@ fn nic() -> impl Strategy<Value = Nic> {
     (any::<[u8; 6]>(), label()).prop_map(|(mac, network)| Nic { mac, network })
 }
 
-pub fn from_vmm() -> impl Strategy<Value = FromVmm> {
+pub(super) fn from_vmm() -> impl Strategy<Value = FromVmm> {
     let run_states = [RunState::Running, RunState::Incoming, RunState::Relinquished, RunState::Loaded];
     let hello =
         (versions(), prop::sample::select(run_states.to_vec()), prop::option::of(bond()), guest_shape());
@@ -85,7 +85,7 @@ pub fn from_vmm() -> impl Strategy<Value = FromVmm> {
     ]
 }
 
-pub fn to_vmm() -> impl Strategy<Value = ToVmm> {
+pub(super) fn to_vmm() -> impl Strategy<Value = ToVmm> {
     prop_oneof![
         any::<u16>().prop_map(|version| ToVmm::Welcome { version }),
         text().prop_map(|reason| ToVmm::Refused { reason }),
@@ -124,7 +124,7 @@ fn versions() -> impl Strategy<Value = (u16, u16)> {
     any::<(u16, u16)>().prop_map(|(a, b)| (a.min(b), a.max(b)))
 }
 
-pub fn hello() -> impl Strategy<Value = Hello> {
+pub(super) fn hello() -> impl Strategy<Value = Hello> {
     let purpose = prop_oneof![
         Just(Purpose::Control),
         any::<([u8; 16], u16)>().prop_map(|(token, lane)| Purpose::Lane { token, lane }),
@@ -140,14 +140,14 @@ pub fn hello() -> impl Strategy<Value = Hello> {
 }
 
 /// Versions count from 1.
-pub fn answer() -> impl Strategy<Value = Answer> {
+pub(super) fn answer() -> impl Strategy<Value = Answer> {
     prop_oneof![
         (1..=u16::MAX).prop_map(|version| Answer::Welcome { version }),
         text().prop_map(|reason| Answer::Refused { reason }),
     ]
 }
 
-pub fn control() -> impl Strategy<Value = Control> {
+pub(super) fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
         vec(any::<std::net::IpAddr>().prop_map(|address| address.to_canonical()), 0..8)
             .prop_map(Control::LanesFrom),
@@ -223,7 +223,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 }
 
 /// Any piece of any state, the empty one and the last one included.
-pub fn state() -> impl Strategy<Value = Control> {
+pub(super) fn state() -> impl Strategy<Value = Control> {
     (vec(any::<u8>(), 0..600), 0..=MAX_STATE_BYTES, any::<u64>()).prop_map(|(bytes, total, offset)| {
         let total = total.max(bytes.len() as u64);
         let offset = offset % (total - bytes.len() as u64 + 1);
@@ -270,12 +270,12 @@ fn handover() -> impl Strategy<Value = Control> {
     )
 }
 
-pub fn ack() -> impl Strategy<Value = Ack> {
+pub(super) fn ack() -> impl Strategy<Value = Ack> {
     any::<u64>().prop_map(|sequence| Ack { sequence })
 }
 
 /// Pages of a guest, and a request for one of them.
-pub fn page_request() -> impl Strategy<Value = (u64, PageRequest)> {
+pub(super) fn page_request() -> impl Strategy<Value = (u64, PageRequest)> {
     let wanted = (1..=u64::MAX, any::<u64>());
     prop_oneof![
         wanted.prop_map(|(pages, page)| (pages, PageRequest::Page(page % pages))),
@@ -284,7 +284,7 @@ pub fn page_request() -> impl Strategy<Value = (u64, PageRequest)> {
 }
 
 /// Pages of a guest, and runs of a frame that fit into them and into the limits.
-pub fn frame() -> impl Strategy<Value = (u64, Vec<Run>)> {
+pub(super) fn frame() -> impl Strategy<Value = (u64, Vec<Run>)> {
     let contents = prop::sample::select(vec![Content::Data, Content::Zero, Content::Hole]);
     let run = (any::<u64>(), 1..=MAX_ZERO_PAGES, contents);
     (1..=1u64 << 34, vec(run, 0..=MAX_RUNS)).prop_map(|(pages, wanted)| {
