@@ -7,6 +7,8 @@
 //! In place of those bytes a frame may carry one LZ4 block (without a length in front) that decompresses to exactly as
 //! many bytes. A lane for faults never carries compressed frames.
 
+mod page_request;
+
 use std::ops::Range;
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -15,6 +17,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::error::WireError;
 use super::reader::{Reader, put};
 use crate::PAGE_SIZE;
+
+pub use page_request::{PAGE_REQUEST_BYTES, PageRequest};
 
 /// The length of a frame's header in bytes.
 pub const FRAME_HEADER_BYTES: usize = size_of::<RawFrame>();
@@ -29,12 +33,9 @@ pub const MAX_PAYLOAD_BYTES: u64 = 2 << 20;
 pub const MAX_ZERO_PAGES: u64 = 1 << 18;
 /// The length of an acknowledgement in bytes.
 pub const ACK_BYTES: usize = size_of::<RawAck>();
-/// The length of a [`PageRequest`] in bytes.
-pub const PAGE_REQUEST_BYTES: usize = size_of::<RawPageRequest>();
 
 const FRAME_MAGIC: [u8; 4] = *b"MLFr";
 const ACK_MAGIC: [u8; 4] = *b"MLAk";
-const PAGE_REQUEST_MAGIC: [u8; 4] = *b"MLWt";
 
 /// A run is a number of consecutive pages that are sent under one descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,15 +79,6 @@ pub struct Frame {
 pub struct Ack {
     /// The number of the last of these frames.
     pub sequence: u64,
-}
-
-/// A page request is what the destination sends on a lane for faults.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageRequest {
-    /// The guest waits for the page of this number. The source sends it, or the huge page that it is part of.
-    Page(u64),
-    /// The destination asks whether the lane still works. The source answers with a frame without runs.
-    Keepalive,
 }
 
 impl Run {
@@ -301,53 +293,11 @@ impl Ack {
     }
 }
 
-impl PageRequest {
-    /// Returns the [`PAGE_REQUEST_BYTES`] bytes of the request.
-    pub fn encode(&self) -> [u8; PAGE_REQUEST_BYTES] {
-        let (kind, page) = match *self {
-            Self::Page(page) => (REQUEST_PAGE, page),
-            Self::Keepalive => (REQUEST_KEEPALIVE, 0),
-        };
-        let raw = RawPageRequest { magic: PAGE_REQUEST_MAGIC, kind: kind.into(), page: page.into() };
-        let mut bytes = [0; PAGE_REQUEST_BYTES];
-        bytes.copy_from_slice(raw.as_bytes());
-        bytes
-    }
-
-    /// Reads a request for a guest of `pages` pages.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the bytes are not exactly one request, or name a page that the guest does not have.
-    pub fn decode(bytes: &[u8], pages: u64) -> Result<Self, WireError> {
-        let mut reader = Reader::new(bytes);
-        let raw: &RawPageRequest = reader.take("page request")?;
-        reader.end()?;
-        if raw.magic != PAGE_REQUEST_MAGIC {
-            return Err(WireError::Magic {
-                what: "page request",
-                expected: PAGE_REQUEST_MAGIC,
-                found: raw.magic,
-            });
-        }
-        match (raw.kind.get(), raw.page.get()) {
-            (REQUEST_PAGE, page) if page < pages => Ok(Self::Page(page)),
-            (REQUEST_PAGE, found) => {
-                Err(WireError::TooLarge { what: "number of a requested page", found, limit: pages })
-            }
-            (REQUEST_KEEPALIVE, _) => Ok(Self::Keepalive),
-            (found, _) => Err(WireError::Unknown { what: "kind of a page request", found }),
-        }
-    }
-}
-
 const HAS_CHECKSUM: u16 = 1;
 const COMPRESSED: u16 = 2;
 const DATA: u32 = 1;
 const ZERO: u32 = 2;
 const HOLE: u32 = 3;
-const REQUEST_PAGE: u32 = 1;
-const REQUEST_KEEPALIVE: u32 = 2;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -374,12 +324,4 @@ struct RawAck {
     magic: [u8; 4],
     reserved: U32,
     sequence: U64,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RawPageRequest {
-    magic: [u8; 4],
-    kind: U32,
-    page: U64,
 }
