@@ -14,12 +14,12 @@ use memlane_guest::Guest;
 use memlane_guest::qemu::QemuError;
 use memlane_guest::qemu::definition::{Definition, DefinitionError};
 use memlane_migrate::progress::{Phase, Role};
-use memlane_migrate::{Order as Orders, OrderError, Ticket, Wishes, preflight};
+use memlane_migrate::{MigrateParameters, Order as Orders, OrderError, Ticket, preflight};
 use memlane_net::config::PortConfig;
 use memlane_net::port::{holds, interface_state};
 use memlane_net::task;
 use memlane_protocol::convergence::{Converge, Policy};
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::hello;
 use memlane_protocol::wire::{BadLabel, Label};
 use tokio::sync::watch;
@@ -118,7 +118,8 @@ impl Backend for HostBackend {
         let migration = ids::random();
         let id = ids::encode(&migration);
         info!(guest = %guest.shape.name, %peer, migration = id, %caller, "ordered to move a guest");
-        let orders = Orders { wishes: self.wishes(&order), min_bandwidth: self.min_bandwidth(&order) };
+        let orders =
+            Orders { parameters: self.migrate_parameters(&order), min_bandwidth: self.min_bandwidth(&order) };
         let ordered = self.0.migrate.migrate(&guest, &peer, migration, orders).await;
         ordered.map(|ticket| seen(&ticket)).map_err(|error| match error {
             OrderError::Moving => moving(&order),
@@ -247,8 +248,8 @@ impl HostBackend {
             let text = format!("part of guest {}'s memory was given up, so that it cannot move", order.guest);
             return Err(ApiError::new(ErrorCode::Refused, text));
         }
-        if guest.standing.get() != Standing::Running {
-            let text = format!("guest {} does not run here ({:?})", order.guest, guest.standing.get());
+        if guest.run_state.get() != RunState::Running {
+            let text = format!("guest {} does not run here ({:?})", order.guest, guest.run_state.get());
             return Err(ApiError::new(ErrorCode::Refused, text));
         }
         Ok((guest, peer.name.clone()))
@@ -261,7 +262,7 @@ impl HostBackend {
     }
 
     /// The API has seen to it that numbers are in range.
-    fn wishes(&self, order: &Order) -> Wishes {
+    fn migrate_parameters(&self, order: &Order) -> MigrateParameters {
         let limits = &self.0.config.limits;
         let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
         let max_rounds = order.max_rounds.unwrap_or(limits.max_rounds);
@@ -274,9 +275,10 @@ impl HostBackend {
         };
         let postcopy = order.postcopy.map(Into::into);
         let max_stun_percent = order.max_stun_percent.unwrap_or(limits.max_stun_percent(converge));
-        let policy = Policy { downtime_limit, max_rounds, converge, max_stun_percent, postcopy };
+        let policy =
+            Policy { downtime_limit, max_iterations: max_rounds, converge, max_stun_percent, postcopy };
         let compression = order.compression.map_or(limits.compression, Into::into);
-        Wishes { policy, verify: order.verify, compression }
+        MigrateParameters { policy, verify: order.verify, compression }
     }
 }
 

@@ -34,7 +34,7 @@ pub async fn serve(listener: TcpListener, host: Rc<Host>) {
                 });
             }
             Err(error) => {
-                let error = memlane_kvm::descriptors::told(error);
+                let error = memlane_kvm::descriptors::explain(error);
                 warn!(%error, "cannot accept a control connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use memlane_guest::attach_socket;
-use memlane_kvm::ram::contain_faults;
+use memlane_kvm::ram::install_sigbus_handler;
 use memlane_net::journal::{Journal, JournalError};
 use memlane_net::{port, task};
 use tokio::signal::unix::{SignalKind, signal};
@@ -58,7 +58,7 @@ pub enum DaemonError {
 pub async fn run(config: Config) -> Result<(), DaemonError> {
     metrics::install();
     config.ports.iter().for_each(|port| metrics::port(port.name.as_str()));
-    contain_faults().map_err(DaemonError::Signals)?;
+    install_sigbus_handler().map_err(DaemonError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (journal, unfinished) = Journal::open(&config.journal, metrics::journal_synced).await?;

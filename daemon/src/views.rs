@@ -3,7 +3,7 @@
 use memlane_api::types;
 use memlane_guest::{Guest, qemu};
 use memlane_migrate::{Progress, preflight, progress};
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 
 /// A migration, as its progress tells it.
 pub fn migration(progress: &Progress) -> types::Migration {
@@ -116,13 +116,13 @@ pub fn check(guest: String, host: String, findings: preflight::Findings) -> type
 
 /// A guest, with the monitor of its QEMU where it is in one.
 pub fn guest(guest: &Guest, supervisor: &qemu::Supervisor) -> types::GuestInfo {
-    let standing = match guest.standing.get() {
-        Standing::Running if guest.lost.get() => types::Standing::Lost,
-        Standing::Running if guest.is_moving() => types::Standing::Migrating,
-        Standing::Running => types::Standing::Running,
-        Standing::Incoming => types::Standing::Incoming,
-        Standing::Relinquished => types::Standing::Relinquished,
-        Standing::Loaded => types::Standing::Loaded,
+    let standing = match guest.run_state.get() {
+        RunState::Running if guest.lost.get() => types::Standing::Lost,
+        RunState::Running if guest.is_moving() => types::Standing::Migrating,
+        RunState::Running => types::Standing::Running,
+        RunState::Incoming => types::Standing::Incoming,
+        RunState::Relinquished => types::Standing::Relinquished,
+        RunState::Loaded => types::Standing::Loaded,
     };
     let mac = |mac: &[u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
     let nics = guest.shape.nics.iter();

@@ -14,7 +14,7 @@ use common::{Lane, Peer, Stage, captured, connect, greet, hello, host_a, lane, l
 use memlane_kvm::packet;
 use memlane_lab::{HostId, LabOptions};
 use memlane_net::config::{CONTROL_PORT, LANE_PORT};
-use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, RunState, ToVmm, VERSIONS, VmmHello};
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{Answer, Purpose};
 use memlane_protocol::wire::machine::GuestShape;
@@ -166,8 +166,8 @@ fn attach(stage: &Stage, shape: GuestShape, memory: &OwnedFd) -> (OwnedFd, ToVmm
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let (oldest, newest) = VERSIONS;
     let descriptors: Vec<_> = shape.regions.iter().map(|_| memory.as_fd()).collect();
-    let standing = Standing::Running;
-    let hello = FromVmm::Hello(Hello { oldest, newest, standing, bond: None, shape });
+    let run_state = RunState::Running;
+    let hello = FromVmm::Hello(VmmHello { oldest, newest, run_state, bond: None, shape });
     packet::send(&socket, &hello.encode(), &descriptors).unwrap();
     let mut buffer = vec![0; MAX_PACKET_BYTES];
     let (length, _) = packet::recv(&socket, &mut buffer).unwrap();

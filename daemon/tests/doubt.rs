@@ -14,7 +14,7 @@ use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_lab::{Answer, HostId, LabOptions, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::attach::{
-    Bond, FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, Standing, ToVmm, VERSIONS,
+    Bond, FromVmm, MAX_PACKET_BYTES, Reply, Request, RunState, ToVmm, VERSIONS, VmmHello,
 };
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::machine::GuestShape;
@@ -216,7 +216,7 @@ impl Raw {
         id: HostId,
         shape: &GuestShape,
         ram: &GuestRam,
-        hello: (Standing, Option<Bond>),
+        hello: (RunState, Option<Bond>),
     ) -> Self {
         let path = stage.rig.lab().host(id).directory().join("attach.sock");
         let socket =
@@ -224,9 +224,9 @@ impl Raw {
                 .unwrap();
         rustix::net::connect(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
         let (oldest, newest) = VERSIONS;
-        let (standing, bond) = hello;
+        let (run_state, bond) = hello;
         let shape = GuestShape { regions: ram.regions().to_vec(), ..shape.clone() };
-        let hello = FromVmm::Hello(Hello { oldest, newest, standing, bond, shape });
+        let hello = FromVmm::Hello(VmmHello { oldest, newest, run_state, bond, shape });
         packet::send(&socket, &hello.encode(), &ram.descriptors()).unwrap();
         rustix::net::sockopt::set_socket_timeout(
             &socket,
@@ -292,7 +292,7 @@ fn the_guest_of_a_neighbour_in_the_same_process_is_not_resumed() {
     .unwrap();
 
     let ram = memory(&shape);
-    let vmm = Raw::attach(&stage, HostId::B, &shape, &ram, (Standing::Incoming, None));
+    let vmm = Raw::attach(&stage, HostId::B, &shape, &ram, (RunState::Incoming, None));
     stage.wait_for_standing(HostId::B, "web1", "incoming");
     let order = stage.begin("web1", &["--downtime-limit", "5s"]);
     let (_, request, bond) = vmm.serve();
@@ -303,17 +303,17 @@ fn the_guest_of_a_neighbour_in_the_same_process_is_not_resumed() {
 
     let neighbour_shape = GuestShape { name: "web2".parse().unwrap(), ..shape.clone() };
     let neighbour_ram = memory(&shape);
-    let attach = |shape, ram, standing, bond| Raw::attach(&stage, HostId::B, shape, ram, (standing, bond));
+    let attach = |shape, ram, run_state, bond| Raw::attach(&stage, HostId::B, shape, ram, (run_state, bond));
     // As itself, and in the name of the migration.
-    for (shape, standing, bond) in [
-        (&neighbour_shape, Standing::Running, None),
-        (&neighbour_shape, Standing::Loaded, Some(bond.clone())),
-        (&shape, Standing::Relinquished, Some(bond.clone())),
+    for (shape, run_state, bond) in [
+        (&neighbour_shape, RunState::Running, None),
+        (&neighbour_shape, RunState::Loaded, Some(bond.clone())),
+        (&shape, RunState::Relinquished, Some(bond.clone())),
     ] {
-        let neighbour = attach(shape, &neighbour_ram, standing, bond);
+        let neighbour = attach(shape, &neighbour_ram, run_state, bond);
         assert_eq!(neighbour.receive(), None, "{} is told something", shape.name);
     }
-    let back = attach(&shape, &ram, Standing::Loaded, Some(bond));
+    let back = attach(&shape, &ram, RunState::Loaded, Some(bond));
     let (id, request, _) = back.serve();
     assert_eq!(request, Request::Resume);
     back.answer(id);
@@ -335,10 +335,10 @@ fn a_stranger_that_names_a_migration_is_sent_away() {
     stage.rig.start_daemon(HostId::B).unwrap();
     let ram = memory(&offer.shape);
     let bond = Bond { migration: offer.migration, peer: "host-a".parse().unwrap(), fetching: false };
-    for standing in [Standing::Loaded, Standing::Running, Standing::Incoming] {
-        let bond = (standing == Standing::Loaded).then(|| bond.clone());
-        let stranger = Raw::attach(&stage, HostId::B, &offer.shape, &ram, (standing, bond));
-        assert_eq!(stranger.receive(), None, "{standing:?} is told something");
+    for run_state in [RunState::Loaded, RunState::Running, RunState::Incoming] {
+        let bond = (run_state == RunState::Loaded).then(|| bond.clone());
+        let stranger = Raw::attach(&stage, HostId::B, &offer.shape, &ram, (run_state, bond));
+        assert_eq!(stranger.receive(), None, "{run_state:?} is told something");
     }
     stage.wait_for_log(HostId::B, "it is another process");
     signal(there.process(), Signal::CONT);

@@ -116,7 +116,7 @@ fn nonsense_on_the_control_port() {
         header
     };
     assert_eq!(Control::Ping(0).encode()[..8], header(4, 8), "the header is no longer what it was");
-    let half = Control::Round { round: 1, pages: 1 }.encode();
+    let half = Control::Iteration { number: 1, pages: 1 }.encode();
     let state = Control::State { total: 4, offset: 2, bytes: vec![1, 2] }.encode();
     let mut garbled = state.clone();
     *garbled.last_mut().unwrap() ^= 1;
@@ -393,7 +393,7 @@ impl FakeDestination {
                 return (peer, Vec::new());
             }
             Trick::WrongAnswer => {
-                peer.send(&Control::Round { round: 1, pages: 1 });
+                peer.send(&Control::Iteration { number: 1, pages: 1 });
                 return (peer, Vec::new());
             }
             _ => {}

@@ -20,7 +20,7 @@ use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_kvm::state::{self, MachineState, Moment, VmState};
 use memlane_kvm::vcpu::{Capabilities, VcpuState, complete_io};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::machine::{GuestShape, Machine};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -226,8 +226,8 @@ fn main() -> Result<(), VmmError> {
         vmm.resume()?;
     }
     let (ram, vcpu) = (Arc::clone(&vmm.ram), Arc::clone(&vmm.vcpu));
-    let standing = if incoming { Standing::Incoming } else { Standing::Running };
-    let options = attach::Options { socket, standing, refusal_is_final: false };
+    let run_state = if incoming { RunState::Incoming } else { RunState::Running };
+    let options = attach::Options { socket, run_state, refusal_is_final: false };
     let attachment = attach::serve(options, Arc::new(Mutex::new(vmm)))?;
     while !attachment.is_finished() {
         if vcpu.runs.load(Ordering::Acquire) {

@@ -73,7 +73,7 @@ fn map_held(ram: &Weak<GuestRam>, stop: &AtomicBool) -> io::Result<()> {
             #[cfg(debug_assertions)]
             dawdle();
             let Some(ram) = ram.upgrade().filter(|_| !stop.load(Ordering::Relaxed)) else { return Ok(()) };
-            ram.map_pages(first..(first + PIECE_PAGES).min(extent.end))?;
+            ram.populate_read(first..(first + PIECE_PAGES).min(extent.end))?;
         }
     }
     Ok(())
@@ -99,7 +99,7 @@ mod tests {
     fn what_is_held_is_mapped_and_nothing_is_taken() {
         let go_on = AtomicBool::new(false);
         let ram = Arc::new(GuestRam::create(&[(0, 8 << 20)], &Backing::Memfd).unwrap());
-        ram.prepare(100..164).unwrap();
+        ram.populate_write(100..164).unwrap();
         map_held(&Arc::downgrade(&ram), &go_on).unwrap();
         assert_eq!(ram.data_extents(0..ram.pages()).unwrap(), vec![100..164]);
         let gone = Arc::downgrade(&ram);
@@ -111,7 +111,7 @@ mod tests {
     async fn what_is_dropped_after_it_was_stopped_stays_away() {
         let ram = Arc::new(GuestRam::create(&[(0, 256 << 20)], &Backing::Memfd).unwrap());
         let all = 0..ram.pages();
-        ram.prepare(all.clone()).unwrap();
+        ram.populate_write(all.clone()).unwrap();
         let ahead = MappingAhead::start("web1".into(), &ram);
         ahead.stop().await;
         // All but a page here and there, so that nothing passes for empty.
@@ -120,7 +120,7 @@ mod tests {
             ram.punch(first + 1..(first + apart).min(all.end)).unwrap();
         }
         std::thread::sleep(Duration::from_millis(50));
-        let held = ram.extents_now(all).unwrap();
+        let held = ram.data_extents_uncached(all).unwrap();
         assert!(held.iter().all(|extent| extent.end - extent.start == 1), "{held:?}");
     }
 }

@@ -13,7 +13,7 @@ use memlane_kvm::{descriptors, packet};
 use memlane_net::seldom::Seldom;
 use memlane_net::task;
 use memlane_net::unix_socket::{Peer, peer};
-use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, RunState, ToVmm, VERSIONS, VmmHello};
 use memlane_protocol::wire::hello::common_version;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::unix::AsyncFd;
@@ -78,7 +78,7 @@ pub async fn serve(listener: AsyncFd<OwnedFd>, attaching: Rc<Attaching>) {
                 });
             }
             Err(error) => {
-                let error = descriptors::told(error);
+                let error = descriptors::explain(error);
                 warn!(%error, "cannot accept a VMM's connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -99,7 +99,7 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 
 /// Who has connected, and the version that is spoken.
 enum Introduced {
-    Vmm(Box<Hello>, Arc<GuestRam>, Process, u16, Share),
+    Vmm(Box<VmmHello>, Arc<GuestRam>, Process, u16, Share),
     Shim(u16, Share),
 }
 
@@ -179,14 +179,14 @@ async fn attach(
         return Ok(());
     };
     welcomed.map_err(broken)?;
-    let Hello { standing, bond, shape, .. } = *hello;
-    info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?standing, "a VMM attached");
+    let VmmHello { run_state, bond, shape, .. } = *hello;
+    info!(guest = %shape.name, vmm = %shape.machine.vmm, pid, ?run_state, "a VMM attached");
     if !ram.is_sealed() {
         info!(guest = %shape.name, "its memory is a file that cannot be sealed: if its VMM cuts it, the guest cannot be moved");
     }
     let driver = Rc::new(Linked::new(socket, Some(ram.clone())));
-    let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), standing));
-    guest.bond.replace(bond.filter(|_| matches!(standing, Standing::Relinquished | Standing::Loaded)));
+    let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), run_state));
+    guest.bond.replace(bond.filter(|_| matches!(run_state, RunState::Relinquished | RunState::Loaded)));
     let of_guest = guest.driver.clone();
     task::spawn("share of an attached VMM", async move {
         of_guest.gone().await;
@@ -215,7 +215,7 @@ async fn a_turn(accounts: &Rc<Accounts>, uid: u32, limits: &AttachConfig) -> Res
 
 /// Checks everything that a VMM said, and maps its guest's memory.
 async fn introduce(
-    hello: Hello,
+    hello: VmmHello,
     descriptors: Vec<OwnedFd>,
     guests: &Guests,
     process: Process,
@@ -234,7 +234,7 @@ async fn introduce(
     let descriptors_held = OF_CONNECTION + found as u64;
     let share = take(Amount { guests: 1, descriptors: descriptors_held, bytes, ..Amount::default() })?;
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
-    let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::look_on)).await;
+    let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::mark_as_observer)).await;
     let ram = ram.map_err(|error| format!("memory of guest {name}: {error}"))?;
     Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version, share))
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use memlane_kvm::dirty::{Harvest, Paced};
+use memlane_kvm::dirty::{Harvest, ThrottleStats};
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::attach::Bond;
@@ -61,7 +61,7 @@ pub struct SavedState {
 
 /// Something that is in the way of moving a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Obstacle {
+pub struct Blocker {
     /// In which respect, one word.
     pub what: &'static str,
     /// What is wrong.
@@ -70,8 +70,8 @@ pub struct Obstacle {
     pub remedy: Option<String>,
 }
 
-impl Obstacle {
-    /// An obstacle in this respect.
+impl Blocker {
+    /// A blocker in this respect.
     pub fn new(what: &'static str, detail: String, remedy: Option<String>) -> Self {
         Self { what, detail, remedy }
     }
@@ -84,13 +84,13 @@ pub trait Driver {
     async fn start_tracking(&self) -> Result<(), DriverError>;
     /// Notices writes to these pages from now on. Returns what of them may hold something, where
     /// that had to be found out for it: of the rest, whatever comes into being is noticed as written.
-    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError>;
+    async fn write_protect(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError>;
     /// Adds all pages written since they were armed or last harvested to `into`; tells how
     /// many are new there.
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;
     /// Holds the guest's writes to so many pages of 4 KiB per second until tracking stops, by holding up
     /// whoever writes and nobody else; tells how that went since it began. `None` if the VMM cannot.
-    async fn pace(&self, _pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
+    async fn throttle(&self, _pages_per_second: u64) -> Result<Option<ThrottleStats>, DriverError> {
         Ok(None)
     }
     /// Tracks no more.
@@ -134,7 +134,7 @@ pub trait Driver {
         Ok(true)
     }
     /// What forbids to move the guest away, as far as can be known beforehand.
-    async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
+    async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
         Ok(Vec::new())
     }
     /// What there is to know of the VMM if it is stock QEMU.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use memlane_kvm::dirty::Harvest;
 use memlane_kvm::ram::GuestRam;
-use memlane_protocol::wire::attach::{Bond, MigrationId, Standing};
+use memlane_protocol::wire::attach::{Bond, MigrationId, RunState};
 use memlane_protocol::wire::machine::GuestShape;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
@@ -27,7 +27,7 @@ pub struct Guest {
     /// Process of the VMM.
     pub process: Rc<Process>,
     /// What it is doing.
-    pub standing: Cell<Standing>,
+    pub run_state: Cell<RunState>,
     /// Its writes are being tracked.
     pub tracked: Cell<bool>,
     /// How, if they are held up.
@@ -53,16 +53,16 @@ impl Guest {
         ram: Arc<GuestRam>,
         driver: Rc<dyn Driver>,
         process: Rc<Process>,
-        standing: Standing,
+        run_state: RunState,
     ) -> Self {
-        let (standing, migration) = (Cell::new(standing), Cell::default());
+        let (run_state, migration) = (Cell::new(run_state), Cell::default());
         let (tracked, stunned, bond, summoned, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
             ram,
             driver,
             process,
-            standing,
+            run_state,
             tracked,
             stunned,
             migration,

@@ -24,10 +24,10 @@ pub mod toml_file;
 mod tracking;
 
 pub use claim::Claim;
-pub use driver::{Driver, DriverError, Obstacle, SavedState};
+pub use driver::{Blocker, Driver, DriverError, SavedState};
 pub use guest::Guest;
 pub use linked::Linked;
-pub use memlane_kvm::dirty::{Harvest, Paced};
+pub use memlane_kvm::dirty::{Harvest, ThrottleStats};
 pub use memory::VmmMemory;
 pub use process::{KillError, Process, ProcessError};
 pub use registry::{GuestObserver, Guests};

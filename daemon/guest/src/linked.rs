@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
 use super::memory::{DEVICE, Handles, open_device};
-use super::{Driver, DriverError, Harvest, Paced, SavedState, VmmMemory};
+use super::{Driver, DriverError, Harvest, SavedState, ThrottleStats, VmmMemory};
 
 /// Longest time that a VMM may take for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -127,8 +127,10 @@ impl Driver for Linked {
         Ok(())
     }
 
-    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
-        self.ask(Request::Arm { first: pages.start, pages: pages.end - pages.start }).await.map(|_| None)
+    async fn write_protect(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.ask(Request::WriteProtect { first: pages.start, pages: pages.end - pages.start })
+            .await
+            .map(|_| None)
     }
 
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
@@ -143,9 +145,9 @@ impl Driver for Linked {
         Ok(Harvest { new, holes: false })
     }
 
-    async fn pace(&self, pages_per_second: u64) -> Result<Option<Paced>, DriverError> {
-        match self.ask(Request::Pace { pages_per_second }).await {
-            Ok(([written_pages, target_pages], _)) => Ok(Some(Paced { written_pages, target_pages })),
+    async fn throttle(&self, pages_per_second: u64) -> Result<Option<ThrottleStats>, DriverError> {
+        match self.ask(Request::Throttle { pages_per_second }).await {
+            Ok(([written_pages, target_pages], _)) => Ok(Some(ThrottleStats { written_pages, target_pages })),
             Err(DriverError::Failed { reason, .. }) => {
                 debug!(reason, "the VMM cannot hold up who writes");
                 Ok(None)

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use memlane_kvm::foreign_ram::ForeignRam;
 use memlane_kvm::ram::GuestRam;
+use memlane_kvm::vmm_mapping::VmmMapping;
 use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::io::Errno;
 
@@ -23,7 +23,7 @@ pub struct VmmMemory {
     /// `/proc/PID/pagemap`.
     pub pagemap: File,
     /// Where the guest's memory lies in the process.
-    pub memory: Arc<ForeignRam>,
+    pub memory: Arc<VmmMapping>,
     /// The VMM may take memory from its guest while it runs, as a balloon does.
     pub punches: bool,
 }
@@ -75,7 +75,7 @@ impl Handles {
             let bytes = region.offset..region.offset + region.bytes;
             addresses.push(place(&mappings, &Part { device: stat.st_dev, inode: stat.st_ino, bytes })?);
         }
-        let memory = ForeignRam::new(ram.clone(), &addresses)
+        let memory = VmmMapping::new(ram.clone(), &addresses)
             .ok_or("it maps its memory where pages of that size cannot lie")?;
         Ok(VmmMemory { userfault, pagemap: pagemap.into(), memory: Arc::new(memory), punches })
     }

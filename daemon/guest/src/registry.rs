@@ -8,7 +8,7 @@ use memlane_net::journal::VmmIdentity;
 use memlane_net::seldom::Seldom;
 use memlane_net::task;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use tracing::{info, warn};
 
 use crate::guest::Guest;
@@ -85,7 +85,7 @@ impl Guests {
             return Err(why);
         }
         let key = (name.clone(), guest.process.identity());
-        if guest.standing.get() == Standing::Incoming {
+        if guest.run_state.get() == RunState::Incoming {
             // The process waits for another guest of this name.
             self.lost.borrow_mut().remove(&key);
         }

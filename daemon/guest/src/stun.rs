@@ -16,7 +16,7 @@ use memlane_protocol::PageSet;
 use memlane_protocol::wire::machine::TrackerKind;
 
 use super::tracking::Tracking;
-use super::{DriverError, Guest, Harvest, Paced, VmmMemory};
+use super::{DriverError, Guest, Harvest, ThrottleStats, VmmMemory};
 
 pub use write_faults::{Releaser, Report};
 
@@ -27,7 +27,7 @@ pub enum Stunned {
     /// By protection, whose tracker is the guest's for the time being.
     Protected(Rc<Tracking>),
     /// By its VMM, whose tracker goes on.
-    Paced {
+    Throttled {
         /// Since when.
         since: Instant,
         /// Pages of 4 KiB per second.
@@ -42,7 +42,7 @@ impl Stunned {
     pub fn protection(&self) -> Option<Rc<Tracking>> {
         match self {
             Self::Protected(tracking) => Some(tracking.clone()),
-            Self::Paced { .. } => None,
+            Self::Throttled { .. } => None,
         }
     }
 }
@@ -67,7 +67,7 @@ impl Guest {
         in_flight: &PageSet,
         pages_per_second: u64,
     ) -> Result<Switch, DriverError> {
-        if let Some(switch) = self.pace(into, pages_per_second).await? {
+        if let Some(switch) = self.throttle(into, pages_per_second).await? {
             return Ok(switch);
         }
         let memory = self.driver.open_memory(false).await?;
@@ -78,14 +78,15 @@ impl Guest {
     }
 
     /// Has the VMM hold up those who write, if it can.
-    async fn pace(&self, into: &PageSet, pages_per_second: u64) -> Result<Option<Switch>, DriverError> {
+    async fn throttle(&self, into: &PageSet, pages_per_second: u64) -> Result<Option<Switch>, DriverError> {
         let since = Instant::now();
-        if self.shape.tracker != TrackerKind::Ring || self.driver.pace(pages_per_second).await?.is_none() {
+        if self.shape.tracker != TrackerKind::Ring || self.driver.throttle(pages_per_second).await?.is_none()
+        {
             return Ok(None);
         }
         let took = since.elapsed();
         let (rate, report) = (pages_per_second, Report::default());
-        self.stunned.replace(Some(Stunned::Paced { since, rate, report }));
+        self.stunned.replace(Some(Stunned::Throttled { since, rate, report }));
         Ok(Some(Switch { harvest: self.driver.harvest(into).await?, took }))
     }
 
@@ -98,7 +99,7 @@ impl Guest {
     ) -> Result<Switch, DriverError> {
         let started = Instant::now();
         let tracking = Tracking::start(memory, Some(pages_per_second)).await?;
-        tracking.arm_all().await?;
+        tracking.write_protect_all().await?;
         let harvest = self.driver.harvest(into).await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         self.driver.stop_tracking().await?;
@@ -126,7 +127,7 @@ impl Guest {
         add(into, &unsettled).await;
         self.driver.stop_tracking().await?;
         let tracking = Tracking::start(memory, Some(pages_per_second)).await?;
-        tracking.arm_all().await?;
+        tracking.write_protect_all().await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         add(into, &unsettled).await;
         // And what is written from here on, by the tracker.
@@ -138,7 +139,7 @@ impl Guest {
     /// Holds the writes of a guest that is stunned to another rate.
     pub async fn set_stun(&self, pages_per_second: u64) -> Result<(), DriverError> {
         self.releaser(|releaser| releaser.set_rate(pages_per_second));
-        if let Some(Stunned::Paced { rate, .. }) = &mut *self.stunned.borrow_mut() {
+        if let Some(Stunned::Throttled { rate, .. }) = &mut *self.stunned.borrow_mut() {
             *rate = pages_per_second;
         }
         self.learn_pace().await
@@ -147,13 +148,13 @@ impl Guest {
     /// Learns how it goes from a VMM that holds up writers itself, and tells it the rate.
     pub(super) async fn learn_pace(&self) -> Result<(), DriverError> {
         let rate = match &*self.stunned.borrow() {
-            Some(Stunned::Paced { rate, .. }) => *rate,
+            Some(Stunned::Throttled { rate, .. }) => *rate,
             _ => return Ok(()),
         };
-        let Some(Paced { written_pages, target_pages }) = self.driver.pace(rate).await? else {
+        let Some(ThrottleStats { written_pages, target_pages }) = self.driver.throttle(rate).await? else {
             return Ok(());
         };
-        if let Some(Stunned::Paced { since, report, .. }) = &mut *self.stunned.borrow_mut() {
+        if let Some(Stunned::Throttled { since, report, .. }) = &mut *self.stunned.borrow_mut() {
             let (in_force, target_pages) = (since.elapsed(), target_pages as f64);
             *report = Report { in_force, released_pages: written_pages, target_pages };
         }
@@ -174,7 +175,7 @@ impl Guest {
     /// How the stun goes, if there is one.
     pub fn stun_report(&self) -> Option<Report> {
         match &*self.stunned.borrow() {
-            Some(Stunned::Paced { report, .. }) => Some(*report),
+            Some(Stunned::Throttled { report, .. }) => Some(*report),
             Some(Stunned::Protected(tracking)) => tracking.releaser().map(Releaser::report),
             None => None,
         }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memlane_kvm::dirty::{ForeignTracker, TrackError, Writes};
+use memlane_kvm::dirty::{ExternalTracker, TrackError, WriteProtection};
 use memlane_kvm::userfault::{Userfault, WRITE_PROTECT, WRITE_PROTECT_ASYNC};
 use memlane_net::task;
 use memlane_protocol::PageSet;
@@ -22,7 +22,7 @@ pub struct Tracking {
 
 /// What lies on the threads that do the work: a large guest's page tables take long to walk.
 struct Work {
-    tracker: Mutex<ForeignTracker>,
+    tracker: Mutex<ExternalTracker>,
     /// Lets writes go, where they wait. Dropped after the tracker.
     releaser: Option<Releaser>,
 }
@@ -37,15 +37,15 @@ impl Tracking {
         Ok(Self { work: Arc::new(work), harvested, ended: Cell::default() })
     }
 
-    /// See [`Driver::arm`](crate::Driver::arm).
-    pub async fn arm(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
-        self.work("arm", move |tracker, _| tracker.arm(pages)).await
+    /// See [`Driver::write_protect`](crate::Driver::write_protect).
+    pub async fn write_protect(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
+        self.work("arm", move |tracker, _| tracker.write_protect(pages)).await
     }
 
     /// Arms all memory, of which nothing is to be copied for that: another tracker tells what is
     /// written up to then.
-    pub async fn arm_all(&self) -> Result<(), DriverError> {
-        self.work("arm", |tracker, _| tracker.arm_all()).await
+    pub async fn write_protect_all(&self) -> Result<(), DriverError> {
+        self.work("arm", |tracker, _| tracker.write_protect_all()).await
     }
 
     /// See [`Driver::harvest`](crate::Driver::harvest).
@@ -53,7 +53,7 @@ impl Tracking {
         // Into a set of its own first: whoever asked may give up waiting, and what was found must
         // not be lost with it.
         let work = self.work.clone();
-        let harvest = move |tracker: &mut ForeignTracker, harvested: &PageSet| {
+        let harvest = move |tracker: &mut ExternalTracker, harvested: &PageSet| {
             let found = tracker.harvest(harvested)?;
             if let Some(releaser) = &work.releaser {
                 releaser.protected(harvested);
@@ -82,7 +82,7 @@ impl Tracking {
     async fn work<T: Send + 'static>(
         &self,
         request: &'static str,
-        act: impl FnOnce(&mut ForeignTracker, &PageSet) -> Result<T, TrackError> + Send + 'static,
+        act: impl FnOnce(&mut ExternalTracker, &PageSet) -> Result<T, TrackError> + Send + 'static,
     ) -> Result<T, DriverError> {
         let (work, harvested) = (self.work.clone(), self.harvested.clone());
         let done = task::aside(move || {
@@ -99,14 +99,14 @@ impl Work {
         let failed = |reason: String| DriverError::Failed { request: "start tracking", reason };
         let VmmMemory { userfault, pagemap, memory, punches } = memory;
         let (features, writes) = match pages_per_second {
-            None => (WRITE_PROTECT_ASYNC, Writes::GoOn),
-            Some(_) => (WRITE_PROTECT, Writes::Wait),
+            None => (WRITE_PROTECT_ASYNC, WriteProtection::Async),
+            Some(_) => (WRITE_PROTECT, WriteProtection::Sync),
         };
         let userfault = Userfault::from_fd(userfault, features).map_err(|error| failed(error.to_string()))?;
         let userfault = Arc::new(userfault);
-        let tracker = ForeignTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
+        let tracker = ExternalTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
         let tracker = tracker.map_err(|error| failed(error.to_string()))?;
-        let tracker = Mutex::new(if punches { tracker } else { tracker.without_punches() });
+        let tracker = Mutex::new(if punches { tracker } else { tracker.without_hole_watch() });
         let releaser = pages_per_second.map(|rate| Releaser::start(memory, userfault, rate)).transpose();
         let releaser = releaser.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
         Ok(Self { tracker, releaser })

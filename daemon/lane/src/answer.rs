@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{
-    Content, FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run, WANT_BYTES, Want,
+    Content, FRAME_HEADER_BYTES, MAX_RUNS, PAGE_REQUEST_BYTES, PageRequest, RUN_BYTES, Run,
 };
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -19,10 +19,10 @@ use super::{LaneError, LaneStats, Outbound};
 use crate::priority;
 use crate::socket::hasten;
 
-/// Wants read at once.
+/// Page requests read at once.
 const AT_ONCE: usize = 64;
 
-/// Answers wants over one connection.
+/// Answers requests over one connection.
 pub struct Answerer {
     outbound: Arc<Outbound>,
     stats: Arc<LaneStats>,
@@ -32,7 +32,7 @@ pub struct Answerer {
     head: Vec<u8>,
     message: Box<Message>,
     /// What has come and is not dealt with.
-    wants: Vec<u8>,
+    requests: Vec<u8>,
     silence: Duration,
 }
 
@@ -57,7 +57,7 @@ impl Answerer {
             runs: Vec::with_capacity(MAX_RUNS),
             head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
             message: Message::new(),
-            wants: Vec::with_capacity(AT_ONCE * WANT_BYTES),
+            requests: Vec::with_capacity(AT_ONCE * PAGE_REQUEST_BYTES),
             silence,
         })
     }
@@ -73,27 +73,28 @@ impl Answerer {
     }
 
     fn turn(&mut self) -> Result<(), LaneError> {
-        let mut bytes = [0; AT_ONCE * WANT_BYTES];
-        let room = AT_ONCE * WANT_BYTES - self.wants.len();
+        let mut bytes = [0; AT_ONCE * PAGE_REQUEST_BYTES];
+        let room = AT_ONCE * PAGE_REQUEST_BYTES - self.requests.len();
         match rustix::net::recv(&*self.socket, &mut bytes[..room], RecvFlags::empty()) {
             Ok((0, _)) => return Err(LaneError::HungUp),
-            Ok((count, _)) => self.wants.extend_from_slice(&bytes[..count]),
+            Ok((count, _)) => self.requests.extend_from_slice(&bytes[..count]),
             Err(Errno::INTR) => return Ok(()),
             Err(Errno::AGAIN) => return Err(LaneError::Silent(self.silence)),
             Err(error) => return Err(LaneError::io("read which pages are wanted")(error.into())),
         }
-        let whole = self.wants.len() / WANT_BYTES * WANT_BYTES;
-        for at in (0..whole).step_by(WANT_BYTES) {
-            let want = Want::decode(&self.wants[at..at + WANT_BYTES], self.outbound.ram.pages())?;
-            self.answer(want)?;
+        let whole = self.requests.len() / PAGE_REQUEST_BYTES * PAGE_REQUEST_BYTES;
+        for at in (0..whole).step_by(PAGE_REQUEST_BYTES) {
+            let request =
+                PageRequest::decode(&self.requests[at..at + PAGE_REQUEST_BYTES], self.outbound.ram.pages())?;
+            self.answer(request)?;
         }
-        self.wants.drain(..whole);
+        self.requests.drain(..whole);
         Ok(())
     }
 
-    fn answer(&mut self, want: Want) -> Result<(), LaneError> {
+    fn answer(&mut self, request: PageRequest) -> Result<(), LaneError> {
         self.runs.clear();
-        if let Want::Page(page) = want {
+        if let PageRequest::Page(page) = request {
             let pages = self.outbound.ram.whole(page..page + 1);
             self.outbound.on_wanted(pages.clone());
             self.sort_out(pages);

@@ -106,7 +106,7 @@ pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
 /// Splits `pages` into runs of holes, with data, and of zeros.
 fn sort_out_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     // If the file cannot be asked, reading still tells what the pages hold.
-    let extents = ram.extents_now(pages.clone()).unwrap_or_else(|_| vec![pages.clone()]);
+    let extents = ram.data_extents_uncached(pages.clone()).unwrap_or_else(|_| vec![pages.clone()]);
     let mut hole_from = pages.start;
     for extent in extents {
         add(runs, hole_from..extent.start, Content::Hole);
@@ -119,7 +119,7 @@ fn sort_out_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
 /// Splits `pages` into runs with data and runs of zeros.
 pub fn sort_out_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     // What cannot be mapped in one go is when it is read.
-    let _ = ram.map_pages(pages.clone());
+    let _ = ram.populate_read(pages.clone());
     for slice in ram.slices(pages) {
         // SAFETY: the slice is mapped as long as `ram` lives.
         for (page, zero) in (slice.first_page..).zip(unsafe { zero_pages(slice) }) {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use memlane_protocol::wire::WireError;
-use memlane_protocol::wire::frame::{FRAME_HEADER_BYTES, Frame, RUN_BYTES, Run, Want};
+use memlane_protocol::wire::frame::{FRAME_HEADER_BYTES, Frame, PageRequest, RUN_BYTES, Run};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -181,9 +181,9 @@ impl Server {
                 });
             }
         }
-        let (mut wants, seen) = (Vec::new(), Instant::now());
-        let heard = self.hear(heard_of, &mut wants);
-        self.ask(wants, seen)?;
+        let (mut requests, seen) = (Vec::new(), Instant::now());
+        let heard = self.hear(heard_of, &mut requests);
+        self.ask(requests, seen)?;
         // An access that cannot be served keeps nobody else waiting.
         let taken = if answered { self.take_answers() } else { Ok(()) };
         heard.map_err(Ended::Memory)?;
@@ -211,7 +211,7 @@ impl Server {
     }
 
     /// Hears of accesses if there are any, and notes the pages to ask for.
-    fn hear(&mut self, any: bool, wants: &mut Vec<u64>) -> io::Result<()> {
+    fn hear(&mut self, any: bool, requests: &mut Vec<u64>) -> io::Result<()> {
         let placing = &self.shared.placing;
         let mut heard = Ok(0);
         if any {
@@ -224,7 +224,7 @@ impl Server {
         let mut failed = Ok(());
         self.unserved.retain(|address| match placing.fault(*address) {
             Ok(page) => {
-                wants.extend(page);
+                requests.extend(page);
                 false
             }
             Err(error) => {
@@ -243,19 +243,20 @@ impl Server {
         if placing.is_known() && !std::mem::replace(&mut connection.asked_all, true) {
             pages = placing.wanted();
         }
-        let mut wants: Vec<u8> = pages.iter().flat_map(|page| Want::Page(*page).encode()).collect();
-        if wants.is_empty() && connection.asked.elapsed() >= HEARTBEAT {
-            wants.extend(Want::Nothing.encode());
+        let mut requests: Vec<u8> = pages.iter().flat_map(|page| PageRequest::Page(*page).encode()).collect();
+        if requests.is_empty() && connection.asked.elapsed() >= HEARTBEAT {
+            requests.extend(PageRequest::Keepalive.encode());
         }
-        if wants.is_empty() {
+        if requests.is_empty() {
             return Ok(());
         }
         connection.asked = Instant::now();
         let lost = |error: Errno| Ended::Connection(LaneError::io("ask for pages")(error.into()));
         // A source that does not read what little is asked is as good as gone.
-        let sent = rustix::net::send(&connection.socket, &wants, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let sent =
+            rustix::net::send(&connection.socket, &requests, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         match sent.map_err(lost)? {
-            count if count == wants.len() => {}
+            count if count == requests.len() => {}
             _ => return Err(lost(Errno::AGAIN)),
         }
         if !pages.is_empty() {

@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use memlane_kvm::foreign_ram::ForeignRam;
-use memlane_kvm::userfault::{Faults, IfThere, Placed, Unplaced, Userfault, is_gone, is_there};
+use memlane_kvm::userfault::{Faults, IfPresent, PlaceError, Placed, Userfault, is_already_present, is_gone};
+use memlane_kvm::vmm_mapping::VmmMapping;
 use memlane_protocol::wire::control::FetchReport;
 use memlane_protocol::wire::frame::Run;
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -30,7 +30,7 @@ use crate::Bell;
 /// What the lanes of one migration share at the destination while pages are missing there.
 pub struct Placing {
     userfault: Userfault,
-    memory: Arc<ForeignRam>,
+    memory: Arc<VmmMapping>,
     pages: Pages,
     /// Pages that have not been placed, once they are all known.
     remaining: AtomicU64,
@@ -60,7 +60,7 @@ impl Placing {
     /// For the memory of the VMM whose `userfault` this is: all of it is registered.
     pub fn new(
         userfault: Userfault,
-        memory: Arc<ForeignRam>,
+        memory: Arc<VmmMapping>,
         bell: Bell,
         observer: Arc<dyn FaultObserver>,
     ) -> io::Result<Self> {
@@ -194,10 +194,10 @@ impl Placing {
                     rest = left;
                     self.fill(&pages, by, |run| {
                         let before = bytes_of(&(pages.start..run.start));
-                        self.copy(run, &bytes[before..][..bytes_of(run)], IfThere::Fail)
+                        self.copy(run, &bytes[before..][..bytes_of(run)], IfPresent::Fail)
                     })?;
                 }
-                Piece::Zero(pages) => self.fill(&pages, by, |run| self.zero(run, IfThere::Fail))?,
+                Piece::Zero(pages) => self.fill(&pages, by, |run| self.zero(run, IfPresent::Fail))?,
                 Piece::Mixed(pages, parts) => {
                     let mut whole = vec![0; bytes_of(&pages)];
                     for part in parts {
@@ -206,7 +206,7 @@ impl Placing {
                         let at = ((part.start - pages.start) * PAGE_SIZE) as usize;
                         whole[at..at + bytes.len()].copy_from_slice(bytes);
                     }
-                    self.fill(&pages, by, |run| self.copy(run, &whole, IfThere::Fail))?;
+                    self.fill(&pages, by, |run| self.copy(run, &whole, IfPresent::Fail))?;
                 }
                 Piece::Hole(pages) => self.leave_hole(&pages)?,
             }
@@ -221,7 +221,7 @@ impl Placing {
         let unit = self.memory.whole(page..page + 1);
         match self.pages.access(&unit) {
             // Several may wait for one hole, and be told of one after another.
-            Access::There => match self.zero(&unit, IfThere::Leave) {
+            Access::There => match self.zero(&unit, IfPresent::Skip) {
                 Ok(_) => Ok(None),
                 Err(unplaced) => Err(self.judge(unplaced.source)),
             },
@@ -280,7 +280,7 @@ impl Placing {
         &self,
         pages: &Range<u64>,
         by: By,
-        place: impl Fn(&Range<u64>) -> Result<Placed, Unplaced>,
+        place: impl Fn(&Range<u64>) -> Result<Placed, PlaceError>,
     ) -> io::Result<()> {
         let mut rest = pages.clone();
         while let Some(run) = self.pages.claim(rest.clone()) {
@@ -296,12 +296,12 @@ impl Placing {
     fn finish(
         &self,
         run: &Range<u64>,
-        outcome: Result<Placed, Unplaced>,
+        outcome: Result<Placed, PlaceError>,
         counter: Option<&AtomicU64>,
     ) -> io::Result<()> {
         let (placed, error) = match outcome {
             Ok(placed) => (placed, None),
-            Err(Unplaced { placed, source }) => (placed, Some(source)),
+            Err(PlaceError { placed, source }) => (placed, Some(source)),
         };
         let end = run.start + placed.bytes / PAGE_SIZE;
         if end > run.start {
@@ -322,7 +322,7 @@ impl Placing {
 
     /// These pages could not be placed.
     fn failed(&self, pages: Range<u64>, error: io::Error) -> io::Error {
-        if is_there(&error) {
+        if is_already_present(&error) {
             self.pages.give_back(pages.clone());
             return self.break_by(there(pages.start));
         }
@@ -354,12 +354,12 @@ impl Placing {
         io::Error::other(reason.as_str())
     }
 
-    fn copy(&self, pages: &Range<u64>, bytes: &[u8], if_there: IfThere) -> Result<Placed, Unplaced> {
+    fn copy(&self, pages: &Range<u64>, bytes: &[u8], if_there: IfPresent) -> Result<Placed, PlaceError> {
         let (addresses, _) = self.memory.pieces(pages.clone()).next().expect("a piece has pages");
         self.userfault.copy(addresses.start, bytes, self.unit_bytes(pages), if_there)
     }
 
-    fn zero(&self, pages: &Range<u64>, if_there: IfThere) -> Result<Placed, Unplaced> {
+    fn zero(&self, pages: &Range<u64>, if_there: IfPresent) -> Result<Placed, PlaceError> {
         let unit = self.unit_bytes(pages);
         let (addresses, _) = self.memory.pieces(pages.clone()).next().expect("a piece has pages");
         if unit == PAGE_SIZE {
@@ -370,9 +370,9 @@ impl Placing {
         for address in addresses.step_by(unit as usize) {
             match self.userfault.copy(address, &zeros, unit, if_there) {
                 Ok(placed) => all += placed,
-                Err(Unplaced { placed, source }) => {
+                Err(PlaceError { placed, source }) => {
                     all += placed;
-                    return Err(Unplaced { placed: all, source });
+                    return Err(PlaceError { placed: all, source });
                 }
             }
         }
@@ -390,7 +390,7 @@ impl Placing {
         self.fewer(left);
         let mut waited_for = waited_for.into_iter();
         while let Some(run) = waited_for.next() {
-            if let Err(error) = self.finish(&run, self.zero(&run, IfThere::Fail), None) {
+            if let Err(error) = self.finish(&run, self.zero(&run, IfPresent::Fail), None) {
                 waited_for.for_each(|run| self.release(run));
                 return Err(error);
             }

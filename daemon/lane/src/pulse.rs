@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use memlane_protocol::liveness::{Condition, Liveness, Vitals};
+use memlane_protocol::liveness::{Condition, Liveness, TcpInfo};
 
 use crate::socket::tcp_info;
 
@@ -47,8 +47,8 @@ impl Pulse {
     }
 }
 
-fn vitals(info: &libc::tcp_info) -> Vitals {
-    Vitals {
+fn vitals(info: &libc::tcp_info) -> TcpInfo {
+    TcpInfo {
         since_heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
         // The other end answers every probe of a window that is closed.
         unanswered: info.tcpi_unacked > 0 || info.tcpi_probes > 1,

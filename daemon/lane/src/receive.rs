@@ -142,7 +142,8 @@ impl Receiver {
         let ram = &self.inbound.ram;
         self.fresh.clear();
         let runs = self.runs.iter().filter(|run| run.content == Content::Data);
-        self.fresh.extend(runs.clone().map(|run| run.pages.clone()).filter(|pages| ram.is_fresh(pages)));
+        self.fresh
+            .extend(runs.clone().map(|run| run.pages.clone()).filter(|pages| ram.is_unallocated(pages)));
         let mut staged = grown(&mut self.staging, self.fresh.iter().map(bytes_of).sum());
         let mut fresh = self.fresh.iter().peekable();
         self.message.clear();
@@ -153,7 +154,7 @@ impl Receiver {
                 self.message.add(buffer);
             } else {
                 // What cannot be mapped in one go is when it is written.
-                let _ = ram.map_pages(pages.clone());
+                let _ = ram.populate_read(pages.clone());
                 self.message.add_pages(ram, pages.clone());
             }
         }

@@ -17,7 +17,7 @@ use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
 use memlane_net::link::Link;
 use memlane_protocol::handover::{Action, Event, Message, Record};
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::Control;
 use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
@@ -293,7 +293,7 @@ impl Effects {
         if action == Action::Resume {
             self.times.resume = started.elapsed();
             self.resumed = true;
-            guest.standing.set(Standing::Running);
+            guest.run_state.set(RunState::Running);
             if guest.tracked.take()
                 && let Err(failure) = guest.stop_tracking().await
             {

@@ -9,7 +9,7 @@ use memlane_net::journal::{Entry, VmmIdentity};
 use memlane_net::link::Link;
 use memlane_protocol::handover::{Message, Resolution};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::attach::{MigrationId, RunState};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::context::Context;
@@ -123,10 +123,10 @@ impl Ticket {
     pub fn stranger(&self, guest: &Guest) -> Option<&'static str> {
         let bond = guest.bond.borrow();
         let role = self.progress.borrow().role;
-        let told = match guest.standing.get() {
-            Standing::Running => true,
-            Standing::Incoming | Standing::Loaded => role == Role::Destination,
-            Standing::Relinquished => role == Role::Source,
+        let told = match guest.run_state.get() {
+            RunState::Running => true,
+            RunState::Incoming | RunState::Loaded => role == Role::Destination,
+            RunState::Relinquished => role == Role::Source,
         };
         let ours = bond.as_ref().is_none_or(|bond| bond.migration == self.id && bond.peer == self.peer);
         [

@@ -32,5 +32,5 @@ pub use handle::Ticket;
 pub use observer::{Measurement, Observer};
 pub use progress::Progress;
 pub use registry::Migrations;
-pub use source::Wishes;
+pub use source::MigrateParameters;
 pub use supervisor::{Order, OrderError, Supervisor};

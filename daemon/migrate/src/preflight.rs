@@ -14,7 +14,7 @@ use memlane_net::link::Link;
 use memlane_net::port;
 use memlane_net::task;
 use memlane_protocol::wire::attach::MigrationId;
-use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, Respect};
+use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, RefusalKind};
 use memlane_protocol::wire::hello::{Purpose, Token};
 
 use crate::context::Context;
@@ -131,10 +131,10 @@ async fn look_at_source(guest: &Guest, findings: &mut Findings) {
     if let Err(lost) = guest.ram.check() {
         findings.add(Severity::Refused, "memory", lost.to_string(), Some("start the guest anew"));
     }
-    match guest.driver.obstacles().await {
-        Ok(obstacles) => {
-            for obstacle in obstacles {
-                findings.add(Severity::Refused, obstacle.what, obstacle.detail, obstacle.remedy.as_deref());
+    match guest.driver.blockers().await {
+        Ok(blockers) => {
+            for blocker in blockers {
+                findings.add(Severity::Refused, blocker.what, blocker.detail, blocker.remedy.as_deref());
             }
         }
         Err(error) => findings.add(Severity::Refused, "vmm", error.to_string(), Some("look at its log")),
@@ -144,7 +144,7 @@ async fn look_at_source(guest: &Guest, findings: &mut Findings) {
 fn estimate(guest: &Guest) -> Estimate {
     Estimate {
         ram_bytes: guest.shape.ram_bytes(),
-        data_bytes: guest.ram.held_bytes().unwrap_or(0),
+        data_bytes: guest.ram.allocated_bytes().unwrap_or(0),
         bytes_per_second: None,
         seconds: None,
     }
@@ -258,7 +258,7 @@ pub async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Fi
             of_ports.map(|finding| format!("{}: {}", finding.what, finding.detail)).collect();
         let detail = format!("no port reaches its counterpart at the destination ({})", why.join("; "));
         let remedy = "see `memlanectl ports` on both hosts";
-        findings.add(Severity::Refused, Respect::Port.name(), detail, Some(remedy));
+        findings.add(Severity::Refused, RefusalKind::Port.name(), detail, Some(remedy));
     }
     pairs
 }
@@ -274,11 +274,11 @@ async fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Find
     if total.0 < least.0 {
         let detail = format!("the ports carry {total} together, and at least {least} is asked for");
         let remedy = "add ports, or lower limits.min_bandwidth or the order's --min-bandwidth";
-        findings.add(Severity::Refused, Respect::Bandwidth.name(), detail, Some(remedy));
+        findings.add(Severity::Refused, RefusalKind::Bandwidth.name(), detail, Some(remedy));
     } else {
         findings.add(
             Severity::Ok,
-            Respect::Bandwidth.name(),
+            RefusalKind::Bandwidth.name(),
             format!("{total} on {} ports", pairs.len()),
             None,
         );
@@ -304,7 +304,7 @@ pub async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings
         }
     }
     if lanes.is_empty() {
-        findings.add(Severity::Refused, Respect::Port.name(), "no lane could be opened".into(), None);
+        findings.add(Severity::Refused, RefusalKind::Port.name(), "no lane could be opened".into(), None);
     }
     lanes
 }

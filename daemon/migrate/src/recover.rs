@@ -10,7 +10,7 @@ use memlane_guest::{Guest, Process};
 use memlane_net::journal::Entry;
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Destination, Event, Outcome, Record, Source, WrongRecord};
-use memlane_protocol::wire::attach::{Bond, Standing};
+use memlane_protocol::wire::attach::{Bond, RunState};
 use tracing::{error, info, warn};
 
 use crate::context::Context;
@@ -38,8 +38,11 @@ pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
 /// its migration: the other host, which the VMM names, is asked.
 pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     let bond = guest.bond.borrow().clone();
-    let role =
-        if guest.standing.get() == Standing::Relinquished { RoleView::Source } else { RoleView::Destination };
+    let role = if guest.run_state.get() == RunState::Relinquished {
+        RoleView::Source
+    } else {
+        RoleView::Destination
+    };
     let Some(bond) = bond else { return unbound(&context, guest, role).await };
     let name = &guest.shape.name;
     let (peer, migration) = (&bond.peer, ids::encode(&bond.migration));
@@ -211,7 +214,7 @@ fn report(effects: &mut Effects, outcome: Outcome) {
     if runs_here == Some(true)
         && let Some(guest) = effects.guest()
     {
-        guest.standing.set(Standing::Running);
+        guest.run_state.set(RunState::Running);
         if role == RoleView::Destination {
             destination::arrived(&effects.context, guest);
         }

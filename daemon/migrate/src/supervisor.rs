@@ -10,7 +10,7 @@ use memlane_net::link::Link;
 use memlane_net::task;
 use memlane_protocol::handover::{Destination, Message, Record, Source};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::{MigrationId, Standing};
+use memlane_protocol::wire::attach::{MigrationId, RunState};
 use memlane_protocol::wire::control::Offer;
 use tokio::sync::oneshot;
 use tracing::info;
@@ -20,7 +20,7 @@ use crate::handle::{Returned, Ticket, Word};
 use crate::observer::Measurement;
 use crate::preflight::{self, Findings, Request, Severity};
 use crate::progress::Role;
-use crate::source::{self, Wishes};
+use crate::source::{self, MigrateParameters};
 use crate::{destination, recover};
 
 /// Longest wait for what a migration says to a word.
@@ -38,7 +38,7 @@ pub struct Supervisor {
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
     /// What the order allows and wants.
-    pub wishes: Wishes,
+    pub parameters: MigrateParameters,
     /// Bits per second that the ports must promise.
     pub min_bandwidth: u64,
 }
@@ -124,11 +124,11 @@ impl Supervisor {
         let (ticket, arrivals) = Ticket::new(&entry, context, Role::Source);
         ticket.update(|progress| {
             progress.pages_total = guest.shape.pages();
-            progress.downtime_limit_seconds = order.wishes.policy.downtime_limit.as_secs_f64();
+            progress.downtime_limit_seconds = order.parameters.policy.downtime_limit.as_secs_f64();
         });
         context.migrations.add(ticket.clone());
         let to_ticket = (ticket.clone(), arrivals);
-        let source = source::run(context.clone(), claim, entry, to_ticket, plan, order.wishes);
+        let source = source::run(context.clone(), claim, entry, to_ticket, plan, order.parameters);
         task::spawn("source of a migration", source);
         Ok(ticket)
     }
@@ -218,7 +218,7 @@ impl GuestObserver for Supervisor {
                     unsent.0.guest.driver.hang_up();
                 }
             });
-        } else if matches!(guest.standing.get(), Standing::Relinquished | Standing::Loaded) {
+        } else if matches!(guest.run_state.get(), RunState::Relinquished | RunState::Loaded) {
             let unknown = recover::unknown(self.context.clone(), guest.clone());
             task::spawn("recovery of an unknown guest", unknown);
         }

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_kvm::descriptors::told;
+use memlane_kvm::descriptors::explain;
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{
     ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
@@ -102,7 +102,7 @@ impl Link {
     /// Connects to a peer and settles the version.
     pub async fn connect(address: SocketAddr, host: &Label, silence: Duration) -> Result<Self, LinkError> {
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
-        let refused = |source| LinkError::Connect { address, source: told(source) };
+        let refused = |source| LinkError::Connect { address, source: explain(source) };
         let stream = timeout(GREETING, TcpStream::connect(address)).await.map_err(late);
         let stream = stream.and_then(|stream| stream).map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;

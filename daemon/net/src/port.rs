@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use memlane_kvm::descriptors::{is_exhaustion, told};
+use memlane_kvm::descriptors::{explain, is_exhaustion};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, VERSIONS};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -88,7 +88,7 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     let failed = |doing: &str| {
         let place = format!("from port {} ({}) to {remote}", port.name, port.address);
         let doing = doing.to_owned();
-        move |error: io::Error| format!("cannot {doing} {place}: {}", told(error))
+        move |error: io::Error| format!("cannot {doing} {place}: {}", explain(error))
     };
     let socket =
         Socket::new(Domain::for_address(remote), Type::STREAM, None).map_err(failed("open a socket"))?;
@@ -133,7 +133,7 @@ fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
 pub fn holds(address: IpAddr) -> io::Result<bool> {
     match std::net::UdpSocket::bind((address, 0)) {
         Ok(_) => Ok(true),
-        Err(error) if is_exhaustion(&error) => Err(told(error)),
+        Err(error) if is_exhaustion(&error) => Err(explain(error)),
         Err(_) => Ok(false),
     }
 }

@@ -104,7 +104,7 @@ impl Connections {
             Ok(stream) => stream,
             Err(error) => {
                 // Out of descriptors, most likely: they come back, the listener must not go away.
-                let error = memlane_kvm::descriptors::told(error);
+                let error = memlane_kvm::descriptors::explain(error);
                 tracing::warn!("cannot accept a connection to the API: {error}");
                 return sleep(Duration::from_millis(100)).await;
             }

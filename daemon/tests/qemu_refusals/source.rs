@@ -11,7 +11,7 @@ use crate::daemon::{MEMLANED, start_by};
 use crate::impostor;
 use crate::qemu::{AS_NOBODY, NOBODY, Qemu, assert_moves, guest_file, open_to_nobody, ram, shim, stage};
 
-/// VFIO devices are refused by the same words, but need hardware: a unit test of `guest::qemu::obstacles` is all
+/// VFIO devices are refused by the same words, but need hardware: a unit test of `guest::qemu::blockers` is all
 /// that they have.
 #[test]
 fn memory_that_others_write_or_nobody_watches() {

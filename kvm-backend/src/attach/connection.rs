@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use memlane_protocol::PageSet;
-use memlane_protocol::wire::attach::{FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, ToVmm, VERSIONS};
+use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, Reply, Request, ToVmm, VERSIONS, VmmHello};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::lifecycle::Lifecycle;
@@ -137,10 +137,10 @@ impl<'a> Connection<'a> {
             let vmm = self.lock();
             (vmm.shape(), vmm.ram().clone())
         };
-        let hello = Hello {
+        let hello = VmmHello {
             oldest: VERSIONS.0,
             newest: VERSIONS.1,
-            standing: self.lifecycle.standing(),
+            run_state: self.lifecycle.run_state(),
             bond: self.lifecycle.bond().cloned(),
             shape,
         };

@@ -1,11 +1,11 @@
 //! [`Lifecycle`]: whether the guest may run here, which requests are in order, and what follows from each.
 
-use memlane_protocol::wire::attach::{Bond, Request, Standing};
+use memlane_protocol::wire::attach::{Bond, Request, RunState};
 
 /// The guest's standing, the migration that it belongs to, and the pause that a daemon ordered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Lifecycle {
-    standing: Standing,
+    run_state: RunState,
     bond: Option<Bond>,
     pause: Pause,
 }
@@ -41,25 +41,25 @@ pub(super) enum Refusal {
 }
 
 impl Lifecycle {
-    /// Returns the lifecycle of a guest that begins with the standing given.
-    pub(super) fn new(standing: Standing) -> Self {
-        Self { standing, bond: None, pause: Pause::No }
+    /// Returns the lifecycle of a guest that begins with the run state given.
+    pub(super) fn new(run_state: RunState) -> Self {
+        Self { run_state, bond: None, pause: Pause::No }
     }
 
     /// Returns the guest's standing.
-    pub(super) fn standing(&self) -> Standing {
-        self.standing
+    pub(super) fn run_state(&self) -> RunState {
+        self.run_state
     }
 
-    /// Returns the migration that the standing belongs to.
+    /// Returns the migration that the run state belongs to.
     pub(super) fn bond(&self) -> Option<&Bond> {
         self.bond.as_ref()
     }
 
     /// Checks whether the request is in order now. Nothing changes before it is [`done`](Self::done).
     pub(super) fn check(&self, request: &Request) -> Result<(), Refusal> {
-        use Standing::{Incoming, Loaded, Relinquished, Running};
-        match (request, self.standing) {
+        use RunState::{Incoming, Loaded, Relinquished, Running};
+        match (request, self.run_state) {
             // These requests are about memory, and are in order whichever host owns the guest, even if it is
             // awaited.
             (Request::StopTracking | Request::OpenUserfault { .. }, _) => Ok(()),
@@ -85,7 +85,7 @@ impl Lifecycle {
 
     /// Notes that a pause is about to be tried: if the connection is lost on the way, the pause must be undone.
     pub(super) fn pausing(&mut self) {
-        if self.standing == Standing::Running {
+        if self.run_state == RunState::Running {
             self.pause = Pause::Begun;
         }
     }
@@ -94,12 +94,12 @@ impl Lifecycle {
     pub(super) fn done(&mut self, request: &Request) {
         match request {
             Request::Pause { .. } => self.pause = Pause::Done,
-            Request::Resume => *self = Self::new(Standing::Running),
-            Request::Load { .. } => self.standing = Standing::Loaded,
+            Request::Resume => *self = Self::new(RunState::Running),
+            Request::Load { .. } => self.run_state = RunState::Loaded,
             Request::Prepare(bond) => self.bond = Some(bond.clone()),
             Request::Relinquish(bond) => {
-                let (standing, bond) = (Standing::Relinquished, Some(bond.clone()));
-                *self = Self { standing, bond, pause: Pause::Done };
+                let (run_state, bond) = (RunState::Relinquished, Some(bond.clone()));
+                *self = Self { run_state, bond, pause: Pause::Done };
             }
             _ => {}
         }
@@ -108,12 +108,12 @@ impl Lifecycle {
     /// Returns whether a daemon has paused a guest that should run. It must be resumed if no daemon is connected,
     /// or the daemon does not end the pause in time.
     pub(super) fn must_resume(&self) -> bool {
-        self.standing == Standing::Running && self.pause != Pause::No
+        self.run_state == RunState::Running && self.pause != Pause::No
     }
 
     /// Notes that the guest was resumed without a request: what was saved in that pause is out of date.
     pub(super) fn runs_on(&mut self) {
-        *self = Self::new(Standing::Running);
+        *self = Self::new(RunState::Running);
     }
 
     fn belongs(&self, bond: &Bond) -> Result<(), Refusal> {
@@ -138,8 +138,8 @@ mod tests {
         Bond { migration: [number; 16], peer: "host-b".parse().unwrap(), fetching: false }
     }
 
-    fn after(standing: Standing, requests: &[Request]) -> Lifecycle {
-        let mut lifecycle = Lifecycle::new(standing);
+    fn after(run_state: RunState, requests: &[Request]) -> Lifecycle {
+        let mut lifecycle = Lifecycle::new(run_state);
         for request in requests {
             lifecycle.check(request).unwrap();
             if matches!(request, Request::Pause { .. }) {
@@ -152,16 +152,16 @@ mod tests {
 
     #[test]
     fn a_lost_daemon_never_leaves_a_guest_paused_that_was_not_given_up() {
-        let paused = after(Standing::Running, &[Request::StartTracking, PAUSE, Request::Save]);
+        let paused = after(RunState::Running, &[Request::StartTracking, PAUSE, Request::Save]);
         assert!(paused.must_resume());
-        let resumed = after(Standing::Running, &[PAUSE, Request::Resume]);
+        let resumed = after(RunState::Running, &[PAUSE, Request::Resume]);
         assert!(!resumed.must_resume());
-        let given_up = after(Standing::Running, &[PAUSE, Request::Relinquish(bond(A))]);
+        let given_up = after(RunState::Running, &[PAUSE, Request::Relinquish(bond(A))]);
         assert!(!given_up.must_resume());
-        assert_eq!((given_up.standing(), given_up.bond()), (Standing::Relinquished, Some(&bond(A))));
+        assert_eq!((given_up.run_state(), given_up.bond()), (RunState::Relinquished, Some(&bond(A))));
 
         // A pause that failed half way is undone as well, and the guest cannot be relinquished in it.
-        let mut half = Lifecycle::new(Standing::Running);
+        let mut half = Lifecycle::new(RunState::Running);
         half.pausing();
         assert!(half.must_resume());
         assert_eq!(half.check(&Request::Relinquish(bond(A))), Err(Refusal::NotPaused));
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_ran_on_cannot_be_given_up_for_the_pause_before() {
-        let mut paused = after(Standing::Running, &[PAUSE, Request::Save]);
+        let mut paused = after(RunState::Running, &[PAUSE, Request::Save]);
         assert!(paused.must_resume());
         paused.runs_on();
         assert_eq!(paused.check(&Request::Relinquish(bond(A))), Err(Refusal::NotPaused));
@@ -181,25 +181,25 @@ mod tests {
     fn requests_out_of_order_are_refused() {
         let load = Request::Load { bytes: 1 };
         let relinquish = Request::Relinquish(bond(A));
-        let incoming = Lifecycle::new(Standing::Incoming);
+        let incoming = Lifecycle::new(RunState::Incoming);
         for request in [Request::StartTracking, PAUSE, Request::Resume, Request::Save, relinquish.clone()] {
             assert_eq!(incoming.check(&request), Err(Refusal::Incoming), "{request:?}");
         }
-        let loaded = after(Standing::Incoming, &[load.clone(), Request::Prepare(bond(A))]);
-        assert_eq!((loaded.standing(), loaded.bond()), (Standing::Loaded, Some(&bond(A))));
+        let loaded = after(RunState::Incoming, &[load.clone(), Request::Prepare(bond(A))]);
+        assert_eq!((loaded.run_state(), loaded.bond()), (RunState::Loaded, Some(&bond(A))));
         assert_eq!(loaded.check(&load), Err(Refusal::Loaded));
         assert_eq!(loaded.check(&Request::Prepare(bond(B))), Err(Refusal::OtherMigration));
         assert_eq!(loaded.check(&PAUSE), Err(Refusal::Loaded));
         assert_eq!(loaded.check(&Request::Discard), Ok(()));
 
-        let running = after(Standing::Incoming, &[load.clone(), Request::Prepare(bond(A)), Request::Resume]);
-        assert_eq!((running.standing(), running.bond()), (Standing::Running, None));
+        let running = after(RunState::Incoming, &[load.clone(), Request::Prepare(bond(A)), Request::Resume]);
+        assert_eq!((running.run_state(), running.bond()), (RunState::Running, None));
         assert_eq!(running.check(&Request::Discard), Err(Refusal::Owned));
         assert_eq!(running.check(&relinquish), Err(Refusal::NotPaused));
         assert_eq!(running.check(&Request::Save), Err(Refusal::NotPaused));
         assert_eq!(running.check(&load), Err(Refusal::Running));
 
-        let given_up = after(Standing::Running, &[PAUSE, relinquish.clone()]);
+        let given_up = after(RunState::Running, &[PAUSE, relinquish.clone()]);
         assert_eq!(given_up.check(&relinquish), Ok(()));
         assert_eq!(given_up.check(&Request::Relinquish(bond(B))), Err(Refusal::OtherMigration));
         assert_eq!(given_up.check(&Request::Save), Ok(()));
@@ -213,13 +213,13 @@ mod tests {
             incoming: bool,
             asked in prop::collection::vec((0usize..13, prop::bool::ANY), 0..40),
         ) {
-            let start = if incoming { Standing::Incoming } else { Standing::Running };
+            let start = if incoming { RunState::Incoming } else { RunState::Running };
             let mut lifecycle = Lifecycle::new(start);
             for (which, first) in asked {
                 let bond = bond(if first { A } else { B });
                 let request = [
                     Request::StartTracking,
-                    Request::Arm { first: 0, pages: 1 },
+                    Request::WriteProtect { first: 0, pages: 1 },
                     Request::Harvest,
                     Request::StopTracking,
                     PAUSE,
@@ -230,22 +230,22 @@ mod tests {
                     Request::Prepare(bond),
                     Request::Discard,
                     Request::OpenUserfault { keep: first },
-                    Request::Pace { pages_per_second: 1 },
+                    Request::Throttle { pages_per_second: 1 },
                 ][which].clone();
                 let before = lifecycle.clone();
                 if lifecycle.check(&request).is_err() {
                     continue;
                 }
-                prop_assert!(request != Request::Discard || before.standing() != Standing::Running);
+                prop_assert!(request != Request::Discard || before.run_state() != RunState::Running);
                 if matches!(request, Request::Pause { .. }) {
                     lifecycle.pausing();
                 }
                 lifecycle.done(&request);
-                if before.standing() != Standing::Running && lifecycle.standing() == Standing::Running {
+                if before.run_state() != RunState::Running && lifecycle.run_state() == RunState::Running {
                     prop_assert_eq!(request, Request::Resume);
-                    prop_assert_ne!(before.standing(), Standing::Incoming);
+                    prop_assert_ne!(before.run_state(), RunState::Incoming);
                 }
-                if lifecycle.standing() == Standing::Relinquished {
+                if lifecycle.run_state() == RunState::Relinquished {
                     prop_assert!(lifecycle.bond().is_some());
                     prop_assert!(!lifecycle.must_resume());
                 }

@@ -39,7 +39,7 @@ impl Connection<'_> {
         let none = Vec::new();
         let outcome = match *request {
             Request::StartTracking => ([0; 2], vec![self.start_tracking()?]),
-            Request::Arm { first, pages } => {
+            Request::WriteProtect { first, pages } => {
                 self.write_protect(first, pages)?;
                 ([elapsed(), 0], none)
             }
@@ -48,7 +48,7 @@ impl Connection<'_> {
                 let new = self.lock().tracker().harvest(dirty)?;
                 ([elapsed(), new], none)
             }
-            Request::Pace { pages_per_second } => {
+            Request::Throttle { pages_per_second } => {
                 let ThrottleStats { written_pages, target_pages } =
                     self.lock().tracker().throttle(pages_per_second)?;
                 ([written_pages, target_pages], none)

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -24,8 +24,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 pub struct Options {
     /// The path of the daemon's attach socket.
     pub socket: PathBuf,
-    /// The guest's standing: [`Standing::Running`], or [`Standing::Incoming`] for a VMM that awaits a guest.
-    pub standing: Standing,
+    /// The guest's standing: [`RunState::Running`], or [`RunState::Incoming`] for a VMM that awaits a guest.
+    pub run_state: RunState,
     /// Whether a refusal by the daemon ends the attachment. Otherwise the refusal is logged and the thread
     /// connects again, as its reason (such as a name that is taken) may go away.
     pub refusal_is_final: bool,
@@ -53,16 +53,16 @@ pub struct Attachment {
 ///
 /// # Errors
 ///
-/// `InvalidInput` if the standing is neither running nor incoming; otherwise the thread could not be started.
+/// `InvalidInput` if the run state is neither running nor incoming; otherwise the thread could not be started.
 pub fn serve(options: Options, vmm: Arc<Mutex<dyn Vmm>>) -> io::Result<Attachment> {
-    if !matches!(options.standing, Standing::Running | Standing::Incoming) {
-        let reason = format!("a VMM attaches as running or incoming, not as {:?}", options.standing);
+    if !matches!(options.run_state, RunState::Running | RunState::Incoming) {
+        let reason = format!("a VMM attaches as running or incoming, not as {:?}", options.run_state);
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let thread = AttachThread {
         stop: stop.try_clone()?,
-        lifecycle: Lifecycle::new(options.standing),
+        lifecycle: Lifecycle::new(options.run_state),
         options,
         vmm,
         kept_userfault: ManuallyDrop::new(None),
@@ -134,7 +134,7 @@ impl AttachThread {
             self.resume_if_paused();
             let (mut welcomed, began) = (false, Instant::now());
             let ended = self.attach_once(&mut welcomed);
-            if self.lifecycle.standing() == Standing::Incoming {
+            if self.lifecycle.run_state() == RunState::Incoming {
                 // No guest has arrived whose pages could be missing.
                 *self.kept_userfault = None;
             }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use memlane_protocol::wire::attach::{
-    Bond, FromVmm, Hello, MAX_PACKET_BYTES, Reply, Request, Standing, ToVmm, VERSIONS,
+    Bond, FromVmm, MAX_PACKET_BYTES, Reply, Request, RunState, ToVmm, VERSIONS, VmmHello,
 };
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -158,11 +158,11 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(standing: Standing) -> Self {
-        Self::with(standing, false)
+    fn new(run_state: RunState) -> Self {
+        Self::with(run_state, false)
     }
 
-    fn with(standing: Standing, refusal_is_final: bool) -> Self {
+    fn with(run_state: RunState, refusal_is_final: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("attach.sock");
         let listener =
@@ -174,18 +174,18 @@ impl Bench {
         let vmm = Arc::new(Mutex::new(Fake {
             ram: Arc::new(GuestRam::create(&layout, &Backing::Memfd).unwrap()),
             tracker: FakeTracker::default(),
-            running: standing == Standing::Running,
+            running: run_state == RunState::Running,
             discarded: false,
             state: b"registers".to_vec(),
             phases: Vec::new(),
             fails: None,
         }));
-        let attachment = Some(serve(Options { socket, standing, refusal_is_final }, vmm.clone()).unwrap());
+        let attachment = Some(serve(Options { socket, run_state, refusal_is_final }, vmm.clone()).unwrap());
         Self { listener, vmm, attachment, _directory: directory }
     }
 
     /// Takes the next connection and its greeting.
-    fn accept(&self) -> (Daemon, Hello) {
+    fn accept(&self) -> (Daemon, VmmHello) {
         wait_for(self.listener.as_fd());
         let daemon = Daemon(rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap());
         let (message, descriptors) = daemon.receive().expect("a greeting");
@@ -196,7 +196,7 @@ impl Bench {
         (daemon, hello)
     }
 
-    fn welcome(&self) -> (Daemon, Hello) {
+    fn welcome(&self) -> (Daemon, VmmHello) {
         let (daemon, hello) = self.accept();
         daemon.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
         (daemon, hello)

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use memlane_protocol::throttle::Bucket;
+use memlane_protocol::throttle::TokenBucket;
 
 /// The time between two looks at the rings while no vCPU is throttled. A vCPU writes at full speed in between, so
 /// this bounds what it may have to pay for at a time.
@@ -54,7 +54,7 @@ struct Shared {
 }
 
 struct Account {
-    bucket: Bucket,
+    bucket: TokenBucket,
     pages_per_second: u64,
     /// When `target_pages` was last brought up to date, as a time since the epoch.
     since: Duration,
@@ -118,7 +118,7 @@ impl Throttle {
     ) -> std::io::Result<Self> {
         let now = deadlines.now();
         let account = Account {
-            bucket: Bucket::new(pages_per_second, now),
+            bucket: TokenBucket::new(pages_per_second, now),
             pages_per_second,
             since: now,
             written_pages: 0,
@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     fn account(pages_per_second: u64) -> Account {
-        let bucket = Bucket::new(pages_per_second, Duration::ZERO);
+        let bucket = TokenBucket::new(pages_per_second, Duration::ZERO);
         let (since, target_pages) = (Duration::ZERO, 0.0);
         Account { bucket, pages_per_second, since, written_pages: 0, target_pages, ended: false }
     }

@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::picture::Picture;
 use crate::report::{By, Case, Report, Run, Words};
 use crate::timeline::Timeline;
+
 use faults::Distribution;
 use html::{Figure, Section, Table};
 use prediction::Pause;

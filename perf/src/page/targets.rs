@@ -1,8 +1,9 @@
 //! What figures are to reach.
 
+use Target::{AtLeast, AtMost};
+
 use super::ratios::{Aim, Target};
 use crate::report::Report;
-use Target::{AtLeast, AtMost};
 
 /// By scenario, and by name.
 const TARGETS: &[(&str, &str, Target)] = &[

@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use memlane_api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status};
-
 use memlane_protocol::wire::plain_lines;
 
 use crate::{summary, units};

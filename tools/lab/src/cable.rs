@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::namespace::Namespace;
 use crate::tun::Tun;
+
 use queue::Queue;
 
 /// What a cable holds at most in each direction is what this many bytes a second (20 Gbit/s) put into it in its

@@ -4,9 +4,10 @@ use std::fmt;
 use std::io::Write;
 use std::path::Path;
 
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
 use crate::linux::Kernel;
 use crate::{programs, qemu};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// The ssh server that is used, which has to be started by its full path.
 pub const SSHD: &str = "/usr/sbin/sshd";

@@ -15,7 +15,7 @@ use memlane_kvm::compat::Feature;
 use memlane_kvm::ram::Backing;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::machine::{MAX_NICS, Nic, TrackerKind};
 use memlane_vmm::control;
 use memlane_vmm::history::History;
@@ -151,8 +151,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
             start(&vmm)?;
         }
         let attachment = socket.map(|socket| {
-            let standing = if incoming { Standing::Incoming } else { Standing::Running };
-            attach::serve(attach::Options { socket, standing, refusal_is_final: false }, vmm)
+            let run_state = if incoming { RunState::Incoming } else { RunState::Running };
+            attach::serve(attach::Options { socket, run_state, refusal_is_final: false }, vmm)
         });
         let mut attachment = attachment.transpose().context("cannot attach")?;
         loop {

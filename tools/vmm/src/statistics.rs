@@ -107,7 +107,7 @@ impl Notes {
                 self.tracking = (Some(now.realtime), None);
                 self.tracking_stall = Some(0);
             }
-            TrackingPhase::Armed => self.tracking.1 = Some(now.realtime),
+            TrackingPhase::WriteProtected => self.tracking.1 = Some(now.realtime),
             TrackingPhase::Stopped => self.tracking.1 = self.tracking.1.or(Some(now.realtime)),
         }
     }

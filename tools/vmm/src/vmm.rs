@@ -142,7 +142,7 @@ impl GuestVmm {
         }
         if config.prepare {
             // After all that makes holes again.
-            ram.prepare(0..ram.pages()).map_err(|error| format!("cannot take all of RAM: {error}"))?;
+            ram.populate_write(0..ram.pages()).map_err(|error| format!("cannot take all of RAM: {error}"))?;
         }
         let standing = if config.incoming { Standing::Incoming } else { Standing::Paused };
         Ok(Self {

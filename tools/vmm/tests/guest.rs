@@ -56,7 +56,7 @@ fn vmm(test: &str, config: Config) -> Option<GuestVmm> {
     }
     match GuestVmm::new(config) {
         Ok(vmm) => Some(vmm),
-        Err(error) if error.contains("is not to be had here") => {
+        Err(error) if error.contains("is not available here") => {
             memlane_lab::say_skipped(test, &error.to_string());
             None
         }
@@ -149,7 +149,7 @@ fn readers_write_nothing_but_their_counts() {
         let (words, _descriptor) = SharedWords::create(PageSet::words_needed(pages)).unwrap();
         let dirty = PageSet::over(pages, words).unwrap();
         vmm.tracker().start().unwrap();
-        vmm.tracker().arm(0..pages).unwrap();
+        vmm.tracker().write_protect(0..pages).unwrap();
         vmm.tracker().harvest(&dirty).unwrap();
         dirty.remove_range(0..pages);
         let observer = vmm.observer();
@@ -258,9 +258,9 @@ fn migrate(source: &mut GuestVmm, destination: &mut GuestVmm) {
     source.tracker().start().unwrap();
     source.tracking_changed(TrackingPhase::Started);
     for first in (0..pages).step_by(512) {
-        source.tracker().arm(first..(first + 512).min(pages)).unwrap();
+        source.tracker().write_protect(first..(first + 512).min(pages)).unwrap();
     }
-    source.tracking_changed(TrackingPhase::Armed);
+    source.tracking_changed(TrackingPhase::WriteProtected);
     dirty.insert_range(0..pages);
     for round in 0..4 {
         if round == 3 {
@@ -340,7 +340,7 @@ fn reports_that_make_no_sense_do_no_harm() {
             observer.stats();
             vmm.tracking_changed(TrackingPhase::Started);
             run_for(&mut vmm, 5);
-            vmm.tracking_changed(TrackingPhase::Armed);
+            vmm.tracking_changed(TrackingPhase::WriteProtected);
             observer.stats();
             vmm.save().unwrap();
         }

@@ -61,7 +61,7 @@ fn it_runs_until_it_is_told_to_quit() {
         if child.try_wait().unwrap().is_some() {
             let output = child.wait_with_output().unwrap();
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(text.contains("is not to be had here"), "{text}");
+            assert!(text.contains("is not available here"), "{text}");
             memlane_lab::say_skipped("it_runs_until_it_is_told_to_quit", &text.to_string());
             return;
         }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::qmp::{Qmp, items};
 use crate::shim::Shims;
-use crate::{DriverError, Obstacle};
+use crate::{Blocker, DriverError};
 
 /// Linux that can track writes of another process: `PAGEMAP_SCAN` and asynchronous write protection.
 const OLDEST_LINUX: (u32, u32) = (6, 7);
@@ -15,43 +15,43 @@ const OLDEST_LINUX: (u32, u32) = (6, 7);
 pub const CONNECTING: Duration = Duration::from_secs(6);
 
 /// All that is in the way of moving the guest of this QEMU away, and what to do about it.
-pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Obstacle>, DriverError> {
+pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     found.extend(kernel(&rustix::system::uname().release().to_string_lossy()));
     found.extend(status(&qmp.status().await?));
     found.extend(devices(qmp).await?);
     found.extend(disks(qmp).await?);
-    found.extend(blockers(qmp).await?);
+    found.extend(blocked_reasons(qmp).await?);
     // Last, since it is asked of QEMU itself, and costs a descriptor: can its writes be tracked?
     shims.wait_for(qmp.pid(), CONNECTING).await;
     if let Err(error) = shims.open_userfault(qmp.pid(), false).await {
-        found.push(Obstacle::new("shim", error.to_string(), None));
+        found.push(Blocker::new("shim", error.to_string(), None));
     }
     Ok(found)
 }
 
-fn kernel(release: &str) -> Option<Obstacle> {
+fn kernel(release: &str) -> Option<Blocker> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
     let found = (numbers.next()?, numbers.next()?);
     let (major, minor) = OLDEST_LINUX;
     let detail =
         || format!("this host runs Linux {release}, which cannot track the writes of another process");
     let remedy = || format!("run Linux {major}.{minor} or newer on this host");
-    (found < OLDEST_LINUX).then(|| Obstacle::new("kernel", detail(), Some(remedy())))
+    (found < OLDEST_LINUX).then(|| Blocker::new("kernel", detail(), Some(remedy())))
 }
 
-fn status(status: &str) -> Option<Obstacle> {
+fn status(status: &str) -> Option<Blocker> {
     let remedy = match status {
         "running" => return None,
         "postmigrate" => "QEMU has migrated it by itself; it runs elsewhere, or continue it with `cont`",
         _ => "continue it with QEMU's `cont`, and order the move again",
     };
     let detail = format!("the guest does not run; its status is {status}");
-    Some(Obstacle::new("guest", detail, Some(remedy.to_owned())))
+    Some(Blocker::new("guest", detail, Some(remedy.to_owned())))
 }
 
 /// Devices whose writes to memory nobody sees, because they bypass QEMU's page tables.
-async fn devices(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
+async fn devices(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
         let list = qmp.execute("qom-list", json!({ "path": path })).await?;
@@ -63,13 +63,13 @@ async fn devices(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
             let detail =
                 format!("a network back end of type {kind} writes guest memory where nobody sees it");
             let remedy = format!("use -netdev tap,vhost=on instead of -netdev {kind}");
-            found.push(Obstacle::new("device", detail, Some(remedy)));
+            found.push(Blocker::new("device", detail, Some(remedy)));
         }
     }
     Ok(found)
 }
 
-fn bypassing(device: &Value) -> Option<Obstacle> {
+fn bypassing(device: &Value) -> Option<Blocker> {
     let kind = device["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
     const PREFIXES: [&str; 6] =
         ["vfio-", "vhost-user-", "vhost-vdpa-", "vhost-scsi-", "scsi-block", "scsi-generic"];
@@ -79,17 +79,17 @@ fn bypassing(device: &Value) -> Option<Obstacle> {
     let name = device["name"].as_str().unwrap_or_default();
     let detail = format!("device {name} ({kind}) writes guest memory where nobody sees it");
     let remedy = format!("remove -device {kind}, or unplug it (device_del {name}) for the time of the move");
-    Some(Obstacle::new("device", detail, Some(remedy)))
+    Some(Blocker::new("device", detail, Some(remedy)))
 }
 
 /// Disks that are read past the page cache: the device writes guest memory when it is done, long
 /// after the write was noticed, and the page may have been sent in between.
-async fn disks(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
+async fn disks(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     Ok(items(&nodes).iter().filter_map(direct).collect())
 }
 
-fn direct(node: &Value) -> Option<Obstacle> {
+fn direct(node: &Value) -> Option<Blocker> {
     let driver = node["drv"].as_str().unwrap_or_default();
     let bypasses = driver.starts_with("nvme") || driver.starts_with("virtio-blk-");
     if !bypasses && node["cache"]["direct"] != true {
@@ -105,18 +105,18 @@ fn direct(node: &Value) -> Option<Obstacle> {
         true => "use another -blockdev driver for it than one that drives the device by itself",
         false => "use -drive cache=writeback (cache.direct=off in -blockdev)",
     };
-    Some(Obstacle::new("disk", detail, Some(remedy.to_owned())))
+    Some(Blocker::new("disk", detail, Some(remedy.to_owned())))
 }
 
 /// What QEMU itself says against any migration.
-async fn blockers(qmp: &Qmp) -> Result<Vec<Obstacle>, DriverError> {
+async fn blocked_reasons(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let migration = qmp.execute("query-migrate", json!({})).await?;
-    let obstacle = |reason: &Value| {
+    let blocker = |reason: &Value| {
         let detail = format!("QEMU cannot migrate: {}", reason.as_str().unwrap_or_default());
         let remedy = "remove the device or setting that it names".to_owned();
-        Obstacle::new("device", detail, Some(remedy))
+        Blocker::new("device", detail, Some(remedy))
     };
-    Ok(items(&migration["blocked-reasons"]).iter().map(obstacle).collect())
+    Ok(items(&migration["blocked-reasons"]).iter().map(blocker).collect())
 }
 
 #[cfg(test)]
@@ -137,8 +137,8 @@ mod tests {
     fn devices_that_bypass_qemu_are_named() {
         let device = |kind: &str| json!({ "name": "x0", "type": format!("child<{kind}>") });
         for kind in ["vfio-pci", "vhost-user-fs-pci", "vhost-vdpa-device-pci"] {
-            let obstacle = bypassing(&device(kind)).unwrap();
-            assert!(obstacle.remedy.unwrap().contains(&format!("-device {kind}")));
+            let blocker = bypassing(&device(kind)).unwrap();
+            assert!(blocker.remedy.unwrap().contains(&format!("-device {kind}")));
         }
         for kind in ["virtio-net-pci", "vhost-vsock-pci", "virtio-balloon-pci"] {
             assert!(bypassing(&device(kind)).is_none(), "{kind}");

@@ -34,7 +34,7 @@ use super::state_directory::{Record, StateDirectory, StateError};
 use super::{blockers, launch};
 use crate::shim::Shims;
 use crate::tracking::Tracking;
-use crate::{Driver, DriverError, Harvest, Obstacle, Process, SavedState, VmmMemory};
+use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
 
 /// Name of the descriptor over which QEMU's state travels.
 const CHANNEL: &str = "memlane";
@@ -155,8 +155,8 @@ impl Driver for Qemu {
         Ok(())
     }
 
-    async fn arm(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
-        self.tracking("arm")?.arm(pages).await.map(Some)
+    async fn write_protect(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError> {
+        self.tracking("arm")?.write_protect(pages).await.map(Some)
     }
 
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
@@ -352,7 +352,7 @@ impl Driver for Qemu {
         Ok(status == "inmigrate" && !is_migrating(&migration))
     }
 
-    async fn obstacles(&self) -> Result<Vec<Obstacle>, DriverError> {
+    async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
         blockers::find(&self.qmp, &self.shims).await
     }
 

@@ -136,7 +136,7 @@ fn map(parts: Vec<(PathBuf, u64, u64)>, user: u32) -> Result<(Vec<Region>, Arc<G
     let regions = parts.collect::<Result<Vec<_>, QemuError>>()?;
     let shape = regions.iter().map(|(region, _)| *region).collect();
     let ram = GuestRam::map(regions)?;
-    ram.look_on();
+    ram.mark_as_observer();
     Ok((shape, Arc::new(ram)))
 }
 

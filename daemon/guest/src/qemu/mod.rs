@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 use memlane_kvm::ram::RamError;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::control::{QemuGuest, Refusal, Respect};
+use memlane_protocol::wire::control::{QemuGuest, Refusal, RefusalKind};
 use memlane_protocol::wire::machine::MAX_RAM_BYTES;
 
 use crate::driver::DriverError;
@@ -189,7 +189,7 @@ pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
     let differing = pairs.into_iter().filter(|(_, _, ours, theirs)| ours != theirs);
     differing
         .map(|(what, option, ours, theirs)| Refusal {
-            what: Respect::Machine,
+            what: RefusalKind::Machine,
             reason: format!(
                 "the guest has {what} {ours}, and the QEMU that waits for it {theirs}; start that one with \
                  {option} {ours}"

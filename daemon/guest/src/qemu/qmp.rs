@@ -97,7 +97,7 @@ impl Qmp {
     /// Connects, and leaves the negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
         let refused =
-            |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::told(source) };
+            |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::explain(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
         let stream = UnixStream::connect(path).await.map_err(refused)?;
         let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use memlane_net::task;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -253,19 +253,19 @@ impl Place {
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
-        let standing = match (status.as_str(), record.incoming) {
-            ("inmigrate", _) => Standing::Incoming,
-            ("paused", true) => Standing::Loaded,
+        let run_state = match (status.as_str(), record.incoming) {
+            ("inmigrate", _) => RunState::Incoming,
+            ("paused", true) => RunState::Loaded,
             // A daemon before this one was about to move it.
-            ("postmigrate" | "finish-migrate", _) => Standing::Relinquished,
-            (_, false) if is_migrating(&migration) => Standing::Relinquished,
-            _ => Standing::Running,
+            ("postmigrate" | "finish-migrate", _) => RunState::Relinquished,
+            (_, false) if is_migrating(&migration) => RunState::Relinquished,
+            _ => RunState::Running,
         };
-        record.bond = record.bond.filter(|_| matches!(standing, Standing::Loaded | Standing::Relinquished));
+        record.bond = record.bond.filter(|_| matches!(run_state, RunState::Loaded | RunState::Relinquished));
         supervisor.states.write(&record).await?;
         let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
         let driver = Qemu::new(qmp, facts, process.clone(), (&supervisor.shims, &supervisor.states), &record);
-        let guest = Guest::new(shape, ram, Rc::new(driver), process, standing);
+        let guest = Guest::new(shape, ram, Rc::new(driver), process, run_state);
         guest.summoned.set(record.summoned);
         guest.bond.replace(record.bond.as_ref().and_then(|bound| bound.bond()));
         Ok((Rc::new(guest), record))
@@ -332,7 +332,7 @@ impl Place {
     /// Whether it was started for a migration that nobody works on any more.
     fn is_useless(&self, guest: &Guest) -> bool {
         let awaited = self.supervisor.guests.work_with(guest.process.identity());
-        guest.summoned.get() && guest.standing.get() == Standing::Incoming && !awaited
+        guest.summoned.get() && guest.run_state.get() == RunState::Incoming && !awaited
     }
 }
 

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use memlane_kvm::foreign_ram::ForeignRam;
 use memlane_kvm::userfault::{Userfault, is_gone};
+use memlane_kvm::vmm_mapping::VmmMapping;
 use memlane_lane::priority;
-use memlane_protocol::throttle::{Bucket, Reach};
+use memlane_protocol::throttle::{FaultAround, TokenBucket};
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::error;
@@ -63,7 +63,7 @@ enum Order {
 impl Releaser {
     /// Lets writes to `memory` go, which `userfault` tells of.
     pub fn start(
-        memory: Arc<ForeignRam>,
+        memory: Arc<VmmMapping>,
         userfault: Arc<Userfault>,
         pages_per_second: u64,
     ) -> io::Result<Self> {
@@ -81,8 +81,8 @@ impl Releaser {
             memory,
             userfault,
             started: Instant::now(),
-            bucket: Bucket::new(pages_per_second, Duration::ZERO),
-            reach: Reach::default(),
+            bucket: TokenBucket::new(pages_per_second, Duration::ZERO),
+            fault_around: FaultAround::default(),
             order,
             waiting: VecDeque::new(),
             due: None,
@@ -162,12 +162,12 @@ impl Account {
 /// What the thread works on.
 struct Work {
     shared: Arc<Shared>,
-    memory: Arc<ForeignRam>,
+    memory: Arc<VmmMapping>,
     userfault: Arc<Userfault>,
     /// Where the bucket's clock begins.
     started: Instant,
-    bucket: Bucket,
-    reach: Reach,
+    bucket: TokenBucket,
+    fault_around: FaultAround,
     order: Order,
     /// Addresses that are waited for, each page once, in the order in which they came.
     waiting: VecDeque<u64>,
@@ -250,7 +250,7 @@ impl Work {
             self.waiting.retain(|address| !due.addresses.contains(address));
             let fresh = self.shared.open.insert_range(due.pages);
             self.userfault.write_protect(due.addresses, false)?;
-            self.reach.on_release(due.wait, self.started.elapsed());
+            self.fault_around.on_release(due.wait, self.started.elapsed());
             if matches!(self.order, Order::Rate(_)) {
                 self.shared.released_pages.fetch_add(fresh, Ordering::Relaxed);
             }
@@ -261,7 +261,7 @@ impl Work {
     /// What goes for a write to `address`, and when. Neighbours that are open already cost nothing.
     fn next(&mut self, address: u64, now: Duration) -> Due {
         let reach = match self.order {
-            Order::Rate(_) => self.reach.on_write(now),
+            Order::Rate(_) => self.fault_around.on_write(now),
             // Each page more is one more to send, and the guest may be about to stand still.
             Order::Open | Order::End => 1,
         };

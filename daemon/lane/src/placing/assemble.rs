@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use memlane_kvm::foreign_ram::ForeignRam;
+use memlane_kvm::vmm_mapping::VmmMapping;
 use memlane_protocol::wire::frame::{Content, Run};
 
 use super::invalid;
@@ -31,7 +31,7 @@ struct Open {
 
 /// Cuts the runs of a frame into pieces, in the order of their bytes. Of a huge page a frame must
 /// hold all or nothing.
-pub fn assemble(memory: &ForeignRam, runs: &[Run]) -> io::Result<Vec<Piece>> {
+pub fn assemble(memory: &VmmMapping, runs: &[Run]) -> io::Result<Vec<Piece>> {
     let torn = || invalid("a frame holds a part of a huge page");
     let mut pieces = Vec::with_capacity(runs.len());
     let mut open: Option<Open> = None;

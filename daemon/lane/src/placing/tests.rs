@@ -46,7 +46,7 @@ fn placing(test: &str, layout: &[(u64, u64)], backing: &Backing) -> Option<Placi
             slice.ptr as u64
         })
         .collect();
-    let memory = Arc::new(ForeignRam::new(ram, &addresses).unwrap());
+    let memory = Arc::new(VmmMapping::new(ram, &addresses).unwrap());
     Some(Placing::new(userfault, memory, Arc::new(|| ()), Arc::new(Unwatched)).unwrap())
 }
 
@@ -177,7 +177,7 @@ fn what_is_there_though_it_is_missing_is_an_error() {
     placing.place(&[run(3..4, Content::Data)], &bytes(3..4), By::Stream).unwrap();
     placing.see_holes().unwrap();
     // Pages after the one that makes trouble stay missing, and so does that.
-    other_mapping(&placing).prepare(8..9).unwrap();
+    other_mapping(&placing).populate_write(8..9).unwrap();
     let said =
         placing.place(&[run(0..20, Content::Data)], &bytes(0..20), By::Stream).unwrap_err().to_string();
     assert!(said.contains("page 8 of the guest's memory"), "{said}");
@@ -195,13 +195,13 @@ fn what_is_there_is_seen_before_the_guest_runs() {
     let test = "what_is_there_is_seen_before_the_guest_runs";
     let Some(placing) = placing(test, &LAYOUT, &Backing::Memfd) else { return };
     let other = other_mapping(&placing);
-    other.prepare(0..placing.pages()).unwrap();
+    other.populate_write(0..placing.pages()).unwrap();
     placing.add_missing(0..20).unwrap();
     placing.add_missing(100..200).unwrap();
     placing.all_known();
     placing.place(&[run(10..20, Content::Data)], &bytes(10..20), By::Stream).unwrap();
     placing.see_holes().unwrap();
-    other.prepare(170..171).unwrap();
+    other.populate_write(170..171).unwrap();
     let said = placing.see_holes().unwrap_err().to_string();
     assert!(said.contains("page 170"), "{said}");
     assert!(placing.broken().is_some());

@@ -94,7 +94,7 @@ impl Fetching {
         let ((bell, ring), observer) = (lanes::bell(), context.faults.clone());
         let register = move || {
             let userfault =
-                Userfault::from_fd_wishing(memory.userfault, userfault::MISSING, userfault::POISON);
+                Userfault::from_fd_with_optional(memory.userfault, userfault::MISSING, userfault::POISON);
             let (userfault, _) = userfault?;
             Placing::new(userfault, memory.memory, ring, observer).map_err(FetchError::Wait)
         };

@@ -15,8 +15,8 @@ use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
 use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
-use memlane_protocol::wire::control::{Accept, Control, Offer, Refusal, Respect};
+use memlane_protocol::wire::attach::RunState;
+use memlane_protocol::wire::control::{Accept, Control, Offer, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
@@ -44,7 +44,7 @@ pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer
         warn!(guest = %name, %peer, "refused an offer that names a migration which is known here");
         let reason = "this host knows a migration of that identity already, and one is never offered twice; \
             order it anew";
-        let refusal = Refusal { what: Respect::Busy, reason: reason.to_owned() };
+        let refusal = Refusal { what: RefusalKind::Busy, reason: reason.to_owned() };
         let _ = link.send(&Control::Refuse(vec![refusal])).await;
         link.until_closed().await;
         return;
@@ -319,7 +319,7 @@ impl DestinationRole {
                 }
                 Err(error) => {
                     warn!(guest = %self.ticket.guest, %error, "cannot fetch what would be missing");
-                    let refusal = Refusal { what: Respect::Host, reason: error.to_string() };
+                    let refusal = Refusal { what: RefusalKind::Host, reason: error.to_string() };
                     // The source ends it, and says why.
                     let _ = link.send(&Control::Refuse(vec![refusal])).await;
                     link.until_closed().await;
@@ -387,7 +387,7 @@ impl DestinationRole {
             Outcome::Completed => {
                 // Its VMM may have attached again since.
                 let guest = session.effects.guest().unwrap_or(&self.guest);
-                guest.standing.set(Standing::Running);
+                guest.run_state.set(RunState::Running);
                 arrived(&session.effects.context, guest);
                 session.effects.claim = None;
                 self.ticket.end(OutcomeView::Completed, None, Some(here));
@@ -397,7 +397,7 @@ impl DestinationRole {
             Outcome::Lost => {
                 self.poison(session).await;
                 let runs_here = session.effects.guest().map(|guest| {
-                    guest.standing.set(Standing::Running);
+                    guest.run_state.set(RunState::Running);
                     here
                 });
                 self.ticket.end(OutcomeView::Lost, reason, runs_here);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use memlane_guest::DriverError;
 use memlane_net::link::LinkError;
 use memlane_protocol::handover::{Destination, Event};
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
 
 use super::DestinationRole;
@@ -49,7 +49,7 @@ impl DestinationRole {
         message: Control,
     ) -> Result<Option<Event>, ReceiveError> {
         match message {
-            Control::Round { round, pages } => {
+            Control::Iteration { number: round, pages } => {
                 self.ticket.update(|progress| {
                     progress.rounds.push(RoundView { round, pages, ..RoundView::default() });
                     // A source that counts forever must not fill this host's memory.
@@ -150,7 +150,7 @@ impl DestinationRole {
         }
         let took = loaded?;
         driver.prepare(&session.effects.bond()).await?;
-        self.guest.standing.set(Standing::Loaded);
+        self.guest.run_state.set(RunState::Loaded);
         session.effects.times.load = took;
         self.ticket.update(|progress| {
             progress.phase = PhaseView::SwitchingOver;

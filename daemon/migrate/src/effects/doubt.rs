@@ -3,7 +3,7 @@
 use memlane_guest::Guest;
 use memlane_net::journal::Entry;
 use memlane_protocol::handover::{Event, Record, Resolution};
-use memlane_protocol::wire::attach::{Bond, Standing};
+use memlane_protocol::wire::attach::{Bond, RunState};
 
 use super::Effects;
 use crate::handle::unix_seconds;
@@ -14,19 +14,19 @@ impl Effects {
     /// What a VMM that has attached says of whose the guest is.
     pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
         // Whatever the journal says of it, it was told to.
-        self.told_to_run |= guest.standing.get() == Standing::Running;
-        match guest.standing.get() {
-            Standing::Running => Some(Event::Owned),
+        self.told_to_run |= guest.run_state.get() == RunState::Running;
+        match guest.run_state.get() {
+            RunState::Running => Some(Event::Owned),
             // It knows nothing of daemons, and was paused, but nobody has noted that it was given up.
-            Standing::Relinquished
+            RunState::Relinquished
                 if guest.driver.qemu().is_some()
                     && guest.bond.borrow().is_none()
                     && self.entry.record == Record::Leaving =>
             {
                 Some(Event::Owned)
             }
-            Standing::Relinquished | Standing::Loaded => Some(Event::Waits),
-            Standing::Incoming => None,
+            RunState::Relinquished | RunState::Loaded => Some(Event::Waits),
+            RunState::Incoming => None,
         }
     }
 

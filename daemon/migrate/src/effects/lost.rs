@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Record};
-use memlane_protocol::wire::attach::Standing;
+use memlane_protocol::wire::attach::RunState;
 use tracing::{error, warn};
 
 use super::Effects;
@@ -30,7 +30,7 @@ impl Effects {
             Vmm::Away(_) => self.leave_unanswered(Action::Resume),
             // QEMU's state does not tell whether its guest has run.
             Vmm::Attached(guest)
-                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none() =>
+                if guest.run_state.get() == RunState::Loaded && guest.driver.qemu().is_none() =>
             {
                 self.blame(NEVER_WHOLE);
                 Some(Event::ResumeFailed)
@@ -140,7 +140,7 @@ impl Effects {
     pub(super) fn has_never_run(&self, told: bool) -> bool {
         !told
             || matches!(&self.vmm, Vmm::Attached(guest)
-                if guest.standing.get() == Standing::Loaded && guest.driver.qemu().is_none())
+                if guest.run_state.get() == RunState::Loaded && guest.driver.qemu().is_none())
     }
 
     /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.

@@ -8,7 +8,7 @@ use memlane_guest::Guest;
 use memlane_guest::qemu::definition::Definition;
 use memlane_guest::qemu::{Lacking, QemuError};
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::control::{Offer, Refusal, Respect};
+use memlane_protocol::wire::control::{Offer, Refusal, RefusalKind};
 
 use crate::context::Context;
 
@@ -29,23 +29,23 @@ pub async fn launch_incoming(
             Some(_) => "start a QEMU with -incoming defer and take it in with `memlanectl attach --incoming`",
             None => "start one with --incoming and that name",
         };
-        return refused(Respect::Receiver, format!("no VMM waits for a guest named {name}; {how}"));
+        return refused(RefusalKind::Receiver, format!("no VMM waits for a guest named {name}; {how}"));
     };
     if !context.peer(peer).is_some_and(|peer| peer.may_start_guests) {
         let reason = format!(
             "no VMM waits for a guest named {name}, and {peer} may not have one started here; set may_start_guests \
              = true for [[peer]] {peer}, or start it with `memlanectl launch --incoming`"
         );
-        return refused(Respect::Receiver, reason);
+        return refused(RefusalKind::Receiver, reason);
     }
     let file = format!("the guest file from {peer}");
     let definition = match Definition::parse(Path::new(&file), &brought.definition) {
         Ok(definition) if definition.name == *name => definition,
         Ok(definition) => {
             let reason = format!("the guest file that came with guest {name} is that of {}", definition.name);
-            return refused(Respect::Receiver, reason);
+            return refused(RefusalKind::Receiver, reason);
         }
-        Err(error) => return refused(Respect::Receiver, error.to_string()),
+        Err(error) => return refused(RefusalKind::Receiver, error.to_string()),
     };
     let disks = missing(brought.disks.clone()).await;
     if !disks.is_empty() {
@@ -59,7 +59,7 @@ async fn missing(disks: Vec<String>) -> Vec<Refusal> {
     let look = tokio::task::spawn_blocking(move || {
         disks.into_iter().filter(|disk| !Path::new(disk).exists()).collect::<Vec<_>>()
     });
-    let refuse = |reason| Refusal { what: Respect::Disk, reason };
+    let refuse = |reason| Refusal { what: RefusalKind::Disk, reason };
     let Ok(looked) = tokio::time::timeout(STORAGE, look).await else {
         return vec![refuse(format!(
             "the guest's disks cannot be looked at within {STORAGE:.0?}; see its storage"
@@ -76,16 +76,16 @@ async fn missing(disks: Vec<String>) -> Vec<Refusal> {
 
 fn refusal(error: QemuError) -> Refusal {
     let (what, remedy) = match &error {
-        QemuError::NoTap { .. } => (Respect::Network, ""),
+        QemuError::NoTap { .. } => (RefusalKind::Network, ""),
         QemuError::Ended { lacks: Some(Lacking::Machine), .. } => (
-            Respect::Machine,
+            RefusalKind::Machine,
             "; install a newer QEMU there, or give the guest a machine type that both have (-machine)",
         ),
         QemuError::Ended { lacks: Some(Lacking::Cpu), .. } => {
-            (Respect::Machine, "; give the guest a CPU model that QEMU has on both hosts (-cpu)")
+            (RefusalKind::Machine, "; give the guest a CPU model that QEMU has on both hosts (-cpu)")
         }
-        QemuError::NameTaken(_) => (Respect::Busy, ""),
-        _ => (Respect::Receiver, ""),
+        QemuError::NameTaken(_) => (RefusalKind::Busy, ""),
+        _ => (RefusalKind::Receiver, ""),
     };
     Refusal { what, reason: format!("{error}{remedy}") }
 }

@@ -9,8 +9,8 @@ use memlane_net::port;
 use memlane_net::task;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::Standing;
-use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Refusal, Respect};
+use memlane_protocol::wire::attach::RunState;
+use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Refusal, RefusalKind};
 use tracing::warn;
 
 use super::launch;
@@ -26,9 +26,9 @@ pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Resu
         Some(guest) if guest.is_moving() => {
             return busy(name);
         }
-        Some(guest) if guest.standing.get() != Standing::Incoming => {
+        Some(guest) if guest.run_state.get() != RunState::Incoming => {
             return refused(
-                Respect::Busy,
+                RefusalKind::Busy,
                 format!("a guest named {name} is here already; names must be unique"),
             );
         }
@@ -43,14 +43,14 @@ pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Resu
     let mut refusals = judge(context, offer, &guest).await;
     if !matches!(guest.driver.awaits().await, Ok(true)) {
         let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
-        refusals.push(Refusal { what: Respect::Receiver, reason });
+        refusals.push(Refusal { what: RefusalKind::Receiver, reason });
     }
     if refusals.is_empty()
         && !offer.check_only
         && let Err(error) = guest.driver.get_ready().await
     {
         let reason = format!("the VMM named {name} cannot be made ready: {error}; look at its log there");
-        refusals.push(Refusal { what: Respect::Receiver, reason });
+        refusals.push(Refusal { what: RefusalKind::Receiver, reason });
     }
     if refusals.is_empty() {
         return Ok(claim);
@@ -61,7 +61,7 @@ pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Resu
 
 fn busy<T>(name: &Label) -> Result<T, Vec<Refusal>> {
     let reason = format!("guest {name} is moving already; wait until that has ended");
-    Err(vec![Refusal { what: Respect::Busy, reason }])
+    Err(vec![Refusal { what: RefusalKind::Busy, reason }])
 }
 
 /// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
@@ -78,32 +78,32 @@ async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refus
     let refusal = |what, reason: String| Refusal { what, reason };
     let mut refusals = Vec::new();
     for reason in compat::check(&offer.shape, &guest.shape) {
-        refusals.push(refusal(Respect::Machine, reason.to_string()));
+        refusals.push(refusal(RefusalKind::Machine, reason.to_string()));
     }
     if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
         refusals.extend(qemu::differences(theirs, ours));
     }
     if let Err(lost) = guest.ram.check() {
         let reason = format!("{lost}; start the VMM that waits for the guest anew");
-        refusals.push(refusal(Respect::Memory, reason));
+        refusals.push(refusal(RefusalKind::Memory, reason));
     }
     let (available, bridges) = (task::aside(available_memory), context.bridges_there());
     let (available, bridges) = tokio::join!(available, bridges);
     if let Some(reason) = available.and_then(|available| memory_missing(context, offer, guest, available)) {
-        refusals.push(refusal(Respect::Memory, reason));
+        refusals.push(refusal(RefusalKind::Memory, reason));
     }
     for nic in &offer.shape.nics {
         if let Some(reason) = context.network_missing(&nic.network, &bridges) {
-            refusals.push(refusal(Respect::Network, reason));
+            refusals.push(refusal(RefusalKind::Network, reason));
         }
     }
     if context.offered_ports().is_empty() {
         let unknown = context.settings.ports.iter().find_map(|port| port::holds(port.address).err());
         refusals.push(match unknown {
-            Some(error) => refusal(Respect::Host, error.to_string()),
+            Some(error) => refusal(RefusalKind::Host, error.to_string()),
             None => {
                 let reason = "no port of this host is up; see `memlanectl ports` there".to_owned();
-                refusal(Respect::Port, reason)
+                refusal(RefusalKind::Port, reason)
             }
         });
     }
@@ -118,14 +118,14 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
         refusals.sort_by_cached_key(|refusal| !seen.insert(refusal.what));
         let left_out = refusals.len() - (MAX_REFUSALS - 1);
         refusals.truncate(MAX_REFUSALS - 1);
-        refusals.push(Refusal { what: Respect::Machine, reason: format!("and {left_out} more") });
+        refusals.push(Refusal { what: RefusalKind::Machine, reason: format!("and {left_out} more") });
     }
     refusals
 }
 
 /// Why this host's memory does not do, if it does not.
 fn memory_missing(context: &Context, offer: &Offer, guest: &Guest, available: u64) -> Option<String> {
-    let held = guest.ram.held_bytes().unwrap_or(0);
+    let held = guest.ram.allocated_bytes().unwrap_or(0);
     // A VMM on huge pages has reserved them; one whose memory is touched holds it.
     let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
     let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };

@@ -32,7 +32,7 @@ impl Precopy {
             let piece = next_piece(ram, first).await.map_err(CopyError::Memory)?;
             let begins = first == 0;
             first = piece.end;
-            let data = match transfer.guest.driver.arm(piece.clone()).await? {
+            let data = match transfer.guest.driver.write_protect(piece.clone()).await? {
                 Some(data) => Ok(data),
                 None if begins => first_extents(ram, piece.clone()).await,
                 None => data_extents(ram, piece.clone()).await,
@@ -84,7 +84,11 @@ async fn first_extents(ram: &Arc<GuestRam>, piece: Range<u64>) -> std::io::Resul
     let (ram, ahead) = (ram.clone(), ram.clone());
     let end = piece.end;
     let look = move || {
-        if piece.end - piece.start > PIECE_PAGES { ram.data_extents(piece) } else { ram.extents_now(piece) }
+        if piece.end - piece.start > PIECE_PAGES {
+            ram.data_extents(piece)
+        } else {
+            ram.data_extents_uncached(piece)
+        }
     };
     // It is remembered what was found.
     drop(tokio::task::spawn_blocking(move || ahead.data_extents(end - 1..end)));

@@ -46,7 +46,7 @@ use transfer::Transfer;
 
 /// What the order allows and wants.
 #[derive(Clone, Copy, Debug)]
-pub struct Wishes {
+pub struct MigrateParameters {
     /// Downtime limit and rounds.
     pub policy: Policy,
     /// Compare digests in the pause.
@@ -62,16 +62,16 @@ pub async fn run(
     entry: Entry,
     (ticket, arrivals): (Rc<Ticket>, Arrivals),
     plan: Plan,
-    wishes: Wishes,
+    parameters: MigrateParameters,
 ) {
     let guest = claim.guest().clone();
-    let compress = wishes.compression == compression::Mode::Auto;
+    let compress = parameters.compression == compression::Mode::Auto;
     let (transfer, answers) =
         Transfer::new(context.clone(), guest.clone(), ticket.clone(), plan.link.sender(), compress);
     for end in plan.lanes {
         transfer.lanes.borrow_mut().send(end, &transfer.outbound, context.limits().silence);
     }
-    let precopy = Precopy::new(transfer.clone(), wishes.policy, wishes.verify, plan.round_trip);
+    let precopy = Precopy::new(transfer.clone(), parameters.policy, parameters.verify, plan.round_trip);
     let role = SourceRole {
         ticket: ticket.clone(),
         transfer,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::bandwidth::Bandwidth;
 use memlane_protocol::convergence::{
-    Conditions, Convergence, Decision, Forecast, Policy, Predictor, Round, Verdict,
+    Conditions, Convergence, Decision, Forecast, Iteration, Policy, Predictor, Verdict,
 };
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -91,7 +91,8 @@ impl Precopy {
     async fn iterate(&self) -> Result<(), CopyError> {
         let transfer = &self.transfer;
         let memory = transfer.guest.shape.ram_bytes();
-        let at_once = self.convergence.borrow().before_rounds(memory, &self.now(), &self.predictor.borrow());
+        let at_once =
+            self.convergence.borrow().before_iterations(memory, &self.now(), &self.predictor.borrow());
         if let Some(verdict) = at_once {
             self.note(&verdict);
             return match verdict.decision {
@@ -127,7 +128,7 @@ impl Precopy {
         let bytes_before = transfer.lanes.borrow().wire_bytes();
         let pages_before = transfer.lanes.borrow().pages();
         let pages = if number == 1 { transfer.guest.ram.pages() } else { transfer.outbound.dirty.count() };
-        transfer.link.send(&Control::Round { round: number, pages }).await?;
+        transfer.link.send(&Control::Iteration { number, pages }).await?;
         transfer.ticket.update(|progress| {
             progress.rounds.push(RoundView { round: number, pages, ..RoundView::default() });
         });
@@ -152,13 +153,13 @@ impl Precopy {
             *round = RoundView { round: number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
         });
         let remaining_bytes = remaining * PAGE_SIZE;
-        Ok(self.decide(&Round { number, duration, dirtied_pages, remaining_bytes }))
+        Ok(self.decide(&Iteration { number, duration, dirtied_pages, remaining_bytes }))
     }
 
     /// What to do after an iteration.
-    fn decide(&self, round: &Round) -> Decision {
+    fn decide(&self, round: &Iteration) -> Decision {
         let mut convergence = self.convergence.borrow_mut();
-        let verdict = convergence.after_round(round, &self.now(), &self.predictor.borrow());
+        let verdict = convergence.after_iteration(round, &self.now(), &self.predictor.borrow());
         info!(
             guest = %self.transfer.ticket.guest,
             round = round.number,

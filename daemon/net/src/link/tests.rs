@@ -19,13 +19,16 @@ fn a_side_that_is_behind_with_messages_is_not_silent_and_hears_no_silence() {
     tokio_uring::start(async {
         let (here, mut there) = pair().await;
         for round in 0..100 {
-            here.send(&Control::Round { round, pages: 1 }).await.unwrap();
+            here.send(&Control::Iteration { number: round, pages: 1 }).await.unwrap();
         }
         // Much longer than either may be silent.
         tokio::time::sleep(4 * SILENCE).await;
         for expected in 0..100 {
             let message = there.receive().await.unwrap();
-            assert!(matches!(message, Control::Round { round, .. } if round == expected), "{message:?}");
+            assert!(
+                matches!(message, Control::Iteration { number: round, .. } if round == expected),
+                "{message:?}"
+            );
         }
         there.send(&Control::HolesDone).await.unwrap();
         let mut here = here;

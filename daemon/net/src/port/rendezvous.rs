@@ -128,7 +128,7 @@ pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous
                 });
             }
             Err(error) => {
-                let error = memlane_kvm::descriptors::told(error);
+                let error = memlane_kvm::descriptors::explain(error);
                 warn!(%port, %error, "cannot accept a connection on this port");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

@@ -3,14 +3,14 @@
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
-use memlane_protocol::wire::attach::{MAX_PACKET_BYTES, Request, Standing, ToVmm, VERSIONS};
+use memlane_protocol::wire::attach::{MAX_PACKET_BYTES, Request, RunState, ToVmm, VERSIONS};
 
 use super::*;
 use crate::packet;
 
 #[test]
 fn connections_with_nonsense_are_dropped_and_tried_again() {
-    let bench = Bench::new(Standing::Running);
+    let bench = Bench::new(RunState::Running);
     let greetings: [&[u8]; 4] = [
         b"GET / HTTP/1.1\r\n\r\n",
         &[0; MAX_PACKET_BYTES + 1],
@@ -46,7 +46,7 @@ fn connections_with_nonsense_are_dropped_and_tried_again() {
 
 #[test]
 fn a_refusal_is_final_where_the_caller_says_so() {
-    let mut bench = Bench::with(Standing::Running, true);
+    let mut bench = Bench::with(RunState::Running, true);
     let (daemon, _) = bench.accept();
     daemon.send(&ToVmm::Refused { reason: "no room".into() }, &[]);
     assert!(matches!(bench.ended(), Ended::Refused(reason) if reason == "no room"));
@@ -54,14 +54,14 @@ fn a_refusal_is_final_where_the_caller_says_so() {
 
 #[test]
 fn no_daemon_is_no_error_but_a_wrong_standing_is() {
-    let vmm = Bench::new(Standing::Running).vmm.clone();
-    let options = |standing| Options {
+    let vmm = Bench::new(RunState::Running).vmm.clone();
+    let options = |run_state| Options {
         socket: PathBuf::from("/nonexistent/attach.sock"),
-        standing,
+        run_state,
         refusal_is_final: true,
     };
-    let attachment = serve(options(Standing::Running), vmm.clone()).unwrap();
+    let attachment = serve(options(RunState::Running), vmm.clone()).unwrap();
     assert!(!attachment.is_finished());
     drop(attachment);
-    assert!(serve(options(Standing::Loaded), vmm).is_err());
+    assert!(serve(options(RunState::Loaded), vmm).is_err());
 }

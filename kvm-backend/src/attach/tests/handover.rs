@@ -5,26 +5,26 @@ use std::io::Read;
 use std::os::fd::AsFd;
 
 use memlane_protocol::PageSet;
-use memlane_protocol::wire::attach::{Request, Standing};
+use memlane_protocol::wire::attach::{Request, RunState};
 
 use super::*;
 use crate::shared::SharedWords;
 
 #[test]
 fn a_guest_is_tracked_saved_and_relinquished() {
-    let mut bench = Bench::new(Standing::Running);
+    let mut bench = Bench::new(RunState::Running);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.bond), (Standing::Running, None));
+    assert_eq!((hello.run_state, hello.bond), (RunState::Running, None));
     daemon.refused(Request::Harvest, "not been started");
     let (outcome, descriptors) = daemon.ask_with(Request::StartTracking, &[]);
     assert_eq!(outcome, Ok([0, 0]));
     let words = SharedWords::map(&descriptors[0], PageSet::words_needed(PAGES)).unwrap();
     let dirty = PageSet::over(PAGES, words).unwrap();
     daemon.refused(Request::StartTracking, "already");
-    daemon.refused(Request::Arm { first: 4, pages: 5 }, "the guest has 8 pages");
-    daemon.refused(Request::Arm { first: u64::MAX, pages: 1 }, "beyond");
-    daemon.ask(Request::Arm { first: 0, pages: 5 }).unwrap();
-    daemon.ask(Request::Arm { first: 5, pages: 3 }).unwrap();
+    daemon.refused(Request::WriteProtect { first: 4, pages: 5 }, "the guest has 8 pages");
+    daemon.refused(Request::WriteProtect { first: u64::MAX, pages: 1 }, "beyond");
+    daemon.ask(Request::WriteProtect { first: 0, pages: 5 }).unwrap();
+    daemon.ask(Request::WriteProtect { first: 5, pages: 3 }).unwrap();
     assert_eq!(daemon.ask(Request::Harvest).unwrap()[1], 3);
     assert_eq!(dirty.next_run(0, PAGES), Some(2..5));
     assert_eq!(bench.vmm.lock().unwrap().phases, [TrackingPhase::Started, TrackingPhase::WriteProtected]);
@@ -43,7 +43,7 @@ fn a_guest_is_tracked_saved_and_relinquished() {
     // The daemon goes away: tracking ends, and the guest stays paused.
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.bond), (Standing::Relinquished, Some(bond(7))));
+    assert_eq!((hello.run_state, hello.bond), (RunState::Relinquished, Some(bond(7))));
     assert!(!bench.is_running() && !bench.vmm.lock().unwrap().tracker.on);
     assert_eq!(bench.vmm.lock().unwrap().phases.last(), Some(&TrackingPhase::Stopped));
     daemon.refused(Request::StartTracking, "given up");
@@ -55,7 +55,7 @@ fn a_guest_is_tracked_saved_and_relinquished() {
 
 #[test]
 fn a_relinquished_guest_runs_again_only_when_told() {
-    let bench = Bench::new(Standing::Running);
+    let bench = Bench::new(RunState::Running);
     let (daemon, _) = bench.welcome();
     daemon.ask(PAUSE).unwrap();
     daemon.ask(Request::Relinquish(bond(7))).unwrap();
@@ -63,14 +63,14 @@ fn a_relinquished_guest_runs_again_only_when_told() {
     assert!(bench.is_running());
     drop(daemon);
     let (_daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.bond), (Standing::Running, None));
+    assert_eq!((hello.run_state, hello.bond), (RunState::Running, None));
 }
 
 #[test]
 fn an_awaited_guest_arrives_and_runs_when_told() {
-    let bench = Bench::new(Standing::Incoming);
+    let bench = Bench::new(RunState::Incoming);
     let (daemon, hello) = bench.welcome();
-    assert_eq!(hello.standing, Standing::Incoming);
+    assert_eq!(hello.run_state, RunState::Incoming);
     for request in [Request::Resume, PAUSE, Request::Save, Request::StartTracking] {
         daemon.refused(request, "no guest has arrived");
     }
@@ -91,7 +91,7 @@ fn an_awaited_guest_arrives_and_runs_when_told() {
     // Lost before anything is loaded: it is awaited as before.
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!(hello.standing, Standing::Incoming);
+    assert_eq!(hello.run_state, RunState::Incoming);
     daemon.ask_with(load.clone(), &[state.as_fd()]).0.unwrap();
     assert_eq!(bench.vmm.lock().unwrap().state, b"arrived");
     let (again, _) = daemon.ask_with(load.clone(), &[state.as_fd()]);
@@ -99,10 +99,10 @@ fn an_awaited_guest_arrives_and_runs_when_told() {
     daemon.ask(Request::Prepare(bond(9))).unwrap();
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!((hello.standing, hello.bond), (Standing::Loaded, Some(bond(9))));
+    assert_eq!((hello.run_state, hello.bond), (RunState::Loaded, Some(bond(9))));
     assert!(!bench.is_running());
     daemon.ask(Request::Resume).unwrap();
     assert!(bench.is_running());
     drop(daemon);
-    assert_eq!(bench.welcome().1.standing, Standing::Running);
+    assert_eq!(bench.welcome().1.run_state, RunState::Running);
 }

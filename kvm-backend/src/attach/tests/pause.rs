@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use memlane_protocol::wire::attach::{Request, Standing};
+use memlane_protocol::wire::attach::{Request, RunState};
 
 use super::*;
 
 /// A daemon that hangs in the pause keeps its connection, and says what it would have said when it is late.
 #[test]
 fn a_paused_guest_does_not_wait_for_a_daemon_that_hangs() {
-    let bench = Bench::new(Standing::Running);
+    let bench = Bench::new(RunState::Running);
     let (daemon, _) = bench.welcome();
     let pause = Request::Pause { limit_nanoseconds: 50_000_000 };
     let runs_on = || {
@@ -49,14 +49,14 @@ fn a_paused_guest_does_not_wait_for_a_daemon_that_hangs() {
 
 #[test]
 fn a_paused_guest_runs_on_without_its_daemon() {
-    let bench = Bench::new(Standing::Running);
+    let bench = Bench::new(RunState::Running);
     let (daemon, _) = bench.welcome();
     daemon.ask_with(Request::StartTracking, &[]).0.unwrap();
     daemon.ask(PAUSE).unwrap();
     daemon.ask(PAUSE).unwrap();
     drop(daemon);
     let (daemon, hello) = bench.welcome();
-    assert_eq!(hello.standing, Standing::Running);
+    assert_eq!(hello.run_state, RunState::Running);
     assert!(bench.is_running() && !bench.vmm.lock().unwrap().tracker.on);
 
     // A pause that fails half way is undone too, and so is one whose undoing fails at first.
@@ -75,7 +75,7 @@ fn a_paused_guest_runs_on_without_its_daemon() {
 
 #[test]
 fn ending_the_attachment_lets_a_paused_guest_run() {
-    let mut bench = Bench::new(Standing::Running);
+    let mut bench = Bench::new(RunState::Running);
     let (daemon, _) = bench.welcome();
     daemon.ask(PAUSE).unwrap();
     assert!(matches!(bench.attachment.take().unwrap().stop(), Ended::Stopped));

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use memlane_protocol::PAGE_SIZE;
-use memlane_protocol::wire::attach::{Request, Standing};
+use memlane_protocol::wire::attach::{Request, RunState};
 
 use super::*;
 use crate::userfault::{Faults, MISSING, Userfault};
@@ -14,7 +14,7 @@ use crate::userfault::{Faults, MISSING, Userfault};
 /// A thread of the VMM waits for a page that never comes, with the VMM's lock held: it is let go.
 #[test]
 fn a_discarded_guest_keeps_no_thread_waiting_for_its_memory() {
-    let mut bench = Bench::new(Standing::Incoming);
+    let mut bench = Bench::new(RunState::Incoming);
     let (daemon, _) = bench.welcome();
     let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: true }, &[]);
     if let Err(reason) = reply {
@@ -42,8 +42,8 @@ fn a_discarded_guest_keeps_no_thread_waiting_for_its_memory() {
 #[test]
 fn a_userfaultfd_is_handed_over_and_kept() {
     let test = "handing a userfaultfd over";
-    for standing in [Standing::Running, Standing::Incoming] {
-        let bench = Bench::new(standing);
+    for run_state in [RunState::Running, RunState::Incoming] {
+        let bench = Bench::new(run_state);
         let (daemon, _) = bench.welcome();
         let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: true }, &[]);
         if let Err(reason) = reply {
@@ -63,7 +63,7 @@ fn a_userfaultfd_is_handed_over_and_kept() {
         wait_for(userfault.as_fd());
         drop((userfault, daemon));
         let (daemon, _) = bench.welcome();
-        if standing == Standing::Running {
+        if run_state == RunState::Running {
             std::thread::sleep(Duration::from_millis(5));
             assert!(!reader.is_finished());
             let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: false }, &[]);

@@ -26,6 +26,7 @@ use serde_json::json;
 use super::{Bench, Measured, Scenario};
 use crate::baseline::qemu::{DOWNTIME_LIMIT, Way};
 use crate::report::{By, Case, Report, Runs};
+
 use moves::Outcome;
 
 /// Longest wait for anything that is no part of a measurement.

@@ -6,7 +6,6 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-
 use rustix::fs::{FlockOperation, flock};
 
 use super::archive::Archive;

@@ -106,7 +106,7 @@ impl KvmGuest {
                     tracker.add_vcpu(vcpu).map_err(failed("map a dirty ring"))?;
                 }
                 let seats = Arc::clone(&seats);
-                tracker.hold_vcpus(move |vcpu| seats[vcpu].kick());
+                tracker.enable_throttling(move |vcpu| seats[vcpu].kick());
                 handle = Some(tracker.handle());
                 Box::new(tracker)
             }

@@ -104,7 +104,7 @@ impl Vcpu {
             if !self.gate.is_open() {
                 return complete_io(vcpu).map_err(|error| error.to_string());
             }
-            if let Some(until) = self.ring.as_ref().and_then(|ring| ring.held_until(self.index.into())) {
+            if let Some(until) = self.ring.as_ref().and_then(|ring| ring.throttled_until(self.index.into())) {
                 self.gate.sleep_until(until);
                 continue;
             }
