@@ -14,7 +14,7 @@ use memlane_guest::Guest;
 use memlane_guest::qemu::QemuError;
 use memlane_guest::qemu::definition::{Definition, DefinitionError};
 use memlane_migrate::progress::{Phase, Role};
-use memlane_migrate::{MigrateParameters, Order as Orders, OrderError, Ticket, preflight};
+use memlane_migrate::{MigrateParameters, MigrationHandle, Order as Orders, OrderError, preflight};
 use memlane_net::config::PortConfig;
 use memlane_net::port::{holds, interface_state};
 use memlane_net::task;
@@ -100,7 +100,7 @@ impl Backend for HostBackend {
     }
 
     fn migrations(&self) -> Vec<Migration> {
-        self.0.context().migrations.all().iter().map(|ticket| seen(ticket)).collect()
+        self.0.context().migrations.all().iter().map(|handle| seen(handle)).collect()
     }
 
     fn migration(&self, id: &str) -> Result<Migration, ApiError> {
@@ -121,7 +121,7 @@ impl Backend for HostBackend {
         let orders =
             Orders { parameters: self.migrate_parameters(&order), min_bandwidth: self.min_bandwidth(&order) };
         let ordered = self.0.migrate.migrate(&guest, &peer, migration, orders).await;
-        ordered.map(|ticket| seen(&ticket)).map_err(|error| match error {
+        ordered.map(|handle| seen(&handle)).map_err(|error| match error {
             OrderError::Moving => moving(&order),
             OrderError::Refused(findings) => ApiError::new(ErrorCode::Refused, findings.reasons()),
             OrderError::VmmLost => {
@@ -135,42 +135,42 @@ impl Backend for HostBackend {
     }
 
     fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
-        let ticket = self.find(id)?;
-        info!(guest = %ticket.guest, migration = id, %caller, "ordered to cancel a migration");
-        if !ticket.cancellable.get() {
-            let progress = ticket.progress.borrow();
+        let handle = self.find(id)?;
+        info!(guest = %handle.guest, migration = id, %caller, "ordered to cancel a migration");
+        if !handle.cancellable.get() {
+            let progress = handle.progress.borrow();
             let why = match (progress.role, progress.outcome) {
                 (_, Some(outcome)) => format!("it has ended: {outcome}"),
                 (Role::Destination, None) => "it must be cancelled at the source".to_owned(),
                 (Role::Source, None) => "the guest has been handed over already".to_owned(),
             };
-            let text = format!("migration {id} of guest {} cannot be cancelled: {why}", ticket.guest);
+            let text = format!("migration {id} of guest {} cannot be cancelled: {why}", handle.guest);
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
-        ticket.cancelled.send_replace(true);
-        Ok(seen(&ticket))
+        handle.cancelled.send_replace(true);
+        Ok(seen(&handle))
     }
 
     fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
-        let ticket = self.find(id)?;
-        info!(guest = %ticket.guest, migration = id, %caller, "ordered to abandon what is missing of a guest");
-        if !ticket.abandonable.get() {
-            let why = match ticket.progress.borrow().outcome {
+        let handle = self.find(id)?;
+        info!(guest = %handle.guest, migration = id, %caller, "ordered to abandon what is missing of a guest");
+        if !handle.abandonable.get() {
+            let why = match handle.progress.borrow().outcome {
                 Some(outcome) => format!("it has ended: {outcome}"),
                 None => "the guest does not run at its destination without part of its memory".to_owned(),
             };
-            let text = format!("nothing of migration {id} of guest {} can be abandoned: {why}", ticket.guest);
+            let text = format!("nothing of migration {id} of guest {} can be abandoned: {why}", handle.guest);
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
-        ticket.abandoned.send_replace(true);
-        Ok(seen(&ticket))
+        handle.abandoned.send_replace(true);
+        Ok(seen(&handle))
     }
 
     fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
-        let ticket = self.find(id)?;
+        let handle = self.find(id)?;
         let Resolve { action, other_host_is_off } = resolve;
-        if !ticket.resolvable.get() || ticket.resolutions.try_send(action.into()).is_err() {
-            let progress = ticket.progress.borrow();
+        if !handle.resolvable.get() || handle.resolutions.try_send(action.into()).is_err() {
+            let progress = handle.progress.borrow();
             let why = match (progress.outcome, progress.phase, &progress.waits_for) {
                 (Some(outcome), ..) => format!("it has ended: {outcome}"),
                 (None, Phase::Fetching, _) => {
@@ -179,15 +179,15 @@ impl Backend for HostBackend {
                 (None, _, Some(what)) => format!("it is not known yet; it waits for {what}"),
                 (None, ..) => "both hosts are about it".to_owned(),
             };
-            let text = format!("whose guest {} is in migration {id} is not in doubt: {why}", ticket.guest);
+            let text = format!("whose guest {} is in migration {id} is not in doubt: {why}", handle.guest);
             return Err(ApiError::new(ErrorCode::NotInDoubt, text));
         }
-        ticket.resolvable.set(false);
+        handle.resolvable.set(false);
         tracing::warn!(
-            guest = %ticket.guest, peer = %ticket.peer, migration = id, ?action, other_host_is_off, %caller,
+            guest = %handle.guest, peer = %handle.peer, migration = id, ?action, other_host_is_off, %caller,
             "an operator decides about a guest in doubt"
         );
-        Ok(seen(&ticket))
+        Ok(seen(&handle))
     }
 
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
@@ -196,7 +196,7 @@ impl Backend for HostBackend {
 
     async fn metrics(&self) -> String {
         let migrations = self.0.context().migrations.all();
-        let migrations: Vec<_> = migrations.iter().map(|ticket| ticket.progress.borrow().clone()).collect();
+        let migrations: Vec<_> = migrations.iter().map(|handle| handle.progress.borrow().clone()).collect();
         let ports = self.0.config.ports.iter().map(|port| port.name.as_str());
         metrics::now(self.0.guests.count(), &migrations, ports);
         task::aside(metrics::render).await
@@ -204,7 +204,7 @@ impl Backend for HostBackend {
 }
 
 impl HostBackend {
-    fn find(&self, id: &str) -> Result<Rc<Ticket>, ApiError> {
+    fn find(&self, id: &str) -> Result<Rc<MigrationHandle>, ApiError> {
         let found = ids::decode(id).and_then(|id| self.0.context().migrations.get(&id));
         let unknown = || format!("no migration {id} is known here; see `memlanectl status`");
         found.ok_or_else(|| ApiError::new(ErrorCode::UnknownMigration, unknown()))
@@ -314,13 +314,13 @@ fn moving(order: &Order) -> ApiError {
 }
 
 /// A migration, as it stands now.
-fn seen(ticket: &Ticket) -> Migration {
-    views::migration(&ticket.progress.borrow())
+fn seen(handle: &MigrationHandle) -> Migration {
+    views::migration(&handle.progress.borrow())
 }
 
 /// Follows a migration for as long as somebody listens.
-fn follow(ticket: &Ticket) -> watch::Receiver<Migration> {
-    let mut progress = ticket.progress.subscribe();
+fn follow(handle: &MigrationHandle) -> watch::Receiver<Migration> {
+    let mut progress = handle.progress.subscribe();
     let (sender, receiver) = watch::channel(views::migration(&progress.borrow_and_update()));
     task::spawn("view of a migration", async move {
         loop {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use memlane_net::link::{Link, LinkError, answer_greeting};
-use memlane_net::port::{Door, Place};
+use memlane_net::port::{ConnectionLimiter, ConnectionSlot};
 use memlane_net::task;
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::{Hello, Purpose};
@@ -19,17 +19,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Takes in other daemons for as long as this one runs.
 pub async fn serve(listener: TcpListener, host: Rc<Host>) {
-    let door = Rc::<Door>::default();
+    let limiter = Rc::<ConnectionLimiter>::default();
     let is_peer = |address: IpAddr| host.config.peers.iter().any(|peer| same(peer.control.ip(), address));
     loop {
         match listener.accept().await {
-            Ok((_, remote)) if !is_peer(remote.ip()) => door.turned_away(remote.ip(), "the control port"),
+            Ok((_, remote)) if !is_peer(remote.ip()) => limiter.turned_away(remote.ip(), "the control port"),
             Ok((stream, remote)) => {
-                let (host, door, stream) = (host.clone(), door.clone(), Rc::new(stream));
-                let place = door.enter(remote.ip(), &stream);
+                let (host, limiter, stream) = (host.clone(), limiter.clone(), Rc::new(stream));
+                let slot = limiter.enter(remote.ip(), &stream);
                 task::spawn("control connection", async move {
-                    if let Err(error) = take_in(stream, remote, &host, place).await {
-                        door.came_to_nothing(remote.ip(), &error);
+                    if let Err(error) = take_in(stream, remote, &host, slot).await {
+                        limiter.came_to_nothing(remote.ip(), &error);
                     }
                 });
             }
@@ -50,7 +50,7 @@ async fn take_in(
     stream: Rc<TcpStream>,
     remote: SocketAddr,
     host: &Rc<Host>,
-    mut place: Place,
+    mut slot: ConnectionSlot,
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
     let judge = |hello: &Hello| admit(host, hello, remote);
@@ -71,7 +71,7 @@ async fn take_in(
     let first = first.unwrap_or(Err(LinkError::Silent(PATIENCE)))?;
     // Words are short, and must be heard however many guests are on their way; a link that serves one is bounded by
     // the queue of its migration.
-    if matches!(first, Control::Offer(_)) && !place.stay() {
+    if matches!(first, Control::Offer(_)) && !slot.stay() {
         return Err(LinkError::Crowd);
     }
     match first {

@@ -118,12 +118,12 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
 /// Cancels what can be cancelled, so that guests do not stand still any longer than they must.
 async fn call_off(host: &Host) {
     let migrations = host.context().migrations.all();
-    migrations.iter().filter(|ticket| ticket.cancellable.get()).for_each(|ticket| {
-        ticket.cancelled.send_replace(true);
+    migrations.iter().filter(|handle| handle.cancellable.get()).for_each(|handle| {
+        handle.cancelled.send_replace(true);
     });
     let ended = async {
-        for ticket in &migrations {
-            let _ = ticket.progress.subscribe().wait_for(|progress| progress.outcome.is_some()).await;
+        for handle in &migrations {
+            let _ = handle.progress.subscribe().wait_for(|progress| progress.outcome.is_some()).await;
         }
     };
     if tokio::time::timeout(FAREWELL, ended).await.is_err() {

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use memlane_guest::StunReport;
-use memlane_lane::{FaultObserver, Leg, Totals};
+use memlane_lane::Totals;
+use memlane_lane::postcopy::{FaultObserver, Leg};
 use memlane_migrate::progress::{Outcome, Role};
 use memlane_migrate::{Measurement, Observer, Progress};
 use memlane_protocol::wire::control::FetchReport;

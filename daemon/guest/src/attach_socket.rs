@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_kvm::{descriptors, packet};
-use memlane_net::seldom::Seldom;
+use memlane_net::log_limiter::LogLimiter;
 use memlane_net::task;
 use memlane_net::unix_socket::{Peer, peer};
 use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, RunState, ToVmm, VERSIONS, VmmHello};
@@ -63,7 +63,7 @@ fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Takes in VMMs for as long as the daemon runs.
 pub async fn serve(listener: AsyncFd<OwnedFd>, attaching: Rc<Attaching>) {
-    let (accounts, told) = (Rc::<Accounts>::default(), Rc::<RefCell<Seldom<_>>>::default());
+    let (accounts, told) = (Rc::<Accounts>::default(), Rc::<RefCell<LogLimiter<_>>>::default());
     loop {
         match accept(&listener).await {
             Ok(socket) => {

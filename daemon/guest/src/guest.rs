@@ -11,8 +11,8 @@ use memlane_protocol::wire::attach::{Bond, MigrationId, RunState};
 use memlane_protocol::wire::machine::GuestShape;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
-use crate::ahead::MappingAhead;
 use crate::driver::{Driver, DriverError};
+use crate::prefault::Prefault;
 use crate::process::Process;
 use crate::stun::Stunned;
 
@@ -37,13 +37,13 @@ pub struct Guest {
     /// What its VMM said, when it attached, that it waits for word of.
     pub bond: RefCell<Option<Bond>>,
     /// The daemon started its VMM for a migration, and has no use for it without.
-    pub summoned: Cell<bool>,
+    pub launched_for_migration: Cell<bool>,
     /// Part of its memory never came, and accesses to that fail: it must not move any more.
     pub incomplete: Cell<bool>,
     /// Part of its memory never came, accesses to that wait for ever, and its VMM could not be ended.
     pub lost: Cell<bool>,
     /// Its memory is being mapped into this process.
-    ahead: RefCell<Option<MappingAhead>>,
+    ahead: RefCell<Option<Prefault>>,
 }
 
 impl Guest {
@@ -56,7 +56,7 @@ impl Guest {
         run_state: RunState,
     ) -> Self {
         let (run_state, migration) = (Cell::new(run_state), Cell::default());
-        let (tracked, stunned, bond, summoned, incomplete, lost, ahead) = Default::default();
+        let (tracked, stunned, bond, launched_for_migration, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
             ram,
@@ -67,7 +67,7 @@ impl Guest {
             stunned,
             migration,
             bond,
-            summoned,
+            launched_for_migration,
             incomplete,
             lost,
             ahead,
@@ -75,13 +75,13 @@ impl Guest {
     }
 
     /// Begins to map its memory into this process, in the background.
-    pub fn map_ahead(&self) {
-        self.ahead.replace(Some(MappingAhead::start(self.shape.name.to_string(), &self.ram)));
+    pub fn prefault(&self) {
+        self.ahead.replace(Some(Prefault::start(self.shape.name.to_string(), &self.ram)));
     }
 
     /// Returns when its memory is not being mapped any more: pages that are dropped from then on are not brought
     /// into being again from here.
-    pub async fn map_no_further(&self) {
+    pub async fn stop_prefault(&self) {
         let ahead = self.ahead.take();
         if let Some(ahead) = ahead {
             ahead.stop().await;

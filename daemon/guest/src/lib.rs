@@ -7,7 +7,6 @@
 //! - [`config`] is what the configuration says of guests, and [`toml_file`] reads it and guest files.
 
 mod accounts;
-mod ahead;
 pub mod attach_socket;
 mod claim;
 pub mod config;
@@ -15,6 +14,7 @@ mod driver;
 mod guest;
 mod linked;
 mod memory;
+mod prefault;
 mod process;
 pub mod qemu;
 mod registry;

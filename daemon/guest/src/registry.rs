@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::rc::{Rc, Weak};
 
 use memlane_net::journal::VmmIdentity;
-use memlane_net::seldom::Seldom;
+use memlane_net::log_limiter::LogLimiter;
 use memlane_net::task;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::RunState;
@@ -37,7 +37,7 @@ pub struct Guests {
     /// Guests that can never be whole, and whose VMMs could not be ended.
     lost: RefCell<HashSet<(Label, VmmIdentity)>>,
     /// What was said of VMMs that were sent away.
-    strangers: RefCell<Seldom<(Label, u32)>>,
+    strangers: RefCell<LogLimiter<(Label, u32)>>,
     observer: RefCell<Option<Weak<dyn GuestObserver>>>,
 }
 
@@ -91,7 +91,7 @@ impl Guests {
         }
         guest.lost.set(self.lost.borrow().contains(&key));
         self.guests.borrow_mut().insert(name, guest.clone());
-        guest.map_ahead();
+        guest.prefault();
         task::spawn("watch of a VMM", self.clone().watch(guest.clone()));
         if let Some(observer) = observer {
             observer.attached(&guest);

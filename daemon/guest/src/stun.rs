@@ -18,7 +18,7 @@ use memlane_protocol::wire::machine::TrackerKind;
 use super::tracking::Tracking;
 use super::{DriverError, Guest, Harvest, ThrottleStats, VmmMemory};
 
-pub use write_faults::{Releaser, Report};
+pub use write_faults::{Report, WriteFaultHandler};
 
 use fingerprints::Fingerprints;
 
@@ -138,7 +138,7 @@ impl Guest {
 
     /// Holds the writes of a guest that is stunned to another rate.
     pub async fn set_stun(&self, pages_per_second: u64) -> Result<(), DriverError> {
-        self.releaser(|releaser| releaser.set_rate(pages_per_second));
+        self.write_faults(|write_faults| write_faults.set_rate(pages_per_second));
         if let Some(Stunned::Throttled { rate, .. }) = &mut *self.stunned.borrow_mut() {
             *rate = pages_per_second;
         }
@@ -163,7 +163,7 @@ impl Guest {
 
     /// Lets all writes of a guest that is stunned go, as fast as they come.
     pub fn let_writes_go(&self) {
-        self.releaser(Releaser::open);
+        self.write_faults(WriteFaultHandler::open);
     }
 
     /// Ends the stun of a guest whose VMM is out of reach.
@@ -176,14 +176,14 @@ impl Guest {
     pub fn stun_report(&self) -> Option<Report> {
         match &*self.stunned.borrow() {
             Some(Stunned::Throttled { report, .. }) => Some(*report),
-            Some(Stunned::Protected(tracking)) => tracking.releaser().map(Releaser::report),
+            Some(Stunned::Protected(tracking)) => tracking.write_faults().map(WriteFaultHandler::report),
             None => None,
         }
     }
 
-    fn releaser<T>(&self, act: impl FnOnce(&Releaser) -> T) -> Option<T> {
+    fn write_faults<T>(&self, act: impl FnOnce(&WriteFaultHandler) -> T) -> Option<T> {
         let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
-        protection.as_ref().and_then(|tracking| tracking.releaser()).map(act)
+        protection.as_ref().and_then(|tracking| tracking.write_faults()).map(act)
     }
 }
 

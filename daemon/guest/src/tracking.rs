@@ -10,7 +10,7 @@ use memlane_net::task;
 use memlane_protocol::PageSet;
 
 use super::memory::VmmMemory;
-use super::stun::Releaser;
+use super::stun::WriteFaultHandler;
 use super::{DriverError, Harvest};
 
 /// Tracks until it ends or is dropped, which lifts all protection.
@@ -24,7 +24,7 @@ pub struct Tracking {
 struct Work {
     tracker: Mutex<ExternalTracker>,
     /// Lets writes go, where they wait. Dropped after the tracker.
-    releaser: Option<Releaser>,
+    write_faults: Option<WriteFaultHandler>,
 }
 
 impl Tracking {
@@ -55,8 +55,8 @@ impl Tracking {
         let work = self.work.clone();
         let harvest = move |tracker: &mut ExternalTracker, harvested: &PageSet| {
             let found = tracker.harvest(harvested)?;
-            if let Some(releaser) = &work.releaser {
-                releaser.protected(harvested);
+            if let Some(write_faults) = &work.write_faults {
+                write_faults.protected(harvested);
             }
             Ok(found)
         };
@@ -68,8 +68,8 @@ impl Tracking {
     }
 
     /// What lets writes go, where they wait.
-    pub fn releaser(&self) -> Option<&Releaser> {
-        self.work.releaser.as_ref()
+    pub fn write_faults(&self) -> Option<&WriteFaultHandler> {
+        self.work.write_faults.as_ref()
     }
 
     /// Ends tracking, and returns when all protection is lifted.
@@ -107,18 +107,20 @@ impl Work {
         let tracker = ExternalTracker::new(memory.clone(), userfault.clone(), pagemap, writes);
         let tracker = tracker.map_err(|error| failed(error.to_string()))?;
         let tracker = Mutex::new(if punches { tracker } else { tracker.without_hole_watch() });
-        let releaser = pages_per_second.map(|rate| Releaser::start(memory, userfault, rate)).transpose();
-        let releaser = releaser.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
-        Ok(Self { tracker, releaser })
+        let write_faults =
+            pages_per_second.map(|rate| WriteFaultHandler::start(memory, userfault, rate)).transpose();
+        let write_faults =
+            write_faults.map_err(|error| failed(format!("no thread to release writes: {error}")))?;
+        Ok(Self { tracker, write_faults })
     }
 
     fn end(&self) {
-        if let Some(releaser) = &self.releaser {
-            releaser.open();
+        if let Some(write_faults) = &self.write_faults {
+            write_faults.open();
         }
         self.tracker.lock().unwrap_or_else(PoisonError::into_inner).stop();
-        if let Some(releaser) = &self.releaser {
-            releaser.end();
+        if let Some(write_faults) = &self.write_faults {
+            write_faults.end();
         }
     }
 }

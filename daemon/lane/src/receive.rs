@@ -15,13 +15,13 @@ use memlane_protocol::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
 };
 
-use super::compress::grown;
-use super::encode::checksum;
-use super::message::Message;
-use super::placing::{By, Placing};
-use super::ring::{Held, Ring};
-use super::{Inbound, LaneError, LaneStats};
+use crate::checksum::{check, check_still, checksum};
+use crate::compress::grown;
+use crate::message::Message;
+use crate::postcopy::{By, PostcopyIncoming};
+use crate::ring::{Held, Ring};
 use crate::socket::set_low_water;
+use crate::{LaneError, LaneStats};
 
 /// Bytes to come before the thread is woken to read them,
 const WORTH_WAKING: usize = 256 << 10;
@@ -33,11 +33,19 @@ const POLL_FIRST: u16 = 1;
 const READ: u64 = 1;
 const ACK: u64 = 2;
 
+/// What the lanes of one migration share at the destination.
+pub struct ReceiveState {
+    /// The memory that the guest will have.
+    pub ram: Arc<GuestRam>,
+    /// Where pages go while the guest may be running on that memory; otherwise straight there.
+    pub placing: Option<Arc<PostcopyIncoming>>,
+}
+
 /// Receives pages of one migration from one connection.
-pub struct Receiver {
+pub struct LaneReceiver {
     /// First, so that it goes before all that its operations point to.
     ring: Ring,
-    inbound: Arc<Inbound>,
+    inbound: Arc<ReceiveState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
     head: Box<[u8]>,
@@ -58,10 +66,10 @@ pub struct Receiver {
     acking: bool,
 }
 
-impl Receiver {
+impl LaneReceiver {
     /// For a lane into `inbound`, over `socket`. To be made on its own thread.
     pub fn new(
-        inbound: Arc<Inbound>,
+        inbound: Arc<ReceiveState>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
@@ -119,7 +127,7 @@ impl Receiver {
     }
 
     /// Receives the pages beside guest memory, and places them.
-    fn place(&mut self, frame: &Frame, placing: &Placing) -> Result<(), LaneError> {
+    fn place(&mut self, frame: &Frame, placing: &PostcopyIncoming) -> Result<(), LaneError> {
         let bytes = self.stage(frame)?;
         let contents = &self.staging[..bytes];
         check_still(frame, contents)?;
@@ -295,7 +303,7 @@ impl Receiver {
     }
 }
 
-impl Drop for Receiver {
+impl Drop for LaneReceiver {
     /// Ends the connection, and lets go of memory only when the kernel has: an acknowledgement
     /// may have failed while pages were being received.
     fn drop(&mut self) {
@@ -307,23 +315,6 @@ impl Drop for Receiver {
             let contents = (mem::take(&mut self.staging), mem::take(&mut self.block));
             mem::forget((self.inbound.clone(), message, heads, contents));
         }
-    }
-}
-
-/// Checks the payload of a frame from a guest that stands still: it always has a sum.
-pub fn check_still(frame: &Frame, payload: &[u8]) -> Result<(), WireError> {
-    if frame.checksum.is_none() && !payload.is_empty() {
-        return Err(WireError::Checksum { what: "frame", found: 0, computed: crc32c::crc32c(payload) });
-    }
-    check(frame, || crc32c::crc32c(payload))
-}
-
-fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
-    match frame.checksum.map(|found| (found, compute())) {
-        Some((found, computed)) if found != computed => {
-            Err(WireError::Checksum { what: "frame", found, computed })
-        }
-        _ => Ok(()),
     }
 }
 
@@ -343,7 +334,7 @@ fn bytes_of(pages: &Range<u64>) -> usize {
 }
 
 /// Makes a run of pages zero, without bringing memory into being where there is none.
-fn make_zero(inbound: &Inbound, run: &Run) -> io::Result<()> {
+fn make_zero(inbound: &ReceiveState, run: &Run) -> io::Result<()> {
     for extent in inbound.ram.data_extents(run.pages.clone())? {
         for slice in inbound.ram.slices(extent) {
             for offset in (0..slice.len).step_by(PAGE_SIZE as usize) {

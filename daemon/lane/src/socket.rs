@@ -48,7 +48,7 @@ pub fn hang_up(socket: impl AsFd) {
 
 /// Ends a connection whose way is lost, and forgets what was on its way: TCP would try to deliver it for
 /// many minutes, keep it in memory for as long, and take up a port with it that comes back.
-pub fn abandon(socket: impl AsFd) {
+pub fn reset(socket: impl AsFd) {
     if rustix::net::connect_unspec(&socket).is_err() {
         hang_up(socket);
     }

@@ -68,7 +68,7 @@ impl LaneStats {
         }
     }
 
-    pub(super) fn add(counter: &AtomicU64, count: u64) {
+    pub(crate) fn add(counter: &AtomicU64, count: u64) {
         counter.fetch_add(count, Ordering::Relaxed);
     }
 }

@@ -3,17 +3,19 @@
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use memlane_kvm::ram::Backing;
+use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{
-    Content, FRAME_HEADER_BYTES, RUN_BYTES, contents_bytes, encode_compressed_head,
+    Content, FRAME_HEADER_BYTES, RUN_BYTES, Run, contents_bytes, encode_compressed_head,
 };
 use proptest::prelude::*;
 
-use super::encode::claim_frame;
-use super::*;
+use crate::send::encode::claim_frame;
+use crate::*;
 
 const PAGES: u64 = 2000;
 /// Longest wait for what will happen.
@@ -65,7 +67,7 @@ fn until(done: impl Fn() -> bool) {
 
 #[test]
 fn knows_of_pages_in_hand_and_of_orphans() {
-    let outbound = Outbound::new(ram(), silent());
+    let outbound = SendState::new(ram(), silent());
     let (mut cursor, mut runs) = (0, Vec::new());
     assert!(outbound.all_acknowledged());
     claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
@@ -89,16 +91,16 @@ fn knows_of_pages_in_hand_and_of_orphans() {
 
 #[test]
 fn a_guest_comes_to_rest_where_it_ran_and_nowhere_else() {
-    let outbound = Outbound::new(ram(), silent());
+    let outbound = SendState::new(ram(), silent());
     assert!(!outbound.comes_to_rest(), "it runs");
     outbound.still.store(true, Ordering::Release);
     assert!(outbound.comes_to_rest());
-    assert!(!Outbound::of_still_guest(ram(), silent()).comes_to_rest(), "it runs elsewhere");
+    assert!(!SendState::of_still_guest(ram(), silent()).comes_to_rest(), "it runs elsewhere");
 }
 
 #[test]
 fn a_small_window_bounds_contents_and_zeros_hardly() {
-    let outbound = Outbound::new(ram(), silent());
+    let outbound = SendState::new(ram(), silent());
     fill(&outbound.ram);
     outbound.dirty.insert_range(0..PAGES);
     let (mut cursor, mut runs) = (0, Vec::new());
@@ -106,7 +108,7 @@ fn a_small_window_bounds_contents_and_zeros_hardly() {
     // A page of 16, and two that are taken for an eighth of one, again and again.
     assert_eq!(contents_bytes(&runs), 13 * PAGE_SIZE);
     assert_eq!((outbound.in_flight.count(), cursor), (37, 37));
-    let empty = Outbound::new(ram(), silent());
+    let empty = SendState::new(ram(), silent());
     empty.dirty.insert_range(0..PAGES);
     let mut cursor = 0;
     claim_frame(&empty, &mut cursor, 16 * PAGE_SIZE, &mut runs);
@@ -118,11 +120,13 @@ fn a_small_window_bounds_contents_and_zeros_hardly() {
 fn a_lost_lane_leaves_its_pages_to_the_others() {
     let (here, there) = (ram(), ram());
     fill(&here);
-    let outbound = Arc::new(Outbound::new(here, silent()));
-    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
+    let outbound = Arc::new(SendState::new(here, silent()));
+    let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
     let send = |number: u16, socket: Arc<OwnedFd>| {
-        let (outbound, lane) = (outbound.clone(), (outbound.take_seat().unwrap(), number));
-        std::thread::spawn(move || Sender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run())
+        let (outbound, lane) = (outbound.clone(), (outbound.take_waker().unwrap(), number));
+        std::thread::spawn(move || {
+            LaneSender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run()
+        })
     };
     outbound.dirty.insert_range(0..PAGES);
 
@@ -136,7 +140,7 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let (near, far) = connection();
     let near = Arc::new(near);
     let receiver =
-        std::thread::spawn(move || Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run());
+        std::thread::spawn(move || LaneReceiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run());
     let sender = send(4, near.clone());
     until(|| outbound.dirty.is_empty());
     assert!(!outbound.all_acknowledged(), "the lost lane's pages are not there");
@@ -155,15 +159,17 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
 }
 
 /// Sends what is dirty over one lane and waits until it is there.
-fn carry(outbound: &Arc<Outbound>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
+fn carry(outbound: &Arc<SendState>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
     let (near, far) = connection();
     let near = Arc::new(near);
     let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
-    let lane = (outbound.take_seat().unwrap(), 0);
+    let lane = (outbound.take_waker().unwrap(), 0);
     std::thread::scope(|scope| {
-        let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
-        scope.spawn(|| Receiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
-        scope.spawn(|| Sender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run());
+        let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
+        scope.spawn(|| LaneReceiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
+        scope.spawn(|| {
+            LaneSender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run()
+        });
         until(|| outbound.all_acknowledged());
         crate::socket::hang_up(&*near);
     });
@@ -178,7 +184,7 @@ fn every_page_arrives_whatever_was_there_before() {
     for touched in [10..11, 100..105, 200..260, 1000..1500] {
         touched.for_each(|page| fill_page(&there, page));
     }
-    let outbound = Arc::new(Outbound::new(here.clone(), silent()));
+    let outbound = Arc::new(SendState::new(here.clone(), silent()));
     for round in 1..=2 {
         (0..PAGES).for_each(|page| write_word(&here, page, page + round * PAGES));
         outbound.dirty.insert_range(0..PAGES);
@@ -200,7 +206,7 @@ fn held_pages(ram: &GuestRam) -> u64 {
 fn pages_that_were_emptied_are_given_back_at_both_ends() {
     let (here, there) = (ram(), ram());
     fill(&here);
-    let outbound = Arc::new(Outbound::new(here.clone(), silent()));
+    let outbound = Arc::new(SendState::new(here.clone(), silent()));
     outbound.dirty.insert_range(0..PAGES);
     carry(&outbound, &there);
     assert_eq!(held_pages(&here), PAGES, "reading fills holes");
@@ -245,8 +251,8 @@ fn compressed(contents: &[u8], checksum: Option<u32>) -> Vec<u8> {
 fn received(there: &Arc<GuestRam>, frame: &[u8]) -> LaneError {
     let (near, far) = connection();
     TcpStream::from(near).write_all(frame).unwrap();
-    let inbound = Arc::new(Inbound { ram: there.clone(), placing: None });
-    Receiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run()
+    let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
+    LaneReceiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run()
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use memlane_guest::config::NetworkConfig;
 use memlane_guest::{Guests, qemu};
-use memlane_lane::FaultObserver;
+use memlane_lane::postcopy::FaultObserver;
 use memlane_net::config::{PeerConfig, PortConfig};
 use memlane_net::journal::Journal;
 use memlane_net::link::{Link, LinkError};

@@ -75,7 +75,7 @@ pub async fn drive<R: Role>(
     events: impl IntoIterator<Item = Event>,
 ) -> Session<R::Machine> {
     let Entry { migration, guest, peer, .. } = &session.effects.entry;
-    let side = session.effects.ticket.progress.borrow().role;
+    let side = session.effects.handle.progress.borrow().role;
     let span = info_span!("migration", id = ids::encode(migration), %guest, %peer, role = ?side);
     run(role, session, actions, VecDeque::from_iter(events)).instrument(span).await
 }
@@ -119,8 +119,8 @@ async fn run<R: Role>(
 impl<M: Machine> Session<M> {
     /// Waits for what happens next; `own` is what the side itself waits for. To be awaited again and again.
     pub async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
-        let mut cancelled = self.effects.ticket.cancelled.subscribe();
-        let mut abandoned = self.effects.ticket.abandoned.subscribe();
+        let mut cancelled = self.effects.handle.cancelled.subscribe();
+        let mut abandoned = self.effects.handle.abandoned.subscribe();
         let patience_ends = self.effects.patience_ends();
         let Effects { link, vmm, arrivals, .. } = &mut self.effects;
         tokio::select! {

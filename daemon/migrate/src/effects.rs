@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_guest::{Claim, DriverError, Guest, Process};
-use memlane_lane::Placing;
+use memlane_lane::postcopy::PostcopyIncoming;
 use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
 use memlane_net::link::Link;
@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
 use crate::context::Context;
-use crate::handle::{Arrivals, Returned, Ticket, unix_seconds};
+use crate::handle::{Arrivals, MigrationHandle, Returned, unix_seconds};
 use crate::machine::Machine;
 use crate::progress::Role;
 use crate::silence::Silence;
@@ -45,7 +45,7 @@ pub struct Effects {
     /// The migration's own connection, while it lasts.
     pub link: Option<Link>,
     /// How others on this host see the migration.
-    pub ticket: Rc<Ticket>,
+    pub handle: Rc<MigrationHandle>,
     /// What others on this host have for the migration.
     pub arrivals: Arrivals,
     /// Where the answer to the word being dealt with goes, if it came another way.
@@ -57,7 +57,7 @@ pub struct Effects {
     /// What of that took how long.
     pub times: Times,
     /// What of the guest's memory is missing here.
-    pub placing: Option<Arc<Placing>>,
+    pub placing: Option<Arc<PostcopyIncoming>>,
     /// When the guest's pause must have come to the commit.
     pub commit_by: Option<Deadline>,
     /// What the VMM was told and has not answered, because its connection was lost.
@@ -94,7 +94,7 @@ impl Effects {
         entry: Entry,
         vmm: Vmm,
         claim: Option<Claim>,
-        (link, (ticket, arrivals)): (Option<Link>, (Rc<Ticket>, Arrivals)),
+        (link, (handle, arrivals)): (Option<Link>, (Rc<MigrationHandle>, Arrivals)),
     ) -> Self {
         // What a daemon before this one told the VMM nobody knows.
         let told_to_run = entry.record == Record::Running;
@@ -104,7 +104,7 @@ impl Effects {
             vmm,
             claim,
             link,
-            ticket,
+            handle,
             arrivals,
             reply: None,
             reason: None,
@@ -331,7 +331,7 @@ impl Effects {
     /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
     /// and at a source that takes it back from one that may have told them already.
     async fn announce(&self, guest: &Guest) {
-        let arrives = self.ticket.progress.borrow().role == Role::Destination;
+        let arrives = self.handle.progress.borrow().role == Role::Destination;
         if arrives || self.entry.record == Record::TakenBack {
             let sent = self.context.observer.announced();
             for (bridge, macs) in self.context.bridges_of(&guest.shape.nics) {
@@ -343,7 +343,7 @@ impl Effects {
     /// The guest runs here: since when, if its VMM told that.
     fn note_running(&self, since: Option<Duration>) {
         let since = since.map_or_else(unix_seconds, |since| since.as_secs_f64());
-        self.ticket.update(|progress| progress.resumed_at_seconds = Some(since));
+        self.handle.update(|progress| progress.resumed_at_seconds = Some(since));
     }
 
     /// The VMM is told again when it is back; only whether it relinquished is not worth waiting

@@ -17,7 +17,7 @@ use crate::observer::{Measurement, Observer};
 use crate::progress::{Outcome, Phase, Progress, Role};
 
 /// A migration as everyone else on this host sees it.
-pub struct Ticket {
+pub struct MigrationHandle {
     /// Its identity.
     pub id: MigrationId,
     /// The guest.
@@ -54,13 +54,13 @@ pub struct Ticket {
 
 /// Where a migration receives what others on this host have for it.
 pub struct Arrivals {
-    /// See [`Ticket::words`].
+    /// See [`MigrationHandle::words`].
     pub words: mpsc::Receiver<Word>,
-    /// See [`Ticket::returns`].
+    /// See [`MigrationHandle::returns`].
     pub returns: mpsc::Receiver<Returned>,
-    /// See [`Ticket::links`]; only a destination listens to it.
+    /// See [`MigrationHandle::links`]; only a destination listens to it.
     pub links: Option<mpsc::Receiver<Link>>,
-    /// See [`Ticket::resolutions`].
+    /// See [`MigrationHandle::resolutions`].
     pub resolutions: mpsc::Receiver<Resolution>,
 }
 
@@ -80,7 +80,7 @@ pub struct Word {
     pub reply: oneshot::Sender<Message>,
 }
 
-impl Ticket {
+impl MigrationHandle {
     /// For a migration that begins now, together with what arrives for it.
     pub fn new(entry: &Entry, context: &Context, role: Role) -> (Rc<Self>, Arrivals) {
         const WAITING: usize = 4;
@@ -96,7 +96,7 @@ impl Ticket {
         progress.started_at_unix_seconds = unix_seconds();
         let source = if role == Role::Source { here } else { peer };
         progress.guest_runs_at = Some(source.to_string());
-        let ticket = Self {
+        let handle = Self {
             id: *id,
             guest: guest.clone(),
             peer: peer.clone(),
@@ -116,7 +116,7 @@ impl Ticket {
             observer: context.observer.clone(),
         };
         let (words, returns, links, resolutions) = (words_arriving, returning, Some(linking), resolving);
-        (Rc::new(ticket), Arrivals { words, returns, links, resolutions })
+        (Rc::new(handle), Arrivals { words, returns, links, resolutions })
     }
 
     /// Why a VMM that attaches is not the one that this migration has told what to do, if it is not.

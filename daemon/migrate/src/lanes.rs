@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use memlane_lane::postcopy::PageServer;
 use memlane_lane::socket::hang_up;
-use memlane_lane::{Answerer, Bell, Inbound, LaneError, LaneStats, Outbound, Receiver, Sender, Totals};
+use memlane_lane::{Bell, LaneError, LaneReceiver, LaneSender, LaneStats, ReceiveState, SendState, Totals};
 use memlane_net::port::Traffic;
 use memlane_protocol::wire::Label;
 use tokio::sync::{Notify, watch};
@@ -92,14 +93,14 @@ impl Lanes {
     }
 
     /// Starts a lane that sends from `outbound`.
-    pub fn send(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
-        let (outbound, number, seat) = (outbound.clone(), end.number, outbound.take_seat());
+    pub fn send(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
+        let (outbound, number, waker) = (outbound.clone(), end.number, outbound.take_waker());
         self.start(end, false, move |stats, socket| {
-            let seat = match seat {
-                Ok(seat) => seat,
+            let waker = match waker {
+                Ok(waker) => waker,
                 Err(source) => return LaneError::Io { doing: "make an eventfd", source },
             };
-            match Sender::new(outbound, stats, socket, (seat, number), silence) {
+            match LaneSender::new(outbound, stats, socket, (waker, number), silence) {
                 Ok(sender) => sender.run(),
                 Err(error) => error,
             }
@@ -108,21 +109,21 @@ impl Lanes {
 
     /// Starts a lane that receives into `inbound`; not if its number has been
     /// [closed](Self::close_lane).
-    pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<Inbound>) {
+    pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<ReceiveState>) {
         if self.closed.contains(&end.number) {
             return;
         }
         let inbound = inbound.clone();
-        self.start(end, false, move |stats, socket| match Receiver::new(inbound, stats, socket) {
+        self.start(end, false, move |stats, socket| match LaneReceiver::new(inbound, stats, socket) {
             Ok(receiver) => receiver.run(),
             Err(error) => error,
         });
     }
 
     /// Starts a lane that answers what a guest at the destination waits for, from `outbound`.
-    pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<Outbound>, silence: Duration) {
+    pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let outbound = outbound.clone();
-        self.start(end, true, move |stats, socket| match Answerer::new(outbound, stats, socket, silence) {
+        self.start(end, true, move |stats, socket| match PageServer::new(outbound, stats, socket, silence) {
             Ok(answerer) => answerer.run(),
             Err(error) => error,
         });

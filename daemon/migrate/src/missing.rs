@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use memlane_lane::Outbound;
+use memlane_lane::SendState;
 use memlane_protocol::wire::control::{MAX_WORDS, Missing};
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
@@ -38,7 +38,7 @@ pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, String> {
 }
 
 /// Has lanes send the pages that a message names, if the guest has them all.
-pub fn add(missing: &Missing, outbound: &Outbound) -> Result<(), String> {
+pub fn add(missing: &Missing, outbound: &SendState) -> Result<(), String> {
     let ram = &outbound.ram;
     if ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE) {
         let runs = heard(missing, ram.pages())?;

@@ -17,10 +17,10 @@ use crate::context::Context;
 use crate::destination;
 use crate::drive::{News, Role, Session, drive};
 use crate::effects::{Effects, NEVER_WHOLE};
-use crate::handle::Ticket;
+use crate::handle::MigrationHandle;
 use crate::machine::Machine;
 use crate::progress::{Outcome as OutcomeView, Phase, Role as RoleView};
-use crate::source::serve::{Server, Serving};
+use crate::source::serve::{PostcopySource, Serving};
 use crate::vmm::Vmm;
 
 /// Takes up everything that the journal held when the daemon started.
@@ -82,21 +82,21 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
         Vmm::Attached(guest) => guest.claim(entry.migration),
         _ => None,
     };
-    let (ticket, arrivals) = Ticket::new(&entry, context, role);
-    ticket.cancellable.set(false);
-    ticket.update(|progress| {
+    let (handle, arrivals) = MigrationHandle::new(&entry, context, role);
+    handle.cancellable.set(false);
+    handle.update(|progress| {
         progress.phase = Phase::Committing;
         // Whatever was known before is not known any more.
         progress.guest_runs_at = None;
     });
-    context.migrations.add(ticket.clone());
+    context.migrations.add(handle.clone());
     let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
-    let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (ticket.clone(), arrivals)));
+    let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
     task::spawn("recovery of a migration", async move {
         let reason = match role {
             RoleView::Source => match Source::recover(record) {
                 Ok((machine, actions)) => settle(effects, machine, actions).await,
-                Err(error) => give_up(&ticket, error),
+                Err(error) => give_up(&handle, error),
             },
             RoleView::Destination => match Destination::recover(record) {
                 Ok((mut machine, _)) if lacks_pages => {
@@ -106,17 +106,17 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
                     settle(effects, machine, actions).await
                 }
                 Ok((machine, actions)) => settle(effects, machine, actions).await,
-                Err(error) => give_up(&ticket, error),
+                Err(error) => give_up(&handle, error),
             },
         };
-        if !ticket.is_over() {
-            ticket.end(OutcomeView::Failed, reason, None);
+        if !handle.is_over() {
+            handle.end(OutcomeView::Failed, reason, None);
         }
     });
 }
 
-fn give_up(ticket: &Ticket, failure: WrongRecord) -> Option<String> {
-    error!(guest = %ticket.guest, %failure, "cannot take up a migration");
+fn give_up(handle: &MigrationHandle, failure: WrongRecord) -> Option<String> {
+    error!(guest = %handle.guest, %failure, "cannot take up a migration");
     Some(failure.to_string())
 }
 
@@ -168,7 +168,7 @@ impl<M: Machine> Role for RecoveryRole<M> {
         if self.serve && self.serving.is_none() {
             self.serving = begin_to_serve(&session.effects);
         }
-        session.effects.ticket.abandonable.set(session.machine.can_abandon());
+        session.effects.handle.abandonable.set(session.machine.can_abandon());
     }
 
     fn is_done(&self, session: &Session<M>) -> bool {
@@ -188,20 +188,20 @@ async fn settle<M: Machine>(mut effects: Effects, machine: M, actions: Vec<Actio
 /// has that memory is here.
 fn begin_to_serve(effects: &Effects) -> Option<Serving> {
     let guest = effects.guest()?;
-    let (context, ticket) = (effects.context.clone(), effects.ticket.clone());
-    ticket.update(|progress| {
+    let (context, handle) = (effects.context.clone(), effects.handle.clone());
+    handle.update(|progress| {
         progress.phase = Phase::Fetching;
-        progress.guest_runs_at = Some(ticket.peer.to_string());
+        progress.guest_runs_at = Some(handle.peer.to_string());
     });
-    info!(guest = %ticket.guest, "serving a guest that runs at the destination without all of its memory");
+    info!(guest = %handle.guest, "serving a guest that runs at the destination without all of its memory");
     // Whether pages are holes nobody knows any more.
-    Some(Serving::again(Server { context, ticket, ram: guest.ram.clone(), sparse: true }))
+    Some(Serving::again(PostcopySource { context, handle, ram: guest.ram.clone(), sparse: true }))
 }
 
 fn report(effects: &mut Effects, outcome: Outcome) {
-    let ticket = effects.ticket.clone();
-    let (here, there) = (effects.context.name().to_string(), ticket.peer.to_string());
-    let role = ticket.progress.borrow().role;
+    let handle = effects.handle.clone();
+    let (here, there) = (effects.context.name().to_string(), handle.peer.to_string());
+    let role = handle.progress.borrow().role;
     let runs_here = match (role, outcome) {
         (_, Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp) => None,
         // It is the source's again, which may not have heard of that.
@@ -221,7 +221,7 @@ fn report(effects: &mut Effects, outcome: Outcome) {
         effects.claim = None;
     }
     let reason = effects.reason.take();
-    info!(guest = %ticket.guest, %outcome, reason, "a migration in doubt is settled");
+    info!(guest = %handle.guest, %outcome, reason, "a migration in doubt is settled");
     let view = match outcome {
         Outcome::Completed => OutcomeView::Completed,
         Outcome::Lost => OutcomeView::Lost,
@@ -229,5 +229,5 @@ fn report(effects: &mut Effects, outcome: Outcome) {
         Outcome::VmmGone if role == RoleView::Destination => OutcomeView::Lost,
         _ => OutcomeView::Failed,
     };
-    ticket.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));
+    handle.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));
 }

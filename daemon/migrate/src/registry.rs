@@ -7,7 +7,7 @@ use std::rc::Rc;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 
-use crate::handle::Ticket;
+use crate::handle::MigrationHandle;
 
 /// Migrations that are remembered after their end.
 const REMEMBERED: usize = 100;
@@ -15,7 +15,7 @@ const REMEMBERED: usize = 100;
 /// The migrations of this host, the oldest first.
 #[derive(Default)]
 pub struct Migrations {
-    migrations: RefCell<Vec<Rc<Ticket>>>,
+    migrations: RefCell<Vec<Rc<MigrationHandle>>>,
     /// Migrations that are being offered to this host.
     offered: Rc<RefCell<HashSet<MigrationId>>>,
 }
@@ -28,38 +28,38 @@ pub struct Offered {
 
 impl Migrations {
     /// Remembers a migration.
-    pub fn add(&self, ticket: Rc<Ticket>) {
+    pub fn add(&self, handle: Rc<MigrationHandle>) {
         let mut migrations = self.migrations.borrow_mut();
         // One that is over may still be worked on: its VMM is to be discarded, or the other host to hear of the end.
-        let ended = |ticket: &Rc<Ticket>| ticket.is_over() && !ticket.is_live();
-        let over = migrations.iter().filter(|ticket| ended(ticket)).count();
+        let ended = |handle: &Rc<MigrationHandle>| handle.is_over() && !handle.is_live();
+        let over = migrations.iter().filter(|handle| ended(handle)).count();
         if over >= REMEMBERED
             && let Some(oldest) = migrations.iter().position(ended)
         {
             migrations.remove(oldest);
         }
-        migrations.push(ticket);
+        migrations.push(handle);
     }
 
     /// All migrations, the oldest first.
-    pub fn all(&self) -> Vec<Rc<Ticket>> {
+    pub fn all(&self) -> Vec<Rc<MigrationHandle>> {
         self.migrations.borrow().clone()
     }
 
     /// The migration with this identity.
-    pub fn get(&self, id: &MigrationId) -> Option<Rc<Ticket>> {
-        self.migrations.borrow().iter().rev().find(|ticket| ticket.id == *id).cloned()
+    pub fn get(&self, id: &MigrationId) -> Option<Rc<MigrationHandle>> {
+        self.migrations.borrow().iter().rev().find(|handle| handle.id == *id).cloned()
     }
 
     /// The migration with this identity, if it is one with this peer.
-    pub fn with(&self, peer: &Label, id: &MigrationId) -> Option<Rc<Ticket>> {
-        let is = |ticket: &&Rc<Ticket>| ticket.id == *id && ticket.peer == *peer;
+    pub fn with(&self, peer: &Label, id: &MigrationId) -> Option<Rc<MigrationHandle>> {
+        let is = |handle: &&Rc<MigrationHandle>| handle.id == *id && handle.peer == *peer;
         self.migrations.borrow().iter().rev().find(is).cloned()
     }
 
     /// How many migrations are under way.
     pub fn active(&self) -> usize {
-        self.migrations.borrow().iter().filter(|ticket| !ticket.is_over()).count()
+        self.migrations.borrow().iter().filter(|handle| !handle.is_over()).count()
     }
 
     /// Takes note of an offer, until what is returned is dropped; `None` if the migration is known already.

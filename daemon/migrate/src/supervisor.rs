@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::context::Context;
-use crate::handle::{Returned, Ticket, Word};
+use crate::handle::{MigrationHandle, Returned, Word};
 use crate::observer::Measurement;
 use crate::preflight::{self, Findings, Request, Severity};
 use crate::progress::Role;
@@ -95,7 +95,7 @@ impl Supervisor {
         peer: &Label,
         migration: MigrationId,
         order: Order,
-    ) -> Result<Rc<Ticket>, OrderError> {
+    ) -> Result<Rc<MigrationHandle>, OrderError> {
         let context = &self.context;
         let name = &guest.shape.name;
         // Taken before anything is awaited, so that no second order can take the guest too.
@@ -121,16 +121,16 @@ impl Supervisor {
             shape: guest.digest(),
             fetching: false,
         };
-        let (ticket, arrivals) = Ticket::new(&entry, context, Role::Source);
-        ticket.update(|progress| {
+        let (handle, arrivals) = MigrationHandle::new(&entry, context, Role::Source);
+        handle.update(|progress| {
             progress.pages_total = guest.shape.pages();
             progress.downtime_limit_seconds = order.parameters.policy.downtime_limit.as_secs_f64();
         });
-        context.migrations.add(ticket.clone());
-        let to_ticket = (ticket.clone(), arrivals);
-        let source = source::run(context.clone(), claim, entry, to_ticket, plan, order.parameters);
+        context.migrations.add(handle.clone());
+        let to_handle = (handle.clone(), arrivals);
+        let source = source::run(context.clone(), claim, entry, to_handle, plan, order.parameters);
         task::spawn("source of a migration", source);
-        Ok(ticket)
+        Ok(handle)
     }
 
     /// Answers an offer of `peer`, and takes the guest if it can come. Returns when the migration is over.
@@ -140,23 +140,23 @@ impl Supervisor {
 
     /// Hands a connection of `peer` over which it offers to serve missing pages to the migration that wants them.
     pub fn serve(&self, peer: &Label, migration: &MigrationId, link: Link) {
-        let ticket = self.context.migrations.with(peer, migration).filter(|ticket| ticket.is_live());
-        let Some(ticket) = ticket else {
+        let handle = self.context.migrations.with(peer, migration).filter(|handle| handle.is_live());
+        let Some(handle) = handle else {
             return info!(%peer, "a peer would serve a guest that does not fetch anything here");
         };
         // One that finds no room is dropped, and so closed: the source tries again.
-        let _ = ticket.links.try_send(link);
+        let _ = handle.links.try_send(link);
     }
 
     /// What this host has to say to a word of `peer` about a migration.
     pub async fn answer(&self, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
-        let ticket = self.context.migrations.with(peer, &migration);
+        let handle = self.context.migrations.with(peer, &migration);
         // It has ended since this daemon was started.
-        let ended = ticket.as_ref().is_some_and(|ticket| !ticket.is_live());
-        if let Some(ticket) = ticket.filter(|ticket| ticket.is_live()) {
+        let ended = handle.as_ref().is_some_and(|handle| !handle.is_live());
+        if let Some(handle) = handle.filter(|handle| handle.is_live()) {
             let (reply, answer) = oneshot::channel();
             let asked = async {
-                ticket.words.send(Word { message, reply }).await.ok()?;
+                handle.words.send(Word { message, reply }).await.ok()?;
                 answer.await.ok()
             };
             return tokio::time::timeout(PATIENCE, asked).await.ok()?;
@@ -180,22 +180,24 @@ impl Supervisor {
 
     /// The migration under way that a VMM which attaches belongs to, if one does; an error for a stranger, who claims to
     /// or is in its place.
-    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<Ticket>>, &'static str> {
+    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<MigrationHandle>>, &'static str> {
         let claimed = guest.bond.borrow().as_ref().map(|bond| bond.migration);
-        let concerned = |ticket: &Rc<Ticket>| {
-            ticket.is_live() && (ticket.guest == guest.shape.name || claimed == Some(ticket.id))
+        let concerned = |handle: &Rc<MigrationHandle>| {
+            handle.is_live() && (handle.guest == guest.shape.name || claimed == Some(handle.id))
         };
-        let mut tickets = self.context.migrations.all();
-        tickets.retain(concerned);
+        let mut handles = self.context.migrations.all();
+        handles.retain(concerned);
         // A guest may move again before the other host of its last move has heard of the end.
-        if let Some(ticket) = tickets.iter().rev().find(|ticket| ticket.stranger(guest).is_none()) {
-            return Ok(Some(ticket.clone()));
+        if let Some(handle) = handles.iter().rev().find(|handle| handle.stranger(guest).is_none()) {
+            return Ok(Some(handle.clone()));
         }
         // Of a source that is done nothing is waited for but the end of its old VMM, which has no claim to the name.
-        let done = |ticket: &Ticket| ticket.is_over() && ticket.progress.borrow().role == Role::Source;
-        let claims =
-            |ticket: &&Rc<Ticket>| claimed == Some(ticket.id) || !done(ticket) && Process::lives(ticket.vmm);
-        match tickets.iter().rev().find(claims).and_then(|ticket| ticket.stranger(guest)) {
+        let done =
+            |handle: &MigrationHandle| handle.is_over() && handle.progress.borrow().role == Role::Source;
+        let claims = |handle: &&Rc<MigrationHandle>| {
+            claimed == Some(handle.id) || !done(handle) && Process::lives(handle.vmm)
+        };
+        match handles.iter().rev().find(claims).and_then(|handle| handle.stranger(guest)) {
             Some(why) => Err(why),
             None => Ok(None),
         }
@@ -208,12 +210,12 @@ impl GuestObserver for Supervisor {
     }
 
     fn attached(&self, guest: &Rc<Guest>) {
-        if let Ok(Some(ticket)) = self.recognise(guest) {
+        if let Ok(Some(handle)) = self.recognise(guest) {
             // A migration that works on it already, and waits for it or is about to.
-            let claim = if ticket.is_over() { None } else { guest.claim(ticket.id) };
+            let claim = if handle.is_over() { None } else { guest.claim(handle.id) };
             let returned = Returned { guest: guest.clone(), claim };
             task::spawn("return of a VMM", async move {
-                if let Err(unsent) = ticket.returns.send(returned).await {
+                if let Err(unsent) = handle.returns.send(returned).await {
                     // Over meanwhile: it attaches again, and is judged anew.
                     unsent.0.guest.driver.hang_up();
                 }
@@ -225,6 +227,6 @@ impl GuestObserver for Supervisor {
     }
 
     fn works_with(&self, vmm: VmmIdentity) -> bool {
-        self.context.migrations.all().iter().any(|ticket| ticket.is_live() && ticket.vmm == vmm)
+        self.context.migrations.all().iter().any(|handle| handle.is_live() && handle.vmm == vmm)
     }
 }

@@ -1,7 +1,7 @@
 //! Network ports lent to migration: where lanes are awaited, and how they are opened.
 
 pub mod congestion;
-mod door;
+mod connection_limiter;
 mod rendezvous;
 
 use std::cell::RefCell;
@@ -20,7 +20,7 @@ use tokio_uring::net::TcpListener;
 use self::congestion::Congestion;
 use crate::config::PortConfig;
 
-pub use door::{Door, Place};
+pub use connection_limiter::{ConnectionLimiter, ConnectionSlot};
 pub use rendezvous::{ArrivedLane, LaneKind, Rendezvous, serve};
 
 /// Longest time for a lane to connect and greet.

@@ -41,12 +41,12 @@ pub fn open(path: &Path) -> io::Result<File> {
 /// After an error the old one is there. [`sync_directory`] is still to be called: until then, a crash of the
 /// host may bring the old one back.
 pub fn put(path: &Path, contents: &[u8]) -> io::Result<File> {
-    place(path, contents, File::sync_all)
+    slot(path, contents, File::sync_all)
 }
 
 /// As [`put`], for what need not outlive the host: a crash of the host may leave anything.
 pub fn put_volatile(path: &Path, contents: &[u8]) -> io::Result<()> {
-    place(path, contents, |_| Ok(())).map(drop)
+    slot(path, contents, |_| Ok(())).map(drop)
 }
 
 /// Where a file that is to take the place of `path` is written.
@@ -56,7 +56,7 @@ pub fn beside(path: &Path) -> PathBuf {
     beside.into()
 }
 
-fn place(path: &Path, contents: &[u8], sync: fn(&File) -> io::Result<()>) -> io::Result<File> {
+fn slot(path: &Path, contents: &[u8], sync: fn(&File) -> io::Result<()>) -> io::Result<File> {
     let beside = &beside(path);
     let write = || {
         let mut file = open(beside)?;

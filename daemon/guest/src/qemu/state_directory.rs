@@ -56,8 +56,8 @@ pub struct Record {
     #[serde(default)]
     pub migrating: bool,
     /// It was started for a migration, and is of no use without.
-    #[serde(default)]
-    pub summoned: bool,
+    #[serde(default, rename = "summoned")]
+    pub launched_for_migration: bool,
     /// What it waits for word of, since it was relinquished or has loaded a guest: a QEMU cannot
     /// remember that, and a host whose file system forgets it has no QEMU any more either.
     #[serde(default)]
@@ -103,7 +103,7 @@ impl Record {
             qmp: qmp.clone(),
             incoming,
             migrating: false,
-            summoned: false,
+            launched_for_migration: false,
             bond: None,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
@@ -113,9 +113,9 @@ impl Record {
     /// Of a QEMU that others started.
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
-        let (pid, started, migrating, summoned) = (0, 0, false, false);
+        let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
         let (bond, definition, files) = (None, None, Vec::new());
-        Self { name, pid, started, qmp, incoming, migrating, summoned, bond, definition, files }
+        Self { name, pid, started, qmp, incoming, migrating, launched_for_migration, bond, definition, files }
     }
 
     /// The process.
@@ -163,7 +163,7 @@ impl StateDirectory {
     /// The guest that was awaited has arrived, and runs: what becomes of it is its operator's affair.
     pub fn note_arrival(self: &Rc<Self>, name: &str) {
         let arrived = self.change(name, |record| {
-            (record.incoming, record.summoned, record.migrating) = (false, false, false);
+            (record.incoming, record.launched_for_migration, record.migrating) = (false, false, false);
             record.bond = None;
         });
         if arrived {

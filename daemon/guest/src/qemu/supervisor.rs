@@ -59,7 +59,7 @@ pub struct Supervisor {
 }
 
 /// The name of one QEMU's guest, which no other can take meanwhile.
-struct Place {
+struct NameReservation {
     supervisor: Rc<Supervisor>,
     name: Label,
     /// True once the QEMU is to be let go of.
@@ -82,7 +82,7 @@ impl Supervisor {
     pub fn resume(self: &Rc<Self>) {
         for record in self.states.all() {
             let Ok(name) = record.name.parse::<Label>() else { continue };
-            task::spawn("keeper of a QEMU", Place::new(self, name).stay(record, None, None));
+            task::spawn("keeper of a QEMU", NameReservation::new(self, name).stay(record, None, None));
         }
     }
 
@@ -112,7 +112,7 @@ impl Supervisor {
     /// As [`Supervisor::launch`].
     pub async fn launch_incoming(self: &Rc<Self>, definition: Definition) -> Result<Rc<Guest>, QemuError> {
         let record = Record::launched(&definition, true, &self.settings.guests);
-        self.start(definition, Record { summoned: true, ..record }).await
+        self.start(definition, Record { launched_for_migration: true, ..record }).await
     }
 
     /// Takes in the guest of a QEMU that others started, with its monitor at `qmp`.
@@ -126,8 +126,8 @@ impl Supervisor {
         qmp: PathBuf,
         incoming: bool,
     ) -> Result<Rc<Guest>, QemuError> {
-        let place = Place::take(self, &name).await?;
-        place.keep(Record::attached(name, qmp, incoming)).await
+        let reserved = NameReservation::take(self, &name).await?;
+        reserved.keep(Record::attached(name, qmp, incoming)).await
     }
 
     /// Lets go of a QEMU; its guest runs on.
@@ -159,9 +159,9 @@ impl Supervisor {
 
     async fn start(self: &Rc<Self>, definition: Definition, record: Record) -> Result<Rc<Guest>, QemuError> {
         definition.permitted_by(&self.settings.guests)?;
-        let place = Place::take(self, &definition.name).await?;
+        let reserved = NameReservation::take(self, &definition.name).await?;
         let started = launch::start(&self.settings, &definition, &record).await?;
-        place.keep_started(started, record).await
+        reserved.keep_started(started, record).await
     }
 
     /// Whether a guest of this name is about to be none of this host's.
@@ -171,7 +171,7 @@ impl Supervisor {
     }
 }
 
-impl Place {
+impl NameReservation {
     /// Takes the name of a guest, unless there is one of that name. One that is just leaving is
     /// waited for.
     async fn take(supervisor: &Rc<Supervisor>, name: &Label) -> Result<Self, QemuError> {
@@ -266,7 +266,7 @@ impl Place {
         let (shape, ram) = (facts.shape.clone(), facts.ram.clone());
         let driver = Qemu::new(qmp, facts, process.clone(), (&supervisor.shims, &supervisor.states), &record);
         let guest = Guest::new(shape, ram, Rc::new(driver), process, run_state);
-        guest.summoned.set(record.summoned);
+        guest.launched_for_migration.set(record.launched_for_migration);
         guest.bond.replace(record.bond.as_ref().and_then(|bound| bound.bond()));
         Ok((Rc::new(guest), record))
     }
@@ -332,11 +332,11 @@ impl Place {
     /// Whether it was started for a migration that nobody works on any more.
     fn is_useless(&self, guest: &Guest) -> bool {
         let awaited = self.supervisor.guests.work_with(guest.process.identity());
-        guest.summoned.get() && guest.run_state.get() == RunState::Incoming && !awaited
+        guest.launched_for_migration.get() && guest.run_state.get() == RunState::Incoming && !awaited
     }
 }
 
-impl Drop for Place {
+impl Drop for NameReservation {
     fn drop(&mut self) {
         self.supervisor.kept.borrow_mut().remove(&self.name);
     }

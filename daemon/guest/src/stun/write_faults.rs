@@ -19,7 +19,7 @@ use tracing::error;
 
 /// Lets writes that wait go at a rate, from a thread of its own, until it ends or is dropped. However
 /// the thread ends, everybody goes on.
-pub struct Releaser {
+pub struct WriteFaultHandler {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -60,7 +60,7 @@ enum Order {
     End,
 }
 
-impl Releaser {
+impl WriteFaultHandler {
     /// Lets writes to `memory` go, which `userfault` tells of.
     pub fn start(
         memory: Arc<VmmMapping>,
@@ -123,7 +123,7 @@ impl Releaser {
     }
 }
 
-impl Drop for Releaser {
+impl Drop for WriteFaultHandler {
     fn drop(&mut self) {
         self.end();
     }

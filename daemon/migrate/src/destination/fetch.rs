@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use memlane_api::ids;
 use memlane_guest::{DriverError, Guest};
 use memlane_kvm::userfault::{self, Userfault, UserfaultError};
-use memlane_lane::{Faults, Inbound, Placing};
+use memlane_lane::ReceiveState;
+use memlane_lane::postcopy::{Faults, PostcopyIncoming};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
 use memlane_net::task;
@@ -62,11 +63,11 @@ pub enum FetchError {
 pub struct Fetching {
     context: Rc<Context>,
     guest: Rc<Guest>,
-    placing: Arc<Placing>,
+    placing: Arc<PostcopyIncoming>,
     faults: Faults,
     /// Rung when the lane for faults is lost.
     lost: Arc<Notify>,
-    session: Option<Session>,
+    session: Option<FetchSession>,
     /// Since when the guest runs without all of its memory.
     since: Option<Instant>,
     counted: FetchReport,
@@ -75,11 +76,11 @@ pub struct Fetching {
 }
 
 /// What the source has connected.
-pub struct Session {
+pub struct FetchSession {
     link: Link,
     arriving: mpsc::Receiver<ArrivedLane>,
     lanes: Lanes,
-    inbound: Arc<Inbound>,
+    inbound: Arc<ReceiveState>,
     reported: Instant,
     /// The lane for faults has come: another takes its place only when it is lost.
     asks: bool,
@@ -88,7 +89,7 @@ pub struct Session {
 impl Fetching {
     /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
     pub async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, FetchError> {
-        guest.map_no_further().await;
+        guest.stop_prefault().await;
         let memory = guest.driver.open_memory(true).await;
         let memory = memory.map_err(FetchError::Memory)?;
         let ((bell, ring), observer) = (lanes::bell(), context.faults.clone());
@@ -96,7 +97,7 @@ impl Fetching {
             let userfault =
                 Userfault::from_fd_with_optional(memory.userfault, userfault::MISSING, userfault::POISON);
             let (userfault, _) = userfault?;
-            Placing::new(userfault, memory.memory, ring, observer).map_err(FetchError::Wait)
+            PostcopyIncoming::new(userfault, memory.memory, ring, observer).map_err(FetchError::Wait)
         };
         let placing = Arc::new(task::aside(register).await?);
         let lost = Arc::new(Notify::new());
@@ -115,7 +116,7 @@ impl Fetching {
     }
 
     /// The pages that are missing.
-    pub fn placing(&self) -> &Arc<Placing> {
+    pub fn placing(&self) -> &Arc<PostcopyIncoming> {
         &self.placing
     }
 
@@ -135,9 +136,10 @@ impl Fetching {
         }
         debug!(guest = %self.guest.shape.name, migration = ids::encode(&migration), "the source is about to serve missing pages");
         let lanes = Lanes::new(&self.context);
-        let inbound = Arc::new(Inbound { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
+        let inbound =
+            Arc::new(ReceiveState { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
         self.session =
-            Some(Session { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
+            Some(FetchSession { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
     }
 
     /// The source says that these pages are missing.
@@ -267,7 +269,7 @@ impl Fetching {
 
     /// Nothing is missing any more: the guest's memory is as any other. Returns how it went, and what the
     /// source has connected, which takes the end of that for a loss until it has heard.
-    pub async fn end(mut self) -> (FetchReport, Option<Session>) {
+    pub async fn end(mut self) -> (FetchReport, Option<FetchSession>) {
         let report = self.progress();
         self.count();
         if let Err(error) = let_go(&self.placing).await {
@@ -301,7 +303,7 @@ impl Fetching {
 }
 
 /// Deals with what the source does, until it is gone.
-async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), LinkError> {
+async fn happens(session: &mut Option<FetchSession>, faults: &Faults) -> Result<(), LinkError> {
     let Some(session) = session else { return pending().await };
     tokio::select! {
         message = session.link.receive() => match message? {
@@ -334,12 +336,12 @@ async fn happens(session: &mut Option<Session>, faults: &Faults) -> Result<(), L
 }
 
 /// Has the VMM's memory behave as any other: all of it is gone through for that.
-async fn let_go(placing: &Arc<Placing>) -> io::Result<()> {
+async fn let_go(placing: &Arc<PostcopyIncoming>) -> io::Result<()> {
     let placing = placing.clone();
     task::aside(move || placing.end()).await
 }
 
-async fn tell_missing(link: &mut Link, placing: &Arc<Placing>) -> Result<(), LinkError> {
+async fn tell_missing(link: &mut Link, placing: &Arc<PostcopyIncoming>) -> Result<(), LinkError> {
     let placing = placing.clone();
     for missing in task::aside(move || tell(&placing.missing())).await {
         link.send(&Control::Missing(missing)).await?;

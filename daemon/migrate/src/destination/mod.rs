@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use memlane_api::ids;
 use memlane_guest::Guest;
-use memlane_lane::Inbound;
+use memlane_lane::ReceiveState;
 use memlane_net::journal::Entry;
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
@@ -23,7 +23,7 @@ use tracing::{error, info, warn};
 use crate::context::Context;
 use crate::drive::{News, Role, Session, drive};
 use crate::effects::Effects;
-use crate::handle::Ticket;
+use crate::handle::MigrationHandle;
 use crate::lanes::{LaneEnd, Lanes};
 use crate::observer::Measurement;
 use crate::preflight;
@@ -78,18 +78,18 @@ pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer
     let (guest_name, migration) = (name.clone(), offer.migration);
     let (peer_name, shape) = (peer.clone(), guest.digest());
     let entry = Entry { migration, guest: guest_name, peer: peer_name, vmm, shape, record, fetching: false };
-    let (ticket, mut arrivals) = Ticket::new(&entry, &context, RoleView::Destination);
-    ticket.update(|progress| {
+    let (handle, mut arrivals) = MigrationHandle::new(&entry, &context, RoleView::Destination);
+    handle.update(|progress| {
         progress.pages_total = guest.shape.pages();
         progress.phase = PhaseView::Copying;
     });
-    context.migrations.add(ticket.clone());
+    context.migrations.add(handle.clone());
     drop(offered);
     info!(guest = %name, %peer, "a guest is coming");
-    let inbound = Arc::new(Inbound { ram: guest.ram.clone(), placing: None });
+    let inbound = Arc::new(ReceiveState { ram: guest.ram.clone(), placing: None });
     let lanes = Lanes::new(&context);
     let role = DestinationRole {
-        ticket: ticket.clone(),
+        handle: handle.clone(),
         guest: guest.clone(),
         lanes,
         inbound,
@@ -100,17 +100,17 @@ pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer
         fetching: None,
         fetched: None,
     };
-    let to_effects = (Some(link), (ticket, arrivals));
+    let to_effects = (Some(link), (handle, arrivals));
     let effects = Effects::new(context, entry, Vmm::Attached(guest), Some(claim), to_effects);
     // The acceptance has been sent with the ports.
     drive(role, Session { machine: Destination::new(), effects }, Vec::new(), [Event::Accepted]).await;
 }
 
 struct DestinationRole {
-    ticket: Rc<Ticket>,
+    handle: Rc<MigrationHandle>,
     guest: Rc<Guest>,
     lanes: Lanes,
-    inbound: Arc<Inbound>,
+    inbound: Arc<ReceiveState>,
     arriving: mpsc::Receiver<ArrivedLane>,
     /// Connections over which the source offers to serve what is missing.
     links: Option<mpsc::Receiver<Link>>,
@@ -121,7 +121,7 @@ struct DestinationRole {
     /// The source offered to serve what is missing: the guest is to run without all of its memory.
     fetching: Option<Fetching>,
     /// What the source had connected until the last page came: closed when it has heard of that.
-    fetched: Option<fetch::Session>,
+    fetched: Option<fetch::FetchSession>,
 }
 
 /// What the destination itself waits for.
@@ -191,14 +191,14 @@ impl Role for DestinationRole {
             Phase::Fetching => PhaseView::Fetching,
             _ => return,
         };
-        self.ticket.abandonable.set(session.machine.can_abandon());
+        self.handle.abandonable.set(session.machine.can_abandon());
         let here = session.effects.context.name().to_string();
         let fetching = self.fetching.as_mut().filter(|_| phase == PhaseView::Fetching);
         let fetched = fetching.map(|fetching| {
             fetching.begin();
             (fetching.progress(), fetching.waits_for())
         });
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             if progress.outcome.is_some() {
                 return;
             }
@@ -248,7 +248,7 @@ impl DestinationRole {
             message if session.machine.phase() == Phase::Copying => match self.obey(session, message).await {
                 Ok(event) => event,
                 Err(error) => {
-                    warn!(guest = %self.ticket.guest, %error, "the migration fails");
+                    warn!(guest = %self.handle.guest, %error, "the migration fails");
                     session.effects.blame(error);
                     Some(Event::Failed)
                 }
@@ -265,7 +265,7 @@ impl DestinationRole {
             _ if session.machine.can_abandon() => Event::Abandoned,
             _ => return None,
         };
-        warn!(guest = %self.ticket.guest, %error, "the migration fails");
+        warn!(guest = %self.handle.guest, %error, "the migration fails");
         session.effects.blame(error);
         Some(event)
     }
@@ -287,20 +287,20 @@ impl DestinationRole {
             (session.effects.placing, session.effects.entry.fetching) = (None, false);
             fetching.withdraw().await;
         }
-        if !self.loaded && !self.guest.summoned.get() && session.effects.guest().is_some() {
+        if !self.loaded && !self.guest.launched_for_migration.get() && session.effects.guest().is_some() {
             session.effects.vmm = Vmm::Released;
             self.guest.driver.stand_down().await;
             let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
             let punched = tokio::task::spawn_blocking(move || ram.punch(0..pages)).await;
             if let Ok(Err(error)) = punched {
-                warn!(guest = %self.ticket.guest, %error, "cannot give back the memory of a guest that did not come");
+                warn!(guest = %self.handle.guest, %error, "cannot give back the memory of a guest that did not come");
             }
         }
     }
 
     fn show_lanes(&mut self) {
         self.lanes.measure(false);
-        self.ticket.update(|progress| match (&mut self.fetching, &self.fetched) {
+        self.handle.update(|progress| match (&mut self.fetching, &self.fetched) {
             (Some(fetching), _) => fetching.show(progress),
             (None, Some(_)) => {}
             (None, None) => self.lanes.show(progress),
@@ -318,7 +318,7 @@ impl DestinationRole {
                     self.fetching = Some(fetching);
                 }
                 Err(error) => {
-                    warn!(guest = %self.ticket.guest, %error, "cannot fetch what would be missing");
+                    warn!(guest = %self.handle.guest, %error, "cannot fetch what would be missing");
                     let refusal = Refusal { what: RefusalKind::Host, reason: error.to_string() };
                     // The source ends it, and says why.
                     let _ = link.send(&Control::Refuse(vec![refusal])).await;
@@ -328,7 +328,7 @@ impl DestinationRole {
             }
         }
         if let Some(fetching) = &mut self.fetching {
-            fetching.accept(link, &self.ticket.peer, self.ticket.id).await;
+            fetching.accept(link, &self.handle.peer, self.handle.id).await;
         }
     }
 
@@ -337,8 +337,8 @@ impl DestinationRole {
         let fetching = self.fetching.take()?;
         let report;
         (report, self.fetched) = fetching.end().await;
-        info!(guest = %self.ticket.guest, ?report, "all of the guest's memory is here");
-        self.ticket.update(|progress| {
+        info!(guest = %self.handle.guest, ?report, "all of the guest's memory is here");
+        self.handle.update(|progress| {
             progress.pages_remaining = 0;
             let postcopy = progress.postcopy.get_or_insert_default();
             postcopy.report(&report);
@@ -369,20 +369,20 @@ impl DestinationRole {
         guest.incomplete.set(true);
         match fetching.poison().await {
             Ok(pages) => {
-                warn!(guest = %self.ticket.guest, pages, "accesses to the guest's missing pages fail from now on")
+                warn!(guest = %self.handle.guest, pages, "accesses to the guest's missing pages fail from now on")
             }
             Err(error) => {
-                session.effects.context.guests.note_lost(&self.ticket.guest, guest.process.identity());
-                error!(guest = %self.ticket.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
+                session.effects.context.guests.note_lost(&self.handle.guest, guest.process.identity());
+                error!(guest = %self.handle.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
             }
         }
     }
 
     async fn report(&mut self, session: &mut Session<Destination>, outcome: Outcome) {
         self.show_lanes();
-        let (here, there) = (session.effects.context.name().to_string(), self.ticket.peer.to_string());
+        let (here, there) = (session.effects.context.name().to_string(), self.handle.peer.to_string());
         let reason = session.effects.reason.take();
-        info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
+        info!(guest = %self.handle.guest, %outcome, reason, "migration ended");
         match outcome {
             Outcome::Completed => {
                 // Its VMM may have attached again since.
@@ -390,19 +390,19 @@ impl DestinationRole {
                 guest.run_state.set(RunState::Running);
                 arrived(&session.effects.context, guest);
                 session.effects.claim = None;
-                self.ticket.end(OutcomeView::Completed, None, Some(here));
+                self.handle.end(OutcomeView::Completed, None, Some(here));
             }
-            Outcome::VmmGone => self.ticket.end(OutcomeView::Lost, reason, None),
-            Outcome::GivenUp => self.ticket.end(OutcomeView::Failed, reason, None),
+            Outcome::VmmGone => self.handle.end(OutcomeView::Lost, reason, None),
+            Outcome::GivenUp => self.handle.end(OutcomeView::Failed, reason, None),
             Outcome::Lost => {
                 self.poison(session).await;
                 let runs_here = session.effects.guest().map(|guest| {
                     guest.run_state.set(RunState::Running);
                     here
                 });
-                self.ticket.end(OutcomeView::Lost, reason, runs_here);
+                self.handle.end(OutcomeView::Lost, reason, runs_here);
             }
-            _ => self.ticket.end(OutcomeView::Failed, reason, Some(there)),
+            _ => self.handle.end(OutcomeView::Failed, reason, Some(there)),
         }
     }
 }
@@ -423,6 +423,6 @@ async fn completes(fetching: &mut Option<Fetching>) -> Result<(), FetchError> {
 
 /// Notes that a guest has begun to run on this host.
 pub fn arrived(context: &Context, guest: &Guest) {
-    guest.summoned.set(false);
+    guest.launched_for_migration.set(false);
     context.qemu.note_arrival(&guest.shape.name);
 }

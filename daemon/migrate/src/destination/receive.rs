@@ -50,7 +50,7 @@ impl DestinationRole {
     ) -> Result<Option<Event>, ReceiveError> {
         match message {
             Control::Iteration { number: round, pages } => {
-                self.ticket.update(|progress| {
+                self.handle.update(|progress| {
                     progress.rounds.push(RoundView { round, pages, ..RoundView::default() });
                     // A source that counts forever must not fill this host's memory.
                     if progress.rounds.len() > 1000 {
@@ -121,7 +121,7 @@ impl DestinationRole {
             return Err(ReceiveError::Protocol(what));
         }
         let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
-        self.ticket.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));
+        self.handle.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));
         let punching = move || holes.into_iter().try_for_each(|hole| ram.punch(hole));
         let punched = tokio::task::spawn_blocking(punching).await.expect("punching does not panic");
         punched.map_err(ReceiveError::Hole)
@@ -152,7 +152,7 @@ impl DestinationRole {
         driver.prepare(&session.effects.bond()).await?;
         self.guest.run_state.set(RunState::Loaded);
         session.effects.times.load = took;
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             progress.phase = PhaseView::SwitchingOver;
             progress.vmm_state_bytes = Some(self.state.len() as u64);
             progress.load_seconds = Some(took.as_secs_f64());

@@ -55,7 +55,7 @@ impl Effects {
     /// Shows whether the guest is in doubt, and what is waited for.
     pub fn show_doubt(&self, machine: &impl Machine) {
         let in_doubt = machine.can_resolve() && self.link.is_none();
-        self.ticket.resolvable.set(in_doubt);
+        self.handle.resolvable.set(in_doubt);
         let waits_for = match &self.vmm {
             Vmm::Away(process) if in_doubt || self.link.is_none() && !machine.is_over() => {
                 Some(format!("the guest's VMM, process {}, to attach again", process.identity().pid))
@@ -63,13 +63,13 @@ impl Effects {
             _ if in_doubt => Some(self.silence.words(&self.entry)),
             _ => None,
         };
-        let seen = self.ticket.progress.borrow();
+        let seen = self.handle.progress.borrow();
         let same = seen.waits_for == waits_for && seen.in_doubt_since_unix_seconds.is_some() == in_doubt;
         if same || seen.outcome.is_some() {
             return;
         }
         drop(seen);
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             let since = progress.in_doubt_since_unix_seconds.unwrap_or_else(unix_seconds);
             progress.in_doubt_since_unix_seconds = in_doubt.then_some(since);
             progress.waits_for = waits_for;

@@ -43,7 +43,7 @@ impl Effects {
         if self.exchanging.replace(true) {
             return; // the one before has not been answered, and is repeated
         }
-        let (context, entry, ticket) = (self.context.clone(), self.entry.clone(), self.ticket.clone());
+        let (context, entry, handle) = (self.context.clone(), self.entry.clone(), self.handle.clone());
         let (exchanging, silence) = (self.exchanging.clone(), self.silence.clone());
         task::spawn("word over a connection of its own", async move {
             match ask(&context, &entry, &word).await {
@@ -51,7 +51,7 @@ impl Effects {
                     silence.broken(&entry, message);
                     // Nobody waits for the answer to an answer.
                     let (reply, _) = oneshot::channel();
-                    let _ = ticket.words.send(Word { message, reply }).await;
+                    let _ = handle.words.send(Word { message, reply }).await;
                 }
                 Ok(None) if context.peer(&entry.peer).is_none() => {
                     silence.goes_on(&entry, "no peer of this name is configured; add it as [[peer]]")

@@ -66,7 +66,7 @@ fn busy<T>(name: &Label) -> Result<T, Vec<Refusal>> {
 
 /// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
 pub async fn release(guest: Claim) {
-    if !guest.summoned.get() {
+    if !guest.launched_for_migration.get() {
         guest.driver.stand_down().await;
     } else if let Err(error) = guest.driver.discard().await {
         warn!(guest = %guest.shape.name, %error, "cannot end the VMM that was started for a guest");

@@ -32,11 +32,11 @@ use tracing::{info, warn};
 use crate::context::Context;
 use crate::drive::{News, Role, Session, drive, until};
 use crate::effects::{Deadline, Effects};
-use crate::handle::{Arrivals, Ticket};
+use crate::handle::{Arrivals, MigrationHandle};
+use crate::lane_reconnect::LaneReconnector;
 use crate::observer::Measurement;
 use crate::preflight::Plan;
 use crate::progress::{Outcome as OutcomeView, Phase as PhaseView};
-use crate::reopen::Reopener;
 use crate::vmm::Vmm;
 
 use error::CopyError;
@@ -60,22 +60,22 @@ pub async fn run(
     context: Rc<Context>,
     claim: Claim,
     entry: Entry,
-    (ticket, arrivals): (Rc<Ticket>, Arrivals),
+    (handle, arrivals): (Rc<MigrationHandle>, Arrivals),
     plan: Plan,
     parameters: MigrateParameters,
 ) {
     let guest = claim.guest().clone();
     let compress = parameters.compression == compression::Mode::Auto;
     let (transfer, answers) =
-        Transfer::new(context.clone(), guest.clone(), ticket.clone(), plan.link.sender(), compress);
+        Transfer::new(context.clone(), guest.clone(), handle.clone(), plan.link.sender(), compress);
     for end in plan.lanes {
         transfer.lanes.borrow_mut().send(end, &transfer.outbound, context.limits().silence);
     }
     let precopy = Precopy::new(transfer.clone(), parameters.policy, parameters.verify, plan.round_trip);
     let role = SourceRole {
-        ticket: ticket.clone(),
+        handle: handle.clone(),
         transfer,
-        next: Some(Next::Precopy(precopy, Reopener::new(plan.routes))),
+        next: Some(Next::Precopy(precopy, LaneReconnector::new(plan.routes))),
         stage: None,
         paused: None,
         answers,
@@ -88,7 +88,7 @@ pub async fn run(
         entry,
         Vmm::Attached(guest),
         Some(claim),
-        (Some(plan.link), (ticket, arrivals)),
+        (Some(plan.link), (handle, arrivals)),
     );
     // The preflight has offered the guest and heard the acceptance.
     drive(role, Session { machine, effects }, Vec::new(), [Event::Message(Message::Accept)]).await;
@@ -107,12 +107,12 @@ enum Done {
 
 /// The stage that is to begin next.
 enum Next {
-    Precopy(Precopy, Reopener),
+    Precopy(Precopy, LaneReconnector),
     Switchover(Switchover),
 }
 
 struct SourceRole {
-    ticket: Rc<Ticket>,
+    handle: Rc<MigrationHandle>,
     transfer: Rc<Transfer>,
     next: Option<Next>,
     stage: Option<Stage>,
@@ -179,8 +179,8 @@ impl Role for SourceRole {
     async fn begin(&mut self, session: &mut Session<Source>, action: Action) {
         match action {
             Action::Copy => {
-                if let Some(Next::Precopy(precopy, reopener)) = self.next.take() {
-                    let copied = async move { precopy.run(reopener).await.map(Done::Copied) };
+                if let Some(Next::Precopy(precopy, reconnector)) = self.next.take() {
+                    let copied = async move { precopy.run(reconnector).await.map(Done::Copied) };
                     self.stage = Some(Box::pin(copied));
                 }
             }
@@ -194,7 +194,7 @@ impl Role for SourceRole {
             }
             // It is served since before the guest was handed over.
             Action::Serve => {
-                info!(guest = %self.ticket.guest, "the guest runs at the destination, without all of its memory")
+                info!(guest = %self.handle.guest, "the guest runs at the destination, without all of its memory")
             }
             Action::Report(outcome) => self.report(session, outcome),
             _ => unreachable!("these are effects"),
@@ -202,14 +202,14 @@ impl Role for SourceRole {
     }
 
     fn show(&mut self, session: &mut Session<Source>) {
-        self.ticket.cancellable.set(session.machine.can_cancel());
-        self.ticket.abandonable.set(session.machine.can_abandon());
+        self.handle.cancellable.set(session.machine.can_cancel());
+        self.handle.abandonable.set(session.machine.can_abandon());
         let phase = match session.machine.phase() {
             Phase::Committing | Phase::Finishing => PhaseView::Committing,
             Phase::Fetching => PhaseView::Fetching,
             _ => return,
         };
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             if progress.outcome.is_none() {
                 progress.phase = phase;
             }
@@ -242,7 +242,7 @@ impl SourceRole {
                 Event::Sent
             }
             Err(error) => {
-                warn!(guest = %self.ticket.guest, %error, "the migration fails");
+                warn!(guest = %self.handle.guest, %error, "the migration fails");
                 match error {
                     CopyError::Driver(DriverError::Gone | DriverError::Unheard) => {
                         session.effects.note_gone()
@@ -283,7 +283,7 @@ impl SourceRole {
                 Some(Event::Message(message))
             }
             Control::Fetched(report) => {
-                self.ticket.update(|progress| progress.postcopy.get_or_insert_default().report(&report));
+                self.handle.update(|progress| progress.postcopy.get_or_insert_default().report(&report));
                 None
             }
             Control::LaneClosed(lane) => {
@@ -323,10 +323,10 @@ impl SourceRole {
         {
             let (actual, predicted) = (measured.downtime, forecast.total());
             self.transfer.context.observer.measured(Measurement::Downtime { actual, predicted });
-            info!(guest = %self.ticket.guest, ?measured, predicted = ?forecast, "the pause, and what was expected");
+            info!(guest = %self.handle.guest, ?measured, predicted = ?forecast, "the pause, and what was expected");
         }
-        let peer = self.ticket.peer.to_string();
-        self.ticket.update(|progress| {
+        let peer = self.handle.peer.to_string();
+        self.handle.update(|progress| {
             progress.downtime_seconds = Some(downtime.as_secs_f64());
             progress.load_seconds = Some(self.remote_times.load.as_secs_f64());
             progress.guest_runs_at = Some(peer);
@@ -334,10 +334,10 @@ impl SourceRole {
     }
 
     fn report(&mut self, session: &mut Session<Source>, outcome: Outcome) {
-        if self.ticket.progress.borrow().postcopy.is_none() {
+        if self.handle.progress.borrow().postcopy.is_none() {
             self.transfer.show();
         }
-        let (here, there) = (self.transfer.context.name().to_string(), self.ticket.peer.to_string());
+        let (here, there) = (self.transfer.context.name().to_string(), self.handle.peer.to_string());
         let reason = session.effects.reason.take();
         let (view, reason, runs_at) = match outcome {
             Outcome::Completed => (OutcomeView::Completed, None, Some(there)),
@@ -347,14 +347,14 @@ impl SourceRole {
             Outcome::VmmGone | Outcome::GivenUp => (OutcomeView::Failed, reason, None),
             Outcome::Lost => (OutcomeView::Lost, reason, None),
         };
-        info!(guest = %self.ticket.guest, %outcome, reason, "migration ended");
-        self.ticket.update(|progress| {
+        info!(guest = %self.handle.guest, %outcome, reason, "migration ended");
+        self.handle.update(|progress| {
             progress.pages_remaining = 0;
             if let Some(postcopy) = &mut progress.postcopy {
                 postcopy.waits_for = None;
             }
         });
-        self.ticket.end(view, reason, runs_at);
+        self.handle.end(view, reason, runs_at);
     }
 }
 

@@ -21,7 +21,7 @@ use memlane_protocol::wire::control::{Control, Missing};
 
 use super::error::CopyError;
 use super::precopy::Precopy;
-use super::serve::{Server, Serving};
+use super::serve::{PostcopySource, Serving};
 use super::switchover::Switchover;
 use super::transfer::Transfer;
 use crate::missing::tell;
@@ -39,9 +39,9 @@ impl Precopy {
     /// `tracked` tells whether its writes are tracked; otherwise nothing was sent yet.
     pub(super) async fn open_postcopy(&self, tracked: bool) -> Result<(), CopyError> {
         self.end_lanes().await?;
-        let server = Server {
+        let server = PostcopySource {
             context: self.transfer.context.clone(),
-            ticket: self.transfer.ticket.clone(),
+            handle: self.transfer.handle.clone(),
             ram: self.transfer.guest.ram.clone(),
             // Of a guest that was never looked through, much may be holes.
             sparse: !tracked || self.transfer.outbound.sparse.load(Ordering::Acquire),

@@ -18,9 +18,9 @@ use super::error::CopyError;
 use super::serve::Serving;
 use super::switchover::Switchover;
 use super::transfer::{LOOK, Transfer};
+use crate::lane_reconnect::LaneReconnector;
 use crate::observer::Measurement;
 use crate::progress::{Forecast as ForecastView, Phase, Round as RoundView};
-use crate::reopen::Reopener;
 use crate::routes::Route;
 
 /// The stage in which the guest runs and is copied.
@@ -71,11 +71,11 @@ impl Precopy {
     /// # Errors
     ///
     /// If the guest cannot be copied, or was given up on: it runs on.
-    pub async fn run(self, reopener: Reopener) -> Result<Switchover, CopyError> {
+    pub async fn run(self, reconnector: LaneReconnector) -> Result<Switchover, CopyError> {
         tokio::select! {
             result = self.iterate() => result,
             never = self.keep_measuring() => never,
-            never = self.keep_lanes_open(reopener) => never,
+            never = self.keep_lanes_open(reconnector) => never,
         }?;
         Ok(Switchover {
             transfer: self.transfer,
@@ -129,7 +129,7 @@ impl Precopy {
         let pages_before = transfer.lanes.borrow().pages();
         let pages = if number == 1 { transfer.guest.ram.pages() } else { transfer.outbound.dirty.count() };
         transfer.link.send(&Control::Iteration { number, pages }).await?;
-        transfer.ticket.update(|progress| {
+        transfer.handle.update(|progress| {
             progress.rounds.push(RoundView { round: number, pages, ..RoundView::default() });
         });
         if number == 1 {
@@ -146,7 +146,7 @@ impl Precopy {
         let sent = transfer.lanes.borrow().pages() - pages_before;
         let measured = Measurement::Iteration { took: duration, dirtied_pages };
         transfer.context.observer.measured(measured);
-        transfer.ticket.update(|progress| {
+        transfer.handle.update(|progress| {
             let round = progress.rounds.last_mut().expect("pushed when the iteration began");
             let pages = if number == 1 { sent } else { pages };
             let seconds = duration.as_secs_f64();
@@ -161,7 +161,7 @@ impl Precopy {
         let mut convergence = self.convergence.borrow_mut();
         let verdict = convergence.after_iteration(round, &self.now(), &self.predictor.borrow());
         info!(
-            guest = %self.transfer.ticket.guest,
+            guest = %self.transfer.handle.guest,
             round = round.number,
             seconds = round.duration.as_secs_f64(),
             dirtied_pages = round.dirtied_pages,
@@ -190,14 +190,14 @@ impl Precopy {
     /// Tells what was decided, and from which figures.
     fn note(&self, verdict: &Verdict) {
         self.forecast.set(Some(verdict.forecast));
-        self.transfer.ticket.update(|progress| {
+        self.transfer.handle.update(|progress| {
             progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
             progress.forecast = Some(view(&verdict.forecast));
             progress.decision = Some(verdict.to_string());
         });
         let figures = &verdict.figures;
         info!(
-            guest = %self.transfer.ticket.guest,
+            guest = %self.transfer.handle.guest,
             remaining_bytes = figures.remaining_bytes,
             dirty_bytes_per_second = figures.dirty_bytes_per_second,
             bandwidth_bytes_per_second = figures.bandwidth,
@@ -210,13 +210,13 @@ impl Precopy {
 
     async fn start_tracking(&self) -> Result<(), CopyError> {
         let transfer = &self.transfer;
-        transfer.ticket.update(|progress| progress.phase = Phase::Preparing);
+        transfer.handle.update(|progress| progress.phase = Phase::Preparing);
         let started = Instant::now();
         transfer.guest.tracked.set(true);
         transfer.guest.driver.start_tracking().await?;
         let took = started.elapsed();
         transfer.context.observer.measured(Measurement::TrackingStarted(took));
-        transfer.ticket.update(|progress| {
+        transfer.handle.update(|progress| {
             progress.tracking_start_seconds = Some(took.as_secs_f64());
             progress.phase = Phase::Copying;
         });
@@ -240,7 +240,7 @@ impl Precopy {
     }
 
     /// Opens lanes again on ports that have lost them.
-    async fn keep_lanes_open(&self, mut reopener: Reopener) -> ! {
+    async fn keep_lanes_open(&self, mut reconnector: LaneReconnector) -> ! {
         let transfer = &self.transfer;
         let silence = transfer.context.limits().silence;
         let is_missing = |route: &Route| {
@@ -248,7 +248,7 @@ impl Precopy {
             !transfer.outbound.is_held() && running < usize::from(route.lanes())
         };
         loop {
-            let end = reopener.next(is_missing).await;
+            let end = reconnector.next(is_missing).await;
             // Once the lanes are to come to an end, what was being opened meanwhile is closed.
             if !transfer.outbound.is_held() {
                 transfer.lanes.borrow_mut().send(end, &transfer.outbound, silence);
@@ -286,7 +286,7 @@ impl Precopy {
     fn show(&self) {
         self.transfer.show();
         let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
-        self.transfer.ticket.update(|progress| progress.bandwidth_bytes_per_second = bandwidth);
+        self.transfer.handle.update(|progress| progress.bandwidth_bytes_per_second = bandwidth);
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
-use memlane_lane::Outbound;
+use memlane_lane::SendState;
 use memlane_net::link::{Link, LinkError};
 use memlane_net::task;
 use memlane_protocol::wire::control::Control;
@@ -19,11 +19,11 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::context::Context;
-use crate::handle::Ticket;
+use crate::handle::MigrationHandle;
+use crate::lane_reconnect::LaneReconnector;
 use crate::lanes::{self, LaneEnd, Lanes};
 use crate::missing;
 use crate::preflight::{self, Findings};
-use crate::reopen::Reopener;
 use crate::routes::{Route, Routes};
 
 /// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
@@ -61,11 +61,11 @@ pub enum ServeError {
 
 /// What is served, and to whom.
 #[derive(Clone)]
-pub struct Server {
+pub struct PostcopySource {
     /// What every migration of this host works with.
     pub context: Rc<Context>,
     /// The migration.
-    pub ticket: Rc<Ticket>,
+    pub handle: Rc<MigrationHandle>,
     /// The guest's memory, which nobody writes to any more once pages are asked for.
     pub ram: Arc<GuestRam>,
     /// Pages may be holes, which are not to be read.
@@ -76,11 +76,11 @@ pub struct Server {
 pub struct Serving(JoinHandle<()>);
 
 /// One connection for control, and its lanes.
-struct Session {
+struct ServeSession {
     link: Link,
     lanes: Lanes,
-    reopener: Reopener,
-    outbound: Arc<Outbound>,
+    reconnector: LaneReconnector,
+    outbound: Arc<SendState>,
     bell: Arc<Notify>,
     /// Number of the lane for faults.
     faults: u16,
@@ -88,13 +88,13 @@ struct Session {
 
 impl Serving {
     /// Opens the first session, and serves from then on.
-    pub async fn begin(server: Server) -> Result<Self, ServeError> {
+    pub async fn begin(server: PostcopySource) -> Result<Self, ServeError> {
         let session = server.open().await?;
         Ok(Self(task::spawn("server of missing pages", server.serve(Some(session)))))
     }
 
     /// Serves as soon as the destination can be reached.
-    pub fn again(server: Server) -> Self {
+    pub fn again(server: PostcopySource) -> Self {
         Self(task::spawn("server of missing pages", server.serve(None)))
     }
 }
@@ -105,9 +105,9 @@ impl Drop for Serving {
     }
 }
 
-impl Server {
-    async fn serve(self, mut first: Option<Session>) {
-        let base = self.ticket.progress.borrow().clone();
+impl PostcopySource {
+    async fn serve(self, mut first: Option<ServeSession>) {
+        let base = self.handle.progress.borrow().clone();
         let mut before = (base.bytes_sent, base.pages_sent, base.zero_pages);
         let mut told = String::new();
         loop {
@@ -129,7 +129,7 @@ impl Server {
                 }
                 Err(error) => error,
             };
-            let Ticket { guest, peer, .. } = &*self.ticket;
+            let MigrationHandle { guest, peer, .. } = &*self.handle;
             let error = error.to_string();
             // Not the same line twice a second for as long as a network is down.
             if error != told {
@@ -141,10 +141,10 @@ impl Server {
         }
     }
 
-    async fn open(&self) -> Result<Session, ServeError> {
-        let (context, peer) = (&self.context, &self.ticket.peer);
+    async fn open(&self) -> Result<ServeSession, ServeError> {
+        let (context, peer) = (&self.context, &self.handle.peer);
         let mut link = context.connect(peer).await?.ok_or_else(|| ServeError::NoPeer(peer.to_string()))?;
-        link.send(&Control::Fetch(self.ticket.id)).await?;
+        link.send(&Control::Fetch(self.handle.id)).await?;
         let answer = tokio::time::timeout(ANSWER, link.receive()).await;
         let accept = match answer.map_err(|_| ServeError::Slow(ANSWER))?? {
             Control::Accept(accept) => accept,
@@ -167,7 +167,7 @@ impl Server {
             return Err(ServeError::NoPort(findings.reasons()));
         };
         let (bell, ring) = lanes::bell();
-        let outbound = Arc::new(Outbound::of_still_guest(self.ram.clone(), ring));
+        let outbound = Arc::new(SendState::of_still_guest(self.ram.clone(), ring));
         outbound.sparse.store(self.sparse, Ordering::Release);
         let mut lanes = Lanes::new(context);
         let number = faults.number;
@@ -175,12 +175,19 @@ impl Server {
             lanes.send(end, &outbound, context.limits().silence);
         }
         lanes.answer(faults, &outbound, context.limits().silence);
-        info!(guest = %self.ticket.guest, %peer, "ready to serve missing pages");
-        Ok(Session { link, lanes, reopener: Reopener::new(routes), outbound, bell, faults: number })
+        info!(guest = %self.handle.guest, %peer, "ready to serve missing pages");
+        Ok(ServeSession {
+            link,
+            lanes,
+            reconnector: LaneReconnector::new(routes),
+            outbound,
+            bell,
+            faults: number,
+        })
     }
 
     /// Serves until the session is lost.
-    async fn serve_over(&self, session: &mut Session, before: (u64, u64, u64)) -> ServeError {
+    async fn serve_over(&self, session: &mut ServeSession, before: (u64, u64, u64)) -> ServeError {
         let silence = self.context.limits().silence;
         loop {
             let lanes = &session.lanes;
@@ -195,7 +202,7 @@ impl Server {
                         return error;
                     }
                 }
-                end = session.reopener.next(is_missing) => {
+                end = session.reconnector.next(is_missing) => {
                     session.lanes.send(end, &session.outbound, silence);
                 }
                 () = session.bell.notified() => {}
@@ -217,7 +224,7 @@ impl Server {
         }
     }
 
-    async fn hear(&self, session: &Session, message: Control) -> Result<(), ServeError> {
+    async fn hear(&self, session: &ServeSession, message: Control) -> Result<(), ServeError> {
         match message {
             Control::Missing(missing) => {
                 let (outbound, last) = (session.outbound.clone(), missing.last);
@@ -229,7 +236,7 @@ impl Server {
                 Ok(())
             }
             Control::Fetched(report) => {
-                self.ticket.update(|progress| {
+                self.handle.update(|progress| {
                     progress.pages_remaining = report.remaining_pages;
                     progress.postcopy.get_or_insert_default().report(&report);
                 });
@@ -242,9 +249,9 @@ impl Server {
         }
     }
 
-    fn show(&self, session: &mut Session, (sent, pages, zeros): (u64, u64, u64)) {
+    fn show(&self, session: &mut ServeSession, (sent, pages, zeros): (u64, u64, u64)) {
         session.lanes.measure(true);
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             // These lanes compress nothing.
             let compressed = (progress.uncompressed_bytes, progress.compressed_bytes);
             session.lanes.show(progress);
@@ -256,7 +263,7 @@ impl Server {
     }
 
     fn waits_for(&self, what: Option<String>) {
-        self.ticket.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
+        self.handle.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
     }
 }
 

@@ -25,7 +25,7 @@ impl Precopy {
         }
         transfer.outbound.publish();
         info!(
-            guest = %transfer.ticket.guest,
+            guest = %transfer.handle.guest,
             pages_per_second,
             switch = ?switch.took,
             dirtied_pages = switch.harvest.new,
@@ -33,7 +33,7 @@ impl Precopy {
         );
         transfer.context.observer.measured(Measurement::StunBegan(switch.took));
         let switch_seconds = switch.took.as_secs_f64();
-        transfer.ticket.update(|progress| progress.stun = Some(Stun { switch_seconds, ..Stun::default() }));
+        transfer.handle.update(|progress| progress.stun = Some(Stun { switch_seconds, ..Stun::default() }));
         Ok(())
     }
 

@@ -66,7 +66,7 @@ impl Switchover {
     /// If something fails, or the pause would exceed the limit: the guest is still paused.
     pub async fn run(self) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
-        transfer.ticket.update(|progress| {
+        transfer.handle.update(|progress| {
             progress.phase = Phase::SwitchingOver;
             progress.guest_runs_at = None;
         });
@@ -75,7 +75,7 @@ impl Switchover {
         let at = self.in_time(asked, pausing).await?;
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
-        transfer.ticket.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
+        transfer.handle.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
         let saved = self.in_time(at, self.send_last_pages()).await?;
         let save_time = pause_time + saved.took;
         let mut verify_time = Duration::ZERO;
@@ -137,7 +137,7 @@ impl Switchover {
 
     async fn send_state(&self, saved: &SavedState) -> Result<(), CopyError> {
         let total = saved.bytes.len() as u64;
-        self.transfer.ticket.update(|progress| {
+        self.transfer.handle.update(|progress| {
             progress.vmm_state_bytes = Some(total);
             progress.save_seconds = Some(saved.took.as_secs_f64());
         });

@@ -9,14 +9,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memlane_guest::{Guest, StunReport};
-use memlane_lane::Outbound;
+use memlane_lane::SendState;
 use memlane_net::link::{LinkError, LinkSender};
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
 use tokio::sync::{Mutex, Notify, mpsc};
 
 use super::error::CopyError;
 use crate::context::Context;
-use crate::handle::Ticket;
+use crate::handle::MigrationHandle;
 use crate::lanes::{self, Lanes};
 use crate::observer::Measurement;
 use crate::progress::Stun;
@@ -35,9 +35,9 @@ pub struct Transfer {
     /// The guest.
     pub guest: Rc<Guest>,
     /// How everyone else sees the migration.
-    pub ticket: Rc<Ticket>,
+    pub handle: Rc<MigrationHandle>,
     /// What the lanes share.
-    pub outbound: Arc<Outbound>,
+    pub outbound: Arc<SendState>,
     /// The lanes.
     pub lanes: RefCell<Lanes>,
     /// To the destination.
@@ -61,12 +61,12 @@ impl Transfer {
     pub fn new(
         context: Rc<Context>,
         guest: Rc<Guest>,
-        ticket: Rc<Ticket>,
+        handle: Rc<MigrationHandle>,
         link: LinkSender,
         compress: bool,
     ) -> (Rc<Self>, mpsc::Sender<Control>) {
         let (bell, ring) = lanes::bell();
-        let mut outbound = Outbound::new(guest.ram.clone(), ring);
+        let mut outbound = SendState::new(guest.ram.clone(), ring);
         outbound.compress = compress;
         let (answers, arriving) = mpsc::channel(ANSWERS_WAITING);
         let lanes = Lanes::new(&context).into();
@@ -74,7 +74,7 @@ impl Transfer {
         let transfer = Self {
             context,
             guest,
-            ticket,
+            handle,
             outbound: Arc::new(outbound),
             lanes,
             link,
@@ -116,7 +116,7 @@ impl Transfer {
             return Ok(());
         }
         self.context.observer.measured(Measurement::Holes { pages });
-        self.ticket.update(|progress| progress.hole_pages += pages);
+        self.handle.update(|progress| progress.hole_pages += pages);
         for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
             self.link.send(&Control::Holes(ranges.to_vec())).await?;
             self.holes_sent.set(self.holes_sent.get() + 1);
@@ -190,7 +190,7 @@ impl Transfer {
     pub fn show(&self) {
         self.lanes.borrow_mut().measure(true);
         self.show_stun();
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             self.lanes.borrow().show(progress);
             progress.pages_remaining = match progress.rounds.as_slice() {
                 [first] if first.seconds == 0.0 => {
@@ -208,7 +208,7 @@ impl Transfer {
         self.context.observer.measured(Measurement::Stunned { before: &before, now: &report });
         let seconds = report.in_force.as_secs_f64();
         let per_second = |pages: f64| if seconds > 0.0 { pages / seconds } else { 0.0 };
-        self.ticket.update(|progress| {
+        self.handle.update(|progress| {
             let stun = progress.stun.get_or_insert_with(Stun::default);
             stun.seconds = seconds;
             stun.released_pages_per_second = per_second(report.released_pages as f64);

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_uring::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
-use super::door::Door;
+use super::connection_limiter::ConnectionLimiter;
 use crate::config::PeerConfig;
 use crate::link::{LinkError, answer_greeting};
 use crate::task;
@@ -41,7 +41,7 @@ pub enum LaneKind {
 
 /// Which migrations await lanes, and where lanes may come from.
 pub struct Rendezvous {
-    door: Rc<Door>,
+    limiter: Rc<ConnectionLimiter>,
     /// Addresses of the peers' daemons.
     daemons: Vec<IpAddr>,
     /// Addresses that a peer has said its lanes come from.
@@ -62,8 +62,8 @@ impl Rendezvous {
     /// For lanes of these peers.
     pub fn with(peers: &[PeerConfig]) -> Self {
         let daemons = peers.iter().map(|peer| peer.control.ip().to_canonical()).collect();
-        let (door, lanes, awaited) = Default::default();
-        Self { door, daemons, lanes, awaited }
+        let (limiter, lanes, awaited) = Default::default();
+        Self { limiter, daemons, lanes, awaited }
     }
 
     /// A peer says which addresses its lanes come from, in place of those that it said before.
@@ -115,16 +115,16 @@ pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous
     loop {
         match listener.accept().await {
             Ok((_, remote)) if !rendezvous.knows(remote.ip().to_canonical()) => {
-                rendezvous.door.turned_away(remote.ip().to_canonical(), port.as_str());
+                rendezvous.limiter.turned_away(remote.ip().to_canonical(), port.as_str());
             }
             Ok((stream, remote)) => {
                 let (port, rendezvous, stream) = (port.clone(), rendezvous.clone(), Rc::new(stream));
-                let place = rendezvous.door.enter(remote.ip().to_canonical(), &stream);
+                let slot = rendezvous.limiter.enter(remote.ip().to_canonical(), &stream);
                 task::spawn("lane connection", async move {
                     if let Err(error) = take_in(&stream, remote, port.clone(), &rendezvous).await {
                         debug!(%port, %remote, %error, "a connection to this port came to nothing");
                     }
-                    drop(place);
+                    drop(slot);
                 });
             }
             Err(error) => {

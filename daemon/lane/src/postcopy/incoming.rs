@@ -23,12 +23,12 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 
 use self::assemble::{Piece, assemble};
 use self::pages::{Access, Pages};
-use super::faults::FaultObserver;
-use super::latency::Latencies;
 use crate::Bell;
+use crate::postcopy::faults::FaultObserver;
+use crate::postcopy::latency::Latencies;
 
 /// What the lanes of one migration share at the destination while pages are missing there.
-pub struct Placing {
+pub struct PostcopyIncoming {
     userfault: Userfault,
     memory: Arc<VmmMapping>,
     pages: Pages,
@@ -56,7 +56,7 @@ pub enum By {
     Stream,
 }
 
-impl Placing {
+impl PostcopyIncoming {
     /// For the memory of the VMM whose `userfault` this is: all of it is registered.
     pub fn new(
         userfault: Userfault,
@@ -266,7 +266,7 @@ impl Placing {
     }
 
     /// Who is told how long accesses waited.
-    pub(super) fn observer(&self) -> &dyn FaultObserver {
+    pub(crate) fn observer(&self) -> &dyn FaultObserver {
         &*self.observer
     }
 

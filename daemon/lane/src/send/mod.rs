@@ -1,5 +1,14 @@
 //! The sending end of a lane.
 
+mod backlog;
+pub(crate) mod encode;
+mod health;
+mod method;
+mod slot;
+mod splice;
+mod state;
+mod wakers;
+
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,15 +22,19 @@ use memlane_protocol::window::{Flow, Window};
 use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content, contents_bytes, encode_compressed_head};
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 
-use super::compress::{Block, Compressor};
-use super::encode::{claim_frame, encode_frame};
-use super::evidence::{Evidence, Way};
-use super::pulse::{LOOK, Pulse};
-use super::ring::{Completion, Held, Ring};
-use super::slot::Slot;
-use super::splice::{Progress, Splicer};
-use super::{LaneError, LaneStats, Outbound, Seat};
-use crate::socket::abandon;
+use self::encode::{claim_frame, encode_frame};
+use self::health::{ConnectionHealth, LOOK};
+use self::method::{MethodTrials, SendMethod};
+use self::slot::Slot;
+use self::splice::{Progress, Splicer};
+use crate::compress::{Block, Compressor};
+use crate::ring::{Completion, Held, Ring};
+use crate::{LaneError, LaneStats};
+
+pub use state::SendState;
+pub use wakers::Waker;
+
+use crate::socket::reset;
 
 /// What the kernel gives a connection as send buffer by itself, unless the host is configured otherwise.
 const SELF_TUNED_BYTES: u64 = 4 << 20;
@@ -36,17 +49,17 @@ const ACKS: u64 = 1;
 const FRAMES: u64 = 2;
 
 /// Sends pages of one migration over one connection.
-pub struct Sender {
+pub struct LaneSender {
     /// First, so that it goes before all that its operations point to.
     ring: Ring,
-    outbound: Arc<Outbound>,
+    outbound: Arc<SendState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
-    seat: Arc<Seat>,
+    waker: Arc<Waker>,
     number: u16,
     silence: Duration,
-    pulse: Pulse,
-    evidence: Evidence,
+    health: ConnectionHealth,
+    trials: MethodTrials,
     /// Where the system has a pipe to spare.
     splicer: Option<Splicer>,
     /// Where the order and the other end allow it.
@@ -80,20 +93,20 @@ pub struct Sender {
     last_ack: Instant,
 }
 
-impl Sender {
-    /// For the lane on a seat of `outbound` that both ends know as `number`, over `socket`. To be
+impl LaneSender {
+    /// For a lane that `waker` wakes and both ends know as `number`, over `socket`. To be
     /// made on its own thread.
     pub fn new(
-        outbound: Arc<Outbound>,
+        outbound: Arc<SendState>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
-        (seat, number): (Arc<Seat>, u16),
+        (waker, number): (Arc<Waker>, u16),
         silence: Duration,
     ) -> Result<Self, LaneError> {
         // Lanes begin apart, so that each walks through memory of its own.
-        let first = seat.beginning(outbound.ram.pages());
-        let pulse = Pulse::new(&*socket);
-        let limit = Window::new(pulse.round_trip());
+        let first = waker.beginning(outbound.ram.pages());
+        let health = ConnectionHealth::new(&*socket);
+        let limit = Window::new(health.round_trip());
         let compress = outbound.compress;
         let splicer = Splicer::new().ok();
         Ok(Self {
@@ -102,11 +115,11 @@ impl Sender {
             outbound,
             stats,
             socket,
-            seat,
+            waker,
             number,
             silence,
-            pulse,
-            evidence: Evidence::new(splicer.is_some()),
+            health,
+            trials: MethodTrials::new(splicer.is_some()),
             splicer,
             compressor: compress.then(Compressor::new).flatten(),
             sequence: 0,
@@ -128,11 +141,11 @@ impl Sender {
     }
 
     /// Sends whatever can be claimed until the connection ends. What was not acknowledged by
-    /// then waits to be [taken back](Outbound::take_back).
+    /// then waits to be [taken back](SendState::take_back).
     pub fn run(mut self) -> LaneError {
         let error = self.serve().of(&self.outbound.ram);
         if matches!(error, LaneError::Silent(_)) {
-            abandon(&*self.socket);
+            reset(&*self.socket);
         }
         error
     }
@@ -185,12 +198,12 @@ impl Sender {
         } else if self.last_ack.elapsed() > self.silence {
             return Err(LaneError::Silent(self.last_ack.elapsed()));
         }
-        let Some(condition) = self.pulse.look(&*self.socket) else { return Ok(()) };
-        self.seat.set_doubtful(condition != Condition::Well);
-        self.stats.round_trip_us.store(self.pulse.round_trip().as_micros() as u64, Ordering::Relaxed);
+        let Some(condition) = self.health.look(&*self.socket) else { return Ok(()) };
+        self.waker.set_doubtful(condition != Condition::Well);
+        self.stats.round_trip_us.store(self.health.round_trip().as_micros() as u64, Ordering::Relaxed);
         match condition {
             // Where all ports are silent at once, there may just be a pause, and nobody to take over.
-            Condition::Silent(silence) if self.outbound.roster.others_are_well(&self.seat) => {
+            Condition::Silent(silence) if self.outbound.wakers.others_are_well(&self.waker) => {
                 Err(LaneError::Silent(silence))
             }
             _ => Ok(()),
@@ -221,9 +234,9 @@ impl Sender {
         if !self.encode_compressed(&mut slot) {
             slot.payload_bytes = encode_frame(&self.outbound, slot.sequence, &slot.runs, &mut slot.head);
             slot.way = if self.outbound.comes_to_rest() {
-                Way::Copy
+                SendMethod::Copy
             } else {
-                self.evidence.choose(slot.payload_bytes)
+                self.trials.choose(slot.payload_bytes)
             };
             slot.message.fill(&mut slot.head, &self.outbound.ram, &slot.runs);
         }
@@ -242,7 +255,7 @@ impl Sender {
         let block = compressor.and_then(|compressor| compressor.compress(&self.outbound.ram, &slot.runs));
         let Some(Block { bytes, contents }) = block else { return false };
         slot.payload_bytes = bytes.len() as u64;
-        slot.way = Way::Copy;
+        slot.way = SendMethod::Copy;
         let checksum = self.outbound.still.load(Ordering::Acquire).then(|| crc32c::crc32c(contents));
         encode_compressed_head(&mut slot.head, slot.sequence, &slot.runs, checksum, slot.payload_bytes);
         // The block is left alone until this frame has been handed over, and the next one begins.
@@ -257,7 +270,7 @@ impl Sender {
         self.sending = true;
         let slot = self.window.back_mut().expect("a frame has just been put into the window");
         match (slot.way, &mut self.splicer) {
-            (Way::Splice, Some(_)) => self.splice_newest(),
+            (SendMethod::Splice, Some(_)) => self.splice_newest(),
             _ => self.submit_newest(),
         }
     }
@@ -269,7 +282,7 @@ impl Sender {
         let slot = self.window.back_mut().expect("the frame being sent stays in the window");
         let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
         let message = slot.message.as_ptr();
-        let entry = if slot.way == Way::ZeroCopy {
+        let entry = if slot.way == SendMethod::ZeroCopy {
             slot.notifications += 1;
             opcode::SendMsgZc::new(fd, message).ioprio(REPORT_USAGE).flags(flags).build()
         } else {
@@ -303,8 +316,8 @@ impl Sender {
                     .map_err(LaneError::io("wait for room in the send buffer"))
             }
             Progress::Impossible => {
-                self.evidence.give_up(Way::Splice);
-                slot.way = Way::Copy;
+                self.trials.give_up(SendMethod::Splice);
+                slot.way = SendMethod::Copy;
                 self.submit_newest()
             }
         }
@@ -316,20 +329,20 @@ impl Sender {
             return Ok(());
         }
         let slot = self.window.back_mut().expect("the frame being sent stays in the window");
-        if !completion.more && slot.way == Way::ZeroCopy {
+        if !completion.more && slot.way == SendMethod::ZeroCopy {
             slot.notifications -= 1; // the send failed, so no notification follows
         }
         match completion.result {
             // There is room.
-            Ok(_) if slot.way == Way::Splice => {}
+            Ok(_) if slot.way == SendMethod::Splice => {}
             Ok(count) => slot.message.advance(count as usize),
-            Err(error) if slot.way == Way::ZeroCopy && cannot_zero_copy(&error) => {
-                self.evidence.give_up(Way::ZeroCopy);
-                slot.way = Way::Copy;
+            Err(error) if slot.way == SendMethod::ZeroCopy && cannot_zero_copy(&error) => {
+                self.trials.give_up(SendMethod::ZeroCopy);
+                slot.way = SendMethod::Copy;
             }
             Err(error) => return Err(LaneError::io("send pages")(error)),
         }
-        if slot.message.remaining() > 0 || slot.way == Way::Splice {
+        if slot.message.remaining() > 0 || slot.way == SendMethod::Splice {
             return self.hand_over_newest();
         }
         self.handed_over();
@@ -340,10 +353,10 @@ impl Sender {
     fn handed_over(&mut self) {
         let slot = self.window.back().expect("the frame being sent stays in the window");
         match slot.way {
-            Way::Copy => LaneStats::add(&self.stats.copied_bytes, slot.payload_bytes),
-            Way::Splice => LaneStats::add(&self.stats.zero_copy_bytes, slot.payload_bytes),
+            SendMethod::Copy => LaneStats::add(&self.stats.copied_bytes, slot.payload_bytes),
+            SendMethod::Splice => LaneStats::add(&self.stats.zero_copy_bytes, slot.payload_bytes),
             // The notification tells.
-            Way::ZeroCopy => {}
+            SendMethod::ZeroCopy => {}
         }
         self.sending = false;
         self.retire();
@@ -351,11 +364,11 @@ impl Sender {
 
     /// The kernel has let go of the pages of a zero-copy send.
     fn release(&mut self, sequence: u64, copied: bool) {
-        self.evidence.learn(copied);
+        self.trials.learn(copied);
         let mut slots = self.window.iter_mut().chain(&mut self.lingering);
         let Some(slot) = slots.find(|slot| slot.sequence == sequence) else { return };
         slot.notifications -= 1;
-        if slot.notifications == 0 && slot.way == Way::ZeroCopy {
+        if slot.notifications == 0 && slot.way == SendMethod::ZeroCopy {
             let counter = if copied { &self.stats.copied_bytes } else { &self.stats.zero_copy_bytes };
             LaneStats::add(counter, slot.payload_bytes);
         }
@@ -389,14 +402,14 @@ impl Sender {
     fn think_over_the_limit(&mut self) {
         let flow = Flow {
             acked_bytes: self.stats.acked_bytes.load(Ordering::Relaxed),
-            round_trip: self.pulse.round_trip(),
+            round_trip: self.health.round_trip(),
             full: mem::take(&mut self.full),
         };
-        self.limit.observe(self.pulse.now(), &flow);
-        self.seat.set_bytes_per_second(self.limit.bytes_per_second());
+        self.limit.observe(self.health.now(), &flow);
+        self.waker.set_bytes_per_second(self.limit.bytes_per_second());
         if let Some(compressor) = &mut self.compressor {
             compressor.observe(
-                self.pulse.now(),
+                self.health.now(),
                 self.stats.acked_bytes.load(Ordering::Relaxed),
                 self.delivered_bytes,
             );
@@ -438,7 +451,7 @@ impl Sender {
     }
 
     fn listen_for_wake(&mut self) -> Result<(), LaneError> {
-        let waker = types::Fd(self.seat.as_fd().as_raw_fd());
+        let waker = types::Fd(self.waker.as_fd().as_raw_fd());
         let value: *mut u64 = &mut *self.wake_value;
         let entry = opcode::Read::new(waker, value.cast(), size_of::<u64>() as u32).build();
         // SAFETY: the value is boxed, nobody reads it, and `drop` keeps it until this completes.
@@ -455,13 +468,13 @@ impl Sender {
     }
 }
 
-impl Drop for Sender {
+impl Drop for LaneSender {
     /// Ends the connection, leaves what was not acknowledged to the migration, and lets go of
     /// memory only when the kernel has.
     fn drop(&mut self) {
         // These two end every operation that is under way.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
-        self.seat.wake();
+        self.waker.wake();
         let frames = self.window.iter_mut().map(|slot| mem::take(&mut slot.runs));
         self.outbound.orphan(self.number, frames);
         let held = self.ring.drain();

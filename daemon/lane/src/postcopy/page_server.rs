@@ -13,18 +13,18 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-use super::encode::{encode_frame, sort_out_zeros};
-use super::message::Message;
-use super::{LaneError, LaneStats, Outbound};
+use crate::message::Message;
 use crate::priority;
+use crate::send::encode::{encode_frame, sort_out_zeros};
 use crate::socket::hasten;
+use crate::{LaneError, LaneStats, SendState};
 
 /// Page requests read at once.
 const AT_ONCE: usize = 64;
 
 /// Answers requests over one connection.
-pub struct Answerer {
-    outbound: Arc<Outbound>,
+pub struct PageServer {
+    outbound: Arc<SendState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
     sequence: u64,
@@ -36,11 +36,11 @@ pub struct Answerer {
     silence: Duration,
 }
 
-impl Answerer {
+impl PageServer {
     /// For the lane over `socket`, on which something is asked again and again: whoever says nothing
     /// for `silence` is gone.
     pub fn new(
-        outbound: Arc<Outbound>,
+        outbound: Arc<SendState>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
         silence: Duration,

@@ -7,71 +7,72 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// All lanes that there are. They come and go.
+/// The lanes that there are. They come and go.
 #[derive(Default)]
-pub struct Roster {
-    seats: Mutex<Vec<Weak<Seat>>>,
+pub struct Wakers {
+    wakers: Mutex<Vec<Weak<Waker>>>,
     taken: AtomicU64,
 }
 
-/// One lane's place among the others; given up when it is dropped.
-pub struct Seat {
-    waker: OwnedFd,
+/// Wakes one lane, and tells the others how it is. The lane is one of them until this is dropped.
+pub struct Waker {
+    eventfd: OwnedFd,
     doubtful: AtomicBool,
     bytes_per_second: AtomicU64,
     /// Lanes that came before.
     before: u64,
 }
 
-impl Roster {
+impl Wakers {
     /// For one lane more.
-    pub fn take(&self) -> io::Result<Arc<Seat>> {
-        let waker = eventfd(0, EventfdFlags::CLOEXEC)?;
+    pub fn take(&self) -> io::Result<Arc<Waker>> {
+        let eventfd = eventfd(0, EventfdFlags::CLOEXEC)?;
         let before = self.taken.fetch_add(1, Ordering::Relaxed);
-        let seat = Arc::new(Seat {
-            waker,
+        let waker = Arc::new(Waker {
+            eventfd,
             doubtful: AtomicBool::new(false),
             bytes_per_second: AtomicU64::new(0),
             before,
         });
-        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
-        seats.retain(|seat| seat.strong_count() > 0);
-        seats.push(Arc::downgrade(&seat));
-        Ok(seat)
+        let mut wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        wakers.retain(|waker| waker.strong_count() > 0);
+        wakers.push(Arc::downgrade(&waker));
+        Ok(waker)
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.seats().len()
+        self.wakers().len()
     }
 
     /// What all of them deliver together, as far as they know.
     pub fn bytes_per_second(&self) -> u64 {
-        self.seats().iter().map(|seat| seat.bytes_per_second.load(Ordering::Relaxed)).sum()
+        self.wakers().iter().map(|waker| waker.bytes_per_second.load(Ordering::Relaxed)).sum()
     }
 
     /// Wakes all of them.
     pub fn wake(&self) {
-        self.seats().iter().for_each(|seat| seat.wake());
+        self.wakers().iter().for_each(|waker| waker.wake());
     }
 
     /// Whether a lane other than the one on `own` is well, as far as it knows.
-    pub fn others_are_well(&self, own: &Seat) -> bool {
-        let well = |seat: &Arc<Seat>| !std::ptr::eq(&**seat, own) && !seat.doubtful.load(Ordering::Relaxed);
-        self.seats().iter().any(well)
+    pub fn others_are_well(&self, own: &Waker) -> bool {
+        let well =
+            |waker: &Arc<Waker>| !std::ptr::eq(&**waker, own) && !waker.doubtful.load(Ordering::Relaxed);
+        self.wakers().iter().any(well)
     }
 
-    fn seats(&self) -> Vec<Arc<Seat>> {
+    fn wakers(&self) -> Vec<Arc<Waker>> {
         // The list is whole whenever somebody may panic.
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
+        self.wakers.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
     }
 }
 
-impl Seat {
+impl Waker {
     /// Wakes the lane.
     pub fn wake(&self) {
         // An eventfd that is already rung refuses nothing but a counter overflow.
-        let _ = rustix::io::write(&self.waker, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 
     /// Tells the others whether an answer is overdue on this lane.
@@ -93,10 +94,10 @@ impl Seat {
     }
 }
 
-impl AsFd for Seat {
+impl AsFd for Waker {
     /// What is rung to wake the lane.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.waker.as_fd()
+        self.eventfd.as_fd()
     }
 }
 
@@ -106,23 +107,23 @@ mod tests {
 
     #[test]
     fn lanes_know_of_each_other_while_they_last() {
-        let roster = Roster::default();
-        let first = roster.take().unwrap();
-        assert!(!roster.others_are_well(&first), "there are no others");
-        let second = roster.take().unwrap();
-        assert!(roster.others_are_well(&first) && roster.len() == 2);
+        let wakers = Wakers::default();
+        let first = wakers.take().unwrap();
+        assert!(!wakers.others_are_well(&first), "there are no others");
+        let second = wakers.take().unwrap();
+        assert!(wakers.others_are_well(&first) && wakers.len() == 2);
         second.set_doubtful(true);
-        assert!(!roster.others_are_well(&first) && roster.others_are_well(&second));
+        assert!(!wakers.others_are_well(&first) && wakers.others_are_well(&second));
         second.set_doubtful(false);
         drop(second);
-        assert!(!roster.others_are_well(&first) && roster.len() == 1);
+        assert!(!wakers.others_are_well(&first) && wakers.len() == 1);
     }
 
     #[test]
     fn lanes_begin_apart() {
-        let roster = Roster::default();
-        let seats: Vec<_> = (0..8).map(|_| roster.take().unwrap()).collect();
-        let mut beginnings: Vec<u64> = seats.iter().map(|seat| seat.beginning(1000)).collect();
+        let wakers = Wakers::default();
+        let wakers: Vec<_> = (0..8).map(|_| wakers.take().unwrap()).collect();
+        let mut beginnings: Vec<u64> = wakers.iter().map(|waker| waker.beginning(1000)).collect();
         assert_eq!(beginnings[0], 0);
         beginnings.sort_unstable();
         beginnings.push(1000);

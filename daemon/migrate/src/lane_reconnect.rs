@@ -22,7 +22,7 @@ const STEADY: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Opens lanes where they are missing.
-pub struct Reopener {
+pub struct LaneReconnector {
     routes: Routes,
     /// One for each route.
     tries: Vec<Tries>,
@@ -40,7 +40,7 @@ struct Tries {
     under_way: bool,
 }
 
-impl Reopener {
+impl LaneReconnector {
     /// For lanes on `routes`.
     pub fn new(routes: Routes) -> Self {
         let tries = routes.all().iter().map(|_| Tries::new()).collect();

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-use super::message::Message;
+use crate::message::Message;
 
 /// Memory in the pipe at once: what everybody may have (`fs.pipe-max-size`).
 const PIPE_BYTES: usize = 1 << 20;

@@ -16,9 +16,9 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use tracing::warn;
 
-use super::LaneError;
-use super::placing::{By, Placing};
-use super::receive::check_still;
+use crate::LaneError;
+use crate::checksum::check_still;
+use crate::postcopy::incoming::{By, PostcopyIncoming};
 use crate::priority;
 use crate::socket::{hang_up, hasten};
 
@@ -52,7 +52,7 @@ pub struct Faults {
 }
 
 struct Shared {
-    placing: Arc<Placing>,
+    placing: Arc<PostcopyIncoming>,
     /// A connection that has come, and is to take the place of the one before.
     fresh: Mutex<Option<OwnedFd>>,
     /// Rung when there is a connection, when it is known what is missing, and at the end.
@@ -70,14 +70,14 @@ impl Faults {
     /// Begins to hear of accesses. A source that says nothing for `silence` is given up; `lost` is
     /// called on the thread whenever a connection ends.
     pub fn start(
-        placing: Arc<Placing>,
+        placing: Arc<PostcopyIncoming>,
         silence: Duration,
         lost: impl Fn() + Send + 'static,
     ) -> io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { placing, fresh: Mutex::default(), bell, state: Mutex::default() });
         let (buffer, unserved) = (vec![0; RECEIVED_AT_ONCE].into(), Vec::new());
-        let server = Server { shared: shared.clone(), silence, connection: None, buffer, unserved };
+        let server = FaultHandler { shared: shared.clone(), silence, connection: None, buffer, unserved };
         std::thread::Builder::new().name("faults".into()).spawn(move || {
             priority::raise();
             server.run(lost);
@@ -113,7 +113,7 @@ impl Drop for Faults {
 }
 
 /// What the thread has.
-struct Server {
+struct FaultHandler {
     shared: Arc<Shared>,
     silence: Duration,
     connection: Option<Connection>,
@@ -136,7 +136,7 @@ struct Connection {
     asked_for: HashMap<u64, Instant>,
 }
 
-impl Server {
+impl FaultHandler {
     fn run(mut self, lost: impl Fn()) {
         loop {
             let turn = self.turn();

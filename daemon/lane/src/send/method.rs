@@ -14,7 +14,7 @@ const WORTH_BYTES: u64 = 32 << 10;
 
 /// How a frame is handed to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum SendMethod {
     /// By copying it.
     Copy,
     /// By a zero-copy send, of which the kernel says when it is done with the pages, and whether it copied them.
@@ -25,14 +25,14 @@ pub enum Way {
 
 /// What has been seen of the ways to send.
 #[derive(Debug)]
-pub struct Evidence {
+pub struct MethodTrials {
     trial_frames_left: u32,
     bytes_to_next_trial: u64,
     works: bool,
     splices: bool,
 }
 
-impl Evidence {
+impl MethodTrials {
     /// Of a lane that has a pipe, if `splices`.
     pub fn new(splices: bool) -> Self {
         Self {
@@ -44,22 +44,22 @@ impl Evidence {
     }
 
     /// How to send the next frame, of so many bytes.
-    pub fn choose(&mut self, bytes: u64) -> Way {
+    pub fn choose(&mut self, bytes: u64) -> SendMethod {
         if bytes < WORTH_BYTES {
-            return Way::Copy;
+            return SendMethod::Copy;
         }
         if self.works {
-            return Way::ZeroCopy;
+            return SendMethod::ZeroCopy;
         }
         if self.trial_frames_left > 0 {
             self.trial_frames_left -= 1;
-            return Way::ZeroCopy;
+            return SendMethod::ZeroCopy;
         }
         self.bytes_to_next_trial = self.bytes_to_next_trial.saturating_sub(bytes);
         if self.bytes_to_next_trial == 0 {
             *self = Self::new(self.splices);
         }
-        if self.splices { Way::Splice } else { Way::Copy }
+        if self.splices { SendMethod::Splice } else { SendMethod::Copy }
     }
 
     /// The kernel tells whether it copied a frame that was sent without copying.
@@ -71,13 +71,13 @@ impl Evidence {
     }
 
     /// The kernel cannot send this way at all.
-    pub fn give_up(&mut self, way: Way) {
+    pub fn give_up(&mut self, way: SendMethod) {
         match way {
-            Way::Copy => {}
-            Way::ZeroCopy => {
+            SendMethod::Copy => {}
+            SendMethod::ZeroCopy => {
                 (self.trial_frames_left, self.bytes_to_next_trial, self.works) = (0, u64::MAX, false);
             }
-            Way::Splice => self.splices = false,
+            SendMethod::Splice => self.splices = false,
         }
     }
 }
@@ -88,24 +88,24 @@ mod tests {
 
     #[test]
     fn goes_back_to_a_pipe_or_copies_and_tries_again_later() {
-        for (splices, otherwise) in [(true, Way::Splice), (false, Way::Copy)] {
-            let mut evidence = Evidence::new(splices);
-            assert_eq!(evidence.choose(1 << 20), Way::ZeroCopy);
-            evidence.learn(true);
-            let until_trial = (0..1u64 << 15).take_while(|_| evidence.choose(1 << 20) == otherwise).count();
+        for (splices, otherwise) in [(true, SendMethod::Splice), (false, SendMethod::Copy)] {
+            let mut trials = MethodTrials::new(splices);
+            assert_eq!(trials.choose(1 << 20), SendMethod::ZeroCopy);
+            trials.learn(true);
+            let until_trial = (0..1u64 << 15).take_while(|_| trials.choose(1 << 20) == otherwise).count();
             assert_eq!(until_trial as u64, BYTES_BETWEEN_TRIALS >> 20);
-            evidence.learn(false);
-            assert!((0..1000).all(|_| evidence.choose(1 << 20) == Way::ZeroCopy));
-            assert_eq!(evidence.choose(4096), Way::Copy, "small frames are always copied");
+            trials.learn(false);
+            assert!((0..1000).all(|_| trials.choose(1 << 20) == SendMethod::ZeroCopy));
+            assert_eq!(trials.choose(4096), SendMethod::Copy, "small frames are always copied");
         }
     }
 
     #[test]
     fn what_cannot_be_done_is_not_tried_again() {
-        let mut evidence = Evidence::new(true);
-        evidence.give_up(Way::ZeroCopy);
-        assert!((0..1u64 << 15).all(|_| evidence.choose(1 << 20) == Way::Splice));
-        evidence.give_up(Way::Splice);
-        assert_eq!(evidence.choose(1 << 20), Way::Copy);
+        let mut trials = MethodTrials::new(true);
+        trials.give_up(SendMethod::ZeroCopy);
+        assert!((0..1u64 << 15).all(|_| trials.choose(1 << 20) == SendMethod::Splice));
+        trials.give_up(SendMethod::Splice);
+        assert_eq!(trials.choose(1 << 20), SendMethod::Copy);
     }
 }

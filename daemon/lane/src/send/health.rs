@@ -11,14 +11,14 @@ use crate::socket::tcp_info;
 pub const LOOK: Duration = Duration::from_millis(50);
 
 /// One connection's pulse.
-pub struct Pulse {
+pub struct ConnectionHealth {
     liveness: Liveness,
     begun: Instant,
     looked: Duration,
     round_trip: Duration,
 }
 
-impl Pulse {
+impl ConnectionHealth {
     pub fn new(socket: impl AsFd) -> Self {
         let round_trip = tcp_info(socket).map(|info| shortest_round_trip(&info)).unwrap_or_default();
         Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
@@ -43,11 +43,11 @@ impl Pulse {
         self.looked = now;
         let info = tcp_info(socket)?;
         self.round_trip = shortest_round_trip(&info);
-        Some(self.liveness.observe(now, &vitals(&info)))
+        Some(self.liveness.observe(now, &tcp_state(&info)))
     }
 }
 
-fn vitals(info: &libc::tcp_info) -> TcpInfo {
+fn tcp_state(info: &libc::tcp_info) -> TcpInfo {
     TcpInfo {
         since_heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
         // The other end answers every probe of a window that is closed.
@@ -77,11 +77,11 @@ mod tests {
         near.write_all(&[1; 1000]).unwrap();
         let info = tcp_info(&near).unwrap();
         assert!(info.tcpi_bytes_sent >= 1000 && info.tcpi_rtt > 0);
-        let mut pulse = Pulse::new(&near);
-        assert!(pulse.round_trip() > Duration::ZERO);
-        assert_eq!(pulse.look(&near), None, "it was just looked at");
+        let mut health = ConnectionHealth::new(&near);
+        assert!(health.round_trip() > Duration::ZERO);
+        assert_eq!(health.look(&near), None, "it was just looked at");
         std::thread::sleep(LOOK);
-        assert_eq!(pulse.look(&near), Some(Condition::Well));
+        assert_eq!(health.look(&near), Some(Condition::Well));
         assert!(tcp_info(std::fs::File::open("/dev/null").unwrap()).is_none());
     }
 }

@@ -7,14 +7,15 @@ use memlane_kvm::ram::{GuestRam, zero_pages};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{Content, MAX_PAYLOAD_BYTES, MAX_RUNS, Run, contents_bytes, encode_head};
 
-use super::Outbound;
+use crate::SendState;
+use crate::checksum::checksum;
 
 /// Claims pages for one frame, at or after `cursor` and then from the start, until the frame is full,
 /// `most_bytes` of it are contents, or nothing is left. Moves `cursor` behind what it took, so that
 /// each lane walks through memory in order.
 ///
-/// Each call is one of the claims that [`Outbound::settle`] has to be told the end of.
-pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
+/// Each call is one of the claims that [`SendState::settle`] has to be told the end of.
+pub fn claim_frame(outbound: &SendState, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
     runs.clear();
     outbound.claims.fetch_add(1, Ordering::SeqCst);
     if outbound.is_held() {
@@ -31,7 +32,7 @@ pub fn claim_frame(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs:
 }
 
 /// Claims pages one by one for one frame.
-fn claim_small(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
+fn claim_small(outbound: &SendState, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
     // What a page takes of the room if it has contents: others take 1.
     let whole = outbound.zeros_beside;
     let mut room = outbound.room().min(most_bytes) / PAGE_SIZE * whole;
@@ -58,7 +59,7 @@ fn claim_small(outbound: &Outbound, cursor: &mut u64, most_bytes: u64, runs: &mu
 }
 
 /// Claims whole pages of the guest's own size for one frame.
-fn claim_whole(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
+fn claim_whole(outbound: &SendState, cursor: &mut u64, runs: &mut Vec<Run>) {
     const MOST: u64 = MAX_PAYLOAD_BYTES / PAGE_SIZE;
     let claim = |from| outbound.dirty.claim(&outbound.in_flight, from, MOST);
     let Some(claimed) = claim(*cursor).or_else(|| claim(0)) else { return };
@@ -78,7 +79,7 @@ fn claim_whole(outbound: &Outbound, cursor: &mut u64, runs: &mut Vec<Run>) {
     }
 }
 
-fn sort_out(outbound: &Outbound, pages: Range<u64>, runs: &mut Vec<Run>) {
+fn sort_out(outbound: &SendState, pages: Range<u64>, runs: &mut Vec<Run>) {
     if outbound.sparse.load(Ordering::Relaxed) {
         sort_out_holes(&outbound.ram, pages, runs);
     } else {
@@ -87,20 +88,9 @@ fn sort_out(outbound: &Outbound, pages: Range<u64>, runs: &mut Vec<Run>) {
 }
 
 /// Writes the frame's header and table; with a checksum if the guest stands still.
-pub fn encode_frame(outbound: &Outbound, sequence: u64, runs: &[Run], head: &mut Vec<u8>) -> u64 {
+pub fn encode_frame(outbound: &SendState, sequence: u64, runs: &[Run], head: &mut Vec<u8>) -> u64 {
     let checksum = outbound.still.load(Ordering::Acquire).then(|| checksum(&outbound.ram, runs));
     encode_head(head, sequence, runs, checksum)
-}
-
-/// CRC32C over the memory of all runs with data, in order.
-pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
-    let data = runs.iter().filter(|run| run.content == Content::Data);
-    data.flat_map(|run| ram.slices(run.pages.clone())).fold(0, |sum, slice| {
-        // SAFETY: the slice is mapped as long as `ram` lives, and the guest stands still, here
-        // because it is paused and there because it has not begun to run.
-        let bytes = unsafe { std::slice::from_raw_parts(slice.ptr, slice.len) };
-        crc32c::crc32c_append(sum, bytes)
-    })
 }
 
 /// Splits `pages` into runs of holes, with data, and of zeros.

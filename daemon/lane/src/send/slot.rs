@@ -2,8 +2,8 @@
 
 use memlane_protocol::wire::frame::{FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
 
-use super::evidence::Way;
-use super::message::Message;
+use crate::message::Message;
+use crate::send::method::SendMethod;
 
 /// One frame, from its claim to its acknowledgement.
 pub struct Slot {
@@ -15,7 +15,7 @@ pub struct Slot {
     pub contents_bytes: u64,
     /// and what of them is on the wire: less, if they are compressed.
     pub payload_bytes: u64,
-    pub way: Way,
+    pub way: SendMethod,
     /// The kernel has not yet released the pages of a zero-copy send.
     pub notifications: u32,
 }
@@ -29,7 +29,7 @@ impl Slot {
             message: Message::new(),
             contents_bytes: 0,
             payload_bytes: 0,
-            way: Way::Copy,
+            way: SendMethod::Copy,
             notifications: 0,
         }
     }

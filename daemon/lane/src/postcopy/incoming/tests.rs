@@ -1,4 +1,4 @@
-//! Placing into memory of this process, with a userfaultfd of its own.
+//! PostcopyIncoming into memory of this process, with a userfaultfd of its own.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of runs may have one")]
 
@@ -17,13 +17,13 @@ struct Unwatched;
 
 impl FaultObserver for Unwatched {
     fn waited(&self, _: Duration) {}
-    fn took(&self, _: crate::Leg, _: Duration) {}
+    fn took(&self, _: crate::postcopy::Leg, _: Duration) {}
 }
 
 const LAYOUT: [(u64, u64); 2] = [(0, 160 * PAGE_SIZE), (16 << 20, 64 * PAGE_SIZE)];
 
 /// Memory of which accesses through its mapping here fault, and a second mapping that does not.
-fn placing(test: &str, layout: &[(u64, u64)], backing: &Backing) -> Option<Placing> {
+fn placing(test: &str, layout: &[(u64, u64)], backing: &Backing) -> Option<PostcopyIncoming> {
     let skipped = |reason: String| {
         say_skipped(test, &reason);
         None
@@ -47,17 +47,17 @@ fn placing(test: &str, layout: &[(u64, u64)], backing: &Backing) -> Option<Placi
         })
         .collect();
     let memory = Arc::new(VmmMapping::new(ram, &addresses).unwrap());
-    Some(Placing::new(userfault, memory, Arc::new(|| ()), Arc::new(Unwatched)).unwrap())
+    Some(PostcopyIncoming::new(userfault, memory, Arc::new(|| ()), Arc::new(Unwatched)).unwrap())
 }
 
 /// The first byte of a page, which is there.
-fn byte(placing: &Placing, page: u64) -> u8 {
+fn byte(placing: &PostcopyIncoming, page: u64) -> u8 {
     let slice = placing.memory.ram().slices(page..page + 1).next().unwrap();
     // SAFETY: within the page, which nobody writes to.
     unsafe { slice.ptr.read_volatile() }
 }
 
-fn address(placing: &Placing, page: u64) -> u64 {
+fn address(placing: &PostcopyIncoming, page: u64) -> u64 {
     placing.memory.pieces(page..page + 1).next().unwrap().0.start
 }
 
@@ -157,7 +157,7 @@ fn a_thread_that_waits_goes_on_with_the_whole_page() {
 }
 
 /// The same memory as another user of its file sees it.
-fn other_mapping(placing: &Placing) -> GuestRam {
+fn other_mapping(placing: &PostcopyIncoming) -> GuestRam {
     let ram = placing.memory.ram();
     let fds = ram.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
     GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap()

@@ -11,7 +11,7 @@ const MOST: usize = 64;
 
 /// Which of many lines are worth saying.
 #[derive(Debug)]
-pub struct Seldom<K> {
+pub struct LogLimiter<K> {
     said: HashMap<Option<K>, Said>,
 }
 
@@ -21,13 +21,13 @@ struct Said {
     left_out: u64,
 }
 
-impl<K> Default for Seldom<K> {
+impl<K> Default for LogLimiter<K> {
     fn default() -> Self {
         Self { said: HashMap::new() }
     }
 }
 
-impl<K: Eq + Hash> Seldom<K> {
+impl<K: Eq + Hash> LogLimiter<K> {
     /// Whether to say now what is about `key`: then with how many such lines were left out before.
     pub fn say(&mut self, key: K) -> Option<u64> {
         self.say_at(key, Instant::now())
@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn one_line_in_a_while_for_each_thing() {
-        let (mut seldom, start) = (Seldom::default(), Instant::now());
+        let (mut seldom, start) = (LogLimiter::default(), Instant::now());
         assert_eq!(seldom.say_at(1, start), Some(0));
         for _ in 0..1000 {
             assert_eq!(seldom.say_at(1, start + PAUSE / 2), None);
@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn things_beyond_all_number_are_one() {
-        let (mut seldom, start) = (Seldom::default(), Instant::now());
+        let (mut seldom, start) = (LogLimiter::default(), Instant::now());
         let said = (0..100_000).filter(|key| seldom.say_at(*key, start).is_some()).count();
         assert_eq!((said, seldom.said.len()), (MOST + 1, MOST + 1));
         // A while later there is room again.

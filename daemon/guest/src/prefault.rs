@@ -15,13 +15,13 @@ const PIECE_PAGES: u64 = (4 << 20) / PAGE_SIZE;
 
 /// A thread that maps a guest's memory into this process. It ends by itself, with its work or with the memory, and
 /// soon after this is dropped.
-pub struct MappingAhead {
+pub struct Prefault {
     stop: Arc<AtomicBool>,
     /// Its other end is dropped when the thread touches the memory no more.
     ended: watch::Receiver<()>,
 }
 
-impl MappingAhead {
+impl Prefault {
     /// Maps into this process, in the background, what memory the VMM has taken already: that of a guest
     /// that runs when the daemon is started anew, or all of a VMM's that was told to take it before its guest
     /// comes. A page that is received where there is no mapping costs a fault, which is more than receiving
@@ -56,7 +56,7 @@ impl MappingAhead {
     }
 }
 
-impl Drop for MappingAhead {
+impl Drop for Prefault {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -112,7 +112,7 @@ mod tests {
         let ram = Arc::new(GuestRam::create(&[(0, 256 << 20)], &Backing::Memfd).unwrap());
         let all = 0..ram.pages();
         ram.populate_write(all.clone()).unwrap();
-        let ahead = MappingAhead::start("web1".into(), &ram);
+        let ahead = Prefault::start("web1".into(), &ram);
         ahead.stop().await;
         // All but a page here and there, so that nothing passes for empty.
         let apart = 100;

@@ -13,7 +13,7 @@ use tokio_uring::net::TcpStream;
 use tracing::{info, warn};
 
 use crate::link::LinkError;
-use crate::seldom::Seldom;
+use crate::log_limiter::LogLimiter;
 
 /// Connections of one address that may be introducing themselves.
 const SHARE: usize = 64;
@@ -24,9 +24,9 @@ const STAYING: usize = 64;
 
 /// Where connections are let in.
 #[derive(Default)]
-pub struct Door {
+pub struct ConnectionLimiter {
     inner: RefCell<Inner>,
-    told: RefCell<Seldom<(IpAddr, String)>>,
+    told: RefCell<LogLimiter<(IpAddr, String)>>,
 }
 
 #[derive(Default)]
@@ -46,16 +46,16 @@ struct Silent {
 }
 
 /// The place of one connection, which is free again when this is dropped.
-pub struct Place {
-    door: Rc<Door>,
+pub struct ConnectionSlot {
+    limiter: Rc<ConnectionLimiter>,
     address: IpAddr,
     number: u64,
     stays: bool,
 }
 
-impl Door {
+impl ConnectionLimiter {
     /// Lets a connection in, if need be in place of one that is silent.
-    pub fn enter(self: &Rc<Self>, address: IpAddr, stream: &Rc<TcpStream>) -> Place {
+    pub fn enter(self: &Rc<Self>, address: IpAddr, stream: &Rc<TcpStream>) -> ConnectionSlot {
         let mut inner = self.inner.borrow_mut();
         while let Some(index) = inner.makes_way_for(address) {
             if let Some(stream) = inner.silent.remove(index).stream.upgrade() {
@@ -66,7 +66,7 @@ impl Door {
         let number = inner.next;
         inner.next += 1;
         inner.silent.push(Silent { number, address, stream: Rc::downgrade(stream) });
-        Place { door: self.clone(), address, number, stays: false }
+        ConnectionSlot { limiter: self.clone(), address, number, stays: false }
     }
 
     /// A connection from an address that is nobody's was closed.
@@ -104,11 +104,11 @@ impl Inner {
     }
 }
 
-impl Place {
+impl ConnectionSlot {
     /// The connection has introduced itself and stays: nobody takes its place any more. Not if too many of
     /// its address do.
     pub fn stay(&mut self) -> bool {
-        let mut inner = self.door.inner.borrow_mut();
+        let mut inner = self.limiter.inner.borrow_mut();
         let staying = inner.staying.entry(self.address).or_default();
         if *staying >= STAYING {
             return false;
@@ -120,9 +120,9 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut inner = self.door.inner.borrow_mut();
+        let mut inner = self.limiter.inner.borrow_mut();
         if !self.stays {
             return inner.silent.retain(|silent| silent.number != self.number);
         }
@@ -153,15 +153,16 @@ mod tests {
                 (Rc::new(TcpStream::from_std(listener.accept().unwrap().0)), there)
             };
             let is_closed = |mut there: &StdStream| there.read(&mut [0]).is_ok_and(|count| count == 0);
-            let (door, first, second) = (Rc::<Door>::default(), [10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+            let (limiter, first, second) =
+                (Rc::<ConnectionLimiter>::default(), [10, 0, 0, 1].into(), [10, 0, 0, 2].into());
             let (quiet, quiet_there) = connect();
-            let mut patient = door.enter(second, &quiet);
+            let mut patient = limiter.enter(second, &quiet);
             let mut crowd = Vec::new();
             for _ in 0..SHARE + 3 {
                 let (stream, there) = connect();
-                crowd.push((door.enter(first, &stream), stream, there));
+                crowd.push((limiter.enter(first, &stream), stream, there));
             }
-            assert_eq!(door.inner.borrow().silent.len(), SHARE + 1);
+            assert_eq!(limiter.inner.borrow().silent.len(), SHARE + 1);
             assert!(crowd[..3].iter().all(|(_, _, there)| is_closed(there)));
             for (_, _, there) in &crowd[3..] {
                 there.set_nonblocking(true).unwrap();
@@ -172,27 +173,27 @@ mod tests {
             quiet_there.set_nonblocking(true).unwrap();
             for _ in 0..SHARE + 1 {
                 let (stream, there) = connect();
-                crowd.push((door.enter(second, &stream), stream, there));
+                crowd.push((limiter.enter(second, &stream), stream, there));
             }
             assert!(!is_closed(&quiet_there));
             crowd.clear();
-            assert!(door.inner.borrow().silent.is_empty());
+            assert!(limiter.inner.borrow().silent.is_empty());
             // Not all of one address do.
             let mut staying = vec![patient];
             for _ in 1..STAYING {
-                let mut place = door.enter(second, &quiet);
-                assert!(place.stay());
-                staying.push(place);
+                let mut slot = limiter.enter(second, &quiet);
+                assert!(slot.stay());
+                staying.push(slot);
             }
-            assert!(!door.enter(second, &quiet).stay() && door.enter(first, &quiet).stay());
+            assert!(!limiter.enter(second, &quiet).stay() && limiter.enter(first, &quiet).stay());
             staying.clear();
-            assert!(door.inner.borrow().staying.is_empty() && door.enter(second, &quiet).stay());
+            assert!(limiter.inner.borrow().staying.is_empty() && limiter.enter(second, &quiet).stay());
             // All addresses together.
             let mut many = Vec::new();
             for address in 0..=(PLACES as u32) {
-                many.push(door.enter(IpAddr::V4((address / 2).into()), &quiet));
+                many.push(limiter.enter(IpAddr::V4((address / 2).into()), &quiet));
             }
-            assert_eq!(door.inner.borrow().silent.len(), PLACES);
+            assert_eq!(limiter.inner.borrow().silent.len(), PLACES);
         });
     }
 }

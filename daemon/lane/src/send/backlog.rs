@@ -8,13 +8,13 @@ use memlane_protocol::window::hold;
 
 /// About how much is left, and how fast all lanes together deliver it.
 #[derive(Default)]
-pub struct Left {
+pub struct Backlog {
     pages: AtomicU64,
     /// 0 before it was measured.
     bytes_per_second: AtomicU64,
 }
 
-impl Left {
+impl Backlog {
     /// There are `pages` to claim now.
     pub fn set(&self, pages: u64, bytes_per_second: u64) {
         self.pages.store(pages, Ordering::Relaxed);
@@ -42,7 +42,7 @@ mod tests {
     #[test]
     fn the_less_is_left_the_less_may_be_held() {
         const MS: Duration = Duration::from_millis(1);
-        let left = Left::default();
+        let left = Backlog::default();
         // 40 ms of pages at 1000 pages a millisecond, of which each lane may hold half.
         left.set(40_000, 1_000_000 * PAGE_SIZE);
         assert_eq!(left.hold(), 20 * MS);
