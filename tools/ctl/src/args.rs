@@ -248,9 +248,16 @@ impl OrderArgs {
 }
 
 #[cfg(test)]
+#[path = "../../xtask/src/documents/reader.rs"]
+mod documents;
+
+#[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use clap::CommandFactory;
+    use clap::error::ErrorKind;
     use memlane_guest::qemu::definition::Definition;
 
     #[test]
@@ -271,6 +278,42 @@ mod tests {
         let shorter: String = text.lines().filter(kept).map(|line| format!("{line}\n")).collect();
         let default = Definition::parse("help".as_ref(), &shorter).unwrap();
         assert_eq!(Definition { text, ..default }, definition);
+    }
+
+    #[test]
+    fn the_commands_in_the_documents_are_understood() {
+        let commands = documents::commands("memlanectl");
+        let wrong = commands.iter().filter_map(|command| {
+            let error = Args::try_parse_from(&command.words).err()?;
+            let fine = match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => true,
+                ErrorKind::MissingRequiredArgument => !command.whole,
+                _ => false,
+            };
+            (!fine).then(|| format!("{}: {}\n{error}", command.place, command.words.join(" ")))
+        });
+        assert_eq!(wrong.collect::<Vec<_>>().join("\n"), "");
+        assert!(commands.len() > 20, "{commands:?}");
+    }
+
+    #[test]
+    fn the_page_about_orders_knows_all_options_and_exit_codes() {
+        let page = documents::pages().into_iter().find(|page| page.name == "docs/orders.md").unwrap();
+        let command = Args::command();
+        let migrate = command.find_subcommand("migrate").unwrap();
+        let options: BTreeSet<&str> =
+            migrate.get_arguments().filter_map(|argument| argument.get_long()).collect();
+        let spans = page.spans().into_iter().filter_map(|(_, span)| span.strip_prefix("--"));
+        let named: BTreeSet<&str> = spans.filter_map(|span| span.split(' ').next()).collect();
+        // That one is of all commands.
+        assert_eq!(named.iter().copied().filter(|name| *name != "json").collect::<BTreeSet<_>>(), options);
+        let numbers = |text: &str, before: &str| -> Vec<u8> {
+            let lines =
+                text.lines().filter_map(|line| line.strip_prefix(before)?.split(' ').next()?.parse().ok());
+            lines.collect()
+        };
+        let (_, codes) = EXAMPLES.split_once("Exit codes:").unwrap();
+        assert_eq!(numbers(&page.text, "| "), numbers(codes, "  "));
     }
 
     #[test]
