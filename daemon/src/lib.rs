@@ -1,7 +1,7 @@
 //! The Memlane daemon: moves running guests to other hosts.
 //!
 //! The control plane is one thread of tasks on tokio-uring: the [`api`], the attach socket, the
-//! [control connections](control), and one task for each half of a migration (`memlane_migrate`). The data plane is a
+//! control connections, and one task for each half of a migration (`memlane_migrate`). The data plane is a
 //! thread and an io_uring for each lane (`memlane_lane`). This crate wires them together.
 
 #![forbid(unsafe_code)]

@@ -1,6 +1,6 @@
 //! What the daemon counts and measures, for Prometheus.
 //!
-//! Names begin with `memlane_` and units are base units, as Prometheus has it ([`names`]). Counters are there from the
+//! Names begin with `memlane_` and units are base units, as Prometheus has it (`names`). Counters are there from the
 //! start with 0, so that the first increase is seen. The engine tells [`Metrics`] what it measures; what goes up and
 //! down is looked up when somebody asks for it.
 

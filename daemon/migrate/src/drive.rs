@@ -50,6 +50,7 @@ pub struct Session<M> {
 }
 
 /// What happened.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, for a moment")]
 pub enum News<T> {
     /// A message came over the migration's own connection, or that ended.
     Message(Result<Control, LinkError>),

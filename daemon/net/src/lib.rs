@@ -8,7 +8,7 @@
 //! - [`announce`] tells the switches of a network where a guest is.
 //! - [`journal`] is what must be remembered across a crash, and [`private`] files that others cannot read.
 //! - [`unix_socket`] is what local programs connect to.
-//! - [`task`] runs and watches the tasks of the control thread, and [`seldom`] keeps a crowd from filling the log.
+//! - [`task`] runs and watches the tasks of the control thread, and [`log_limiter`] keeps a crowd from filling the log.
 
 pub mod announce;
 pub mod config;

@@ -97,10 +97,10 @@ impl Effects {
 
     /// When a VMM that hangs is waited for no longer.
     pub fn patience_ends(&self) -> Option<Instant> {
-        let waits = self.lost.is_none()
-            && self.cannot_be_whole()
-            && matches!(self.vmm, Vmm::Away(_))
-            && self.unanswered.is_some();
+        // One that was prepared to fetch is not told anything: it is to say how it stands.
+        let asked = self.unanswered.is_some() || self.entry.record == Record::Prepared;
+        let waits =
+            self.lost.is_none() && self.cannot_be_whole() && matches!(self.vmm, Vmm::Away(_)) && asked;
         waits.then(|| self.unanswered_since + RETURN)
     }
 
