@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{Stage, Tap, assert_runs, signal, wait_for_exit};
 use memlane_api::types::Phase;
-use memlane_lab::{HostId, LabOptions, Process, wait_for};
+use memlane_lab::{HostId, LabOptions, LabProcess, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
 use rustix::net::sockopt::socket_type;
@@ -195,7 +195,7 @@ fn a_vmm_that_was_not_told_to_run_the_guest_has_never_run_it() {
 }
 
 /// Closes a VMM's connection to its daemon.
-fn hang_up(vmm: &Process) {
+fn hang_up(vmm: &LabProcess) {
     let pid = Pid::from_raw(vmm.pid() as i32).unwrap();
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
     let numbers = std::fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use common::{LONG, Order, Stage, assert_runs, wait_for_exit, words};
 use memlane_api::types::Phase;
-use memlane_lab::{HostId, LabOptions, Rate, Vmm, wait_for};
+use memlane_lab::{HostId, LabOptions, LabVmm, Rate, wait_for};
 
 /// What the culprit is told.
 const REASON: &str = "the guest's memory file was truncated by its VMM";
@@ -22,7 +22,7 @@ const LEFT: u64 = 32 << 20;
 /// Two hosts, and a guest in post-copy between them.
 struct Street {
     stage: Stage,
-    neighbour: (Vmm, Vmm),
+    neighbour: (LabVmm, LabVmm),
     order: Order,
 }
 
@@ -39,7 +39,7 @@ impl Street {
     }
 
     /// A VMM of the culprit's whose memory is in a file on a host.
-    fn start(&mut self, id: HostId, more: &str) -> (Vmm, PathBuf) {
+    fn start(&mut self, id: HostId, more: &str) -> (LabVmm, PathBuf) {
         let file = self.stage.rig.lab().host(id).memory_directory().join("culprit");
         let arguments = words(&format!("{CULPRIT} {more} --backing {}", file.display()));
         (self.stage.rig.start_vmm(id, "culprit", &arguments).unwrap(), file)

@@ -11,7 +11,7 @@ use common::{LONG, Stage, Tap, assert_runs, signal, wait_for_exit};
 use memlane_api::types::{Migration, Outcome};
 use memlane_kvm::packet;
 use memlane_kvm::ram::{Backing, GuestRam};
-use memlane_lab::{Answer, HostId, LabOptions, wait_for};
+use memlane_lab::{CtlOutput, HostId, LabOptions, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::attach::{
     Bond, FromVmm, MAX_PACKET_BYTES, Reply, Request, RunState, ToVmm, VERSIONS, VmmHello,
@@ -48,7 +48,7 @@ fn wait_for_doubt(stage: &Stage, id: HostId) -> Migration {
     migration
 }
 
-fn resolve(stage: &Stage, id: HostId, more: &[&str]) -> Answer {
+fn resolve(stage: &Stage, id: HostId, more: &[&str]) -> CtlOutput {
     stage.rig.ctl(id, &[&["resolve", "web1"], more].concat()).unwrap()
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use common::{LONG, Stage, Tap, assert_runs, wait_for_exit};
-use memlane_lab::{HostId, LabOptions, Process, Vmm, wait_for};
+use memlane_lab::{HostId, LabOptions, LabProcess, LabVmm, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
 
@@ -21,7 +21,7 @@ fn journal(stage: &Stage, id: HostId) -> PathBuf {
 }
 
 /// Has a guest moved up to the commit, of which the destination does not hear before the source daemon is killed.
-fn committed(stage: &mut Stage, tap: &Tap) -> (Vmm, Vmm) {
+fn committed(stage: &mut Stage, tap: &Tap) -> (LabVmm, LabVmm) {
     let (guest, there) = (stage.guest("web1"), stage.receiver("web1"));
     tap.hold(HostId::A, |message| matches!(message, Control::Handover { message: Message::Commit, .. }));
     let order = stage.begin("web1", &["--downtime-limit", "5s"]);
@@ -92,7 +92,7 @@ fn a_daemon_does_not_start_with_a_journal_that_does_not_add_up() {
 }
 
 /// Starts a host's daemon through a script, which is given the journal's directory.
-fn start_by(stage: &mut Stage, id: HostId, script: &str) -> Process {
+fn start_by(stage: &mut Stage, id: HostId, script: &str) -> LabProcess {
     stage.rig.stop_daemon(id).unwrap();
     let (host, script) = (stage.rig.lab().host(id), format!("{script}; shift; exec \"$@\""));
     let mut command = host.command("sh");

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use common::{LIMITS, LONG, Stage, assert_runs, wait_for_exit, words};
 use memlane_api::types::{Migration, Phase};
-use memlane_lab::{HostId, HugePages, LabOptions, Rate, Requirement, RigOptions, Vmm, say_skipped, wait_for};
+use memlane_lab::{
+    HostId, HugePages, LabOptions, LabVmm, Rate, Requirement, RigOptions, say_skipped, wait_for,
+};
 
 /// Writes as fast as it can, all over its memory.
 const BUSY: &str = "--ram 64MiB --working-set 48MiB --flat-out --fill zero=10,random=80,compressible=10";
@@ -15,7 +17,7 @@ const BUSY: &str = "--ram 64MiB --working-set 48MiB --flat-out --fill zero=10,ra
 const SLOW: u64 = 50_000_000;
 
 /// A guest on host A, and a VMM on host B that waits for it.
-fn pair(stage: &mut Stage, guest: &str) -> (Vmm, Vmm) {
+fn pair(stage: &mut Stage, guest: &str) -> (LabVmm, LabVmm) {
     let here = stage.rig.start_vmm(HostId::A, "web1", &words(guest)).unwrap();
     let there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{guest} --incoming"))).unwrap();
     (here, there)
@@ -41,7 +43,7 @@ fn hurry(stage: &Stage, ports: usize) {
 }
 
 /// The guest has arrived with all of its memory, and goes on.
-fn assert_whole(ended: &serde_json::Value, here: &mut Vmm, there: &mut Vmm) {
+fn assert_whole(ended: &serde_json::Value, here: &mut LabVmm, there: &mut LabVmm) {
     let postcopy = &ended["postcopy"];
     assert_eq!(postcopy["remaining_pages"], 0, "{ended}");
     assert!(postcopy["pages_streamed"].as_u64() > Some(0), "{ended}");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{LONG, Linux, Stage};
 use memlane_api::types::Phase;
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Counters, HostId, LabOptions, Lan, Rate, tell_guest, wait_for};
+use memlane_lab::{GuestCounters, HostId, LabOptions, Lan, Rate, tell_guest, wait_for};
 use serde_json::json;
 
 /// Pages, as the daemons count them.
@@ -128,7 +128,7 @@ fn memory_given_back_is_given_back_at_the_destination() {
     });
     let mut monitor = Monitor::connect(&monitor).unwrap();
     // Memory that the guest has used, and uses no more.
-    Counters::ask(stage.rig.lab().lan(), linux.guest.address, "churn 96M").unwrap();
+    GuestCounters::ask(stage.rig.lab().lan(), linux.guest.address, "churn 96M").unwrap();
     let before = held(&stage, HostId::A, &linux);
 
     // It is given back while it is on its way: part of it has been sent by then.

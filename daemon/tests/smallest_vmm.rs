@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 
 use common::{LONG, Stage, wait_for_exit};
-use memlane_lab::{HostId, LabOptions, Process, wait_for};
+use memlane_lab::{HostId, LabOptions, LabProcess, wait_for};
 
 /// Builds the example, unless it is up to date.
 fn build() {
@@ -16,7 +16,7 @@ fn build() {
 }
 
 /// Starts the example on a host, and waits until its daemon knows it.
-fn start(stage: &Stage, id: HostId, log: &str, incoming: bool) -> Process {
+fn start(stage: &Stage, id: HostId, log: &str, incoming: bool) -> LabProcess {
     let host = stage.rig.lab().host(id);
     // Beside `deps`, where the programs of tests lie.
     let here = std::env::current_exe().unwrap();
@@ -29,13 +29,13 @@ fn start(stage: &Stage, id: HostId, log: &str, incoming: bool) -> Process {
 }
 
 /// How far the guest was when the example last said so.
-fn laps(vmm: &Process) -> u64 {
+fn laps(vmm: &LabProcess) -> u64 {
     let log = std::fs::read_to_string(vmm.log()).unwrap();
     log.lines().rev().find_map(|line| line.strip_prefix("laps: ")?.parse().ok()).unwrap_or(0)
 }
 
 /// Waits until the guest has made so many laps, and checks its whole memory in each of them.
-fn wait_for_laps(vmm: &mut Process, least: u64) -> u64 {
+fn wait_for_laps(vmm: &mut LabProcess, least: u64) -> u64 {
     let came = wait_for("the guest to go on", LONG, || {
         assert!(vmm.is_running(), "the example has ended: {}", vmm.log_tail());
         Some(laps(vmm)).filter(|laps| *laps >= least)

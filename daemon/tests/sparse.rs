@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Stage, assert_runs, wait_for_exit, words};
-use memlane_lab::{HostId, LabOptions, Process, Rate, Requirement, RigOptions};
+use memlane_lab::{HostId, LabOptions, LabProcess, Rate, Requirement, RigOptions};
 use serde_json::Value;
 
 /// Holds 64 MiB in places all over it, and touches 64 MiB more that are holes at first.
@@ -39,7 +39,7 @@ fn migrate(stage: &mut Stage, guest: &str, order: &[&str]) -> Value {
 }
 
 /// The process holds, and has held, little memory, and has few page tables.
-fn assert_small(process: &Process) {
+fn assert_small(process: &LabProcess) {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
     for what in ["VmHWM:", "VmPTE:"] {
         let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::{LIMITS, LONG, Stage, Tap, wait_for_exit, words};
 use memlane_api::types::Phase;
-use memlane_lab::{DaemonUser, HostId, LabOptions, Rate, Requirement, RigOptions, Vmm, wait_for};
+use memlane_lab::{DaemonUser, HostId, LabOptions, LabVmm, Rate, Requirement, RigOptions, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
 
@@ -35,7 +35,7 @@ fn the_units_user_moves_guests() {
 /// Writes as fast as it can, all over its memory.
 const BUSY: &str = "--ram 64MiB --working-set 48MiB --flat-out --fill zero=10,random=80,compressible=10";
 
-fn pair(stage: &mut Stage) -> (Vmm, Vmm) {
+fn pair(stage: &mut Stage) -> (LabVmm, LabVmm) {
     let here = stage.rig.start_vmm(HostId::A, "web1", &words(BUSY)).unwrap();
     let there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{BUSY} --incoming"))).unwrap();
     (here, there)

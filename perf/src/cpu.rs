@@ -7,44 +7,44 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use memlane_lab::{Host, HostId, Lab, Remote};
+use memlane_lab::{HostId, Lab, LabHost, Remote};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
-/// The kernel's threads that carry packets, or do other work that was put off, for whoever caused it.
+/// The names of the kernel's threads that carry packets, or do other delayed work for any process.
 const KERNEL_THREADS: [&str; 3] = ["ksoftirqd/", "kworker/", "napi/"];
-/// Parent of all of the kernel's threads.
+/// The parent of all of the kernel's threads.
 const KTHREADD: u32 = 2;
 
-/// Measures the processor time of some processes, and of the kernel's threads that work for them: for whom each of
-/// these works nobody can tell, so all of their time counts, less what was seen of it when nothing was moved.
+/// A meter of the processor time of some processes, and of the kernel's threads that work for them. Nothing tells for
+/// whom each of these works, so all of their time counts, less what they used when nothing was moved.
 #[derive(Debug, Clone)]
 pub struct Meter {
-    machines: Vec<Machine>,
+    machines: Vec<MeasuredMachine>,
 }
 
-/// A machine, and what is measured there.
+/// A machine, and the processes that are measured there.
 #[derive(Debug, Clone)]
-struct Machine {
-    /// This one if there is none.
+struct MeasuredMachine {
+    /// The connection to the machine; `None` for this machine.
     remote: Option<Arc<Remote>>,
-    /// What each process was last seen to have used.
+    /// The processor seconds that each process had used at the last look.
     processes: BTreeMap<u32, f64>,
 }
 
-/// What was used until some moment.
+/// The processor time that was used until some moment.
 #[derive(Debug, Clone)]
-pub struct Reading {
+pub struct CpuReading {
     at: Instant,
     processes: f64,
-    /// Of each of the kernel's threads, on each machine: they come and go.
+    /// The processor seconds of each of the kernel's threads on each machine. Threads come and go.
     kernel: BTreeMap<(usize, u32), f64>,
 }
 
-/// What was used between two readings.
+/// The processor time that was used between two readings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Used {
-    /// The time between them.
+    /// The time between the readings, in seconds.
     pub elapsed: f64,
     /// Processor seconds of the processes.
     pub processes: f64,
@@ -53,7 +53,7 @@ pub struct Used {
 }
 
 impl Meter {
-    /// Measures these processes of this machine, with all their threads.
+    /// Makes a meter of these processes of this machine, with all their threads.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl Meter {
         Self::of_machines([(None, processes.into_iter().collect())])
     }
 
-    /// The same of processes on the hosts of `lab`, which may be one machine.
+    /// Makes a meter of processes on the hosts of `lab`, which may be one machine.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl Meter {
 
     fn of_machines(machines: impl IntoIterator<Item = (Option<Arc<Remote>>, Vec<u32>)>) -> Result<Self> {
         let machine = |(remote, processes): (Option<Arc<Remote>>, Vec<u32>)| {
-            let mut machine = Machine { remote, processes: BTreeMap::new() };
+            let mut machine = MeasuredMachine { remote, processes: BTreeMap::new() };
             let (used, _) = machine.ask(&processes, false)?;
             for pid in processes {
                 let used = used.get(&pid);
@@ -92,26 +92,26 @@ impl Meter {
         Ok(Self { machines: machines.into_iter().map(machine).collect::<Result<_>>()? })
     }
 
-    /// Looks at the processes only, which takes little time. Of one that will end by itself no more is known than what
-    /// the last look has found.
+    /// Looks at the processes only, which takes little time. Of a process that ends by itself, the meter knows only
+    /// what the last look has found.
     pub fn look(&mut self) {
         for machine in &mut self.machines {
             machine.look(false);
         }
     }
 
-    /// What was used until now.
-    pub fn read(&mut self) -> Reading {
+    /// Returns the processor time that was used until now.
+    pub fn read(&mut self) -> CpuReading {
         let mut kernel = BTreeMap::new();
         for (index, machine) in self.machines.iter_mut().enumerate() {
             let threads = machine.look(true);
             kernel.extend(threads.into_iter().map(|(pid, used)| ((index, pid), used)));
         }
         let processes = self.machines.iter().flat_map(|machine| machine.processes.values()).sum();
-        Reading { processes, kernel, at: Instant::now() }
+        CpuReading { processes, kernel, at: Instant::now() }
     }
 
-    /// Watches for a while how much is used when nothing is moved.
+    /// Measures for a while how much is used when nothing is moved.
     pub fn idle(&mut self, time: Duration) -> Used {
         let start = self.read();
         std::thread::sleep(time);
@@ -119,8 +119,8 @@ impl Meter {
     }
 }
 
-impl Machine {
-    /// Looks at the processes, and, if they are asked for, at the kernel's threads, which are returned.
+impl MeasuredMachine {
+    /// Looks at the processes and, if `kernel`, at the kernel's threads, which it returns.
     fn look(&mut self, kernel: bool) -> BTreeMap<u32, f64> {
         let processes: Vec<u32> = self.processes.keys().copied().collect();
         let (used, threads) = self.ask(&processes, kernel).unwrap_or_default();
@@ -129,7 +129,8 @@ impl Machine {
         threads
     }
 
-    /// What these processes have used that there are, and the kernel's threads if they are asked for.
+    /// Asks what these processes have used, and the kernel's threads if `kernel`. Processes that have ended are missing
+    /// from the answer.
     fn ask(&self, processes: &[u32], kernel: bool) -> Result<(BTreeMap<u32, f64>, BTreeMap<u32, f64>)> {
         let Some(remote) = &self.remote else { return Ok(used_here(processes, kernel)) };
         let told = remote.ask(ORDER, json!({ "processes": processes, "kernel": kernel }))?;
@@ -137,10 +138,10 @@ impl Machine {
     }
 }
 
-/// What an agent is asked for here.
+/// The order to an agent to report processor time.
 pub const ORDER: &str = "cpu";
 
-/// An agent's answer to [`ORDER`].
+/// Answers [`ORDER`] for an agent.
 ///
 /// # Errors
 ///
@@ -155,8 +156,8 @@ fn used_here(processes: &[u32], kernel: bool) -> (BTreeMap<u32, f64>, BTreeMap<u
     (used.collect(), if kernel { of_kernel() } else { BTreeMap::new() })
 }
 
-impl Reading {
-    /// What was used since `start`, an earlier reading of the same meter.
+impl CpuReading {
+    /// Returns what was used since `start`, an earlier reading of the same meter.
     pub fn since(&self, start: &Self) -> Used {
         let kernel = self.kernel.iter().map(|(thread, now)| {
             // One that is new has used all of it since.
@@ -171,7 +172,7 @@ impl Reading {
 }
 
 impl Used {
-    /// Processor seconds of all together, without what is used in the same time anyway.
+    /// Returns the processor seconds of all together, without what is used in the same time anyway.
     pub fn beyond(&self, idle: &Self) -> f64 {
         let anyway = |of: f64| if idle.elapsed > 0.0 { of / idle.elapsed * self.elapsed } else { 0.0 };
         // What the kernel does anyway comes and goes: it must not make what was seen less than nothing.
@@ -179,18 +180,19 @@ impl Used {
     }
 }
 
-/// The same as [`of_process`], of a process on a host.
+/// Returns the processor seconds of a process on a host, as [`of_process`] does.
 ///
 /// # Errors
 ///
 /// If there is no such process (any more).
-pub fn on(host: &Host, pid: u32) -> Result<f64> {
-    let machine = Machine { remote: host.remote().cloned(), processes: BTreeMap::new() };
+pub fn on(host: &LabHost, pid: u32) -> Result<f64> {
+    let machine = MeasuredMachine { remote: host.remote().cloned(), processes: BTreeMap::new() };
     let (used, _) = machine.ask(&[pid], false)?;
     used.get(&pid).copied().with_context(|| format!("asking for the processor time of process {pid}"))
 }
 
-/// Processor seconds, user and system, that a process has used with all its threads, those that have ended included.
+/// Returns the processor seconds, user and system, that a process has used with all its threads, including those that
+/// have ended.
 ///
 /// # Errors
 ///
@@ -214,12 +216,12 @@ fn of_kernel() -> BTreeMap<u32, f64> {
     used.collect()
 }
 
-/// What matters of proc_pid_stat(5).
+/// The fields of proc_pid_stat(5) that are needed.
 #[derive(Debug, PartialEq)]
 struct Stat<'a> {
     name: &'a str,
     parent: u32,
-    /// `utime` and `stime` together.
+    /// The sum of `utime` and `stime`.
     ticks: u64,
 }
 

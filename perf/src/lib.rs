@@ -14,9 +14,3 @@ mod picture;
 pub mod report;
 pub mod scenario;
 pub mod timeline;
-
-/// Now, in seconds since 1970-01-01T00:00:00Z, as QEMU and the daemons date what happens.
-fn unix_time() -> f64 {
-    use std::time::{SystemTime, UNIX_EPOCH};
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}

@@ -1,5 +1,7 @@
 //! See the package description, and `memlane-perf --help`.
 
+#![forbid(unsafe_code)]
+
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -7,13 +9,14 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use memlane_api::units::Span;
 use memlane_lab::{Lab, LabOptions, Programs, Rate, Size, agent};
-use memlane_perf::baseline::memory::{self, MemoryState};
+use memlane_perf::baseline::memcpy;
+use memlane_perf::baseline::memory::MemoryState;
 use memlane_perf::baseline::qemu::files;
-use memlane_perf::baseline::raw::{self, RawOptions, Receiver};
+use memlane_perf::baseline::raw::{self, RawAgent, RawOptions};
 use memlane_perf::cpu;
 use memlane_perf::page;
-use memlane_perf::report::Report;
-use memlane_perf::scenario::Order;
+use memlane_perf::report::ScenarioReport;
+use memlane_perf::scenario::ScenarioCommand;
 use serde::Serialize;
 
 /// Measures Memlane against the limits of the machine that it runs on, and against QEMU.
@@ -21,7 +24,7 @@ use serde::Serialize;
 #[command(version)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: PerfCommand,
     /// End the output with one line of JSON, or with one for each of several scenarios
     #[arg(long, global = true)]
     json: bool,
@@ -32,9 +35,9 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum PerfCommand {
     #[command(flatten)]
-    Scenario(Order),
+    Scenario(ScenarioCommand),
     /// What sockets carry between two network namespaces, memory to memory, and how soon they bring a single page
     /// (needs root)
     Raw(RawArgs),
@@ -47,7 +50,7 @@ enum Command {
     /// The harness's other half on a host that is reached over ssh
     #[command(hide = true)]
     Agent {
-        /// What it may write to, and removes at the end
+        /// The directory that the agent may write to, and removes at the end
         directory: PathBuf,
     },
 }
@@ -76,10 +79,13 @@ struct RawArgs {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let of_scenario = matches!(cli.command, Command::Scenario(_));
-    ensure!(of_scenario || cli.report.is_none(), "--report is about scenarios only");
+    let of_scenario = matches!(cli.command, PerfCommand::Scenario(_));
+    ensure!(
+        of_scenario || cli.report.is_none(),
+        "--report works only with scenarios, and not with raw or memcpy"
+    );
     match cli.command {
-        Command::Scenario(order) => {
+        PerfCommand::Scenario(order) => {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
             let mut reports = Vec::new();
             order.carry_out(&Programs::build(true)?, &mut |report| {
@@ -89,7 +95,7 @@ fn main() -> Result<()> {
                 cli.report.as_deref().map_or(Ok(()), |file| write(&reports, file))
             })
         }
-        Command::Raw(args) => {
+        PerfCommand::Raw(args) => {
             memlane_lab::cleanup_on_signal().context("installing signal handlers")?;
             let lab = Lab::new(LabOptions {
                 ports: args.ports,
@@ -104,27 +110,28 @@ fn main() -> Result<()> {
             };
             print(&raw::measure(&lab, &options)?, cli.json)
         }
-        Command::Agent { directory } => agent(&directory),
-        Command::Memcpy { bytes } => print(&memory::measure_memcpy(in_memory(bytes)?)?, cli.json),
+        PerfCommand::Agent { directory } => agent(&directory),
+        PerfCommand::Memcpy { bytes } => print(&memcpy::measure_memcpy(in_memory(bytes)?)?, cli.json),
     }
 }
 
 /// Carries out orders that come over ssh.
 fn agent(directory: &Path) -> Result<()> {
-    let mut receiver = Receiver::default();
+    let mut receiver = RawAgent::default();
     agent::serve(directory, std::io::stdin().lock(), std::io::stdout(), &mut |name, order| match name {
         cpu::ORDER => Some(cpu::tell(order)),
         _ => receiver.carry_out(name, order).or_else(|| files::carry_out(name, order)),
     })
 }
 
-/// A size that this process can have.
+/// Converts a size to one that fits into the address space of this process.
 fn in_memory(size: Size) -> Result<usize> {
-    usize::try_from(size.bytes()).with_context(|| format!("{size} are too many for an address space"))
+    usize::try_from(size.bytes())
+        .with_context(|| format!("{size} do not fit into the address space of this program; choose less"))
 }
 
 /// Prints what a scenario has found.
-fn tell(report: &Report, json: bool) -> Result<()> {
+fn tell(report: &ScenarioReport, json: bool) -> Result<()> {
     println!("{report}");
     if json {
         println!("{}", report.json());
@@ -132,14 +139,14 @@ fn tell(report: &Report, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Writes a page about all that was found so far.
-fn write(reports: &[Report], file: &Path) -> Result<()> {
+/// Writes a page about all results so far.
+fn write(reports: &[ScenarioReport], file: &Path) -> Result<()> {
     let text = match file.extension().is_some_and(|extension| extension == "svg") {
         true => page::picture(reports),
         false => Some(page::page(reports)),
     };
     let Some(text) = text else {
-        eprintln!("no guest was seen at work so far, so there is no picture of one");
+        eprintln!("no scenario has recorded a guest so far, so no picture was written");
         return Ok(());
     };
     std::fs::write(file, text).with_context(|| format!("writing the report {}", file.display()))

@@ -1,22 +1,22 @@
-//! The most memory that a process holds.
+//! The largest memory that a process holds.
 
 use std::fs;
 
 use anyhow::{Context, Result};
 
-/// Watches the most memory that a process holds (`VmHWM`, proc_pid_status(5)), the guest's own where it is mapped
-/// and touched included.
+/// A watch on the largest memory that a process holds (`VmHWM`, proc_pid_status(5)). The guest's own memory counts
+/// where it is mapped and touched.
 #[derive(Debug, Clone, Copy)]
 pub struct PeakMemory {
     pid: u32,
 }
 
 impl PeakMemory {
-    /// From now on: what it held before is forgotten (`clear_refs`, proc_pid_clear_refs(5)).
+    /// Begins to watch. What the process held before is forgotten (`clear_refs`, proc_pid_clear_refs(5)).
     ///
     /// # Errors
     ///
-    /// If there is no such process, or it is somebody else's.
+    /// If there is no such process, or it belongs to another user.
     pub fn begin(pid: u32) -> Result<Self> {
         const RESET_PEAK: &str = "5";
         let path = format!("/proc/{pid}/clear_refs");
@@ -24,7 +24,7 @@ impl PeakMemory {
         Ok(Self { pid })
     }
 
-    /// The most up to now, in bytes.
+    /// Returns the largest memory up to now, in bytes.
     ///
     /// # Errors
     ///

@@ -7,21 +7,21 @@ use std::process::Command;
 
 use clap::Parser;
 use memlane_lab::{
-    HostId, Hosts, Lab, LabOptions, Process, Programs, Requirement, SSHD, Size, qemu, skip, wait_for,
+    HostId, Lab, LabOptions, LabProcess, Programs, RemoteHosts, Requirement, SSHD, Size, qemu, skip, wait_for,
 };
-use memlane_perf::scenario::{Bench, Bulk, Order, Scenario};
+use memlane_perf::scenario::{Bench, BulkScenario, Scenario, ScenarioCommand};
 
 /// Two hosts that can be logged in to.
 struct Reachable {
-    hosts: Hosts,
-    _servers: Vec<Process>,
+    hosts: RemoteHosts,
+    _servers: Vec<LabProcess>,
     _lab: Lab,
 }
 
 #[derive(Parser)]
 struct Line {
     #[command(subcommand)]
-    order: Order,
+    order: ScenarioCommand,
 }
 
 impl Reachable {
@@ -61,7 +61,7 @@ impl Reachable {
         );
         let addresses = [HostId::A, HostId::B].map(|id| lab.host(id).control_address());
         let ports = lab.host(HostId::A).ports().iter().zip(lab.host(HostId::B).ports());
-        let hosts = Hosts {
+        let hosts = RemoteHosts {
             targets: addresses.map(|address| format!("root@{address}")),
             ports: ports.map(|(here, there)| [here.address, there.address]).collect(),
             ssh: ssh.split_whitespace().map(Into::into).collect(),
@@ -93,7 +93,7 @@ fn hosts_that_are_there_already_are_measured() {
     let reachable = Reachable::new();
     let programs = Programs::build(false).expect("programs");
     let bench = Bench { programs, hosts: Some(reachable.hosts.clone()), repetitions: 1 };
-    let report = Bulk { ram: Size::from_mib(64), ports: 1, without_qemu: false }
+    let report = BulkScenario { ram: Size::from_mib(64), ports: 1, without_qemu: false }
         .measure(&bench)
         .expect("a measurement");
     let json = report.json();
@@ -108,7 +108,7 @@ fn hosts_that_are_there_already_are_measured() {
     assert_eq!(json["ratios"]["vs_qemu"].as_f64() > Some(0.0), with_qemu, "{json}");
 
     let line = ["bench", "busy", "--ram", "64MiB", "--shares", "30", "--port-rate", "200mbit"];
-    let Order::Busy(busy) = Line::parse_from(line).order else { unreachable!("busy was said") };
+    let ScenarioCommand::Busy(busy) = Line::parse_from(line).order else { unreachable!("busy was said") };
     let json = busy.scenario.measure(&bench).expect("a measurement").json();
     // What is ideal depends on what ports carry, which nobody has made them carry.
     assert!(json["ratios"]["bytes_vs_ideal_30"].as_f64() > Some(0.0), "{json}");

@@ -1,7 +1,7 @@
 //! Post-copy is measured of both guests, beside what they are held against. Root and QEMU are needed.
 
 use memlane_lab::{Programs, Rate, Requirement, Size, skip};
-use memlane_perf::scenario::{Bench, Postcopy, Scenario};
+use memlane_perf::scenario::{Bench, PostcopyScenario, Scenario};
 
 #[test]
 fn all_waits_are_measured() {
@@ -10,7 +10,7 @@ fn all_waits_are_measured() {
         return;
     }
     let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
-    let scenario = Postcopy {
+    let scenario = PostcopyScenario {
         ram: Size::from_mib(64),
         working_set: None,
         dirty_rate: None,
@@ -19,7 +19,7 @@ fn all_waits_are_measured() {
         ports: 2,
         port_rate: Some("500mbit".parse::<Rate>().expect("a rate")),
     };
-    let small = Postcopy { ram: Size::from_mib(16), ..scenario.clone() };
+    let small = PostcopyScenario { ram: Size::from_mib(16), ..scenario.clone() };
     let error = small.measure(&bench).expect_err("nothing is left to be read");
     assert!(error.to_string().contains("--ram"), "{error}");
 

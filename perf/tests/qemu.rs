@@ -2,9 +2,9 @@
 
 use memlane_lab::{Lab, LabOptions, Programs, Requirement, Size, skip};
 use memlane_perf::baseline::memory::MemoryState;
-use memlane_perf::baseline::qemu::Way;
+use memlane_perf::baseline::qemu::QemuMethod;
 use memlane_perf::baseline::qemu::firmware::Firmware;
-use memlane_perf::scenario::{Bench, Qemu, Scenario};
+use memlane_perf::scenario::{Bench, QemuScenario, Scenario};
 
 #[test]
 fn every_way_of_moving_is_measured() {
@@ -12,7 +12,7 @@ fn every_way_of_moving_is_measured() {
         return;
     }
     let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
-    let scenario = Qemu {
+    let scenario = QemuScenario {
         ram: Size::from_mib(256),
         touched: Some(Size::from_mib(32)),
         dirty_rate: 100,
@@ -22,7 +22,7 @@ fn every_way_of_moving_is_measured() {
         prealloc: false,
         anonymous: false,
     };
-    let too_full = Qemu { touched: Some(Size::from_mib(250)), ..scenario.clone() };
+    let too_full = QemuScenario { touched: Some(Size::from_mib(250)), ..scenario.clone() };
     let error = too_full.measure(&bench).expect_err("no memory is left for a kernel");
     assert!(error.to_string().contains("--touched"), "{error}");
 
@@ -49,7 +49,9 @@ fn a_guest_that_runs_its_firmware_moves_whole() {
     }
     let lab = Lab::new(LabOptions::default()).expect("a lab");
     let guest = Firmware::new(&lab, 64 << 20).expect("a guest");
-    for (way, memory) in [(Way::Plain, MemoryState::Prepared), (Way::Multifd(2), MemoryState::Fresh)] {
+    for (way, memory) in
+        [(QemuMethod::Plain, MemoryState::Prepared), (QemuMethod::Multifd(2), MemoryState::Fresh)]
+    {
         // It compares both ends itself.
         let moved = guest.migrate(&lab, way, memory).expect("a move");
         assert!(0.0 < moved.downtime && moved.downtime <= moved.seconds, "{moved:?}");

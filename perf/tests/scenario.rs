@@ -1,7 +1,7 @@
 //! A scenario is measured, and its report has the shape that programs look for. Root is needed.
 
 use memlane_lab::{Programs, Rate, Requirement, Size, skip};
-use memlane_perf::scenario::{Bench, Scenario, Shaped};
+use memlane_perf::scenario::{Bench, Scenario, ShapedScenario};
 
 #[test]
 fn a_scenario_makes_a_report() {
@@ -10,7 +10,7 @@ fn a_scenario_makes_a_report() {
     }
     let bench = Bench { programs: Programs::build(false).expect("programs"), hosts: None, repetitions: 1 };
     let rate = "1gbit".parse::<Rate>().expect("a rate");
-    let shaped = Shaped { ram: Size::from_mib(32), ports: 2, port_rate: rate };
+    let shaped = ShapedScenario { ram: Size::from_mib(32), ports: 2, port_rate: rate };
     let report = shaped.measure(&bench).expect("a measurement");
     let json = report.json();
     assert_eq!((&json["scenario"], &json["settings"]["ports"]), (&"shaped".into(), &2.into()));

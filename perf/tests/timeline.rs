@@ -1,8 +1,8 @@
 //! A move is watched moment by moment. Root is needed.
 
 use memlane_lab::{HostId, LabOptions, Programs, Requirement, Rig, RigOptions, Size, skip};
-use memlane_perf::memlane::{Guest, Writes};
-use memlane_perf::timeline::Progress;
+use memlane_perf::memlane::{BenchGuest, WriteLoad};
+use memlane_perf::timeline::ProgressSample;
 
 #[test]
 fn the_guest_and_the_ports_are_watched_at_both_ends() {
@@ -14,8 +14,8 @@ fn the_guest_and_the_ports_are_watched_at_both_ends() {
     let lab = LabOptions { ports: 2, port_rate: rate, ..LabOptions::default() };
     let tables = "[limits]\nmin_bandwidth = \"1mbit\"\n".to_owned();
     let mut rig = Rig::new(&programs, RigOptions { lab, tables, ..RigOptions::default() }).expect("a rig");
-    let idle = Guest::idle(Size::from_mib(64), false);
-    let guest = Guest { writes: Writes::Rate(2000), readers: 1, ..idle };
+    let idle = BenchGuest::idle(Size::from_mib(64), false);
+    let guest = BenchGuest { writes: WriteLoad::Rate(2000), readers: 1, ..idle };
     let moved = guest.migrate(&mut rig, &[], |_, _| {}).and_then(|moved| moved.arrived()).expect("a move");
 
     let (timeline, migration) = (&moved.timeline, &moved.migration);
@@ -29,8 +29,9 @@ fn the_guest_and_the_ports_are_watched_at_both_ends() {
         (timeline.progress.first().expect("a look"), timeline.progress.last().expect("a look"));
     assert!(first.seconds < 0.0 && last.seconds > pause.to, "{first:?} {last:?}");
     assert!(first.written < last.written && first.read < last.read, "{first:?} {last:?}");
-    let ordered =
-        |one: &Progress, next: &Progress| one.seconds <= next.seconds && one.written <= next.written;
+    let ordered = |one: &ProgressSample, next: &ProgressSample| {
+        one.seconds <= next.seconds && one.written <= next.written
+    };
     assert!(timeline.progress.is_sorted_by(ordered));
     // Whatever the daemons sent went over the ports, with headers.
     let span = timeline.span().expect("it was watched");

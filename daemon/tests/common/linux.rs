@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
-use memlane_lab::{Answer, Counters, HostId, LabOptions, Requirement, RigOptions, Session};
+use memlane_lab::{ClientSession, CtlOutput, GuestCounters, HostId, LabOptions, Requirement, RigOptions};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -17,9 +17,9 @@ pub struct Linux {
     /// What it is made of.
     pub guest: LinuxGuest,
     /// The client's connection, since the guest booted last.
-    pub session: Session,
+    pub session: ClientSession,
     /// The guest's answers when it was looked at last.
-    seen: Counters,
+    seen: GuestCounters,
 }
 
 impl Stage {
@@ -49,20 +49,20 @@ impl Stage {
         change(&mut guest);
         let file = self.rig.prepare_linux(&guest).unwrap();
         self.launch(HostId::A, file.to_str().unwrap());
-        let session = Session::open(self.rig.lab().lan(), guest.address, BOOT).unwrap();
+        let session = ClientSession::open(self.rig.lab().lan(), guest.address, BOOT).unwrap();
         let seen = session.hear(LONG).unwrap();
         Linux { guest, session, seen }
     }
 
     /// Starts the guest of a guest file.
-    pub fn launch(&self, id: HostId, file: &str) -> Answer {
+    pub fn launch(&self, id: HostId, file: &str) -> CtlOutput {
         let answer = self.rig.ctl(id, &["launch", file]).unwrap();
         assert_eq!(answer.code, 0, "{}", answer.text);
         answer
     }
 
     /// Orders guest `name` to move from host `from` to the other, and waits for the end.
-    pub fn migrate_from(&self, from: HostId, name: &str, more: &[&str]) -> Answer {
+    pub fn migrate_from(&self, from: HostId, name: &str, more: &[&str]) -> CtlOutput {
         let to = if from == HostId::A { "host-b" } else { "host-a" };
         let mut words = vec!["migrate", name, to, "--downtime-limit", "60s", "--min-bandwidth", "1mbit"];
         words.extend(more);
@@ -106,7 +106,7 @@ impl Linux {
 
     /// Has the guest check all of its memory.
     pub fn assert_whole(&self, stage: &Stage) {
-        let checked = Counters::ask(stage.rig.lab().lan(), self.guest.address, "check").unwrap();
+        let checked = GuestCounters::ask(stage.rig.lab().lan(), self.guest.address, "check").unwrap();
         assert_eq!(checked.failures, 0, "{checked:?}");
     }
 
@@ -131,7 +131,7 @@ impl Linux {
     pub fn assert_booted_again(&mut self, stage: &Stage) {
         let before = self.seen.boot_id.clone();
         let opened = memlane_lab::wait_for("the guest to boot again", BOOT, || {
-            let session = Session::open(stage.rig.lab().lan(), self.guest.address, BOOT).ok()?;
+            let session = ClientSession::open(stage.rig.lab().lan(), self.guest.address, BOOT).ok()?;
             let seen = session.hear(LONG).ok()?;
             (seen.boot_id != before).then_some((session, seen))
         });

@@ -14,7 +14,7 @@ use std::time::Duration;
 use memlane_api::client::Client;
 use memlane_api::types::Migration;
 use memlane_lab::{
-    Answer, HostId, LabOptions, Process, Programs, Requirement, Rig, RigOptions, Vmm, skip, wait_for,
+    CtlOutput, HostId, LabOptions, LabProcess, LabVmm, Programs, Requirement, Rig, RigOptions, skip, wait_for,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -71,17 +71,17 @@ impl Stage {
     }
 
     /// A guest that runs on host A.
-    pub fn guest(&mut self, name: &str) -> Vmm {
+    pub fn guest(&mut self, name: &str) -> LabVmm {
         self.rig.start_vmm(HostId::A, name, &words(GUEST)).unwrap()
     }
 
     /// A VMM on host B that waits for a guest like [`Stage::guest`].
-    pub fn receiver(&mut self, name: &str) -> Vmm {
+    pub fn receiver(&mut self, name: &str) -> LabVmm {
         self.rig.start_vmm(HostId::B, name, &words(&format!("{GUEST} --incoming"))).unwrap()
     }
 
     /// Orders guest `name` to move to host B, and waits for the end.
-    pub fn migrate(&self, name: &str, more: &[&str]) -> Answer {
+    pub fn migrate(&self, name: &str, more: &[&str]) -> CtlOutput {
         self.rig.ctl(HostId::A, &order(name, more)).unwrap()
     }
 
@@ -130,14 +130,14 @@ impl Stage {
     }
 
     /// The guest does its work on host A as if nothing had happened.
-    pub fn assert_runs_on(&self, name: &str, vmm: &mut Vmm) {
+    pub fn assert_runs_on(&self, name: &str, vmm: &mut LabVmm) {
         self.wait_for_standing(HostId::A, name, "running");
         assert_runs(vmm);
     }
 
     /// Guest `name` moves to the VMM that waits for it, whole. Where an attempt has failed before,
     /// this shows too that its memory is tracked no more: a VMM that tracks refuses to begin to.
-    pub fn assert_moves(&self, name: &str, there: &mut Vmm) {
+    pub fn assert_moves(&self, name: &str, there: &mut LabVmm) {
         self.wait_for_standing(HostId::A, name, "running");
         self.wait_for_standing(HostId::B, name, "incoming");
         let answer = self.migrate(name, &["--verify"]);
@@ -197,16 +197,16 @@ impl Drop for Stage {
 
 impl Order {
     /// Waits for its end.
-    pub fn end(self) -> Answer {
+    pub fn end(self) -> CtlOutput {
         let output = self.0.wait_with_output().unwrap();
         let stdout = String::from_utf8_lossy(&output.stdout);
         let json = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let text = format!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
-        Answer { code: output.status.code().unwrap(), json, text }
+        CtlOutput { code: output.status.code().unwrap(), json, text }
     }
 
     /// Ends it with exit code `code`; what it says has all of `why`.
-    pub fn expect(self, code: i32, why: &[&str]) -> Answer {
+    pub fn expect(self, code: i32, why: &[&str]) -> CtlOutput {
         let answer = self.end();
         assert_eq!(answer.code, code, "{}", answer.text);
         for why in why {
@@ -222,7 +222,7 @@ impl Order {
 }
 
 /// The guest makes progress, and its memory is what it ought to be.
-pub fn assert_runs(vmm: &mut Vmm) {
+pub fn assert_runs(vmm: &mut LabVmm) {
     let before = vmm.stats().unwrap();
     assert_eq!(before["standing"], "running", "{before}");
     wait_for("the guest to go on", LONG, || (vmm.stats().unwrap()["steps"] != before["steps"]).then_some(()))
@@ -232,13 +232,13 @@ pub fn assert_runs(vmm: &mut Vmm) {
 }
 
 /// Waits until a process has ended by itself.
-pub fn wait_for_exit(process: &mut Process) {
+pub fn wait_for_exit(process: &mut LabProcess) {
     let ended = process.wait_timeout(LONG).unwrap();
     assert!(ended.is_some(), "{} has not ended: {}", process.name(), process.log_tail());
 }
 
 /// Sends a signal to a process of the rig; one that is to stop has stopped when this returns.
-pub fn signal(process: &Process, signal: Signal) {
+pub fn signal(process: &LabProcess, signal: Signal) {
     send_signal(process.pid(), signal);
     if signal == Signal::STOP {
         wait_for("a process to stop", LONG, || has_stopped(process.pid()).then_some(())).unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Answer, Host, HostId, LabOptions, Process, Requirement, RigOptions};
+use memlane_lab::{CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions};
 use serde_json::{Value, json};
 
 use crate::common::{LIMITS, Stage, words};
@@ -31,14 +31,14 @@ pub fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<Stage> {
 
 /// A QEMU with two monitors: one for the daemon, and one for the test.
 pub struct Qemu {
-    _process: Process,
+    _process: LabProcess,
     pub qmp: PathBuf,
     ours: PathBuf,
 }
 
 impl Qemu {
     /// Starts one as the README says: with the shim, and its RAM in a file.
-    pub fn start(host: &Host, name: &str, arguments: &str) -> Self {
+    pub fn start(host: &LabHost, name: &str, arguments: &str) -> Self {
         let arguments = format!("{} {arguments}", ram(host, name, 64));
         let mut command = host.command(host.qemu());
         command.env("LD_PRELOAD", shim());
@@ -47,19 +47,19 @@ impl Qemu {
     }
 
     /// Starts one without the shim, and with only the RAM that is among its `arguments`.
-    pub fn start_bare(host: &Host, name: &str, arguments: &str) -> Self {
+    pub fn start_bare(host: &LabHost, name: &str, arguments: &str) -> Self {
         Self::spawn(host, name, host.command(host.qemu()), arguments)
     }
 
     /// Starts one without the shim, as [`NOBODY`].
-    pub fn start_as_nobody(host: &Host, name: &str) -> Self {
+    pub fn start_as_nobody(host: &LabHost, name: &str) -> Self {
         open_to_nobody(host);
         let mut command = host.command(AS_NOBODY[0]);
         command.args(&AS_NOBODY[1..]).arg(host.qemu());
         Self::spawn(host, name, command, &ram(host, name, 64))
     }
 
-    fn spawn(host: &Host, name: &str, mut command: Command, arguments: &str) -> Self {
+    fn spawn(host: &LabHost, name: &str, mut command: Command, arguments: &str) -> Self {
         let monitor = |kind: &str| host.directory().join(format!("{name}.{kind}"));
         let (qmp, ours) = (monitor("qmp"), monitor("ours"));
         command.args(words(SMALL)).args(words(arguments));
@@ -87,7 +87,7 @@ impl Qemu {
     }
 
     /// Has the daemon of a host take it.
-    pub fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> Answer {
+    pub fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> CtlOutput {
         attach(stage, id, name, &self.qmp, more)
     }
 
@@ -98,7 +98,7 @@ impl Qemu {
 }
 
 /// RAM in a file that the daemon can see.
-pub fn ram(host: &Host, name: &str, mib: u32) -> String {
+pub fn ram(host: &LabHost, name: &str, mib: u32) -> String {
     let file = ram_file(host, name);
     format!(
         "-m {mib}M -object memory-backend-file,id=memlane-ram,share=on,size={mib}M,mem-path={file} \
@@ -107,19 +107,19 @@ pub fn ram(host: &Host, name: &str, mib: u32) -> String {
 }
 
 /// Where a guest's RAM may lie.
-pub fn ram_file(host: &Host, name: &str) -> String {
+pub fn ram_file(host: &LabHost, name: &str) -> String {
     host.memory_directory().join(format!("{name}.by-hand")).display().to_string()
 }
 
 /// Has the daemon of a host take the QEMU whose monitor is there.
-pub fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) -> Answer {
+pub fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) -> CtlOutput {
     let mut words = vec!["attach", "--name", name, "--qmp", qmp.to_str().unwrap()];
     words.extend(more);
     stage.rig.ctl(id, &words).unwrap()
 }
 
 /// Writes a guest file; `more` are further keys and tables of it.
-pub fn guest_file(host: &Host, name: &str, arguments: &str, more: &str) -> String {
+pub fn guest_file(host: &LabHost, name: &str, arguments: &str, more: &str) -> String {
     let arguments = serde_json::Value::from(words(&format!("{SMALL} {arguments}")));
     let qemu = match more.starts_with("qemu = ") {
         true => String::new(),
@@ -133,7 +133,7 @@ pub fn guest_file(host: &Host, name: &str, arguments: &str, more: &str) -> Strin
 
 /// An answer that is a refusal, and says all of `why`.
 #[track_caller]
-pub fn assert_says_no(answer: &Answer, why: &[&str]) {
+pub fn assert_says_no(answer: &CtlOutput, why: &[&str]) {
     assert_eq!(answer.code, 3, "{}", answer.text);
     for why in why {
         assert!(answer.text.contains(why), "{why:?} is not said: {}", answer.text);
@@ -151,7 +151,7 @@ pub fn assert_moves(stage: &Stage) {
 }
 
 /// Lets [`NOBODY`] make files where programs of this host make theirs. Labs are for root only otherwise.
-pub fn open_to_nobody(host: &Host) {
+pub fn open_to_nobody(host: &LabHost) {
     for directory in [host.directory(), host.memory_directory()] {
         let parent = directory.parent().unwrap();
         fs::set_permissions(parent, Permissions::from_mode(0o711)).unwrap();

@@ -1,7 +1,6 @@
-//! Shared memory as a guest's RAM is made of, and what one core copies into it.
+//! Shared memory of the kind that a guest's RAM is made of.
 
 use std::ops::{Deref, DerefMut};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -9,20 +8,18 @@ use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::baseline::report::{CopyFigures, MemcpyReport};
-
 /// Whether the pages of a mapping are there before the measurement starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryState {
     /// Every page was allocated and mapped beforehand.
     Prepared,
-    /// Nothing was touched: allocating and mapping the pages is part of what is measured.
+    /// No page was touched: the measurement includes allocating and mapping the pages.
     Fresh,
 }
 
 impl MemoryState {
-    /// As on the command line.
+    /// Returns the name that the command line uses.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Prepared => "prepared",
@@ -31,7 +28,7 @@ impl MemoryState {
     }
 }
 
-/// A shared mapping of a memfd that nobody else has.
+/// A shared mapping of a memfd that no other process has.
 #[derive(Debug)]
 pub struct SharedMemory {
     address: *mut u8,
@@ -83,6 +80,17 @@ impl SharedMemory {
         }
         Ok(memory)
     }
+
+    /// Takes all pages out of the page tables. They keep their contents: the next access maps them again.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn unmap_pages(&self) -> Result<()> {
+        // SAFETY: the range is a mapping of a memfd, which keeps its contents; only the page tables lose them.
+        unsafe { rustix::mm::madvise(self.address.cast(), self.bytes, Advice::LinuxDontNeed) }
+            .context("unmapping pages")
+    }
 }
 
 impl Deref for SharedMemory {
@@ -109,7 +117,7 @@ impl Drop for SharedMemory {
     }
 }
 
-/// Touches as much memory as is about to be received, and gives it back, so that the kernel hands out pages that the machine
+/// Touches as much memory as is about to be received, and frees it, so that the kernel hands out pages that the machine
 /// has.
 ///
 /// A virtual machine gets pages that it has not used lately from its own host, at a sixth of the speed at which it hands
@@ -125,69 +133,6 @@ pub fn warm_up(bytes: u64) -> Result<()> {
     SharedMemory::new(bytes.try_into()?, MemoryState::Prepared)
         .map(drop)
         .context("warming up the machine's memory")
-}
-
-/// How fast one core reads memory that is there, and does nothing with it.
-#[derive(Debug, Clone, Copy)]
-pub struct ReadFigures {
-    /// When it has not touched a page of the mapping yet, as one that shares a guest's memory.
-    pub unmapped: f64,
-    /// When it has read them all before.
-    pub mapped: f64,
-}
-
-/// Reads all of `memory` on one core, as if it had just been mapped, and then once more; in GB (10^9 bytes) a second.
-///
-/// # Errors
-///
-/// If the kernel does not forget that the pages were mapped.
-pub fn measure_read(memory: &SharedMemory) -> Result<ReadFigures> {
-    // SAFETY: the range is a mapping of a memfd, which keeps its contents; only the page tables lose them.
-    unsafe { rustix::mm::madvise(memory.address.cast(), memory.bytes, Advice::LinuxDontNeed) }
-        .context("unmapping pages")?;
-    let read = || {
-        let start = Instant::now();
-        // Eight sums, so that the compiler may have them side by side.
-        let mut sums = [0u64; 8];
-        for piece in memory.chunks_exact(size_of_val(&sums)) {
-            for (sum, word) in sums.iter_mut().zip(piece.chunks_exact(size_of::<u64>())) {
-                *sum ^= u64::from_le_bytes(word.try_into().expect("a word has eight bytes"));
-            }
-        }
-        std::hint::black_box(sums);
-        CopyFigures::new(memory.len(), start.elapsed()).gb_per_second
-    };
-    let (unmapped, mapped) = (read(), read());
-    Ok(ReadFigures { unmapped, mapped })
-}
-
-/// Copies `bytes` into fresh shared memory on one core, and then once more, now that its pages are there.
-///
-/// # Errors
-///
-/// If the memory is not to be had.
-pub fn measure_memcpy(bytes: usize) -> Result<MemcpyReport> {
-    let source = SharedMemory::with_pattern(bytes)?;
-    copy_twice(&source)
-}
-
-/// As [`measure_memcpy`], of memory that is there already.
-///
-/// # Errors
-///
-/// If the memory is not to be had.
-pub fn copy_twice(source: &SharedMemory) -> Result<MemcpyReport> {
-    let bytes = source.len();
-    warm_up(bytes as u64)?;
-    let mut destination = SharedMemory::new(bytes, MemoryState::Fresh)?;
-    let mut copy = || {
-        let start = Instant::now();
-        destination.copy_from_slice(source);
-        CopyFigures::new(bytes, start.elapsed())
-    };
-    let (fresh, prepared) = (copy(), copy());
-    ensure!(**source == *destination, "the copy differs from its source");
-    Ok(MemcpyReport { bytes, fresh, prepared })
 }
 
 #[cfg(test)]
@@ -208,20 +153,5 @@ mod tests {
         let memory = SharedMemory::with_pattern(64 * 1024 + 3).expect("memory");
         let words: std::collections::HashSet<&[u8]> = memory.chunks_exact(8).collect();
         assert_eq!(words.len(), 8 * 1024);
-    }
-
-    #[test]
-    fn reading_changes_nothing() {
-        let memory = SharedMemory::with_pattern(1 << 20).expect("memory");
-        let figures = measure_read(&memory).expect("a measurement");
-        assert!(figures.unmapped > 0.0 && figures.mapped > 0.0);
-        assert!(*memory == *SharedMemory::with_pattern(1 << 20).expect("memory"));
-    }
-
-    #[test]
-    fn memcpy_reports_both_states() {
-        let report = measure_memcpy(1 << 20).expect("memory");
-        assert_eq!(report.bytes, 1 << 20);
-        assert!(report.fresh.seconds > 0.0 && report.prepared.seconds > 0.0);
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::net::{RecvFlags, SendFlags};
 
-/// A ring for one socket, to be used by the thread that made it.
+/// A ring for one socket. Only the thread that made it may use it.
 pub(crate) struct SocketRing {
     // Before `socket`: the ring goes first, and takes what is in flight with it.
     ring: IoUring,
@@ -77,7 +77,7 @@ impl SocketRing {
     }
 }
 
-/// What one operation may move; the loops above go on with the rest.
+/// Returns how many bytes one operation may move; the callers' loops continue with the rest.
 fn length(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(1 << 30)
 }

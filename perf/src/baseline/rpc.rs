@@ -1,13 +1,14 @@
 //! The raw limit of a fault: how long a page takes that is asked for over an idle connection.
 //!
 //! A request of 16 bytes goes from host B to host A, and a page of 4 KiB comes back. There is a thread at either end
-//! that waits in poll(2), as where faults are served, but nobody waits for a page, and none is placed.
+//! that waits in poll(2), as where faults are served, but no guest waits for a page, and none is placed.
 //!
 //! It matters where these threads run. On two hosts each has a processor of its own, which sleeps while it has nothing
 //! to do, and is woken by what comes; so the figures are of two processors. If both ends share one, it never sleeps, and
 //! the page comes several times sooner on a machine where waking is slow, as in a virtual machine. Left to itself the
 //! scheduler does now this and now that. What one processor does is measured too: nothing can be quicker.
 
+use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -17,24 +18,45 @@ use memlane_lab::{HostId, Lab};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use serde::Serialize;
 
 use crate::baseline::memory::SharedMemory;
-use crate::baseline::report::RpcFigures;
+use crate::report::{Waits, microseconds_within};
 
-/// Bytes of an answer.
+/// The size of an answer, in bytes.
 const PAGE: usize = 4096;
-/// Bytes of a request: the number of a page, and as much again.
+/// The size of a request, in bytes: the number of a page, and as much again.
 const REQUEST: usize = 16;
-/// Pages that are asked for in turn, so that they are not all in the processor's nearest cache.
+/// The number of pages that are asked for in turn, so that they are not all in the processor's nearest cache.
 const PAGES: usize = 4096;
-/// Requests before those that count.
+/// The number of requests before those that count.
 const WARM_UP: usize = 200;
-/// Requests that count.
+/// The number of requests that count.
 const REQUESTS: usize = 5000;
-/// On slow ports fewer must do.
+/// The longest measurement. On slow ports it makes fewer requests.
 const LONGEST: Duration = Duration::from_secs(5);
 /// Longest wait for a request or an answer.
 const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+/// The result of [`measure`], in microseconds.
+#[derive(Debug, Clone, Serialize)]
+pub struct RpcFigures {
+    /// The number of pages that were asked for.
+    pub rpc_requests: usize,
+    /// The time within which half of the pages came.
+    pub rpc_p50_us: f64,
+    /// The time within which 99 of 100 pages came.
+    pub rpc_p99_us: f64,
+    /// The time within which all pages came.
+    pub rpc_max_us: f64,
+    /// The time within which half of the pages came, if both ends shared a processor.
+    pub rpc_one_cpu_p50_us: f64,
+    /// The time within which 99 of 100 pages came, if both ends shared a processor.
+    pub rpc_one_cpu_p99_us: f64,
+    /// The time that each page took, between two processors.
+    #[serde(skip)]
+    pub waits: Waits,
+}
 
 /// Asks host A of `lab` for pages from host B over the first port, one at a time, and compares what comes.
 ///
@@ -44,7 +66,7 @@ const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 ///
 /// If the lab has no ports, the connection fails, or an answer is not the page that was asked for.
 pub fn measure(lab: &Lab) -> Result<RpcFigures> {
-    let port = lab.host(HostId::A).ports().first().context("a probe needs a port")?;
+    let port = lab.host(HostId::A).ports().first().context("measuring single pages needs a port")?;
     let memory = SharedMemory::with_pattern(PAGES * PAGE)?;
     let cpus = sched_getaffinity(None).context("asking which processors there are")?;
     let mut cpus = (0..CpuSet::MAX_CPU).filter(|cpu| cpus.is_set(*cpu));
@@ -59,7 +81,38 @@ pub fn measure(lab: &Lab) -> Result<RpcFigures> {
     Ok(RpcFigures::new(measure([first, second])?, measure([first, first])?))
 }
 
-/// What each page takes between the end that asks and the end that answers, on these processors.
+impl RpcFigures {
+    /// Makes the figures from the times between two processors and on one. There must be some of each.
+    pub(crate) fn new(mut two: Vec<Duration>, mut one: Vec<Duration>) -> Self {
+        two.sort_unstable();
+        one.sort_unstable();
+        let within = microseconds_within;
+        Self {
+            rpc_requests: two.len(),
+            rpc_p50_us: within(&two, 50),
+            rpc_p99_us: within(&two, 99),
+            rpc_max_us: within(&two, 100),
+            rpc_one_cpu_p50_us: within(&one, 50),
+            rpc_one_cpu_p99_us: within(&one, 99),
+            waits: Waits::of(&two),
+        }
+    }
+}
+
+impl fmt::Display for RpcFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rpc_requests, rpc_p50_us, rpc_p99_us, rpc_max_us, .. } = self;
+        let Self { rpc_one_cpu_p50_us, rpc_one_cpu_p99_us, .. } = self;
+        write!(
+            f,
+            "a page of 4 KiB, asked for alone: {rpc_p50_us:.0} µs in the median, {rpc_p99_us:.0} µs in 99 of 100, \
+             {rpc_max_us:.0} µs at most, of {rpc_requests}; with both ends on one processor {rpc_one_cpu_p50_us:.0} µs \
+             and {rpc_one_cpu_p99_us:.0} µs"
+        )
+    }
+}
+
+/// Measures the time of each page between the end that asks and the end that answers, on these processors.
 fn times(
     (mut asking, answering): (TcpStream, TcpStream),
     memory: &[u8],
@@ -84,7 +137,7 @@ fn stay_on(cpu: usize) -> Result<()> {
     sched_setaffinity(None, &cpus).with_context(|| format!("moving to processor {cpu}"))
 }
 
-/// The end that asks, on host B, and the end that answers.
+/// Connects the end that asks, on host B, and the end that answers.
 fn connect(lab: &Lab, address: Ipv4Addr) -> Result<(TcpStream, TcpStream)> {
     let listener = lab.host(HostId::A).run_in(|| TcpListener::bind((address, 0)))??;
     let address = listener.local_addr()?;
@@ -137,7 +190,8 @@ fn request(page: usize) -> [u8; REQUEST] {
     request
 }
 
-/// Fills `buffer`, waiting in poll(2) before each read; false if the other end has closed before its first byte.
+/// Fills `buffer`, waiting in poll(2) before each read; returns false if the other end has closed before its first
+/// byte.
 fn read_exact(socket: &mut TcpStream, buffer: &mut [u8]) -> Result<bool> {
     let mut read = 0;
     while read < buffer.len() {
@@ -187,5 +241,15 @@ mod tests {
             let error = answer_all(answering, &memory).expect_err("no request that can be answered");
             assert!(format!("{error:#}").contains(words), "{error:#}");
         }
+    }
+
+    #[test]
+    fn percentiles_are_times_that_were_measured() {
+        let times = |times: &[u64]| times.iter().copied().map(Duration::from_micros).collect();
+        let thousand: Vec<u64> = (1..=1000).rev().collect();
+        let many = RpcFigures::new(times(&thousand), times(&[7]));
+        assert_eq!((many.rpc_one_cpu_p50_us, many.rpc_one_cpu_p99_us), (7.0, 7.0));
+        let found = [many.rpc_p50_us, many.rpc_p99_us, many.rpc_max_us].map(f64::round);
+        assert_eq!((found, many.rpc_requests), ([500.0, 990.0, 1000.0], 1000));
     }
 }

@@ -3,21 +3,20 @@
 use std::panic::resume_unwind;
 
 use anyhow::{Context, Result};
-use memlane_lab::{HostId, Rig};
+use memlane_lab::{HostId, Rig, unix_time};
 use serde_json::Value;
 
-use super::{Ends, Guest, WARM_UP, ensure_completed, order, resumed_at};
+use super::{BenchGuest, Ends, WARM_UP, ensure_completed, order, resumed_at};
 use crate::baseline::memory::warm_up;
-use crate::unix_time;
 
-/// Guests that were moved at once.
+/// The figures of guests that were moved at once.
 #[derive(Debug, Clone)]
 pub struct Together {
-    /// Of each, the time from its order until it ran there.
+    /// The seconds of each guest from its order until it ran at its destination.
     pub seconds: Vec<f64>,
-    /// From the first order until the last guest ran there.
+    /// The seconds from the first order until the last guest ran at its destination.
     pub total_seconds: f64,
-    /// The migrations as the source's daemon told them at last.
+    /// The migrations, as the source's daemon reported them at their end.
     pub migrations: Vec<Value>,
 }
 
@@ -27,7 +26,12 @@ pub struct Together {
 /// # Errors
 ///
 /// If one does not arrive, or not as it left.
-pub fn migrate_together(guest: &Guest, rig: &mut Rig, count: usize, arguments: &[&str]) -> Result<Together> {
+pub fn migrate_together(
+    guest: &BenchGuest,
+    rig: &mut Rig,
+    count: usize,
+    arguments: &[&str],
+) -> Result<Together> {
     let names: Vec<String> = (1..=count).map(|number| format!("web{number}")).collect();
     let ends: Vec<Ends> = names.iter().map(|name| guest.start(rig, name)).collect::<Result<_>>()?;
     std::thread::sleep(WARM_UP);
@@ -53,7 +57,7 @@ pub fn migrate_together(guest: &Guest, rig: &mut Rig, count: usize, arguments: &
     Ok(Together { seconds, total_seconds: running_at.into_iter().fold(first, f64::max) - first, migrations })
 }
 
-/// When each order was given, and what the migration is called.
+/// Gives all orders; returns when each was given, and the identity of its migration.
 fn order_all(rig: &Rig, names: &[String], arguments: &[&str]) -> Result<Vec<(f64, String)>> {
     std::thread::scope(|scope| {
         let give = |name| move || Ok((unix_time(), order(rig, name, arguments)?));

@@ -6,100 +6,100 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use memlane_api::types::Migration;
-use memlane_lab::{HostId, Readers, Rig, Size, Vmm};
+use memlane_lab::{HostId, LabVmm, Readers, Rig, Size, unix_time};
 use serde::Deserialize as _;
 use serde_json::Value;
 
 use crate::baseline::memory::warm_up;
 use crate::cpu::{self, Meter, Used};
-use crate::report::{Figures, Trace, Waits};
-use crate::scenario::Measured;
+use crate::report::{NamedFigures, Trace, Waits};
+use crate::scenario::CaseResult;
 use crate::timeline::{Recorder, Timeline};
-use crate::unix_time;
 pub use many::{Together, migrate_together};
 
 /// Name of the guest.
 pub const GUEST: &str = "web1";
-/// How long it runs before it is moved, so that it moves in full swing; what is used meanwhile is used anyway.
+/// The time that a guest runs before it is moved, so that it moves at its full speed. The processor time that is used
+/// meanwhile counts as idle use.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// From one wake-up of an idle guest to the next, in milliseconds. More often would be work, where each takes up to 0.2 ms of a
-/// processor that the lanes need.
+/// The time from one wake-up of an idle guest to the next, in milliseconds. Shorter times would be work, because each
+/// wake-up takes up to 0.2 ms of a processor that the lanes need.
 const IDLE_TICK_MS: u64 = 10;
-/// Bytes of a page.
+/// The size of a page, in bytes.
 pub(crate) const PAGE: f64 = 4096.0;
 
 /// A guest, and the VMMs at both ends.
 #[derive(Debug, Clone)]
-pub struct Guest {
-    /// Its memory.
+pub struct BenchGuest {
+    /// The size of the guest's memory.
     pub ram: Size,
-    /// What its memory holds at first, as `memlane-vmm --fill` takes it.
+    /// The contents of the guest's memory at first, as `memlane-vmm --fill` takes it.
     pub fill: &'static str,
-    /// How it writes its memory.
-    pub writes: Writes,
-    /// Memory that it writes; a quarter of all if not given.
+    /// The way in which the guest writes its memory.
+    pub writes: WriteLoad,
+    /// The memory that the guest writes; a quarter of all if not given.
     pub working_set: Option<Size>,
-    /// Memory that it may touch, spread over all; all of it if not given. Only of a process.
+    /// The memory that the guest may touch, spread over all; all of it if not given. Only a process may have this.
     pub resident: Option<Size>,
-    /// Virtual CPUs that write.
+    /// The number of virtual CPUs that write.
     pub vcpus: u16,
-    /// Virtual CPUs that only read.
+    /// The number of virtual CPUs that only read.
     pub readers: u16,
-    /// Whether the source's memory is all there before the move: what holds zeros is no hole then.
+    /// Whether all of the source's memory exists before the move. If so, pages of zeros are no holes.
     pub populated: bool,
     /// Whether the destination's memory is taken from the system before the move.
     pub prepared: bool,
-    /// Whether it is a virtual machine; else threads of a process.
+    /// Whether the guest is a virtual machine; else it is threads of a process.
     pub kvm: bool,
-    /// How its writes are noticed, as `memlane-vmm --tracker` takes it; the VMM's own choice if not given.
+    /// The way in which writes are noticed, as `memlane-vmm --tracker` takes it; the VMM's own choice if not given.
     pub tracker: Option<&'static str>,
 }
 
-/// How a guest writes its memory.
+/// The way in which a guest writes its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Writes {
-    /// So many pages a second.
+pub enum WriteLoad {
+    /// The guest writes so many pages a second.
     Rate(u64),
-    /// As many as it can.
+    /// The guest writes as many pages as it can.
     FlatOut,
 }
 
-/// A move that has ended.
+/// The figures of a move that has ended.
 #[derive(Debug)]
-pub struct Moved {
-    /// The migration as the source's daemon told it at last.
+pub struct MemlaneMove {
+    /// The migration, as the source's daemon reported it at its end.
     pub migration: Value,
-    /// What the guest says of itself at its destination; null if it did not get there.
+    /// The guest's own statistics at its destination; null if it did not arrive.
     pub guest: Value,
-    /// From the order until it ran there, or until the order had ended otherwise.
+    /// The seconds from the order until the guest ran at its destination, or until the order had ended otherwise.
     pub seconds: f64,
-    /// Processor time of both VMMs and both daemons, and of the kernel for them.
+    /// The processor time of both VMMs and both daemons, and of the kernel for them.
     pub used: Used,
-    /// The same while nothing moved.
+    /// The processor time that they used while nothing moved.
     pub idle: Used,
-    /// Processor seconds of the source's daemon alone.
+    /// The processor seconds of the source's daemon alone.
     pub source_daemon: f64,
-    /// Pages that the guest wrote a second, from the order until it was looked at at its destination; none if it did
-    /// not get there.
+    /// The number of pages that the guest wrote in a second, from the order until the first look at it at its
+    /// destination; none if it did not arrive.
     pub writes_per_second: Option<f64>,
-    /// How fast the vCPUs were that only read, if the guest has any.
+    /// The speed of the vCPUs that only read, if the guest has any.
     pub readers: Option<Readers>,
-    /// What the guest and the ports did from moment to moment.
+    /// The progress of the guest and of the ports from moment to moment.
     pub timeline: Timeline,
-    /// How long it waited for each page that was not there; none if it had all of them.
+    /// The time that the guest waited for each missing page; none if no page was missing.
     pub waits: Option<Waits>,
 }
 
-impl Guest {
-    /// Pages that cannot be compressed, and no others.
+impl BenchGuest {
+    /// The fill of a memory that cannot be compressed.
     pub const INCOMPRESSIBLE: &str = "zero=0,random=100,compressible=0";
 
-    /// An idle guest full of what cannot be compressed, moved into fresh memory.
+    /// Makes an idle guest full of what cannot be compressed, which is moved into fresh memory.
     pub fn idle(ram: Size, kvm: bool) -> Self {
         Self {
             ram,
             fill: Self::INCOMPRESSIBLE,
-            writes: Writes::Rate(0),
+            writes: WriteLoad::Rate(0),
             working_set: None,
             resident: None,
             vcpus: 1,
@@ -111,20 +111,20 @@ impl Guest {
         }
     }
 
-    /// Starts it on host A, gives the order to move it to host B, with more `arguments` to `memlanectl migrate`, and
-    /// compares its memory with the model when it has arrived. `look` sees each state of the migration as the daemon
-    /// tells it, and may do something to the hosts meanwhile.
+    /// Starts the guest on host A and orders its move to host B, with more `arguments` to `memlanectl migrate`. When it
+    /// has arrived, its memory is compared with the model. `look` sees each state of the migration as the daemon
+    /// reports it, and may change the hosts meanwhile.
     ///
     /// # Errors
     ///
     /// If the order is refused, or the guest's memory is not what it must be. That the migration has failed is none:
-    /// see [`Moved::arrived`].
+    /// see [`MemlaneMove::arrived`].
     pub fn migrate(
         &self,
         rig: &mut Rig,
         arguments: &[&str],
         mut look: impl FnMut(&Rig, &Value),
-    ) -> Result<Moved> {
+    ) -> Result<MemlaneMove> {
         let mut ends = self.start(rig, GUEST)?;
         // Before what is used is measured, so that looking on is in either measurement. There is nothing to see of a guest
         // that does nothing.
@@ -167,7 +167,7 @@ impl Guest {
         if arrived {
             ends.check()?;
         }
-        Ok(Moved {
+        Ok(MemlaneMove {
             migration,
             guest,
             seconds: runs_at - ordered_at,
@@ -182,10 +182,10 @@ impl Guest {
     }
 
     fn is_idle(&self) -> bool {
-        self.writes == Writes::Rate(0) && self.readers == 0
+        self.writes == WriteLoad::Rate(0) && self.readers == 0
     }
 
-    /// Starts its VMM on host A, and the one that waits for it on host B.
+    /// Starts the guest's VMM on host A, and on host B the VMM that waits for the guest.
     fn start(&self, rig: &mut Rig, name: &str) -> Result<Ends> {
         let source = rig.start_vmm(HostId::A, name, &self.arguments(false))?;
         let destination = rig.start_vmm(HostId::B, name, &self.arguments(true))?;
@@ -210,13 +210,13 @@ impl Guest {
             option("--resident", resident.to_string());
         }
         match self.writes {
-            Writes::Rate(rate) => {
+            WriteLoad::Rate(rate) => {
                 option("--rate", rate.to_string());
                 if rate == 0 {
                     option("--tick-ms", IDLE_TICK_MS.to_string());
                 }
             }
-            Writes::FlatOut => arguments.push("--flat-out".to_owned()),
+            WriteLoad::FlatOut => arguments.push("--flat-out".to_owned()),
         }
         arguments.extend(incoming.then(|| "--incoming".to_owned()));
         let prepare = if incoming { self.prepared } else { self.populated };
@@ -225,30 +225,30 @@ impl Guest {
     }
 }
 
-/// How much a guest has written until some moment.
+/// The number of pages that a guest has written until some moment.
 struct Written {
     pages: f64,
     at: Instant,
 }
 
 impl Written {
-    /// As its VMM has just told it. What it tells of the time is of its own host's clock.
+    /// Reads it from the statistics that the guest's VMM has just reported. The time is that of the VMM's host.
     fn by(stats: &Value) -> Self {
         let steps = stats["steps"].as_array().into_iter().flatten().filter_map(Value::as_f64);
         Self { pages: steps.sum(), at: Instant::now() }
     }
 
-    /// Pages a second since then.
+    /// Returns the number of pages that were written in a second since then.
     fn since(&self, before: &Self) -> f64 {
         (self.pages - before.pages) / (self.at - before.at).as_secs_f64()
     }
 }
 
-/// The VMMs of a move.
+/// The VMMs at both ends of a move.
 struct Ends {
     // The source's ends by itself when its guest has left.
-    source: Vmm,
-    destination: Vmm,
+    source: LabVmm,
+    destination: LabVmm,
 }
 
 impl Ends {
@@ -280,8 +280,8 @@ fn order(rig: &Rig, guest: &str, arguments: &[&str]) -> Result<String> {
     Ok(id.to_owned())
 }
 
-impl Moved {
-    /// The same, if the guest runs at its destination.
+impl MemlaneMove {
+    /// Returns the move, if the guest runs at its destination.
     ///
     /// # Errors
     ///
@@ -291,30 +291,30 @@ impl Moved {
         Ok(self)
     }
 
-    /// What is found of every move.
+    /// Returns the results that every scenario needs.
     ///
     /// # Errors
     ///
-    /// As [`Moved::figures`].
-    pub fn measured(self) -> Result<Measured> {
+    /// As [`MemlaneMove::figures`].
+    pub fn measured(self) -> Result<CaseResult> {
         let figures = self.figures()?;
         Ok(self.with_figures(figures))
     }
 
-    /// The same with other figures, to which a scenario has added its own.
-    pub fn with_figures(self, figures: Figures) -> Measured {
+    /// Returns the results with other figures, to which a scenario has added its own.
+    pub fn with_figures(self, figures: NamedFigures) -> CaseResult {
         let trace = Trace { timeline: Some(self.timeline), waits: self.waits };
-        Measured { figures, detail: self.migration, trace }
+        CaseResult { figures, detail: self.migration, trace }
     }
 
-    /// What every scenario wants to know in figures. Rates are of the contents of the guest's memory, without headers.
+    /// Returns the figures that every scenario needs. Rates are of the contents of the guest's memory, without headers.
     ///
     /// # Errors
     ///
     /// If the daemon does not tell what it should.
-    pub fn figures(&self) -> Result<Figures> {
+    pub fn figures(&self) -> Result<NamedFigures> {
         let (ram, sent) = (self.number("pages_total")? * PAGE, self.number("bytes_sent")?);
-        let mut figures = Figures::from([
+        let mut figures = NamedFigures::from([
             ("total_seconds", self.seconds),
             ("gbit_per_second", ram * 8.0 / 1e9 / self.seconds),
         ]);
@@ -335,7 +335,7 @@ impl Moved {
         Ok(figures)
     }
 
-    /// A number that the daemon tells of the migration.
+    /// Returns a number that the daemon reports about the migration.
     ///
     /// # Errors
     ///
@@ -344,7 +344,7 @@ impl Moved {
         self.migration[key].as_f64().with_context(|| format!("no {key} in {}", self.migration))
     }
 
-    /// Lanes that the migration had.
+    /// Returns the number of lanes that the migration had.
     pub fn lanes(&self) -> usize {
         self.migration["lanes"].as_array().map_or(0, Vec::len)
     }
@@ -356,12 +356,13 @@ fn ensure_completed(migration: &Value) -> Result<()> {
     Ok(())
 }
 
-/// How long guests have waited for pages on host B since its daemon began.
+/// Reads how long guests have waited for pages on host B since its daemon began.
 fn waits(rig: &Rig) -> Result<Waits> {
     Ok(Waits::of_metrics(&rig.metrics(HostId::B)?, "memlane_postcopy_fault_seconds"))
 }
 
-/// When the guest ran again, if it did, by the clock of the source's host: in the lab both hosts are this machine.
+/// Returns when the guest ran again, if it did, by the clock of the source's host. In the lab both hosts are this
+/// machine.
 fn resumed_at(migration: &Value) -> Option<f64> {
     Some(migration["stopped_at_seconds"].as_f64()? + migration["downtime_seconds"].as_f64()?)
 }

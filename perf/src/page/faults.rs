@@ -1,28 +1,28 @@
-//! How long the guest waited for pages in post-copy, beside the least that the network takes.
+//! The time that the guest waited for pages in post-copy, beside the least that the network takes.
 
 use crate::picture::{Anchor, LINE, Panel, Picture, Scale, Svg, Unit, WIDTH, width_of};
 use crate::report::Waits;
 
 const RIGHT: f64 = WIDTH - 60.0;
 const TOP: f64 = 40.0;
-/// Of one distribution, and the room below it.
+/// The height of one distribution, and of the room below it.
 const EACH: f64 = 96.0;
 const GAP: f64 = 34.0;
 
-/// How long pages took, of one kind.
+/// The distribution of the times that pages of one kind took.
 #[derive(Debug, Clone)]
 pub(super) struct Distribution {
     pub(super) name: String,
-    /// The least that is possible, and not what was measured of Memlane.
+    /// Whether this is the least that is possible, and not what was measured of Memlane.
     pub(super) limit: bool,
     pub(super) waits: Waits,
-    /// Half took no longer, in seconds.
+    /// The time in seconds within which half of the pages came.
     pub(super) p50: f64,
-    /// 99 of 100 took no longer.
+    /// The time in seconds within which 99 of 100 pages came.
     pub(super) p99: f64,
 }
 
-/// Each distribution above the next, on one axis; `None` if nothing was seen.
+/// Draws each distribution above the next, on one axis; returns `None` if there were no pages.
 pub(super) fn draw(distributions: &[Distribution]) -> Option<Picture> {
     let seen: Vec<&Distribution> = distributions.iter().filter(|of| of.waits.total() > 0).collect();
     let ends = seen.iter().filter_map(|of| of.waits.ends());

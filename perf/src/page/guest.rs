@@ -1,38 +1,38 @@
-//! What a move did to the guest: what it got done from moment to moment.
+//! The effect of a move on the guest: its progress from moment to moment.
 
 use crate::picture::{Anchor, GUTTER, Panel, Picture, Scale, Svg, Unit, WIDTH, digits, width_of};
-use crate::timeline::{Course, Progress, Span, Timeline};
+use crate::timeline::{Course, ProgressSample, TimeSpan, Timeline};
 
 const TOP: f64 = 72.0;
 const BOTTOM: f64 = 262.0;
 const HEIGHT: f64 = 306.0;
-/// Where the panel of all of the move ends, and that of the pause begins.
+/// The place where the panel of the whole move ends, and that of the pause begins.
 const WHOLE: f64 = 620.0;
 const CLOSE: f64 = 680.0;
-/// The bar that names the phases.
+/// The height of the bar that names the phases.
 const BAR: f64 = 14.0;
-/// Spans over which the guest's progress is told are no shorter, in seconds: of all of the move, and of the pause.
+/// The shortest spans over which the guest's progress is shown, in seconds: of the whole move, and of the pause.
 const SHORTEST: (f64, f64) = (0.02, 0.004);
 
-/// What is drawn of the guest: its vCPUs that write, and those that only read.
-struct Line {
+/// A line about the guest: about its vCPUs that write, or about those that only read.
+struct VcpuLine {
     name: &'static str,
     colour: &'static str,
-    /// It is counted by so many.
+    /// The number of pages that the guest counts at a time.
     grain: f64,
-    count: fn(&Progress) -> u64,
+    count: fn(&ProgressSample) -> u64,
     rates: fn(&Timeline, f64) -> Vec<(f64, f64)>,
 }
 
-const LINES: [Line; 2] = [
-    Line {
+const LINES: [VcpuLine; 2] = [
+    VcpuLine {
         name: "writes",
         colour: "blue",
         grain: 1.0,
         count: |progress| progress.written,
         rates: Timeline::writing,
     },
-    Line {
+    VcpuLine {
         name: "reads",
         colour: "green",
         grain: 1024.0,
@@ -41,12 +41,12 @@ const LINES: [Line; 2] = [
     },
 ];
 
-/// The guest's progress through the move beside that before it; `None` of a guest that did nothing.
+/// Draws the guest's progress through the move beside that before it; returns `None` if the guest did nothing.
 pub(super) fn draw(timeline: &Timeline) -> Option<Picture> {
     let span = timeline.span()?;
-    let before = Span { from: span.from, to: 0.0 };
-    let lines: Vec<(&Line, f64)> = (LINES.iter())
-        .filter_map(|line| Some((line, Progress::mean(&timeline.progress, before, line.count)?)))
+    let before = TimeSpan { from: span.from, to: 0.0 };
+    let lines: Vec<(&VcpuLine, f64)> = (LINES.iter())
+        .filter_map(|line| Some((line, ProgressSample::mean(&timeline.progress, before, line.count)?)))
         .filter(|(_, mean)| *mean > 0.0)
         .collect();
     if lines.is_empty() {
@@ -78,8 +78,8 @@ pub(super) fn draw(timeline: &Timeline) -> Option<Picture> {
     Some(Picture::new(svg, HEIGHT, tells(&lines, timeline)))
 }
 
-/// What is shown, and what each line is, in its colour.
-fn head(svg: &mut Svg, lines: &[(&Line, f64)]) {
+/// Writes what is shown, and what each line is, in its colour.
+fn head(svg: &mut Svg, lines: &[(&VcpuLine, f64)]) {
     let texts = lines.iter().map(|(line, mean)| {
         (format!("strong t-{}", line.colour), format!("{} {}", line.name, Unit::PagesPerSecond.text(*mean)))
     });
@@ -97,13 +97,13 @@ fn head(svg: &mut Svg, lines: &[(&Line, f64)]) {
     svg.texts((0.0, 14.0), &parts);
 }
 
-/// From a little before the order until a little after the end.
-pub(super) fn whole(span: Span, course: &Course) -> Span {
+/// Returns the time that is shown: from a little before the order until a little after the end.
+pub(super) fn whole(span: TimeSpan, course: &Course) -> TimeSpan {
     let room = (course.ended * 0.06).max(0.05);
-    Span { from: span.from.max(-room), to: span.to.min(course.ended + room) }
+    TimeSpan { from: span.from.max(-room), to: span.to.min(course.ended + room) }
 }
 
-fn top(timeline: &Timeline, lines: &[(&Line, f64)], step: f64) -> f64 {
+fn top(timeline: &Timeline, lines: &[(&VcpuLine, f64)], step: f64) -> f64 {
     let rates = lines.iter().flat_map(|(line, mean)| {
         let rates = (line.rates)(timeline, step).into_iter();
         rates.filter(|(at, _)| *at > 0.0).map(move |(_, rate)| rate / mean)
@@ -112,7 +112,7 @@ fn top(timeline: &Timeline, lines: &[(&Line, f64)], step: f64) -> f64 {
     rates.fold(1.0, f64::max).clamp(1.05, 1.5)
 }
 
-fn draw_lines(svg: &mut Svg, panel: &Panel, timeline: &Timeline, lines: &[(&Line, f64)], step: f64) {
+fn draw_lines(svg: &mut Svg, panel: &Panel, timeline: &Timeline, lines: &[(&VcpuLine, f64)], step: f64) {
     panel.rows(svg, Unit::Percent, 3);
     let (from, to) = panel.x.values();
     for (line, mean) in lines {
@@ -131,10 +131,10 @@ fn draw_lines(svg: &mut Svg, panel: &Panel, timeline: &Timeline, lines: &[(&Line
     panel.level(svg, "dash", 1.0);
 }
 
-/// A bar above the panel that names what the daemons were at.
+/// Draws a bar above the panel that names the daemons' phases.
 fn phases(svg: &mut Svg, panel: &Panel, course: &Course) {
     let y = TOP - BAR - 6.0;
-    let mut part = |class: &str, span: Span, names: &[String]| {
+    let mut part = |class: &str, span: TimeSpan, names: &[String]| {
         let (from, to) = (panel.x.at(span.from), panel.x.at(span.to));
         let to = to.max(from + 2.0);
         svg.rectangle(class, (from, y), (to - from - 0.5, BAR));
@@ -145,7 +145,7 @@ fn phases(svg: &mut Svg, panel: &Panel, course: &Course) {
     let first = course.rounds.first().map(|round| round.span.from);
     let begins = first.or(course.pause.map(|pause| pause.from)).unwrap_or(course.ended);
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-    part("hair", Span { from: 0.0, to: begins }, &words(&["preparing"]));
+    part("hair", TimeSpan { from: 0.0, to: begins }, &words(&["preparing"]));
     for round in &course.rounds {
         let names = [format!("round {}", round.number), round.number.to_string()];
         part(if round.number % 2 == 1 { "w-blue" } else { "w-blue strong" }, round.span, &names);
@@ -163,8 +163,8 @@ fn phases(svg: &mut Svg, panel: &Panel, course: &Course) {
     }
 }
 
-/// The pause and a little around it.
-fn close_up(svg: &mut Svg, whole: &Panel, timeline: &Timeline, lines: &[(&Line, f64)], pause: Span) {
+/// Draws the pause and a little time around it.
+fn close_up(svg: &mut Svg, whole: &Panel, timeline: &Timeline, lines: &[(&VcpuLine, f64)], pause: TimeSpan) {
     whole.band(svg, "w-orange", (pause.from, pause.to));
     let room = (pause.seconds() * 1.5).max(0.02);
     let panel =
@@ -191,14 +191,14 @@ fn close_up(svg: &mut Svg, whole: &Panel, timeline: &Timeline, lines: &[(&Line, 
     }
 }
 
-fn tells(lines: &[(&Line, f64)], timeline: &Timeline) -> String {
+fn tells(lines: &[(&VcpuLine, f64)], timeline: &Timeline) -> String {
     let course = &timeline.course;
     let copying = course.rounds.first().zip(course.rounds.last());
     let mut text = "The guest's progress over time".to_owned();
     if let Some((first, last)) = copying {
-        let span = Span { from: first.span.from, to: last.span.to };
+        let span = TimeSpan { from: first.span.from, to: last.span.to };
         for (line, before) in lines {
-            if let Some(mean) = Progress::mean(&timeline.progress, span, line.count) {
+            if let Some(mean) = ProgressSample::mean(&timeline.progress, span, line.count) {
                 text += &format!(
                     "; while it was copied, {} at {} % of before",
                     line.name,

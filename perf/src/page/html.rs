@@ -8,28 +8,28 @@ use crate::picture::{Escaped, Picture, style};
 #[derive(Debug, Default)]
 pub(super) struct Section {
     pub(super) name: String,
-    /// What it is about, in some paragraphs.
+    /// The paragraphs that say what the part is about.
     pub(super) lead: Vec<String>,
     pub(super) figures: Vec<Figure>,
-    pub(super) tables: Vec<Table>,
+    pub(super) tables: Vec<HtmlTable>,
 }
 
-/// A picture with what is to be said of it.
+/// A picture with its caption.
 #[derive(Debug)]
 pub(super) struct Figure {
     pub(super) caption: String,
     pub(super) picture: Picture,
 }
 
-/// Words and numbers in rows. What looks like a number stands to the right.
+/// A table of words and numbers. Cells that look like a number are aligned to the right.
 #[derive(Debug, Default)]
-pub(super) struct Table {
+pub(super) struct HtmlTable {
     pub(super) heading: String,
     pub(super) head: Vec<String>,
     pub(super) rows: Vec<Vec<String>>,
 }
 
-/// The whole page.
+/// Returns the whole page.
 pub(super) fn page(title: &str, lead: &str, sections: &[Section]) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -76,7 +76,7 @@ impl Section {
     }
 }
 
-impl Table {
+impl HtmlTable {
     fn write(&self, html: &mut String) {
         // Writing to a string never fails.
         let _ = writeln!(html, "<h3>{}</h3>\n<div class=\"wide\">\n<table>", Escaped(&self.heading));

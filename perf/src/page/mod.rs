@@ -15,21 +15,21 @@ mod targets;
 use serde_json::Value;
 
 use crate::picture::Picture;
-use crate::report::{By, Case, Report, Run, Words};
+use crate::report::{Case, CaseRun, Contender, ScenarioReport, Words};
 use crate::timeline::Timeline;
 
 use faults::Distribution;
-use html::{Figure, Section, Table};
-use prediction::Pause;
+use html::{Figure, HtmlTable, Section};
+use prediction::PredictedPause;
 use ratios::Aim;
 
-/// Predictions of downtime are to be within this of the truth, in seconds.
+/// The largest error that predictions of downtime should have, in seconds.
 const PREDICTION: f64 = 0.02;
-/// Moves of a scenario that are shown from moment to moment, one of each case.
+/// The number of moves of a scenario that are shown from moment to moment, one of each case.
 const MOVES: usize = 4;
 
-/// The page, as a file.
-pub fn page(reports: &[Report]) -> String {
+/// Returns the page as the text of a file.
+pub fn page(reports: &[ScenarioReport]) -> String {
     let mut sections = Vec::new();
     if let [_, _, ..] = reports {
         sections.push(summary(reports));
@@ -38,15 +38,15 @@ pub fn page(reports: &[Report]) -> String {
     html::page("Memlane, measured", &machine(reports), &sections)
 }
 
-/// The picture of what a move did to the guest, as a file by itself: of the first run that shows one.
-pub fn picture(reports: &[Report]) -> Option<String> {
+/// Returns the picture of the first run that shows what a move did to the guest, as the text of a file.
+pub fn picture(reports: &[ScenarioReport]) -> Option<String> {
     let runs = reports.iter().flat_map(|report| report.runs.iter());
     let drawn = runs.filter_map(|run| guest::draw(run.trace.timeline.as_ref()?)).next()?;
     Some(drawn.file())
 }
 
-/// All scenarios side by side.
-fn summary(reports: &[Report]) -> Section {
+/// Describes all scenarios side by side.
+fn summary(reports: &[ScenarioReport]) -> Section {
     let mut section = Section { name: "Summary".into(), ..Section::default() };
     let aims: Vec<Aim<'_>> = reports.iter().flat_map(targets::of).collect();
     section.show(
@@ -54,7 +54,7 @@ fn summary(reports: &[Report]) -> Section {
         "Dots are medians, lines reach from the least to the most of all repetitions. To the right is better, \
          whether a figure is to be large or small.",
     );
-    let pauses: Vec<Pause> =
+    let pauses: Vec<PredictedPause> =
         reports.iter().flat_map(|report| pauses(report, |_| report.scenario.to_owned())).collect();
     section.show(prediction::draw(&pauses, PREDICTION), CAPTION_OF_PREDICTIONS);
     section
@@ -63,7 +63,7 @@ fn summary(reports: &[Report]) -> Section {
 const CAPTION_OF_PREDICTIONS: &str = "Each dot is a move. On the diagonal the guest stood still for as long as was \
     predicted when the pause began; the band is 20 ms to either side.";
 
-fn section(report: &Report) -> Section {
+fn section(report: &ScenarioReport) -> Section {
     let lead = std::iter::once(&report.headline).chain(&report.notes).cloned().collect();
     let mut section = Section { name: report.scenario.to_owned(), lead, ..Section::default() };
     let aims: Vec<Aim<'_>> = targets::of(report);
@@ -89,19 +89,20 @@ fn section(report: &Report) -> Section {
          connection until the page was there.",
     );
     if report.ratios.iter().any(|ratio| ratio.name.starts_with("prediction_error")) {
-        let pauses: Vec<Pause> = pauses(report, |case| case.how.clone()).collect();
+        let pauses: Vec<PredictedPause> = pauses(report, |case| case.how.clone()).collect();
         section.show(prediction::draw(&pauses, PREDICTION), CAPTION_OF_PREDICTIONS);
     }
     section.tables = tables(report);
     section
 }
 
-/// Of each of Memlane's cases the move that took as long as the median of them.
-fn moves(report: &Report) -> Vec<(String, &Timeline)> {
-    let seconds = |run: &Run| run.figures.value("total_seconds").unwrap_or(0.0);
-    let cases = report.runs.cases().into_iter().filter(|case| case.by == By::Memlane);
+/// Finds for each of Memlane's cases the move that took as long as the median of them.
+fn moves(report: &ScenarioReport) -> Vec<(String, &Timeline)> {
+    let seconds = |run: &CaseRun| run.figures.value("total_seconds").unwrap_or(0.0);
+    let cases = report.runs.cases().into_iter().filter(|case| case.by == Contender::Memlane);
     let moves = cases.filter_map(|case| {
-        let mut runs: Vec<&Run> = report.runs.of(case).filter(|run| run.trace.timeline.is_some()).collect();
+        let mut runs: Vec<&CaseRun> =
+            report.runs.of(case).filter(|run| run.trace.timeline.is_some()).collect();
         runs.sort_by(|one, other| seconds(one).total_cmp(&seconds(other)));
         let run = runs.get(runs.len().checked_sub(1)? / 2)?;
         Some((format!("{case}, repetition {}", run.repetition), run.trace.timeline.as_ref()?))
@@ -109,23 +110,26 @@ fn moves(report: &Report) -> Vec<(String, &Timeline)> {
     moves.take(MOVES).collect()
 }
 
-/// Pauses of guests whose memory was all there at the end of them.
-fn pauses<'a>(report: &'a Report, name: impl Fn(&Case) -> String + 'a) -> impl Iterator<Item = Pause> + 'a {
-    let runs = report.runs.iter().filter(|run| run.case.by == By::Memlane);
+/// Finds the pauses of guests whose memory was all there at the end of the pause.
+fn pauses<'a>(
+    report: &'a ScenarioReport,
+    name: impl Fn(&Case) -> String + 'a,
+) -> impl Iterator<Item = PredictedPause> + 'a {
+    let runs = report.runs.iter().filter(|run| run.case.by == Contender::Memlane);
     runs.filter(|run| migration(run)["postcopy"].is_null()).filter_map(move |run| {
         let seconds = |key: &str| migration(run)[key].as_f64();
         let (predicted, actual) = (seconds("downtime_predicted_seconds")?, seconds("downtime_seconds")?);
-        Some(Pause { case: name(&run.case), predicted, actual })
+        Some(PredictedPause { case: name(&run.case), predicted, actual })
     })
 }
 
-/// The migration, as the daemon told it at last. A scenario may tell of other things beside it.
-fn migration(run: &Run) -> &Value {
+/// Returns the migration, as the daemon reported it at its end. A scenario may report other things beside it.
+fn migration(run: &CaseRun) -> &Value {
     run.detail.get("migration").unwrap_or(&run.detail)
 }
 
-/// How long pages took, in all repetitions of each case.
-fn distributions(report: &Report) -> Vec<Distribution> {
+/// Returns the distribution of the times that pages took, in all repetitions of each case.
+fn distributions(report: &ScenarioReport) -> Vec<Distribution> {
     let cases = report.runs.cases().into_iter();
     let distributions = cases.filter_map(|case| {
         let waits = report.runs.of(case).filter_map(|run| run.trace.waits.as_ref());
@@ -137,32 +141,32 @@ fn distributions(report: &Report) -> Vec<Distribution> {
         };
         let p50 = median(["fault_p50_us", "rpc_p50_us"]).unwrap_or_else(|| waits.quantile(0.5));
         let p99 = median(["fault_p99_us", "rpc_p99_us"]).unwrap_or_else(|| waits.quantile(0.99));
-        Some(Distribution { name: case.to_string(), limit: case.by == By::Raw, waits, p50, p99 })
+        Some(Distribution { name: case.to_string(), limit: case.by == Contender::Raw, waits, p50, p99 })
     });
     distributions.collect()
 }
 
-fn tables(report: &Report) -> Vec<Table> {
+fn tables(report: &ScenarioReport) -> Vec<HtmlTable> {
     let ratios = report.ratios.iter().map(|ratio| {
         let target =
             targets::find(report.scenario, &ratio.name).map_or_else(String::new, |target| target.text());
         vec![ratio.name.clone(), ratio.spread.to_string(), target, ratio.meaning.clone()]
     });
     let head = ["", "median (least–most)", "target", ""].map(str::to_owned).into();
-    let ratios = Table { heading: "Ratios".into(), head, rows: ratios.collect() };
+    let ratios = HtmlTable { heading: "Ratios".into(), head, rows: ratios.collect() };
     let mut rows = report.table().into_iter();
     let figures =
-        Table { heading: "Figures".into(), head: rows.next().unwrap_or_default(), rows: rows.collect() };
+        HtmlTable { heading: "Figures".into(), head: rows.next().unwrap_or_default(), rows: rows.collect() };
     let settings = report.settings.iter().filter(|(name, _)| *name != "machine").map(|(name, value)| {
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         vec![Words(name).to_string(), text]
     });
-    let settings = Table { heading: "Settings".into(), head: Vec::new(), rows: settings.collect() };
+    let settings = HtmlTable { heading: "Settings".into(), head: Vec::new(), rows: settings.collect() };
     [ratios, figures, settings].into_iter().filter(|table| !table.rows.is_empty()).collect()
 }
 
-/// What all of it ran on, as the first report tells.
-fn machine(reports: &[Report]) -> String {
+/// Describes the machine, as the first report does.
+fn machine(reports: &[ScenarioReport]) -> String {
     let machine = reports.first().map_or(&Value::Null, |report| &report.settings["machine"]);
     let mut parts = Vec::new();
     if let Some(cpus) = machine["cpus"].as_u64() {
@@ -177,7 +181,7 @@ fn machine(reports: &[Report]) -> String {
 }
 
 impl Section {
-    /// Adds a picture, if there is something to show.
+    /// Adds a picture, if there is one.
     fn show(&mut self, picture: Option<Picture>, caption: &str) {
         self.figures.extend(picture.map(|picture| Figure { caption: caption.to_owned(), picture }));
     }

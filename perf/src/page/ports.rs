@@ -1,29 +1,29 @@
-//! What the ports carried from moment to moment.
+//! The traffic of the ports from moment to moment.
 
 use super::guest::whole;
 use crate::picture::{Anchor, GUTTER, Panel, Picture, Scale, Svg, Unit, WIDTH};
-use crate::timeline::{Course, PortLine, Span, Timeline};
+use crate::timeline::{Course, PortLine, TimeSpan, Timeline};
 
 const RIGHT: f64 = WIDTH - 190.0;
 const TOP: f64 = 34.0;
-/// Of the panel of all ports together, of one of a single port, and the room between them.
+/// The height of the panel of all ports together, of the panel of a single port, and of the room between them.
 const TOTAL: f64 = 130.0;
 const EACH: f64 = 48.0;
 const GAP: f64 = 14.0;
-/// Spans over which rates are told are no shorter, in seconds: ports are looked at fifty times a second.
+/// The shortest span over which rates are shown, in seconds: ports are looked at fifty times a second.
 const SHORTEST: f64 = 0.04;
-/// With more ports than this, only all of them together are shown.
+/// The largest number of ports that are shown one by one. If there are more, only all of them together are shown.
 const MOST: usize = 16;
 
 /// A port, as it is shown.
 struct Row<'a> {
     name: &'a str,
-    /// Bits a second, from each time until the next.
+    /// The bits a second, from each time until the next.
     rates: Vec<(f64, f64)>,
     bytes: f64,
 }
 
-/// All ports together, and each by itself; `None` if nothing was seen of them.
+/// Draws all ports together, and each by itself; returns `None` if the ports were not looked at.
 pub(super) fn draw(timeline: &Timeline) -> Option<Picture> {
     let span = timeline.span()?;
     let course = &timeline.course;
@@ -72,14 +72,14 @@ pub(super) fn draw(timeline: &Timeline) -> Option<Picture> {
 }
 
 impl<'a> Row<'a> {
-    fn of(port: &'a PortLine, shown: Span, step: f64) -> Self {
+    fn of(port: &'a PortLine, shown: TimeSpan, step: f64) -> Self {
         let rates = port.rates(step).into_iter().filter(|(at, _)| (shown.from..=shown.to).contains(at));
         let rates = rates.map(|(at, bytes)| (at, bytes * 8.0)).collect();
         Self { name: &port.name, rates, bytes: port.bytes(shown) as f64 }
     }
 }
 
-/// All of them are looked at at the same times.
+/// Adds up the rates of all ports, which are looked at at the same times.
 fn sum(ports: &[Row<'_>]) -> Vec<(f64, f64)> {
     let Some(first) = ports.first() else { return Vec::new() };
     let at = |index: usize| ports.iter().filter_map(|row| row.rates.get(index)).map(|(_, rate)| rate).sum();

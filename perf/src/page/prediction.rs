@@ -5,27 +5,27 @@ use crate::picture::{Anchor, GUTTER, Panel, Picture, Scale, Svg, Unit};
 const TOP: f64 = 40.0;
 const SIDE: f64 = 300.0;
 const HEIGHT: f64 = TOP + SIDE + 46.0;
-/// Where the panel of errors is.
+/// The place of the panel of errors.
 const ERRORS: (f64, f64) = (560.0, 790.0);
 
-/// From a case to the next.
+/// The distance from one case to the next.
 const ROW: f64 = 30.0;
 
-/// A pause, as it was and as it was expected to be.
+/// The length of a pause, as it was predicted and as it was.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Pause {
-    /// What kind of move it was, in a word or two.
+pub(super) struct PredictedPause {
+    /// The kind of the move, in a word or two.
     pub(super) case: String,
-    /// What the last forecast said, in seconds.
+    /// The length that the last forecast predicted, in seconds.
     pub(super) predicted: f64,
-    /// What came.
+    /// The length of the pause, in seconds.
     pub(super) actual: f64,
 }
 
 const COLOURS: [&str; 5] = ["blue", "orange", "green", "purple", "amber"];
 
-/// Each pause, beside the diagonal and a band of `within` seconds around it; `None` without pauses.
-pub(super) fn draw(pauses: &[Pause], within: f64) -> Option<Picture> {
+/// Draws each pause, beside the diagonal and a band of `within` seconds around it; returns `None` without pauses.
+pub(super) fn draw(pauses: &[PredictedPause], within: f64) -> Option<Picture> {
     let mut cases: Vec<&str> = pauses.iter().map(|pause| pause.case.as_str()).collect();
     cases.dedup();
     cases.sort_unstable();
@@ -57,8 +57,8 @@ pub(super) fn draw(pauses: &[Pause], within: f64) -> Option<Picture> {
     Some(Picture::new(svg, HEIGHT, tells(pauses, within)))
 }
 
-/// By how much each prediction was wrong, a row for each case.
-fn errors(svg: &mut Svg, pauses: &[Pause], cases: &[&str], within: f64) {
+/// Draws by how much each prediction was wrong, with a row for each case.
+fn errors(svg: &mut Svg, pauses: &[PredictedPause], cases: &[&str], within: f64) {
     let furthest =
         pauses.iter().map(|pause| (pause.actual - pause.predicted).abs()).fold(within * 1.25, f64::max);
     let bottom = TOP + 14.0 + ROW * cases.len() as f64;
@@ -97,7 +97,7 @@ fn dot(colour: &str) -> String {
     format!("f-{colour} ring")
 }
 
-fn tells(pauses: &[Pause], within: f64) -> String {
+fn tells(pauses: &[PredictedPause], within: f64) -> String {
     let good = pauses.iter().filter(|pause| (pause.actual - pause.predicted).abs() <= within).count();
     format!(
         "Downtime predicted and true of {} moves; {good} are within {} of each other",

@@ -1,11 +1,11 @@
-//! What was reached, beside what was to be reached.
+//! The figures beside their targets.
 
 use crate::picture::{Anchor, Panel, Picture, Scale, Svg, WIDTH, digits};
 use crate::report::Spread;
 
 const TOP: f64 = 46.0;
 const ROW: f64 = 26.0;
-/// Where the marks are, and to the right of them the numbers.
+/// The place of the marks. The numbers are to the right of them.
 const MARKS: (f64, f64) = (330.0, 700.0);
 const VALUE: f64 = 800.0;
 const TARGET: f64 = WIDTH - 4.0;
@@ -19,7 +19,7 @@ pub(super) struct Aim<'a> {
     pub(super) target: Target,
 }
 
-/// What a figure is to be.
+/// The target of a figure.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Target {
     AtLeast(f64),
@@ -27,7 +27,7 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// How good a value is: 1 just meets the target, and more is better.
+    /// Returns how good a value is: 1 just meets the target, and more is better.
     fn goodness(self, value: f64) -> f64 {
         let least = f64::MIN_POSITIVE;
         match self {
@@ -44,7 +44,7 @@ impl Target {
     }
 }
 
-/// A row for each figure; `None` if there are none.
+/// Draws a row for each figure; returns `None` if there are none.
 pub(super) fn draw(aims: &[Aim<'_>]) -> Option<Picture> {
     let goodness = |aim: &Aim<'_>| {
         let Spread { median, min, max } = aim.spread;

@@ -1,4 +1,4 @@
-//! Rounds: what each had to send, what the guest wrote meanwhile, and how fast either went.
+//! The rounds: what each had to send, what the guest wrote meanwhile, and how fast either went.
 
 use crate::picture::{Anchor, GUTTER, LINE, Panel, Picture, Scale, Svg, Unit, WIDTH, spread};
 use crate::timeline::{Course, RoundSpan};
@@ -6,28 +6,32 @@ use crate::timeline::{Course, RoundSpan};
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 230.0;
 const HEIGHT: f64 = 276.0;
-/// Where the panel of bytes ends, and that of rates begins and ends.
+/// The place where the panel of bytes ends, and that of rates begins and ends.
 const BYTES: f64 = 400.0;
 const RATES: (f64, f64) = (590.0, WIDTH - 120.0);
 
-/// Something of each round.
-struct Line {
+/// A line that shows one value of each round.
+struct RoundLine {
     colour: &'static str,
     name: &'static str,
     value: fn(&RoundSpan) -> f64,
 }
 
-const BYTE_LINES: [Line; 2] = [
-    Line { colour: "blue", name: "sent", value: |round| round.sent },
-    Line { colour: "orange", name: "dirtied meanwhile", value: |round| round.dirtied },
+const BYTE_LINES: [RoundLine; 2] = [
+    RoundLine { colour: "blue", name: "sent", value: |round| round.sent },
+    RoundLine { colour: "orange", name: "dirtied meanwhile", value: |round| round.dirtied },
 ];
 
-const RATE_LINES: [Line; 2] = [
-    Line { colour: "blue", name: "sent", value: |round| round.sent * 8.0 / round.span.seconds() },
-    Line { colour: "orange", name: "dirtied", value: |round| round.dirtied * 8.0 / round.span.seconds() },
+const RATE_LINES: [RoundLine; 2] = [
+    RoundLine { colour: "blue", name: "sent", value: |round| round.sent * 8.0 / round.span.seconds() },
+    RoundLine {
+        colour: "orange",
+        name: "dirtied",
+        value: |round| round.dirtied * 8.0 / round.span.seconds(),
+    },
 ];
 
-/// Both panels; `None` if there was no round.
+/// Draws both panels; returns `None` if there was no round.
 pub(super) fn draw(course: &Course) -> Option<Picture> {
     let rounds: Vec<&RoundSpan> = course.rounds.iter().filter(|round| round.span.seconds() > 0.0).collect();
     let (first, last) = (rounds.first()?, rounds.last()?);
@@ -61,11 +65,11 @@ pub(super) fn draw(course: &Course) -> Option<Picture> {
     Some(Picture::new(svg, HEIGHT, tells))
 }
 
-fn all<'a>(rounds: &'a [&RoundSpan], lines: &'a [Line]) -> impl Iterator<Item = f64> + 'a {
+fn all<'a>(rounds: &'a [&RoundSpan], lines: &'a [RoundLine]) -> impl Iterator<Item = f64> + 'a {
     lines.iter().flat_map(|line| rounds.iter().map(|round| (line.value)(round)))
 }
 
-fn lines(svg: &mut Svg, panel: &Panel, rounds: &[&RoundSpan], lines: &[Line], unit: Unit) {
+fn lines(svg: &mut Svg, panel: &Panel, rounds: &[&RoundSpan], lines: &[RoundLine], unit: Unit) {
     panel.rows(svg, unit, 4);
     panel.whole_columns(svg);
     panel.below(svg, "round");

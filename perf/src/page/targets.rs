@@ -1,11 +1,11 @@
-//! What figures are to reach.
+//! The targets of the figures.
 
 use Target::{AtLeast, AtMost};
 
 use super::ratios::{Aim, Target};
-use crate::report::Report;
+use crate::report::ScenarioReport;
 
-/// By scenario, and by name.
+/// The targets, by scenario and by the name of the figure.
 const TARGETS: &[(&str, &str, Target)] = &[
     ("bulk", "vs_raw", AtLeast(0.9)),
     ("bulk", "vs_qemu", AtLeast(1.15)),
@@ -33,13 +33,13 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("wan", "of_line", AtLeast(0.85)),
 ];
 
-/// What a figure is to reach, if anything.
+/// Returns the target of a figure, if it has one.
 pub(super) fn find(scenario: &str, name: &str) -> Option<Target> {
     TARGETS.iter().find(|(of, known, _)| *of == scenario && *known == name).map(|(.., target)| *target)
 }
 
-/// The figures of a report that have targets.
-pub(super) fn of(report: &Report) -> Vec<Aim<'_>> {
+/// Returns the figures of a report that have targets.
+pub(super) fn of(report: &ScenarioReport) -> Vec<Aim<'_>> {
     let aims = report.ratios.iter().filter_map(|ratio| {
         let target = find(report.scenario, &ratio.name)?;
         Some(Aim { scenario: report.scenario, name: &ratio.name, spread: ratio.spread, target })

@@ -1,8 +1,8 @@
 use serde_json::json;
 
 use super::*;
-use crate::report::{Figures, Runs, Trace, Waits};
-use crate::timeline::{Course, Note, PortLine, Progress, RoundSpan, Span};
+use crate::report::{CaseRuns, NamedFigures, Trace, Waits};
+use crate::timeline::{Course, Note, PortLine, ProgressSample, RoundSpan, TimeSpan};
 
 /// Something between -0.5 and 0.5 that looks random.
 fn noise(number: u64) -> f64 {
@@ -13,7 +13,7 @@ fn noise(number: u64) -> f64 {
 
 /// A guest that is copied from 0.12 s to 3.9 s, stands still for 12.3 ms, and then has all of its memory or not.
 fn timeline(postcopy: bool) -> Timeline {
-    let pause = Span { from: 3.9, to: 3.9123 };
+    let pause = TimeSpan { from: 3.9, to: 3.9123 };
     let (mut written, mut read) = (0.0, 0.0);
     let mut progress = Vec::new();
     for (tick, seconds) in (0..3500).map(|tick| (tick, -1.0 + tick as f64 * 0.002)) {
@@ -26,7 +26,7 @@ fn timeline(postcopy: bool) -> Timeline {
         };
         written += writes * 10_000.0 * 0.002;
         read += if stands { 0.0 } else { (0.98 + 0.02 * noise(tick + 999)) * 3e5 * 0.002 };
-        progress.push(Progress { seconds, written: written as u64, read: read as u64 });
+        progress.push(ProgressSample { seconds, written: written as u64, read: read as u64 });
     }
     let port = |number: u64| {
         let mut bytes = 0.0;
@@ -42,7 +42,7 @@ fn timeline(postcopy: bool) -> Timeline {
     };
     let (mut from, mut seconds, mut to_send) = (0.12, 3.4, 1.7e9);
     let rounds = (1..=7).map(|number| {
-        let span = Span { from, to: from + seconds };
+        let span = TimeSpan { from, to: from + seconds };
         let dirtied = (10_000.0 * 4096.0 * seconds * 0.9_f64).min(2.6e8);
         let round = RoundSpan { number, span, sent: to_send * 1.004, dirtied };
         (from, seconds, to_send) = (span.to, (dirtied / 5e8_f64).min(3.9 - span.to).max(0.002), dirtied);
@@ -54,7 +54,7 @@ fn timeline(postcopy: bool) -> Timeline {
         stun: None,
         pause: Some(pause),
         predicted_pause: Some(0.0151),
-        postcopy: postcopy.then_some(Span { from: pause.to, to: 5.0 }),
+        postcopy: postcopy.then_some(TimeSpan { from: pause.to, to: 5.0 }),
     };
     let note = |seconds, text: &str| Note { seconds, text: text.to_owned() };
     let notes = vec![note(1.4, "port2 goes down"), note(2.6, "port2 is back")];
@@ -67,29 +67,29 @@ fn waits(middle: f64) -> Waits {
     Waits::of(&times)
 }
 
-fn run(repetition: u32, case: Case, seconds: f64, trace: Trace) -> Run {
+fn run(repetition: u32, case: Case, seconds: f64, trace: Trace) -> CaseRun {
     let predicted = 0.02 + 0.02 * noise(repetition.into());
     let error = 0.01 * noise(u64::from(repetition) * 7 + case.how.len() as u64);
     let detail = json!({ "downtime_predicted_seconds": predicted, "downtime_seconds": predicted + error });
-    let figures = Figures::from([("total_seconds", seconds), ("gbit_per_second", 16.0 / seconds)]);
-    Run { repetition, case, figures, detail, trace }
+    let figures = NamedFigures::from([("total_seconds", seconds), ("gbit_per_second", 16.0 / seconds)]);
+    CaseRun { repetition, case, figures, detail, trace }
 }
 
 /// Three moves in each of three cases, and as many of bare sockets.
-fn report(scenario: &'static str, postcopy: bool) -> Report {
-    let mut runs = Runs::default();
+fn report(scenario: &'static str, postcopy: bool) -> ScenarioReport {
+    let mut runs = CaseRuns::default();
     for repetition in 1..=3 {
         for case in ["30 %", "60 %", "90 % & <more>"] {
             let trace = Trace { timeline: Some(timeline(postcopy)), waits: postcopy.then(|| waits(95e-6)) };
             let seconds = 4.0 + f64::from(repetition % 3);
-            runs.push(run(repetition, By::Memlane.case(case), seconds, trace));
+            runs.push(run(repetition, Contender::Memlane.case(case), seconds, trace));
         }
         let trace = Trace { timeline: None, waits: postcopy.then(|| waits(60e-6)) };
-        runs.push(run(repetition, By::Raw.case(""), 3.9, trace));
+        runs.push(run(repetition, Contender::Raw.case(""), 3.9, trace));
     }
     let headline = "a guest of 2 GiB that writes, over 4 ports of <1 Gbit/s>".to_owned();
     let settings = json!({ "ports": 4, "ram_bytes": 2_147_483_648_u64, "guest": "kvm" });
-    let mut report = Report::new(scenario, headline, &settings, runs).expect("settings");
+    let mut report = ScenarioReport::new(scenario, headline, &settings, runs).expect("settings");
     for (name, values) in [
         ("prediction_error_p90_ms", vec![11.0, 12.0, 18.0]),
         ("vs_raw", vec![0.93, 0.95, 0.91]),
@@ -155,12 +155,12 @@ fn a_move_that_took_as_long_as_most_is_shown() {
 
 #[test]
 fn a_migration_may_be_told_beside_other_things() {
-    let mut runs = Runs::default();
+    let mut runs = CaseRuns::default();
     for mut run in report("busy", false).runs.iter().cloned() {
         run.detail = json!({ "migration": run.detail, "readers": null });
         runs.push(run);
     }
-    let report = Report::new("outrun", String::new(), &json!({}), runs).expect("settings");
+    let report = ScenarioReport::new("outrun", String::new(), &json!({}), runs).expect("settings");
     assert_eq!(pauses(&report, |case| case.how.clone()).count(), 9);
 }
 
@@ -173,7 +173,8 @@ fn what_was_not_seen_is_not_drawn() {
     let mut idle = timeline(false);
     idle.progress.iter_mut().for_each(|progress| (progress.written, progress.read) = (7, 0));
     assert!(guest::draw(&idle).is_none() && ports::draw(&idle).is_some());
-    let empty = Report::new("zero", String::new(), &json!({}), Runs::default()).expect("settings");
+    let empty =
+        ScenarioReport::new("zero", String::new(), &json!({}), CaseRuns::default()).expect("settings");
     assert!(!elements(&page(std::slice::from_ref(&empty))).contains(&"svg"));
     assert_eq!(picture(&[empty]), None);
 }
@@ -187,7 +188,7 @@ fn moves_that_came_to_little_are_drawn() {
     for picture in [guest::draw(&short), ports::draw(&short)] {
         elements(&picture.expect("something was seen").inline());
     }
-    let pause = Pause { case: "one".into(), predicted: 0.0, actual: 0.0 };
+    let pause = PredictedPause { case: "one".into(), predicted: 0.0, actual: 0.0 };
     elements(&prediction::draw(&[pause], PREDICTION).expect("a pause").inline());
     let mut report = report("bulk", false);
     report.ratio("vs_qemu", vec![0.0, f64::MAX], "as far off as can be");

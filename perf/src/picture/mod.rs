@@ -14,30 +14,30 @@ pub(crate) use scale::Scale;
 pub(crate) use svg::{Anchor, Escaped, Svg};
 pub(crate) use unit::{Unit, digits};
 
-/// How wide pictures are.
+/// The width of pictures.
 pub(crate) const WIDTH: f64 = 960.0;
 
-/// A picture that is done.
+/// A finished picture.
 #[derive(Debug, Clone)]
-pub struct Picture {
+pub(crate) struct Picture {
     svg: Svg,
     height: f64,
     tells: String,
 }
 
 impl Picture {
-    /// A picture of this height. What it tells is said in words, for those who cannot see it.
+    /// Makes a picture of this height. `tells` says in words what it shows, for readers who cannot see it.
     pub(crate) fn new(svg: Svg, height: f64, tells: impl Into<String>) -> Self {
         Self { svg, height, tells: tells.into() }
     }
 
-    /// As a part of a page with the style sheet.
+    /// Returns the picture as a part of a page that has the style sheet.
     pub(crate) fn inline(&self) -> String {
         self.svg.picture((WIDTH, self.height), &self.tells, "")
     }
 
-    /// As a file.
-    pub fn file(&self) -> String {
+    /// Returns the picture as the text of a file.
+    pub(crate) fn file(&self) -> String {
         self.svg.picture((WIDTH, self.height), &self.tells, style::PICTURE)
     }
 }

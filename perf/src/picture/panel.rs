@@ -4,22 +4,22 @@ use super::scale::Scale;
 use super::svg::{Anchor, Svg};
 use super::unit::Unit;
 
-/// What lies between two axes; `y` runs from the bottom up.
+/// The area between two axes; `y` runs from the bottom up.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Panel {
     pub(crate) x: Scale,
     pub(crate) y: Scale,
 }
 
-/// Room between a tick's label and its axis.
+/// The room between a tick's label and its axis.
 const GAP: f64 = 8.0;
-/// Room at the left of a panel, for what its rows are called.
+/// The room at the left of a panel, for the labels of its rows.
 pub(crate) const GUTTER: f64 = 60.0;
-/// From a line of text to the next.
+/// The distance from one line of text to the next.
 pub(crate) const LINE: f64 = 15.0;
 
 impl Panel {
-    /// A place within the panel.
+    /// Returns the place of a value within the panel.
     pub(crate) fn at(&self, x: f64, y: f64) -> (f64, f64) {
         (self.x.at(x), self.y.at(y))
     }
@@ -40,13 +40,14 @@ impl Panel {
         self.y.places().0
     }
 
-    /// What the panel shows, above it.
+    /// Writes above the panel what it shows.
     pub(crate) fn title(&self, svg: &mut Svg, title: &str, rest: &str) {
         let (x, y) = (self.left() - GUTTER, self.top() - 16.0);
         svg.texts((x, y), &[(0.0, "title", title), (10.0, "soft", rest)]);
     }
 
-    /// Lines across the panel at about so many round values, which are named at its left. The last one has the unit.
+    /// Draws lines across the panel at about so many round values, which are named at its left. The last one has the
+    /// unit.
     pub(crate) fn rows(&self, svg: &mut Svg, unit: Unit, about: usize) {
         let ticks = self.y.ticks(about);
         let multiple = unit.multiple(self.y.values().1);
@@ -62,7 +63,7 @@ impl Panel {
         }
     }
 
-    /// About so many round values below the panel. The last one has the unit.
+    /// Writes about so many round values below the panel. The last one has the unit.
     pub(crate) fn columns(&self, svg: &mut Svg, unit: Unit, about: usize) {
         let (ticks, multiple) = (self.x.ticks(about), unit.multiple(self.x.values().1));
         let bottom = self.bottom();
@@ -79,7 +80,7 @@ impl Panel {
         }
     }
 
-    /// Whole numbers below the panel, all of them if there is room.
+    /// Writes whole numbers below the panel, all of them if there is room.
     pub(crate) fn whole_columns(&self, svg: &mut Svg) {
         let ((from, to), bottom) = (self.x.values(), self.bottom());
         svg.line("axis", &[(self.left(), bottom), (self.right(), bottom)]);
@@ -91,24 +92,25 @@ impl Panel {
         }
     }
 
-    /// What the values along the bottom are.
+    /// Writes what the values along the bottom are.
     pub(crate) fn below(&self, svg: &mut Svg, text: &str) {
         let middle = (self.left() + self.right()) / 2.0;
         svg.text("soft", Anchor::Middle, (middle, self.bottom() + 2.0 * LINE + 8.0), text);
     }
 
-    /// A line through values.
+    /// Draws a line through values.
     pub(crate) fn line(&self, svg: &mut Svg, class: &str, values: &[(f64, f64)]) {
         let points: Vec<_> = values.iter().map(|(x, y)| self.at(*x, *y)).collect();
         svg.line(class, &points);
     }
 
-    /// Values that hold from one place to the next, as a line with steps. The last one only tells where it ends.
+    /// Draws values that hold from one place to the next, as a line with steps. The last one only says where the line
+    /// ends.
     pub(crate) fn steps(&self, svg: &mut Svg, class: &str, values: &[(f64, f64)]) {
         svg.line(class, &self.corners(values));
     }
 
-    /// The same, as a surface down to 0.
+    /// Draws values that hold from one place to the next, as a surface down to 0.
     pub(crate) fn filled_steps(&self, svg: &mut Svg, class: &str, values: &[(f64, f64)]) {
         let mut corners = self.corners(values);
         if let (Some(first), Some(last)) = (corners.first().copied(), corners.last().copied()) {
@@ -131,7 +133,7 @@ impl Panel {
         corners
     }
 
-    /// A surface over all of the panel's height.
+    /// Draws a surface over all of the panel's height.
     pub(crate) fn band(&self, svg: &mut Svg, class: &str, (from, to): (f64, f64)) {
         let (from, to) = (self.x.at(from), self.x.at(to));
         // What is short must be seen too.
@@ -139,20 +141,20 @@ impl Panel {
         svg.rectangle(class, (from, self.top()), (to - from, self.bottom() - self.top()));
     }
 
-    /// A line over all of the panel's height.
+    /// Draws a line over all of the panel's height.
     pub(crate) fn upright(&self, svg: &mut Svg, class: &str, x: f64) {
         let x = self.x.at(x);
         svg.line(class, &[(x, self.top()), (x, self.bottom())]);
     }
 
-    /// A line over all of its width.
+    /// Draws a line over all of the panel's width.
     pub(crate) fn level(&self, svg: &mut Svg, class: &str, y: f64) {
         let y = self.y.at(y);
         svg.line(class, &[(self.left(), y), (self.right(), y)]);
     }
 }
 
-/// About how wide a text is in small print. Fonts differ, so leave some room.
+/// Estimates how wide a text is in small print. Fonts differ, so leave some room.
 pub(crate) fn width_of(text: &str) -> f64 {
     let width = |character| match character {
         'i' | 'j' | 'l' | 't' | 'f' | 'r' | ' ' | '.' | ',' | ':' | '|' | '\'' => 0.34,
@@ -163,7 +165,8 @@ pub(crate) fn width_of(text: &str) -> f64 {
     text.chars().map(width).sum::<f64>() * 12.0
 }
 
-/// Places for labels that should be at `wanted`, from the smallest on, moved as little as need be to stand `apart`.
+/// Finds places for labels that should be at `wanted`, from the smallest on. They are moved as little as is needed to
+/// be `apart` from each other.
 pub(crate) fn spread(wanted: &[f64], apart: f64, (from, to): (f64, f64)) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
     order.sort_by(|one, other| wanted[*one].total_cmp(&wanted[*other]));

@@ -1,6 +1,6 @@
 //! [`Scale`]: from values to places, and the values that an axis names.
 
-/// Where values lie along an axis.
+/// A scale, which says where values lie along an axis.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Scale {
     values: (f64, f64),
@@ -9,12 +9,12 @@ pub(crate) struct Scale {
 }
 
 impl Scale {
-    /// Equal differences take equal room.
+    /// Makes a scale on which equal differences take equal room.
     pub(crate) fn linear(values: (f64, f64), places: (f64, f64)) -> Self {
         Self { values: apart(values, 1.0), places, logarithmic: false }
     }
 
-    /// From 0 to a round value that hardly any of `values` is beyond.
+    /// Makes a scale from 0 to a round value that hardly any of `values` is beyond.
     pub(crate) fn from_zero(values: impl IntoIterator<Item = f64>, places: (f64, f64)) -> Self {
         let largest = values.into_iter().filter(|value| value.is_finite()).fold(0.0, f64::max);
         let largest = if largest > 0.0 { largest } else { 1.0 };
@@ -22,28 +22,28 @@ impl Scale {
         Self::linear((0.0, (largest / step - 0.06).ceil() * step), places)
     }
 
-    /// Equal ratios take equal room. Values are above 0; what is not lies at the beginning.
+    /// Makes a scale on which equal ratios take equal room. Values should be above 0; others lie at the beginning.
     pub(crate) fn logarithmic(values: (f64, f64), places: (f64, f64)) -> Self {
         let from = values.0.max(f64::MIN_POSITIVE);
         Self { values: apart((from, values.1.max(from)), from), places, logarithmic: true }
     }
 
-    /// The first value and the last.
+    /// Returns the first value and the last.
     pub(crate) fn values(&self) -> (f64, f64) {
         self.values
     }
 
-    /// The first place and the last.
+    /// Returns the first place and the last.
     pub(crate) fn places(&self) -> (f64, f64) {
         self.places
     }
 
-    /// Whether equal ratios take equal room.
+    /// Returns whether equal ratios take equal room.
     pub(crate) fn is_logarithmic(&self) -> bool {
         self.logarithmic
     }
 
-    /// The place of a value; of one beyond the end, the end.
+    /// Returns the place of a value. A value beyond the end has the place of the end.
     pub(crate) fn at(&self, value: f64) -> f64 {
         let (from, to) = self.values;
         let share = match self.logarithmic {
@@ -54,7 +54,7 @@ impl Scale {
         self.places.0 + share * (self.places.1 - self.places.0)
     }
 
-    /// Round values, about so many of them; on a logarithmic scale those of 1, 2 and 5, or of 1 alone.
+    /// Returns about so many round values. On a logarithmic scale they are those of 1, 2 and 5, or of 1 alone.
     pub(crate) fn ticks(&self, about: usize) -> Vec<f64> {
         let (from, to) = self.values;
         if self.logarithmic {
@@ -71,7 +71,7 @@ impl Scale {
     }
 }
 
-/// 1, 2 or 5 times a power of ten: about so many of it make `whole`, and no more than twice as many.
+/// Returns 1, 2 or 5 times a power of ten, so that about so many of it make `whole`, and no more than twice as many.
 fn step(whole: f64, about: usize) -> f64 {
     let rough = whole / about.max(1) as f64;
     let power = 10f64.powf(rough.log10().floor());
@@ -79,7 +79,7 @@ fn step(whole: f64, about: usize) -> f64 {
     digit.unwrap_or(10.0) * power
 }
 
-/// Two ends that differ, so that there is something to divide by.
+/// Returns two ends that differ, so that there is something to divide by.
 fn apart((from, to): (f64, f64), by: f64) -> (f64, f64) {
     if to > from { (from, to) } else { (from, from + by) }
 }

@@ -3,7 +3,7 @@
 //! The colours of data are those of Okabe and Ito ("Color Universal Design", 2008), which people who see colours
 //! differently can tell apart; lighter ones of the same hues on dark grounds.
 
-/// Of pictures. `s` classes are lines, `f` surfaces, `w` faint surfaces, and `t` texts of a colour.
+/// The style of pictures. `s` classes are lines, `f` surfaces, `w` faint surfaces, and `t` texts of a colour.
 pub(crate) const PICTURE: &str = "\
 :root{color-scheme:light dark;--ground:#fff;--ink:#1b1d21;--soft:#62676f;--hair:#e4e5e7;--axis:#a9adb3;\
 --blue:#0072b2;--orange:#d55e00;--green:#00805e;--purple:#a9508a;--amber:#b87a00}\
@@ -26,7 +26,7 @@ svg .soft,svg .tick{fill:var(--soft)}svg .tick{font-size:11px}svg .small{font-si
 .w-blue,.w-orange,.w-green,.w-purple,.w-amber,.w-soft{fill-opacity:.16}\
 .ring{stroke:var(--ground);stroke-width:1.5}.thin{stroke-width:1}.thick{stroke-width:2.5}";
 
-/// Of the page around them.
+/// The style of the page around the pictures.
 pub(crate) const PAGE: &str = "\
 *{box-sizing:border-box}\
 body{margin:0;background:var(--ground);color:var(--ink);\

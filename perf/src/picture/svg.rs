@@ -1,4 +1,4 @@
-//! Writing SVG.
+//! The writer of SVG.
 
 use std::fmt::{self, Display, Write as _};
 
@@ -8,14 +8,14 @@ pub(crate) struct Svg {
     text: String,
 }
 
-/// A length or a place in a picture: tenths are fine enough, and keep pictures small.
+/// A length or a place in a picture. Tenths are fine enough, and keep pictures small.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Px(pub f64);
 
-/// Text that stands for itself in XML, inside of attributes too.
+/// A text that is escaped for XML, also inside of attributes.
 pub(crate) struct Escaped<'a>(pub &'a str);
 
-/// Where a text is held.
+/// The point at which a text is anchored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Anchor {
     Start,
@@ -80,7 +80,8 @@ impl Svg {
         self.add("circle", class, &[("cx", &Px(x)), ("cy", &Px(y)), ("r", &Px(radius))]);
     }
 
-    /// All of it in an element of its own, of this size, which tells those who cannot see it what it shows.
+    /// Returns all elements in an element of its own, of this size. It says in words what the picture shows, for
+    /// readers who cannot see it.
     pub(crate) fn picture(&self, (width, height): (f64, f64), tells: &str, style: &str) -> String {
         let (width, height) = (Px(width), Px(height));
         let style = if style.is_empty() { String::new() } else { format!("<style>{style}</style>\n") };

@@ -1,13 +1,13 @@
 //! [`Unit`]: values as people read them.
 
-/// What a value is counted in. Multiples are powers of ten throughout.
+/// The unit of a value. Multiples are powers of ten throughout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
-    /// Hundredths of something.
+    /// The value is in hundredths of something.
     Percent,
     Seconds,
     Bytes,
-    /// Of data on a network.
+    /// The value is in bits a second on a network.
     BitsPerSecond,
     PagesPerSecond,
 }
@@ -20,13 +20,13 @@ pub(crate) struct Multiple {
 }
 
 impl Unit {
-    /// A value with its unit, to three digits.
+    /// Formats a value with its unit, to three digits.
     pub(crate) fn text(self, value: f64) -> String {
         let multiple = self.multiple(value.abs());
         format!("{} {}", digits(value / multiple.factor), multiple.name)
     }
 
-    /// The multiple in which values up to `largest` are told best.
+    /// Returns the multiple that fits values up to `largest` best.
     pub(crate) fn multiple(self, largest: f64) -> Multiple {
         let multiples: &[(f64, &'static str)] = match self {
             Self::Percent => &[(0.01, "%")],
@@ -51,7 +51,7 @@ impl Unit {
 }
 
 impl Multiple {
-    /// A value without its unit, as an axis has it.
+    /// Formats a value without its unit, as an axis has it.
     pub(crate) fn number(&self, value: f64) -> String {
         let value = value / self.factor;
         // An axis has round values: what is beyond nine digits comes from adding them up.
@@ -59,7 +59,7 @@ impl Multiple {
         trimmed(&text).replace('-', "\u{2212}")
     }
 
-    /// A value with its unit.
+    /// Formats a value with its unit.
     pub(crate) fn text(&self, value: f64) -> String {
         if self.name.is_empty() {
             self.number(value)
@@ -69,7 +69,7 @@ impl Multiple {
     }
 }
 
-/// To three digits, or to the whole number.
+/// Formats a value to three digits, or to the whole number.
 pub(crate) fn digits(value: f64) -> String {
     // 0.9995 is told as 1.
     let text = format!("{value:.*}", (2 - magnitude(value * 1.0005)).clamp(0, 4) as usize);
@@ -77,7 +77,7 @@ pub(crate) fn digits(value: f64) -> String {
     text.replace('-', "\u{2212}")
 }
 
-/// Digits before the point, less one.
+/// Returns the number of digits before the point, less one.
 fn magnitude(value: f64) -> i32 {
     if value == 0.0 || !value.is_finite() { 0 } else { value.abs().log10().floor() as i32 }
 }

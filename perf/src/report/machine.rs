@@ -4,23 +4,23 @@ use std::fs;
 
 use serde::Serialize;
 
-/// What of it matters to the figures.
+/// The properties of the machine that matter to the figures.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Machine {
-    /// Processors that this process may use.
+pub(super) struct MachineInfo {
+    /// The number of processors that this process may use.
     cpus: usize,
-    /// What they call themselves.
+    /// The name of the processors.
     processor: Option<String>,
-    /// Its memory.
+    /// The size of the memory, in KiB.
     memory_kib: Option<u64>,
-    /// The Linux that it runs.
+    /// The release of the Linux kernel.
     kernel: Option<String>,
-    /// How TCP finds out how fast it may send, on this host and so in namespaces that are made here.
+    /// The congestion control of TCP on this host, which namespaces that are made here have too.
     congestion_control: Option<String>,
 }
 
-impl Machine {
-    /// The one that this runs on, as far as it tells.
+impl MachineInfo {
+    /// Describes the machine that this runs on, as far as it can be found out.
     pub(super) fn this() -> Self {
         let line = |file: &str, key: &str| {
             let text = fs::read_to_string(file).ok()?;
@@ -44,7 +44,7 @@ mod tests {
 
     #[test]
     fn a_machine_tells_of_itself() {
-        let machine = Machine::this();
+        let machine = MachineInfo::this();
         assert!(machine.cpus > 0 && machine.memory_kib.is_some_and(|memory| memory > 0));
         assert!(machine.kernel.is_some_and(|kernel| !kernel.is_empty()));
     }

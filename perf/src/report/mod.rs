@@ -1,4 +1,4 @@
-//! What a scenario found, as JSON and as text.
+//! The results of a scenario, as JSON and as text.
 
 mod figures;
 mod machine;
@@ -13,102 +13,104 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-pub use figures::Figures;
+pub use figures::NamedFigures;
 pub(crate) use figures::Words;
-use machine::Machine;
+use machine::MachineInfo;
 pub use spread::Spread;
 pub use waits::Waits;
+pub(crate) use waits::microseconds_within;
 
 use crate::timeline::Timeline;
 
-/// Who moved a guest, or what was done instead.
+/// The program that moved a guest, or the work that was done instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum By {
-    /// The daemons.
+pub enum Contender {
+    /// The daemons moved a guest.
     Memlane,
-    /// Bare sockets, from memory to memory.
+    /// Bare sockets moved data from memory to memory.
     Raw,
-    /// QEMU's own migration.
+    /// QEMU moved a guest by itself.
     Qemu,
-    /// One core that copies memory.
+    /// One core copied memory.
     Memcpy,
-    /// One core that reads memory.
+    /// One core read memory.
     Read,
 }
 
 /// One of the things that a scenario measures again and again.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Case {
-    /// Who did it.
-    pub by: By,
-    /// How, or what was special about it: `fresh`, `multifd4`.
+    /// The contender that did it.
+    pub by: Contender,
+    /// The way in which it was done, or what was special about it: `fresh`, `multifd4`.
     pub how: String,
 }
 
 /// One measurement of one case.
 #[derive(Debug, Clone, Serialize)]
-pub struct Run {
-    /// Counted from 1.
+pub struct CaseRun {
+    /// The number of the repetition, counted from 1.
     pub repetition: u32,
-    /// What was measured.
+    /// The case that was measured.
     #[serde(flatten)]
     pub case: Case,
-    /// What was found.
-    pub figures: Figures,
-    /// What else there is to be known of it, such as the migration as the daemon tells it.
+    /// The figures that were found.
+    pub figures: NamedFigures,
+    /// Further results, such as the migration as the daemon reports it.
     pub detail: Value,
-    /// What pictures show of it.
+    /// The data of the pictures.
     #[serde(skip)]
     pub trace: Trace,
 }
 
-/// What happened in a measurement from moment to moment, for pictures of it. It would be long in JSON.
+/// The events of a measurement from moment to moment, for its pictures. They are left out of the JSON, where they would
+/// be long.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
-    /// A move.
+    /// The timeline of a move.
     pub timeline: Option<Timeline>,
-    /// How long each page took that somebody waited for.
+    /// The time that each page took that the guest or the client waited for.
     pub waits: Option<Waits>,
 }
 
 /// All measurements of a scenario.
 #[derive(Debug, Clone, Default, Serialize)]
 #[serde(transparent)]
-pub struct Runs(Vec<Run>);
+pub struct CaseRuns(Vec<CaseRun>);
 
 /// A figure that tells how good Memlane is, mostly against a baseline.
 #[derive(Debug, Clone, Serialize)]
 pub struct Ratio {
-    /// Its name.
+    /// The name of the ratio.
     pub name: String,
-    /// What it is.
+    /// The meaning of the ratio.
     pub meaning: String,
-    /// That of each repetition. Its median is the ratio.
+    /// The values of all repetitions. Their median is the ratio.
     pub spread: Spread,
 }
 
-/// What a scenario found. GB and Gbit are powers of ten.
+/// The results of a scenario. GB and Gbit are powers of ten.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct ScenarioReport {
     /// The scenario's name.
     pub scenario: &'static str,
-    /// What was measured, in a line or two.
+    /// The subject of the measurement, in a line or two.
     pub headline: String,
-    /// What the scenario was told, and what it ran on.
+    /// The options of the scenario, and the properties of the machine.
     pub settings: Map<String, Value>,
-    /// What the figures say.
+    /// The ratios that follow from the figures.
     pub ratios: Vec<Ratio>,
     /// The single measurements.
-    pub runs: Runs,
-    /// Figures that people are shown, of those that there are; all if none are named.
+    pub runs: CaseRuns,
+    /// The names of the figures that people are shown; all if none are named.
     pub columns: Vec<&'static str>,
-    /// What else is to be told.
+    /// Further remarks.
     pub notes: Vec<String>,
 }
 
-impl By {
-    /// As in JSON.
+impl Contender {
+    /// Returns the name that JSON uses.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Memlane => "memlane",
@@ -119,7 +121,7 @@ impl By {
         }
     }
 
-    /// A case of it.
+    /// Returns a case of this contender.
     pub fn case(self, how: impl Into<String>) -> Case {
         Case { by: self, how: how.into() }
     }
@@ -131,23 +133,23 @@ impl fmt::Display for Case {
     }
 }
 
-impl Runs {
-    /// Adds one.
-    pub fn push(&mut self, run: Run) {
+impl CaseRuns {
+    /// Adds a measurement.
+    pub fn push(&mut self, run: CaseRun) {
         self.0.push(run);
     }
 
-    /// All of them, in the order in which they were done.
-    pub fn iter(&self) -> impl Iterator<Item = &Run> + Clone {
+    /// Returns all measurements, in the order in which they were done.
+    pub fn iter(&self) -> impl Iterator<Item = &CaseRun> + Clone {
         self.0.iter()
     }
 
-    /// Those of one case, from the first repetition on.
-    pub fn of<'a>(&'a self, case: &'a Case) -> impl Iterator<Item = &'a Run> + Clone {
+    /// Returns the measurements of one case, from the first repetition on.
+    pub fn of<'a>(&'a self, case: &'a Case) -> impl Iterator<Item = &'a CaseRun> + Clone {
         self.iter().filter(move |run| run.case == *case)
     }
 
-    /// Each case once, in the order of their names.
+    /// Returns each case once, in the order of their names.
     pub fn cases(&self) -> Vec<&Case> {
         let mut cases: Vec<&Case> = self.iter().map(|run| &run.case).collect();
         cases.sort();
@@ -155,32 +157,33 @@ impl Runs {
         cases
     }
 
-    /// One figure of a case, each time it was measured.
+    /// Returns one figure of a case, each time it was measured.
     ///
     /// # Errors
     ///
     /// If a run lacks it, or there is none.
     pub fn values(&self, case: &Case, figure: &str) -> Result<Vec<f64>> {
-        let value =
-            |run: &Run| run.figures.value(figure).with_context(|| format!("a run of {case} has no {figure}"));
+        let value = |run: &CaseRun| {
+            run.figures.value(figure).with_context(|| format!("a run of {case} has no {figure}"))
+        };
         let values: Vec<f64> = self.of(case).map(value).collect::<Result<_>>()?;
         ensure!(!values.is_empty(), "nothing was measured of {case}");
         Ok(values)
     }
 
-    /// A figure of one case over a figure of another, for each repetition: of medians, if a case comes several times in
-    /// one.
+    /// Returns one figure of a case over a figure of another, for each repetition. If a case comes several times in one
+    /// repetition, its median counts.
     ///
     /// # Errors
     ///
-    /// As [`Runs::values`]; and if the two were not repeated as often.
+    /// As [`CaseRuns::values`]; and if the two were not repeated as often.
     pub fn quotients(&self, over: (&Case, &str), under: (&Case, &str)) -> Result<Vec<f64>> {
         let (above, below) = (self.medians(over.0, over.1)?, self.medians(under.0, under.1)?);
         ensure!(above.keys().eq(below.keys()), "{} and {} were not repeated as often", over.0, under.0);
         Ok(above.values().zip(below.values()).map(|(above, below)| above / below).collect())
     }
 
-    /// One figure of a case by repetition.
+    /// Returns the medians of one figure of a case by repetition.
     fn medians(&self, case: &Case, figure: &str) -> Result<BTreeMap<u32, f64>> {
         let mut values: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
         for (run, value) in self.of(case).zip(self.values(case, figure)?) {
@@ -189,11 +192,11 @@ impl Runs {
         Ok(values.into_iter().map(|(repetition, values)| (repetition, Spread::of(values).median)).collect())
     }
 
-    /// Of these cases, that whose median of `figure` is largest.
+    /// Returns that of these cases whose median of `figure` is largest.
     ///
     /// # Errors
     ///
-    /// As [`Runs::values`]; and if there are no cases.
+    /// As [`CaseRuns::values`]; and if there are no cases.
     pub fn best<'a>(&self, cases: impl IntoIterator<Item = &'a Case>, figure: &str) -> Result<&'a Case> {
         let mut best: Option<(&Case, f64)> = None;
         for case in cases {
@@ -205,18 +208,18 @@ impl Runs {
         best.map(|(case, _)| case).with_context(|| format!("there is no case whose {figure} could be best"))
     }
 
-    /// One figure of a case over all repetitions that have it.
+    /// Returns one figure of a case over all repetitions that have it.
     pub(crate) fn spread(&self, case: &Case, figure: &str) -> Option<Spread> {
         self.spreads(case).value(figure)
     }
 
-    fn spreads(&self, case: &Case) -> Figures<Spread> {
-        Figures::over(self.of(case).map(|run| &run.figures))
+    fn spreads(&self, case: &Case) -> NamedFigures<Spread> {
+        NamedFigures::over(self.of(case).map(|run| &run.figures))
     }
 }
 
-impl Report {
-    /// A report without ratios yet.
+impl ScenarioReport {
+    /// Makes a report, still without ratios.
     ///
     /// # Errors
     ///
@@ -225,13 +228,13 @@ impl Report {
         scenario: &'static str,
         headline: String,
         settings: &impl Serialize,
-        runs: Runs,
+        runs: CaseRuns,
     ) -> Result<Self> {
         let mut settings = match serde_json::to_value(settings).context("writing the settings as JSON")? {
             Value::Object(settings) => settings,
             other => Map::from_iter([("settings".to_owned(), other)]),
         };
-        settings.insert("machine".to_owned(), json!(Machine::this()));
+        settings.insert("machine".to_owned(), json!(MachineInfo::this()));
         Ok(Self {
             scenario,
             headline,
@@ -243,13 +246,14 @@ impl Report {
         })
     }
 
-    /// Adds a ratio: what it came to in each repetition, of which there is at least one, and what it means.
+    /// Adds a ratio: its values in all repetitions, of which there is at least one, and its meaning.
     pub fn ratio(&mut self, name: impl Into<String>, values: Vec<f64>, meaning: impl Into<String>) {
         self.ratios.push(Ratio { name: name.into(), meaning: meaning.into(), spread: Spread::of(values) });
     }
 
-    /// As one JSON object: `ratios` has their medians, `spread` the same with least and most, `memlane` its figures by
-    /// case, `baselines` those of each baseline by case, and `runs` every single one.
+    /// Returns the report as one JSON object: `ratios` has the medians of the ratios, `spread` the same with least and
+    /// most, `memlane` the figures of Memlane by case, `baselines` those of each baseline by case, and `runs` every
+    /// single measurement.
     pub fn json(&self) -> Value {
         let by_name = |value: fn(&Ratio) -> Value| -> Map<String, Value> {
             self.ratios.iter().map(|ratio| (ratio.name.clone(), value(ratio))).collect()
@@ -259,7 +263,7 @@ impl Report {
         for case in self.runs.cases() {
             let figures = json!(self.runs.spreads(case));
             let place = match case.by {
-                By::Memlane => &mut memlane,
+                Contender::Memlane => &mut memlane,
                 by => baselines.entry(by.as_str()).or_default(),
             };
             place.insert(case.how.clone(), figures);
@@ -282,16 +286,20 @@ impl Report {
 mod tests {
     use super::*;
 
-    fn run(repetition: u32, case: Case, rate: f64) -> Run {
-        let figures = Figures::from([("gbit_per_second", rate), ("total_seconds", 16.0 / rate)]);
-        Run { repetition, case, figures, detail: Value::Null, trace: Trace::default() }
+    fn run(repetition: u32, case: Case, rate: f64) -> CaseRun {
+        let figures = NamedFigures::from([("gbit_per_second", rate), ("total_seconds", 16.0 / rate)]);
+        CaseRun { repetition, case, figures, detail: Value::Null, trace: Trace::default() }
     }
 
     /// Two repetitions of Memlane and of two kinds of QEMU.
-    fn runs() -> Runs {
-        let mut runs = Runs::default();
+    fn runs() -> CaseRuns {
+        let mut runs = CaseRuns::default();
         for (repetition, rates) in [(1, [8.0, 4.0, 5.0]), (2, [6.0, 4.0, 3.0])] {
-            let cases = [By::Memlane.case("prepared"), By::Qemu.case("plain"), By::Qemu.case("multifd4")];
+            let cases = [
+                Contender::Memlane.case("prepared"),
+                Contender::Qemu.case("plain"),
+                Contender::Qemu.case("multifd4"),
+            ];
             for (case, rate) in cases.into_iter().zip(rates) {
                 runs.push(run(repetition, case, rate));
             }
@@ -302,15 +310,18 @@ mod tests {
     #[test]
     fn ratios_are_of_what_was_measured_in_the_same_repetition() {
         let runs = runs();
-        let (memlane, plain, multifd) =
-            (By::Memlane.case("prepared"), By::Qemu.case("plain"), By::Qemu.case("multifd4"));
+        let (memlane, plain, multifd) = (
+            Contender::Memlane.case("prepared"),
+            Contender::Qemu.case("plain"),
+            Contender::Qemu.case("multifd4"),
+        );
         let quotients = |case| runs.quotients((&memlane, "gbit_per_second"), (case, "gbit_per_second"));
         assert_eq!(quotients(&plain).expect("figures"), [2.0, 1.5]);
         assert_eq!(quotients(&multifd).expect("figures"), [1.6, 2.0]);
-        assert!(quotients(&By::Raw.case("")).is_err());
+        assert!(quotients(&Contender::Raw.case("")).is_err());
         let mut runs = runs.clone();
         for rate in [1.0, 4.0] {
-            runs.push(run(2, By::Memlane.case("prepared"), rate));
+            runs.push(run(2, Contender::Memlane.case("prepared"), rate));
         }
         let of_medians = runs.quotients((&memlane, "gbit_per_second"), (&plain, "gbit_per_second"));
         assert_eq!(of_medians.expect("figures"), [2.0, 1.0]);
@@ -324,7 +335,7 @@ mod tests {
     #[test]
     fn json_has_what_programs_look_for() {
         let mut report =
-            Report::new("bulk", "a guest".into(), &json!({ "ports": 2 }), runs()).expect("settings");
+            ScenarioReport::new("bulk", "a guest".into(), &json!({ "ports": 2 }), runs()).expect("settings");
         report.ratio("vs_qemu", vec![1.6, 2.0, 1.5], "how many times faster");
         let json = report.json();
         assert_eq!((&json["scenario"], &json["settings"]["ports"]), (&json!("bulk"), &json!(2)));

@@ -7,11 +7,11 @@ use serde::Serialize;
 /// Several measurements of one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
-    /// The middle one, or the mean of the two in the middle.
+    /// The middle value, or the mean of the two in the middle.
     pub median: f64,
-    /// The smallest.
+    /// The smallest value.
     pub min: f64,
-    /// The largest.
+    /// The largest value.
     pub max: f64,
 }
 
@@ -26,7 +26,7 @@ impl Spread {
         Self { median, min: values[0], max: values[last] }
     }
 
-    /// With everything multiplied by `factor`, as text.
+    /// Formats all values, multiplied by `factor`.
     pub(crate) fn text(self, factor: f64, digits: usize) -> String {
         let Self { median, min, max } = self;
         let [median, min, max] = [median, min, max].map(|value| value * factor);
@@ -34,7 +34,7 @@ impl Spread {
     }
 }
 
-/// With three digits that count, or all before the point.
+/// Formats all values with three significant digits, or with all digits before the point.
 impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = match self.median.abs() {

@@ -1,14 +1,14 @@
-//! A report for people: a table of the figures, and the ratios with what they mean.
+//! The text of a report for people: a table of the figures, and the ratios with their meaning.
 
 use std::fmt;
 
 use super::figures::Words;
-use super::{Figures, Report, Spread};
+use super::{NamedFigures, ScenarioReport, Spread};
 
-/// Narrowest column of figures.
+/// The width of the narrowest column of figures.
 const LEAST_WIDTH: usize = 8;
 
-impl fmt::Display for Report {
+impl fmt::Display for ScenarioReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {}", self.scenario, self.headline)?;
         writeln!(f)?;
@@ -27,8 +27,8 @@ impl fmt::Display for Report {
     }
 }
 
-impl Report {
-    /// A line for each case, and a column for each figure.
+impl ScenarioReport {
+    /// Writes a line for each case, with a column for each figure.
     fn write_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows = self.table();
         let width = |column: usize| {
@@ -46,9 +46,9 @@ impl Report {
         Ok(())
     }
 
-    /// A row of headings, and one for each case: its name and its figures, empty where there is none.
+    /// Returns a row of headings, and a row for each case: its name and its figures, empty where there is none.
     pub(crate) fn table(&self) -> Vec<Vec<String>> {
-        let cases: Vec<(String, Figures<Spread>)> =
+        let cases: Vec<(String, NamedFigures<Spread>)> =
             self.runs.cases().into_iter().map(|case| (case.to_string(), self.runs.spreads(case))).collect();
         let mut columns = self.columns.clone();
         if columns.is_empty() {
@@ -72,25 +72,25 @@ impl Report {
 mod tests {
     use serde_json::{Value, json};
 
-    use crate::report::{By, Figures, Report, Run, Runs, Trace};
+    use crate::report::{CaseRun, CaseRuns, Contender, NamedFigures, ScenarioReport, Trace};
 
     #[test]
     fn a_table_has_a_line_for_each_case_and_says_nothing_where_nothing_was_measured() {
-        let mut runs = Runs::default();
+        let mut runs = CaseRuns::default();
         for repetition in 1..=2 {
-            let mut figures = Figures::from([("gbit_per_second", 12.0 + f64::from(repetition))]);
-            let run = |case, figures| Run {
+            let mut figures = NamedFigures::from([("gbit_per_second", 12.0 + f64::from(repetition))]);
+            let run = |case, figures| CaseRun {
                 repetition,
                 case,
                 figures,
                 detail: Value::Null,
                 trace: Trace::default(),
             };
-            runs.push(run(By::Raw.case(""), figures.clone()));
+            runs.push(run(Contender::Raw.case(""), figures.clone()));
             figures.set("downtime_ms", 7.25);
-            runs.push(run(By::Memlane.case("fresh"), figures));
+            runs.push(run(Contender::Memlane.case("fresh"), figures));
         }
-        let mut report = Report::new("bulk", "one guest".into(), &json!({}), runs).expect("settings");
+        let mut report = ScenarioReport::new("bulk", "one guest".into(), &json!({}), runs).expect("settings");
         report.ratio("vs_raw", vec![0.93], "of what sockets carry");
         report.notes.push("nothing else".into());
         let text = report.to_string();

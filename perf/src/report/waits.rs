@@ -1,12 +1,12 @@
-//! [`Waits`]: how long pages took that somebody waited for.
+//! [`Waits`]: the times that pages took that a guest or a client waited for.
 
 use std::time::Duration;
 
-/// Times, by how often they were seen.
+/// A histogram of times.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Waits {
-    /// How many took longer than the bound before, in seconds, and no longer than this one. The last bound may be
-    /// infinite.
+    /// The number of times that were longer than the bound before, in seconds, and no longer than this one. The last
+    /// bound may be infinite.
     counts: Vec<(f64, u64)>,
 }
 
@@ -17,7 +17,7 @@ const BOUNDS: [f64; 6] = [1.0, 1.5, 2.2, 3.3, 4.7, 6.8];
 const DECADES: std::ops::Range<i32> = -6..2;
 
 impl Waits {
-    /// Of single times.
+    /// Makes the histogram of single times.
     pub fn of(times: &[Duration]) -> Self {
         let bounds = DECADES.flat_map(|decade| BOUNDS.map(|bound| bound * 10f64.powi(decade)));
         let mut counts: Vec<(f64, u64)> = bounds.chain([f64::INFINITY]).map(|bound| (bound, 0)).collect();
@@ -28,7 +28,7 @@ impl Waits {
         Self { counts }
     }
 
-    /// Of a histogram of this name in Prometheus' text format; empty if there is none.
+    /// Reads the histogram of this name from metrics in Prometheus' text format; it is empty if there is none.
     pub fn of_metrics(text: &str, name: &str) -> Self {
         let buckets = text.lines().filter_map(|line| {
             let (bound, count) =
@@ -47,7 +47,7 @@ impl Waits {
         Self { counts: counts.collect() }
     }
 
-    /// What has come since `before`, which has the same bounds.
+    /// Returns what has come since `before`, which has the same bounds.
     pub fn since(mut self, before: &Self) -> Self {
         for ((_, count), (_, earlier)) in self.counts.iter_mut().zip(&before.counts) {
             *count = count.saturating_sub(*earlier);
@@ -55,7 +55,7 @@ impl Waits {
         self
     }
 
-    /// Both together, if they have the same bounds.
+    /// Adds two histograms, which must have the same bounds if neither is empty.
     pub fn and(mut self, other: &Self) -> Self {
         if self.counts.is_empty() {
             return other.clone();
@@ -66,12 +66,12 @@ impl Waits {
         self
     }
 
-    /// How many there were.
+    /// Returns the number of times.
     pub fn total(&self) -> u64 {
         self.counts.iter().map(|(_, count)| count).sum()
     }
 
-    /// What this share of them did not exceed, in seconds, as near as the bounds tell.
+    /// Returns the time in seconds that this share of all times did not exceed, as exactly as the bounds allow.
     pub fn quantile(&self, share: f64) -> f64 {
         let mut left = self.total() as f64 * share;
         for (from, to, count) in self.buckets().filter(|(.., count)| *count > 0) {
@@ -83,15 +83,15 @@ impl Waits {
         self.ends().map_or(0.0, |(_, last)| last)
     }
 
-    /// From before the first to after the last; `None` if there were none.
+    /// Returns the bound before the first time and the one after the last; `None` if there are no times.
     pub fn ends(&self) -> Option<(f64, f64)> {
         let mut seen = self.buckets().filter(|(.., count)| *count > 0);
         let (from, to, _) = seen.next()?;
         Some((from, seen.last().map_or(to, |(_, to, _)| to)))
     }
 
-    /// What share of all there is in a doubling of time, from each place until the next; the last only tells where they
-    /// end.
+    /// Returns the share of all times in a doubling of time, from each place until the next. The last entry only says
+    /// where they end.
     pub(crate) fn densities(&self) -> Vec<(f64, f64)> {
         let total = self.total().max(1) as f64;
         let density = |(from, to, count): (f64, f64, u64)| (from, count as f64 / total / (to / from).log2());
@@ -99,7 +99,8 @@ impl Waits {
         self.buckets().map(density).chain(end).collect()
     }
 
-    /// Each with both of its bounds. The first begins where one of a doubling would, and the last ends so.
+    /// Returns each bucket with both of its bounds. The first one begins, and the last one ends, as if its bounds were
+    /// a doubling apart.
     fn buckets(&self) -> impl Iterator<Item = (f64, f64, u64)> {
         let mut before = None;
         self.counts.iter().map(move |(bound, count)| {
@@ -107,6 +108,16 @@ impl Waits {
             (from, if bound.is_finite() { *bound } else { from * 2.0 }, *count)
         })
     }
+}
+
+/// Returns the smallest of these sorted times that so many percent of all do not exceed, in microseconds.
+///
+/// # Panics
+///
+/// If there are none.
+pub(crate) fn microseconds_within(times: &[Duration], percent: usize) -> f64 {
+    let rank = (times.len() * percent).div_ceil(100).max(1);
+    times[rank - 1].as_secs_f64() * 1e6
 }
 
 #[cfg(test)]

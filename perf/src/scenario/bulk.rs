@@ -1,7 +1,7 @@
 //! `bulk`: an idle guest of incompressible memory, over ports that carry as much as the machine can.
 //!
 //! Everything is measured twice, with the destination's memory *prepared*, so that all of its pages are there and mapped
-//! in whoever receives (in the VMM, for Memlane; with `prealloc=on`, for QEMU), and *fresh*. The memory that is sent was
+//! in the process that receives (in the VMM, for Memlane; with `prealloc=on`, for QEMU), and *fresh*. The memory that is sent was
 //! always written before. The baselines are
 //!
 //! - **raw**: bare sockets with as many connections as Memlane had lanes, from memory to memory;
@@ -21,20 +21,21 @@ use clap::Args;
 use memlane_lab::{HostId, LabOptions, Requirement, Size};
 use serde_json::{Value, json};
 
-use super::{Bench, Measured, Scenario};
-use crate::baseline::memory::{self, MemoryState, SharedMemory};
-use crate::baseline::qemu::Way;
+use super::{Bench, CaseResult, Scenario};
+use crate::baseline::memcpy;
+use crate::baseline::memory::{MemoryState, SharedMemory};
+use crate::baseline::qemu::QemuMethod;
 use crate::baseline::qemu::firmware::Firmware;
 use crate::baseline::raw;
-use crate::memlane::Guest;
-use crate::report::{By, Case, Figures, Report, Runs};
+use crate::memlane::BenchGuest;
+use crate::report::{Case, CaseRuns, Contender, NamedFigures, ScenarioReport};
 
 const RATE: &str = "gbit_per_second";
 const CPU: &str = "cpu_seconds_per_gb";
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Bulk {
+pub struct BulkScenario {
     /// Memory of the guest
     #[arg(long, default_value = "2GiB")]
     pub ram: Size,
@@ -47,14 +48,14 @@ pub struct Bulk {
 }
 
 #[derive(Clone, Copy)]
-enum What {
+enum BulkCase {
     Memlane(MemoryState),
     Raw(MemoryState),
-    Qemu(Way, MemoryState),
+    Qemu(QemuMethod, MemoryState),
     Memcpy,
 }
 
-impl Scenario for Bulk {
+impl Scenario for BulkScenario {
     const NAME: &'static str = "bulk";
     const ON_HOSTS: bool = true;
 
@@ -62,7 +63,7 @@ impl Scenario for Bulk {
         if self.without_qemu { Requirement::LAB } else { Requirement::LAB_WITH_QEMU }
     }
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
         let remote = rig.lab().is_remote();
@@ -76,86 +77,87 @@ impl Scenario for Bulk {
         }?;
         let with_qemu = !self.without_qemu && rig.lab().hosts().iter().all(|host| host.has(&host.qemu()));
         let firmware = with_qemu.then(|| Firmware::new(rig.lab(), bytes)).transpose()?;
-        let guest = Guest::idle(self.ram, rig.lab().has_kvm());
+        let guest = BenchGuest::idle(self.ram, rig.lab().has_kvm());
         // Memlane comes first, and says how many it had.
         let lanes = Cell::new(ports);
 
-        let mut cases: Vec<(Case, What)> = cases();
+        let mut cases: Vec<(Case, BulkCase)> = cases();
         // This machine is none of the hosts then.
         cases.retain(|(_, what)| match what {
-            What::Memcpy => !remote,
-            What::Qemu(..) => with_qemu,
+            BulkCase::Memcpy => !remote,
+            BulkCase::Qemu(..) => with_qemu,
             _ => true,
         });
         let runs = bench.interleave(Self::NAME, &cases, |what| {
             let (figures, detail) = match *what {
-                What::Memlane(state) => {
-                    let guest = Guest { prepared: state == MemoryState::Prepared, ..guest.clone() };
+                BulkCase::Memlane(state) => {
+                    let guest = BenchGuest { prepared: state == MemoryState::Prepared, ..guest.clone() };
                     let moved = guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                     lanes.set(moved.lanes());
                     return moved.measured();
                 }
-                What::Raw(state) => {
+                BulkCase::Raw(state) => {
                     let each = lanes.get().div_ceil(ports);
                     let took = raw::transfer(rig.lab(), &contents, each, state)?;
                     (took.figures(contents.len()), json!({ "connections_per_port": each }))
                 }
-                What::Qemu(way, state) => {
+                BulkCase::Qemu(way, state) => {
                     let firmware = firmware.as_ref().context("there is no guest in QEMU")?;
                     let moved = firmware.migrate(rig.lab(), way, state)?;
                     (moved.figures(self.ram.bytes()), moved.told)
                 }
-                What::Memcpy => (copied(&contents)?, Value::Null),
+                BulkCase::Memcpy => (copied(&contents)?, Value::Null),
             };
-            Ok(Measured { figures, detail, ..Measured::default() })
+            Ok(CaseResult { figures, detail, ..CaseResult::default() })
         })?;
         self.report(runs, ports)
     }
 }
 
-/// All cases, Memlane's first. What takes a third of a second comes three times, with others in between, since a machine
-/// that others use too is slower now and then for about as long.
-fn cases() -> Vec<(Case, What)> {
+/// Returns all cases, Memlane's first. Measurements that take a third of a second come three times, with others in
+/// between, because a shared machine is sometimes slower for about as long.
+fn cases() -> Vec<(Case, BulkCase)> {
     let ours = |state: MemoryState| {
         [
-            (By::Memlane.case(state.as_str()), What::Memlane(state)),
-            (By::Raw.case(state.as_str()), What::Raw(state)),
+            (Contender::Memlane.case(state.as_str()), BulkCase::Memlane(state)),
+            (Contender::Raw.case(state.as_str()), BulkCase::Raw(state)),
         ]
     };
     let stock = |way| {
-        [MemoryState::Prepared, MemoryState::Fresh].map(|state| (qemu(way, state), What::Qemu(way, state)))
+        [MemoryState::Prepared, MemoryState::Fresh]
+            .map(|state| (qemu(way, state), BulkCase::Qemu(way, state)))
     };
-    let [plain, two, four, eight] = Way::PRECOPY;
+    let [plain, two, four, eight] = QemuMethod::PRECOPY;
     let mut cases = Vec::from(ours(MemoryState::Prepared));
     cases.extend(ours(MemoryState::Fresh));
     cases.extend([plain, two].into_iter().flat_map(stock));
     cases.extend(ours(MemoryState::Prepared));
     cases.extend([four, eight].into_iter().flat_map(stock));
     cases.extend(ours(MemoryState::Prepared));
-    cases.push((By::Memcpy.case(""), What::Memcpy));
+    cases.push((Contender::Memcpy.case(""), BulkCase::Memcpy));
     cases
 }
 
-fn qemu(way: Way, state: MemoryState) -> Case {
-    By::Qemu.case(format!("{way} {}", state.as_str()))
+fn qemu(way: QemuMethod, state: MemoryState) -> Case {
+    Contender::Qemu.case(format!("{way} {}", state.as_str()))
 }
 
-/// What one core copies, into either kind of memory.
-fn copied(contents: &SharedMemory) -> Result<Figures> {
-    let copies = memory::copy_twice(contents)?;
-    let gbit = |copy: &crate::baseline::report::CopyFigures| copy.gb_per_second * 8.0;
-    Ok(Figures::from([
+/// Measures what one core copies, into either kind of memory.
+fn copied(contents: &SharedMemory) -> Result<NamedFigures> {
+    let copies = memcpy::copy_twice(contents)?;
+    let gbit = |copy: &memcpy::CopyFigures| copy.gb_per_second * 8.0;
+    Ok(NamedFigures::from([
         ("gbit_per_second", gbit(&copies.prepared)),
         ("fresh_gbit_per_second", gbit(&copies.fresh)),
     ]))
 }
 
-impl Bulk {
-    fn report(&self, runs: Runs, ports: usize) -> Result<Report> {
+impl BulkScenario {
+    fn report(&self, runs: CaseRuns, ports: usize) -> Result<ScenarioReport> {
         let (prepared, fresh) = (MemoryState::Prepared, MemoryState::Fresh);
-        let case = |by: By, state: MemoryState| by.case(state.as_str());
-        let (memlane, raw) = (case(By::Memlane, prepared), case(By::Raw, prepared));
-        let (memlane_fresh, raw_fresh) = (case(By::Memlane, fresh), case(By::Raw, fresh));
+        let case = |by: Contender, state: MemoryState| by.case(state.as_str());
+        let (memlane, raw) = (case(Contender::Memlane, prepared), case(Contender::Raw, prepared));
+        let (memlane_fresh, raw_fresh) = (case(Contender::Memlane, fresh), case(Contender::Raw, fresh));
         let over = |above, below, figure| runs.quotients((above, figure), (below, figure));
         let round_one = |above, below| runs.quotients((above, "round_one_gbit_per_second"), (below, RATE));
         let mut ratios = vec![
@@ -167,9 +169,9 @@ impl Bulk {
                 "as vs_raw, into fresh memory".to_owned(),
             ),
         ];
-        if runs.cases().iter().any(|case| case.by == By::Qemu) {
+        if runs.cases().iter().any(|case| case.by == Contender::Qemu) {
             let best = |state| {
-                let cases = Way::PRECOPY.map(|way| qemu(way, state));
+                let cases = QemuMethod::PRECOPY.map(|way| qemu(way, state));
                 runs.best(&cases, RATE).cloned()
             };
             let (stock, stock_fresh) = (best(prepared)?, best(fresh)?);
@@ -205,7 +207,7 @@ impl Bulk {
         ]);
         let headline = format!("an idle guest of {}, incompressible, over {ports} port(s)", self.ram);
         let settings = json!({ "ram_bytes": self.ram.bytes(), "ports": ports });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }

@@ -16,16 +16,16 @@ use serde_json::json;
 
 use super::line::payload_gbit_per_second;
 use super::writer::Writer;
-use super::{Bench, Measured, Scenario};
-use crate::memlane::{Moved, PAGE, Writes};
-use crate::report::{By, Case, Report, Runs};
+use super::{Bench, CaseResult, Scenario};
+use crate::memlane::{MemlaneMove, PAGE, WriteLoad};
+use crate::report::{Case, CaseRuns, Contender, ScenarioReport};
 
-/// Rounds after which a series does not end.
+/// The number of rounds after which a series is given up.
 const MOST_ROUNDS: usize = 10_000;
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Busy {
+pub struct BusyScenario {
     #[command(flatten)]
     writer: Writer,
     /// How much the guest writes, in percent of what the ports carry
@@ -33,12 +33,12 @@ pub struct Busy {
     pub shares: Vec<u32>,
 }
 
-impl Scenario for Busy {
+impl Scenario for BusyScenario {
     const NAME: &'static str = "busy";
     const ON_HOSTS: bool = true;
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
-        ensure!(!self.shares.is_empty(), "--shares names no share");
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
+        ensure!(!self.shares.is_empty(), "--shares must name at least one share, such as 30,60,90");
         let mut rig = bench.rig(self.writer.lab())?;
         let writer = self.writer.on(rig.lab());
         let line = payload_gbit_per_second(writer.port_rate, rig.lab().mtu()) * f64::from(writer.ports);
@@ -46,7 +46,7 @@ impl Scenario for Busy {
 
         let cases: Vec<(Case, u32)> = self.shares.iter().map(|share| (case(*share), *share)).collect();
         let runs = bench.interleave(Self::NAME, &cases, |share| {
-            let writes = Writes::Rate((wire * f64::from(*share) / 100.0) as u64);
+            let writes = WriteLoad::Rate((wire * f64::from(*share) / 100.0) as u64);
             let moved = writer.guest(rig.lab(), writes).migrate(&mut rig, &[], |_, _| {})?.arrived()?;
             self.measured(moved, wire)
         })?;
@@ -54,13 +54,13 @@ impl Scenario for Busy {
     }
 }
 
-/// What a guest that writes at this share of the line went through.
+/// Returns the case of a guest that writes at this share of the line.
 fn case(share: u32) -> Case {
-    By::Memlane.case(format!("{share}%"))
+    Contender::Memlane.case(format!("{share}%"))
 }
 
-impl Busy {
-    fn measured(&self, moved: Moved, wire: f64) -> Result<Measured> {
+impl BusyScenario {
+    fn measured(&self, moved: MemlaneMove, wire: f64) -> Result<CaseResult> {
         let mut figures = moved.figures()?;
         let milliseconds = |key: &str| Ok::<f64, anyhow::Error>(moved.number(key)? * 1e3);
         let (downtime, predicted) =
@@ -87,7 +87,7 @@ impl Busy {
         Ok(moved.with_figures(figures))
     }
 
-    fn report(&self, runs: Runs, line: f64) -> Result<Report> {
+    fn report(&self, runs: CaseRuns, line: f64) -> Result<ScenarioReport> {
         let cases: Vec<Case> = self.shares.iter().map(|share| case(*share)).collect();
         let all = |figure: &str| -> Result<Vec<f64>> {
             let values = cases.iter().map(|case| runs.values(case, figure)).collect::<Result<Vec<_>>>()?;
@@ -127,7 +127,7 @@ impl Busy {
         let settings = self
             .writer
             .settings([("payload_gbit_per_second", json!(line)), ("shares_percent", json!(self.shares))]);
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }
@@ -145,18 +145,19 @@ impl Busy {
     }
 }
 
-/// A guest that is sent in rounds, of which each takes what the line needs for it and no more. All in pages.
+/// The series of rounds of a guest, each of which takes only the time that the line needs for it. All values are in
+/// pages.
 struct Series {
     pages: f64,
     working_set: f64,
-    /// In a second.
+    /// The number of writes in a second.
     writes: f64,
-    /// What the line carries in a second.
+    /// The number of pages that the line carries in a second.
     wire: f64,
 }
 
 impl Series {
-    /// What is sent in all rounds up to the first that is not larger than `last`, which is sent in the pause.
+    /// Returns what is sent in all rounds up to the first that is not larger than `last`, which is sent in the pause.
     fn sent_until(&self, last: f64) -> Result<f64> {
         let (mut round, mut sent) = (self.pages, self.pages);
         for _ in 0..MOST_ROUNDS {
@@ -171,7 +172,7 @@ impl Series {
     }
 }
 
-/// The smallest of these that 9 of 10 do not exceed.
+/// Returns the smallest of these values that 9 of 10 do not exceed.
 fn nine_of_ten(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[(values.len() * 9).div_ceil(10).max(1) - 1]

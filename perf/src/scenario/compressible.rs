@@ -10,18 +10,18 @@ use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
 use super::{Bench, Scenario};
-use crate::memlane::Guest;
-use crate::report::{By, Case, Report, Runs};
+use crate::memlane::BenchGuest;
+use crate::report::{Case, CaseRuns, Contender, ScenarioReport};
 
 const COMPRESSIBLE: &str = "mixed=100";
-/// What is asked is how long the move takes, not how long the guest stands still.
+/// The downtime limit of the orders. It is long because only the time of the move matters here, not the pause.
 const LIMIT: [&str; 2] = ["--downtime-limit", "5s"];
-/// What has to become of a part of memory that is compressed, for the figures to mean anything.
+/// The range of compression ratios within which the figures mean anything.
 const THIRD: std::ops::Range<f64> = 0.28..0.40;
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Compressible {
+pub struct CompressibleScenario {
     /// Memory of the guest
     #[arg(long, default_value = "1GiB")]
     pub ram: Size,
@@ -31,27 +31,29 @@ pub struct Compressible {
 }
 
 #[derive(Clone, Copy)]
-struct Way {
+struct CompressibleCase {
     fill: &'static str,
     compression: &'static str,
 }
 
-impl Scenario for Compressible {
+impl Scenario for CompressibleScenario {
     const NAME: &'static str = "compressible";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions { port_rate: Some(self.port_rate), ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
         let kvm = why_not(&[Requirement::Kvm]).is_none();
-        let case = |name: &str, fill, compression| (By::Memlane.case(name), Way { fill, compression });
+        let case = |name: &str, fill, compression| {
+            (Contender::Memlane.case(name), CompressibleCase { fill, compression })
+        };
         let cases = [
             case("a third, auto", COMPRESSIBLE, "auto"),
             case("a third, off", COMPRESSIBLE, "off"),
-            case("random, auto", Guest::INCOMPRESSIBLE, "auto"),
-            case("random, off", Guest::INCOMPRESSIBLE, "off"),
+            case("random, auto", BenchGuest::INCOMPRESSIBLE, "auto"),
+            case("random, off", BenchGuest::INCOMPRESSIBLE, "off"),
         ];
-        let runs = bench.interleave(Self::NAME, &cases, |&Way { fill, compression }| {
-            let guest = Guest { fill, ..Guest::idle(self.ram, kvm) };
+        let runs = bench.interleave(Self::NAME, &cases, |&CompressibleCase { fill, compression }| {
+            let guest = BenchGuest { fill, ..BenchGuest::idle(self.ram, kvm) };
             let arguments = [&LIMIT[..], &["--compression", compression]].concat();
             let moved = guest.migrate(&mut rig, &arguments, |_, _| {})?.arrived()?;
             let mut figures = moved.figures()?;
@@ -69,8 +71,12 @@ impl Scenario for Compressible {
     }
 }
 
-impl Compressible {
-    fn report(&self, runs: Runs, [third, third_off, random, random_off]: &[Case; 4]) -> Result<Report> {
+impl CompressibleScenario {
+    fn report(
+        &self,
+        runs: CaseRuns,
+        [third, third_off, random, random_off]: &[Case; 4],
+    ) -> Result<ScenarioReport> {
         let time = "total_seconds";
         let speedup = runs.quotients((third_off, time), (third, time))?;
         let unharmed = runs.quotients((random_off, time), (random, time))?;
@@ -80,7 +86,7 @@ impl Compressible {
             "port_bits_per_second": self.port_rate.bits_per_second(),
             "fill": COMPRESSIBLE,
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio(
             "compressible_speedup",
             speedup,

@@ -1,10 +1,10 @@
-//! Hosts that are there already, on the command line.
+//! The options for hosts that exist already.
 
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use memlane_lab::Hosts;
+use memlane_lab::RemoteHosts;
 
 /// Hosts that are there already, and how they are reached.
 #[derive(Args, Debug, Clone, Default)]
@@ -17,18 +17,18 @@ pub struct OverSsh {
     /// Ports that join these hosts: their addresses on either [default: those that ssh reaches]
     #[arg(long, value_name = "ADDRESS/ADDRESS,...", requires = "hosts")]
     pub addresses: Option<String>,
-    /// How ssh is run, with options between spaces; it is never to ask anybody
+    /// The ssh command, with options between spaces; it must not ask for a password
     #[arg(long, value_name = "COMMAND", default_value = "ssh", requires = "hosts")]
     pub ssh: String,
 }
 
 impl OverSsh {
-    /// The hosts, if any are named. This program is the agent there.
+    /// Returns the hosts, if any are named. This program serves as the agent there.
     ///
     /// # Errors
     ///
     /// If something is not written as it has to be.
-    pub fn hosts(&self) -> Result<Option<Hosts>> {
+    pub fn hosts(&self) -> Result<Option<RemoteHosts>> {
         let Some(hosts) = &self.hosts else { return Ok(None) };
         let Some((source, destination)) = hosts.split_once(',').filter(|(_, rest)| !rest.contains(','))
         else {
@@ -37,7 +37,7 @@ impl OverSsh {
         let ports = self.addresses.iter().flat_map(|ports| ports.split(',')).map(pair);
         let ssh: Vec<_> = self.ssh.split_whitespace().map(Into::into).collect();
         ensure!(!ssh.is_empty(), "--ssh names no program");
-        Ok(Some(Hosts {
+        Ok(Some(RemoteHosts {
             targets: [source, destination].map(str::to_owned),
             ports: ports.collect::<Result<_>>()?,
             ssh,
@@ -59,15 +59,17 @@ mod tests {
     use super::*;
 
     #[derive(Parser)]
-    struct Line {
+    struct HostsLine {
         #[command(flatten)]
         hosts: OverSsh,
     }
 
-    fn hosts(line: &str) -> Result<Option<Hosts>> {
-        Line::try_parse_from(["bench"].into_iter().chain(line.split(' ').filter(|word| !word.is_empty())))?
-            .hosts
-            .hosts()
+    fn hosts(line: &str) -> Result<Option<RemoteHosts>> {
+        HostsLine::try_parse_from(
+            ["bench"].into_iter().chain(line.split(' ').filter(|word| !word.is_empty())),
+        )?
+        .hosts
+        .hosts()
     }
 
     #[test]

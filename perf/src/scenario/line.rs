@@ -1,4 +1,4 @@
-//! What a shaped port can carry at most.
+//! The largest rate that a shaped port can carry.
 //!
 //! A port is shaped by HTB, which counts frames with their Ethernet headers (14 bytes; no preamble, no checksum, no gap,
 //! which a veth pair does not have either). Of each frame of MTU + 14 bytes, MTU - 52 are payload: 20 bytes are the
@@ -6,13 +6,13 @@
 
 use memlane_lab::Rate;
 
-/// Bytes of a frame that HTB counts beyond the MTU.
+/// The number of bytes of a frame that HTB counts beyond the MTU.
 const ETHERNET: u32 = 14;
-/// Bytes of a packet that are headers of IPv4 and TCP, with timestamps.
+/// The number of bytes of a packet that are headers of IPv4 and TCP, with timestamps.
 const HEADERS: u32 = 20 + 20 + 12;
 
-/// What a port shaped to `rate` can carry as payload of TCP.
-pub fn payload_gbit_per_second(rate: Rate, mtu: u32) -> f64 {
+/// Returns the largest rate that a port shaped to `rate` can carry as payload of TCP.
+pub(crate) fn payload_gbit_per_second(rate: Rate, mtu: u32) -> f64 {
     let share = f64::from(mtu - HEADERS) / f64::from(mtu + ETHERNET);
     rate.bits_per_second() as f64 / 1e9 * share
 }

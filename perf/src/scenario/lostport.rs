@@ -9,23 +9,22 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use memlane_lab::{LabOptions, Rate, Requirement, Rig, Size, why_not};
+use memlane_lab::{LabOptions, Rate, Requirement, Rig, Size, unix_time, why_not};
 use serde_json::json;
 
 use super::line::payload_gbit_per_second;
-use super::{Bench, Measured, Scenario};
-use crate::memlane::{Guest, Moved, PAGE};
-use crate::report::{By, Case, Report, Runs};
-use crate::unix_time;
+use super::{Bench, CaseResult, Scenario};
+use crate::memlane::{BenchGuest, MemlaneMove, PAGE};
+use crate::report::{Case, CaseRuns, Contender, ScenarioReport};
 
-/// The port that is lost.
+/// The index of the port that is lost.
 const PORT: usize = 0;
-/// The share of the pages that have been sent by then.
+/// The share of the pages that have been sent when the port is lost.
 const SENT_BEFORE: f64 = 0.4;
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct LostPort {
+pub struct LostPortScenario {
     /// Memory of the guest
     #[arg(long, default_value = "2GiB")]
     pub ram: Size,
@@ -38,15 +37,15 @@ pub struct LostPort {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum How {
+enum LossKind {
     Down,
     Silent,
 }
 
-impl Scenario for LostPort {
+impl Scenario for LostPortScenario {
     const NAME: &'static str = "lostport";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions {
             ports: usize::from(self.ports),
             port_rate: Some(self.port_rate),
@@ -54,14 +53,17 @@ impl Scenario for LostPort {
         };
         let line = payload_gbit_per_second(self.port_rate, lab.mtu);
         let mut rig = bench.rig(lab)?;
-        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
-        let cases = [(By::Memlane.case("down"), How::Down), (By::Memlane.case("silent"), How::Silent)];
+        let guest = BenchGuest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        let cases = [
+            (Contender::Memlane.case("down"), LossKind::Down),
+            (Contender::Memlane.case("silent"), LossKind::Silent),
+        ];
         let runs = bench.interleave(Self::NAME, &cases, |how| self.lose_one(&mut rig, &guest, *how, line))?;
         self.report(runs, &cases.map(|(case, _)| case), line)
     }
 }
 
-impl How {
+impl LossKind {
     fn happens(self) -> &'static str {
         match self {
             Self::Down => "goes down",
@@ -70,8 +72,8 @@ impl How {
     }
 }
 
-impl LostPort {
-    fn lose_one(&self, rig: &mut Rig, guest: &Guest, how: How, line: f64) -> Result<Measured> {
+impl LostPortScenario {
+    fn lose_one(&self, rig: &mut Rig, guest: &BenchGuest, how: LossKind, line: f64) -> Result<CaseResult> {
         let mut lost: Option<(f64, Result<()>)> = None;
         let moved = guest.migrate(rig, &[], |rig, state| {
             let sent =
@@ -85,7 +87,7 @@ impl LostPort {
         }
         let mut moved = moved?.arrived()?;
         let (lost_at, done) =
-            lost.context("the guest was there before the port was to be lost: make --ram larger")?;
+            lost.context("the guest arrived before the port was taken away: make --ram larger")?;
         done.context("taking the port away")?;
         let after = lost_at - moved.number("started_at_unix_seconds")?;
         let mut figures = moved.figures()?;
@@ -103,14 +105,14 @@ impl LostPort {
         Ok(moved.with_figures(figures))
     }
 
-    /// What a move takes at least of which a port was lost `after` so many seconds.
+    /// Returns the least time of a move during which a port was lost `after` so many seconds.
     fn ideal_seconds(&self, after: f64, line: f64) -> f64 {
         let gbit = self.ram.bytes() as f64 * 8.0 / 1e9;
         let left = gbit - after * line * f64::from(self.ports);
         after + left / (line * f64::from(self.ports - 1))
     }
 
-    fn report(&self, runs: Runs, [down, silent]: &[Case; 2], line: f64) -> Result<Report> {
+    fn report(&self, runs: CaseRuns, [down, silent]: &[Case; 2], line: f64) -> Result<ScenarioReport> {
         let headline = format!(
             "an idle guest of {} over {} ports of {}, of which one is lost when {:.0} % are sent",
             self.ram,
@@ -127,7 +129,7 @@ impl LostPort {
         let (of_down, of_silent) = (runs.values(down, "vs_ideal")?, runs.values(silent, "vs_ideal")?);
         let beyond = [runs.values(down, "beyond_memory")?, runs.values(silent, "beyond_memory")?].concat();
         let worse = of_down.iter().zip(&of_silent).map(|(down, silent)| down.max(*silent)).collect();
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio(
             "vs_ideal",
             worse,
@@ -140,17 +142,17 @@ impl LostPort {
     }
 }
 
-fn set_lost(rig: &Rig, how: How, lost: bool) -> Result<()> {
+fn set_lost(rig: &Rig, how: LossKind, lost: bool) -> Result<()> {
     let lab = rig.lab();
     match (how, lost) {
-        (How::Silent, _) => lab.silence_port(PORT, lost),
-        (How::Down, true) => lab.hosts()[0].port_down(PORT),
-        (How::Down, false) => lab.hosts()[0].port_up(PORT),
+        (LossKind::Silent, _) => lab.silence_port(PORT, lost),
+        (LossKind::Down, true) => lab.hosts()[0].port_down(PORT),
+        (LossKind::Down, false) => lab.hosts()[0].port_up(PORT),
     }
 }
 
-/// The daemon has noticed, and has lost lanes on no other port.
-fn ensure_lost_alone(moved: &Moved, port: &str) -> Result<()> {
+/// Checks that the daemon has noticed the loss, and has lost lanes on no other port.
+fn ensure_lost_alone(moved: &MemlaneMove, port: &str) -> Result<()> {
     let lanes = &moved.migration["lanes"];
     let losses = |of_port: bool| -> u64 {
         let lanes = lanes.as_array().into_iter().flatten().filter(|lane| (lane["port"] == port) == of_port);
@@ -169,7 +171,7 @@ mod tests {
     fn the_ideal_goes_on_with_the_ports_that_are_left() {
         let ram = Size::from_mib(1000);
         let rate = "1gbit".parse().expect("a rate");
-        let scenario = LostPort { ram, ports: 4, port_rate: rate };
+        let scenario = LostPortScenario { ram, ports: 4, port_rate: rate };
         let gbit = ram.bytes() as f64 * 8.0 / 1e9;
         assert!((scenario.ideal_seconds(0.0, 1.0) - gbit / 3.0).abs() < 1e-9);
         assert!((scenario.ideal_seconds(gbit / 4.0, 1.0) - gbit / 4.0).abs() < 1e-9);

@@ -11,17 +11,17 @@ use clap::Args;
 use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
-use super::{Bench, Measured, Scenario};
-use crate::memlane::{Guest, migrate_together};
-use crate::report::{By, Figures, Report};
+use super::{Bench, CaseResult, Scenario};
+use crate::memlane::{BenchGuest, migrate_together};
+use crate::report::{Contender, NamedFigures, ScenarioReport};
 
-/// What is asked is how the ports are shared, not how long guests stand still: on a machine whose processors are all
-/// busy with lanes, or whose disk is with the journals of eight handovers, that may be long.
+/// The downtime limit of the orders. It is long because only the share of the ports matters here. On a machine whose
+/// processors are all busy with lanes, or whose disk is busy with the journals of eight handovers, pauses may be long.
 const LIMIT: [&str; 2] = ["--downtime-limit", "5s"];
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Many {
+pub struct ManyScenario {
     /// Guests
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(2..=64))]
     pub guests: u8,
@@ -37,41 +37,41 @@ pub struct Many {
 }
 
 #[derive(Clone, Copy)]
-enum Way {
+enum ManyCase {
     Together,
     One,
 }
 
-impl Scenario for Many {
+impl Scenario for ManyScenario {
     const NAME: &'static str = "many";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab =
             LabOptions { ports: usize::from(self.ports), port_rate: self.port_rate, ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
         let count = usize::from(self.guests);
         let all = Size::from_mib((self.ram.bytes() >> 20) * u64::from(self.guests));
         let kvm = why_not(&[Requirement::Kvm]).is_none();
-        let (each, one) = (Guest::idle(self.ram, kvm), Guest::idle(all, kvm));
+        let (each, one) = (BenchGuest::idle(self.ram, kvm), BenchGuest::idle(all, kvm));
         let gbit = all.bytes() as f64 * 8.0 / 1e9;
 
         let cases = [
-            (By::Memlane.case(format!("{count} together")), Way::Together),
-            (By::Memlane.case("one"), Way::One),
+            (Contender::Memlane.case(format!("{count} together")), ManyCase::Together),
+            (Contender::Memlane.case("one"), ManyCase::One),
         ];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
-            Way::Together => {
+            ManyCase::Together => {
                 let moved = migrate_together(&each, &mut rig, count, &LIMIT)?;
-                let mut figures = Figures::from([
+                let mut figures = NamedFigures::from([
                     ("total_seconds", moved.total_seconds),
                     ("gbit_per_second", gbit / moved.total_seconds),
                 ]);
                 figures.set("slowest_vs_mean", slowest_vs_mean(&moved.seconds));
                 let limit = |key| moved.migrations.iter().filter_map(move |moved| moved[key].as_f64());
                 figures.set("longest_downtime_ms", limit("downtime_seconds").fold(0.0, f64::max) * 1e3);
-                Ok(Measured { figures, detail: json!(moved.migrations), ..Measured::default() })
+                Ok(CaseResult { figures, detail: json!(moved.migrations), ..CaseResult::default() })
             }
-            Way::One => one.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
+            ManyCase::One => one.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
         })?;
 
         let [(together, _), (alone, _)] = &cases;
@@ -88,14 +88,15 @@ impl Scenario for Many {
             "ports": self.ports,
             "port_bits_per_second": self.port_rate.map(Rate::bits_per_second),
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio("slowest_vs_mean", fairness, "rate of the slowest guest, of the mean of all");
         report.ratio("total_vs_one", total, format!("rate of all together, of that of one guest of {all}"));
         Ok(report)
     }
 }
 
-/// Of guests with as much memory each, that took so long.
+/// Returns the speed of the slowest guest over the mean speed, of guests with the same memory that took so many
+/// seconds.
 fn slowest_vs_mean(seconds: &[f64]) -> f64 {
     let rates = seconds.iter().map(|seconds| 1.0 / seconds);
     let mean = rates.clone().sum::<f64>() / seconds.len() as f64;

@@ -1,6 +1,6 @@
-//! What is measured: a file for each scenario, which says against what.
+//! The scenarios: a file for each, which says what is measured and against what.
 //!
-//! A scenario is a type that holds its options and implements [`Scenario`], and a line in [`Order`].
+//! A scenario is a type that holds its options and implements [`Scenario`], and a line in [`ScenarioCommand`].
 
 mod bulk;
 mod busy;
@@ -20,129 +20,133 @@ mod zero;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use memlane_lab::{Hosts, LabOptions, Programs, Requirement, Rig, RigOptions, why_not};
+use memlane_lab::{LabOptions, Programs, RemoteHosts, Requirement, Rig, RigOptions, why_not};
 use serde_json::{Value, json};
 
 use crate::baseline::rpc;
-use crate::report::{Case, Figures, Report, Run, Runs, Trace};
-pub use bulk::Bulk;
-pub use busy::Busy;
-pub use compressible::Compressible;
+use crate::report::{Case, CaseRun, CaseRuns, NamedFigures, ScenarioReport, Trace};
+pub use bulk::BulkScenario;
+pub use busy::BusyScenario;
+pub use compressible::CompressibleScenario;
 pub use hosts::OverSsh;
-pub use lostport::LostPort;
-pub use many::Many;
-pub use outrun::Outrun;
-pub use postcopy::Postcopy;
-pub use qemu::Qemu;
-pub use shaped::Shaped;
-pub use sparse::Sparse;
-pub use wan::Wan;
-pub use zero::Zero;
+pub use lostport::LostPortScenario;
+pub use many::ManyScenario;
+pub use outrun::OutrunScenario;
+pub use postcopy::PostcopyScenario;
+pub use qemu::QemuScenario;
+pub use shaped::ShapedScenario;
+pub use sparse::SparseScenario;
+pub use wan::WanScenario;
+pub use zero::ZeroScenario;
 
-/// One kind of migration, and what is asked about it. The type holds what it can be told on the command line.
+/// One kind of migration, and the figures that it is measured for. The type holds the options of the command line.
 pub trait Scenario {
-    /// Its name, as on the command line.
+    /// The name of the scenario on the command line.
     const NAME: &'static str;
-    /// Whether it can do with hosts that are there already, whose ports nobody shapes, delays or takes down.
+    /// Whether it works with hosts that exist already, whose ports are not shaped, delayed or taken down.
     const ON_HOSTS: bool = false;
 
-    /// What it needs of the machine.
+    /// Returns the requirements on the machine.
     fn needs(&self) -> &'static [Requirement] {
         Requirement::LAB
     }
 
-    /// Measures.
+    /// Measures the scenario.
     ///
     /// # Errors
     ///
     /// If something fails that has to work for the figures to mean anything: a guest that arrives other than it left
     /// is such a failure.
-    fn measure(&self, bench: &Bench) -> Result<Report>;
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport>;
 }
 
 /// The scenarios, on the command line.
 #[derive(Subcommand, Debug, Clone)]
-pub enum Order {
+pub enum ScenarioCommand {
     /// All scenarios in turn, with their defaults
     All(Common),
     /// An idle guest of incompressible memory over unlimited ports, against raw sockets and QEMU's own migration
-    Bulk(With<Bulk>),
+    Bulk(With<BulkScenario>),
     /// 4 ports of 1 Gbit/s, against what they can carry as TCP payload
-    Shaped(With<Shaped>),
+    Shaped(With<ShapedScenario>),
     /// A guest that writes at 30, 60 and 90 % of what 2 ports carry, against the ideal for that
-    Busy(With<Busy>),
+    Busy(With<BusyScenario>),
     /// A guest that writes faster than the ports carry: stun, post-copy, and the one after the other
-    Outrun(With<Outrun>),
+    Outrun(With<OutrunScenario>),
     /// How long guests wait for pages in post-copy, against single pages over raw sockets and QEMU's own post-copy
-    Postcopy(With<Postcopy>),
+    Postcopy(With<PostcopyScenario>),
     /// A guest most of whose pages hold zeros, against a plain read of such memory
-    Zero(With<Zero>),
+    Zero(With<ZeroScenario>),
     /// A guest over one port of 1 Gbit/s with compression and without, of memory that LZ4 makes a third of, and of other
-    Compressible(With<Compressible>),
+    Compressible(With<CompressibleScenario>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
     #[command(name = "lostport")]
-    LostPort(With<LostPort>),
+    LostPort(With<LostPortScenario>),
     /// 8 guests at once, against one that has as much memory as all of them
-    Many(With<Many>),
+    Many(With<ManyScenario>),
     /// A guest of 24 TiB of which 1 GiB is resident, against one that has nothing else
-    Sparse(With<Sparse>),
+    Sparse(With<SparseScenario>),
     /// One port of 1 Gbit/s with a round trip of 150 ms, against what it carries
-    Wan(With<Wan>),
+    Wan(With<WanScenario>),
     /// A Linux guest in QEMU, moved by Memlane and by QEMU itself
-    Qemu(With<Qemu>),
+    Qemu(With<QemuScenario>),
 }
 
-/// A scenario's own options, and those that all have.
+/// The options of a scenario, and those that all scenarios have.
 #[derive(Args, Debug, Clone)]
 pub struct With<S: Args> {
     /// The scenario, with its options.
     #[command(flatten)]
     pub scenario: S,
-    /// What all have.
+    /// The options that all scenarios have.
     #[command(flatten)]
     pub common: Common,
 }
 
-/// What every scenario can be told.
+/// The options that all scenarios have.
 #[derive(Args, Debug, Clone)]
 pub struct Common {
     /// Measurements of each kind
     #[arg(long, value_name = "NUMBER", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub repetitions: u32,
-    /// Hosts that are there already.
+    /// The hosts, if they exist already.
     #[command(flatten)]
     pub hosts: OverSsh,
 }
 
-/// What scenarios are measured with.
+/// The programs, the hosts and the number of repetitions with which scenarios are measured.
 #[derive(Debug, Clone)]
 pub struct Bench {
     /// Memlane's programs.
     pub programs: Programs,
-    /// Hosts that are there already; else the harness makes some.
-    pub hosts: Option<Hosts>,
-    /// How often each case is measured.
+    /// The hosts, if they exist already; else the harness makes some.
+    pub hosts: Option<RemoteHosts>,
+    /// The number of times that each case is measured.
     pub repetitions: u32,
 }
 
-/// What was found of a case once.
+/// The result of one measurement of a case.
 #[derive(Debug, Clone, Default)]
-pub struct Measured {
-    /// Its figures.
-    pub figures: Figures,
-    /// What else there is to be known.
+pub struct CaseResult {
+    /// The figures of the measurement.
+    pub figures: NamedFigures,
+    /// Further results.
     pub detail: Value,
-    /// What pictures show of it.
+    /// The data of the pictures.
     pub trace: Trace,
 }
 
-impl Order {
-    /// Measures the scenario, or all of them; `tell` gets each report as soon as it is there.
+impl ScenarioCommand {
+    /// Measures the scenario, or all of them; `tell` gets each report as soon as it is complete.
     ///
     /// # Errors
     ///
     /// If the machine lacks what a scenario needs, or one fails. Of all scenarios the others are measured nevertheless.
-    pub fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
+    pub fn carry_out(
+        &self,
+        programs: &Programs,
+        tell: &mut dyn FnMut(&ScenarioReport) -> Result<()>,
+    ) -> Result<()> {
         match self {
             Self::All(common) => carry_out_all(programs, common, tell),
             Self::Bulk(order) => order.carry_out(programs, tell),
@@ -164,9 +168,12 @@ impl Order {
 fn carry_out_all(
     programs: &Programs,
     common: &Common,
-    tell: &mut dyn FnMut(&Report) -> Result<()>,
+    tell: &mut dyn FnMut(&ScenarioReport) -> Result<()>,
 ) -> Result<()> {
-    ensure!(common.hosts.hosts()?.is_none(), "name the scenarios: not all can do with --hosts");
+    ensure!(
+        common.hosts.hosts()?.is_none(),
+        "not every scenario works with --hosts; name the scenarios to measure, instead of all"
+    );
     let repetitions = common.repetitions.to_string();
     let mut failed = Vec::new();
     for order in
@@ -179,24 +186,28 @@ fn carry_out_all(
         }
     }
     if !failed.is_empty() {
-        bail!("could not be measured: {}", failed.join(", "));
+        bail!("these scenarios could not be measured: {}", failed.join(", "));
     }
     Ok(())
 }
 
-/// Scenarios that nobody has told anything.
+/// The scenarios with their default options.
 #[derive(Parser)]
 struct Defaults {
     #[command(subcommand)]
-    order: Order,
+    order: ScenarioCommand,
 }
 
 impl<S: Scenario + Args> With<S> {
-    fn carry_out(&self, programs: &Programs, tell: &mut dyn FnMut(&Report) -> Result<()>) -> Result<()> {
+    fn carry_out(
+        &self,
+        programs: &Programs,
+        tell: &mut dyn FnMut(&ScenarioReport) -> Result<()>,
+    ) -> Result<()> {
         let hosts = self.common.hosts.hosts()?;
         match &hosts {
             Some(_) if !S::ON_HOSTS => {
-                bail!("{} needs hosts that the harness makes; leave --hosts away", S::NAME)
+                bail!("{} needs hosts that the harness makes; run it without --hosts", S::NAME)
             }
             Some(_) => {}
             None => {
@@ -209,7 +220,7 @@ impl<S: Scenario + Args> With<S> {
         let mut report = self.scenario.measure(&bench)?;
         if let Some(hosts) = &bench.hosts {
             let [source, destination] = &hosts.targets;
-            report.notes.push(format!("between {source} and {destination}, whose ports nobody shaped"));
+            report.notes.push(format!("between {source} and {destination}, whose ports were not shaped"));
             report.settings.insert("hosts".to_owned(), json!(hosts.targets));
         }
         tell(&report)
@@ -217,8 +228,8 @@ impl<S: Scenario + Args> With<S> {
 }
 
 impl Bench {
-    /// Two hosts with daemons that accept ports however slow: those of a scenario are slow on purpose. Of hosts that are
-    /// there already `lab` says only how fast their ports are.
+    /// Makes two hosts whose daemons accept slow ports, because the ports of some scenarios are slow on purpose. For
+    /// hosts that exist already, `lab` only says how fast their ports are.
     ///
     /// # Errors
     ///
@@ -233,7 +244,7 @@ impl Bench {
 
     /// Measures each of `cases` once in each repetition. What goes with a case tells `measure` what to do.
     ///
-    /// In each repetition another one is the first, to whom the machine itself may be slower to give memory.
+    /// In each repetition another case comes first, because the machine may be slower to give memory to the first one.
     ///
     /// # Errors
     ///
@@ -242,26 +253,26 @@ impl Bench {
         &self,
         scenario: &str,
         cases: &[(Case, T)],
-        mut measure: impl FnMut(&T) -> Result<Measured>,
-    ) -> Result<Runs> {
-        let mut runs = Runs::default();
+        mut measure: impl FnMut(&T) -> Result<CaseResult>,
+    ) -> Result<CaseRuns> {
+        let mut runs = CaseRuns::default();
         for repetition in 1..=self.repetitions {
             for turn in 0..cases.len() {
                 let (case, what) = &cases[(turn + repetition as usize - 1) % cases.len()];
                 eprintln!("{scenario}: repetition {repetition} of {}, {case}", self.repetitions);
-                let Measured { figures, detail, trace } =
+                let CaseResult { figures, detail, trace } =
                     measure(what).with_context(|| format!("measuring {case}"))?;
-                runs.push(Run { repetition, case: case.clone(), figures, detail, trace });
+                runs.push(CaseRun { repetition, case: case.clone(), figures, detail, trace });
             }
         }
         Ok(runs)
     }
 }
 
-/// How soon pages come over a connection on which nothing else is.
-fn single_pages(rig: &Rig) -> Result<Measured> {
+/// Measures how soon pages come over a connection that carries nothing else.
+fn single_pages(rig: &Rig) -> Result<CaseResult> {
     let rpc = rpc::measure(rig.lab())?;
-    let figures = Figures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
+    let figures = NamedFigures::from([("rpc_p50_us", rpc.rpc_p50_us), ("rpc_p99_us", rpc.rpc_p99_us)]);
     let trace = Trace { timeline: None, waits: Some(rpc.waits) };
-    Ok(Measured { figures, detail: Value::Null, trace })
+    Ok(CaseResult { figures, detail: Value::Null, trace })
 }

@@ -19,37 +19,37 @@ use clap::Args;
 use serde_json::json;
 
 use super::writer::Writer;
-use super::{Bench, Measured, Scenario, single_pages};
-use crate::memlane::{Guest, Moved, Writes};
-use crate::report::{By, Case, Report, Run, Runs};
+use super::{Bench, CaseResult, Scenario, single_pages};
+use crate::memlane::{BenchGuest, MemlaneMove, WriteLoad};
+use crate::report::{Case, CaseRun, CaseRuns, Contender, ScenarioReport};
 
-/// As `memlanectl migrate --converge` knows them.
+/// The ways that are measured, as `memlanectl migrate --converge` names them.
 const WAYS: [&str; 3] = ["stun", "postcopy", "auto"];
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Outrun {
+pub struct OutrunScenario {
     #[command(flatten)]
     writer: Writer,
-    /// How much of its writing stun may keep the guest from, where nothing comes after it; what comes before post-copy
-    /// is the daemon's to say
+    /// The largest part of its writing that stun may take from the guest, in percent, if no post-copy follows; before
+    /// post-copy the daemon's own limit applies
     #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = clap::value_parser!(u8).range(..=99))]
     pub max_stun: u8,
 }
 
-impl Scenario for Outrun {
+impl Scenario for OutrunScenario {
     const NAME: &'static str = "outrun";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let mut rig = bench.rig(self.writer.lab())?;
         // What README recommends for guests that may be stunned.
         let tracker = rig.lab().has_kvm().then_some("ring");
-        let guest = Guest { readers: 1, tracker, ..self.writer.guest(rig.lab(), Writes::FlatOut) };
+        let guest = BenchGuest { readers: 1, tracker, ..self.writer.guest(rig.lab(), WriteLoad::FlatOut) };
         let max_stun = self.max_stun.to_string();
 
-        let moves = WAYS.map(|way| (By::Memlane.case(way), Some(way)));
+        let moves = WAYS.map(|way| (Contender::Memlane.case(way), Some(way)));
         let cases: Vec<(Case, Option<&str>)> =
-            moves.into_iter().chain([(By::Raw.case("page"), None)]).collect();
+            moves.into_iter().chain([(Contender::Raw.case("page"), None)]).collect();
         let runs = bench.interleave(Self::NAME, &cases, |way| {
             let Some(way) = way else { return single_pages(&rig) };
             let mut order = vec!["--converge", way];
@@ -62,7 +62,7 @@ impl Scenario for Outrun {
     }
 }
 
-fn measured(moved: Moved) -> Result<Measured> {
+fn measured(moved: MemlaneMove) -> Result<CaseResult> {
     let mut figures = moved.figures()?;
     let limit = moved.number("downtime_limit_seconds")? * 1e3;
     figures.set_some("limit_kept", figures.value("downtime_ms").map(|pause| f64::from(pause <= limit)));
@@ -82,12 +82,12 @@ fn measured(moved: Moved) -> Result<Measured> {
     let readers = moved.readers.as_ref().map(|readers| readers.json());
     let measured = moved.with_figures(figures);
     let detail = json!({ "migration": measured.detail, "readers": readers });
-    Ok(Measured { detail, ..measured })
+    Ok(CaseResult { detail, ..measured })
 }
 
-impl Outrun {
-    fn report(&self, runs: Runs) -> Result<Report> {
-        let cases = WAYS.map(|way| By::Memlane.case(way));
+impl OutrunScenario {
+    fn report(&self, runs: CaseRuns) -> Result<ScenarioReport> {
+        let cases = WAYS.map(|way| Contender::Memlane.case(way));
         let [stun, ..] = &cases;
         let mut kept = Vec::new();
         let mut ratios = Vec::new();
@@ -105,7 +105,7 @@ impl Outrun {
             vec![kept],
             "part of all runs whose pause was within the limit".to_owned(),
         ));
-        let seen = |run: &Run| run.figures.value("stun_released_vs_target");
+        let seen = |run: &CaseRun| run.figures.value("stun_released_vs_target");
         let released: Vec<f64> = runs.of(stun).filter_map(seen).collect();
         let (stunned, all) = (released.len(), runs.of(stun).count());
         if !released.is_empty() {
@@ -118,7 +118,7 @@ impl Outrun {
         }
         let headline = self.writer.headline("as fast as it can");
         let settings = self.writer.settings([("max_stun_percent", json!(self.max_stun))]);
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }

@@ -17,32 +17,33 @@ use clap::Args;
 use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::{Value, json};
 
-use super::{Bench, Measured, Scenario, single_pages};
-use crate::baseline::qemu::toucher::{LEAST_WAIT, Mover, Touched, Toucher};
-use crate::baseline::report::microseconds_within;
-use crate::memlane::{Guest, Moved, PAGE, Writes};
-use crate::report::{By, Case, Figures, Report, Runs, Trace, Waits};
+use super::{Bench, CaseResult, Scenario, single_pages};
+use crate::baseline::qemu::toucher::{LEAST_WAIT, PostcopyMover, Touched, Toucher};
+use crate::memlane::{BenchGuest, MemlaneMove, PAGE, WriteLoad};
+use crate::report::{
+    Case, CaseRuns, Contender, NamedFigures, ScenarioReport, Trace, Waits, microseconds_within,
+};
 
-/// What is found of every guest's waits.
+/// The names of the figures that are found of every guest's waits.
 const P50: &str = "fault_p50_us";
 const P99: &str = "fault_p99_us";
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Postcopy {
+pub struct PostcopyScenario {
     /// Memory of the guests
     #[arg(long, default_value = "2GiB")]
     pub ram: Size,
-    /// Memory that the guest which writes writes [default: half of it]
+    /// Memory that the writing guest writes [default: half of it]
     #[arg(long)]
     pub working_set: Option<Size>,
-    /// Pages that it writes a second [default: as many as it can]
+    /// Pages that the guest writes a second [default: as many as it can]
     #[arg(long, value_name = "PAGES_PER_S", value_parser = clap::value_parser!(u64).range(1..))]
     pub dirty_rate: Option<u64>,
-    /// Its virtual CPUs that write
+    /// Virtual CPUs of the guest that write
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=8))]
     pub vcpus: u16,
-    /// Virtual CPUs that it has moreover, which only read
+    /// Further virtual CPUs of the guest, which only read
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=7))]
     pub readers: u16,
     /// Ports between the two hosts; Memlane has lanes on each, and QEMU all its connections on the first
@@ -54,21 +55,21 @@ pub struct Postcopy {
 }
 
 #[derive(Clone, Copy)]
-enum What {
-    /// The guest of `memlane-vmm`, as `memlanectl migrate --postcopy` knows it.
+enum PostcopyCase {
+    /// The guest of `memlane-vmm`, moved as `memlanectl migrate --postcopy` names it.
     Writer(&'static str),
-    Toucher(Mover),
+    Toucher(PostcopyMover),
     Page,
 }
 
-impl Scenario for Postcopy {
+impl Scenario for PostcopyScenario {
     const NAME: &'static str = "postcopy";
 
     fn needs(&self) -> &'static [Requirement] {
         Requirement::LAB_WITH_QEMU
     }
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab =
             LabOptions { ports: usize::from(self.ports), port_rate: self.port_rate, ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
@@ -77,33 +78,33 @@ impl Scenario for Postcopy {
         let shim = bench.programs.shim();
 
         let runs = bench.interleave(Self::NAME, &cases(), |what| match *what {
-            What::Writer(mode) => {
+            PostcopyCase::Writer(mode) => {
                 told(writer.migrate(&mut rig, &["--postcopy", mode], |_, _| {})?.arrived()?)
             }
-            What::Toucher(mover) => seen(toucher.migrate(&rig, &shim, mover)?),
-            What::Page => single_pages(&rig),
+            PostcopyCase::Toucher(mover) => seen(toucher.migrate(&rig, &shim, mover)?),
+            PostcopyCase::Page => single_pages(&rig),
         })?;
         self.report(runs, &writer)
     }
 }
 
-/// All cases: the two guests moved by Memlane, and what each is held against.
-fn cases() -> [(Case, What); 5] {
+/// Returns all cases: the two guests moved by Memlane, and the baseline of each.
+fn cases() -> [(Case, PostcopyCase); 5] {
     [
-        (by_memlane("now"), What::Writer("now")),
-        (by_memlane("hybrid"), What::Writer("hybrid")),
-        (By::Raw.case("page"), What::Page),
-        (by_memlane("qemu guest"), What::Toucher(Mover::Daemons)),
-        (By::Qemu.case("postcopy-preempt"), What::Toucher(Mover::Qemu)),
+        (by_memlane("now"), PostcopyCase::Writer("now")),
+        (by_memlane("hybrid"), PostcopyCase::Writer("hybrid")),
+        (Contender::Raw.case("page"), PostcopyCase::Page),
+        (by_memlane("qemu guest"), PostcopyCase::Toucher(PostcopyMover::Daemons)),
+        (Contender::Qemu.case("postcopy-preempt"), PostcopyCase::Toucher(PostcopyMover::Qemu)),
     ]
 }
 
 fn by_memlane(how: &str) -> Case {
-    By::Memlane.case(how)
+    Contender::Memlane.case(how)
 }
 
-/// What the daemon tells of a move.
-fn told(moved: Moved) -> Result<Measured> {
+/// Returns the figures that the daemon reports of a move.
+fn told(moved: MemlaneMove) -> Result<CaseResult> {
     let postcopy = &moved.migration["postcopy"];
     let number =
         |key: &str| postcopy[key].as_f64().with_context(|| format!("no {key} of post-copy in {postcopy}"));
@@ -114,7 +115,7 @@ fn told(moved: Moved) -> Result<Measured> {
          (--working-set, --dirty-rate), or shape the ports (--port-rate)"
     );
     let (streamed, seconds) = (number("pages_streamed")? * PAGE, number("seconds")?);
-    let mut figures = Figures::from([
+    let mut figures = NamedFigures::from([
         ("faults", faults),
         (P50, number("fault_p50_us")?),
         (P99, number("fault_p99_us")?),
@@ -127,8 +128,8 @@ fn told(moved: Moved) -> Result<Measured> {
     Ok(moved.with_figures(figures))
 }
 
-/// What a guest has seen itself, and what its mover tells of the pages that were asked for.
-fn seen(touched: Touched) -> Result<Measured> {
+/// Returns the figures that a guest has seen itself, and those that its mover reports of the pages that were asked for.
+fn seen(touched: Touched) -> Result<CaseResult> {
     let Touched { moved, mut waits } = touched;
     ensure!(
         !waits.is_empty(),
@@ -136,7 +137,7 @@ fn seen(touched: Touched) -> Result<Measured> {
     );
     waits.sort_unstable();
     let within = |percent| microseconds_within(&waits, percent);
-    let mut figures = Figures::from([
+    let mut figures = NamedFigures::from([
         ("faults", waits.len() as f64),
         (P50, within(50)),
         (P99, within(99)),
@@ -147,28 +148,28 @@ fn seen(touched: Touched) -> Result<Measured> {
     figures.set_some("requests", requests.into_iter().find_map(Value::as_f64));
     figures.set("downtime_ms", moved.downtime * 1e3);
     let trace = Trace { timeline: None, waits: Some(Waits::of(&waits)) };
-    Ok(Measured { figures, detail: moved.told, trace })
+    Ok(CaseResult { figures, detail: moved.told, trace })
 }
 
-impl Postcopy {
+impl PostcopyScenario {
     fn working_set(&self) -> Size {
         self.working_set.unwrap_or_else(|| self.ram.part(2))
     }
 
-    /// The guest that writes; a virtual machine where there is KVM.
-    fn writer(&self) -> Guest {
-        Guest {
-            writes: self.dirty_rate.map_or(Writes::FlatOut, Writes::Rate),
+    /// Returns the guest that writes. It is a virtual machine if there is KVM.
+    fn writer(&self) -> BenchGuest {
+        BenchGuest {
+            writes: self.dirty_rate.map_or(WriteLoad::FlatOut, WriteLoad::Rate),
             working_set: Some(self.working_set()),
             vcpus: self.vcpus,
             readers: self.readers,
-            ..Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none())
+            ..BenchGuest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none())
         }
     }
 
-    fn report(&self, runs: Runs, writer: &Guest) -> Result<Report> {
-        let (now, page) = (by_memlane("now"), By::Raw.case("page"));
-        let (ours, theirs) = (by_memlane("qemu guest"), By::Qemu.case("postcopy-preempt"));
+    fn report(&self, runs: CaseRuns, writer: &BenchGuest) -> Result<ScenarioReport> {
+        let (now, page) = (by_memlane("now"), Contender::Raw.case("page"));
+        let (ours, theirs) = (by_memlane("qemu guest"), Contender::Qemu.case("postcopy-preempt"));
         let p99s = runs.values(&now, P99)?.into_iter().zip(runs.values(&page, "rpc_p99_us")?);
         let least = LEAST_WAIT.as_micros();
         let ratios = [
@@ -221,7 +222,7 @@ impl Postcopy {
             "port_bits_per_second": self.port_rate.map(|rate| rate.bits_per_second()),
             "least_wait_seconds": LEAST_WAIT.as_secs_f64(),
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }

@@ -10,15 +10,15 @@ use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
 use super::line::payload_gbit_per_second;
-use super::{Bench, Measured, Scenario};
+use super::{Bench, CaseResult, Scenario};
 use crate::baseline::memory::{MemoryState, SharedMemory};
 use crate::baseline::raw;
-use crate::memlane::Guest;
-use crate::report::{By, Report};
+use crate::memlane::BenchGuest;
+use crate::report::{Contender, ScenarioReport};
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Shaped {
+pub struct ShapedScenario {
     /// Memory of the guest
     #[arg(long, default_value = "1GiB")]
     pub ram: Size,
@@ -31,15 +31,15 @@ pub struct Shaped {
 }
 
 #[derive(Clone, Copy)]
-enum Way {
+enum ShapedCase {
     Memlane,
     Raw,
 }
 
-impl Scenario for Shaped {
+impl Scenario for ShapedScenario {
     const NAME: &'static str = "shaped";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions {
             ports: usize::from(self.ports),
             port_rate: Some(self.port_rate),
@@ -47,15 +47,18 @@ impl Scenario for Shaped {
         };
         let line = payload_gbit_per_second(self.port_rate, lab.mtu) * f64::from(self.ports);
         let mut rig = bench.rig(lab)?;
-        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        let guest = BenchGuest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
         let memory = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
 
-        let cases = [(By::Memlane.case("fresh"), Way::Memlane), (By::Raw.case("fresh"), Way::Raw)];
+        let cases = [
+            (Contender::Memlane.case("fresh"), ShapedCase::Memlane),
+            (Contender::Raw.case("fresh"), ShapedCase::Raw),
+        ];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
-            Way::Memlane => guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?.measured(),
-            Way::Raw => {
+            ShapedCase::Memlane => guest.migrate(&mut rig, &[], |_, _| {})?.arrived()?.measured(),
+            ShapedCase::Raw => {
                 let figures = raw::transfer(rig.lab(), &memory, 1, MemoryState::Fresh)?.figures(memory.len());
-                Ok(Measured { figures, ..Measured::default() })
+                Ok(CaseResult { figures, ..CaseResult::default() })
             }
         })?;
 
@@ -71,7 +74,7 @@ impl Scenario for Shaped {
             "port_bits_per_second": self.port_rate.bits_per_second(),
             "payload_gbit_per_second": line,
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio("of_line", of_line, format!("round one, of the {line:.3} Gbit/s of payload that fit"));
         report.ratio("vs_raw", vs_raw, "round one, of what raw sockets carried");
         Ok(report)

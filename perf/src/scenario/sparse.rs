@@ -12,23 +12,23 @@ use clap::Args;
 use memlane_lab::{HostId, LabOptions, Rig, Size};
 use serde_json::json;
 
-use super::{Bench, Measured, Scenario};
-use crate::memlane::Guest;
+use super::{Bench, CaseResult, Scenario};
+use crate::memlane::BenchGuest;
 use crate::peak::PeakMemory;
-use crate::report::{By, Report};
+use crate::report::{Contender, ScenarioReport};
 
-/// Pages in which the guest notes that it was kept waiting, which even an idle one does.
+/// The number of pages in which the guest notes that it was kept waiting. Even an idle guest does so.
 const OWN_PAGES: u64 = 2;
 const EMPTY_ROUND: &str = "empty_round_ms";
 const MEMORY: &str = "daemon_memory_gib";
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Sparse {
+pub struct SparseScenario {
     /// Memory of the guest
     #[arg(long, default_value = "24TiB")]
     pub ram: Size,
-    /// What of it is resident, and all that the guest has that it is compared with
+    /// The part of it that is resident, and all the memory of the guest that it is compared with
     #[arg(long, default_value = "1GiB")]
     pub resident: Size,
     /// Ports between the two hosts
@@ -36,15 +36,15 @@ pub struct Sparse {
     pub ports: u8,
 }
 
-impl Scenario for Sparse {
+impl Scenario for SparseScenario {
     const NAME: &'static str = "sparse";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
-        let dense = Guest::idle(self.resident, false);
-        let sparse = Guest { ram: self.ram, resident: Some(self.resident), ..dense.clone() };
-        let cases = [(By::Memlane.case("sparse"), sparse), (By::Memlane.case("dense"), dense)];
+        let dense = BenchGuest::idle(self.resident, false);
+        let sparse = BenchGuest { ram: self.ram, resident: Some(self.resident), ..dense.clone() };
+        let cases = [(Contender::Memlane.case("sparse"), sparse), (Contender::Memlane.case("dense"), dense)];
         let runs = bench.interleave(Self::NAME, &cases, |guest| move_once(guest, &mut rig))?;
 
         let [sparse, dense] = cases.map(|(case, _)| case);
@@ -61,9 +61,9 @@ impl Scenario for Sparse {
             "ram_bytes": self.ram.bytes(),
             "resident_bytes": self.resident.bytes(),
             "ports": self.ports,
-            "fill": Guest::INCOMPRESSIBLE,
+            "fill": BenchGuest::INCOMPRESSIBLE,
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio("vs_dense", vs_dense, "time that it takes, of that of the guest that has nothing else");
         report.ratio(EMPTY_ROUND, empty_round, "milliseconds to find in a round that nothing was written");
         report.ratio(MEMORY, memory, "most memory of the larger of both daemons, in GiB");
@@ -72,7 +72,7 @@ impl Scenario for Sparse {
     }
 }
 
-fn move_once(guest: &Guest, rig: &mut Rig) -> Result<Measured> {
+fn move_once(guest: &BenchGuest, rig: &mut Rig) -> Result<CaseResult> {
     let daemons = [HostId::A, HostId::B].map(|id| rig.daemon(id).pid());
     let peaks = daemons.map(PeakMemory::begin).into_iter().collect::<Result<Vec<_>>>()?;
     let moved = guest.migrate(rig, &[], |_, _| {})?.arrived()?;

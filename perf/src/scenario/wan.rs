@@ -12,21 +12,23 @@ use memlane_api::units::Span;
 use memlane_lab::{LabOptions, Rate, Requirement, Size, why_not};
 use serde_json::json;
 
-use super::{Bench, Measured, Scenario};
+use super::{Bench, CaseResult, Scenario};
 use crate::baseline::memory::{MemoryState, SharedMemory};
 use crate::baseline::raw;
-use crate::memlane::Guest;
-use crate::report::{By, Report};
+use crate::memlane::BenchGuest;
+use crate::report::{Contender, ScenarioReport};
 
-/// Connections of the baseline. The kernel gives each a send buffer of 4 MiB at the most, unless it is told otherwise.
+/// The number of connections of the baseline. The kernel gives each a send buffer of 4 MiB at most, unless it is told
+/// otherwise.
 const RAW_CONNECTIONS: usize = 8;
 
-/// Above the default: the last pages, the state and the commit each take a round trip.
+/// The downtime limit of the orders. It is above the default, because the last pages, the state and the commit each
+/// take a round trip.
 const LIMIT: [&str; 2] = ["--downtime-limit", "1s"];
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Wan {
+pub struct WanScenario {
     /// Memory of the guest
     #[arg(long, default_value = "2GiB")]
     pub ram: Size,
@@ -39,15 +41,15 @@ pub struct Wan {
 }
 
 #[derive(Clone, Copy)]
-enum Way {
+enum WanCase {
     Memlane,
     Raw,
 }
 
-impl Scenario for Wan {
+impl Scenario for WanScenario {
     const NAME: &'static str = "wan";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions {
             port_rate: Some(self.port_rate),
             port_delay: Some(self.round_trip.0 / 2),
@@ -55,16 +57,17 @@ impl Scenario for Wan {
             ..LabOptions::default()
         };
         let mut rig = bench.rig(lab)?;
-        let guest = Guest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
+        let guest = BenchGuest::idle(self.ram, why_not(&[Requirement::Kvm]).is_none());
         let memory = SharedMemory::with_pattern(self.ram.bytes().try_into()?)?;
 
-        let cases = [(By::Memlane.case(""), Way::Memlane), (By::Raw.case(""), Way::Raw)];
+        let cases =
+            [(Contender::Memlane.case(""), WanCase::Memlane), (Contender::Raw.case(""), WanCase::Raw)];
         let runs = bench.interleave(Self::NAME, &cases, |way| match way {
-            Way::Memlane => guest.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
-            Way::Raw => {
+            WanCase::Memlane => guest.migrate(&mut rig, &LIMIT, |_, _| {})?.arrived()?.measured(),
+            WanCase::Raw => {
                 let took = raw::transfer(rig.lab(), &memory, RAW_CONNECTIONS, MemoryState::Fresh)?;
                 let detail = json!({ "connections_per_port": RAW_CONNECTIONS });
-                Ok(Measured { figures: took.figures(memory.len()), detail, ..Measured::default() })
+                Ok(CaseResult { figures: took.figures(memory.len()), detail, ..CaseResult::default() })
             }
         })?;
 
@@ -85,7 +88,7 @@ impl Scenario for Wan {
             "port_bits_per_second": self.port_rate.bits_per_second(),
             "round_trip_seconds": self.round_trip.0.as_secs_f64(),
         });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio("of_line", round, "round one, of what the port carries");
         report.ratio("whole_of_line", whole, "the whole move, of what the port carries");
         report.ratio(

@@ -4,7 +4,7 @@
 //! source's daemon takes of a processor for the first beyond the second, it takes to find that the pages hold zeros,
 //! and to say so to the destination. So `zero_scan_gbytes_per_s` is what one core scans in a second.
 //!
-//! The baseline **read** is one core that reads memory of the same size, with as many zeros, which nobody else uses:
+//! The baseline **read** is one core that reads memory of the same size, with as many zeros, which no other process uses:
 //! when it has just mapped it (`vs_read`), and when it has touched every page of it before, so that no page has to be
 //! mapped any more (`vs_mapped_read`). The daemon maps a guest's memory when its VMM comes, in the background.
 
@@ -13,17 +13,18 @@ use clap::Args;
 use memlane_lab::{LabOptions, Requirement, Size, why_not};
 use serde_json::json;
 
-use super::{Bench, Measured, Scenario};
-use crate::baseline::memory::{self, MemoryState, SharedMemory};
-use crate::memlane::{Guest, PAGE};
-use crate::report::{By, Case, Figures, Report, Runs};
+use super::{Bench, CaseResult, Scenario};
+use crate::baseline::memcpy;
+use crate::baseline::memory::{MemoryState, SharedMemory};
+use crate::memlane::{BenchGuest, PAGE};
+use crate::report::{Case, CaseRuns, Contender, NamedFigures, ScenarioReport};
 
 const FILL: &str = "zero=90,random=10,compressible=0";
 const CPU: &str = "source_daemon_cpu_seconds";
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Zero {
+pub struct ZeroScenario {
     /// Memory of the guest
     #[arg(long, default_value = "4GiB")]
     pub ram: Size,
@@ -33,56 +34,56 @@ pub struct Zero {
 }
 
 #[derive(Clone, Copy)]
-enum What {
-    /// Whether its zeros are there; else they are holes.
+enum ZeroCase {
+    /// A move by Memlane. The value says whether the guest's zeros exist as pages; else they are holes.
     Memlane(bool),
     Read,
 }
 
-impl Scenario for Zero {
+impl Scenario for ZeroScenario {
     const NAME: &'static str = "zero";
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let lab = LabOptions { ports: usize::from(self.ports), ..LabOptions::default() };
         let mut rig = bench.rig(lab)?;
         let kvm = why_not(&[Requirement::Kvm]).is_none();
-        let idle = Guest { fill: FILL, ..Guest::idle(self.ram, kvm) };
+        let idle = BenchGuest { fill: FILL, ..BenchGuest::idle(self.ram, kvm) };
 
         let cases = [
-            (By::Memlane.case("zeros"), What::Memlane(true)),
-            (By::Memlane.case("holes"), What::Memlane(false)),
-            (By::Read.case(""), What::Read),
+            (Contender::Memlane.case("zeros"), ZeroCase::Memlane(true)),
+            (Contender::Memlane.case("holes"), ZeroCase::Memlane(false)),
+            (Contender::Read.case(""), ZeroCase::Read),
         ];
         let runs = bench.interleave(Self::NAME, &cases, |what| match *what {
-            What::Memlane(populated) => {
+            ZeroCase::Memlane(populated) => {
                 let moved =
-                    Guest { populated, ..idle.clone() }.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
+                    BenchGuest { populated, ..idle.clone() }.migrate(&mut rig, &[], |_, _| {})?.arrived()?;
                 let mut figures = moved.figures()?;
                 figures.set(CPU, moved.source_daemon);
                 figures.set("zero_gb", moved.number("zero_pages")? * PAGE / 1e9);
                 Ok(moved.with_figures(figures))
             }
-            What::Read => Ok(Measured { figures: self.read()?, ..Measured::default() }),
+            ZeroCase::Read => Ok(CaseResult { figures: self.read()?, ..CaseResult::default() }),
         })?;
         let [zeros, holes, read] = cases.map(|(case, _)| case);
         self.report(runs, &zeros, &holes, &read)
     }
 }
 
-impl Zero {
+impl ZeroScenario {
     /// Reads memory like the guest's.
-    fn read(&self) -> Result<Figures> {
+    fn read(&self) -> Result<NamedFigures> {
         let mut memory = SharedMemory::new(self.ram.bytes().try_into()?, MemoryState::Prepared)?;
         let tenth = memory.len() / 10;
         memory[..tenth].copy_from_slice(&SharedMemory::with_pattern(tenth)?);
-        let figures = memory::measure_read(&memory)?;
-        Ok(Figures::from([
+        let figures = memcpy::measure_read(&memory)?;
+        Ok(NamedFigures::from([
             ("read_gbytes_per_s", figures.unmapped),
             ("mapped_read_gbytes_per_s", figures.mapped),
         ]))
     }
 
-    fn report(&self, runs: Runs, zeros: &Case, holes: &Case, read: &Case) -> Result<Report> {
+    fn report(&self, runs: CaseRuns, zeros: &Case, holes: &Case, read: &Case) -> Result<ScenarioReport> {
         let cpu = |case| runs.values(case, CPU);
         let scan = runs.values(zeros, "zero_gb")?.into_iter().zip(cpu(zeros)?).zip(cpu(holes)?);
         let scan = scan.map(|((gigabytes, with), without)| {
@@ -97,7 +98,7 @@ impl Zero {
         let headline =
             format!("an idle guest of {}, 90 % zero and 10 % random, over {} port(s)", self.ram, self.ports);
         let settings = json!({ "ram_bytes": self.ram.bytes(), "ports": self.ports, "fill": FILL });
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         report.ratio(
             "zero_scan_gbytes_per_s",
             scan,

@@ -1,55 +1,55 @@
-//! [`Course`]: what the daemons did when, as the migration tells it at its end.
+//! [`Course`]: the phases of a migration, as it reports them at its end.
 
 use memlane_api::types::Migration;
 
-/// What the daemons did when. All times are seconds since the order.
+/// The phases of a migration. All times are seconds since the order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Course {
-    /// When the migration had ended.
+    /// The time when the migration had ended.
     pub ended: f64,
     /// The rounds of pre-copy.
     pub rounds: Vec<RoundSpan>,
-    /// While the guest's writes were held up.
-    pub stun: Option<Span>,
-    /// From the guest's last instruction at the source to its first at the destination.
-    pub pause: Option<Span>,
-    /// How long that was expected to be.
+    /// The time during which the guest's writes were held up.
+    pub stun: Option<TimeSpan>,
+    /// The time from the guest's last instruction at the source to its first at the destination.
+    pub pause: Option<TimeSpan>,
+    /// The predicted length of the pause.
     pub predicted_pause: Option<f64>,
-    /// While the guest ran without all of its memory.
-    pub postcopy: Option<Span>,
+    /// The time during which the guest ran without all of its memory.
+    pub postcopy: Option<TimeSpan>,
 }
 
-/// Some time.
+/// A span of time.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Span {
-    /// Its beginning.
+pub struct TimeSpan {
+    /// The beginning of the span.
     pub from: f64,
-    /// Its end.
+    /// The end of the span.
     pub to: f64,
 }
 
 /// A round of pre-copy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RoundSpan {
-    /// Its number, from 1.
+    /// The number of the round, from 1.
     pub number: u32,
-    /// When it was.
-    pub span: Span,
-    /// Bytes that it put on the wire.
+    /// The span of time that the round took.
+    pub span: TimeSpan,
+    /// The number of bytes that the round put on the wire.
     pub sent: f64,
-    /// Bytes of the pages that the guest wrote meanwhile, which are still to be sent.
+    /// The number of bytes of the pages that the guest wrote during the round, which are still to be sent.
     pub dirtied: f64,
 }
 
-impl Span {
-    /// How long it was.
+impl TimeSpan {
+    /// Returns the length of the span in seconds.
     pub fn seconds(self) -> f64 {
         self.to - self.from
     }
 }
 
 impl Course {
-    /// What a migration that has ended tells.
+    /// Reads the phases of a migration that has ended.
     ///
     /// It tells how long each round took and when the guest stopped, and one round follows the other; so when they were
     /// is known to a few milliseconds. Without a pause they are put behind the time of preparing.
@@ -59,14 +59,14 @@ impl Course {
         let pause =
             migration.stopped_at_seconds.zip(migration.downtime_seconds).map(|(stopped, downtime)| {
                 let from = since_order(stopped);
-                Span { from, to: from + downtime }
+                TimeSpan { from, to: from + downtime }
             });
         let done: Vec<_> = migration.rounds.iter().filter(|round| round.seconds > 0.0).collect();
         let copying: f64 = done.iter().map(|round| round.seconds).sum();
         let copied = pause.map_or(migration.total_seconds, |pause| pause.from);
         let mut from = (copied - copying).max(0.0);
         let rounds = done.iter().map(|round| {
-            let span = Span { from, to: from + round.seconds };
+            let span = TimeSpan { from, to: from + round.seconds };
             from = span.to;
             RoundSpan {
                 number: round.round,
@@ -80,9 +80,11 @@ impl Course {
             .postcopy
             .as_ref()
             .zip(pause)
-            .map(|(postcopy, pause)| Span { from: pause.to, to: pause.to + postcopy.seconds });
-        let stun =
-            migration.stun.as_ref().map(|stun| Span { from: (copied - stun.seconds).max(0.0), to: copied });
+            .map(|(postcopy, pause)| TimeSpan { from: pause.to, to: pause.to + postcopy.seconds });
+        let stun = migration
+            .stun
+            .as_ref()
+            .map(|stun| TimeSpan { from: (copied - stun.seconds).max(0.0), to: copied });
         Self {
             ended: migration.total_seconds,
             rounds,
@@ -117,8 +119,8 @@ mod tests {
         let course = Course::of(&migration);
         let spans: Vec<_> = course.rounds.iter().map(|round| (round.span.from, round.span.to)).collect();
         assert_eq!(spans, [(1.0, 5.0), (5.0, 6.0)]);
-        assert_eq!(course.pause.map(Span::seconds), Some(0.25));
-        assert_eq!(course.postcopy, Some(Span { from: 6.25, to: 8.25 }));
+        assert_eq!(course.pause.map(TimeSpan::seconds), Some(0.25));
+        assert_eq!(course.postcopy, Some(TimeSpan { from: 6.25, to: 8.25 }));
         assert_eq!((course.rounds[0].sent, course.rounds[0].dirtied), (500_000.0, 40_960.0));
     }
 
@@ -128,6 +130,6 @@ mod tests {
         migration.total_seconds = 3.0;
         migration.rounds = vec![round(1, 2.0)];
         let course = Course::of(&migration);
-        assert_eq!((course.pause, course.rounds[0].span), (None, Span { from: 1.0, to: 3.0 }));
+        assert_eq!((course.pause, course.rounds[0].span), (None, TimeSpan { from: 1.0, to: 3.0 }));
     }
 }

@@ -1,4 +1,4 @@
-//! How a move went from moment to moment: what the guest did, what the ports carried, and what the daemons were at.
+//! The course of a move from moment to moment: the guest's progress, the ports' traffic, and the daemons' phases.
 //!
 //! The guest's progress is what it counts itself, told by the VMM at either end; the ports' bytes are what the kernel of
 //! the destination counts; when rounds and the pause were, the migration tells. All of that is put on one clock, which
@@ -7,71 +7,72 @@
 mod course;
 mod recorder;
 
-pub use course::{Course, RoundSpan, Span};
+pub use course::{Course, RoundSpan, TimeSpan};
 pub use recorder::Recorder;
 
 /// A move, moment by moment. All times are seconds since the order, and negative before it.
 #[derive(Debug, Clone, Default)]
 pub struct Timeline {
-    /// When the order was given.
+    /// The time when the order was given, in seconds since 1970-01-01T00:00:00Z.
     pub ordered_at_unix_seconds: f64,
-    /// How far the guest was, in the order of time.
-    pub progress: Vec<Progress>,
-    /// What each port had brought to the destination.
+    /// The progress of the guest, in the order of time.
+    pub progress: Vec<ProgressSample>,
+    /// The traffic that each port had brought to the destination.
     pub ports: Vec<PortLine>,
-    /// What the daemons did when.
+    /// The daemons' phases.
     pub course: Course,
-    /// What else happened, such as a port that was taken down.
+    /// Other events, such as a port that was taken down.
     pub notes: Vec<Note>,
 }
 
-/// How far a guest is.
+/// The progress of a guest at one moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Progress {
-    /// When that was seen.
+pub struct ProgressSample {
+    /// The time of the sample, in seconds.
     pub seconds: f64,
-    /// Pages that it had written, each time that it wrote one.
+    /// The number of writes of pages by then.
     pub written: u64,
-    /// Pages that it had read.
+    /// The number of pages that the guest had read by then.
     pub read: u64,
 }
 
-/// What a port has carried.
+/// The traffic of a port.
 #[derive(Debug, Clone, Default)]
 pub struct PortLine {
-    /// Its name.
+    /// The name of the port.
     pub name: String,
-    /// When it was looked at, and the bytes that it had carried by then, headers included.
+    /// The times when the port was looked at, and the bytes that it had carried by then, headers included.
     pub carried: Vec<(f64, u64)>,
 }
 
-/// Something that happened.
+/// An event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Note {
-    /// When.
+    /// The time of the event, in seconds.
     pub seconds: f64,
-    /// What.
+    /// The text that describes it.
     pub text: String,
 }
 
 impl Timeline {
-    /// Notes that something happened.
+    /// Notes an event.
     pub fn note(&mut self, at_unix_seconds: f64, text: impl Into<String>) {
         self.notes.push(Note { seconds: at_unix_seconds - self.ordered_at_unix_seconds, text: text.into() });
     }
 
-    /// Pages that the guest wrote a second, over spans of at least `span` seconds, which end where the pause begins and
-    /// ends: each rate holds from its time until the next, and the last only tells where they end.
+    /// Returns the number of pages that the guest wrote in a second, over spans of at least `span` seconds, which end
+    /// where the pause begins and ends. Each rate holds from its time until the next, and the last entry only says
+    /// where they end.
     pub fn writing(&self, span: f64) -> Vec<(f64, f64)> {
         self.rates(span, |progress| progress.written)
     }
 
-    /// Pages that it read a second.
+    /// Returns the number of pages that the guest read in a second, in the form of [`Timeline::writing`].
     pub fn reading(&self, span: f64) -> Vec<(f64, f64)> {
         self.rates(span, |progress| progress.read)
     }
 
-    fn rates(&self, span: f64, count: fn(&Progress) -> u64) -> Vec<(f64, f64)> {
+    fn rates(&self, span: f64, count: fn(&ProgressSample) -> u64) -> Vec<(f64, f64)> {
         let ends = self.course.pause.map(|pause| [pause.from, pause.to]);
         rates(
             self.progress.iter().map(|progress| (progress.seconds, count(progress))),
@@ -80,26 +81,26 @@ impl Timeline {
         )
     }
 
-    /// From the first moment that is known to the last; `None` if nothing is.
-    pub fn span(&self) -> Option<Span> {
+    /// Returns the time from the first moment that is known to the last; `None` if nothing is known.
+    pub fn span(&self) -> Option<TimeSpan> {
         let seconds = self.progress.iter().map(|progress| progress.seconds);
         let carried = self.ports.iter().flat_map(|port| &port.carried).map(|(seconds, _)| *seconds);
         let mut all = seconds.chain(carried);
         let first = all.next()?;
         let (from, to) = all.fold((first, first), |(from, to), seconds| (from.min(seconds), to.max(seconds)));
-        (to > from).then_some(Span { from, to })
+        (to > from).then_some(TimeSpan { from, to })
     }
 }
 
-impl Progress {
-    /// What was counted from one to the other over the time between them.
+impl ProgressSample {
+    /// Returns how many of `count` came in a second between two samples.
     fn rate(from: &Self, to: &Self, count: fn(&Self) -> u64) -> Option<f64> {
         let seconds = to.seconds - from.seconds;
         (seconds > 0.0).then(|| count(to).saturating_sub(count(from)) as f64 / seconds)
     }
 
-    /// What was counted a second within a span, as far as it was watched.
-    pub(crate) fn mean(all: &[Self], span: Span, count: fn(&Self) -> u64) -> Option<f64> {
+    /// Returns how many of `count` came in a second within a span, as far as it was watched.
+    pub(crate) fn mean(all: &[Self], span: TimeSpan, count: fn(&Self) -> u64) -> Option<f64> {
         let mut within = all.iter().filter(|progress| (span.from..=span.to).contains(&progress.seconds));
         let first = within.next()?;
         Self::rate(first, within.next_back()?, count)
@@ -107,20 +108,21 @@ impl Progress {
 }
 
 impl PortLine {
-    /// Bytes that it carried a second, over spans of at least `span` seconds, as [`Timeline::writing`] has them.
+    /// Returns the number of bytes that the port carried in a second, over spans of at least `span` seconds, in the
+    /// form of [`Timeline::writing`].
     pub fn rates(&self, span: f64) -> Vec<(f64, f64)> {
         rates(self.carried.iter().copied(), span, &[])
     }
 
-    /// Bytes that it carried within a span.
-    pub fn bytes(&self, span: Span) -> u64 {
+    /// Returns the number of bytes that the port carried within a span.
+    pub fn bytes(&self, span: TimeSpan) -> u64 {
         let mut within = self.carried.iter().filter(|(seconds, _)| (span.from..=span.to).contains(seconds));
         let first = within.next().map_or(0, |(_, bytes)| *bytes);
         within.next_back().map_or(0, |(_, last)| last.saturating_sub(first))
     }
 }
 
-/// Differences of a count over spans of time, which end soon after `ends` at the latest.
+/// Returns differences of a count over spans of time, which end soon after `ends` at the latest.
 fn rates(counts: impl Iterator<Item = (f64, u64)>, span: f64, ends: &[f64]) -> Vec<(f64, f64)> {
     let mut rates: Vec<(f64, f64)> = Vec::new();
     let mut from: Option<(f64, u64)> = None;
@@ -146,8 +148,8 @@ fn rates(counts: impl Iterator<Item = (f64, u64)>, span: f64, ends: &[f64]) -> V
 mod tests {
     use super::*;
 
-    fn progress(seconds: f64, written: u64) -> Progress {
-        Progress { seconds, written, read: 0 }
+    fn progress(seconds: f64, written: u64) -> ProgressSample {
+        ProgressSample { seconds, written, read: 0 }
     }
 
     #[test]
@@ -166,16 +168,18 @@ mod tests {
         near(timeline.writing(0.2), &[(0.0, 150.0), (0.2, 0.0), (0.5, 0.0)]);
         near(timeline.writing(9.0), &[]);
         near(timeline.reading(0.2), &[(0.0, 0.0), (0.2, 0.0), (0.5, 0.0)]);
-        let course = Course { pause: Some(Span { from: 0.05, to: 0.15 }), ..Course::default() };
+        let course = Course { pause: Some(TimeSpan { from: 0.05, to: 0.15 }), ..Course::default() };
         let paused = Timeline { course, ..timeline.clone() };
         near(paused.writing(0.3), &[(0.0, 100.0), (0.1, 200.0), (0.2, 0.0), (0.5, 0.0)]);
-        assert_eq!(timeline.span(), Some(Span { from: 0.0, to: 0.5 }));
+        assert_eq!(timeline.span(), Some(TimeSpan { from: 0.0, to: 0.5 }));
         assert_eq!(Timeline::default().span(), None);
-        let mean =
-            Progress::mean(&timeline.progress, Span { from: 0.05, to: 0.3 }, |progress| progress.written);
+        let mean = ProgressSample::mean(&timeline.progress, TimeSpan { from: 0.05, to: 0.3 }, |progress| {
+            progress.written
+        });
         assert!((mean.expect("two looks") - 200.0).abs() < 1e-9);
         assert_eq!(
-            Progress::mean(&timeline.progress, Span { from: 0.3, to: 0.9 }, |progress| progress.read),
+            ProgressSample::mean(&timeline.progress, TimeSpan { from: 0.3, to: 0.9 }, |progress| progress
+                .read),
             None
         );
     }
@@ -183,8 +187,8 @@ mod tests {
     #[test]
     fn a_port_has_carried_what_came_in_a_span() {
         let port = PortLine { name: "port0".into(), carried: vec![(0.0, 5), (1.0, 25), (2.0, 125)] };
-        assert_eq!(port.bytes(Span { from: 0.5, to: 2.0 }), 100);
-        assert_eq!(port.bytes(Span { from: 1.5, to: 2.0 }), 0);
+        assert_eq!(port.bytes(TimeSpan { from: 0.5, to: 2.0 }), 100);
+        assert_eq!(port.bytes(TimeSpan { from: 1.5, to: 2.0 }), 0);
         assert_eq!(port.rates(1.0), [(0.0, 20.0), (1.0, 100.0), (2.0, 100.0)]);
     }
 }

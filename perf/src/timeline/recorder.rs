@@ -7,45 +7,45 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use memlane_api::types::Migration;
-use memlane_lab::{Following, Host, InterfaceCounters, Vmm};
+use memlane_lab::{InterfaceCounters, LabHost, LabVmm, ProgressStream};
 use serde_json::Value;
 
-use super::{Course, PortLine, Progress, Timeline};
+use super::{Course, PortLine, ProgressSample, Timeline};
 
-/// How often a VMM looks at its guest. That takes it some microseconds.
+/// The time between two reports of a VMM about its guest. A report takes it some microseconds.
 const GUEST: Duration = Duration::from_millis(2);
-/// How often ports are looked at, and what VMMs have told is fetched.
+/// The time between two looks at the ports, when the VMMs' reports are read too.
 const PORTS: Duration = Duration::from_millis(20);
-/// How long they are looked at after the end.
+/// The time for which the recorder goes on after the end.
 const AFTER: Duration = Duration::from_millis(300);
 
-/// Looks at a guest and at ports until it is told to stop, on a thread of its own.
+/// A recorder, which looks at a guest and at ports on a thread of its own until it is told to stop.
 #[derive(Debug)]
 pub struct Recorder {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<Seen>>>,
+    thread: Option<JoinHandle<Result<SeenMove>>>,
 }
 
-/// What was seen, in seconds since 1970-01-01T00:00:00Z.
+/// The records of a move, in seconds since 1970-01-01T00:00:00Z.
 #[derive(Debug, Default)]
-struct Seen {
-    progress: Vec<Progress>,
+struct SeenMove {
+    progress: Vec<ProgressSample>,
     ports: Vec<PortLine>,
 }
 
 impl Recorder {
-    /// Looks at the guest in the VMMs at either end, and at what `host` receives over its ports.
+    /// Starts to look at the guest in the VMMs at either end, and at the traffic that `host` receives over its ports.
     ///
     /// # Errors
     ///
     /// If a VMM has ended, or the ports' counters cannot be read.
-    pub fn start(vmms: &[&Vmm], host: &Host) -> Result<Self> {
-        let following: Vec<Following> =
+    pub fn start(vmms: &[&LabVmm], host: &LabHost) -> Result<Self> {
+        let following: Vec<ProgressStream> =
             vmms.iter().map(|vmm| vmm.session()?.follow(GUEST)).collect::<Result<_>>()?;
         let counters = host.interface_counters()?;
         let ports =
             host.ports().iter().map(|port| PortLine { name: port.interface.clone(), carried: Vec::new() });
-        let seen = Seen { progress: Vec::new(), ports: ports.collect() };
+        let seen = SeenMove { progress: Vec::new(), ports: ports.collect() };
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
@@ -55,7 +55,7 @@ impl Recorder {
         Ok(Self { stop, thread: Some(thread) })
     }
 
-    /// Looks on for a moment, stops, and puts together what was seen of a migration that has ended.
+    /// Goes on for a moment, stops, and puts together the records of a migration that has ended.
     ///
     /// # Errors
     ///
@@ -96,10 +96,10 @@ impl Drop for Recorder {
     }
 }
 
-impl Seen {
+impl SeenMove {
     fn record(
         mut self,
-        mut following: Vec<Following>,
+        mut following: Vec<ProgressStream>,
         mut counters: InterfaceCounters,
         stop: &AtomicBool,
     ) -> Result<Self> {
@@ -132,10 +132,10 @@ impl Seen {
     }
 }
 
-fn progress(told: &Value) -> Option<Progress> {
+fn progress(told: &Value) -> Option<ProgressSample> {
     let number = |key: &str| told[key].as_u64();
     let seconds = number("realtime_ns")? as f64 / 1e9;
-    Some(Progress { seconds, written: number("steps")?, read: number("reads")? })
+    Some(ProgressSample { seconds, written: number("steps")?, read: number("reads")? })
 }
 
 fn unix_seconds() -> f64 {

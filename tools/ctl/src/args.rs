@@ -20,7 +20,7 @@ Examples:
   memlanectl watch                               watch what is under way
   memlanectl cancel web1                         the guest stays where it runs
   memlanectl abandon web1                        it runs here without all of its memory, and the rest is lost
-  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host has burnt
+  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host is off for good
   memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
   memlanectl attach --qmp /run/web1.qmp --name web1
 
@@ -61,32 +61,33 @@ const ATTACH: &str = "\
 The QEMU must have been started with
   all its RAM in files: -object memory-backend-file,id=ram0,share=on,size=2G,mem-path=/dev/shm/web1
                         -machine memory-backend=ram0
-  a QMP socket that nobody else is connected to: -qmp unix:/run/web1.qmp,server=on,wait=off
+  a QMP socket that no other program is connected to: -qmp unix:/run/web1.qmp,server=on,wait=off
   and, in its environment: LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so
                            MEMLANE_ATTACH_SOCKET=/run/memlane/attach.sock
-by a user that attach_users in the daemon's configuration names. What it lacks is told. One that
-waits (--incoming) needs the arguments of the QEMU that the guest comes from, ids included.";
+by a user that attach_users in the daemon's configuration names. If something is missing,
+the answer says what. A QEMU that waits (--incoming) needs the arguments of the QEMU that the guest
+comes from, ids included.";
 
 /// Move running guests to other hosts.
 ///
 /// Talks to memlaned on this host, over its Unix socket: be root or a member of the socket's group.
 #[derive(Debug, Parser)]
 #[command(name = "memlanectl", version, after_help = EXAMPLES, after_long_help = EXAMPLES)]
-pub struct Args {
+pub(crate) struct Args {
     /// The daemon's API socket
     #[arg(long, global = true, display_order = 100, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
     /// Answer in JSON on stdout, one object or list a line
     #[arg(long, global = true, display_order = 101)]
     pub json: bool,
-    /// What to do.
+    /// The command that is carried out.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands of the program.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Show the daemon, its peers and the migrations under way
     Status,
     /// Show the network ports lent to migrations
@@ -96,7 +97,7 @@ pub enum Command {
     /// Start a QEMU guest from a guest file
     ///
     /// The guest runs, or with --incoming waits to arrive from another host, when this returns.
-    /// It outlives the daemon, and is found again by one that starts anew.
+    /// It outlives the daemon, and the daemon finds it again when it is restarted.
     #[command(after_long_help = GUEST_FILE)]
     Launch {
         /// The guest file, read here and given to the daemon
@@ -114,7 +115,7 @@ pub enum Command {
         /// Name that the guest is to have here, and at the hosts that it moves to
         #[arg(long)]
         name: String,
-        /// Its QEMU was started with -incoming defer and waits for the guest
+        /// The QEMU was started with -incoming defer and waits for the guest
         #[arg(long)]
         incoming: bool,
     },
@@ -135,7 +136,7 @@ pub enum Command {
     /// last state is printed when it has ended.
     #[command(after_help = EXAMPLES)]
     Migrate {
-        /// What to move, and how.
+        /// The guest to move, and how.
         #[command(flatten)]
         order: OrderArgs,
         /// Print the migration's identity and return once it has begun
@@ -194,7 +195,7 @@ pub enum Command {
 
 /// An order.
 #[derive(Debug, clap::Args)]
-pub struct OrderArgs {
+pub(crate) struct OrderArgs {
     /// Name of the guest
     pub guest: String,
     /// Name of the destination, a peer in the daemon's configuration
@@ -216,7 +217,7 @@ pub struct OrderArgs {
     /// limits.converge]
     #[arg(long, value_name = "stun|postcopy|auto|none")]
     pub converge: Option<Converge>,
-    /// How much of its writing a guest may lose to stun, 0 to 99 [default: the daemon's limits.max_stun]
+    /// Largest part of its writing that a guest may lose to stun, in percent, 0 to 99 [default: the daemon's limits.max_stun]
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=99))]
     pub max_stun: Option<u8>,
     /// Run the guest there without all of its memory in any case: at once (now), or after one round
@@ -230,8 +231,8 @@ pub struct OrderArgs {
 }
 
 impl OrderArgs {
-    /// As the API has it.
-    pub fn to_order(&self) -> Order {
+    /// Returns the order in the form that the API takes.
+    pub(crate) fn to_order(&self) -> Order {
         Order {
             guest: self.guest.clone(),
             host: self.host.clone(),

@@ -6,10 +6,10 @@ use memlane_api::client::ClientError;
 use memlane_api::json::to_json;
 use memlane_api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
 
-/// Exit codes, as `--help` documents them.
+/// The exit codes, as `--help` documents them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Exit {
+pub(crate) enum Exit {
     Completed = 0,
     Other = 1,
     Usage = 2,
@@ -20,19 +20,19 @@ pub enum Exit {
     Lost = 7,
 }
 
-/// Why a command was not carried out.
+/// The reason why a command was not carried out.
 #[derive(Debug)]
-pub enum Error {
-    /// The daemon did not answer, or said no.
+pub(crate) enum Error {
+    /// The daemon did not answer, or refused.
     Client(ClientError),
     /// The command does not fit what the daemon is doing.
     Command(ErrorCode, String),
-    /// The user left before the end.
+    /// The user left before the end of the migration.
     Left(String),
 }
 
 impl Exit {
-    pub fn of(outcome: Outcome) -> Self {
+    pub(crate) fn of(outcome: Outcome) -> Self {
         match outcome {
             Outcome::Completed => Self::Completed,
             Outcome::Failed => Self::Failed,
@@ -60,7 +60,7 @@ impl Exit {
 }
 
 impl Error {
-    pub fn exit(&self) -> Exit {
+    pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Client(ClientError::Api(error)) => Exit::of_code(error.code),
             Self::Client(ClientError::Foreign { .. }) | Self::Left(_) => Exit::Other,
@@ -69,8 +69,8 @@ impl Error {
         }
     }
 
-    /// In the form that the API gives to errors.
-    pub fn to_json(&self) -> String {
+    /// Returns the error in the form that the API gives to errors.
+    pub(crate) fn to_json(&self) -> String {
         let code = match self {
             Self::Client(ClientError::Api(error)) => error.code,
             Self::Command(code, _) => *code,

@@ -1,4 +1,4 @@
-//! Commands that start QEMU guests, take them and let them go.
+//! Commands that start QEMU guests, take over running ones, and release them.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,10 +9,15 @@ use memlane_api::types::{Attach, ErrorCode, GuestInfo, Launch, Standing};
 use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 
 use crate::exit::{Error, Exit};
-use crate::{json, show};
+use crate::show;
 
 /// Starts a guest from a guest file.
-pub async fn launch(client: &Client, file: &Path, incoming: bool, as_json: bool) -> Result<Exit, Error> {
+pub(crate) async fn launch(
+    client: &Client,
+    file: &Path,
+    incoming: bool,
+    as_json: bool,
+) -> Result<Exit, Error> {
     let definition = read(file).map_err(|error| {
         Error::Command(ErrorCode::Invalid, format!("cannot read the guest file {}: {error}", file.display()))
     })?;
@@ -21,8 +26,8 @@ pub async fn launch(client: &Client, file: &Path, incoming: bool, as_json: bool)
     Ok(Exit::Completed)
 }
 
-/// Takes a guest that others started.
-pub async fn attach(
+/// Takes over a guest that another program started.
+pub(crate) async fn attach(
     client: &Client,
     qmp: &Path,
     name: &str,
@@ -41,8 +46,8 @@ pub async fn attach(
     Ok(Exit::Completed)
 }
 
-/// Lets go of a guest.
-pub async fn detach(client: &Client, name: &str, as_json: bool) -> Result<Exit, Error> {
+/// Releases a guest.
+pub(crate) async fn detach(client: &Client, name: &str, as_json: bool) -> Result<Exit, Error> {
     let guest = client.detach(name).await?;
     tell(&guest, "was let go and goes on without the daemon", as_json);
     Ok(Exit::Completed)
@@ -52,17 +57,19 @@ const WAITS: &str = "waits to arrive from another host";
 
 fn tell(guest: &GuestInfo, what: &str, as_json: bool) {
     match as_json {
-        true => json(guest),
+        true => show::json(guest),
         false => show::line(&format!("{} {what}\n{}", guest.name, show::vmm(guest))),
     }
 }
 
-/// Reads no more than the daemon would take.
+/// Reads a file, but no more of it than the daemon would take.
 fn read(file: &Path) -> io::Result<String> {
     let mut text = String::new();
     File::open(file)?.take(MAX_DEFINITION_BYTES as u64 + 1).read_to_string(&mut text)?;
     match text.len() <= MAX_DEFINITION_BYTES {
         true => Ok(text),
-        false => Err(io::Error::other(format!("it has more than {MAX_DEFINITION_BYTES} bytes; is it one?"))),
+        false => Err(io::Error::other(format!(
+            "it has more than {MAX_DEFINITION_BYTES} bytes, which is too long for a guest file"
+        ))),
     }
 }

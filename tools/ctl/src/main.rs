@@ -1,5 +1,7 @@
 //! `memlanectl`: gives orders to the daemon of this host and shows what it does.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod exit;
 mod guests;
@@ -13,7 +15,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use memlane_api::client::Client;
-use memlane_api::json::to_json;
 use memlane_api::types::{Resolution, Resolve};
 use serde::Serialize;
 
@@ -39,7 +40,7 @@ async fn run(args: &Args) -> Result<Exit, Error> {
         Command::Status => {
             let status = client.status().await?;
             if args.json {
-                json(&status);
+                show::json(&status);
             } else {
                 show::line(&show::status(&status, &client.peers().await?, &client.migrations().await?));
             }
@@ -56,7 +57,7 @@ async fn run(args: &Args) -> Result<Exit, Error> {
         Command::Check(order) => {
             let report = client.check(&order.to_order()).await?;
             if args.json {
-                json(&report);
+                show::json(&report);
             } else {
                 show::line(&show::report(&report));
             }
@@ -79,12 +80,8 @@ async fn run(args: &Args) -> Result<Exit, Error> {
 
 fn list<T: Serialize>(args: &Args, items: Vec<T>, table: impl Fn(&[T]) -> String) {
     if args.json {
-        json(&items);
+        show::json(&items);
     } else {
         show::line(&table(&items));
     }
-}
-
-fn json(value: &impl Serialize) {
-    show::line(&to_json(value));
 }

@@ -8,14 +8,19 @@ use memlane_api::types::{ErrorCode, Migration, Order, Resolution, Resolve};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::exit::{Error, Exit};
-use crate::progress::Progress;
-use crate::{json, show, summary};
+use crate::progress::ProgressOutput;
+use crate::{show, summary};
 
-/// How often a migration is asked about whose changes the daemon does not tell.
+/// The time between two questions about a migration whose changes the daemon does not report.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
-/// Begins an order and follows it to its end. Ctrl-C asks to cancel it.
-pub async fn migrate(client: &Client, order: &Order, detach: bool, as_json: bool) -> Result<Exit, Error> {
+/// Begins a migration and follows it to its end. Ctrl-C asks to cancel it.
+pub(crate) async fn migrate(
+    client: &Client,
+    order: &Order,
+    detach: bool,
+    as_json: bool,
+) -> Result<Exit, Error> {
     let mut interrupts = interrupts()?;
     let mut interrupted = false;
     let mut begun = std::pin::pin!(client.migrate(order));
@@ -32,27 +37,27 @@ pub async fn migrate(client: &Client, order: &Order, detach: bool, as_json: bool
     if detach && !interrupted {
         let Migration { id, guest, host, .. } = &migration;
         match as_json {
-            true => json(&migration),
+            true => show::json(&migration),
             false => show::line(&format!("{guest} → {host}: begun, migration {id}")),
         }
         return Ok(Exit::Completed);
     }
-    let mut progress = Progress::of_output(as_json);
+    let mut progress = ProgressOutput::of_output(as_json);
     let on_interrupt = OnInterrupt::Cancel { now: interrupted };
     let ended = follow(client, &migration.id, &mut progress, &mut interrupts, on_interrupt).await;
     progress.finish();
     let ended = ended?;
     match as_json {
-        true => json(&ended),
+        true => show::json(&ended),
         false => show::line(&summary::of(&ended)),
     }
     Ok(exit_of(&ended))
 }
 
 /// Follows a migration to its end.
-pub async fn watch(client: &Client, which: Option<&str>, as_json: bool) -> Result<Exit, Error> {
+pub(crate) async fn watch(client: &Client, which: Option<&str>, as_json: bool) -> Result<Exit, Error> {
     let migration = find(client, which).await?;
-    let mut progress = if as_json { Progress::Events } else { Progress::of_output(false) };
+    let mut progress = if as_json { ProgressOutput::Events } else { ProgressOutput::of_output(false) };
     let ended = follow(client, &migration.id, &mut progress, &mut interrupts()?, OnInterrupt::Leave).await;
     progress.finish();
     let ended = ended?;
@@ -63,33 +68,33 @@ pub async fn watch(client: &Client, which: Option<&str>, as_json: bool) -> Resul
 }
 
 /// Asks a migration to end; the guest stays at its source.
-pub async fn cancel(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
+pub(crate) async fn cancel(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
     let migration = find(client, Some(which)).await?;
     let migration = client.cancel(&migration.id).await?;
     let Migration { id, guest, .. } = &migration;
     match as_json {
-        true => json(&migration),
+        true => show::json(&migration),
         false => show::line(&format!("{guest}: asked to cancel; memlanectl watch {id} shows the outcome")),
     }
     Ok(Exit::Completed)
 }
 
-/// Gives up what is missing of a guest.
-pub async fn abandon(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
+/// Gives up the missing memory of a guest.
+pub(crate) async fn abandon(client: &Client, which: &str, as_json: bool) -> Result<Exit, Error> {
     let migration = find(client, Some(which)).await?;
     let migration = client.abandon(&migration.id).await?;
     let Migration { id, guest, .. } = &migration;
     match as_json {
-        true => json(&migration),
+        true => show::json(&migration),
         false => show::line(&format!(
-            "{guest}: what is missing is given up; memlanectl watch {id} shows the outcome"
+            "{guest}: its missing memory is given up; memlanectl watch {id} shows the outcome"
         )),
     }
     Ok(Exit::Completed)
 }
 
-/// Decides about a guest in doubt, after asking whether that is meant.
-pub async fn resolve(
+/// Decides about a guest in doubt, after the user has confirmed it.
+pub(crate) async fn resolve(
     client: &Client,
     which: &str,
     resolve: Resolve,
@@ -103,26 +108,30 @@ pub async fn resolve(
     let migration = client.resolve(&migration.id, &resolve).await?;
     let Migration { id, guest, .. } = &migration;
     match as_json {
-        true => json(&migration),
-        false => show::line(&format!("{guest}: decided; memlanectl watch {id} shows what comes of it")),
+        true => show::json(&migration),
+        false => show::line(&format!("{guest}: decided; memlanectl watch {id} shows the outcome")),
     }
     Ok(Exit::Completed)
 }
 
-/// Has the user type `yes` on a terminal; without one nothing is taken for a yes.
+/// Makes the user type `yes` on a terminal. Without a terminal the command is not confirmed.
 fn confirm(migration: &Migration, resolve: Resolve) -> Result<(), Error> {
     let usage = |message: &str| Err(Error::Command(ErrorCode::Invalid, message.to_owned()));
     if !std::io::stdin().is_terminal() {
-        return usage("there is no terminal to confirm this on; give --yes if it is meant");
+        return usage(
+            "this must be confirmed, and there is no terminal to do that; give --yes if it is meant",
+        );
     }
     let guest = &migration.guest;
     let what = match (resolve.action, resolve.other_host_is_off) {
         (Resolution::RunHere, _) => format!(
             "{guest} will run here. If the other host runs it too, or ever does, its disks are destroyed"
         ),
-        (Resolution::Discard, true) => format!("what is here of {guest} is given up for good"),
+        (Resolution::Discard, true) => format!("the copy of {guest} on this host is given up for good"),
         (Resolution::Discard, false) => {
-            format!("what is here of {guest} is given up for good, whether or not the other host has it")
+            format!(
+                "the copy of {guest} on this host is given up for good, whether or not the other host has one"
+            )
         }
     };
     eprint!("{what}. Type yes to go on: ");
@@ -133,16 +142,16 @@ fn confirm(migration: &Migration, resolve: Resolve) -> Result<(), Error> {
     }
 }
 
-/// What Ctrl-C does.
+/// The effect of Ctrl-C.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnInterrupt {
-    /// It asks to cancel; once more, and it leaves.
+    /// The first Ctrl-C asks to cancel, and the second one leaves. If `now`, the first one has been pressed already.
     Cancel { now: bool },
-    /// It leaves.
+    /// The first Ctrl-C leaves.
     Leave,
 }
 
-/// Ctrl-C, kept until it is looked for.
+/// Starts to listen for Ctrl-C. It is kept until it is looked for.
 fn interrupts() -> Result<Signal, Error> {
     signal(SignalKind::interrupt()).map_err(|error| Error::Left(format!("cannot wait for Ctrl-C: {error}")))
 }
@@ -150,7 +159,7 @@ fn interrupts() -> Result<Signal, Error> {
 async fn follow(
     client: &Client,
     id: &str,
-    progress: &mut Progress,
+    progress: &mut ProgressOutput,
     interrupts: &mut Signal,
     on_interrupt: OnInterrupt,
 ) -> Result<Migration, Error> {
@@ -183,15 +192,16 @@ async fn follow(
     }
     // A stream of events ends with the one that has the outcome, so there was one.
     last.ok_or_else(|| {
-        Error::Command(ErrorCode::UnknownMigration, format!("nothing is told about migration {id}"))
+        Error::Command(ErrorCode::UnknownMigration, format!("the daemon reports nothing about migration {id}; memlanectl status shows the migrations under way"))
     })
 }
 
-/// What becomes of a migration, one change after the other.
+/// The changes of a migration, one after the other.
 enum Changes {
-    /// As the daemon tells it.
+    /// The daemon reports the changes.
     Told(Events),
-    /// By asking now and then, where as many are told already as may be; `true` after the last one.
+    /// The daemon is asked now and then, because it already reports to as many clients as it may. The value is `true`
+    /// after the last change.
     Asked(bool),
 }
 
@@ -204,7 +214,7 @@ impl Changes {
         }
     }
 
-    /// The next change; none after that with the outcome.
+    /// Returns the next change; `None` after the one with the outcome.
     async fn next(&mut self, client: &Client, id: &str) -> Result<Option<Migration>, ClientError> {
         match self {
             Self::Told(events) => events.next().await,
@@ -219,7 +229,7 @@ impl Changes {
     }
 }
 
-async fn ask_to_cancel(client: &Client, id: &str, progress: &Progress) -> Result<(), Error> {
+async fn ask_to_cancel(client: &Client, id: &str, progress: &ProgressOutput) -> Result<(), Error> {
     match client.cancel(id).await {
         Ok(_) => {
             progress.say("cancelling, the guest stays at its source; Ctrl-C again leaves without waiting")
@@ -230,8 +240,8 @@ async fn ask_to_cancel(client: &Client, id: &str, progress: &Progress) -> Result
     Ok(())
 }
 
-/// The migration of this identity, of these first digits of it, or the latest of this guest; by
-/// default the only one under way.
+/// Finds the migration that has this identity or begins with these digits of it, or the latest one of this guest. By
+/// default it finds the only one under way.
 async fn find(client: &Client, which: Option<&str>) -> Result<Migration, Error> {
     let migrations = client.migrations().await?;
     let under_way: Vec<&Migration> =

@@ -1,4 +1,4 @@
-//! Progress of a migration: bars on a terminal, lines in a pipe, JSON for programs.
+//! The progress of a migration: bars on a terminal, lines in a pipe, JSON for programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
@@ -12,30 +12,30 @@ use crate::show;
 use crate::summary::{self, PortShare};
 use crate::units;
 
-/// Where progress goes.
-pub enum Progress {
-    /// To a terminal, on stderr, so that stdout has the result only.
+/// The form in which progress is shown.
+pub(crate) enum ProgressOutput {
+    /// Bars on a terminal. They go to stderr, so that stdout has the result only.
     Bars(Bars),
-    /// To a pipe or a file, on stdout.
+    /// Lines in a pipe or a file. They go to stdout.
     Lines(Lines),
-    /// Each event as a line of JSON, on stdout.
+    /// Each event as a line of JSON on stdout.
     Events,
-    /// Nowhere.
+    /// No progress is shown.
     None,
 }
 
-/// Bars: one for the round and one for the share of each port.
-pub struct Bars {
+/// The bars: one for the round and one for the share of each port.
+pub(crate) struct Bars {
     all: MultiProgress,
     head: ProgressBar,
     round: ProgressBar,
     ports: BTreeMap<String, ProgressBar>,
 }
 
-/// A line for each phase and round, at most one a second, and one now and then in a long round; and one
-/// whenever a port is lost or is back.
+/// The lines: one for each phase and round, at most one a second, one now and then in a long round, and one whenever a
+/// port is lost or is back.
 #[derive(Default)]
-pub struct Lines {
+pub(crate) struct Lines {
     told: Option<(Phase, usize)>,
     at: Option<Instant>,
     lost: BTreeSet<String>,
@@ -44,9 +44,9 @@ pub struct Lines {
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 const LONG_ROUND_INTERVAL: Duration = Duration::from_secs(10);
 
-impl Progress {
-    /// What fits where the output goes.
-    pub fn of_output(json: bool) -> Self {
+impl ProgressOutput {
+    /// Chooses the form that fits where the output goes.
+    pub(crate) fn of_output(json: bool) -> Self {
         let (out, err) = (std::io::stdout().is_terminal(), std::io::stderr().is_terminal());
         match (json, err && (out || json)) {
             (_, true) => Self::Bars(Bars::new()),
@@ -55,8 +55,8 @@ impl Progress {
         }
     }
 
-    /// Shows how far a migration is.
-    pub fn update(&mut self, migration: &Migration) {
+    /// Shows the progress of a migration.
+    pub(crate) fn update(&mut self, migration: &Migration) {
         match self {
             Self::Bars(bars) => bars.update(migration),
             Self::Lines(lines) => {
@@ -66,21 +66,21 @@ impl Progress {
                     .chain(&lines.line(migration, Instant::now()))
                     .for_each(|line| show::line(line));
             }
-            Self::Events => crate::json(migration),
+            Self::Events => show::json(migration),
             Self::None => {}
         }
     }
 
-    /// Says something without tearing the bars.
-    pub fn say(&self, text: &str) {
+    /// Prints a message without disturbing the bars.
+    pub(crate) fn say(&self, text: &str) {
         match self {
             Self::Bars(bars) => bars.all.suspend(|| show::note(text)),
             _ => show::note(text),
         }
     }
 
-    /// Takes the bars away.
-    pub fn finish(&mut self) {
+    /// Removes the bars.
+    pub(crate) fn finish(&mut self) {
         if let Self::Bars(bars) = self {
             // One by one: a bar that is dropped unfinished would draw itself once more.
             for bar in bars.ports.values().chain([&bars.round, &bars.head]) {
@@ -126,7 +126,7 @@ impl Bars {
 }
 
 impl Lines {
-    /// What has become of ports since the last time.
+    /// Returns lines about the ports that were lost or are back since the last call.
     fn of_ports(&mut self, migration: &Migration) -> Vec<String> {
         let Migration { guest, host, .. } = migration;
         let lost = summary::lost_ports(migration);
@@ -139,7 +139,7 @@ impl Lines {
         lost.chain(back.map(|port| line(port, "is back"))).collect()
     }
 
-    /// The line that is due, if one is.
+    /// Returns the line that is due, if one is.
     fn line(&mut self, migration: &Migration, now: Instant) -> Option<String> {
         let at = (migration.phase, migration.rounds.len());
         let since = self.at.map(|told| now.duration_since(told));

@@ -1,25 +1,32 @@
-//! Tables.
+//! Tables and messages on the terminal.
 
 use std::io::Write;
 
+use memlane_api::json::to_json;
 use memlane_api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status};
 use memlane_protocol::wire::plain_lines;
+use serde::Serialize;
 
 use crate::{summary, units};
 
-/// Writes to stdout, without what a terminal would obey. A reader that went away is no reason to end: an order
-/// may be under way.
-pub fn line(text: &str) {
+/// Writes a line to stdout, without characters that a terminal would obey. If the reader has gone away the program
+/// continues, because an order may be under way.
+pub(crate) fn line(text: &str) {
     let _ = writeln!(std::io::stdout(), "{}", plain_lines(text));
 }
 
-/// The same to stderr.
-pub fn note(text: &str) {
+/// Writes a line to stderr, without characters that a terminal would obey.
+pub(crate) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", plain_lines(text));
 }
 
-/// The daemon, its peers, and what is under way.
-pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> String {
+/// Writes a value to stdout as one line of JSON.
+pub(crate) fn json(value: &impl Serialize) {
+    line(&to_json(value));
+}
+
+/// Describes the daemon, its peers, and the migrations under way.
+pub(crate) fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> String {
     let [oldest, newest] = status.protocol_versions;
     let versions = if oldest == newest { oldest.to_string() } else { format!("{oldest} to {newest}") };
     let rows = [
@@ -57,8 +64,8 @@ pub fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> 
     text
 }
 
-/// Ports lent to migrations.
-pub fn ports(ports: &[PortInfo]) -> String {
+/// Lists the ports that are lent to migrations.
+pub(crate) fn ports(ports: &[PortInfo]) -> String {
     if ports.is_empty() {
         return "no ports are configured: nothing can move. Add [[port]] to the daemon's configuration"
             .to_owned();
@@ -78,8 +85,8 @@ pub fn ports(ports: &[PortInfo]) -> String {
     table(&["port", "address", "interface", "link", ">speed", ">lanes", ">sent", ">received"], rows)
 }
 
-/// Attached guests.
-pub fn guests(guests: &[GuestInfo]) -> String {
+/// Lists the attached guests.
+pub(crate) fn guests(guests: &[GuestInfo]) -> String {
     if guests.is_empty() {
         return "no guests are attached".to_owned();
     }
@@ -110,8 +117,8 @@ pub fn guests(guests: &[GuestInfo]) -> String {
     table(&titles, rows)
 }
 
-/// The process that runs a guest, as lines below its name.
-pub fn vmm(guest: &GuestInfo) -> String {
+/// Describes the process that runs a guest, as lines below its name.
+pub(crate) fn vmm(guest: &GuestInfo) -> String {
     let of = |machine: &String| format!(" of machine type {machine}");
     let machine = guest.machine.as_ref().map_or(String::new(), of);
     let pid = guest.pid.map_or("unknown".to_owned(), |pid| pid.to_string());
@@ -122,8 +129,8 @@ pub fn vmm(guest: &GuestInfo) -> String {
     text
 }
 
-/// What a dry run found.
-pub fn report(report: &CheckReport) -> String {
+/// Describes the result of a dry run.
+pub(crate) fn report(report: &CheckReport) -> String {
     let CheckReport { guest, host, .. } = report;
     let mut text = match report.ok {
         true => format!("{guest} can move to {host}."),
@@ -163,7 +170,7 @@ fn names(peers: &[PeerInfo]) -> String {
     peers.join(", ")
 }
 
-/// Aligns columns; a title that begins with `>` is of numbers, aligned to the right.
+/// Aligns columns. A title that begins with `>` is of numbers, which are aligned to the right.
 fn table(titles: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let title_row = titles.iter().map(|title| title.trim_start_matches('>').to_uppercase()).collect();
     let rows: Vec<Vec<String>> = std::iter::once(title_row).chain(rows).collect();

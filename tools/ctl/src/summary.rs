@@ -1,4 +1,4 @@
-//! What is left to say when a migration has ended.
+//! The summary of a migration that has ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,25 +6,25 @@ use memlane_api::types::{Lane, LaneState, Migration, Outcome, Postcopy, Role};
 
 use crate::units;
 
-/// Characters of the bar that shows a port's share.
+/// The number of characters in the bar that shows a port's share.
 const BAR: usize = 20;
 
-/// What the lanes of one port carried.
+/// The traffic of the lanes of one port.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct PortShare {
+pub(crate) struct PortShare {
     pub bytes: u64,
     pub bytes_per_second: f64,
     pub zero_copy_bytes: u64,
     pub lanes: usize,
-    /// Lanes that are lost now,
+    /// The number of lanes that are lost now.
     pub lost: usize,
-    /// and how often lanes were lost at all.
+    /// The number of times that lanes of this port were lost.
     pub losses: u64,
 }
 
 impl PortShare {
-    /// What was lost of it, as words that follow others; nothing if nothing was.
-    pub fn losses(&self) -> String {
+    /// Describes the losses of the port, as words that follow others; empty if there were none.
+    pub(crate) fn losses(&self) -> String {
         let lanes = units::plural(self.lanes as u64, "lane");
         match (self.lost, self.losses) {
             (0, 0) => String::new(),
@@ -35,8 +35,8 @@ impl PortShare {
     }
 }
 
-/// Lanes, added up by port.
-pub fn by_port(lanes: &[Lane]) -> BTreeMap<&str, PortShare> {
+/// Adds up the lanes of each port.
+pub(crate) fn by_port(lanes: &[Lane]) -> BTreeMap<&str, PortShare> {
     let mut ports = BTreeMap::<&str, PortShare>::new();
     for lane in lanes {
         let port = ports.entry(&lane.port).or_default();
@@ -50,15 +50,15 @@ pub fn by_port(lanes: &[Lane]) -> BTreeMap<&str, PortShare> {
     ports
 }
 
-/// Ports that have no lane left, of a migration that is under way.
-pub fn lost_ports(migration: &Migration) -> BTreeSet<String> {
+/// Returns the ports that have no lane left, of a migration that is under way.
+pub(crate) fn lost_ports(migration: &Migration) -> BTreeSet<String> {
     let ports = by_port(&migration.lanes).into_iter();
     let lost = ports.filter(|(_, port)| port.lost == port.lanes && migration.outcome.is_none());
     lost.map(|(name, _)| name.to_owned()).collect()
 }
 
-/// How a migration ended, in a few lines.
-pub fn of(migration: &Migration) -> String {
+/// Describes in a few lines how a migration ended.
+pub(crate) fn of(migration: &Migration) -> String {
     let mut lines = vec![headline(migration)];
     let mut row = |name: &str, value: String| lines.push(format!("  {name:<9} {value}"));
     if let Some(reason) = &migration.reason {
@@ -109,7 +109,7 @@ fn headline(migration: &Migration) -> String {
         Some(Outcome::Failed) => format!("{guest} was not moved: {runs}."),
         Some(Outcome::Lost) => {
             let on = guest_runs_at.as_ref().map_or(String::new(), |at| {
-                format!(" It runs on at {at}, where whatever touches the missing part fails.")
+                format!(" It runs on at {at}, where every access to the missing part fails.")
             });
             format!(
                 "{guest} IS LOST: part of its memory never came to {host}, and the source's copy is out of date.{on}"

@@ -1,7 +1,7 @@
-//! Quantities for people.
+//! Quantities, formatted for people.
 
-/// Bytes, in powers of 1024.
-pub fn bytes(bytes: u64) -> String {
+/// Formats a number of bytes, in powers of 1024.
+pub(crate) fn bytes(bytes: u64) -> String {
     let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     match units.iter().find(|(_, shift)| bytes >> shift > 0) {
         Some((unit, shift)) => format!("{} {unit}", digits(bytes as f64 / (1u64 << shift) as f64)),
@@ -9,13 +9,13 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
-/// Bytes per second, as bits in powers of 1000, which is how networks are labelled.
-pub fn rate(bytes_per_second: f64) -> String {
+/// Formats bytes per second as bits per second, in powers of 1000, as networks are labelled.
+pub(crate) fn rate(bytes_per_second: f64) -> String {
     bits(bytes_per_second * 8.0)
 }
 
-/// Bits per second, in powers of 1000.
-pub fn bits(bits_per_second: f64) -> String {
+/// Formats bits per second, in powers of 1000.
+pub(crate) fn bits(bits_per_second: f64) -> String {
     let units = [("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)];
     match units.iter().find(|(_, scale)| bits_per_second >= *scale) {
         Some((unit, scale)) => format!("{} {unit}", digits(bits_per_second / scale)),
@@ -23,13 +23,13 @@ pub fn bits(bits_per_second: f64) -> String {
     }
 }
 
-/// Now, in seconds since 1970-01-01T00:00:00Z.
-pub fn now() -> f64 {
+/// Returns the time now, in seconds since 1970-01-01T00:00:00Z.
+pub(crate) fn now() -> f64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// A length of time.
-pub fn seconds(seconds: f64) -> String {
+/// Formats a length of time.
+pub(crate) fn seconds(seconds: f64) -> String {
     match seconds {
         s if s >= 3600.0 => format!("{} h {:02} min", (s / 3600.0) as u64, (s % 3600.0 / 60.0) as u64),
         s if s >= 100.0 => format!("{} min {:02} s", (s / 60.0) as u64, (s % 60.0) as u64),
@@ -39,8 +39,8 @@ pub fn seconds(seconds: f64) -> String {
     }
 }
 
-/// A whole number, with commas between groups of three digits.
-pub fn count(number: u64) -> String {
+/// Formats a whole number, with commas between groups of three digits.
+pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut grouped = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -52,12 +52,12 @@ pub fn count(number: u64) -> String {
     grouped
 }
 
-/// "1 page", "2 pages".
-pub fn plural(number: u64, one: &str) -> String {
+/// Formats a number with its noun: "1 page", "2 pages".
+pub(crate) fn plural(number: u64, one: &str) -> String {
     format!("{} {one}{}", count(number), if number == 1 { "" } else { "s" })
 }
 
-/// Three significant digits.
+/// Formats a number with three significant digits.
 fn digits(value: f64) -> String {
     match value {
         v if v >= 99.95 => format!("{v:.0}"),

@@ -1,4 +1,4 @@
-//! What an init must do before anything else, and at the very end.
+//! The work of an init: before anything else, and at the very end.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,14 +12,14 @@ use rustix::mount::MountFlags;
 use rustix::net::{AddressFamily, SocketType};
 use rustix::system::{RebootCommand, finit_module};
 
-/// Where the initramfs has the kernel's modules, named so that their order is that in which they are loaded.
+/// The directory of the kernel's modules in the initramfs. Their names are in the order in which they are loaded.
 const MODULES: &str = "/modules";
 const INTERFACE: &[u8] = b"eth0";
-/// Looks for the interface, 50 ms apart.
+/// The number of looks for the interface, 50 ms apart.
 const LOOKS: u32 = 200;
 
-/// Mounts what the kernel tells and takes.
-pub fn mount() -> Result<(), String> {
+/// Mounts the file systems of the kernel.
+pub(crate) fn mount() -> Result<(), String> {
     for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         let failed = |error: io::Error| format!("mounting {kind} at {place}: {error}");
         fs::create_dir_all(place).map_err(failed)?;
@@ -30,7 +30,7 @@ pub fn mount() -> Result<(), String> {
 }
 
 /// Loads all modules of the initramfs.
-pub fn load_modules() -> Result<(), String> {
+pub(crate) fn load_modules() -> Result<(), String> {
     // Without any the kernel has all it needs built in.
     let Ok(entries) = fs::read_dir(MODULES) else { return Ok(()) };
     let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -49,7 +49,7 @@ fn load(file: &Path) -> io::Result<()> {
 }
 
 /// Gives `eth0` its address and brings it up.
-pub fn bring_up(address: Ipv4Addr, prefix: u8) -> Result<(), String> {
+pub(crate) fn bring_up(address: Ipv4Addr, prefix: u8) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what} of eth0: {error}");
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)
         .map_err(|error| failed("opening a socket for the address", error.into()))?;
@@ -92,20 +92,20 @@ fn internet(address: Ipv4Addr) -> libc::__c_anonymous_ifr_ifru {
     libc::__c_anonymous_ifr_ifru { ifru_addr }
 }
 
-/// Tells one boot of the guest from another.
-pub fn boot_id() -> Result<String, String> {
+/// Returns an identity that is different for each boot of the guest.
+pub(crate) fn boot_id() -> Result<String, String> {
     let file = "/proc/sys/kernel/random/boot_id";
     let text = fs::read_to_string(file).map_err(|error| format!("reading {file}: {error}"))?;
     Ok(text.trim().to_owned())
 }
 
 /// Resets the machine.
-pub fn reboot() -> ! {
+pub(crate) fn reboot() -> ! {
     end(RebootCommand::Restart)
 }
 
 /// Switches the machine off.
-pub fn power_off() -> ! {
+pub(crate) fn power_off() -> ! {
     end(RebootCommand::PowerOff)
 }
 

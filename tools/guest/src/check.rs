@@ -7,46 +7,47 @@ use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
-use crate::options::Options;
-use crate::pattern::{Mismatch, PAGE_BYTES, Region};
+use crate::options::BootOptions;
+use crate::pattern::{CheckedRegion, Mismatch, PAGE_BYTES};
 
-/// Work is done in small portions, so that pages become dirty evenly.
+/// The time between two portions of work. They are small, so that pages become dirty evenly.
 const TICK: Duration = Duration::from_millis(10);
-/// A guest that was left behind would else fill its console for hours.
+/// The number of mismatches that are printed. A guest with damaged memory would otherwise fill its console for hours.
 const MOST_COMPLAINTS: u64 = 20;
 
-/// What the threads have seen.
+/// The counters of the threads.
 #[derive(Debug, Default)]
-pub struct Counters {
-    /// Pages that were checked and as they should be.
+pub(crate) struct CheckCounters {
+    /// The number of pages that were checked and found as they should be.
     pub passes: AtomicU64,
-    /// Pages that were not.
+    /// The number of pages that were checked and found different.
     pub failures: AtomicU64,
 }
 
-/// All threads.
+/// All threads that write and check memory.
 #[derive(Debug)]
-pub struct Checkers {
-    counters: Arc<Counters>,
+pub(crate) struct Checkers {
+    counters: Arc<CheckCounters>,
     orders: Mutex<Vec<mpsc::Sender<Order>>>,
 }
 
-/// Check all pages now, and say when that is done.
+/// An order to check all pages now. Its channel is closed when that is done.
 type Order = mpsc::Sender<()>;
 
 impl Checkers {
     /// Takes memory, writes all of it once, and starts the threads.
-    pub fn start(options: &Options) -> Result<Self, String> {
-        let counters = Arc::new(Counters::default());
+    pub(crate) fn start(options: &BootOptions) -> Result<Self, String> {
+        let counters = Arc::new(CheckCounters::default());
         let pages = options.memory_bytes / PAGE_BYTES / options.checkers;
         let filling: Vec<_> = (0..options.checkers)
             .map(|number| {
-                std::thread::spawn(move || Ok(Region::fill(map(pages * PAGE_BYTES)?, number * pages)))
+                std::thread::spawn(move || Ok(CheckedRegion::fill(map(pages * PAGE_BYTES)?, number * pages)))
             })
             .collect();
         let mut orders = Vec::new();
         for (number, filled) in (0..options.checkers).zip(filling) {
-            let region: Result<Region, String> = filled.join().map_err(|_| "a checker has panicked")?;
+            let region: Result<CheckedRegion, String> =
+                filled.join().map_err(|_| "a checker has panicked")?;
             let region = region?;
             let (sender, receiver) = mpsc::channel();
             orders.push(sender);
@@ -58,13 +59,13 @@ impl Checkers {
         Ok(Self { counters, orders: Mutex::new(orders) })
     }
 
-    /// Pages that passed, and pages that failed.
-    pub fn counts(&self) -> (u64, u64) {
+    /// Returns the number of pages that passed, and of pages that failed.
+    pub(crate) fn counts(&self) -> (u64, u64) {
         (self.counters.passes.load(Ordering::Relaxed), self.counters.failures.load(Ordering::Relaxed))
     }
 
-    /// Checks all pages; returns when that is done.
-    pub fn check_all(&self) {
+    /// Checks all pages, and returns when that is done.
+    pub(crate) fn check_all(&self) {
         let (done, all_done) = mpsc::channel();
         for order in self.orders.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // A checker never ends.
@@ -75,7 +76,7 @@ impl Checkers {
     }
 }
 
-/// Memory that is there once it is touched.
+/// Maps memory whose pages exist once they are touched.
 fn map(bytes: u64) -> Result<&'static mut [u64], String> {
     let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at a place of the kernel's choice.
@@ -85,7 +86,7 @@ fn map(bytes: u64) -> Result<&'static mut [u64], String> {
     Ok(unsafe { std::slice::from_raw_parts_mut(address.cast(), bytes as usize / size_of::<u64>()) })
 }
 
-fn check(mut region: Region, rate: u64, orders: &mpsc::Receiver<Order>, counters: &Counters) {
+fn check(mut region: CheckedRegion, rate: u64, orders: &mpsc::Receiver<Order>, counters: &CheckCounters) {
     let mut due = 0.0;
     let mut last = Instant::now();
     loop {
@@ -111,7 +112,7 @@ fn check(mut region: Region, rate: u64, orders: &mpsc::Receiver<Order>, counters
     }
 }
 
-impl Counters {
+impl CheckCounters {
     fn count(&self, checked: Result<(), Mismatch>) {
         let Err(Mismatch { page, word, expected, found }) = checked else {
             self.passes.fetch_add(1, Ordering::Relaxed);
@@ -131,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_full_check_looks_at_every_page() {
-        let options = Options::for_test(96 * PAGE_BYTES, 3, 0);
+        let options = BootOptions::for_test(96 * PAGE_BYTES, 3, 0);
         let checkers = Checkers::start(&options).unwrap();
         checkers.check_all();
         assert_eq!(checkers.counts(), (96, 0));
@@ -139,7 +140,7 @@ mod tests {
 
     #[test]
     fn pages_are_written_and_checked_all_the_time() {
-        let checkers = Checkers::start(&Options::for_test(8 * PAGE_BYTES, 2, 1000)).unwrap();
+        let checkers = Checkers::start(&BootOptions::for_test(8 * PAGE_BYTES, 2, 1000)).unwrap();
         while checkers.counts().0 < 20 {
             std::thread::sleep(TICK);
         }

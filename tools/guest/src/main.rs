@@ -1,5 +1,5 @@
-//! `/init` of a Linux guest that is moved about: it writes and checks its memory all the time, and tells a client
-//! over TCP how that goes.
+//! `/init` of a Linux guest that is migrated: it writes and checks its memory all the time, and reports the result to a
+//! client over TCP.
 //!
 //! It is linked statically and is the only program in its initramfs. What it shall do stands on the kernel's
 //! command line: see [`options`].
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use check::Checkers;
-use options::Options;
+use options::BootOptions;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<Infallible, String> {
     boot::mount()?;
-    let options = Options::read()?;
+    let options = BootOptions::read()?;
     boot::load_modules()?;
     boot::bring_up(options.address, options.prefix)?;
     let checkers = Arc::new(Checkers::start(&options)?);

@@ -1,4 +1,4 @@
-//! What the kernel's command line says:
+//! The parameters on the kernel's command line:
 //!
 //! | parameter | meaning | default |
 //! | --- | --- | --- |
@@ -12,32 +12,32 @@ use std::net::Ipv4Addr;
 
 use crate::pattern::PAGE_BYTES;
 
-/// What the guest is told.
+/// The parameters that the guest was started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Address of `eth0`.
+pub(crate) struct BootOptions {
+    /// The address of `eth0`.
     pub address: Ipv4Addr,
     /// Length of the network's prefix, in bits.
     pub prefix: u8,
-    /// Memory that is written and checked, in bytes.
+    /// The size of the memory that is written and checked, in bytes.
     pub memory_bytes: u64,
-    /// Threads that write and check.
+    /// The number of threads that write and check memory.
     pub checkers: u64,
-    /// Pages that they write a second, all together.
+    /// The number of pages that all threads together write in a second.
     pub rate: u64,
 }
 
-impl Options {
-    /// Reads the command line; /proc must be mounted.
-    pub fn read() -> Result<Self, String> {
+impl BootOptions {
+    /// Reads the command line. /proc must be mounted.
+    pub(crate) fn read() -> Result<Self, String> {
         let line =
             fs::read_to_string("/proc/cmdline").map_err(|error| format!("reading /proc/cmdline: {error}"))?;
         Self::parse(&line)
     }
 
-    /// For tests of other modules.
+    /// Makes parameters for the tests of other modules.
     #[cfg(test)]
-    pub fn for_test(memory_bytes: u64, checkers: u64, rate: u64) -> Self {
+    pub(crate) fn for_test(memory_bytes: u64, checkers: u64, rate: u64) -> Self {
         Self { address: Ipv4Addr::LOCALHOST, prefix: 8, memory_bytes, checkers, rate }
     }
 
@@ -78,7 +78,7 @@ impl Options {
     }
 }
 
-pub fn bytes(text: &str) -> Option<u64> {
+pub(crate) fn bytes(text: &str) -> Option<u64> {
     let (digits, shift) = match text.char_indices().last()? {
         (end, 'K') => (&text[..end], 10),
         (end, 'M') => (&text[..end], 20),
@@ -95,8 +95,8 @@ mod tests {
     #[test]
     fn the_command_line_is_read_among_the_kernels_own_words() {
         let line = "console=ttyS0 memlane.address=10.78.0.2/24 quiet memlane.memory=3M memlane.checkers=2\n";
-        let found = Options::parse(line).unwrap();
-        let expected = Options {
+        let found = BootOptions::parse(line).unwrap();
+        let expected = BootOptions {
             address: Ipv4Addr::new(10, 78, 0, 2),
             prefix: 24,
             memory_bytes: 3 << 20,
@@ -117,7 +117,7 @@ mod tests {
             ("memlane.address=10.78.0.2/24 memlane.memory=4K memlane.checkers=2", "memlane.memory="),
             ("memlane.address=10.78.0.2/24 memlane.checkers=0", "memlane.checkers="),
         ] {
-            let error = Options::parse(words).unwrap_err();
+            let error = BootOptions::parse(words).unwrap_err();
             assert!(error.contains(key), "{words}: {error}");
         }
     }

@@ -1,40 +1,41 @@
-//! What the guest writes: a function of page, generation and position, so that any page can be checked at any time.
+//! The contents that the guest writes: a function of page, generation and position, so that any page can be checked at
+//! any time.
 //!
-//! A [`Region`] is written page after page, round and round. Which generation a page has follows from the number of
+//! A [`CheckedRegion`] is written page after page, round and round. Which generation a page has follows from the number of
 //! pages written so far alone, which lives in a register or on a stack far from the region: a page that was left
 //! behind in a move, or that came from an earlier round of it, cannot agree with it.
 
-/// Bytes of a page.
-pub const PAGE_BYTES: u64 = 4096;
+/// The size of a page, in bytes.
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 const WORDS: usize = PAGE_BYTES as usize / size_of::<u64>();
 
 /// A word that is not what it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mismatch {
-    /// The page, counted over all regions.
+pub(crate) struct Mismatch {
+    /// The number of the page, counted over all regions.
     pub page: u64,
-    /// The word within it.
+    /// The index of the word in the page.
     pub word: usize,
-    /// What it should be.
+    /// The value that the word should have.
     pub expected: u64,
-    /// What it is.
+    /// The value that the word has.
     pub found: u64,
 }
 
 /// Pages that one checker writes and checks.
 #[derive(Debug)]
-pub struct Region {
+pub(crate) struct CheckedRegion {
     memory: &'static mut [u64],
-    /// Number of the first page, counted over all regions.
+    /// The number of the first page, counted over all regions.
     first: u64,
-    /// Pages written since the first round.
+    /// The number of pages written since the first round.
     written: u64,
 }
 
-impl Region {
-    /// Writes the first round over `memory`, whole pages of which the first one has the number `first`.
-    pub fn fill(memory: &'static mut [u64], first: u64) -> Self {
+impl CheckedRegion {
+    /// Writes the first round over `memory`, which consists of whole pages. The first page has the number `first`.
+    pub(crate) fn fill(memory: &'static mut [u64], first: u64) -> Self {
         assert!(!memory.is_empty() && memory.len().is_multiple_of(WORDS), "whole pages");
         let mut region = Self { memory, first, written: 0 };
         for page in 0..region.pages() {
@@ -43,13 +44,13 @@ impl Region {
         region
     }
 
-    /// Pages in it.
-    pub fn pages(&self) -> u64 {
+    /// Returns the number of pages in the region.
+    pub(crate) fn pages(&self) -> u64 {
         (self.memory.len() / WORDS) as u64
     }
 
     /// Checks the page whose turn it is, writes it anew, and checks another one anywhere.
-    pub fn step(&mut self) -> [Result<(), Mismatch>; 2] {
+    pub(crate) fn step(&mut self) -> [Result<(), Mismatch>; 2] {
         let next = self.written % self.pages();
         let due = self.check(next);
         self.write(next, self.generation(next) + 1);
@@ -58,7 +59,7 @@ impl Region {
     }
 
     /// Compares page `page` of this region with what was written there last.
-    pub fn check(&self, page: u64) -> Result<(), Mismatch> {
+    pub(crate) fn check(&self, page: u64) -> Result<(), Mismatch> {
         let seed = seed(self.first + page, self.generation(page));
         for (word, place) in self.page(page).enumerate() {
             // SAFETY: a word of our own memory. Volatile, since a move replaces it under the program's feet.
@@ -79,7 +80,7 @@ impl Region {
         }
     }
 
-    /// How often the page was written since the first round.
+    /// Returns how often the page was written since the first round.
     fn generation(&self, page: u64) -> u64 {
         let again = page < self.written % self.pages();
         self.written / self.pages() + u64::from(again)
@@ -114,11 +115,11 @@ fn mix(x: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn region(pages: usize) -> Region {
-        Region::fill(vec![0; pages * WORDS].leak(), 100)
+    fn region(pages: usize) -> CheckedRegion {
+        CheckedRegion::fill(vec![0; pages * WORDS].leak(), 100)
     }
 
-    fn all(region: &Region) -> Vec<Mismatch> {
+    fn all(region: &CheckedRegion) -> Vec<Mismatch> {
         (0..region.pages()).filter_map(|page| region.check(page).err()).collect()
     }
 

@@ -1,4 +1,4 @@
-//! What the guest serves over TCP. Every line is answered with one JSON object on a line:
+//! The guest's services over TCP. Every line is answered with one JSON object on a line:
 //!
 //! - port 7000, a session: a number, which comes back with the guest's counters;
 //! - port 7001, commands: `stats` (the counters), `check` (check all pages, then the counters), `churn 64M` (write
@@ -18,12 +18,12 @@ use crate::options;
 
 const SESSION_PORT: u16 = 7000;
 const COMMAND_PORT: u16 = 7001;
-/// Longest line that is read.
+/// The longest line that is read, in bytes.
 const MAX_LINE_BYTES: u64 = 256;
 
 /// Serves for ever.
-pub fn serve(checkers: Arc<Checkers>, boot_id: String) -> Result<Infallible, String> {
-    let guest = Guest { checkers, boot_id: boot_id.into() };
+pub(crate) fn serve(checkers: Arc<Checkers>, boot_id: String) -> Result<Infallible, String> {
+    let guest = GuestService { checkers, boot_id: boot_id.into() };
     let commands = listen(COMMAND_PORT)?;
     let session = listen(SESSION_PORT)?;
     let same = guest.clone();
@@ -32,12 +32,12 @@ pub fn serve(checkers: Arc<Checkers>, boot_id: String) -> Result<Infallible, Str
 }
 
 #[derive(Clone)]
-struct Guest {
+struct GuestService {
     checkers: Arc<Checkers>,
     boot_id: Arc<str>,
 }
 
-impl Guest {
+impl GuestService {
     fn answer_session(&self, stream: &TcpStream) -> io::Result<()> {
         each_line(stream, |line| match line.parse::<u64>() {
             Ok(number) => self.counters(&format_args!("\"message\":{number},")),
@@ -87,7 +87,7 @@ fn listen(port: u16) -> Result<TcpListener, String> {
         .map_err(|error| format!("listening on port {port}: {error}"))
 }
 
-/// Gives every connection a thread.
+/// Serves every connection on a thread of its own.
 fn accept<F>(listener: &TcpListener, serve: F) -> !
 where
     F: Fn(TcpStream) -> io::Result<()> + Clone + Send + 'static,

@@ -1,7 +1,7 @@
-//! The harness's other half on a host that is reached over ssh: it starts programs there, reads and writes files, and
-//! does what else is asked, a line of JSON for each order and each answer.
+//! This is the harness's other half on a host that is reached over ssh. It starts programs there, reads and writes
+//! files, and carries out further orders: one line of JSON for each order and one for each answer.
 //!
-//! It ends when its input does, which is when whoever gives the orders is gone, however that came. Then all that it has
+//! It ends when its input does, which is when the harness that gives the orders has ended for any reason. Then all that it has
 //! started ends too, and its directory goes.
 
 use std::collections::BTreeMap;
@@ -12,27 +12,27 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
+use crate::child::{die_with_parent, tail};
+use crate::clock::unix_time;
 use crate::namespace::MEMORY;
-use crate::process::{die_with_parent, tail};
 
 /// The longest order that is listened to, in bytes.
 const LONGEST_ORDER: u64 = 1 << 20;
 
 struct Agent {
     directory: PathBuf,
-    /// The same on tmpfs, for guests' memory.
+    /// The agent's directory on tmpfs, for guests' memory.
     memory: PathBuf,
     started: BTreeMap<u32, Child>,
 }
 
-/// Carries out orders until there are no more. What is no order of a host's is left to `more`, which gets its name and
-/// what belongs to it, and returns `None` for what it does not know either.
+/// Carries out orders until there are no more. An order that this file does not know is passed to `more` with its name
+/// and its values; `more` returns `None` if it does not know the order either.
 ///
 /// # Errors
 ///
@@ -127,7 +127,7 @@ impl Agent {
         self.started.get_mut(&pid.context("an order without a process")?).context("no such process")
     }
 
-    /// As waitpid(2) tells it; nothing while the process runs.
+    /// Returns the exit status as waitpid(2) reports it; null while the process runs.
     fn status(&mut self, order: &Value) -> Result<Value> {
         Ok(json!(self.child(order)?.try_wait()?.map(ExitStatusExt::into_raw)))
     }
@@ -168,17 +168,12 @@ fn read(order: &Value) -> Result<Value> {
     Ok(Value::from(fs::read_to_string(path).with_context(|| format!("reading {path}"))?))
 }
 
-/// Seconds since 1970-01-01T00:00:00Z.
-pub(crate) fn unix_time() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}
-
-/// Whether a file is there to be read and written.
+/// Returns whether the file exists and can be read and written.
 fn opens(path: &str) -> bool {
     OpenOptions::new().read(true).write(true).open(path).is_ok()
 }
 
-/// Which interface has an address, and its MTU.
+/// Finds the interface that has an address, and returns its name and its MTU.
 fn interface(order: &Value) -> Result<Value> {
     let address = text(order, "address")?;
     let output =

@@ -19,27 +19,27 @@ use crate::tun::Tun;
 
 use queue::Queue;
 
-/// What a cable holds at most in each direction is what this many bytes a second (20 Gbit/s) put into it in its
-/// delay, and a little: more is lost, as at a switch whose buffer is full.
+/// A cable holds at most what this many bytes a second (20 Gbit/s) put into it during its delay, plus [`LITTLE_BYTES`],
+/// in each direction. More is lost, as at a switch whose buffer is full.
 const MAX_BYTES_PER_SECOND: f64 = 2.5e9;
 const LITTLE_BYTES: usize = 4 << 20;
 const MAX_QUEUE_BYTES: usize = 512 << 20;
-/// Packets taken from one end before the other end has its turn.
+/// The number of packets that are taken from one end before the other end has its turn.
 const AT_ONCE: usize = 64;
 
 /// The longest delay that a cable may have.
 pub(crate) const MAX_DELAY: Duration = Duration::from_secs(10);
 
-/// Packets that a port loses.
+/// The packet loss of a port.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
-    /// The share that is lost, 0 to 1. A packet is what the network stack hands over, up to 64 KiB.
+    /// The share of the packets that is lost, from 0 to 1. A packet is what the network stack hands over, up to 64 KiB.
     pub share: f64,
-    /// Which ones follows from this.
+    /// The seed that decides which packets are lost.
     pub seed: u64,
 }
 
-/// A running cable. Its interfaces go with it, once nobody else holds their ends.
+/// A running cable. Its interfaces are removed with it, once no other part of the program holds their ends.
 #[derive(Debug)]
 pub(crate) struct Cable {
     ends: [Arc<Tun>; 2],
@@ -65,9 +65,9 @@ impl Cable {
         let [a, b] = namespaces.map(|namespace| Tun::create(namespace, interface).map(Arc::new));
         let ends = [a?, b?];
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).context("making an eventfd")?);
-        let dice = |direction| loss.map(|Loss { share, seed }| Dice { share, state: seed ^ direction });
+        let dice = |direction| loss.map(|Loss { share, seed }| LossDice { share, state: seed ^ direction });
         let mut forwarder = Forwarder {
-            ways: [Way::new(delay, dice(0)), Way::new(delay, dice(u64::MAX))],
+            ways: [Direction::new(delay, dice(0)), Direction::new(delay, dice(u64::MAX))],
             ends: ends.clone(),
             delay,
             stop: stop.clone(),
@@ -79,7 +79,7 @@ impl Cable {
         Ok(Self { ends, stop, thread: Some(thread) })
     }
 
-    /// Its two ends, in the order of the namespaces.
+    /// Returns the two ends of the cable, in the order of the namespaces.
     pub(crate) fn ends(&self) -> &[Arc<Tun>; 2] {
         &self.ends
     }
@@ -98,25 +98,25 @@ impl Drop for Cable {
 
 struct Forwarder {
     ends: [Arc<Tun>; 2],
-    /// From the first end to the second, and back.
-    ways: [Way; 2],
+    /// The two directions: from the first end to the second, and back.
+    ways: [Direction; 2],
     delay: Duration,
     stop: Arc<OwnedFd>,
 }
 
-/// One direction.
-struct Way {
+/// One direction of a cable.
+struct Direction {
     queue: Queue,
-    dice: Option<Dice>,
+    dice: Option<LossDice>,
 }
 
-impl Way {
-    fn new(delay: Duration, dice: Option<Dice>) -> Self {
+impl Direction {
+    fn new(delay: Duration, dice: Option<LossDice>) -> Self {
         let bytes = (delay.as_secs_f64() * MAX_BYTES_PER_SECOND) as usize + LITTLE_BYTES;
         Self { queue: Queue::new(bytes.min(MAX_QUEUE_BYTES)), dice }
     }
 
-    /// Delivers what is due.
+    /// Delivers the packets that are due.
     fn deliver(&mut self, to: &Tun, now: Instant) -> io::Result<()> {
         while self.queue.due().is_some_and(|due| due <= now) {
             let packet = self.queue.front().expect("a packet is due");
@@ -130,7 +130,7 @@ impl Way {
         Ok(())
     }
 
-    /// Takes in what was sent; false if there may be more.
+    /// Takes in the packets that were sent; returns false if there may be more.
     fn take(&mut self, from: &Tun, delay: Duration) -> io::Result<bool> {
         let mut now = None;
         for _ in 0..AT_ONCE {
@@ -162,7 +162,7 @@ impl Forwarder {
         }
     }
 
-    /// Carries what there is, and waits until there is more; false when it is to stop.
+    /// Carries the packets that there are, and waits until there are more; returns false when the thread is to stop.
     fn turn(&mut self) -> io::Result<bool> {
         let mut idle = true;
         for (from, way) in self.ways.iter_mut().enumerate() {
@@ -195,13 +195,14 @@ impl Forwarder {
 
 /// Decides which packets are lost.
 #[derive(Debug)]
-struct Dice {
+struct LossDice {
     share: f64,
     state: u64,
 }
 
-impl Dice {
-    /// SplitMix64, by Steele, Lea and Flood: "Fast Splittable Pseudorandom Number Generators", 2014.
+impl LossDice {
+    /// Draws whether a packet is lost, with SplitMix64 by Steele, Lea and Flood: "Fast Splittable Pseudorandom Number
+    /// Generators", 2014.
     fn hit(&mut self) -> bool {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;
@@ -219,7 +220,7 @@ mod tests {
     #[test]
     fn the_dice_hit_as_often_as_they_should_and_the_same_each_time() {
         let rolls = |share, seed| {
-            let mut dice = Dice { share, state: seed };
+            let mut dice = LossDice { share, state: seed };
             (0..100_000).map(|_| dice.hit()).collect::<Vec<_>>()
         };
         let hits = rolls(0.01, 7).iter().filter(|hit| **hit).count();

@@ -24,8 +24,8 @@ pub struct Capture {
 
 /// An Ethernet frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Frame {
-    /// All of it, without the checksum.
+pub struct EthernetFrame {
+    /// All bytes of the frame, without the checksum.
     pub bytes: Vec<u8>,
 }
 
@@ -75,12 +75,12 @@ impl Capture {
         Ok(Self { socket })
     }
 
-    /// The next frame; `None` if there is none for `timeout`.
+    /// Returns the next frame; `None` if none comes within `timeout`.
     ///
     /// # Errors
     ///
     /// If the interface is gone.
-    pub fn next(&self, timeout: Duration) -> io::Result<Option<Frame>> {
+    pub fn next(&self, timeout: Duration) -> io::Result<Option<EthernetFrame>> {
         // Zero would be no timeout at all.
         let timeout = timeout.max(Duration::from_millis(1));
         set_socket_timeout(&self.socket, Timeout::Recv, Some(timeout))?;
@@ -89,7 +89,7 @@ impl Capture {
             match recv(&self.socket, &mut bytes[..], RecvFlags::empty()) {
                 Ok((count, _)) => {
                     bytes.truncate(count);
-                    return Ok(Some(Frame { bytes }));
+                    return Ok(Some(EthernetFrame { bytes }));
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
@@ -98,12 +98,12 @@ impl Capture {
         }
     }
 
-    /// The next frame that `mac` has sent; `None` if none comes and no other either for `timeout`.
+    /// Returns the next frame that `mac` has sent; `None` if neither it nor any other frame comes within `timeout`.
     ///
     /// # Errors
     ///
     /// If the interface is gone.
-    pub fn next_from(&self, mac: [u8; 6], timeout: Duration) -> io::Result<Option<Frame>> {
+    pub fn next_from(&self, mac: [u8; 6], timeout: Duration) -> io::Result<Option<EthernetFrame>> {
         loop {
             match self.next(timeout)? {
                 Some(frame) if frame.source() != Some(mac) => {}
@@ -113,18 +113,18 @@ impl Capture {
     }
 }
 
-impl Frame {
-    /// Who has sent it.
+impl EthernetFrame {
+    /// Returns the hardware address of the sender.
     pub fn source(&self) -> Option<[u8; 6]> {
         self.bytes.get(6..12)?.try_into().ok()
     }
 
-    /// Its EtherType; 0 if it is cut short.
+    /// Returns the EtherType; 0 if the frame is cut short.
     pub fn kind(&self) -> u16 {
         self.bytes.get(12..14).map_or(0, |kind| u16::from_be_bytes([kind[0], kind[1]]))
     }
 
-    /// Whether it is a RARP frame, by which hosts announce guests that have arrived.
+    /// Returns whether this is a RARP frame, by which hosts announce guests that have arrived.
     pub fn is_rarp(&self) -> bool {
         self.kind() == ETH_P_RARP
     }

@@ -1,4 +1,4 @@
-//! What must be undone, whether its guard is dropped or the process is told to end.
+//! Actions that must be undone, whether their guard is dropped or a signal ends the process.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,7 +9,7 @@ use signal_hook::iterator::Signals;
 
 type Action = Box<dyn FnOnce() + Send>;
 
-/// In the order of registration.
+/// The actions that are still to be run, in the order of registration.
 static PENDING: Mutex<BTreeMap<u64, Action>> = Mutex::new(BTreeMap::new());
 
 /// Makes SIGINT, SIGTERM and SIGHUP remove all labs and give back all huge pages of this process, and then end

@@ -1,4 +1,4 @@
-//! What a client of a Linux guest does: it talks all the time, and notes how long it has to wait for answers.
+//! A client of a Linux guest: it sends messages all the time, and notes how long it waits for answers.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
@@ -14,45 +14,45 @@ use crate::wait::wait_for;
 
 const SESSION_PORT: u16 = 7000;
 const COMMAND_PORT: u16 = 7001;
-/// Time between two messages.
+/// The time between two messages.
 const PERIOD: Duration = Duration::from_millis(5);
 /// An attempt to connect is given up after this long; the guest may be booting.
 const ATTEMPT: Duration = Duration::from_secs(1);
-/// A check of all memory takes long on an emulated processor.
+/// The longest wait for an answer. A check of all memory takes long on an emulated processor.
 const ANSWER: Duration = Duration::from_secs(300);
 
 /// One TCP connection with a guest, on which a message is sent every 5 ms whether or not the last one was answered.
 #[derive(Debug)]
-pub struct Session {
+pub struct ClientSession {
     stream: Arc<TcpStream>,
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<Heard>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// What a guest tells about itself.
+/// The counters that a guest reports about itself.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Counters {
-    /// Pages of memory that were checked and as they should be.
+pub struct GuestCounters {
+    /// The number of pages that were checked and found as they should be.
     pub passes: u64,
-    /// Pages that were not.
+    /// The number of pages that were checked and found different.
     pub failures: u64,
-    /// Time since the guest has booted, by its own clock.
+    /// The time since the guest has booted, by its own clock.
     pub uptime: Duration,
-    /// Tells one boot of the guest from another.
+    /// An identity that is different for each boot of the guest.
     pub boot_id: String,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct Heard {
     sent: u64,
     answered: u64,
     last_answer: Instant,
     longest_gap: Duration,
-    counters: Option<Counters>,
+    counters: Option<GuestCounters>,
     ended: Option<String>,
 }
 
-impl Session {
+impl ClientSession {
     /// Connects to the guest at `address`, and begins to talk.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl Session {
     /// If the guest does not answer within `timeout`.
     pub fn open(lan: &Lan, address: Ipv4Addr, timeout: Duration) -> Result<Self> {
         let stream = Arc::new(connect(lan, (address, SESSION_PORT).into(), timeout)?);
-        let seen = Seen {
+        let seen = Heard {
             sent: 0,
             answered: 0,
             last_answer: Instant::now(),
@@ -69,7 +69,7 @@ impl Session {
             ended: None,
         };
         let seen = Arc::new(Mutex::new(seen));
-        let begin = |work: fn(&TcpStream, &Mutex<Seen>) -> Result<()>| {
+        let begin = |work: fn(&TcpStream, &Mutex<Heard>) -> Result<()>| {
             let (stream, seen) = (stream.clone(), seen.clone());
             std::thread::spawn(move || {
                 if let Err(error) = work(&stream, &seen) {
@@ -88,7 +88,7 @@ impl Session {
     /// # Errors
     ///
     /// If the connection has ended, or no answer comes within `timeout`.
-    pub fn hear(&self, timeout: Duration) -> Result<Counters> {
+    pub fn hear(&self, timeout: Duration) -> Result<GuestCounters> {
         let sent = lock(&self.seen).sent;
         let heard = wait_for("an answer of the guest", timeout, || {
             let seen = lock(&self.seen);
@@ -104,7 +104,7 @@ impl Session {
         }
     }
 
-    /// Longest time between two answers since the last call, the time since the latest answer included.
+    /// Returns the longest time between two answers since the last call, including the time since the latest answer.
     pub fn take_longest_gap(&self) -> Duration {
         let mut seen = lock(&self.seen);
         let waiting = seen.last_answer.elapsed();
@@ -112,7 +112,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for ClientSession {
     fn drop(&mut self) {
         // Fails where the connection has ended already.
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -122,7 +122,7 @@ impl Drop for Session {
     }
 }
 
-impl Counters {
+impl GuestCounters {
     /// Gives the guest at `address` a command on a connection of its own: `stats`, or `check` to have it check all
     /// its memory first.
     ///
@@ -140,7 +140,7 @@ impl Counters {
         Self::parse(&line).map(|(_, counters)| counters)
     }
 
-    /// The number of the message that was answered, if it was one, and the counters.
+    /// Parses an answer: the number of the message that was answered, if it answers one, and the counters.
     fn parse(line: &str) -> Result<(Option<u64>, Self)> {
         let value: Value = serde_json::from_str(line).with_context(|| format!("the guest said {line:?}"))?;
         let counters = || {
@@ -183,7 +183,7 @@ fn connect(lan: &Lan, address: SocketAddr, timeout: Duration) -> Result<TcpStrea
     Ok(stream)
 }
 
-fn talk(mut stream: &TcpStream, seen: &Mutex<Seen>) -> Result<()> {
+fn talk(mut stream: &TcpStream, seen: &Mutex<Heard>) -> Result<()> {
     loop {
         let number = {
             let mut seen = lock(seen);
@@ -195,7 +195,7 @@ fn talk(mut stream: &TcpStream, seen: &Mutex<Seen>) -> Result<()> {
     }
 }
 
-fn listen(stream: &TcpStream, seen: &Mutex<Seen>) -> Result<()> {
+fn listen(stream: &TcpStream, seen: &Mutex<Heard>) -> Result<()> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     loop {
@@ -203,7 +203,7 @@ fn listen(stream: &TcpStream, seen: &Mutex<Seen>) -> Result<()> {
         if reader.read_line(&mut line).context("hearing the guest")? == 0 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).context("hearing the guest");
         }
-        let (number, counters) = Counters::parse(&line)?;
+        let (number, counters) = GuestCounters::parse(&line)?;
         let mut seen = lock(seen);
         if number != Some(seen.answered + 1) {
             bail!("message {} was to be answered next, and {number:?} was", seen.answered + 1);
@@ -215,7 +215,7 @@ fn listen(stream: &TcpStream, seen: &Mutex<Seen>) -> Result<()> {
     }
 }
 
-fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+fn lock(seen: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
     // Nothing panics under the lock; if it did, numbers would still be numbers.
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }

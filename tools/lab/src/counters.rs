@@ -1,4 +1,4 @@
-//! What a host's interfaces have carried.
+//! Counters of the bytes that a host's interfaces have carried.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use crate::host::Host;
+use crate::host::LabHost;
 use crate::remote::Remote;
 
-/// The counters of a host's interfaces, as its kernel keeps them. Reading them disturbs nobody.
+/// The counters of a host's interfaces, as its kernel keeps them. To read them has no effect on the traffic.
 #[derive(Debug)]
 pub struct InterfaceCounters {
     from: From,
@@ -18,21 +18,21 @@ pub struct InterfaceCounters {
 
 #[derive(Debug)]
 enum From {
-    /// It shows the namespace in which it was opened, whoever reads it.
+    /// An open file that shows the namespace in which it was opened, whichever thread reads it.
     Here(File),
     There(Arc<Remote>),
 }
 
-/// What an interface has carried since it was made, headers included.
+/// The bytes that an interface has carried since it was made, headers included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Carried {
-    /// Bytes that came.
+    /// The number of bytes that the interface received.
     pub received_bytes: u64,
-    /// Bytes that were sent.
+    /// The number of bytes that the interface sent.
     pub sent_bytes: u64,
 }
 
-impl Host {
+impl LabHost {
     /// Opens the counters of this host's interfaces.
     ///
     /// # Errors
@@ -52,7 +52,7 @@ impl Host {
 }
 
 impl InterfaceCounters {
-    /// What each interface has carried, by name.
+    /// Reads what each interface has carried, by its name.
     ///
     /// # Errors
     ///
@@ -70,7 +70,7 @@ impl InterfaceCounters {
     }
 }
 
-/// Lines of `/proc/net/dev`: a name, then 8 numbers of what was received, then 8 of what was sent.
+/// Parses the lines of `/proc/net/dev`: a name, then 8 numbers about received data, then 8 about sent data.
 fn parse(text: &str) -> impl Iterator<Item = (&str, Carried)> {
     text.lines().filter_map(|line| {
         let (name, numbers) = line.split_once(':')?;

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::namespace::Namespace;
-use crate::network;
-use crate::process::Process;
+use crate::network::{self, Bridge};
+use crate::process::LabProcess;
 use crate::programs::Programs;
 use crate::qemu;
 use crate::qmp::Monitor;
@@ -23,17 +23,51 @@ use crate::requirements::{Requirement, why_not};
 use crate::tun::Tun;
 use crate::wait::wait_for;
 
-/// Longest wait for a QEMU that starts: it may take all RAM from the host first.
+/// The longest wait for a QEMU to start: it may take all RAM from the host first.
 const START: Duration = Duration::from_secs(60);
+
+/// One of the two hosts of a [`Lab`](crate::Lab).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostId {
+    /// The host with the address 10.77.*n*.1 on every link; the source, by custom.
+    A,
+    /// The host with the address 10.77.*n*.2 on every link.
+    B,
+}
+
+impl HostId {
+    /// Returns the other one of the two hosts.
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    pub(crate) fn letter(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+        }
+    }
+
+    /// Returns the address on link `link`, which is 0 for control and 1 + the port's index for a port.
+    pub(crate) fn address(self, link: u8) -> Ipv4Addr {
+        match self {
+            Self::A => Ipv4Addr::new(10, 77, link, 1),
+            Self::B => Ipv4Addr::new(10, 77, link, 2),
+        }
+    }
+}
 
 /// A network namespace that stands for a host, or a host that is reached over ssh, with a directory of its own.
 #[derive(Debug)]
-pub struct Host {
+pub struct LabHost {
     name: String,
-    place: Place,
+    place: HostPlace,
     control_address: Ipv4Addr,
-    ports: Vec<Port>,
-    /// What is at the other ends of the ports' cables, where these are cables of our own.
+    ports: Vec<LabPort>,
+    /// The interfaces at the other ends of the ports' cables, if these cables are carried by this process.
     far_ends: Vec<Arc<Tun>>,
     bridge: Option<Bridge>,
     directory: PathBuf,
@@ -41,55 +75,46 @@ pub struct Host {
 }
 
 #[derive(Debug)]
-enum Place {
+enum HostPlace {
     Namespace(Namespace),
     Remote(Arc<Remote>),
 }
 
 /// An interface that is lent to migration traffic.
 #[derive(Debug, Clone)]
-pub struct Port {
-    /// The interface's name; `port0` and so on, which is what daemons call ports, where the lab made it.
+pub struct LabPort {
+    /// The interface's name. On a host that the lab made it is `port0` and so on, which is also what daemons call the
+    /// port.
     pub interface: String,
-    /// Its address, in a /24 shared with the same port of the other host.
+    /// The interface's address, in a /24 shared with the same port of the other host.
     pub address: Ipv4Addr,
 }
 
-/// The bridge that guests' interfaces would be joined to.
-#[derive(Debug, Clone)]
-pub struct Bridge {
-    /// The bridge's own interface, `br0`.
-    pub interface: String,
-    /// An interface outside the bridge at the other end of one of its ports: capture here what leaves the bridge.
-    pub observer: String,
-}
-
-impl Default for Bridge {
-    fn default() -> Self {
-        Self { interface: "br0".into(), observer: "observer0".into() }
-    }
-}
-
-impl Host {
+impl LabHost {
     pub(crate) fn new(
         name: String,
         namespace: Namespace,
         control_address: Ipv4Addr,
-        (ports, far_ends): (Vec<Port>, Vec<Arc<Tun>>),
+        (ports, far_ends): (Vec<LabPort>, Vec<Arc<Tun>>),
         bridge: Option<Bridge>,
         [directory, memory_directory]: [PathBuf; 2],
     ) -> Self {
-        let place = Place::Namespace(namespace);
+        let place = HostPlace::Namespace(namespace);
         Self { name, place, control_address, ports, far_ends, bridge, directory, memory_directory }
     }
 
-    /// A host that is reached over ssh.
-    pub(crate) fn over_ssh(name: String, remote: Arc<Remote>, control: Ipv4Addr, ports: Vec<Port>) -> Self {
+    /// Makes a host that is reached over ssh.
+    pub(crate) fn over_ssh(
+        name: String,
+        remote: Arc<Remote>,
+        control: Ipv4Addr,
+        ports: Vec<LabPort>,
+    ) -> Self {
         let [directory, memory_directory] =
             [remote.directory(), remote.memory_directory()].map(Path::to_owned);
         Self {
             name,
-            place: Place::Remote(remote),
+            place: HostPlace::Remote(remote),
             control_address: control,
             ports,
             far_ends: Vec::new(),
@@ -101,32 +126,32 @@ impl Host {
 
     fn made_here(&self) -> Result<&Namespace> {
         match &self.place {
-            Place::Namespace(namespace) => Ok(namespace),
-            Place::Remote(remote) => {
-                bail!("this needs hosts that the harness makes, and {} is none", remote.target())
+            HostPlace::Namespace(namespace) => Ok(namespace),
+            HostPlace::Remote(remote) => {
+                bail!("this needs hosts that the harness makes, but {} is reached over ssh", remote.target())
             }
         }
     }
 
-    /// The connection to it, if it is reached over ssh.
+    /// Returns the connection to the host, if it is reached over ssh.
     pub fn remote(&self) -> Option<&Arc<Remote>> {
         match &self.place {
-            Place::Namespace(_) => None,
-            Place::Remote(remote) => Some(remote),
+            HostPlace::Namespace(_) => None,
+            HostPlace::Remote(remote) => Some(remote),
         }
     }
 
-    /// Whether the host is reached over ssh. Only programs, files and sockets of it are to be had then.
+    /// Returns whether the host is reached over ssh. Only its programs, files and sockets can be used then.
     pub fn is_remote(&self) -> bool {
         self.remote().is_some()
     }
 
-    /// Where a program of Memlane's is on this host.
+    /// Returns the path of one of Memlane's programs on this host.
     pub fn program(&self, programs: &Programs, name: &str) -> PathBuf {
         self.remote().map_or_else(|| programs.path(name), |remote| remote.directory().join(name))
     }
 
-    /// The QEMU of this host.
+    /// Returns the path of the QEMU of this host.
     pub fn qemu(&self) -> PathBuf {
         if self.is_remote() { qemu::program_elsewhere() } else { qemu::program() }
     }
@@ -143,7 +168,7 @@ impl Host {
         }
     }
 
-    /// The contents of a file on this host.
+    /// Reads a file on this host.
     ///
     /// # Errors
     ///
@@ -155,7 +180,7 @@ impl Host {
         }
     }
 
-    /// Whether /dev/kvm can be used here.
+    /// Returns whether /dev/kvm can be used on this host.
     pub fn has_kvm(&self) -> bool {
         match self.remote() {
             None => why_not(&[Requirement::Kvm]).is_none(),
@@ -165,7 +190,7 @@ impl Host {
         }
     }
 
-    /// Whether this host has a file.
+    /// Returns whether this host has a file.
     pub fn has(&self, path: &Path) -> bool {
         match self.remote() {
             None => path.exists(),
@@ -196,7 +221,8 @@ impl Host {
         Ok(Monitor::connect_while(&path, runs)?.with_clock_ahead(ahead))
     }
 
-    /// A Unix socket that leads to the one of this name in the host's directory, even before somebody listens there.
+    /// Returns a Unix socket that leads to the socket of this name in the host's directory, even before a program
+    /// listens there.
     ///
     /// # Errors
     ///
@@ -205,7 +231,7 @@ impl Host {
         self.remote().map_or_else(|| Ok(self.directory.join(socket)), |remote| remote.forward(socket))
     }
 
-    /// Whether somebody listens at the socket of this name in the host's directory.
+    /// Returns whether a program listens at the socket of this name in the host's directory.
     pub fn listens(&self, socket: &str) -> bool {
         let path = self.directory.join(socket);
         match self.remote() {
@@ -216,51 +242,51 @@ impl Host {
         }
     }
 
-    /// `host-a` or `host-b`.
+    /// Returns the host's name, `host-a` or `host-b`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The name of the network namespace, for `ip -netns NAME`.
+    /// Returns the name of the network namespace, for `ip -netns NAME`.
     ///
     /// # Panics
     ///
     /// If the host is none.
     pub fn namespace(&self) -> &str {
-        self.made_here().expect("who asks has made the host").name()
+        self.made_here().expect("only a host that the lab made has a namespace").name()
     }
 
-    /// The path of the network namespace, for setns(2).
+    /// Returns the path of the network namespace, for setns(2).
     ///
     /// # Panics
     ///
     /// If the host is none.
     pub fn namespace_path(&self) -> PathBuf {
-        self.made_here().expect("who asks has made the host").path()
+        self.made_here().expect("only a host that the lab made has a namespace").path()
     }
 
-    /// The address on the control link, which is never limited in rate.
+    /// Returns the address on the control link, which is never limited in rate.
     pub fn control_address(&self) -> Ipv4Addr {
         self.control_address
     }
 
-    /// The ports, in the same order on both hosts.
-    pub fn ports(&self) -> &[Port] {
+    /// Returns the ports, in the same order on both hosts.
+    pub fn ports(&self) -> &[LabPort] {
         &self.ports
     }
 
-    /// The bridge, if the lab was asked for one.
+    /// Returns the bridge, if the lab was asked for one.
     pub fn bridge(&self) -> Option<&Bridge> {
         self.bridge.as_ref()
     }
 
-    /// A directory of this host for sockets, journals and logs; its path is short enough for Unix sockets. It goes
-    /// with the lab.
+    /// Returns a directory of this host for sockets, journals and logs; its path is short enough for Unix sockets. It
+    /// is removed with the lab.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// A directory on tmpfs for guests' memory. It goes with the lab.
+    /// Returns a directory on tmpfs for guests' memory. It is removed with the lab.
     pub fn memory_directory(&self) -> &Path {
         &self.memory_directory
     }
@@ -276,33 +302,33 @@ impl Host {
         network::enslave(self.made_here()?.name(), name, &bridge.interface)
     }
 
-    /// A command that runs `program` inside this host.
+    /// Returns a command that runs `program` inside this host.
     ///
     /// The program gets SIGKILL when the *thread* that starts it ends (`PR_SET_PDEATHSIG`), so that nothing survives
-    /// a crash. [`Host::spawn`] starts it from a thread that lives as long as this process.
+    /// a crash. [`LabHost::spawn`] starts it from a thread that lives as long as this process.
     ///
     /// The program sees this host's interfaces in /sys/class/net, and no cgroups in /sys/fs/cgroup.
     ///
-    /// On a host that is reached over ssh only [`Host::spawn`] runs it, with its arguments and no environment of its own.
+    /// On a host that is reached over ssh only [`LabHost::spawn`] runs it, with its arguments and no environment of its own.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        if let Place::Namespace(namespace) = &self.place {
+        if let HostPlace::Namespace(namespace) = &self.place {
             namespace.confine(&mut command);
         }
         command
     }
 
-    /// Starts a command made by [`Host::command`], with its output appended to `NAME.log` in this host's directory.
+    /// Starts a command made by [`LabHost::command`], with its output appended to `NAME.log` in this host's directory.
     /// It is killed when the returned guard is dropped.
     ///
     /// # Errors
     ///
     /// If the log cannot be opened or the program cannot be started.
-    pub fn spawn(&self, name: &str, command: Command) -> Result<Process> {
+    pub fn spawn(&self, name: &str, command: Command) -> Result<LabProcess> {
         let log = self.directory.join(format!("{name}.log"));
         let process = match &self.place {
-            Place::Namespace(_) => Process::spawn(name, command, log),
-            Place::Remote(remote) => Process::spawn_there(name, &command, remote),
+            HostPlace::Namespace(_) => LabProcess::spawn(name, command, log),
+            HostPlace::Remote(remote) => LabProcess::spawn_there(name, &command, remote),
         };
         process.with_context(|| format!("starting {name} on {}", self.name))
     }
@@ -352,7 +378,8 @@ impl Host {
         }
     }
 
-    /// Has everything that this host sends through port `index` vanish, or no more: both ends of the port stay up.
+    /// Makes everything that this host sends through port `index` disappear, or lets it pass again. Both ends of the
+    /// port stay up.
     pub(crate) fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
         network::silence(self.made_here()?.name(), &self.ports[index].interface, silent)
     }

@@ -1,4 +1,4 @@
-//! Hosts that are there already, and are reached over ssh.
+//! Hosts that exist already and are reached over ssh.
 
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
@@ -8,19 +8,20 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::host::{Host, Port};
+use crate::host::{LabHost, LabPort};
 use crate::programs::Programs;
 use crate::remote::Remote;
 
-/// What a daemon and a VMM need.
+/// The programs that a daemon and a VMM need.
 const PROGRAMS: [&str; 3] = ["memlaned", "memlane-vmm", "libmemlane_shim.so"];
 
-/// Two hosts that are there already.
+/// Two hosts that exist already.
 #[derive(Debug, Clone)]
-pub struct Hosts {
-    /// Source and destination, as ssh knows them.
+pub struct RemoteHosts {
+    /// The names of the source and of the destination, as ssh knows them.
     pub targets: [String; 2],
-    /// The addresses of the ports that join them, on either host; those by which ssh reaches them if there are none.
+    /// The addresses of the ports that join the hosts, on either host. If there are none, the addresses by which ssh
+    /// reaches the hosts are used.
     pub ports: Vec<[Ipv4Addr; 2]>,
     /// The command for `ssh`, with options if there are any.
     pub ssh: Vec<OsString>,
@@ -28,23 +29,29 @@ pub struct Hosts {
     pub agent: PathBuf,
 }
 
-impl Hosts {
-    /// Reaches both and copies `programs` there. What belongs to that here is kept in `local`. Returns the hosts, and
-    /// the MTU of their ports.
-    pub(crate) fn reach(&self, programs: &Programs, local: &Path) -> Result<([Host; 2], u32)> {
+impl RemoteHosts {
+    /// Reaches both hosts and copies `programs` there. Files on this machine that belong to the connections are kept in
+    /// `local`. Returns the hosts, and the MTU of their ports in bytes.
+    pub(crate) fn reach(&self, programs: &Programs, local: &Path) -> Result<([LabHost; 2], u32)> {
         let [a, b] = [("a", 0), ("b", 1)].map(|(letter, end)| self.reach_one(programs, local, letter, end));
         let ((a, mtu), (b, other)) = (a?, b?);
         let (here, there) = (a.control_address(), b.control_address());
         ensure!(
             here != there,
-            "{} and {} have the address {here} both; name two hosts",
+            "{} and {} both have the address {here}: name two different hosts",
             self.targets[0],
             self.targets[1]
         );
         Ok(([a, b], mtu.min(other)))
     }
 
-    fn reach_one(&self, programs: &Programs, local: &Path, letter: &str, end: usize) -> Result<(Host, u32)> {
+    fn reach_one(
+        &self,
+        programs: &Programs,
+        local: &Path,
+        letter: &str,
+        end: usize,
+    ) -> Result<(LabHost, u32)> {
         let target = &self.targets[end];
         let local = local.join(letter);
         std::fs::create_dir(&local).with_context(|| format!("creating {}", local.display()))?;
@@ -68,8 +75,8 @@ impl Hosts {
                 .as_u64()
                 .and_then(|bytes| u32::try_from(bytes).ok())
                 .map_or(mtu, |of| mtu.min(of));
-            ports.push(Port { interface: name.to_owned(), address });
+            ports.push(LabPort { interface: name.to_owned(), address });
         }
-        Ok((Host::over_ssh(format!("host-{letter}"), Arc::new(remote), control, ports), mtu))
+        Ok((LabHost::over_ssh(format!("host-{letter}"), Arc::new(remote), control, ports), mtu))
     }
 }

@@ -7,7 +7,7 @@ use rustix::fs::FlockOperation;
 
 use crate::cleanup::Registration;
 
-/// See Documentation/admin-guide/mm/hugetlbpage.rst.
+/// The kernel's pool of 2 MiB pages; see Documentation/admin-guide/mm/hugetlbpage.rst.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// 2 MiB pages added to the kernel's pool, taken back when this is dropped. Root is needed.
@@ -46,7 +46,7 @@ fn give_back(count: u64) {
     }
 }
 
-/// Nobody else who asks for the lock, in whatever process, changes the pool until it is dropped.
+/// Takes the lock of the pool. No other process that takes this lock changes the pool until it is dropped.
 fn lock() -> Result<File> {
     let pool = File::open(POOL).with_context(|| format!("opening {POOL}"))?;
     rustix::fs::flock(&pool, FlockOperation::LockExclusive).with_context(|| format!("locking {POOL}"))?;

@@ -1,6 +1,5 @@
 //! The two hosts and what joins them.
 
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cable::{Cable, Loss};
+use crate::child::kill_all_naming;
 use crate::cleanup::Registration;
-use crate::host::{Bridge, Host, Port};
-use crate::hosts::Hosts;
+use crate::host::{HostId, LabHost, LabPort};
+use crate::hosts::RemoteHosts;
 use crate::lan::Lan;
 use crate::namespace::{self, MEMORY, Namespace};
-use crate::network;
-use crate::process;
+use crate::network::{self, Bridge};
 use crate::programs::Programs;
 use crate::rate::Rate;
 use crate::requirements::{Requirement, why_not};
@@ -24,30 +23,31 @@ use crate::tun::Tun;
 /// The largest number of ports that a lab may have.
 pub const MAX_PORTS: usize = 64;
 
-/// Unix socket paths end at 107 bytes; what is left of it is for the names of sockets in a host's directory.
+/// The longest path of a lab's directory, in bytes. Unix socket paths end at 107 bytes; the rest is for the names of
+/// sockets in a host's directory.
 const MAX_DIRECTORY_BYTES: usize = 64;
 
 const CONTROL_INTERFACE: &str = "ctl0";
 
-/// What a [`Lab`] is made of.
+/// The parts that a [`Lab`] is made of.
 #[derive(Debug, Clone)]
 pub struct LabOptions {
-    /// Ports of each host, 0 to [`MAX_PORTS`]. Port *i* of one host is joined to port *i* of the other.
+    /// The number of ports of each host, 0 to [`MAX_PORTS`]. Port *i* of one host is joined to port *i* of the other.
     pub ports: usize,
-    /// What a port carries in each direction; unlimited if `None`. The control link is never limited in rate.
+    /// The rate of a port in each direction; unlimited if `None`. The control link is never limited in rate.
     pub port_rate: Option<Rate>,
-    /// How long a packet takes through a port, one way; no longer than the machine takes if `None`. A round trip takes
-    /// twice as long.
+    /// The time that a packet takes through a port, one way; no longer than the machine takes if `None`. A round trip
+    /// takes twice as long.
     pub port_delay: Option<Duration>,
-    /// The same of the control link.
+    /// The time that a packet takes through the control link, one way; no longer than the machine takes if `None`.
     pub control_delay: Option<Duration>,
-    /// What the ports lose of all packets; nothing if `None`.
+    /// The packet loss of the ports; they lose nothing if `None`.
     pub port_loss: Option<Loss>,
     /// The MTU of all links, in bytes.
     pub mtu: u32,
     /// Whether each host has a bridge with an observer port, as a host has for its guests.
     pub bridge: bool,
-    /// Whether a switch joins the hosts' bridges, with a client on it: see [`Lan`]. Brings the bridges along.
+    /// Whether a switch joins the hosts' bridges, with a client on it: see [`Lan`]. If so, the hosts have bridges too.
     pub switch: bool,
 }
 
@@ -66,36 +66,11 @@ impl Default for LabOptions {
     }
 }
 
-/// One of the two hosts of a [`Lab`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HostId {
-    /// The host with the address 10.77.*n*.1 on every link; the source, by custom.
-    A,
-    /// The host with the address 10.77.*n*.2 on every link.
-    B,
-}
-
-impl HostId {
-    fn letter(self) -> &'static str {
-        match self {
-            Self::A => "a",
-            Self::B => "b",
-        }
-    }
-
-    /// The address on link `link`, which is 0 for control and 1 + the port's index for a port.
-    fn address(self, link: u8) -> Ipv4Addr {
-        match self {
-            Self::A => Ipv4Addr::new(10, 77, link, 1),
-            Self::B => Ipv4Addr::new(10, 77, link, 2),
-        }
-    }
-}
-
-/// Two hosts joined by a control link and by ports. All of it goes when the lab is dropped, programs included.
+/// Two hosts joined by a control link and by ports. Dropping the lab removes all of it and ends the programs that run
+/// in it.
 #[derive(Debug)]
 pub struct Lab {
-    hosts: [Host; 2],
+    hosts: [LabHost; 2],
     mtu: u32,
     lan: Option<Lan>,
     // Their interfaces go when the hosts have let go of them too.
@@ -105,7 +80,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Makes the hosts and brings all links up. Also removes what labs of dead processes left behind.
+    /// Makes the hosts and brings all links up. It also removes what labs of dead processes left behind.
     ///
     /// # Errors
     ///
@@ -169,13 +144,13 @@ impl Lab {
         Ok(Self { hosts, mtu: options.mtu, lan, _cables: cables, _cleanup: cleanup })
     }
 
-    /// Reaches hosts that are there already, and copies `programs` there. They have no more than their ports, which
-    /// nobody shapes.
+    /// Reaches hosts that exist already, and copies `programs` there. These hosts have only their ports, whose rates
+    /// are not limited.
     ///
     /// # Errors
     ///
     /// If one cannot be reached, lacks an address, or has no room.
-    pub fn over_ssh(hosts: &Hosts, programs: &Programs) -> Result<Self> {
+    pub fn over_ssh(hosts: &RemoteHosts, programs: &Programs) -> Result<Self> {
         namespace::sweep();
         let directory = directory(&unique_id())?;
         let cleanup = Registration::new({
@@ -186,32 +161,32 @@ impl Lab {
         Ok(Self { hosts, mtu, lan: None, _cables: Vec::new(), _cleanup: cleanup })
     }
 
-    /// Whether the hosts are reached over ssh.
+    /// Returns whether the hosts are reached over ssh.
     pub fn is_remote(&self) -> bool {
         self.hosts[0].is_remote()
     }
 
-    /// Whether both hosts have a usable /dev/kvm.
+    /// Returns whether both hosts have a usable /dev/kvm.
     pub fn has_kvm(&self) -> bool {
-        self.hosts.iter().all(Host::has_kvm)
+        self.hosts.iter().all(LabHost::has_kvm)
     }
 
-    /// The MTU of the ports, in bytes: the least, if they differ.
+    /// Returns the MTU of the ports, in bytes: the least, if they differ.
     pub fn mtu(&self) -> u32 {
         self.mtu
     }
 
-    /// One of the hosts.
-    pub fn host(&self, id: HostId) -> &Host {
+    /// Returns one of the hosts.
+    pub fn host(&self, id: HostId) -> &LabHost {
         &self.hosts[id as usize]
     }
 
-    /// Both hosts, A first.
-    pub fn hosts(&self) -> &[Host; 2] {
+    /// Returns both hosts, A first.
+    pub fn hosts(&self) -> &[LabHost; 2] {
         &self.hosts
     }
 
-    /// The guests' network.
+    /// Returns the guests' network.
     ///
     /// # Panics
     ///
@@ -233,8 +208,8 @@ impl Lab {
         self.hosts.iter().try_for_each(|host| host.set_port_rate(index, rate))
     }
 
-    /// Has port `index` silently drop everything in both directions, or carry it again. Neither host is told: links
-    /// stay up, and what is sent seems to have been sent. Its rate is not to be changed meanwhile.
+    /// Makes port `index` silently drop everything in both directions, or carry it again. Neither host notices: links
+    /// stay up, and sent data seems to have been sent. The port's rate must not be changed while it is silent.
     ///
     /// # Errors
     ///
@@ -248,19 +223,19 @@ impl Lab {
     }
 }
 
-/// `memlane-PID-N`: [`namespace::sweep`] reads the owner out of it.
+/// Returns a name like `memlane-PID-N`: [`namespace::sweep`] reads the owner from it.
 fn unique_id() -> String {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A directory of a lab, whose name says whose it is.
+/// Makes the directory of a lab. Its name contains the process that owns it.
 fn directory(id: &str) -> Result<PathBuf> {
     let directory = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir();
     Ok(directory.context("creating the directory of a lab")?.keep())
 }
 
-/// A cable of our own, where the kernel's would not do.
+/// Lays a cable that this process carries, for what the kernel's own links cannot do.
 fn cable(
     interface: &str,
     namespaces: [&Namespace; 2],
@@ -281,14 +256,14 @@ fn make_host(
     (ports, far_ends): (&[String], Vec<Arc<Tun>>),
     places: [&Path; 2],
     options: &LabOptions,
-) -> Result<Host> {
+) -> Result<LabHost> {
     namespace.run_in(network::disable_ipv6)?.context("turning IPv6 off in a namespace")?;
 
     let mut links = vec![(CONTROL_INTERFACE, id.address(0))];
     let mut host_ports = Vec::with_capacity(ports.len());
     for (interface, link) in ports.iter().zip(1..) {
         links.push((interface, id.address(link)));
-        host_ports.push(Port { interface: interface.clone(), address: id.address(link) });
+        host_ports.push(LabPort { interface: interface.clone(), address: id.address(link) });
     }
     network::bring_up(namespace.name(), &links)?;
 
@@ -302,7 +277,8 @@ fn make_host(
         std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     }
     let name = format!("host-{}", id.letter());
-    let host = Host::new(name, namespace, id.address(0), (host_ports, far_ends), bridge, [directory, memory]);
+    let host =
+        LabHost::new(name, namespace, id.address(0), (host_ports, far_ends), bridge, [directory, memory]);
     if options.port_rate.is_some() {
         for index in 0..ports.len() {
             host.set_port_rate(index, options.port_rate)?;
@@ -315,7 +291,7 @@ fn remove(names: &[String], directory: &Path, memory: &Path) {
     for name in names {
         namespace::remove(name);
     }
-    process::kill_all_naming(memory);
+    kill_all_naming(memory);
     for directory in [directory, memory] {
         // Best effort: this also runs where a directory was never made, and the next sweep tries again.
         let _ = std::fs::remove_dir_all(directory);

@@ -1,4 +1,4 @@
-//! What joins the hosts' bridges: a switch, with a client on a port of its own.
+//! The switch that joins the hosts' bridges, with a client on a port of its own.
 
 use std::net::Ipv4Addr;
 use std::process::Command;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::capture::Capture;
-use crate::lab::HostId;
+use crate::host::HostId;
 use crate::namespace::Namespace;
 use crate::network;
 
@@ -25,16 +25,16 @@ pub struct Lan {
 }
 
 impl Lan {
-    /// Address of the client; its prefix is [`Lan::PREFIX`].
+    /// The address of the client; its prefix is [`Lan::PREFIX`].
     pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
 
-    /// Address for the first guest.
+    /// The address for the first guest.
     pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
 
     /// Length of the network's prefix, in bits.
     pub const PREFIX: u8 = 24;
 
-    /// The interface of the switch towards a host.
+    /// Returns the interface of the switch that leads to a host.
     pub fn port_towards(host: HostId) -> &'static str {
         match host {
             HostId::A => "to-a",
@@ -42,7 +42,7 @@ impl Lan {
         }
     }
 
-    /// The interface of the switch behind which it has learned `mac` to be, if it has.
+    /// Returns the interface of the switch behind which it has learned that `mac` is, if it has learned that.
     ///
     /// # Errors
     ///

@@ -1,21 +1,23 @@
 //! Hosts made of network namespaces, for the demo, the end-to-end tests and the benchmarks.
 //!
-//! A [`Lab`] is two [`Host`]s joined by veth pairs: one for control traffic, and as many ports as are asked for,
+//! A [`Lab`] is two [`LabHost`]s joined by veth pairs: one for control traffic, and as many ports as are asked for,
 //! each held to a rate if one is given. Ports with a delay, or that lose packets, are joined by a thread of this
-//! process instead, between two tun interfaces. Programs run inside a host with [`Host::command`] and [`Host::spawn`];
-//! sockets are opened inside it with [`Host::run_in`].
+//! process instead, between two tun interfaces. Programs run inside a host with [`LabHost::command`] and [`LabHost::spawn`];
+//! sockets are opened inside it with [`LabHost::run_in`].
 //!
-//! A lab can also be made of two [`Hosts`] that are there already and are reached over ssh: there is an [`agent`] of ours
+//! A lab can also be made of two [`RemoteHosts`] that are there already and are reached over ssh: there is an [`agent`] of ours
 //! on each then, and what only a host can have that was made here is refused.
 //!
 //! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
-//! SIGTERM once [`cleanup_on_signal`] was called, and otherwise with the next lab that anybody makes.
+//! SIGTERM once [`cleanup_on_signal`] was called, and otherwise when the next lab is made.
 
 pub mod agent;
 mod cable;
 mod capture;
+mod child;
 mod cleanup;
 mod client;
+mod clock;
 mod counters;
 mod host;
 mod hosts;
@@ -37,25 +39,29 @@ mod rig;
 mod size;
 mod tun;
 mod user;
+mod vmm;
 mod wait;
 
 pub use cable::Loss;
-pub use capture::{Capture, Frame};
+pub use capture::{Capture, EthernetFrame};
 pub use cleanup::cleanup_on_signal;
-pub use client::{Counters, Session, tell_guest};
+pub use client::{ClientSession, GuestCounters, tell_guest};
+pub use clock::unix_time;
 pub use counters::{Carried, InterfaceCounters};
-pub use host::{Bridge, Host, Port};
-pub use hosts::Hosts;
+pub use host::{HostId, LabHost, LabPort};
+pub use hosts::RemoteHosts;
 pub use huge_pages::HugePages;
-pub use lab::{HostId, Lab, LabOptions, MAX_PORTS};
+pub use lab::{Lab, LabOptions, MAX_PORTS};
 pub use lan::Lan;
-pub use process::Process;
+pub use network::Bridge;
+pub use process::LabProcess;
 pub use programs::Programs;
 pub use rate::Rate;
 pub use readers::Readers;
 pub use remote::Remote;
-pub use requirements::{Missing, Requirement, SSHD, missing, say_skipped, skip, why_not};
-pub use rig::{Answer, Following, Rig, RigOptions, Vmm, VmmSession};
+pub use requirements::{MissingRequirement, Requirement, SSHD, missing, say_skipped, skip, why_not};
+pub use rig::{CtlOutput, Rig, RigOptions};
 pub use size::Size;
 pub use user::DaemonUser;
+pub use vmm::{LabVmm, ProgressStream, VmmSession};
 pub use wait::wait_for;

@@ -14,13 +14,13 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{Pid, Signal};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
+use crate::child::{die_with_parent, kill_all_naming};
 use crate::network;
-use crate::process;
 
-/// Where iproute2 keeps named namespaces; see ip-netns(8).
+/// The directory in which iproute2 keeps named namespaces; see ip-netns(8).
 const DIRECTORY: &str = "/run/netns";
 
-/// Where labs have directories for guests' memory: a tmpfs on every Linux.
+/// The directory for guests' memory: a tmpfs on every Linux.
 pub(crate) const MEMORY: &str = "/dev/shm";
 
 /// A network namespace, held open.
@@ -31,7 +31,7 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    /// Creates the namespace. Its name lives until [`remove`].
+    /// Creates the namespace. Its name exists until [`remove`] is called.
     pub(crate) fn create(name: &str) -> Result<Self> {
         network::ip(&["netns", "add", name])
             .with_context(|| format!("creating the network namespace {name}"))?;
@@ -65,7 +65,7 @@ impl Namespace {
     /// Makes `command` run inside the namespace, and die with the thread that starts it.
     pub(crate) fn confine(&self, command: &mut Command) {
         let file = Arc::clone(&self.file);
-        process::die_with_parent(command);
+        die_with_parent(command);
         // SAFETY: between fork and exec the closure makes system calls only; it neither allocates nor takes locks.
         // (`Errno` converts to `io::Error` without allocating.)
         unsafe {
@@ -77,8 +77,8 @@ impl Namespace {
     }
 }
 
-/// Kills what still runs in the namespace `name` and removes it. Best effort: it runs while something else ends,
-/// and a later [`sweep`] finds what was left.
+/// Kills what still runs in the namespace `name` and removes it. Errors are ignored, because this runs while something
+/// else ends; a later [`sweep`] finds what is left.
 pub(crate) fn remove(name: &str) {
     for pid in pids(name) {
         let _ = rustix::process::kill_process(pid, Signal::KILL);
@@ -100,7 +100,7 @@ pub(crate) fn sweep() {
             });
             if own {
                 if parent == Path::new(MEMORY) {
-                    process::kill_all_naming(&path);
+                    kill_all_naming(&path);
                 }
                 let _ = fs::remove_dir_all(&path);
             }
@@ -116,8 +116,8 @@ fn enter(file: &File) -> io::Result<()> {
     Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
-/// A mount of sysfs shows the interfaces of the namespace that mounted it, so /sys/class/net needs a new one, in a
-/// mount namespace of its own; `ip netns exec` does the same.
+/// Mounts a new sysfs. It shows the interfaces of the namespace that mounted it, so /sys/class/net needs a new mount,
+/// in a mount namespace of its own; `ip netns exec` does the same.
 fn show_own_interfaces_in_sys() -> io::Result<()> {
     // SAFETY: a mount namespace does not touch descriptors, and the calling process has no other threads.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
@@ -128,7 +128,7 @@ fn show_own_interfaces_in_sys() -> io::Result<()> {
     Ok(rustix::mount::mount(c"sysfs", c"/sys", c"sysfs", flags, None)?)
 }
 
-/// Processes inside the namespace `name`, this one never among them.
+/// Returns the processes inside the namespace `name`, but never this one.
 fn pids(name: &str) -> Vec<Pid> {
     let own = rustix::process::getpid();
     let Ok(output) = Command::new("ip").args(["netns", "pids", name]).output() else { return Vec::new() };
@@ -151,7 +151,7 @@ fn is_stale(name: &str) -> bool {
     owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
 }
 
-/// The process that made `memlane-PID-N-...`.
+/// Returns the process that made `memlane-PID-N-...`.
 fn owner(name: &str) -> Option<u32> {
     let mut parts = name.strip_prefix("memlane-")?.splitn(3, '-');
     let pid = parts.next()?.parse().ok()?;

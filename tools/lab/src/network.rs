@@ -8,8 +8,23 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::host::Bridge;
 use crate::rate::Rate;
+
+/// The bridge that guests' interfaces are joined to.
+#[derive(Debug, Clone)]
+pub struct Bridge {
+    /// The name of the bridge's own interface, `br0`.
+    pub interface: String,
+    /// The name of an interface outside the bridge, at the other end of one of its ports. What leaves the bridge can be
+    /// captured here.
+    pub observer: String,
+}
+
+impl Default for Bridge {
+    fn default() -> Self {
+        Self { interface: "br0".into(), observer: "observer0".into() }
+    }
+}
 
 /// Runs `ip` in the namespace of the caller.
 pub(crate) fn ip(arguments: &[&str]) -> Result<()> {
@@ -29,12 +44,12 @@ pub(crate) fn join(namespaces: &[String; 2], interface: &str, mtu: u32) -> Resul
     )
 }
 
-/// Settles what a tun interface has in common with the ends of a veth pair.
+/// Gives a tun interface the settings that the ends of a veth pair have.
 pub(crate) fn prepare_tun(namespace: &str, interface: &str, mtu: u32) -> Result<()> {
     ip(&["-netns", namespace, "link", "set", interface, "mtu", &mtu.to_string(), "txqueuelen", "1000"])
 }
 
-/// Gives the links their addresses and brings them up, loopback too.
+/// Gives the links their addresses and brings them up, and the loopback interface too.
 pub(crate) fn bring_up(namespace: &str, links: &[(&str, Ipv4Addr)]) -> Result<()> {
     let mut lines = String::from("link set lo up\n");
     for (interface, address) in links {
@@ -43,13 +58,13 @@ pub(crate) fn bring_up(namespace: &str, links: &[(&str, Ipv4Addr)]) -> Result<()
     batch("ip", &["-netns", namespace], &lines)
 }
 
-/// Makes a bridge that is nothing but a switch.
+/// Makes a bridge that serves only as a switch.
 pub(crate) fn add_switch(namespace: &str, name: &str) -> Result<()> {
     let lines = format!("link add {name} type bridge mcast_snooping 0\nlink set {name} up\n");
     batch("ip", &["-netns", namespace], &lines)
 }
 
-/// Gives a switch a port; the other end of its cable is `interface` in the namespace `other`.
+/// Adds a port to a switch. The other end of its cable is `interface` in the namespace `other`.
 pub(crate) fn add_switch_port(
     namespace: &str,
     switch: &str,
@@ -68,13 +83,13 @@ pub(crate) fn enslave(namespace: &str, interface: &str, bridge: &str) -> Result<
     batch("ip", &["-netns", namespace], &lines)
 }
 
-/// Makes a tap that stays when nobody has it open.
+/// Makes a tap that stays when no program has it open.
 pub(crate) fn add_tap(namespace: &str, name: &str) -> Result<()> {
     ip(&["-netns", namespace, "tuntap", "add", "dev", name, "mode", "tap"])
 }
 
-/// Makes the bridge and its observer. The other end of the observer is a port of the bridge, so whatever the bridge
-/// floods arrives there, as at a switch.
+/// Makes the bridge and its observer. The other end of the observer is a port of the bridge, so everything that the
+/// bridge floods arrives there, as at a switch.
 pub(crate) fn add_bridge(namespace: &str, bridge: &Bridge) -> Result<()> {
     let Bridge { interface, observer } = bridge;
     // Without snooping the bridge sends no IGMP reports of its own.
@@ -117,7 +132,7 @@ pub(crate) fn shape(namespace: &str, interface: &str, rate: Option<Rate>) -> Res
     batch("tc", &["-netns", namespace], &lines)
 }
 
-/// Has everything that `interface` sends vanish, without anybody being told. The rate that it has stays.
+/// Makes everything that `interface` sends disappear without an error, or lets it pass again. Its rate limit stays.
 pub(crate) fn silence(namespace: &str, interface: &str, silent: bool) -> Result<()> {
     let parent = if is_shaped(namespace, interface)? { "parent 1:1" } else { "root" };
     let line = match silent {
@@ -134,14 +149,15 @@ fn is_shaped(namespace: &str, interface: &str) -> Result<bool> {
     Ok(String::from_utf8_lossy(&output.stdout).starts_with("qdisc htb "))
 }
 
-/// A burst must hold the largest packet that the stack hands over, segmentation left to the device (64 KiB), or HTB
-/// falls behind the rate; and what arrives between two turns of a queue that is served late, here 1 ms.
+/// Returns the burst for a rate, in bytes. A burst must hold the largest packet that the stack hands over, with
+/// segmentation left to the device (64 KiB), or HTB falls behind the rate. It must also hold what arrives between two
+/// turns of a queue that is served late, here 1 ms.
 fn burst_bytes(rate: Rate) -> u64 {
     (rate.bits_per_second() / 8 / 1000).max(2 * 65536)
 }
 
-/// Keeps a namespace quiet: no neighbour discovery and no router solicitations between what a test captures.
-/// Called inside the namespace.
+/// Keeps a namespace quiet, without neighbour discovery and router solicitations between the frames that a test
+/// captures. It must be called inside the namespace.
 pub(crate) fn disable_ipv6() -> io::Result<()> {
     for scope in ["all", "default"] {
         match fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1") {

@@ -1,11 +1,11 @@
-//! Memlane's own programs, out of cargo.
+//! Memlane's own programs, as cargo builds them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Where the programs are.
+/// The places of the programs.
 #[derive(Clone, Debug)]
 pub struct Programs {
     directory: PathBuf,
@@ -31,31 +31,31 @@ impl Programs {
         Ok(Self { directory })
     }
 
-    /// A program by its name.
+    /// Returns the path of a program by its name.
     pub fn path(&self, program: &str) -> PathBuf {
         self.directory.join(program)
     }
 
-    /// The library for LD_PRELOAD.
+    /// Returns the path of the library for LD_PRELOAD.
     pub fn shim(&self) -> PathBuf {
         self.path("libmemlane_shim.so")
     }
 }
 
-/// `cargo build` in the workspace, without packages yet.
+/// Returns a command `cargo build` in the workspace, still without packages.
 pub(crate) fn cargo_build() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace()).args(["build", "--quiet", "--locked"]);
     command
 }
 
-/// Where cargo puts what it builds.
+/// Returns the directory in which cargo puts what it builds.
 pub(crate) fn target_directory() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
     workspace().join(target)
 }
 
-/// Whether a program is there that is started by its name.
+/// Returns whether a program can be started by its name alone.
 pub(crate) fn in_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|directory| directory.join(program).is_file())

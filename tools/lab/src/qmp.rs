@@ -1,4 +1,4 @@
-//! A connection of our own with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
+//! A connection of the harness with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
 //!
 //! QEMU tells its events to every monitor, so this one also hears what happens to a guest that a daemon moves.
 
@@ -21,25 +21,25 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// A connection with a QEMU's monitor, which talks to one client at a time.
 pub struct Monitor {
     stream: BufReader<UnixStream>,
-    /// What has been read of a line whose end has not come yet.
+    /// The beginning of a line whose end has not been read yet.
     line: Vec<u8>,
-    events: VecDeque<Event>,
-    /// How far the clock of QEMU's host is ahead, in seconds.
+    events: VecDeque<QmpEvent>,
+    /// The number of seconds by which the clock of QEMU's host is ahead.
     ahead: f64,
 }
 
-/// Something that happened to a QEMU.
+/// An event that QEMU has reported.
 #[derive(Debug)]
-pub struct Event {
+pub struct QmpEvent {
     name: String,
-    /// What belongs to it.
+    /// The data of the event.
     pub data: Value,
-    /// When, by QEMU's own account and this machine's clock: seconds since 1970-01-01T00:00:00Z.
+    /// The time of the event by QEMU's own account and this machine's clock: seconds since 1970-01-01T00:00:00Z.
     pub at: f64,
 }
 
 impl Monitor {
-    /// Connects as soon as there is something to connect to.
+    /// Connects as soon as a monitor listens.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Monitor {
         Self::connect_while(socket, || true)
     }
 
-    /// As [`Self::connect`], to a QEMU that has just been started, as long as it `runs`.
+    /// Connects as [`Self::connect`] does, to a QEMU that has just been started, as long as `runs` says that it runs.
     ///
     /// # Errors
     ///
@@ -70,7 +70,7 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// The same of a QEMU on a host whose clock is so many seconds ahead of that of this machine.
+    /// Returns this monitor for a QEMU on a host whose clock is so many seconds ahead of the clock of this machine.
     pub(crate) fn with_clock_ahead(self, ahead: f64) -> Self {
         Self { ahead, ..self }
     }
@@ -89,7 +89,7 @@ impl Monitor {
             let left = until.saturating_duration_since(Instant::now());
             let mut message =
                 self.next(left).with_context(failed)?.with_context(|| format!("no answer to {order}"))?;
-            if let Some(event) = Event::of(&message, self.ahead) {
+            if let Some(event) = QmpEvent::of(&message, self.ahead) {
                 self.events.push_back(event);
             } else if let Some(error) = message.get("error") {
                 bail!("QEMU refuses {order}: {}", error["desc"].as_str().unwrap_or("it does not say why"));
@@ -99,18 +99,18 @@ impl Monitor {
         }
     }
 
-    /// The oldest event of a name that was not returned yet; `None` if there is none within `timeout`.
+    /// Returns the oldest event of a name that was not returned yet; `None` if there is none within `timeout`.
     ///
     /// # Errors
     ///
     /// If QEMU has ended.
-    pub fn event(&mut self, name: &str, timeout: Duration) -> Result<Option<Event>> {
+    pub fn event(&mut self, name: &str, timeout: Duration) -> Result<Option<QmpEvent>> {
         if let Some(index) = self.events.iter().position(|event| event.name == name) {
             return Ok(self.events.remove(index));
         }
         let until = Instant::now() + timeout;
         while let Some(message) = self.next(until.saturating_duration_since(Instant::now()))? {
-            match Event::of(&message, self.ahead) {
+            match QmpEvent::of(&message, self.ahead) {
                 Some(event) if event.name == name => return Ok(Some(event)),
                 Some(event) => self.events.push_back(event),
                 None => bail!("QEMU answers what was not asked: {message}"),
@@ -119,7 +119,7 @@ impl Monitor {
         Ok(None)
     }
 
-    /// Forgets what has happened so far.
+    /// Forgets the events so far.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Monitor {
         Ok(())
     }
 
-    /// The next line; `None` if it does not come within `timeout`.
+    /// Returns the next line; `None` if it does not come within `timeout`.
     fn next(&mut self, timeout: Duration) -> Result<Option<Value>> {
         // A timeout of 0 would be none at all.
         self.stream.get_ref().set_read_timeout(Some(timeout.max(Duration::from_millis(1))))?;
@@ -148,7 +148,7 @@ impl Monitor {
     }
 }
 
-impl Event {
+impl QmpEvent {
     fn of(message: &Value, ahead: f64) -> Option<Self> {
         let time = &message["timestamp"];
         Some(Self {

@@ -14,7 +14,7 @@ pub struct Rate {
 const UNITS: [(&str, u64); 4] = [("gbit", 1_000_000_000), ("mbit", 1_000_000), ("kbit", 1000), ("bit", 1)];
 
 impl Rate {
-    /// A rate in bits a second.
+    /// Makes a rate from bits a second.
     ///
     /// # Panics
     ///
@@ -24,7 +24,7 @@ impl Rate {
         Self { bits_per_second }
     }
 
-    /// The rate in bits a second.
+    /// Returns the rate in bits a second.
     pub const fn bits_per_second(self) -> u64 {
         self.bits_per_second
     }

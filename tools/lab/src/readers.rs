@@ -1,4 +1,4 @@
-//! What a move costs the vCPUs that only read.
+//! The cost of a move for the vCPUs that only read.
 
 use std::fs;
 use std::ops::Range;
@@ -9,91 +9,91 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::rig::{Vmm, VmmSession};
+use crate::vmm::{LabVmm, VmmSession};
 use crate::wait::wait_for;
 
-/// How long readers are watched before the guest is moved.
+/// The time for which readers are watched before the guest is moved.
 const BEFORE: Duration = Duration::from_secs(1);
 /// Longest search for a thread.
 const FINDING: Duration = Duration::from_secs(1);
-/// What was watched for a shorter time is no rate: readers count by the thousand.
+/// The shortest time for which a rate is computed, in nanoseconds: readers count their reads by the thousand.
 const LEAST_NS: u64 = 200_000_000;
 
-/// How fast the readers of a guest are: before the move, while pages are sent, and while moreover writes wait.
+/// The speed of a guest's readers: before the move, while pages are sent, and while writes wait as well.
 ///
-/// What stun costs them is told by the last two. The guest writes as it always does in both, and its pages are tracked
-/// and sent, so that the cost of copying is in neither; what copying costs is told by the first two.
+/// The last two show the cost of stun: in both the guest writes as it always does, and its pages are tracked and sent,
+/// so that the cost of copying is in neither. The first two show the cost of copying.
 ///
-/// A rate is of the time in which a reader could have read: what it waited for a processor does not count, for writers,
-/// lanes and whatever else the host does take processors away in one state and leave them in another, and on a host
-/// with few of them that is most of what would be seen. It counts what a reader waits for anything else, such as a page,
-/// and what its thread does in the kernel to get at one.
+/// A rate counts the time in which a reader could have read. The time that it waited for a processor does not count:
+/// writers, lanes and the rest of the host take more processors in one state than in another, and on a host with few
+/// processors that would be most of the difference. The time that a reader waits for anything else, such as a page,
+/// counts, and so does the work of its thread in the kernel to get a page.
 ///
-/// It is that of all spans between two looks that found the same state of the migration; so the switch from one state
-/// to another, with its pause, is in none.
+/// A rate is taken over all spans between two looks that found the same state of the migration. So the switch from one
+/// state to another, with its pause, is in none.
 #[derive(Debug)]
 pub struct Readers {
-    watched: Option<Watched>,
-    last: Option<(State, Sample)>,
-    before: Tally,
-    copying: Tally,
-    stunned: Tally,
+    watched: Option<WatchedReaders>,
+    last: Option<(ReaderState, ReaderSample)>,
+    before: ReaderTally,
+    copying: ReaderTally,
+    stunned: ReaderTally,
 }
 
 /// A VMM and its readers' threads.
 #[derive(Debug)]
-struct Watched {
+struct WatchedReaders {
     session: VmmSession,
-    /// `/proc/PID/task/TID/schedstat` of each.
+    /// The files `/proc/PID/task/TID/schedstat` of all threads.
     threads: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum ReaderState {
     Copying,
     Stunned,
 }
 
 /// Sums over all readers.
 #[derive(Clone, Copy, Debug, Default)]
-struct Sample {
+struct ReaderSample {
     elapsed_ns: u64,
-    /// Of which they waited for a processor.
+    /// The part of the time in which they waited for a processor, in nanoseconds.
     waited_ns: u64,
     reads: u64,
 }
 
-/// What was seen in one state.
+/// The sums that were seen in one state of the migration.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tally(Sample);
+struct ReaderTally(ReaderSample);
 
 impl Readers {
-    /// Watches the readers of a guest that is not being moved yet: the vCPUs of these numbers.
+    /// Starts to watch the readers of a guest that is not being moved yet: the vCPUs of these numbers.
     ///
     /// # Errors
     ///
     /// If the VMM does not answer, or has no such vCPUs.
-    pub fn before(vmm: &mut Vmm, vcpus: Range<u16>) -> Result<Self> {
+    pub fn before(vmm: &mut LabVmm, vcpus: Range<u16>) -> Result<Self> {
         let threads = vcpus.map(|vcpu| thread(vmm.process().pid(), vcpu)).collect::<Result<_>>()?;
-        let mut watched = Watched { session: vmm.session()?, threads };
-        let mut before = Tally::default();
+        let mut watched = WatchedReaders { session: vmm.session()?, threads };
+        let mut before = ReaderTally::default();
         let start = watched.look()?;
         sleep(BEFORE);
         before.add(start, watched.look()?);
         Ok(Self::new(Some(watched), before))
     }
 
-    fn new(watched: Option<Watched>, before: Tally) -> Self {
-        Self { watched, last: None, before, copying: Tally::default(), stunned: Tally::default() }
+    fn new(watched: Option<WatchedReaders>, before: ReaderTally) -> Self {
+        Self { watched, last: None, before, copying: ReaderTally::default(), stunned: ReaderTally::default() }
     }
 
-    /// Looks at them in this state of the migration, as often as it is told.
+    /// Looks at the readers in this state of the migration. It should be called for each state that the daemon reports.
     pub fn look(&mut self, migration: &Value) {
-        let Some(state) = State::of(migration) else {
+        let Some(state) = ReaderState::of(migration) else {
             self.last = None;
             return;
         };
-        match self.watched.as_mut().map(Watched::look) {
+        match self.watched.as_mut().map(WatchedReaders::look) {
             Some(Ok(sample)) => self.note(state, sample),
             // The VMM ends when its guest has left.
             Some(Err(_)) => self.watched = None,
@@ -101,21 +101,21 @@ impl Readers {
         }
     }
 
-    fn note(&mut self, state: State, sample: Sample) {
+    fn note(&mut self, state: ReaderState, sample: ReaderSample) {
         if let Some((_, from)) = self.last.replace((state, sample)).filter(|(before, _)| *before == state) {
             match state {
-                State::Copying => self.copying.add(from, sample),
-                State::Stunned => self.stunned.add(from, sample),
+                ReaderState::Copying => self.copying.add(from, sample),
+                ReaderState::Stunned => self.stunned.add(from, sample),
             }
         }
     }
 
-    /// By how much stun has made them slower, in percent; `None` if they were not seen for long enough.
+    /// Returns by how much stun has made the readers slower, in percent; `None` if they were not seen for long enough.
     pub fn slowdown_percent(&self) -> Option<f64> {
         Some(100.0 * (1.0 - self.stunned.per_second()? / self.copying.per_second()?))
     }
 
-    /// What was seen in each state.
+    /// Returns what was seen in each state, as JSON.
     pub fn json(&self) -> Value {
         json!({
             "before": self.before.json(),
@@ -125,8 +125,8 @@ impl Readers {
     }
 }
 
-impl Watched {
-    fn look(&mut self) -> Result<Sample> {
+impl WatchedReaders {
+    fn look(&mut self) -> Result<ReaderSample> {
         let stats = self.session.stats()?;
         let waited = self.threads.iter().map(|thread| {
             let text = fs::read_to_string(thread).with_context(|| format!("reading {}", thread.display()))?;
@@ -138,11 +138,11 @@ impl Watched {
         ensure!(reads.len() == self.threads.len(), "{} readers say {reads:?}", self.threads.len());
         let elapsed_ns = stats["monotonic_ns"].as_u64().context("the VMM tells no time")?;
         let elapsed_ns = elapsed_ns.saturating_mul(reads.len() as u64);
-        Ok(Sample { elapsed_ns, waited_ns, reads: reads.iter().sum() })
+        Ok(ReaderSample { elapsed_ns, waited_ns, reads: reads.iter().sum() })
     }
 }
 
-/// What the scheduler tells of a vCPU's thread.
+/// Finds the scheduler's file about a vCPU's thread.
 fn thread(pid: u32, vcpu: u16) -> Result<PathBuf> {
     let name = format!("vcpu{vcpu}\n");
     let find = || {
@@ -154,13 +154,14 @@ fn thread(pid: u32, vcpu: u16) -> Result<PathBuf> {
     Ok(task.join("schedstat"))
 }
 
-/// Nanoseconds that a thread was runnable and did not run: the second number of schedstat (sched-stats.rst).
+/// Reads how long a thread was runnable and did not run, in nanoseconds: the second number of schedstat
+/// (sched-stats.rst).
 fn run_delay(schedstat: &str) -> Option<u64> {
     schedstat.split_whitespace().nth(1)?.parse().ok()
 }
 
-impl State {
-    /// `None` where pages are not (only) sent.
+impl ReaderState {
+    /// Returns the readers' state in this state of the migration; `None` if pages are not, or not only, sent.
     fn of(migration: &Value) -> Option<Self> {
         let sends = migration["phase"] == "copying" && !migration["rounds"].as_array()?.is_empty();
         let state = if migration["stun"].is_object() { Self::Stunned } else { Self::Copying };
@@ -168,14 +169,14 @@ impl State {
     }
 }
 
-impl Tally {
-    fn add(&mut self, from: Sample, to: Sample) {
+impl ReaderTally {
+    fn add(&mut self, from: ReaderSample, to: ReaderSample) {
         self.0.elapsed_ns += to.elapsed_ns.saturating_sub(from.elapsed_ns);
         self.0.waited_ns += to.waited_ns.saturating_sub(from.waited_ns);
         self.0.reads += to.reads.saturating_sub(from.reads);
     }
 
-    /// Pages that one reader reads in a second in which it does not wait for a processor.
+    /// Returns how many pages one reader reads in a second in which it does not wait for a processor.
     fn per_second(&self) -> Option<f64> {
         let able_ns = self.0.elapsed_ns.saturating_sub(self.0.waited_ns);
         (able_ns >= LEAST_NS).then(|| self.0.reads as f64 * 1e9 / able_ns as f64)
@@ -191,21 +192,21 @@ impl Tally {
 mod tests {
     use super::*;
 
-    fn sample(tenths: u64, waited_tenths: u64, reads: u64) -> Sample {
-        Sample { elapsed_ns: tenths * 100_000_000, waited_ns: waited_tenths * 100_000_000, reads }
+    fn sample(tenths: u64, waited_tenths: u64, reads: u64) -> ReaderSample {
+        ReaderSample { elapsed_ns: tenths * 100_000_000, waited_ns: waited_tenths * 100_000_000, reads }
     }
 
     #[test]
     fn only_whole_spans_of_one_state_count_and_no_time_without_a_processor() {
-        let mut readers = Readers::new(None, Tally(sample(10, 0, 1000)));
+        let mut readers = Readers::new(None, ReaderTally(sample(10, 0, 1000)));
         assert_eq!(readers.slowdown_percent(), None);
-        readers.note(State::Copying, sample(0, 0, 0));
-        readers.note(State::Copying, sample(10, 5, 500));
+        readers.note(ReaderState::Copying, sample(0, 0, 0));
+        readers.note(ReaderState::Copying, sample(10, 5, 500));
         // Nothing was read while writes were made to wait.
-        readers.note(State::Stunned, sample(20, 5, 500));
-        readers.note(State::Stunned, sample(40, 5, 2400));
+        readers.note(ReaderState::Stunned, sample(20, 5, 500));
+        readers.note(ReaderState::Stunned, sample(40, 5, 2400));
         readers.look(&json!({ "phase": "switching_over" }));
-        readers.note(State::Stunned, sample(90, 5, 2400));
+        readers.note(ReaderState::Stunned, sample(90, 5, 2400));
         let copying = json!({ "reads_per_second": 1000.0, "waited_for_processor_percent": 50.0 });
         assert_eq!(readers.json()["copying"], copying);
         assert_eq!(readers.json()["stunned"]["reads_per_second"], 950.0);
@@ -214,23 +215,31 @@ mod tests {
 
     #[test]
     fn what_was_hardly_seen_is_no_rate() {
-        let mut readers = Readers::new(None, Tally::default());
-        readers.note(State::Stunned, Sample::default());
-        readers
-            .note(State::Stunned, Sample { elapsed_ns: 2 * LEAST_NS, waited_ns: LEAST_NS + 1, reads: 5000 });
+        let mut readers = Readers::new(None, ReaderTally::default());
+        readers.note(ReaderState::Stunned, ReaderSample::default());
+        readers.note(
+            ReaderState::Stunned,
+            ReaderSample { elapsed_ns: 2 * LEAST_NS, waited_ns: LEAST_NS + 1, reads: 5000 },
+        );
         let nothing = json!({ "reads_per_second": null, "waited_for_processor_percent": null });
         assert_eq!(readers.json()["stunned"], nothing);
     }
 
     #[test]
     fn the_state_is_that_of_the_migration() {
-        let state = |migration| State::of(&migration);
+        let state = |migration| ReaderState::of(&migration);
         let rounds = json!([{ "round": 1 }]);
         assert!(state(json!({ "phase": "copying", "rounds": [] })).is_none(), "nothing is sent yet");
         assert!(state(json!({ "phase": "preparing", "rounds": rounds })).is_none());
-        assert!(state(json!({ "phase": "copying", "rounds": rounds, "stun": null })) == Some(State::Copying));
+        assert!(
+            state(json!({ "phase": "copying", "rounds": rounds, "stun": null }))
+                == Some(ReaderState::Copying)
+        );
         let stun = json!({ "seconds": 0.1 });
-        assert!(state(json!({ "phase": "copying", "rounds": rounds, "stun": stun })) == Some(State::Stunned));
+        assert!(
+            state(json!({ "phase": "copying", "rounds": rounds, "stun": stun }))
+                == Some(ReaderState::Stunned)
+        );
     }
 
     #[test]

@@ -15,29 +15,30 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::agent::unix_time;
 use crate::cleanup::Registration;
+use crate::clock::unix_time;
 use crate::wait::wait_for;
 
-/// Longest wait for a connection that was made to be of use to others.
+/// The longest wait for ssh to share its connection.
 const SHARED: Duration = Duration::from_secs(10);
 
-/// The longest answer that is listened to, in bytes.
+/// The longest answer that is read, in bytes.
 const LONGEST_ANSWER: u64 = 16 << 20;
-/// How often a clock is asked for: the quickest answer counts.
+/// The number of times that a clock is read. The quickest answer counts.
 const CLOCK_ASKED: u32 = 8;
 
-/// Receives the agent and runs it. Whatever becomes of that, the directories go.
+/// The script that receives the agent and runs it. It removes the directories in any case.
 const BOOTSTRAP: &str = r#"set -eu; d=$(mktemp -d /tmp/memlane-XXXXXX); trap 'rm -rf "$d" "/dev/shm/${d##*/}"' EXIT; trap 'exit 1' HUP INT TERM;
     echo "$d"; head -c SIZE > "$d/agent"; chmod 700 "$d/agent"; "$d/agent" agent "$d""#;
 
-/// A host that is reached over ssh, and an agent there. All of it goes when this is dropped.
+/// A host that is reached over ssh, and an agent that runs there. Dropping this ends the agent and removes its
+/// directories.
 #[derive(Debug)]
 pub struct Remote {
     target: String,
-    /// `ssh`, and its options.
+    /// The command `ssh` with its options.
     ssh: Vec<OsString>,
-    /// Where this process keeps its ends of the host's sockets, and of the connection.
+    /// The directory in which this process keeps its ends of the connection and of the host's sockets.
     local: PathBuf,
     directory: PathBuf,
     memory: PathBuf,
@@ -49,15 +50,15 @@ pub struct Remote {
 
 #[derive(Debug)]
 struct Pipes {
-    /// Until the end.
+    /// The agent's input. Only the end of the connection takes it away.
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
     child: Child,
 }
 
 impl Remote {
-    /// Connects to `target` with the command `ssh`, and starts `agent` there. What belongs to it here is kept in `local`,
-    /// a directory that is there and whose path is short.
+    /// Connects to `target` with the command `ssh`, and starts `agent` there. Files on this machine that belong to the
+    /// connection are kept in `local`, a directory that exists and has a short path.
     ///
     /// # Errors
     ///
@@ -110,22 +111,23 @@ impl Remote {
         Ok(remote)
     }
 
-    /// As ssh knows it.
+    /// Returns the name of the host, as ssh knows it.
     pub(crate) fn target(&self) -> &str {
         &self.target
     }
 
-    /// The directory of the harness there. It goes with the agent.
+    /// Returns the directory of the harness on that host. It is removed when the agent ends.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The same on tmpfs.
+    /// Returns the directory of the harness on tmpfs on that host. It is removed when the agent ends.
     pub(crate) fn memory_directory(&self) -> &Path {
         &self.memory
     }
 
-    /// How far its clock is ahead of that of this machine, in seconds; off by half a round trip at most.
+    /// Measures how far the host's clock is ahead of the clock of this machine, in seconds. The error is half a round
+    /// trip at most.
     ///
     /// # Errors
     ///
@@ -143,12 +145,12 @@ impl Remote {
         Ok(best.1)
     }
 
-    /// The address by which it was reached.
+    /// Returns the address by which the host was reached.
     pub(crate) fn address(&self) -> Option<&str> {
         self.address.as_deref()
     }
 
-    /// Gives the agent an order, with what belongs to it, and waits for its answer.
+    /// Sends the agent an order with its values, and waits for the answer.
     ///
     /// # Errors
     ///
@@ -160,7 +162,7 @@ impl Remote {
         asked.with_context(|| format!("asking {} for {what}", self.target))
     }
 
-    /// The contents of a file there.
+    /// Reads a file on that host.
     ///
     /// # Errors
     ///
@@ -170,7 +172,7 @@ impl Remote {
         Ok(text.as_str().context("an agent that reads no text")?.to_owned())
     }
 
-    /// Copies a program or a library there.
+    /// Copies a program or a library to that host.
     ///
     /// # Errors
     ///
@@ -187,7 +189,7 @@ impl Remote {
         Ok(())
     }
 
-    /// A socket here that leads to the socket of that name in the host's directory.
+    /// Returns a socket on this machine that leads to the socket of that name in the host's directory.
     ///
     /// # Errors
     ///
@@ -241,7 +243,7 @@ impl Drop for Pipes {
     }
 }
 
-/// A command out of words.
+/// Makes a command out of its words.
 fn of(words: &[OsString]) -> Command {
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]);
@@ -250,13 +252,13 @@ fn of(words: &[OsString]) -> Command {
 
 /// A process that an agent has started.
 #[derive(Debug)]
-pub(crate) struct Started {
+pub(crate) struct RemoteProcess {
     pub(crate) host: Arc<Remote>,
     pub(crate) pid: u32,
 }
 
-impl Started {
-    /// How it has ended, if it has.
+impl RemoteProcess {
+    /// Returns the exit status, if the process has ended.
     pub(crate) fn status(&self) -> Result<Option<ExitStatus>> {
         let status = self.host.ask("status", json!({ "pid": self.pid }))?;
         let raw = status.as_i64().and_then(|raw| i32::try_from(raw).ok());
@@ -267,7 +269,7 @@ impl Started {
         self.host.ask("signal", json!({ "pid": self.pid, "signal": signal })).map(drop)
     }
 
-    /// The end of what it has printed.
+    /// Returns the end of what the process has printed.
     pub(crate) fn log_tail(&self, name: &str) -> Result<String> {
         let tail = self.host.ask("log", json!({ "name": name }))?;
         Ok(tail.as_str().unwrap_or_default().to_owned())

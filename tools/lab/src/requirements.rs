@@ -1,4 +1,4 @@
-//! What a lab needs of the machine, so that tests can say why they were skipped.
+//! The requirements of a lab on its machine, so that tests can say why they were skipped.
 
 use std::fmt;
 use std::io::Write;
@@ -9,10 +9,10 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::linux::Kernel;
 use crate::{programs, qemu};
 
-/// The ssh server that is used, which has to be started by its full path.
+/// The path of the ssh server. It must be started by its full path.
 pub const SSHD: &str = "/usr/sbin/sshd";
 
-/// Something that a lab, or what runs in it, needs.
+/// A thing that a lab, or a program that runs in it, needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Requirement {
     /// Root, with the right to make network namespaces.
@@ -27,53 +27,53 @@ pub enum Requirement {
     Qemu,
     /// A kernel for Linux guests, unpacked already.
     Kernel,
-    /// [`SSHD`], and what comes with it.
+    /// The ssh server [`SSHD`], and the programs that come with it.
     Sshd,
 }
 
 impl Requirement {
-    /// What [`Lab::new`](crate::Lab::new) needs.
+    /// The requirements of [`Lab::new`](crate::Lab::new).
     pub const LAB: &[Self] = &[Self::Root, Self::Ip, Self::Tc];
 
-    /// What a lab with QEMU needs.
+    /// The requirements of a lab with QEMU.
     pub const LAB_WITH_QEMU: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu];
 
-    /// What a lab with KVM guests needs.
+    /// The requirements of a lab with KVM guests.
     pub const LAB_WITH_KVM: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Kvm];
 
-    /// What a lab with QEMU guests that run Linux needs.
+    /// The requirements of a lab with QEMU guests that run Linux.
     pub const LAB_WITH_LINUX: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu, Self::Kernel];
 }
 
-/// A requirement that is not met. Displayed, it says what to do.
+/// A requirement that is not met. Its text says what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Missing {
-    /// What is missing.
+pub struct MissingRequirement {
+    /// The requirement that is not met.
     pub requirement: Requirement,
     reason: String,
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for MissingRequirement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.reason)
     }
 }
 
-/// Which of `requirements` are not met here.
-pub fn missing(requirements: &[Requirement]) -> Vec<Missing> {
+/// Returns those of `requirements` that are not met on this machine.
+pub fn missing(requirements: &[Requirement]) -> Vec<MissingRequirement> {
     requirements
         .iter()
-        .filter_map(|&requirement| Some(Missing { requirement, reason: reason(requirement)? }))
+        .filter_map(|&requirement| Some(MissingRequirement { requirement, reason: reason(requirement)? }))
         .collect()
 }
 
-/// Why `requirements` are not met, in one line; `None` if they are.
+/// Returns why `requirements` are not met, in one line; `None` if they are met.
 pub fn why_not(requirements: &[Requirement]) -> Option<String> {
-    let reasons: Vec<String> = missing(requirements).iter().map(Missing::to_string).collect();
+    let reasons: Vec<String> = missing(requirements).iter().map(MissingRequirement::to_string).collect();
     (!reasons.is_empty()).then(|| reasons.join("; "))
 }
 
-/// For tests: whether `test` cannot run here, with a line on stderr that says so.
+/// Returns whether `test` cannot run here, and if so prints a line on stderr that says why. This is for tests.
 pub fn skip(test: &str, requirements: &[Requirement]) -> bool {
     if requirements.contains(&Requirement::Qemu) {
         qemu::note_test(test);
@@ -85,8 +85,8 @@ pub fn skip(test: &str, requirements: &[Requirement]) -> bool {
     reason.is_some()
 }
 
-/// For tests: says on stderr that `test` was skipped, past the runner, which keeps to itself
-/// what a test prints that ends well.
+/// Prints on stderr that `test` was skipped. It writes past the test runner, which hides the output of a test that
+/// succeeds. This is for tests.
 pub fn say_skipped(test: &str, reason: &str) {
     // Nothing can be done about a stderr that is gone.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
@@ -109,7 +109,7 @@ fn reason(requirement: Requirement) -> Option<String> {
     }
 }
 
-/// Root in a container often lacks the capability: try it, on a thread whose end undoes it.
+/// Tries to make a network namespace, on a thread whose end undoes it. Root in a container often lacks the capability.
 fn network_namespaces() -> Option<String> {
     // SAFETY: a network namespace of its own leaves the thread's memory and descriptors alone.
     let tried = std::thread::spawn(|| unsafe { unshare_unsafe(UnshareFlags::NEWNET) });

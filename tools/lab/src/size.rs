@@ -15,7 +15,7 @@ const UNITS: [(&str, u64); 5] =
     [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
 impl Size {
-    /// A size in MiB.
+    /// Makes a size from MiB.
     ///
     /// # Panics
     ///
@@ -25,12 +25,12 @@ impl Size {
         Self { bytes: mib << 20 }
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub const fn bytes(self) -> u64 {
         self.bytes
     }
 
-    /// A part of it, in whole MiB, of which there is at least one.
+    /// Returns a part of this size, in whole MiB, but at least one MiB.
     pub fn part(self, divisor: u64) -> Self {
         Self::from_mib(((self.bytes / divisor) >> 20).max(1))
     }
@@ -78,5 +78,14 @@ mod tests {
             assert!(error.to_string().contains("is no size"), "{error}");
         }
         assert_eq!(Size::from_mib(1).part(4), Size::from_mib(1));
+    }
+
+    #[test]
+    fn writes_no_fractions_since_memlane_vmm_reads_none() {
+        assert_eq!(Size::from_mib(1536).to_string(), "1536MiB");
+        for text in ["1.5GiB", "1gib", "1 MiB "] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        assert_eq!(" 1 MiB".parse::<Size>().expect("a size"), Size::from_mib(1));
     }
 }

@@ -7,11 +7,11 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::namespace::Namespace;
 
-/// Bytes of the longest packet that comes out of a tun, with the header in front of it that says what of the
-/// packet the device would do: checksums, and cutting it into segments (`struct virtio_net_hdr`).
+/// The length of the longest packet that a tun delivers, in bytes. It includes the header in front of it (`struct
+/// virtio_net_hdr`) that says what the device would do to the packet: checksums, and cutting it into segments.
 pub(crate) const MAX_PACKET_BYTES: usize = (64 << 10) + 64;
 
-/// A tun interface. It is gone when this is dropped.
+/// A tun interface. It is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Tun {
     file: OwnedFd,

@@ -1,37 +1,37 @@
-//! Who a daemon runs as: root, or what its unit for systemd makes of it.
+//! The user that a daemon runs as: root, or the one of its systemd unit.
 
 use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::host::Host;
+use crate::host::LabHost;
 
-/// What Memlane ships for systemd.
+/// The unit that Memlane ships for systemd.
 const UNIT: &str = include_str!("../../../systemd/memlaned.service");
 /// The number of the unit's user in a lab, which need not be a user of the machine.
 const UID: u32 = 64_055;
 
-/// Who the daemons run as.
+/// The user that the daemons run as.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DaemonUser {
     /// Root, who may do everything.
     #[default]
     Root,
-    /// A user of its own with the capabilities that `systemd/memlaned.service` gives, and nothing else.
-    /// VMMs are root's all the same, as that user may not open /dev/kvm: to the daemon they are somebody else's.
+    /// A user of its own with the capabilities that `systemd/memlaned.service` gives, and no others. VMMs still run as
+    /// root, because that user may not open /dev/kvm: the daemon sees them as another user's processes.
     Unit,
-    /// As [`DaemonUser::Unit`], but for this capability, such as `CAP_KILL`.
+    /// The same user as [`DaemonUser::Unit`], but without this capability, such as `CAP_KILL`.
     UnitWithout(&'static str),
 }
 
 impl DaemonUser {
-    /// Gives the user what it needs of a host: its directories.
-    pub(crate) fn settle(&self, host: &Host) -> Result<()> {
+    /// Gives the user its directories on a host.
+    pub(crate) fn settle(&self, host: &LabHost) -> Result<()> {
         if *self == Self::Root {
             return Ok(());
         }
-        ensure!(!host.is_remote(), "daemons on hosts reached over ssh run as whoever logs in there");
+        ensure!(!host.is_remote(), "daemons on hosts reached over ssh run as the user who logs in there");
         for directory in [host.directory(), host.memory_directory()] {
             std::os::unix::fs::chown(directory, Some(UID), Some(UID))
                 .with_context(|| format!("giving {} to the daemon's user", directory.display()))?;
@@ -42,7 +42,7 @@ impl DaemonUser {
             .with_context(|| format!("letting the daemon's user through {}", lab.display()))
     }
 
-    /// The words that run `program` as this user.
+    /// Returns the words of a command that runs `program` as this user.
     pub(crate) fn words(&self, program: &Path) -> Vec<OsString> {
         let Some(capabilities) = self.capabilities() else { return vec![program.into()] };
         let each = |sign: char| capabilities.iter().map(move |name| format!("{sign}{name}"));
@@ -58,7 +58,7 @@ impl DaemonUser {
         words
     }
 
-    /// Names of its capabilities, as setpriv(1) writes them; `None` for all.
+    /// Returns the names of the user's capabilities, as setpriv(1) writes them; `None` for all of them.
     fn capabilities(&self) -> Option<Vec<String>> {
         let without = match self {
             Self::Root => return None,

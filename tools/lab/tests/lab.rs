@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use memlane_lab::{
-    Host, HostId, HugePages, Lab, LabOptions, Loss, Rate, Requirement, say_skipped, skip, wait_for,
+    HostId, HugePages, Lab, LabHost, LabOptions, Loss, Rate, Requirement, say_skipped, skip, wait_for,
 };
 
 /// Long enough for a busy machine: it only bounds a failure.
@@ -22,7 +22,7 @@ fn the_hosts_talk_over_control_and_over_every_port() {
     let [a, b] = lab.hosts();
     assert_eq!((a.ports().len(), b.ports().len()), (3, 3));
 
-    let addresses = |host: &Host| {
+    let addresses = |host: &LabHost| {
         let ports = host.ports().iter().map(|port| port.address);
         std::iter::once(host.control_address()).chain(ports).collect::<Vec<_>>()
     };
@@ -317,13 +317,13 @@ fn a_signal_cleans_up() {
     assert!(!Path::new(&namespace).exists());
 }
 
-fn sleeper(host: &Host) -> Command {
+fn sleeper(host: &LabHost) -> Command {
     let mut command = host.command("sh");
     command.args(["-c", "echo out; echo err >&2; exec sleep 1000"]);
     command
 }
 
-fn read_sys(host: &Host, file: &str) -> String {
+fn read_sys(host: &LabHost, file: &str) -> String {
     let output = host.command("cat").arg(format!("/sys/class/net/{file}")).output().expect("cat");
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::{
-    Counters, HostId, Lab, LabOptions, Lan, Programs, Requirement, Rig, RigOptions, Session, Size, skip,
-    tell_guest, wait_for,
+    ClientSession, GuestCounters, HostId, Lab, LabOptions, Lan, Programs, Requirement, Rig, RigOptions, Size,
+    skip, tell_guest, wait_for,
 };
 
 /// Long enough for a busy machine: it only bounds a failure.
@@ -38,15 +38,15 @@ fn a_linux_guest_checks_its_memory_and_talks() {
     let qemu = host.spawn("qemu", command).expect("QEMU");
 
     let said = || std::fs::read_to_string(&console).unwrap_or_default() + &qemu.log_tail();
-    let session =
-        Session::open(lan, Lan::GUEST, PATIENCE).unwrap_or_else(|error| panic!("{error:#}: {}", said()));
+    let session = ClientSession::open(lan, Lan::GUEST, PATIENCE)
+        .unwrap_or_else(|error| panic!("{error:#}: {}", said()));
     let first = session.hear(PATIENCE).expect("an answer");
     assert!(said().contains("memlane-init: ready at 10.78.0.2"), "{}", said());
     assert_eq!(lan.learned_port(guest.mac).expect("a switch").as_deref(), Some("to-a"));
     let frame = capture.next_from(guest.mac, PATIENCE).expect("a capture").expect("a frame of the guest");
     assert!(!frame.is_rarp(), "nobody announces a guest that boots");
 
-    let all = Counters::ask(lan, Lan::GUEST, "check").expect("an answer");
+    let all = GuestCounters::ask(lan, Lan::GUEST, "check").expect("an answer");
     assert!(all.passes >= first.passes + 4096, "{first:?}, then {all:?}");
     assert_eq!((all.failures, &all.boot_id), (0, &first.boot_id), "{}", said());
 
@@ -54,7 +54,7 @@ fn a_linux_guest_checks_its_memory_and_talks() {
     // The new boot knows nothing of the connection, and resets it.
     wait_for("the end of the session", PATIENCE, || session.hear(PATIENCE).is_err().then_some(()))
         .expect("an end");
-    let again = Session::open(lan, Lan::GUEST, PATIENCE).expect("the guest again");
+    let again = ClientSession::open(lan, Lan::GUEST, PATIENCE).expect("the guest again");
     assert_ne!(again.hear(PATIENCE).expect("an answer").boot_id, first.boot_id);
 }
 

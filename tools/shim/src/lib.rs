@@ -1,6 +1,6 @@
 //! `libmemlane_shim.so`: lets the daemon watch the memory of a VMM that knows nothing of Memlane.
 //!
-//! Writes to shared memory are noticed in the page tables of whoever writes, and only the process
+//! Writes to shared memory are noticed in the page tables of the process that writes, and only the process
 //! itself can open a userfaultfd for its page tables. So this library is loaded into the VMM
 //! (`LD_PRELOAD`), connects to the daemon's attach socket, and when asked opens a userfaultfd and
 //! hands it over, with the `pagemap` and `maps` of the process. Everything else the daemon does
@@ -8,11 +8,11 @@
 //!
 //! The library keeps no copies, unless the daemon wants it to: when the daemon ends, the kernel lifts
 //! whatever protection there was, and the guest runs on. Where pages are missing (post-copy) a copy
-//! of the userfaultfd is kept, so that whoever waits for them waits on instead of finding zeros.
+//! of the userfaultfd is kept, so that a thread that waits for them waits on instead of finding zeros.
 //!
 //! `MEMLANE_ATTACH_SOCKET` names the socket. Where it is not set, nothing is done at all.
 //!
-//! # Manners in somebody else's process
+//! # Manners in another program's process
 //!
 //! - Nothing of the program is replaced or called: the library exports no symbols, and lives in
 //!   one thread with all signals blocked, so that the program's handlers run where they always ran.
@@ -44,12 +44,12 @@ use std::time::Duration;
 use sys::{Address, SignalsBlocked, Socket};
 use wire::FromDaemon;
 
-/// Names the daemon's attach socket.
+/// The environment variable that names the daemon's attach socket.
 const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
-/// Stack of the thread: some KiB are used, and glibc takes the program's thread-local variables
-/// out of it.
+/// The stack size of the thread, in bytes. The thread uses some KiB, and glibc takes the program's thread-local
+/// variables out of it.
 const STACK_BYTES: usize = 128 << 10;
-/// First and longest wait between two connections.
+/// The first and the longest wait between two connections.
 const WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 
 /// The dynamic linker calls what is listed in this section, before `main`.
@@ -92,8 +92,8 @@ fn stay_connected(address: &Address) {
     }
 }
 
-/// Serves a connection to its end, and tells whether the daemon had welcomed it. `kept` is the
-/// userfaultfd of which a copy is kept.
+/// Serves a connection to its end, and returns whether the daemon had welcomed it. `kept` holds the copy of a
+/// userfaultfd that the daemon has asked for.
 fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
     let mut welcomed = false;
     let mut buffer = [0; wire::MAX_PACKET_BYTES];
@@ -134,8 +134,8 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
     welcomed
 }
 
-/// A userfaultfd of this process, made with the daemon's `/dev/userfaultfd` where it lent it; the
-/// process's `pagemap`; its `maps`.
+/// Opens three descriptors: a userfaultfd of this process, made with the daemon's `/dev/userfaultfd` if the daemon lent
+/// it; the process's `pagemap`; and its `maps`.
 fn open(device: Option<OwnedFd>) -> Result<[OwnedFd; 3], String> {
     let userfault = match &device {
         Some(device) => sys::userfaultfd_of(device.as_fd()),

@@ -1,4 +1,4 @@
-//! What is asked of the kernel and the C library, declared here so that no crate is needed for it.
+//! The calls to the kernel and to the C library, declared here so that no crate is needed for them.
 //!
 //! Only functions that every C library of the last decade has: with one that is missing, the
 //! program itself would not start. Newer system calls go by their numbers.
@@ -19,11 +19,11 @@ const SIG_BLOCK: c_int = 0;
 const SIG_SETMASK: c_int = 2;
 const O_CLOEXEC: c_int = 0o2_000_000;
 const O_NONBLOCK: c_int = 0o4_000;
-/// `_IO(0xAA, 0x00)` of `linux/userfaultfd.h`.
+/// The request `_IO(0xAA, 0x00)` of `linux/userfaultfd.h`.
 const USERFAULTFD_IOC_NEW: c_ulong = 0xaa00;
 #[cfg(target_arch = "x86_64")]
 const SYS_USERFAULTFD: c_long = 323;
-/// The same number on all architectures.
+/// The number of `close_range`, which is the same on all architectures.
 const SYS_CLOSE_RANGE: c_long = 436;
 const CLOSE_RANGE_UNSHARE: c_uint = 2;
 
@@ -39,7 +39,7 @@ unsafe extern "C" {
 }
 
 /// Gives the calling thread a table of descriptors of its own, with none in it (Linux 5.9).
-pub fn leave_descriptor_table() -> Result<()> {
+pub(crate) fn leave_descriptor_table() -> Result<()> {
     // SAFETY: the thread shares the table with the program until here, whose descriptors stay as
     // they are; the thread itself has opened none yet.
     match unsafe { syscall(SYS_CLOSE_RANGE, 0 as c_uint, c_uint::MAX, CLOSE_RANGE_UNSHARE) } {
@@ -48,25 +48,25 @@ pub fn leave_descriptor_table() -> Result<()> {
     }
 }
 
-/// A userfaultfd of this process, by the rights of whoever opened `device` (`/dev/userfaultfd`).
-pub fn userfaultfd_of(device: BorrowedFd<'_>) -> Result<OwnedFd> {
+/// Opens a userfaultfd of this process, with the rights of the process that opened `device` (`/dev/userfaultfd`).
+pub(crate) fn userfaultfd_of(device: BorrowedFd<'_>) -> Result<OwnedFd> {
     // SAFETY: the ioctl takes flags by value, and touches no memory.
     owned(unsafe { ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) })
 }
 
-/// A userfaultfd of this process, by its own rights.
-pub fn userfaultfd() -> Result<OwnedFd> {
+/// Opens a userfaultfd of this process, with its own rights.
+pub(crate) fn userfaultfd() -> Result<OwnedFd> {
     // SAFETY: the system call takes flags by value, and touches no memory.
     owned(unsafe { syscall(SYS_USERFAULTFD, O_CLOEXEC | O_NONBLOCK) } as c_int)
 }
 
 /// Keeps all signals from the calling thread until it is dropped. The C library leaves out those
 /// that it needs itself, to change the user of all threads.
-pub struct SignalsBlocked(SigSet);
+pub(crate) struct SignalsBlocked(SigSet);
 
 impl SignalsBlocked {
-    /// Blocks them.
-    pub fn new() -> Self {
+    /// Blocks all signals.
+    pub(crate) fn new() -> Self {
         let (mut all, mut before) = (SigSet([0; 16]), SigSet([0; 16]));
         // SAFETY: both are of the size that the C library gives a sigset_t.
         unsafe {
@@ -84,16 +84,17 @@ impl Drop for SignalsBlocked {
     }
 }
 
-/// Path of a Unix socket (`struct sockaddr_un`).
+/// The path of a Unix socket (`struct sockaddr_un`).
 #[repr(C)]
-pub struct Address {
+pub(crate) struct Address {
     family: u16,
     path: [u8; 108],
 }
 
 impl Address {
-    /// `None` for a path that cannot be one of a socket: empty, too long, or with a zero in it.
-    pub fn new(path: &[u8]) -> Option<Self> {
+    /// Makes an address; returns `None` for a path that cannot be one of a socket: empty, too long, or with a zero in
+    /// it.
+    pub(crate) fn new(path: &[u8]) -> Option<Self> {
         let mut address = Self { family: AF_UNIX, path: [0; 108] };
         let (room, _last_is_zero) = address.path.split_at_mut(107);
         room.get_mut(..path.len())?.copy_from_slice(path);
@@ -102,11 +103,11 @@ impl Address {
 }
 
 /// A connected `SOCK_SEQPACKET` socket.
-pub struct Socket(OwnedFd);
+pub(crate) struct Socket(OwnedFd);
 
 impl Socket {
-    /// Connects to whoever listens there.
-    pub fn connect(address: &Address) -> Result<Self> {
+    /// Connects to the socket at `address`.
+    pub(crate) fn connect(address: &Address) -> Result<Self> {
         // SAFETY: plain numbers.
         let socket = owned(unsafe { socket(AF_UNIX.into(), SOCK_SEQPACKET_CLOEXEC, 0) })?;
         // SAFETY: the address is as long as is said.
@@ -117,9 +118,9 @@ impl Socket {
     }
 
     /// Sends a packet, and descriptors with it.
-    pub fn send(&self, packet: &[u8], descriptors: Option<&[OwnedFd; 3]>) -> Result<()> {
-        let mut control =
-            descriptors.map(|three| Control::new(three.each_ref().map(|descriptor| descriptor.as_raw_fd())));
+    pub(crate) fn send(&self, packet: &[u8], descriptors: Option<&[OwnedFd; 3]>) -> Result<()> {
+        let mut control = descriptors
+            .map(|three| ControlMessage::new(three.each_ref().map(|descriptor| descriptor.as_raw_fd())));
         // sendmsg does not write to the packet.
         let mut part = IoVec { base: packet.as_ptr().cast_mut().cast(), bytes: packet.len() };
         let message = MsgHdr::new(&mut part, control.as_mut());
@@ -128,10 +129,10 @@ impl Socket {
         Ok(())
     }
 
-    /// Waits for a packet; empty at the end of the connection. The kernel closes what comes with
-    /// it beyond one descriptor. An error is a packet longer than the buffer, too.
-    pub fn receive<'a>(&self, buffer: &'a mut [u8]) -> Result<(&'a [u8], Option<OwnedFd>)> {
-        let mut control = Control::new([-1]);
+    /// Waits for a packet, and returns it; it is empty at the end of the connection. Of the descriptors that come with
+    /// it, one is returned and the kernel closes the others. A packet that is longer than the buffer is an error.
+    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> Result<(&'a [u8], Option<OwnedFd>)> {
+        let mut control = ControlMessage::new([-1]);
         let mut part = IoVec { base: buffer.as_mut_ptr().cast(), bytes: buffer.len() };
         let mut message = MsgHdr::new(&mut part, Some(&mut control));
         // SAFETY: the message points to a buffer and room for one descriptor, both as long as is
@@ -139,7 +140,7 @@ impl Socket {
         let bytes = again(|| unsafe { recvmsg(self.0.as_raw_fd(), &mut message, MSG_CMSG_CLOEXEC) })?;
         let (filled, flags) = (message.control_bytes, message.flags);
         let is_descriptor =
-            filled == Control::<1>::BYTES && (control.level, control.kind) == (SOL_SOCKET, SCM_RIGHTS);
+            filled == ControlMessage::<1>::BYTES && (control.level, control.kind) == (SOL_SOCKET, SCM_RIGHTS);
         // SAFETY: the kernel has just made the descriptor for this packet; nobody else has it.
         let descriptor = is_descriptor.then(|| unsafe { OwnedFd::from_raw_fd(control.descriptors[0]) });
         match buffer.get(..bytes) {
@@ -173,9 +174,9 @@ struct MsgHdr {
 }
 
 impl MsgHdr {
-    fn new<const N: usize>(part: &mut IoVec, control: Option<&mut Control<N>>) -> Self {
+    fn new<const N: usize>(part: &mut IoVec, control: Option<&mut ControlMessage<N>>) -> Self {
         let (control, control_bytes) = match control {
-            Some(control) => ((control as *mut Control<N>).cast(), Control::<N>::BYTES),
+            Some(control) => ((control as *mut ControlMessage<N>).cast(), ControlMessage::<N>::BYTES),
             None => (null_mut(), 0),
         };
         Self { name: null(), name_bytes: 0, parts: part, part_count: 1, control, control_bytes, flags: 0 }
@@ -184,15 +185,16 @@ impl MsgHdr {
 
 /// `struct cmsghdr`, with descriptors.
 #[repr(C)]
-struct Control<const N: usize> {
+struct ControlMessage<const N: usize> {
     bytes: usize,
     level: c_int,
     kind: c_int,
     descriptors: [RawFd; N],
 }
 
-impl<const N: usize> Control<N> {
-    /// Without what follows for the next one to be aligned, which has room for another descriptor.
+impl<const N: usize> ControlMessage<N> {
+    /// The length of the message without the padding that would align the next one. That padding has room for another
+    /// descriptor.
     const BYTES: usize = size_of::<usize>() + 2 * size_of::<c_int>() + N * size_of::<RawFd>();
 
     fn new(descriptors: [RawFd; N]) -> Self {
@@ -208,7 +210,7 @@ fn owned(fd: c_int) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Calls until it is not interrupted.
+/// Repeats a call until it is not interrupted.
 fn again(mut call: impl FnMut() -> isize) -> Result<usize> {
     loop {
         match usize::try_from(call()) {

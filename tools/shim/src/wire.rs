@@ -1,10 +1,10 @@
-//! The few packets that a shim needs, by hand. The protocol is described in `memlane-protocol`
-//! (`wire::attach`), whose tests hold it to these bytes.
+//! The few packets that a shim needs, written by hand. The protocol is described in `memlane-protocol`
+//! (`wire::attach`), whose tests compare it with these bytes.
 //!
 //! A packet is a header of 12 bytes (magic, kind, 2 bytes of nothing, number) and a body.
 
-/// Bytes of the longest packet that a daemon sends to a shim: a refusal with its reason.
-pub const MAX_PACKET_BYTES: usize = HEADER_BYTES + MAX_TEXT_BYTES;
+/// The length of the longest packet that a daemon sends to a shim, in bytes: a refusal with its reason.
+pub(crate) const MAX_PACKET_BYTES: usize = HEADER_BYTES + MAX_TEXT_BYTES;
 
 const MAGIC: [u8; 4] = *b"MLAT";
 const HEADER_BYTES: usize = 12;
@@ -16,34 +16,34 @@ const DONE: u16 = 2;
 const FAILED: u16 = 3;
 const SHIM: u16 = 4;
 const WELCOME: u16 = 16;
-/// Kinds from here on are requests.
+/// The first kind of packet that is a request. All kinds from here on are requests.
 const FIRST_REQUEST: u16 = 32;
 const OPEN_USERFAULT: u16 = 43;
 const KEEP_USERFAULT: u16 = 44;
 
-/// What a daemon says.
+/// A message of the daemon.
 #[derive(Debug, PartialEq, Eq)]
-pub enum FromDaemon {
-    /// The shim is known now.
+pub(crate) enum FromDaemon {
+    /// The daemon knows the shim now.
     Welcome,
-    /// Open a userfaultfd.
+    /// The daemon asks for a userfaultfd.
     OpenUserfault {
-        /// Number that the reply repeats.
+        /// The number of the request, which the reply repeats.
         id: u32,
-        /// Keep a copy of it open.
+        /// Whether the shim keeps a copy of the userfaultfd open.
         keep: bool,
     },
-    /// A request that this shim does not know.
+    /// The daemon asks for something that this shim does not know.
     Unknown {
-        /// Number that the reply repeats.
+        /// The number of the request, which the reply repeats.
         id: u32,
     },
 }
 
 impl FromDaemon {
-    /// Reads a packet. Refusals and packets of no sense are `None`: after either there is nothing
-    /// to be done but to hang up and try again later.
-    pub fn read(packet: &[u8]) -> Option<Self> {
+    /// Reads a packet. It returns `None` for refusals and for packets that make no sense: after either the shim can
+    /// only close the connection and try again later.
+    pub(crate) fn read(packet: &[u8]) -> Option<Self> {
         let (header, body) = packet.split_first_chunk::<HEADER_BYTES>()?;
         let [m0, m1, m2, m3, k0, k1, _, _, id @ ..] = *header;
         if [m0, m1, m2, m3] != MAGIC {
@@ -60,18 +60,18 @@ impl FromDaemon {
     }
 }
 
-/// The first packet of a shim, with the oldest and the newest version that it speaks.
-pub fn shim() -> Vec<u8> {
+/// Makes the first packet of a shim, with the oldest and the newest version that it speaks.
+pub(crate) fn shim() -> Vec<u8> {
     packet(SHIM, 0, &[VERSION.to_le_bytes(), VERSION.to_le_bytes()].concat())
 }
 
-/// Request `id` was carried out. Its two values mean nothing.
-pub fn done(id: u32) -> Vec<u8> {
+/// Makes the reply that request `id` was carried out. Its two values mean nothing.
+pub(crate) fn done(id: u32) -> Vec<u8> {
     packet(DONE, id, &[0; 16])
 }
 
-/// Request `id` was not carried out. A daemon reads reasons of up to 1024 bytes.
-pub fn failed(id: u32, reason: &str) -> Vec<u8> {
+/// Makes the reply that request `id` was not carried out. A daemon reads reasons of up to 1024 bytes.
+pub(crate) fn failed(id: u32, reason: &str) -> Vec<u8> {
     packet(FAILED, id, reason.as_bytes())
 }
 

@@ -9,7 +9,7 @@
 //! anything wrong         -> {"error": "why"}
 //! ```
 //!
-//! Whoever follows a guest need not read each answer as it comes: the socket holds some hundreds.
+//! A client that follows a guest need not read each answer as it comes: the socket holds some hundreds.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,20 +22,21 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::oracle::Report;
-use crate::statistics::{Progress, Stats};
-use crate::vmm::{GuestVmm, Observer, Standing};
+use crate::oracle::OracleReport;
+use crate::run_state::RunState;
+use crate::statistics::{GuestProgress, Stats};
+use crate::vmm::{GuestView, GuestVmm};
 
-/// Bytes of the longest request.
+/// The length of the longest request, in bytes.
 const MAX_REQUEST: u64 = 4096;
-/// Bytes of the longest answer.
+/// The length of the longest answer, in bytes.
 const MAX_ANSWER: u64 = 4 << 20;
-/// Shortest time between two looks at a guest that is followed, in microseconds.
+/// The shortest time between two reports of the guest's progress, in microseconds.
 const LEAST_EVERY_US: u64 = 100;
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
-enum Request {
+enum ControlRequest {
     Stats,
     ResetStalls,
     Verify,
@@ -45,7 +46,7 @@ enum Request {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Answer {
+enum ControlAnswer {
     Ok(Value),
     Error(String),
 }
@@ -55,7 +56,7 @@ enum Answer {
 pub fn serve(
     path: &Path,
     vmm: Arc<Mutex<GuestVmm>>,
-    observer: Arc<Observer>,
+    observer: Arc<GuestView>,
     quit: Sender<()>,
 ) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
@@ -79,13 +80,13 @@ pub fn serve(
 fn serve_client(
     mut stream: UnixStream,
     vmm: &Mutex<GuestVmm>,
-    observer: &Observer,
+    observer: &GuestView,
     quit: &Sender<()>,
 ) -> io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     while let Some(line) = read_line(&mut reader, MAX_REQUEST)? {
         let answer = match serde_json::from_slice(&line) {
-            Ok(Request::Follow { every_us }) => {
+            Ok(ControlRequest::Follow { every_us }) => {
                 return follow(&mut stream, observer, Duration::from_micros(every_us.max(LEAST_EVERY_US)));
             }
             Ok(request) => answer(request, vmm, observer, quit),
@@ -96,18 +97,18 @@ fn serve_client(
     Ok(())
 }
 
-/// Tells how far the guest is, until it is given up or nobody listens any more.
-fn follow(stream: &mut UnixStream, observer: &Observer, every: Duration) -> io::Result<()> {
+/// Reports the guest's progress until the guest is given up or the client has closed the connection.
+fn follow(stream: &mut UnixStream, observer: &GuestView, every: Duration) -> io::Result<()> {
     let mut next = Instant::now();
     loop {
         match observer.standing() {
-            Standing::Running | Standing::Paused => {
+            RunState::Running | RunState::Paused => {
                 let progress = serde_json::to_value(observer.progress());
                 say(stream, progress.map_err(|error| error.to_string()))?;
             }
             // Its memory is not all here, and looking at it would wait for it.
-            Standing::Incoming | Standing::Loaded => {}
-            Standing::Discarded => return Ok(()),
+            RunState::Incoming | RunState::Loaded => {}
+            RunState::Discarded => return Ok(()),
         }
         // What was missed is not made up for.
         next = (next + every).max(Instant::now());
@@ -116,81 +117,81 @@ fn follow(stream: &mut UnixStream, observer: &Observer, every: Duration) -> io::
 }
 
 fn say(stream: &mut UnixStream, answer: Result<Value, String>) -> io::Result<()> {
-    let mut line = serde_json::to_vec(&answer.map_or_else(Answer::Error, Answer::Ok))?;
+    let mut line = serde_json::to_vec(&answer.map_or_else(ControlAnswer::Error, ControlAnswer::Ok))?;
     line.push(b'\n');
     stream.write_all(&line)
 }
 
 fn answer(
-    request: Request,
+    request: ControlRequest,
     vmm: &Mutex<GuestVmm>,
-    observer: &Observer,
+    observer: &GuestView,
     quit: &Sender<()>,
 ) -> Result<Value, String> {
     let value = match request {
-        Request::Stats => serde_json::to_value(observer.stats()),
-        Request::ResetStalls => {
+        ControlRequest::Stats => serde_json::to_value(observer.stats()),
+        ControlRequest::ResetStalls => {
             observer.reset_stalls();
             Ok(Value::Null)
         }
-        Request::Verify => serde_json::to_value(observer.verify(vmm)?),
-        Request::Quit => {
+        ControlRequest::Verify => serde_json::to_value(observer.verify(vmm)?),
+        ControlRequest::Quit => {
             // The program may be ending already; then there is nobody to tell.
             let _ = quit.send(());
             Ok(Value::Null)
         }
-        Request::Follow { .. } => unreachable!("it has many answers, which are given elsewhere"),
+        ControlRequest::Follow { .. } => unreachable!("it has many answers, which are given elsewhere"),
     };
     value.map_err(|error| format!("the answer cannot be written: {error}"))
 }
 
-/// Asks a VMM over its control socket.
+/// A client of a VMM's control socket.
 #[derive(Debug)]
-pub struct Client {
+pub struct ControlClient {
     stream: BufReader<UnixStream>,
 }
 
-impl Client {
+impl ControlClient {
     /// Connects to the VMM whose control socket is at `path`.
     pub fn connect(path: &Path) -> io::Result<Self> {
         Ok(Self { stream: BufReader::new(UnixStream::connect(path)?) })
     }
 
-    /// How the guest is doing.
+    /// Asks for the guest's statistics.
     pub fn stats(&mut self) -> io::Result<Stats> {
-        self.ask(&Request::Stats)
+        self.ask(&ControlRequest::Stats)
     }
 
-    /// Forgets the stalls so far.
+    /// Makes the VMM forget the stalls so far.
     pub fn reset_stalls(&mut self) -> io::Result<()> {
-        self.ask(&Request::ResetStalls)
+        self.ask(&ControlRequest::ResetStalls)
     }
 
-    /// Compares all of RAM with the model; the guest stands still meanwhile.
-    pub fn verify(&mut self) -> io::Result<Report> {
-        self.ask(&Request::Verify)
+    /// Makes the VMM compare all of RAM with the model; the guest is paused meanwhile.
+    pub fn verify(&mut self) -> io::Result<OracleReport> {
+        self.ask(&ControlRequest::Verify)
     }
 
     /// Ends the VMM.
     pub fn quit(&mut self) -> io::Result<()> {
-        self.ask(&Request::Quit)
+        self.ask(&ControlRequest::Quit)
     }
 
-    /// How far the guest is, every so often, while there is a guest.
-    pub fn follow(mut self, every: Duration) -> io::Result<impl Iterator<Item = io::Result<Progress>>> {
-        self.send(&Request::Follow { every_us: every.as_micros() as u64 })?;
+    /// Makes the VMM report the guest's progress once in each period `every`, as long as it has a guest.
+    pub fn follow(mut self, every: Duration) -> io::Result<impl Iterator<Item = io::Result<GuestProgress>>> {
+        self.send(&ControlRequest::Follow { every_us: every.as_micros() as u64 })?;
         Ok(std::iter::from_fn(move || match self.receive() {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => None,
             answer => Some(answer),
         }))
     }
 
-    fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> io::Result<T> {
+    fn ask<T: DeserializeOwned>(&mut self, request: &ControlRequest) -> io::Result<T> {
         self.send(request)?;
         self.receive()
     }
 
-    fn send(&mut self, request: &Request) -> io::Result<()> {
+    fn send(&mut self, request: &ControlRequest) -> io::Result<()> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         self.stream.get_mut().write_all(&line)
@@ -199,13 +200,13 @@ impl Client {
     fn receive<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         let line = read_line(&mut self.stream, MAX_ANSWER)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         match serde_json::from_slice(&line)? {
-            Answer::Ok(value) => Ok(serde_json::from_value(value)?),
-            Answer::Error(reason) => Err(io::Error::other(reason)),
+            ControlAnswer::Ok(value) => Ok(serde_json::from_value(value)?),
+            ControlAnswer::Error(reason) => Err(io::Error::other(reason)),
         }
     }
 }
 
-/// A line without its end; `None` after the last one.
+/// Reads a line and returns it without its end; `None` after the last one.
 fn read_line(reader: &mut impl BufRead, most: u64) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     reader.by_ref().take(most).read_until(b'\n', &mut line)?;

@@ -13,13 +13,13 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::vmm::Standing;
+use crate::run_state::RunState;
 
-/// The file.
+/// The history file of a guest.
 #[derive(Debug)]
-pub struct History(File);
+pub struct HistoryFile(File);
 
-impl History {
+impl HistoryFile {
     /// Makes the file at `path`, or appends to it.
     ///
     /// # Errors
@@ -29,10 +29,10 @@ impl History {
         Ok(Self(OpenOptions::new().create(true).append(true).open(path)?))
     }
 
-    /// The guest is about to run, or does something else from now on.
-    pub fn note(&self, standing: Standing) {
+    /// Writes that the guest is in `state` from now on. A guest that is about to run is noted before it runs.
+    pub fn note(&self, state: RunState) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let line = format!("{{\"at_ns\":{now},\"standing\":\"{}\"}}\n", standing.name());
+        let line = format!("{{\"at_ns\":{now},\"standing\":\"{}\"}}\n", state.name());
         if let Err(error) = (&self.0).write_all(line.as_bytes()) {
             tracing::error!(%error, "cannot write the guest's history");
         }

@@ -11,6 +11,7 @@ mod gate;
 pub mod guest;
 pub mod history;
 pub mod oracle;
+pub mod run_state;
 pub mod statistics;
 pub mod vmm;
 pub mod workload;

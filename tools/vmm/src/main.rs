@@ -1,5 +1,7 @@
 //! `memlane-vmm`: runs one guest, and attaches it to a Memlane daemon.
 
+#![forbid(unsafe_code)]
+
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,9 +20,9 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::machine::{MAX_NICS, Nic, TrackerKind};
 use memlane_vmm::control;
-use memlane_vmm::history::History;
-use memlane_vmm::vmm::{Config, GuestVmm};
-use memlane_vmm::workload::{Fill, Pattern, Rate, TICK, Workload};
+use memlane_vmm::history::HistoryFile;
+use memlane_vmm::vmm::{GuestVmm, VmmConfig};
+use memlane_vmm::workload::{Fill, Pattern, TICK, Workload, WriteRate};
 use tracing_subscriber::EnvFilter;
 
 /// Runs a guest that writes its memory and can prove it whole, for tests and demonstrations of
@@ -50,7 +52,8 @@ struct Flags {
     /// Number of virtual CPUs, 1 to 8
     #[arg(long, default_value_t = 1)]
     vcpus: u16,
-    /// How many of these only read and compute, flat out, all over the working set; at least one must write
+    /// How many of the virtual CPUs only read and compute, as fast as they can, all over the working set; at least one
+    /// must write
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     readers: u16,
     /// A virtual machine, or threads of this process
@@ -58,7 +61,7 @@ struct Flags {
     guest: GuestKind,
     /// How written pages are found [default: log for kvm, pagemap for process]
     #[arg(long, value_enum)]
-    tracker: Option<Tracker>,
+    tracker: Option<TrackerFlag>,
     /// Memory that the guest writes [default: a quarter of what it may touch]
     #[arg(long, value_parser = bytes)]
     working_set: Option<u64>,
@@ -108,7 +111,7 @@ enum GuestKind {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Tracker {
+enum TrackerFlag {
     Log,
     Ring,
     Pagemap,
@@ -137,7 +140,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let mut vmm = GuestVmm::new(config).map_err(anyhow::Error::msg)?;
     if let Some(path) = history {
         let failed = || format!("cannot make the history {}", path.display());
-        vmm.keep_history(History::open(&path).with_context(failed)?);
+        vmm.keep_history(HistoryFile::open(&path).with_context(failed)?);
     }
     let observer = Arc::new(vmm.observer());
     let vmm = Arc::new(Mutex::new(vmm));
@@ -183,19 +186,19 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 }
 
 fn start(vmm: &Mutex<GuestVmm>) -> anyhow::Result<()> {
-    let mut vmm = vmm.lock().expect("nobody else has had the lock yet");
+    let mut vmm = vmm.lock().expect("no other thread has had the lock yet");
     vmm.resume().map_err(|error| anyhow::anyhow!("cannot start the guest: {error}"))?;
     tracing::info!(name = %vmm.shape().name, "the guest runs");
     Ok(())
 }
 
 impl Flags {
-    fn config(self) -> anyhow::Result<Config> {
+    fn config(self) -> anyhow::Result<VmmConfig> {
         let kvm = self.guest == GuestKind::Kvm;
         let tracker = match self.tracker {
-            Some(Tracker::Log) => TrackerKind::Log,
-            Some(Tracker::Ring) => TrackerKind::Ring,
-            Some(Tracker::Pagemap) => TrackerKind::Pagemap,
+            Some(TrackerFlag::Log) => TrackerKind::Log,
+            Some(TrackerFlag::Ring) => TrackerKind::Ring,
+            Some(TrackerFlag::Pagemap) => TrackerKind::Pagemap,
             None if kvm => TrackerKind::Log,
             None => TrackerKind::Pagemap,
         };
@@ -212,13 +215,13 @@ impl Flags {
         let workload = Workload {
             seed: self.seed,
             pattern: self.pattern,
-            rate: if self.flat_out { Rate::FlatOut } else { Rate::PagesPerSecond(self.rate) },
+            rate: if self.flat_out { WriteRate::FlatOut } else { WriteRate::PagesPerSecond(self.rate) },
             tick: Duration::from_millis(self.tick_ms),
             working_set_pages: working_set / PAGE_SIZE,
             readers: self.readers,
             fill: self.fill,
         };
-        Ok(Config {
+        Ok(VmmConfig {
             name: self.name,
             ram_bytes: self.ram,
             gap: self.gap,
@@ -237,7 +240,7 @@ impl Flags {
     }
 }
 
-/// A number of bytes: digits and an optional unit, such as `256MiB`.
+/// Parses a number of bytes: digits and an optional unit, such as `256MiB`.
 fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let shift = match &text[digits..] {
@@ -249,7 +252,7 @@ fn bytes(text: &str) -> Result<u64, String> {
         unit => return Err(format!("unknown unit {unit:?}; use KiB, MiB, GiB or TiB")),
     };
     let number: u64 = text[..digits].parse().map_err(|_| "a number of bytes is needed, such as 256MiB")?;
-    number.checked_mul(1 << shift).ok_or_else(|| "this is more than 64 bits can tell".into())
+    number.checked_mul(1 << shift).ok_or_else(|| "this number of bytes does not fit into 64 bits".into())
 }
 
 fn backing(text: &str) -> Result<Backing, String> {
@@ -261,7 +264,7 @@ fn backing(text: &str) -> Result<Backing, String> {
     }
 }
 
-/// An interface, such as `52:54:00:12:34:56@br0`.
+/// Parses an interface, such as `52:54:00:12:34:56@br0`.
 fn nic(text: &str) -> Result<Nic, String> {
     let (address, network) =
         text.split_once('@').ok_or("write MAC@NETWORK, such as 52:54:00:12:34:56@br0")?;
@@ -277,4 +280,29 @@ fn nic(text: &str) -> Result<Nic, String> {
         return Err(format!("{address:?} is no MAC address"));
     }
     Ok(Nic { mac, network: Label::from_str(network).map_err(|error| error.to_string())? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_may_lack_a_unit_and_have_no_fractions() {
+        for (text, expected) in [
+            ("4096", 4096),
+            ("0", 0),
+            ("1B", 1),
+            ("4K", 4 << 10),
+            ("4KiB", 4 << 10),
+            ("256M", 256 << 20),
+            ("256MiB", 256 << 20),
+            ("2G", 2 << 30),
+            ("24TiB", 24 << 40),
+        ] {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for wrong in ["", "MiB", "1.5GiB", "-1", "1 GiB", "1gib", "1GB", "99999999999999TiB"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
 }

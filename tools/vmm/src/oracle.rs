@@ -11,21 +11,21 @@ use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
-use crate::guest::{Layout, SYSTEM_PAGES};
+use crate::guest::{GuestLayout, SYSTEM_PAGES};
 use crate::workload::{SLOTS, Step, Stepper, Workload};
 
-/// Differences that a report lists.
+/// The largest number of differences that a report lists.
 const LISTED: usize = 16;
-/// From this many steps for each slot of the working set on, replaying backwards is quicker.
+/// The number of steps for each slot of the working set from which replaying backwards is quicker.
 const MANY: u64 = 8;
-/// Pages that a thread compares at a time.
+/// The number of pages that a thread compares at a time.
 const PIECE_PAGES: u64 = 16 << 10;
 
 type Page = [u64; SLOTS];
 
-/// What RAM must hold after a number of steps.
+/// The contents that RAM must have after a number of steps.
 pub struct Oracle {
-    layout: Layout,
+    layout: GuestLayout,
     workload: Workload,
     image: BTreeMap<u64, Page>,
     stops_anywhere: bool,
@@ -33,43 +33,43 @@ pub struct Oracle {
     steppers: Vec<Stepper>,
 }
 
-/// Whether RAM is what it must be.
+/// The result of a comparison of RAM with the model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
-    /// It is, all of it.
+pub struct OracleReport {
+    /// Whether all of RAM is what it must be.
     pub equal: bool,
-    /// Pages of RAM, all of which were compared; holes in its file were taken as zeros, as those must be that the
-    /// guest never touches.
+    /// The number of pages of RAM, all of which were compared. Holes in its file were taken as zeros, which the pages
+    /// must hold that the guest never touches.
     pub pages: u64,
-    /// Steps that all vCPUs that write have done.
+    /// The number of steps that all vCPUs that write have done together.
     pub steps: u64,
-    /// Pages that are not what they must be.
+    /// The number of pages that are not what they must be.
     pub wrong_pages: u64,
-    /// The first of them.
+    /// The first of the pages that differ.
     pub differences: Vec<Difference>,
 }
 
 /// A page that is not what it must be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
-    /// Its number.
+    /// The number of the page.
     pub page: u64,
-    /// Its guest physical address.
+    /// The guest physical address of the page.
     pub address: u64,
-    /// What it belongs to.
+    /// The part of RAM that it belongs to.
     pub part: String,
-    /// The first byte that differs, counted in the page; bytes are compared by eight.
+    /// The offset in the page of the first byte that differs. Bytes are compared in groups of eight.
     pub offset: u64,
-    /// What should be there.
+    /// The value that should be there.
     pub expected: u64,
-    /// What is there.
+    /// The value that is there.
     pub found: u64,
 }
 
 impl Oracle {
-    /// For a guest that may be stopped between a step's write and its count if `stops_anywhere`.
+    /// Makes an oracle. If `stops_anywhere`, the guest may be stopped between a step's write and its count.
     pub fn new(
-        layout: &Layout,
+        layout: &GuestLayout,
         workload: &Workload,
         image: BTreeMap<u64, Page>,
         stops_anywhere: bool,
@@ -84,8 +84,8 @@ impl Oracle {
         }
     }
 
-    /// Replays up to these step counts, one for each vCPU that writes. What it costs is bounded by the size
-    /// of the working set, however many steps there are.
+    /// Replays the model up to these step counts, one for each vCPU that writes. The size of the working set bounds the
+    /// cost, however many steps there are.
     pub fn advance(&mut self, steps: &[u64]) {
         let back = self.steppers.iter().zip(steps).any(|(stepper, steps)| stepper.done() > *steps);
         if self.model.is_empty() || back {
@@ -101,8 +101,8 @@ impl Oracle {
         });
     }
 
-    /// Compares all of RAM, of a guest that stands still, with the model.
-    pub fn compare(&self, ram: &GuestRam) -> std::io::Result<Report> {
+    /// Compares all RAM of a paused guest with the model.
+    pub fn compare(&self, ram: &GuestRam) -> std::io::Result<OracleReport> {
         let data = ram.data_extents(0..ram.pages())?;
         let pieces = pieces(&self.layout.touched(), &data);
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -125,7 +125,7 @@ impl Oracle {
         });
         wrong.listed.sort_by_key(|difference| difference.page);
         wrong.listed.truncate(LISTED);
-        Ok(Report {
+        Ok(OracleReport {
             equal: wrong.pages == 0,
             pages: ram.pages(),
             steps: self.steppers.iter().map(Stepper::done).sum(),
@@ -134,7 +134,7 @@ impl Oracle {
         })
     }
 
-    /// Puts the model back before the first step.
+    /// Resets the model to the state before the first step.
     fn begin(&mut self) {
         let working_set = self.layout.working_set();
         self.model = vec![0; (working_set.end - working_set.start) as usize * SLOTS];
@@ -166,7 +166,7 @@ impl Oracle {
         }
     }
 
-    /// What a page must hold; false for a page that the model does not know.
+    /// Computes what a page must hold; returns false for a page that the model does not know.
     fn expect(&self, page: u64, into: &mut Page) -> bool {
         let working_set = self.layout.working_set();
         if page < SYSTEM_PAGES {
@@ -184,8 +184,8 @@ impl Oracle {
         true
     }
 
-    /// Whether the page is as it must be if its vCPU has written the next step too, which a
-    /// virtual machine may have done without having counted it.
+    /// Returns whether the page is as it must be if its vCPU has written the next step too. A virtual machine may have
+    /// done so without having counted the step.
     fn is_next_step(&self, page: u64, expected: &mut Page, found: &Page) -> bool {
         let Some(vcpu) = self.writer(page).filter(|_| self.stops_anywhere) else { return false };
         let step = self.steppers[usize::from(vcpu)].clone().next();
@@ -214,7 +214,7 @@ impl Oracle {
     }
 }
 
-/// Brings a part of the working set, and the stepper that it is the work of, to `steps`.
+/// Brings a part of the working set, and the stepper that wrote it, to `steps`.
 fn replay(stepper: &mut Stepper, steps: u64, part: &mut [u64]) {
     let place = |step: &Step| step.page as usize * SLOTS + step.slot;
     let begin = stepper.done();
@@ -267,8 +267,8 @@ impl Wrong {
     }
 }
 
-/// In pieces, each with whether it is data or a hole: all data, wherever it is, and the holes in what the guest may
-/// have touched.
+/// Returns pieces, each with whether it is data or a hole: all data, wherever it is, and the holes in what the guest
+/// may have touched.
 fn pieces(touched: &[Range<u64>], data: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
     let mut pieces = Vec::new();
     let mut add = |range: Range<u64>, is_data| {
@@ -291,7 +291,7 @@ fn pieces(touched: &[Range<u64>], data: &[Range<u64>]) -> Vec<(Range<u64>, bool)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workload::{Fill, Pattern, Rate, TICK};
+    use crate::workload::{Fill, Pattern, TICK, WriteRate};
 
     #[test]
     fn replaying_backwards_gives_the_same() {
@@ -300,7 +300,7 @@ mod tests {
             let workload = Workload {
                 seed: 3,
                 pattern,
-                rate: Rate::FlatOut,
+                rate: WriteRate::FlatOut,
                 tick: TICK,
                 working_set_pages: 11,
                 readers: 0,

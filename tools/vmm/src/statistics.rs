@@ -1,4 +1,4 @@
-//! What the guest saw of its own progress, read from its control blocks without disturbing it.
+//! Statistics of the guest's own progress, read from its control blocks without disturbing it.
 
 use std::sync::atomic::Ordering;
 
@@ -7,17 +7,17 @@ use memlane_kvm::ram::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use crate::guest::block::RING;
-use crate::guest::{ControlBlock, Layout, Reading};
+use crate::guest::{ClockReading, ControlBlock, GuestLayout};
 
 /// The VMM's notes about a guest. They move with it, so that the VMM at the destination can tell
 /// what the guest saw on its way.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Notes {
-    /// What each vCPU had seen when stalls were last reset.
+    /// The counters of each vCPU when stalls were last reset.
     marks: Vec<Mark>,
-    /// When the last tracking started, and when all pages were armed; `CLOCK_REALTIME`, nanoseconds.
+    /// The times when the last tracking started, and when all pages were armed; in nanoseconds of `CLOCK_REALTIME`.
     tracking: (Option<u64>, Option<u64>),
-    /// The longest stall in that time, nanoseconds.
+    /// The longest stall in that time, in nanoseconds.
     tracking_stall: Option<u64>,
 }
 
@@ -28,70 +28,72 @@ struct Mark {
     histogram: Vec<u64>,
 }
 
-/// How the guest is doing.
+/// The statistics of a guest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     /// Whether the guest runs, is paused, is awaited, or was loaded and waits for its start.
     pub standing: String,
-    /// When all this was read, `CLOCK_MONOTONIC` of this host, nanoseconds.
+    /// The time when all this was read, in nanoseconds of this host's `CLOCK_MONOTONIC`.
     pub monotonic_ns: u64,
-    /// Steps done by each vCPU that writes, since the guest's very beginning.
+    /// The number of steps that each vCPU that writes has done since the guest's very beginning.
     pub steps: Vec<u64>,
-    /// Steps a second of all of them since the request before this one; 0 in the first.
+    /// The number of steps that all these vCPUs have done in a second, since the request before this one; 0 in the
+    /// first.
     pub steps_per_second: f64,
-    /// Pages read by each vCPU that only reads, since the guest's very beginning; it counts them
-    /// by the thousand.
+    /// The number of pages that each vCPU that only reads has read since the guest's very beginning. It counts them by
+    /// the thousand.
     pub reads: Vec<u64>,
-    /// Pages read a second by all of them since the request before this one; 0 in the first.
+    /// The number of pages that all these vCPUs have read in a second, since the request before this one; 0 in the
+    /// first.
     pub reads_per_second: f64,
     /// The longest stall since stalls were reset, in nanoseconds; 0 if there was none of
     /// 50 µs (flat out) or 250 µs (of a guest that sleeps).
     pub longest_stall_ns: u64,
-    /// How many stalls since then: each entry counts those of `at_least_ns` up to twice that.
-    pub histogram: Vec<Bucket>,
-    /// The last stalls since then, of all vCPUs that write, at most 256 of each, in order of time.
+    /// The number of stalls since stalls were reset: each entry counts those of `at_least_ns` up to twice that.
+    pub histogram: Vec<StallBucket>,
+    /// The last stalls since stalls were reset, of all vCPUs that write, at most 256 of each, in order of time.
     pub stalls: Vec<StallSeen>,
-    /// The longest stall that overlaps the time from the start of tracking until all pages were
-    /// armed, the last time that tracking was started; none if it never was.
+    /// The longest stall that overlaps the time from the start of tracking until all pages were armed, in nanoseconds,
+    /// for the last time that tracking was started; none if it never was.
     pub tracking_stall_ns: Option<u64>,
 }
 
-/// How far the guest is.
+/// The progress of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
-    /// When that was seen, `CLOCK_REALTIME`, nanoseconds.
+pub struct GuestProgress {
+    /// The time when it was seen, in nanoseconds of `CLOCK_REALTIME`.
     pub realtime_ns: u64,
-    /// Steps done by all vCPUs that write, since the guest's very beginning.
+    /// The number of steps that all vCPUs that write have done since the guest's very beginning.
     pub steps: u64,
-    /// Pages read by all vCPUs that only read, since then.
+    /// The number of pages that all vCPUs that only read have read since the guest's very beginning.
     pub reads: u64,
 }
 
 /// Stalls of about one length.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Bucket {
-    /// The shortest of them.
+pub struct StallBucket {
+    /// The length of the shortest of these stalls, in nanoseconds.
     pub at_least_ns: u64,
-    /// How many.
+    /// The number of these stalls.
     pub count: u64,
 }
 
 /// A time in which a vCPU could not run although it wanted to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StallSeen {
-    /// Which vCPU.
+    /// The number of the vCPU.
     pub vcpu: u16,
-    /// When it began, `CLOCK_REALTIME`, nanoseconds.
+    /// The time when it began, in nanoseconds of `CLOCK_REALTIME`.
     pub realtime_ns: u64,
-    /// When it began, `CLOCK_MONOTONIC` of this host, nanoseconds; negative before its start.
+    /// The time when it began, in nanoseconds of this host's `CLOCK_MONOTONIC`; negative before the host's start.
     pub monotonic_ns: i64,
-    /// How long it was.
+    /// The length of the stall, in nanoseconds.
     pub ns: u64,
 }
 
 impl Notes {
     /// Forgets the stalls so far. The guest's own memory is not touched.
-    pub fn reset_stalls(&mut self, ram: &GuestRam, layout: &Layout) {
+    pub fn reset_stalls(&mut self, ram: &GuestRam, layout: &GuestLayout) {
         let marks = blocks(ram, layout).map(|(_, block)| Mark {
             stalls: block.stalls.load(Ordering::Acquire),
             longest: block.longest.load(Ordering::Relaxed),
@@ -100,8 +102,8 @@ impl Notes {
         self.marks = marks.collect();
     }
 
-    /// Tracking has changed at `now`.
-    pub fn tracking_changed(&mut self, phase: TrackingPhase, now: &Reading) {
+    /// Notes that tracking has changed at `now`.
+    pub fn tracking_changed(&mut self, phase: TrackingPhase, now: &ClockReading) {
         match phase {
             TrackingPhase::Started => {
                 self.tracking = (Some(now.realtime), None);
@@ -112,9 +114,9 @@ impl Notes {
         }
     }
 
-    /// Looks for stalls in the start of tracking, before later ones take their places. To be
-    /// called now and then, and before the guest moves.
-    pub fn look_for_tracking_stall(&mut self, ram: &GuestRam, layout: &Layout, now: &Reading) {
+    /// Looks for stalls in the start of tracking, before later stalls take their places. It must be called now and
+    /// then, and before the guest moves.
+    pub fn look_for_tracking_stall(&mut self, ram: &GuestRam, layout: &GuestLayout, now: &ClockReading) {
         let (Some(start), end) = self.tracking else { return };
         let end = end.unwrap_or(u64::MAX);
         let overlap =
@@ -127,8 +129,8 @@ impl Notes {
         self.tracking_stall = self.tracking_stall.max(longest);
     }
 
-    /// What the guest saw. What it did a second and its standing are the caller's to add.
-    pub fn stats(&mut self, ram: &GuestRam, layout: &Layout, now: &Reading) -> Stats {
+    /// Returns what the guest saw. The caller adds its rates and its state.
+    pub fn stats(&mut self, ram: &GuestRam, layout: &GuestLayout, now: &ClockReading) -> Stats {
         self.look_for_tracking_stall(ram, layout, now);
         self.marks.resize(layout.writers().into(), Mark::default());
         let mut stats = Stats {
@@ -167,39 +169,39 @@ impl Notes {
         stats.histogram = (0..)
             .zip(counts)
             .filter(|(_, count)| *count > 0)
-            .map(|(bucket, count)| Bucket { at_least_ns: now.nanoseconds(1 << bucket), count })
+            .map(|(bucket, count)| StallBucket { at_least_ns: now.nanoseconds(1 << bucket), count })
             .collect();
         stats
     }
 }
 
-/// Steps done by each vCPU that writes.
-pub fn steps(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
+/// Returns the number of steps done by each vCPU that writes.
+pub fn steps(ram: &GuestRam, layout: &GuestLayout) -> Vec<u64> {
     blocks(ram, layout).map(|(_, block)| block.steps.load(Ordering::Relaxed)).collect()
 }
 
-/// Pages read by each vCPU that only reads.
-pub fn reads(ram: &GuestRam, layout: &Layout) -> Vec<u64> {
+/// Returns the number of pages read by each vCPU that only reads.
+pub fn reads(ram: &GuestRam, layout: &GuestLayout) -> Vec<u64> {
     let readers = layout.writers()..layout.vcpus();
     readers.map(|vcpu| ControlBlock::of(ram, layout, vcpu).reads.load(Ordering::Relaxed)).collect()
 }
 
-/// All of what vCPUs counted. They may report anything, so it may overflow.
+/// Adds up what all vCPUs counted. They may report anything, so the sum may overflow.
 pub fn sum(counts: &[u64]) -> u64 {
     counts.iter().fold(0, |sum, count| sum.wrapping_add(*count))
 }
 
-/// The blocks of the vCPUs that write; only they note stalls.
-fn blocks<'a>(ram: &'a GuestRam, layout: &'a Layout) -> impl Iterator<Item = (u16, &'a ControlBlock)> {
+/// Returns the blocks of the vCPUs that write; only they note stalls.
+fn blocks<'a>(ram: &'a GuestRam, layout: &'a GuestLayout) -> impl Iterator<Item = (u16, &'a ControlBlock)> {
     (0..layout.writers()).map(|vcpu| (vcpu, ControlBlock::of(ram, layout, vcpu)))
 }
 
-/// The stalls that a vCPU's ring still holds, from number `from` on.
+/// Returns the stalls that a vCPU's ring still holds, from number `from` on.
 fn remembered<'a>(
     vcpu: u16,
     block: &'a ControlBlock,
     from: u64,
-    now: &'a Reading,
+    now: &'a ClockReading,
 ) -> impl Iterator<Item = StallSeen> + 'a {
     let stalls = block.stalls.load(Ordering::Acquire);
     let first = from.max(stalls.saturating_sub(RING as u64));

@@ -15,43 +15,45 @@ use memlane_protocol::wire::machine::{GuestShape, Nic, TrackerKind};
 
 use crate::guest::kvm::{self, KvmGuest};
 use crate::guest::process::{self, ProcessGuest};
-use crate::guest::{ControlBlock, Guest, Layout, SYSTEM_PAGES};
-use crate::history::History;
-use crate::oracle::{Oracle, Report};
-use crate::statistics::{Notes, Progress, Stats, reads, steps, sum};
+use crate::guest::{ControlBlock, GuestLayout, GuestMachine, SYSTEM_PAGES};
+use crate::history::HistoryFile;
+use crate::oracle::{Oracle, OracleReport};
+use crate::run_state::RunState;
+use crate::statistics::{GuestProgress, Notes, Stats, reads, steps, sum};
 use crate::workload::{SLOTS, Workload};
 
 /// The name under which VMMs of this program know each other.
 pub const PROGRAM: &str = "memlane-vmm";
 
-/// What a VMM is made of.
+/// The settings of a VMM and its guest.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub struct VmmConfig {
     /// The guest's name.
     pub name: Label,
-    /// Bytes of RAM.
+    /// The size of RAM, in bytes.
     pub ram_bytes: u64,
-    /// Half of RAM above the hole in the address space, however little it is.
+    /// Whether half of RAM lies above the hole in the address space, even if it is little.
     pub gap: bool,
-    /// Bytes of RAM that the guest may touch, in pieces from its beginning to its end; all of it if not given.
+    /// The amount of RAM that the guest may touch, in bytes, in pieces from its beginning to its end; all of it if not
+    /// given.
     pub resident: Option<u64>,
-    /// What RAM is made of.
+    /// The memory that RAM is made of.
     pub backing: Backing,
-    /// Take all of RAM from the system at the start.
+    /// Whether all of RAM is taken from the system at the start.
     pub prepare: bool,
     /// Number of vCPUs, readers included.
     pub vcpus: u16,
-    /// A virtual machine; otherwise threads of this process.
+    /// Whether the guest is a virtual machine; otherwise it is threads of this process.
     pub kvm: bool,
-    /// How dirty pages are found.
+    /// The way in which dirty pages are found.
     pub tracker: TrackerKind,
-    /// What the guest does.
+    /// The work that the guest does.
     pub workload: Workload,
-    /// Network interfaces that it is said to have.
+    /// The network interfaces that the guest is said to have.
     pub nics: Vec<Nic>,
-    /// Processor features that it is not given.
+    /// The processor features that the guest is not given.
     pub without: Vec<Feature>,
-    /// Whether it comes from another host; otherwise it starts here.
+    /// Whether the guest comes from another host; otherwise it starts here.
     pub incoming: bool,
     /// The daemon's attach socket, if it is to attach.
     pub attach: Option<PathBuf>,
@@ -59,47 +61,32 @@ pub struct Config {
 
 /// A guest in its VMM.
 pub struct GuestVmm {
-    config: Config,
-    layout: Layout,
+    config: VmmConfig,
+    layout: GuestLayout,
     // Before the RAM: it is dropped first, and its threads write there.
-    guest: Arc<dyn Guest>,
+    guest: Arc<dyn GuestMachine>,
     tracker: Box<dyn DirtyTracker>,
     ram: Arc<GuestRam>,
     notes: Arc<Mutex<Notes>>,
-    standing: Arc<Mutex<Standing>>,
-    history: Option<History>,
+    standing: Arc<Mutex<RunState>>,
+    history: Option<HistoryFile>,
 }
 
-/// A look at a guest that needs no lock on its VMM.
-pub struct Observer {
-    layout: Layout,
-    guest: Arc<dyn Guest>,
+/// A view of a guest that needs no lock on its VMM.
+pub struct GuestView {
+    layout: GuestLayout,
+    guest: Arc<dyn GuestMachine>,
     ram: Arc<GuestRam>,
     notes: Arc<Mutex<Notes>>,
-    standing: Arc<Mutex<Standing>>,
+    standing: Arc<Mutex<RunState>>,
     oracle: Mutex<Oracle>,
-    /// When steps and reads were last counted, and how many there were of each.
+    /// The time when steps and reads were last counted, and the number of each.
     counted: Mutex<Option<(Instant, [u64; 2])>>,
 }
 
-/// What the guest is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// It runs.
-    Running,
-    /// It stands still.
-    Paused,
-    /// It is expected from another host.
-    Incoming,
-    /// It has arrived and stands still.
-    Loaded,
-    /// It has been given up.
-    Discarded,
-}
-
 impl GuestVmm {
-    /// Makes the guest. It stands still.
-    pub fn new(config: Config) -> Result<Self, String> {
+    /// Makes the guest. It is paused.
+    pub fn new(config: VmmConfig) -> Result<Self, String> {
         let layout = layout(&config)?;
         let ram = GuestRam::create(layout.regions(), &config.backing)
             .map_err(|error| format!("cannot make the guest's memory: {error}"))?;
@@ -109,9 +96,9 @@ impl GuestVmm {
             state_version: state::VERSION,
             vcpus: config.vcpus,
         };
-        let (guest, tracker, khz): (Arc<dyn Guest>, _, _) = match config.kvm {
+        let (guest, tracker, khz): (Arc<dyn GuestMachine>, _, _) = match config.kvm {
             true => {
-                let options = kvm::Options {
+                let options = kvm::KvmOptions {
                     program,
                     without: config.without.clone(),
                     tracker: config.tracker,
@@ -144,7 +131,7 @@ impl GuestVmm {
             // After all that makes holes again.
             ram.populate_write(0..ram.pages()).map_err(|error| format!("cannot take all of RAM: {error}"))?;
         }
-        let standing = if config.incoming { Standing::Incoming } else { Standing::Paused };
+        let standing = if config.incoming { RunState::Incoming } else { RunState::Paused };
         Ok(Self {
             config,
             layout,
@@ -157,17 +144,17 @@ impl GuestVmm {
         })
     }
 
-    /// Notes in `history` how the guest stands, and each change from now on.
-    pub fn keep_history(&mut self, history: History) {
+    /// Writes the guest's state into `history`, and each change from now on.
+    pub fn keep_history(&mut self, history: HistoryFile) {
         history.note(self.standing());
         self.history = Some(history);
     }
 
-    /// A look at the guest.
-    pub fn observer(&self) -> Observer {
+    /// Returns a view of the guest.
+    pub fn observer(&self) -> GuestView {
         let oracle =
             Oracle::new(&self.layout, &self.config.workload, self.guest.image(), self.guest.stops_anywhere());
-        Observer {
+        GuestView {
             layout: self.layout.clone(),
             guest: Arc::clone(&self.guest),
             ram: Arc::clone(&self.ram),
@@ -178,17 +165,17 @@ impl GuestVmm {
         }
     }
 
-    /// What the guest is doing.
-    pub fn standing(&self) -> Standing {
+    /// Returns the guest's state.
+    pub fn standing(&self) -> RunState {
         *lock(&self.standing)
     }
 
-    fn stand(&self, standing: Standing) {
+    fn stand(&self, standing: RunState) {
         self.note(standing);
         *lock(&self.standing) = standing;
     }
 
-    fn note(&self, standing: Standing) {
+    fn note(&self, standing: RunState) {
         if let Some(history) = &self.history {
             history.note(standing);
         }
@@ -219,29 +206,29 @@ impl Vmm for GuestVmm {
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {
-        if self.standing() == Standing::Running {
+        if self.standing() == RunState::Running {
             self.guest.pause()?;
-            self.stand(Standing::Paused);
+            self.stand(RunState::Paused);
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
         match self.standing() {
-            Standing::Running => Ok(()),
-            before @ (Standing::Paused | Standing::Loaded) => {
-                self.note(Standing::Running);
+            RunState::Running => Ok(()),
+            before @ (RunState::Paused | RunState::Loaded) => {
+                self.note(RunState::Running);
                 self.guest.resume().inspect_err(|_| self.note(before))?;
-                *lock(&self.standing) = Standing::Running;
+                *lock(&self.standing) = RunState::Running;
                 Ok(())
             }
-            Standing::Incoming => Err("no guest has arrived that could run".into()),
-            Standing::Discarded => Err("the guest was given up".into()),
+            RunState::Incoming => Err("no guest has arrived that could run".into()),
+            RunState::Discarded => Err("the guest was given up".into()),
         }
     }
 
     fn save(&mut self) -> Result<Vec<u8>, VmmError> {
-        if self.standing() != Standing::Paused && self.standing() != Standing::Loaded {
+        if self.standing() != RunState::Paused && self.standing() != RunState::Loaded {
             return Err("only a paused guest can be saved".into());
         }
         self.look_for_tracking_stall();
@@ -250,21 +237,21 @@ impl Vmm for GuestVmm {
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), VmmError> {
-        if self.standing() != Standing::Incoming {
+        if self.standing() != RunState::Incoming {
             return Err("a guest is here already; only a VMM that awaits one can load".into());
         }
         let own = self.guest.load(state)?;
         *lock(&self.notes) =
             serde_json::from_slice(&own).map_err(|error| format!("the VMM's notes are no JSON: {error}"))?;
-        self.stand(Standing::Loaded);
+        self.stand(RunState::Loaded);
         Ok(())
     }
 
     fn discard(&mut self) {
         if let Err(error) = self.guest.pause() {
-            tracing::warn!(error, "the guest that is given up did not stop in order");
+            tracing::warn!(error, "the guest that is given up could not be stopped in order");
         }
-        self.stand(Standing::Discarded);
+        self.stand(RunState::Discarded);
     }
 
     fn tracking_changed(&mut self, phase: TrackingPhase) {
@@ -275,8 +262,8 @@ impl Vmm for GuestVmm {
     }
 }
 
-impl Observer {
-    /// How the guest is doing.
+impl GuestView {
+    /// Returns the guest's statistics.
     pub fn stats(&self) -> Stats {
         let standing = self.standing();
         let mut stats = lock(&self.notes).stats(&self.ram, &self.layout, &self.guest.clock());
@@ -290,16 +277,16 @@ impl Observer {
         stats
     }
 
-    /// How far it is. This only looks at memory, which in post-copy may have to come first.
-    pub fn progress(&self) -> Progress {
+    /// Returns the guest's progress. This only looks at memory, which in post-copy may have to come first.
+    pub fn progress(&self) -> GuestProgress {
         let steps = sum(&steps(&self.ram, &self.layout));
         let reads = sum(&reads(&self.ram, &self.layout));
         // After what it tells the time of, for that may have taken some.
-        Progress { realtime_ns: self.guest.clock().realtime, steps, reads }
+        GuestProgress { realtime_ns: self.guest.clock().realtime, steps, reads }
     }
 
-    /// What the guest is doing.
-    pub fn standing(&self) -> Standing {
+    /// Returns the guest's state.
+    pub fn standing(&self) -> RunState {
         *lock(&self.standing)
     }
 
@@ -308,17 +295,16 @@ impl Observer {
         lock(&self.notes).reset_stalls(&self.ram, &self.layout);
     }
 
-    /// Compares all of RAM with the model. The guest stands still meanwhile, and then does again
-    /// what it did.
-    pub fn verify(&self, vmm: &Mutex<GuestVmm>) -> Result<Report, String> {
-        if *lock(&self.standing) == Standing::Incoming {
+    /// Compares all of RAM with the model. The guest is paused meanwhile, and then continues if it ran before.
+    pub fn verify(&self, vmm: &Mutex<GuestVmm>) -> Result<OracleReport, String> {
+        if *lock(&self.standing) == RunState::Incoming {
             return Err("no guest has arrived whose memory could be compared".into());
         }
         let mut oracle = lock(&self.oracle);
         // Most of the replay while the guest still runs, so that it stands still the shorter.
         oracle.advance(&steps(&self.ram, &self.layout));
         let mut vmm = lock(vmm);
-        let was_running = vmm.standing() == Standing::Running;
+        let was_running = vmm.standing() == RunState::Running;
         vmm.pause().map_err(|error| error.to_string())?;
         oracle.advance(&steps(&self.ram, &self.layout));
         let report =
@@ -329,45 +315,32 @@ impl Observer {
         report
     }
 
-    /// Waits for a vCPU to fail, at most `patience`; tells why.
+    /// Waits at most `patience` for a vCPU to fail, and returns why it failed.
     pub fn failure(&self, patience: Duration) -> Option<String> {
         self.guest.failure(patience)
     }
 }
 
-impl Standing {
-    /// Its name in statistics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Incoming => "incoming",
-            Self::Loaded => "loaded",
-            Self::Discarded => "discarded",
-        }
-    }
-}
-
-fn layout(config: &Config) -> Result<Layout, String> {
-    let Config { ram_bytes, gap, vcpus, ref workload, .. } = *config;
+fn layout(config: &VmmConfig) -> Result<GuestLayout, String> {
+    let VmmConfig { ram_bytes, gap, vcpus, ref workload, .. } = *config;
     match config.resident {
-        None => Layout::new(ram_bytes, gap, vcpus, workload),
+        None => GuestLayout::new(ram_bytes, gap, vcpus, workload),
         Some(_) if config.kvm => {
             Err("the guest of a virtual machine may touch all of its RAM; use a process".into())
         }
         Some(_) if config.prepare => {
-            Err("all of RAM is taken from the system, or some of it resident".into())
+            Err("RAM can be prepared as a whole, or partly resident, but not both".into())
         }
-        Some(bytes) => Layout::spread(ram_bytes, gap, vcpus, workload, bytes / PAGE_SIZE),
+        Some(bytes) => GuestLayout::spread(ram_bytes, gap, vcpus, workload, bytes / PAGE_SIZE),
     }
 }
 
-/// Writes what is there before the first step. Pages of zeros are left as holes.
+/// Writes the memory's contents before the first step. Pages of zeros are left as holes.
 fn write_memory(
     ram: &GuestRam,
-    layout: &Layout,
+    layout: &GuestLayout,
     workload: &Workload,
-    guest: &dyn Guest,
+    guest: &dyn GuestMachine,
 ) -> Result<(), String> {
     // A file that was there before may hold something.
     ram.punch(0..ram.pages()).map_err(|error| format!("cannot empty the guest's memory: {error}"))?;
@@ -394,7 +367,7 @@ fn write_memory(
     Ok(())
 }
 
-/// What is behind these locks is whole between any two statements.
+/// Locks a mutex. What is behind these locks is whole between any two statements.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -13,16 +13,17 @@ use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_kvm::shared::SharedWords;
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 use memlane_protocol::{PAGE_SIZE, PageSet};
-use memlane_vmm::control::{self, Client};
-use memlane_vmm::guest::{ControlBlock, Layout};
+use memlane_vmm::control::{self, ControlClient};
+use memlane_vmm::guest::{ControlBlock, GuestLayout};
+use memlane_vmm::run_state::RunState;
 use memlane_vmm::statistics::Stats;
-use memlane_vmm::vmm::{Config, GuestVmm, Standing};
-use memlane_vmm::workload::{Fill, Pattern, Rate, TICK, Workload};
+use memlane_vmm::vmm::{GuestVmm, VmmConfig};
+use memlane_vmm::workload::{Fill, Pattern, TICK, Workload, WriteRate};
 
 const PATTERNS: [Pattern; 3] = [Pattern::Uniform, Pattern::Sequential, Pattern::HotCold];
 
-fn config(kvm: bool) -> Config {
-    Config {
+fn config(kvm: bool) -> VmmConfig {
+    VmmConfig {
         name: "guest".parse().unwrap(),
         ram_bytes: 32 << 20,
         resident: None,
@@ -35,7 +36,7 @@ fn config(kvm: bool) -> Config {
         workload: Workload {
             seed: 42,
             pattern: Pattern::Uniform,
-            rate: Rate::FlatOut,
+            rate: WriteRate::FlatOut,
             tick: TICK,
             working_set_pages: 1500,
             readers: 0,
@@ -49,7 +50,7 @@ fn config(kvm: bool) -> Config {
 }
 
 /// The VMM, unless this machine lacks what it needs.
-fn vmm(test: &str, config: Config) -> Option<GuestVmm> {
+fn vmm(test: &str, config: VmmConfig) -> Option<GuestVmm> {
     if config.kvm && !std::path::Path::new("/dev/kvm").exists() {
         memlane_lab::say_skipped(test, "no /dev/kvm");
         return None;
@@ -106,9 +107,9 @@ fn the_guest_does_what_the_model_says() {
     for kvm in [true, false] {
         for pattern in PATTERNS {
             for vcpus in [1, 2, 4] {
-                for rate in [Rate::FlatOut, Rate::PagesPerSecond(20_000)] {
+                for rate in [WriteRate::FlatOut, WriteRate::PagesPerSecond(20_000)] {
                     let what = format!("kvm {kvm}, {pattern:?}, {vcpus} vCPUs, {rate:?}");
-                    let mut config = Config { vcpus, gap: vcpus != 2, ..config(kvm) };
+                    let mut config = VmmConfig { vcpus, gap: vcpus != 2, ..config(kvm) };
                     // Across the hole, with the gap: it is in the middle of RAM.
                     config.workload = Workload { pattern, rate, working_set_pages: 6000, ..config.workload };
                     let Some(mut vmm) = vmm(&what, config) else { continue };
@@ -128,7 +129,7 @@ fn the_guest_does_what_the_model_says() {
 fn an_idle_guest_writes_nothing_but_its_blocks() {
     for kvm in [true, false] {
         let mut config = config(kvm);
-        config.workload.rate = Rate::PagesPerSecond(0);
+        config.workload.rate = WriteRate::PagesPerSecond(0);
         let Some(mut vmm) = vmm("an_idle_guest_writes_nothing_but_its_blocks", config) else { continue };
         run_for(&mut vmm, 20);
         assert_eq!(assert_equal(vmm, "idle").1, 0);
@@ -139,9 +140,9 @@ fn an_idle_guest_writes_nothing_but_its_blocks() {
 fn readers_write_nothing_but_their_counts() {
     for kvm in [true, false] {
         // KVM's own trackers take a page for written that is mapped for the first time.
-        let mut config = Config { vcpus: 3, gap: true, tracker: TrackerKind::Pagemap, ..config(kvm) };
+        let mut config = VmmConfig { vcpus: 3, gap: true, tracker: TrackerKind::Pagemap, ..config(kvm) };
         // The first vCPU writes, and has nothing to write. The working set goes across the hole.
-        config.workload.rate = Rate::PagesPerSecond(0);
+        config.workload.rate = WriteRate::PagesPerSecond(0);
         config.workload = Workload { readers: 2, working_set_pages: 6000, ..config.workload };
         let layout = layout(&config);
         let Some(mut vmm) = vmm("readers_write_nothing_but_their_counts", config) else { continue };
@@ -213,15 +214,15 @@ fn guests_move_with_every_tracker() {
         (false, TrackerKind::Pagemap),
     ] {
         for (vcpus, readers, rate) in [
-            (1, 0, Rate::FlatOut),
-            (2, 0, Rate::PagesPerSecond(30_000)),
-            (4, 0, Rate::FlatOut),
-            (3, 1, Rate::FlatOut),
+            (1, 0, WriteRate::FlatOut),
+            (2, 0, WriteRate::PagesPerSecond(30_000)),
+            (4, 0, WriteRate::FlatOut),
+            (3, 1, WriteRate::FlatOut),
         ] {
             let what = format!("kvm {kvm}, {tracker:?}, {vcpus} vCPUs, {readers} readers, {rate:?}");
-            let mut source = Config { vcpus, gap: true, tracker, ..config(kvm) };
+            let mut source = VmmConfig { vcpus, gap: true, tracker, ..config(kvm) };
             source.workload = Workload { readers, rate, ..source.workload };
-            let destination = Config { incoming: true, ..source.clone() };
+            let destination = VmmConfig { incoming: true, ..source.clone() };
             let (Some(mut source), Some(mut destination)) = (vmm(&what, source), vmm(&what, destination))
             else {
                 continue;
@@ -235,14 +236,14 @@ fn guests_move_with_every_tracker() {
             let (source, before) = assert_equal(source, &what);
             let (mut destination, arrived) = assert_equal(destination, &what);
             assert_eq!(before, arrived, "{what}");
-            assert_eq!(destination.standing(), Standing::Loaded);
+            assert_eq!(destination.standing(), RunState::Loaded);
 
             run_on(&mut destination, 30);
             let (destination, after) = assert_equal(destination, &what);
             assert!(after > before, "{what}: the guest must go on");
             let stats = destination.observer().stats();
             assert!(stats.tracking_stall_ns.is_some(), "{what}: notes move with the guest");
-            if rate == Rate::FlatOut {
+            if rate == WriteRate::FlatOut {
                 assert!(stats.longest_stall_ns > 0, "{what}: being moved is a stall");
             }
             drop(source);
@@ -292,7 +293,7 @@ fn the_vmm_keeps_its_guest_in_order() {
     for kvm in [true, false] {
         let test = "the_vmm_keeps_its_guest_in_order";
         let (Some(mut here), Some(mut there)) =
-            (vmm(test, config(kvm)), vmm(test, Config { incoming: true, ..config(kvm) }))
+            (vmm(test, config(kvm)), vmm(test, VmmConfig { incoming: true, ..config(kvm) }))
         else {
             continue;
         };
@@ -308,7 +309,7 @@ fn the_vmm_keeps_its_guest_in_order() {
         assert!(here.load(&state).unwrap_err().to_string().contains("already"));
         assert!(there.load(b"nonsense").is_err());
         assert!(there.load(&state[..state.len() - 1]).is_err());
-        assert_eq!(there.standing(), Standing::Incoming);
+        assert_eq!(there.standing(), RunState::Incoming);
         there.load(&state).unwrap();
         assert!(there.load(&state).is_err());
         here.discard();
@@ -319,7 +320,7 @@ fn the_vmm_keeps_its_guest_in_order() {
 #[test]
 fn reports_that_make_no_sense_do_no_harm() {
     for kvm in [true, false] {
-        let mut config = Config { vcpus: 2, ..config(kvm) };
+        let mut config = VmmConfig { vcpus: 2, ..config(kvm) };
         config.workload.readers = 1;
         let layout = layout(&config);
         let Some(mut vmm) = vmm("reports_that_make_no_sense_do_no_harm", config) else { continue };
@@ -347,8 +348,8 @@ fn reports_that_make_no_sense_do_no_harm() {
     }
 }
 
-fn layout(config: &Config) -> Layout {
-    Layout::new(config.ram_bytes, config.gap, config.vcpus, &config.workload).unwrap()
+fn layout(config: &VmmConfig) -> GuestLayout {
+    GuestLayout::new(config.ram_bytes, config.gap, config.vcpus, &config.workload).unwrap()
 }
 
 #[test]
@@ -357,7 +358,7 @@ fn a_narrower_processor_is_told_apart() {
     let Some(full) = vmm(test, config(true)) else { return };
     let has = |feature: &str| {
         let without = vec![feature.parse().unwrap()];
-        let narrow = vmm(test, Config { without, incoming: true, ..config(true) })?;
+        let narrow = vmm(test, VmmConfig { without, incoming: true, ..config(true) })?;
         let reasons = compat::check(&full.shape(), &narrow.shape());
         (!reasons.is_empty()).then_some((feature.to_owned(), reasons))
     };
@@ -381,7 +382,7 @@ fn the_control_socket_answers() {
     let (quit, quits) = channel();
     control::serve(&path, Arc::clone(&vmm), observer, quit).unwrap();
 
-    let mut client = Client::connect(&path).unwrap();
+    let mut client = ControlClient::connect(&path).unwrap();
     let first = client.stats().unwrap();
     assert_eq!((first.standing.as_str(), first.tracking_stall_ns), ("running", None));
     sleep(Duration::from_millis(20));
@@ -427,13 +428,13 @@ fn every_backing_will_do() {
     for backing in [Backing::File(directory.path().into()), Backing::File(file.clone()), Backing::File(file)]
     {
         for kvm in [true, false] {
-            let config = Config { backing: backing.clone(), gap: true, prepare: kvm, ..config(kvm) };
+            let config = VmmConfig { backing: backing.clone(), gap: true, prepare: kvm, ..config(kvm) };
             let Some(mut vmm) = vmm("every_backing_will_do", config) else { continue };
             run_for(&mut vmm, 10);
             assert_equal(vmm, "file");
         }
     }
-    let huge = Config { backing: Backing::HugeMemfd, ..config(true) };
+    let huge = VmmConfig { backing: Backing::HugeMemfd, ..config(true) };
     // Without them, making the guest fails and says so.
     let _pages = memlane_lab::HugePages::reserve(huge.ram_bytes >> 21);
     match GuestVmm::new(huge) {

@@ -4,8 +4,8 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use memlane_vmm::control::Client;
-use memlane_vmm::statistics::Progress;
+use memlane_vmm::control::ControlClient;
+use memlane_vmm::statistics::GuestProgress;
 
 fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_memlane-vmm"))
@@ -55,7 +55,7 @@ fn it_runs_until_it_is_told_to_quit() {
         .unwrap();
     let since = Instant::now();
     let mut client = loop {
-        if let Ok(client) = Client::connect(&path) {
+        if let Ok(client) = ControlClient::connect(&path) {
             break client;
         }
         if child.try_wait().unwrap().is_some() {
@@ -71,8 +71,8 @@ fn it_runs_until_it_is_told_to_quit() {
     assert!(client.verify().unwrap().equal);
     let stats = client.stats().unwrap();
     assert_eq!((stats.steps.len(), stats.reads.len()), (1, 1));
-    let followed = Client::connect(&path).unwrap().follow(Duration::from_millis(5)).unwrap();
-    let seen: Vec<Progress> = followed.take(20).collect::<Result<_, _>>().unwrap();
+    let followed = ControlClient::connect(&path).unwrap().follow(Duration::from_millis(5)).unwrap();
+    let seen: Vec<GuestProgress> = followed.take(20).collect::<Result<_, _>>().unwrap();
     assert!(seen.is_sorted_by(|one, next| one.realtime_ns < next.realtime_ns && one.steps <= next.steps));
     assert!(seen[19].reads > seen[0].reads, "{seen:?}");
     client.quit().unwrap();

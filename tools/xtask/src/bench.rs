@@ -1,29 +1,30 @@
-//! `cargo xtask bench`: what Memlane reaches, beside what it is held against.
+//! `cargo xtask bench`: measures Memlane and its baselines.
 
 use std::ffi::OsString;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Args;
 
-/// What to measure.
+use crate::cargo;
+
+/// The options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
-pub struct Options {
+pub(crate) struct BenchOptions {
     /// Arguments for memlane-perf [default: all]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "SCENARIO")]
     arguments: Vec<OsString>,
 }
 
-/// Runs memlane-perf; true if it ended well.
-pub fn run(options: &Options) -> Result<bool> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+/// Runs memlane-perf; returns true if it succeeded.
+pub(crate) fn run(options: &BenchOptions) -> Result<bool> {
+    let mut command = cargo::command();
     command.args(["run", "--quiet", "--release", "--locked", "--package", "memlane-perf", "--"]);
     command.args(options.arguments());
     Ok(command.status().context("running cargo for memlane-perf")?.success())
 }
 
-impl Options {
-    /// With the scenario in front, which is all of them if there is none.
+impl BenchOptions {
+    /// Returns the arguments with the scenario in front. If there is none, all scenarios are measured.
     fn arguments(&self) -> Vec<OsString> {
         let all = self.arguments.first().is_none_or(|first| first.to_string_lossy().starts_with("--"));
         let help = self.arguments.iter().any(|argument| argument == "--help");
@@ -39,15 +40,15 @@ mod tests {
     use super::*;
 
     #[derive(Parser)]
-    struct Bench {
+    struct BenchLine {
         #[command(flatten)]
-        options: Options,
+        options: BenchOptions,
     }
 
     #[test]
     fn a_scenario_may_be_left_out() {
         let arguments = |line: &str| {
-            let bench = Bench::parse_from(["bench"].into_iter().chain(line.split_whitespace()));
+            let bench = BenchLine::parse_from(["bench"].into_iter().chain(line.split_whitespace()));
             bench.options.arguments().join(" ".as_ref()).into_string().expect("UTF-8")
         };
         assert_eq!(arguments(""), "all");

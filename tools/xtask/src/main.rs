@@ -1,6 +1,9 @@
 //! The project's own commands: `cargo xtask demo`, `cargo xtask bench`, `cargo xtask torture` and `cargo xtask test`.
 
+#![forbid(unsafe_code)]
+
 mod bench;
+mod cargo;
 mod demo;
 #[cfg(test)]
 mod documents;
@@ -14,43 +17,43 @@ use clap::{Parser, Subcommand};
 /// The project's own commands.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
-struct Arguments {
+struct XtaskArguments {
     #[command(subcommand)]
-    command: Command,
+    command: XtaskCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum XtaskCommand {
     /// Move a running guest between two hosts, and prove that nothing was lost
     ///
     /// Builds the programs, makes two hosts out of network namespaces with a daemon in each,
     /// starts a guest that writes its memory all the time, and moves it. Needs root.
-    Demo(demo::Options),
+    Demo(demo::DemoOptions),
     /// Measure Memlane and what it is held against, in all scenarios or in one
     ///
     /// Builds memlane-perf and runs it with these arguments: cargo xtask bench SCENARIO [--json] ...; see cargo xtask
     /// bench -- --help. Needs root.
-    Bench(bench::Options),
+    Bench(bench::BenchOptions),
     /// Kill daemons and VMMs at random moments of migrations, and prove that each guest still has one owner
     ///
     /// Builds the programs, makes hosts out of network namespaces, and moves small guests between them, one a round. In
     /// each round one or two of the daemons and VMMs are killed, or stand still for a while, in the middle of it.
     /// When everything is up again, the VMMs themselves are asked where the guest runs and whether its memory is what it
     /// must be. Needs root.
-    Torture(torture::Options),
+    Torture(torture::TortureOptions),
     /// Bring what the tests need, check everything, run all tests, and say what was skipped
     ///
     /// As root this installs packages, and unpacks QEMU in each version that is tested and a kernel into cargo's target
     /// directory. Where that fails, nothing is tested.
-    Test(test::Options),
+    Test(test::TestOptions),
 }
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
-        Command::Demo(options) => demo::run(&options),
-        Command::Bench(options) => bench::run(&options),
-        Command::Torture(options) => torture::run(&options),
-        Command::Test(options) => test::run(&options),
+    let done = match XtaskArguments::parse().command {
+        XtaskCommand::Demo(options) => demo::run(&options),
+        XtaskCommand::Bench(options) => bench::run(&options),
+        XtaskCommand::Torture(options) => torture::run(&options),
+        XtaskCommand::Test(options) => test::run(&options),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

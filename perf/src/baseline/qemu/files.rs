@@ -1,4 +1,4 @@
-//! Files that are guests' memory, on whatever host an agent carries out orders about them.
+//! Files that hold guests' memory, on this machine or on a host where an agent carries out orders about them.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
@@ -6,41 +6,41 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use memlane_lab::Host;
+use memlane_lab::LabHost;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::baseline::memory::SharedMemory;
 
-/// The order to digest a file.
+/// The order to compute the digests of a file.
 const DIGEST: &str = "digest";
-/// The order to make one whose contents cannot be compressed.
+/// The order to make a file whose contents cannot be compressed.
 const FILL: &str = "fill";
-/// Bytes that have a digest of their own.
+/// The number of bytes that have a digest of their own.
 pub(super) const PIECE: usize = 1 << 20;
 
 #[derive(Deserialize)]
-struct Fill {
+struct FillOrder {
     path: PathBuf,
     bytes: usize,
 }
 
-/// An agent's answer to orders of this file's; `None` to others.
+/// Answers the orders of this file for an agent; returns `None` for other orders.
 pub fn carry_out(name: &str, order: &Value) -> Option<Result<Value>> {
     Some(match name {
         DIGEST => order["path"]
             .as_str()
             .context("an order without path")
             .and_then(|path| Ok(json!(digests(Path::new(path))?))),
-        FILL => Fill::deserialize(order)
+        FILL => FillOrder::deserialize(order)
             .context("an order")
-            .and_then(|Fill { path, bytes }| fill_here(&path, bytes).map(|()| Value::Null)),
+            .and_then(|FillOrder { path, bytes }| fill_here(&path, bytes).map(|()| Value::Null)),
         _ => return None,
     })
 }
 
-/// Makes a file of a host, whose contents cannot be compressed.
-pub(super) fn fill(host: &Host, path: &Path, bytes: usize) -> Result<()> {
+/// Makes a file on a host, whose contents cannot be compressed.
+pub(super) fn fill(host: &LabHost, path: &Path, bytes: usize) -> Result<()> {
     match host.remote() {
         None => fill_here(path, bytes),
         Some(remote) => remote.ask(FILL, json!({ "path": path, "bytes": bytes })).map(drop),
@@ -52,8 +52,8 @@ fn fill_here(path: &Path, bytes: usize) -> Result<()> {
     fs::write(path, &*contents).with_context(|| format!("writing {}", path.display()))
 }
 
-/// The digests of a file's pieces, on a host.
-pub(super) fn digests_on(host: &Host, path: &Path) -> Result<Vec<u64>> {
+/// Computes the digests of a file's pieces, on a host.
+pub(super) fn digests_on(host: &LabHost, path: &Path) -> Result<Vec<u64>> {
     match host.remote() {
         None => digests(path),
         Some(remote) => {
@@ -63,7 +63,7 @@ pub(super) fn digests_on(host: &Host, path: &Path) -> Result<Vec<u64>> {
     }
 }
 
-/// The digests of a file's pieces.
+/// Computes the digests of a file's pieces.
 fn digests(path: &Path) -> Result<Vec<u64>> {
     let failed = || format!("reading {}", path.display());
     let mut file = File::open(path).with_context(failed)?;

@@ -6,22 +6,22 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab, wait_for};
 
-use super::machine::{End, Machine, Removed, compare};
-use super::{Migration, Moved, Way, files};
+use super::machine::{QemuSetup, Removed, RunningQemu, compare};
+use super::{QemuMethod, QemuMove, QemuPair, files};
 use crate::baseline::memory::{MemoryState, warm_up};
 use crate::cpu::Meter;
 
-/// Memory in which firmware goes on writing, such as its clock.
+/// The size of the memory in which firmware goes on writing, such as its clock, in bytes.
 const LOW_MEMORY: usize = 1 << 20;
-/// Firmware that keeps a processor busy for less than this waits for nothing but a disk.
+/// The share of a processor below which firmware is idle, and waits only for a disk.
 const QUIET: f64 = 0.1;
-/// How long it is watched for that.
+/// The time for which the firmware's use of the processor is measured.
 const WATCH: Duration = Duration::from_millis(200);
-/// Longest wait for it, on a processor that may be emulated.
+/// The longest wait for the firmware to become idle, on a processor that may be emulated.
 const BOOT: Duration = Duration::from_secs(60);
 
-/// A guest whose memory holds what it was given, but for the little that its firmware has written. It is moved from a
-/// file on tmpfs that stays, so that it can be moved again.
+/// A guest whose memory has the contents that it was given, except for the little that its firmware has written. It is
+/// moved from a file on tmpfs that stays, so that it can be moved again.
 #[derive(Debug)]
 pub struct Firmware {
     memory: PathBuf,
@@ -29,7 +29,7 @@ pub struct Firmware {
 }
 
 impl Firmware {
-    /// A guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
+    /// Makes a guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
     ///
     /// # Errors
     ///
@@ -49,13 +49,13 @@ impl Firmware {
     /// # Errors
     ///
     /// If QEMU refuses or fails, or the guest's memory is not what it was.
-    pub fn migrate(&self, lab: &Lab, way: Way, destination: MemoryState) -> Result<Moved> {
+    pub fn migrate(&self, lab: &Lab, way: QemuMethod, destination: MemoryState) -> Result<QemuMove> {
         let copy = lab.host(HostId::B).memory_directory().join("firmware");
         let _removed = Removed(lab.host(HostId::B), &copy);
         let machine = |id, memory, prealloc| {
             let host = lab.host(id);
-            let machine = Machine { memory, bytes: self.bytes, prealloc, incoming: id == HostId::B };
-            End::start(host, "firmware", machine.command(host))
+            let machine = QemuSetup { memory, bytes: self.bytes, prealloc, incoming: id == HostId::B };
+            RunningQemu::start(host, "firmware", machine.command(host))
         };
         let mut source = machine(HostId::A, &self.memory, true).context("starting the source's QEMU")?;
         await_quiet(lab, &source)?;
@@ -65,7 +65,7 @@ impl Firmware {
         let processes = [(HostId::A, source.process.pid()), (HostId::B, destination.process.pid())];
         let meter = Meter::on(lab, processes)?;
         let migration =
-            Migration { source: &mut source.monitor, destination: &mut destination.monitor, meter };
+            QemuPair { source: &mut source.monitor, destination: &mut destination.monitor, meter };
         if !prealloc && !lab.is_remote() {
             warm_up(self.bytes as u64)?;
         }
@@ -81,7 +81,7 @@ impl Firmware {
 }
 
 /// Waits until the firmware has found that there is nothing to boot.
-fn await_quiet(lab: &Lab, source: &End) -> Result<()> {
+fn await_quiet(lab: &Lab, source: &RunningQemu) -> Result<()> {
     let mut meter = Meter::on(lab, [(HostId::A, source.process.pid())])?;
     wait_for("the firmware to wait for a disk", BOOT, || {
         let used = meter.idle(WATCH);

@@ -1,4 +1,4 @@
-//! A QEMU with nothing but a processor and memory, which is a file.
+//! A QEMU that has only a processor and memory, which is a file.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,15 +6,15 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::linux::Accelerator;
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Host, Process};
+use memlane_lab::{LabHost, LabProcess};
 
 use super::files;
 
-/// What a QEMU is made of.
-pub(super) struct Machine<'a> {
+/// The settings that a QEMU is started with.
+pub(super) struct QemuSetup<'a> {
     /// The file that is its memory.
     pub(super) memory: &'a Path,
-    /// How large that is.
+    /// The size of the memory, in bytes.
     pub(super) bytes: usize,
     /// Whether QEMU takes all of it from the system when it starts.
     pub(super) prealloc: bool,
@@ -23,18 +23,18 @@ pub(super) struct Machine<'a> {
 }
 
 /// A QEMU that runs.
-pub(super) struct End {
-    pub(super) process: Process,
-    /// The harness's own monitor of it.
+pub(super) struct RunningQemu {
+    pub(super) process: LabProcess,
+    /// The harness's own monitor of the QEMU.
     pub(super) monitor: Monitor,
 }
 
-/// A file of a host that goes when nobody needs it any more.
-pub(super) struct Removed<'a>(pub(super) &'a Host, pub(super) &'a Path);
+/// A file of a host that is removed when this is dropped.
+pub(super) struct Removed<'a>(pub(super) &'a LabHost, pub(super) &'a Path);
 
-impl Machine<'_> {
-    /// What starts it on `host`.
-    pub(super) fn command(&self, host: &Host) -> Command {
+impl QemuSetup<'_> {
+    /// Returns the command that starts the QEMU on `host`.
+    pub(super) fn command(&self, host: &LabHost) -> Command {
         let processor = host.read("/proc/cpuinfo").unwrap_or_default();
         let (accelerator, _) = Accelerator::of(&processor, host.has_kvm());
         let prealloc = if self.prealloc { "on" } else { "off" };
@@ -55,13 +55,13 @@ impl Machine<'_> {
     }
 }
 
-impl End {
+impl RunningQemu {
     /// Starts `command` on `host`, with a monitor for the harness.
     ///
     /// # Errors
     ///
     /// If QEMU does not come up; the end of its log is in the error.
-    pub(super) fn start(host: &Host, name: &str, mut command: Command) -> Result<Self> {
+    pub(super) fn start(host: &LabHost, name: &str, mut command: Command) -> Result<Self> {
         let socket = format!("{name}.harness");
         let path = host.directory().join(&socket);
         // Of one before.
@@ -79,12 +79,12 @@ impl Drop for Removed<'_> {
     }
 }
 
-/// Compares a file of each host, but for the `low` memory that the guest goes on writing.
+/// Compares a file of each host, except for the `low` memory that the guest goes on writing.
 ///
 /// # Errors
 ///
 /// If they differ.
-pub(super) fn compare(source: (&Host, &Path), destination: (&Host, &Path), low: usize) -> Result<()> {
+pub(super) fn compare(source: (&LabHost, &Path), destination: (&LabHost, &Path), low: usize) -> Result<()> {
     let (here, there) =
         (files::digests_on(source.0, source.1)?, files::digests_on(destination.0, destination.1)?);
     ensure!(here.len() == there.len(), "the guest's memory has another size there");

@@ -5,70 +5,70 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{HostId, Rig, wait_for};
+use memlane_lab::{HostId, Rig, unix_time, wait_for};
 use serde_json::{Value, json};
 
-use super::{DOWNTIME_LIMIT, Way, uri};
-use crate::cpu::{Meter, Reading, Used};
-use crate::report::Figures;
-use crate::unix_time;
+use super::{DOWNTIME_LIMIT, QemuMethod, uri};
+use crate::cpu::{CpuReading, Meter, Used};
+use crate::report::NamedFigures;
 
-/// How long it is watched what the processes use while nothing moves.
+/// The time for which the processes are measured while nothing moves.
 const IDLE: Duration = Duration::from_secs(1);
-/// Longest wait for QEMU to notice that all is done.
+/// The longest wait for QEMU to notice that the migration is over.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest migration.
 const LONGEST: Duration = Duration::from_secs(600);
-/// How often it is looked how far the migration has come.
+/// The time between two looks at the migration's progress.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Both ends of a migration.
-pub struct Migration<'a> {
+/// The QEMUs at both ends of a migration.
+pub struct QemuPair<'a> {
     /// The monitor of the QEMU in which the guest runs.
     pub source: &'a mut Monitor,
-    /// That of the one that waits for it, with `-incoming defer`.
+    /// The monitor of the QEMU that waits for the guest, with `-incoming defer`.
     pub destination: &'a mut Monitor,
-    /// Measures whoever works for it.
+    /// The meter of all processes that work for the migration.
     pub meter: Meter,
 }
 
-/// A migration that has ended well.
+/// The figures of a migration that has ended well.
 #[derive(Debug, Clone)]
-pub struct Moved {
-    /// From the order to the event RESUME of the destination.
+pub struct QemuMove {
+    /// The time from the order to the event RESUME of the destination, in seconds.
     pub seconds: f64,
-    /// From the event STOP of the source to that, both by QEMU's own account.
+    /// The time from the event STOP of the source to the event RESUME of the destination, in seconds, both by QEMU's
+    /// own account.
     pub downtime: f64,
-    /// What the source sent for RAM, headers included.
+    /// The number of bytes that the source sent for RAM, headers included.
     pub ram_bytes: u64,
-    /// Processor time meanwhile.
+    /// The processor time used during the migration.
     pub used: Used,
-    /// The same while nothing moved.
+    /// The processor time used while nothing moved.
     pub idle: Used,
-    /// What the source says at the end: QEMU's query-migrate.
+    /// The source's own figures at the end: QEMU's query-migrate.
     pub told: Value,
 }
 
 /// The moment at which the guest runs at the destination.
 struct Arrival {
     at: f64,
-    /// What was used by then.
-    used: Reading,
+    /// The processor time used until then.
+    used: CpuReading,
 }
 
-impl Migration<'_> {
+impl QemuPair<'_> {
     /// Has QEMU move the guest, over a connection or more to `address` at the destination.
     ///
     /// # Errors
     ///
     /// If QEMU refuses or fails.
-    pub fn by_qemu(mut self, way: Way, address: Ipv4Addr) -> Result<Moved> {
+    pub fn by_qemu(mut self, way: QemuMethod, address: Ipv4Addr) -> Result<QemuMove> {
         way.set_up(self.source)?;
         way.set_up(self.destination)?;
         self.destination.execute("migrate-incoming", json!({ "uri": uri(address) }))?;
         self.measure(|migration| {
             migration.source.execute("migrate", json!({ "uri": uri(address) }))?;
-            if way == Way::Postcopy {
+            if way == QemuMethod::Postcopy {
                 migration.source.execute("migrate-start-postcopy", json!({}))?;
             }
             let arrival = migration.await_arrival(goes_on)?;
@@ -87,7 +87,7 @@ impl Migration<'_> {
     /// # Errors
     ///
     /// If the order is refused, or the guest does not arrive.
-    pub fn by_daemons(&mut self, rig: &Rig, guest: &str, arguments: &[&str]) -> Result<Moved> {
+    pub fn by_daemons(&mut self, rig: &Rig, guest: &str, arguments: &[&str]) -> Result<QemuMove> {
         let destination = rig.lab().host(HostId::B).name();
         let limit = format!("{}ms", DOWNTIME_LIMIT.as_millis());
         let order = [&["migrate", guest, destination, "--downtime-limit", &limit], arguments].concat();
@@ -111,14 +111,17 @@ impl Migration<'_> {
     /// # Errors
     ///
     /// Those of `order`, and if the guest never stood still at the source.
-    fn measure(&mut self, order: impl FnOnce(&mut Self) -> Result<(Arrival, u64, Value)>) -> Result<Moved> {
+    fn measure(
+        &mut self,
+        order: impl FnOnce(&mut Self) -> Result<(Arrival, u64, Value)>,
+    ) -> Result<QemuMove> {
         self.source.forget_events()?;
         self.destination.forget_events()?;
         let idle = self.meter.idle(IDLE);
         let (before, ordered_at) = (self.meter.read(), unix_time());
         let (arrival, ram_bytes, told) = order(self)?;
         let stop = self.source.event("STOP", PATIENCE)?.context("the guest never stood still")?;
-        Ok(Moved {
+        Ok(QemuMove {
             seconds: arrival.at - ordered_at,
             downtime: arrival.at - stop.at,
             ram_bytes,
@@ -149,7 +152,7 @@ impl Migration<'_> {
     }
 }
 
-/// Whether QEMU's own migration has not failed.
+/// Returns false if QEMU's own migration has failed.
 fn goes_on(source: &mut Monitor) -> Result<bool> {
     while let Some(event) = source.event("MIGRATION", Duration::ZERO)? {
         if event.data["status"] == "failed" {
@@ -160,11 +163,11 @@ fn goes_on(source: &mut Monitor) -> Result<bool> {
     Ok(true)
 }
 
-impl Moved {
-    /// As a scenario wants it, of a guest with so many bytes of memory.
-    pub fn figures(&self, ram: u64) -> Figures {
+impl QemuMove {
+    /// Returns the figures that a scenario needs, of a guest with `ram` bytes of memory.
+    pub fn figures(&self, ram: u64) -> NamedFigures {
         let sent = self.ram_bytes as f64 / 1e9;
-        Figures::from([
+        NamedFigures::from([
             ("total_seconds", self.seconds),
             ("gbit_per_second", ram as f64 * 8.0 / 1e9 / self.seconds),
             ("downtime_ms", self.downtime * 1e3),

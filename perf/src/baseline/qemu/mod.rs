@@ -18,26 +18,26 @@ use anyhow::Result;
 use memlane_lab::qmp::Monitor;
 use serde_json::{Value, json};
 
-pub use migration::{Migration, Moved};
+pub use migration::{QemuMove, QemuPair};
 
 /// Longest pause that the guest may see.
 pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
-/// Where the destination's QEMU listens for the source's.
+/// The port at which the destination's QEMU listens for the source's.
 const PORT: u16 = 4444;
 
-/// How QEMU moves a guest by itself.
+/// The method by which QEMU moves a guest by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Way {
-    /// Over one connection.
+pub enum QemuMethod {
+    /// Pre-copy over one connection.
     Plain,
-    /// Over so many more connections.
+    /// Pre-copy over so many more connections.
     Multifd(u8),
-    /// By post-copy at once, with a connection of its own for the pages that the guest waits for.
+    /// Post-copy at once, with a connection of its own for the pages that the guest waits for.
     Postcopy,
 }
 
-impl Way {
-    /// Those that the fastest one is looked for among.
+impl QemuMethod {
+    /// The methods of pre-copy. The fastest one is looked for among them.
     pub const PRECOPY: [Self; 4] = [Self::Plain, Self::Multifd(2), Self::Multifd(4), Self::Multifd(8)];
 
     /// Prepares one end for a migration that shall be as fast as it can.
@@ -67,7 +67,7 @@ impl Way {
     }
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for QemuMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain => f.pad("plain"),

@@ -10,25 +10,26 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{CHUNK_BYTES, End, IDLE, Transfer, collect, connect_to, receive_all, run, send_all};
+use super::ends::{CHUNK_BYTES, ConnectionEnd, IDLE, collect, connect_to, receive_all, run, send_all};
+use super::report::Transfer;
 use crate::baseline::memory::{MemoryState, SharedMemory};
 use crate::cpu::Meter;
 
 const LISTEN: &str = "raw-listen";
 const RECEIVE: &str = "raw-receive";
 const SEND: &str = "raw-send";
-/// Most connections that an agent makes.
+/// The largest number of connections that an agent makes.
 const MOST: usize = 1024;
-/// Longest wait for a connection, in seconds: the other end makes memory first.
+/// The longest wait for a connection: the other end makes memory first.
 const PATIENCE: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
 
-/// What an agent keeps from one order to the next: where it listens, and the memory that it receives into.
+/// The state that an agent keeps between orders: where it listens, and the memory that it receives into.
 #[derive(Debug, Default)]
-pub struct Receiver(Option<(Vec<TcpListener>, SharedMemory)>);
+pub struct RawAgent(Option<(Vec<TcpListener>, SharedMemory)>);
 
 #[derive(Serialize, Deserialize)]
 struct Listen {
-    /// One for each connection.
+    /// The addresses to listen at, one for each connection.
     addresses: Vec<Ipv4Addr>,
     bytes: usize,
     memory: MemoryState,
@@ -40,16 +41,16 @@ struct Send {
     bytes: usize,
 }
 
-/// What one end tells.
+/// The figures that one end reports.
 #[derive(Serialize, Deserialize)]
 struct Told {
-    /// From the first send to the last acknowledgement; of the sender only.
+    /// The seconds from the first send to the last acknowledgement. Only the sender reports them.
     seconds: f64,
-    /// Of its threads.
+    /// The processor seconds of the end's threads.
     cpu_seconds: f64,
 }
 
-/// As [`transfer`](super::transfer), of so many bytes that the sender makes itself.
+/// Moves so many bytes as [`transfer`](super::transfer) does. The sender makes their contents itself.
 pub(super) fn transfer(
     lab: &Lab,
     bytes: usize,
@@ -76,7 +77,8 @@ pub(super) fn transfer(
     let used = kernel.read().since(&before);
     let sent: Told = serde_json::from_value(sent.context("sending")?)?;
     let received: Told = serde_json::from_value(received.context("receiving")?)?;
-    let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).context("a time that is none");
+    let seconds =
+        |seconds: f64| Duration::try_from_secs_f64(seconds).context("the agent reports an impossible time");
     Ok(Transfer {
         elapsed: seconds(sent.seconds)?,
         send_cpu: seconds(sent.cpu_seconds)?,
@@ -85,8 +87,8 @@ pub(super) fn transfer(
     })
 }
 
-impl Receiver {
-    /// An agent's answer to orders of this file's; `None` to others.
+impl RawAgent {
+    /// Answers the orders of this file for an agent; returns `None` for other orders.
     pub fn carry_out(&mut self, name: &str, order: &Value) -> Option<Result<Value>> {
         Some(match name {
             LISTEN => Listen::deserialize(order).context("an order").and_then(|order| self.listen(&order)),
@@ -150,19 +152,22 @@ fn send_to(order: &Send) -> Result<Value> {
 }
 
 fn check(connections: usize, bytes: usize) -> Result<()> {
-    ensure!((1..=MOST).contains(&connections), "{connections} connections are none, or too many");
+    ensure!(
+        (1..=MOST).contains(&connections),
+        "{connections} connections are not possible; ask for 1 to {MOST}"
+    );
     ensure!(bytes / connections >= CHUNK_BYTES, "{bytes} bytes are too few for {connections} connections");
     Ok(())
 }
 
 fn accept(listener: &TcpListener) -> Result<TcpStream> {
     match poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&PATIENCE))? {
-        0 => bail!("nobody has connected for {} s", PATIENCE.tv_sec),
+        0 => bail!("no sender has connected for {} s", PATIENCE.tv_sec),
         _ => Ok(listener.accept()?.0),
     }
 }
 
-fn cpu_seconds(ends: &[End]) -> f64 {
+fn cpu_seconds(ends: &[ConnectionEnd]) -> f64 {
     ends.iter().map(|end| end.cpu.as_secs_f64()).sum()
 }
 
@@ -172,12 +177,12 @@ mod tests {
 
     #[test]
     fn two_agents_move_bytes() {
-        let mut receiver = Receiver::default();
+        let mut receiver = RawAgent::default();
         let bytes = 4 * CHUNK_BYTES;
         let listen = Listen { addresses: vec![Ipv4Addr::LOCALHOST; 2], bytes, memory: MemoryState::Fresh };
         let at = receiver.carry_out(LISTEN, &json!(listen)).expect("an order").expect("listeners");
         let send = json!({ "to": at, "bytes": bytes });
-        let sender = std::thread::spawn(move || Receiver::default().carry_out(SEND, &send));
+        let sender = std::thread::spawn(move || RawAgent::default().carry_out(SEND, &send));
         receiver.carry_out(RECEIVE, &Value::Null).expect("an order").expect("all bytes");
         let told = sender.join().expect("no panic").expect("an order").expect("all bytes");
         assert!(told["seconds"].as_f64() > Some(0.0), "{told}");
@@ -186,7 +191,7 @@ mod tests {
 
     #[test]
     fn orders_that_cannot_be_carried_out_are_refused() {
-        let mut receiver = Receiver::default();
+        let mut receiver = RawAgent::default();
         for (name, order) in [
             (RECEIVE, json!({})),
             (SEND, json!({ "to": [], "bytes": 1 << 20 })),

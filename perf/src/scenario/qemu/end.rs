@@ -8,28 +8,28 @@ use anyhow::{Context, Result, ensure};
 use memlane_guest::qemu::definition::{BACKEND, Definition, Paths};
 use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Host, HostId, Process, Rig, wait_for};
+use memlane_lab::{HostId, LabHost, LabProcess, Rig, wait_for};
 use serde_json::json;
 
-use super::{Mover, PATIENCE};
+use super::mover::{Mover, PATIENCE};
 use crate::cpu;
 
-/// How long a QEMU is watched whose guest does not answer.
+/// The time for which a QEMU is watched whose guest does not answer.
 const WATCH: Duration = Duration::from_secs(2);
 
 /// One end of a move: a QEMU that runs the guest or waits for it.
-pub(super) struct End {
-    /// Its process.
+pub(super) struct QemuEnd {
+    /// The process ID of the QEMU.
     pub(super) pid: u32,
-    /// The harness's own monitor of it.
+    /// The harness's own monitor of the QEMU.
     pub(super) monitor: Monitor,
-    /// What killing it takes, unless a daemon has started it.
-    process: Option<Process>,
+    /// The process, if the harness has started it and not a daemon. The harness kills it then.
+    process: Option<LabProcess>,
 }
 
-impl End {
-    /// Starts a QEMU, whoever moves the guest with the same command line but for paths: by a daemon, or for QEMU's own
-    /// migration by the harness, and then maybe with `anonymous` memory. It is one that waits for the guest on host B.
+impl QemuEnd {
+    /// Starts a QEMU. The command line is the same for both movers, except for paths. A daemon starts it, or the
+    /// harness for QEMU's own migration, and then maybe with `anonymous` memory. On host B it waits for the guest.
     pub(super) fn start(
         mover: Mover,
         rig: &Rig,
@@ -57,7 +57,7 @@ impl End {
         Ok(Self { pid, monitor, process })
     }
 
-    /// What the QEMU says that it does, and whether the guest's processor is busy.
+    /// Describes what the QEMU says that it does, and whether the guest's processor is busy.
     pub(super) fn doing(&mut self) -> Result<String> {
         let used = cpu::of_process(self.pid)?;
         std::thread::sleep(WATCH);
@@ -81,7 +81,7 @@ impl End {
     }
 }
 
-/// Has the daemon start a QEMU; returns its process.
+/// Makes the daemon start a QEMU; returns its process ID.
 fn launch(rig: &Rig, guest: &LinuxGuest, id: HostId, incoming: bool) -> Result<u32> {
     let file = rig.lab().host(id).directory().join(format!("{}.toml", guest.name));
     fs::write(&file, guest.file()).with_context(|| format!("writing {}", file.display()))?;
@@ -94,7 +94,7 @@ fn launch(rig: &Rig, guest: &LinuxGuest, id: HostId, incoming: bool) -> Result<u
 }
 
 /// Starts a QEMU as a daemon would, without the shim.
-fn spawn(host: &Host, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Result<Process> {
+fn spawn(host: &LabHost, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Result<LabProcess> {
     let paths = paths(host, guest);
     remove(&paths.memory)?;
     let definition = Definition::parse(Path::new("the guest file"), &guest.file())?;
@@ -106,13 +106,13 @@ fn spawn(host: &Host, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Re
     host.spawn("qemu", command)
 }
 
-/// What QEMU gives a guest whose memory nobody else is to see.
+/// Returns QEMU's option for memory that no other process can see.
 fn anonymous_memory(guest: &LinuxGuest) -> String {
     let prealloc = if guest.prealloc { "on" } else { "off" };
     format!("memory-backend-ram,id={BACKEND},size={},prealloc={prealloc}", guest.ram.bytes())
 }
 
-fn paths(host: &Host, guest: &LinuxGuest) -> Paths {
+fn paths(host: &LabHost, guest: &LinuxGuest) -> Paths {
     Paths {
         memory: host.memory_directory().join(format!("{}.baseline", guest.name)),
         qmp: host.directory().join("qmp"),

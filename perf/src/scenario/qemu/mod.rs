@@ -13,9 +13,8 @@
 //! Memlane's part of what QEMU took. `*_qemu` is against the faster of QEMU's ways.
 
 mod end;
+mod mover;
 mod moves;
-
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -23,27 +22,25 @@ use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::{HostId, LabOptions, Rate, Requirement, Rig, RigOptions, Size};
 use serde_json::json;
 
-use super::{Bench, Measured, Scenario};
-use crate::baseline::qemu::{DOWNTIME_LIMIT, Way};
-use crate::report::{By, Case, Report, Runs};
+use super::{Bench, CaseResult, Scenario};
+use crate::baseline::qemu::{DOWNTIME_LIMIT, QemuMethod};
+use crate::report::{CaseRuns, ScenarioReport};
+use mover::Mover;
+use moves::MoveOutcome;
 
-use moves::Outcome;
-
-/// Longest wait for anything that is no part of a measurement.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// QEMU's own ways that are measured.
-const WAYS: [Way; 2] = [Way::Plain, Way::Multifd(4)];
-/// Moves of QEMU's own that may break the guest, in each way, before all is given up.
+/// The methods of QEMU that are measured.
+const WAYS: [QemuMethod; 2] = [QemuMethod::Plain, QemuMethod::Multifd(4)];
+/// The number of moves by QEMU that may break the guest, with each method, before the scenario is given up.
 ///
 /// Under TCG they do: QEMUs before 9.0 overlook writes of a guest that goes on writing (QEMU commit 03bfc2188f06,
 /// "physmem: Fix migration dirty bitmap coherency with TCG memory access"). Memlane does not ask TCG what was written.
 const MOST_BROKEN: usize = 10;
-/// Memory of the guest that its kernel needs for itself.
+/// The memory that the guest's kernel needs for itself, in bytes.
 const LEAST_REST: u64 = 128 << 20;
 
-/// What to measure.
+/// The options of the scenario.
 #[derive(Args, Debug, Clone)]
-pub struct Qemu {
+pub struct QemuScenario {
     /// Memory of the guest
     #[arg(long, default_value = "1GiB")]
     pub ram: Size,
@@ -71,30 +68,14 @@ pub struct Qemu {
     pub anonymous: bool,
 }
 
-/// Who moves the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mover {
-    Daemons,
-    Qemu(Way),
-}
-
-impl Mover {
-    fn case(self) -> Case {
-        match self {
-            Self::Daemons => By::Memlane.case("linux"),
-            Self::Qemu(way) => By::Qemu.case(way.to_string()),
-        }
-    }
-}
-
-impl Scenario for Qemu {
+impl Scenario for QemuScenario {
     const NAME: &'static str = "qemu";
 
     fn needs(&self) -> &'static [Requirement] {
         Requirement::LAB_WITH_QEMU
     }
 
-    fn measure(&self, bench: &Bench) -> Result<Report> {
+    fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         ensure!(
             self.touched().bytes() + LEAST_REST <= self.ram.bytes(),
             "a guest of {} cannot fill {}: its kernel needs {} MiB; make --touched smaller or --ram larger",
@@ -126,7 +107,7 @@ impl Scenario for Qemu {
     }
 }
 
-impl Qemu {
+impl QemuScenario {
     fn touched(&self) -> Size {
         self.touched.unwrap_or_else(|| self.ram.part(2))
     }
@@ -146,7 +127,8 @@ impl Qemu {
         })
     }
 
-    /// Moves the guest once; and again if QEMU by itself has broken it, which is not Memlane's to mend.
+    /// Moves the guest once. If QEMU by itself has broken it, the guest is moved again, because Memlane cannot mend
+    /// that.
     fn repeat(
         &self,
         rig: &Rig,
@@ -154,32 +136,37 @@ impl Qemu {
         mover: Mover,
         daemons: &[u32],
         broken: &mut Vec<(Mover, String)>,
-    ) -> Result<Measured> {
+    ) -> Result<CaseResult> {
         loop {
             let outcome = moves::run(rig, guest, mover, self.anonymous, daemons).with_context(|| {
                 let console = std::fs::read_to_string(&guest.console).unwrap_or_default();
                 format!("moving the guest, whose console ends: {}", last_lines(&console))
             })?;
             match outcome {
-                Outcome::Whole(moved) => {
-                    return Ok(Measured {
+                MoveOutcome::Whole(moved) => {
+                    return Ok(CaseResult {
                         figures: moved.figures(self.ram.bytes()),
                         detail: moved.told,
-                        ..Measured::default()
+                        ..CaseResult::default()
                     });
                 }
-                Outcome::Broken(how) => {
+                MoveOutcome::Broken(how) => {
                     let failed = format!("the guest did not arrive whole: {how}");
                     let so_far = broken.iter().filter(|(by, _)| *by == mover).count();
                     ensure!(mover != Mover::Daemons && so_far < MOST_BROKEN, failed);
-                    eprintln!("qemu: {failed}; once more");
+                    eprintln!("qemu: {failed}; the move is repeated");
                     broken.push((mover, how));
                 }
             }
         }
     }
 
-    fn report(&self, guest: &LinuxGuest, runs: Runs, broken: &[(Mover, String)]) -> Result<Report> {
+    fn report(
+        &self,
+        guest: &LinuxGuest,
+        runs: CaseRuns,
+        broken: &[(Mover, String)],
+    ) -> Result<ScenarioReport> {
         let writes = match self.dirty_rate {
             0 => "idle".to_owned(),
             rate => format!("writing {rate} pages a second"),
@@ -227,7 +214,7 @@ impl Qemu {
                 ));
             }
         }
-        let mut report = Report::new(Self::NAME, headline, &settings, runs)?;
+        let mut report = ScenarioReport::new(Self::NAME, headline, &settings, runs)?;
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }

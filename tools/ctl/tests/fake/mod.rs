@@ -17,7 +17,7 @@ use tokio::task::LocalSet;
 use tokio::time::sleep;
 
 /// A daemon on a socket of its own.
-pub struct Daemon {
+pub(crate) struct Daemon {
     directory: TempDir,
     end_preflight: Arc<Notify>,
     preflight: mpsc::Receiver<()>,
@@ -32,7 +32,7 @@ struct Fake {
 
 impl Daemon {
     /// Starts it on a thread that lives as long as the test's process.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (socket, end_preflight) = (directory.path().join("api.sock"), Arc::new(Notify::new()));
         let (sender, preflight) = mpsc::channel();
@@ -55,12 +55,12 @@ impl Daemon {
         Self { directory, end_preflight, preflight }
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("api.sock")
     }
 
     /// Whether the latest migration of a guest has not ended, asked as anyone would.
-    pub fn is_under_way(&self, guest: &str) -> bool {
+    pub(crate) fn is_under_way(&self, guest: &str) -> bool {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let migrations = runtime.block_on(Client::new(self.socket()).migrations()).unwrap();
         let latest = migrations.iter().rev().find(|migration| migration.guest == guest).unwrap();
@@ -68,12 +68,12 @@ impl Daemon {
     }
 
     /// Waits until the preflight of `slow1` has begun.
-    pub fn wait_for_preflight(&self) {
+    pub(crate) fn wait_for_preflight(&self) {
         self.preflight.recv().unwrap();
     }
 
     /// Lets it end.
-    pub fn end_preflight(&self) {
+    pub(crate) fn end_preflight(&self) {
         self.end_preflight.notify_one();
     }
 }

@@ -1,4 +1,4 @@
-//! Packets on their way.
+//! Packets that are on their way through a cable.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -6,25 +6,25 @@ use std::time::Instant;
 
 use crate::tun::MAX_PACKET_BYTES;
 
-/// Packets that a queue holds at most, however small they are.
+/// The largest number of packets that a queue holds, however small they are.
 const MAX_PACKETS: usize = 1 << 16;
 
 /// Packets in the order of their arrival, in one piece of memory that is reused round and round.
 pub(super) struct Queue {
     bytes: Box<[u8]>,
-    /// Where each packet lies, and when it is due. Oldest first.
+    /// The place of each packet in the memory, and the time when it is due, the oldest first.
     packets: VecDeque<(Range<usize>, Instant)>,
 }
 
 impl Queue {
-    /// With room for so many bytes of packets, and at least for one.
+    /// Makes a queue with room for so many bytes of packets, and at least for one packet.
     pub(super) fn new(bytes: usize) -> Self {
         // Untouched memory of zeros costs nothing yet.
         let bytes = vec![0; bytes.max(MAX_PACKET_BYTES)].into_boxed_slice();
         Self { bytes, packets: VecDeque::with_capacity(1024) }
     }
 
-    /// Where the next packet may be written, if there is room for the longest.
+    /// Returns where the next packet may be written, if there is room for the longest one.
     pub(super) fn room(&mut self) -> Option<&mut [u8]> {
         let start = self.free()?;
         Some(&mut self.bytes[start..start + MAX_PACKET_BYTES])
@@ -37,12 +37,12 @@ impl Queue {
         self.packets.push_back((start..start + length, due));
     }
 
-    /// When the oldest packet is due.
+    /// Returns when the oldest packet is due.
     pub(super) fn due(&self) -> Option<Instant> {
         self.packets.front().map(|(_, due)| *due)
     }
 
-    /// The oldest packet.
+    /// Returns the oldest packet.
     pub(super) fn front(&self) -> Option<&[u8]> {
         self.packets.front().map(|(place, _)| &self.bytes[place.clone()])
     }
@@ -52,7 +52,7 @@ impl Queue {
         self.packets.pop_front();
     }
 
-    /// Where the longest packet would fit: behind the newest, or else at the beginning.
+    /// Finds where the longest packet would fit: behind the newest, or else at the beginning.
     fn free(&self) -> Option<usize> {
         let (Some((oldest, _)), Some((newest, _))) = (self.packets.front(), self.packets.back()) else {
             return Some(0);
@@ -74,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    /// What is done to a queue, drawn from a generator of its own.
+    /// Draws what is done to a queue next.
     fn draw(state: &mut u64) -> usize {
         *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (*state >> 33) as usize

@@ -1,9 +1,9 @@
-//! Archives in the format that the kernel unpacks an initramfs from: "newc", which
-//! Documentation/driver-api/early-userspace/buffer-format.rst describes.
+//! Archives in the format that the kernel unpacks an initramfs from: "newc", which is described in
+//! Documentation/driver-api/early-userspace/buffer-format.rst.
 
 /// An archive in memory.
 #[derive(Debug, Default)]
-pub(super) struct Archive {
+pub(super) struct CpioArchive {
     bytes: Vec<u8>,
     entries: u32,
 }
@@ -12,18 +12,18 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const END: &str = "TRAILER!!!";
 
-impl Archive {
-    /// Adds a directory; those above it come first.
+impl CpioArchive {
+    /// Adds a directory. The directories above it must be added before.
     pub(super) fn directory(&mut self, path: &str) {
         self.entry(path, DIRECTORY, &[]);
     }
 
-    /// Adds a file that everybody may read and execute.
+    /// Adds a file that every user may read and execute.
     pub(super) fn file(&mut self, path: &str, contents: &[u8]) {
         self.entry(path, PROGRAM, contents);
     }
 
-    /// The bytes, with the mark of the end.
+    /// Returns the bytes of the archive, with the mark of its end.
     pub(super) fn finish(mut self) -> Vec<u8> {
         self.entry(END, 0, &[]);
         self.bytes
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn an_archive_is_what_the_kernel_expects() {
-        let mut archive = Archive::default();
+        let mut archive = CpioArchive::default();
         archive.directory("dev");
         archive.file("init", b"hello");
         let bytes = archive.finish();

@@ -1,4 +1,4 @@
-//! What a Linux guest is made of, and how that is told to QEMU and to Memlane.
+//! A Linux guest: its parts, and how they are described to QEMU and to Memlane.
 
 use std::fmt;
 use std::fs;
@@ -10,65 +10,66 @@ use crate::lan::Lan;
 use crate::qemu;
 use crate::size::Size;
 
-/// A boot on an emulated processor takes seconds: what nobody needs here is left out.
+/// The kernel's parameters. A boot on an emulated processor takes seconds, so everything that is not needed is left
+/// out.
 const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on \
                                  tsc=reliable no_timer_check cryptomgr.notests audit=0";
 
-/// What executes the guest's instructions.
+/// The executor of the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
-    /// The processor, by way of /dev/kvm.
+    /// The processor executes them, through /dev/kvm.
     Kvm,
-    /// QEMU itself, which translates them.
+    /// QEMU translates and executes them itself.
     Tcg,
 }
 
 /// A Linux guest under QEMU.
 #[derive(Debug, Clone)]
 pub struct LinuxGuest {
-    /// Its name.
+    /// The guest's name.
     pub name: String,
     /// The kernel that it boots.
     pub kernel: Kernel,
-    /// What it boots into.
+    /// The initramfs that it boots into.
     pub initramfs: Initramfs,
     /// The program that is its VMM.
     pub qemu: PathBuf,
-    /// What executes its instructions.
+    /// The executor of the guest's instructions.
     pub accelerator: Accelerator,
-    /// Virtual processors; as many threads write and check memory.
+    /// The number of virtual processors. As many threads write and check memory.
     pub vcpus: u16,
-    /// Its RAM.
+    /// The size of the guest's RAM.
     pub ram: Size,
     /// Whether QEMU takes all of the RAM from the system when it starts.
     pub prealloc: bool,
-    /// Memory that the threads write. All the rest is only touched by Linux itself.
+    /// The memory that the threads write. Only Linux itself touches the rest.
     pub working_set: Size,
-    /// Pages that they write a second, all together.
+    /// The number of pages that all threads together write in a second.
     pub rate: u64,
-    /// Hardware address of its network interface.
+    /// The hardware address of the guest's network interface.
     pub mac: [u8; 6],
-    /// The tap that the interface is plugged into, on either host.
+    /// The name of the tap that the interface is connected to, on either host.
     pub tap: String,
-    /// Address of the interface.
+    /// The IPv4 address of the interface.
     pub address: Ipv4Addr,
-    /// The file that has what the guest prints on its console, wherever it runs.
+    /// The file that receives what the guest prints on its console, on whichever host it runs.
     pub console: PathBuf,
-    /// Whether the kernel carries its packets (vhost-net), and not QEMU.
+    /// Whether the kernel carries the guest's packets (vhost-net) instead of QEMU.
     pub vhost: bool,
     /// Further arguments for QEMU.
     pub arguments: Vec<String>,
 }
 
 impl Accelerator {
-    /// KVM where a stock Linux can be expected to boot under it, else TCG, and why.
+    /// Chooses KVM if a stock Linux can be expected to boot under it, else TCG, and says why.
     pub fn choose() -> (Self, &'static str) {
         let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let kvm = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
         Self::of(&processor, kvm)
     }
 
-    /// The same for a host with such a /proc/cpuinfo, and maybe a usable /dev/kvm.
+    /// Chooses the accelerator of a host that has such a /proc/cpuinfo, and a usable /dev/kvm if `kvm`.
     pub fn of(processor: &str, kvm: bool) -> (Self, &'static str) {
         if !kvm {
             (Self::Tcg, "/dev/kvm cannot be opened")
@@ -83,7 +84,7 @@ impl Accelerator {
         }
     }
 
-    /// As in QEMU's `-accel`.
+    /// Returns the name that QEMU's `-accel` uses.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
@@ -99,7 +100,7 @@ impl fmt::Display for Accelerator {
 }
 
 impl LinuxGuest {
-    /// A guest called `web1` with one vCPU, 512 MiB of RAM, and a quarter of it in use.
+    /// Describes a guest called `web1` with one vCPU, 512 MiB of RAM, and a quarter of it in use.
     pub fn new(kernel: Kernel, initramfs: Initramfs, accelerator: Accelerator, console: PathBuf) -> Self {
         Self {
             name: "web1".into(),
@@ -121,12 +122,13 @@ impl LinuxGuest {
         }
     }
 
-    /// The hardware address as it is written.
+    /// Returns the hardware address as text.
     pub fn mac_text(&self) -> String {
         self.mac.map(|byte| format!("{byte:02x}")).join(":")
     }
 
-    /// Arguments for QEMU, without those for name, RAM, network and monitor, which are whoever's who starts it.
+    /// Returns the arguments for QEMU, without those for name, RAM, network and monitor. The program that starts QEMU
+    /// adds these.
     pub fn qemu_arguments(&self) -> Vec<String> {
         let processor = match self.accelerator {
             Accelerator::Kvm => "host",
@@ -154,7 +156,7 @@ impl LinuxGuest {
         arguments
     }
 
-    /// The guest file for `memlanectl launch`.
+    /// Returns the text of the guest file for `memlanectl launch`.
     pub fn file(&self) -> String {
         let Self { name, ram, prealloc, tap, vhost, .. } = self;
         let qemu = self.qemu.display();

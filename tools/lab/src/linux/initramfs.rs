@@ -1,15 +1,15 @@
-//! What a guest boots into.
+//! The initramfs that a guest boots into.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::cpio::Archive;
+use super::cpio::CpioArchive;
 use super::kernel::Kernel;
 use crate::programs::{cargo_build, target_directory};
 
-/// Modules that a guest of QEMU needs; those that they depend on come before them.
+/// The modules that a guest of QEMU needs. The modules that they depend on come before them.
 const MODULES: &[&str] = &["virtio_pci", "virtio_net", "virtio_balloon"];
 /// The program is built for this target even where that is the host's own, since cargo keeps what is built with
 /// `--target` and other flags apart.
@@ -29,7 +29,7 @@ impl Initramfs {
     ///
     /// If cargo fails, one of the kernel's modules cannot be read, or the file cannot be written.
     pub fn build(file: &Path, kernel: &Kernel) -> Result<Self> {
-        let mut archive = Archive::default();
+        let mut archive = CpioArchive::default();
         // No /dev/console: the kernel has one built in, and opens it before /dev is mounted.
         for directory in ["dev", "proc", "sys", "modules"] {
             archive.directory(directory);
@@ -43,13 +43,13 @@ impl Initramfs {
         Ok(Self { file: file.to_owned() })
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn file(&self) -> &Path {
         &self.file
     }
 }
 
-/// The guest's program. Always optimized: it runs on an emulated processor.
+/// Builds the guest's program. It is always optimized, because it runs on an emulated processor.
 fn init() -> Result<Vec<u8>> {
     let mut command = cargo_build();
     command.args(["--package", "memlane-init", "--release", "--target", TARGET]);

@@ -1,4 +1,4 @@
-//! Debian's cloud kernel, out of its package.
+//! Debian's cloud kernel, taken from its package.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::programs::{run, target_directory};
 
-/// A package that depends on the kernel's own, whose name changes with every version.
+/// The name of a package that depends on the kernel's own package, whose name changes with every version.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 const IMAGE: &str = "vmlinuz-";
 
@@ -27,8 +27,8 @@ pub(super) struct Module {
 }
 
 impl Kernel {
-    /// The kernel that an earlier call has left in cargo's target directory; else it is downloaded with `apt-get`
-    /// and unpacked there, without being installed.
+    /// Returns the kernel that an earlier call has left in cargo's target directory. If there is none, it downloads the
+    /// kernel with `apt-get` and unpacks it there, without installing it.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Kernel {
         Self::present().with_context(|| format!("{PACKAGE} has left no kernel in {}", directory.display()))
     }
 
-    /// The kernel that is there already.
+    /// Returns the kernel that has been unpacked already, if there is one.
     pub fn present() -> Option<Self> {
         let mut unpacked: Vec<PathBuf> =
             fs::read_dir(directory()).ok()?.flatten().map(|entry| entry.path()).collect();
@@ -56,18 +56,18 @@ impl Kernel {
         unpacked.iter().rev().find_map(|root| Self::in_package(root))
     }
 
-    /// Its version, such as `6.1.0-56-cloud-amd64`.
+    /// Returns the kernel's version, such as `6.1.0-56-cloud-amd64`.
     pub fn release(&self) -> &str {
         &self.release
     }
 
-    /// A file for QEMU's `-kernel`.
+    /// Returns the file for QEMU's `-kernel`.
     pub fn image(&self) -> &Path {
         &self.image
     }
 
-    /// The contents of `names` and of all that they depend on, in an order in which they can be loaded. What is
-    /// built into the kernel is left out.
+    /// Returns the contents of the modules `names` and of all that they depend on, in an order in which they can be
+    /// loaded. Modules that are built into the kernel are left out.
     pub(super) fn modules(&self, names: &[&str]) -> Result<Vec<Module>> {
         let mut files = BTreeMap::new();
         find_modules(&self.modules, &mut files)?;
@@ -119,7 +119,7 @@ fn download(directory: &Path) -> Result<()> {
     }
 }
 
-/// The package that has the kernel itself.
+/// Finds the name of the package that contains the kernel itself.
 fn concrete_package() -> Result<String> {
     let text = run("apt-cache", &["depends", "--important", PACKAGE], Path::new("/"))?;
     text.lines()
@@ -130,7 +130,7 @@ fn concrete_package() -> Result<String> {
         .with_context(|| format!("apt knows no package that {PACKAGE} depends on"))
 }
 
-/// Files of all modules under `directory`, by name.
+/// Finds the files of all modules under `directory`, by name.
 fn find_modules(directory: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     for entry in fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))? {
         let path = entry?.path();
@@ -159,15 +159,15 @@ fn add_module(name: &str, files: &BTreeMap<String, PathBuf>, ordered: &mut Vec<M
     Ok(())
 }
 
-/// What the module itself says that it depends on, in its section `.modinfo`: `modules.dep` is only made when a kernel
-/// is installed.
+/// Reads from the module's section `.modinfo` what it depends on: `modules.dep` is only made when a kernel is
+/// installed.
 fn dependencies(module: &[u8]) -> Vec<String> {
     let text = module.split(|byte| *byte == 0).find_map(|word| word.strip_prefix(b"depends="));
     let text = String::from_utf8_lossy(text.unwrap_or_default());
     text.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
-/// Files may have `-` where names have `_`.
+/// Returns the name of a module as it is compared. Files may have `-` where names have `_`.
 fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }

@@ -1,4 +1,4 @@
-//! Debian's archive, as this machine's apt is told to reach it.
+//! Debian's package archive, as apt reaches it on this machine.
 
 use std::fs;
 use std::path::Path;
@@ -7,17 +7,17 @@ use anyhow::{Result, ensure};
 
 use crate::programs::run;
 
-/// A place that has Debian's packages.
+/// A package archive of Debian.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Archive {
-    /// Where it is.
+pub(super) struct DebianArchive {
+    /// The URI of the archive.
     uri: String,
-    /// Whose signatures are trusted there, where apt's configuration says so.
+    /// The keys whose signatures are trusted, if apt's configuration names them.
     signed_by: Option<String>,
 }
 
-impl Archive {
-    /// All that this machine knows, the one it asks first in front.
+impl DebianArchive {
+    /// Returns all archives that this machine knows, starting with the one that apt asks first.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ impl Archive {
         Ok(archives)
     }
 
-    /// The line of a sources.list for another release.
+    /// Returns the line of a sources.list for another release.
     pub(super) fn source(&self, suite: &str) -> String {
         let signed_by =
             self.signed_by.as_ref().map(|keys| format!("[signed-by={keys}] ")).unwrap_or_default();
@@ -44,7 +44,7 @@ impl Archive {
     }
 }
 
-fn known() -> Result<Vec<Archive>> {
+fn known() -> Result<Vec<DebianArchive>> {
     // Whatever the format of its configuration is, and wherever that lies.
     let targets = run(
         "apt-get",
@@ -62,12 +62,12 @@ fn known() -> Result<Vec<Archive>> {
     Ok(read(&targets, |file| fs::read_to_string(file).unwrap_or_default()))
 }
 
-/// The archives of `targets`, a line each: a URI, and the file and place that configures it.
-fn read(targets: &str, file: impl Fn(&str) -> String) -> Vec<Archive> {
-    let mut archives: Vec<Archive> = Vec::new();
+/// Reads the archives of `targets`, one on each line: a URI, and the file and the place that configures it.
+fn read(targets: &str, file: impl Fn(&str) -> String) -> Vec<DebianArchive> {
+    let mut archives: Vec<DebianArchive> = Vec::new();
     for (uri, entry) in targets.lines().filter_map(|line| line.trim().split_once(' ')) {
         let file = file(entry.rsplit_once(':').map_or(entry, |(file, _)| file));
-        let archive = Archive { uri: uri.to_owned(), signed_by: signed_by(&file, uri) };
+        let archive = DebianArchive { uri: uri.to_owned(), signed_by: signed_by(&file, uri) };
         if archives.iter().all(|known| known.uri != archive.uri) {
             archives.push(archive);
         }
@@ -75,8 +75,8 @@ fn read(targets: &str, file: impl Fn(&str) -> String) -> Vec<Archive> {
     archives
 }
 
-/// Files of keys that `text`, of either format, has for the archive at `uri`. Where it has none, or has the keys
-/// themselves, mmdebstrap takes Debian's own.
+/// Finds the files of keys that `text`, in either format, names for the archive at `uri`. If it names none, or contains
+/// the keys themselves, mmdebstrap takes Debian's own.
 fn signed_by(text: &str, uri: &str) -> Option<String> {
     let is_there = |word: &str| word.trim_end_matches('/') == uri.trim_end_matches('/');
     let about = |part: &&str| part.split_whitespace().any(is_there);

@@ -9,49 +9,55 @@ mod archive;
 mod unpack;
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 
 use crate::programs::{run, target_directory};
 
-/// The environment variable that says which QEMU is used: one of [`VERSIONS`], or the path of any other.
+/// The environment variable that says which QEMU is used: the name of one of [`VERSIONS`], or the path of any other
+/// QEMU.
 pub const VARIABLE: &str = "MEMLANE_QEMU";
 
-/// The environment variable that names a file for the names of all tests that use QEMU, so that whoever runs them can
-/// run these again with another version.
+/// The environment variable that names a file for the names of all tests that use QEMU, so that these tests can be run
+/// again with another version.
 pub const TESTS: &str = "MEMLANE_QEMU_TESTS";
 
-/// All that are tested, the oldest first. The last one is used where nothing else is said.
+/// All versions that are tested, the oldest first. The last one is the default.
 pub const VERSIONS: [Version; 2] =
     [Version { name: "7.2", suite: "bookworm" }, Version { name: "10.0", suite: "trixie" }];
 
-/// Where hosts have it that nobody here has set up.
+/// The QEMU that [`prefer`] was told.
+static PREFERRED: OnceLock<OsString> = OnceLock::new();
+
+/// The path of an installed QEMU, on hosts that the harness has not set up.
 const INSTALLED: &str = "/usr/bin/qemu-system-x86_64";
 
 /// A version of QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
-    /// Its number, as in `7.2`.
+    /// The version number, as in `7.2`.
     pub name: &'static str,
-    /// The Debian release that has it.
+    /// The name of the Debian release that contains it.
     suite: &'static str,
 }
 
 impl Version {
-    /// The one of that number.
+    /// Returns the version that has that number.
     pub fn named(name: &str) -> Option<Self> {
         VERSIONS.into_iter().find(|version| version.name == name)
     }
 
-    /// The program, which is there once it was [obtained](Self::obtain).
+    /// Returns the path of the program, which exists once it was [obtained](Self::obtain).
     pub fn program(self) -> PathBuf {
         self.directory().join(unpack::PROGRAM)
     }
 
-    /// Unpacks it into cargo's target directory, unless an earlier call has done so.
+    /// Unpacks this version into cargo's target directory, unless an earlier call has done so.
     ///
     /// # Errors
     ///
@@ -70,17 +76,24 @@ impl Version {
     }
 }
 
-/// The QEMU that labs use, as [`VARIABLE`] says.
+/// Makes labs of this process use a QEMU, whatever [`VARIABLE`] says. `which` is what that variable could say. It must
+/// be called before anything else of this module; later calls do nothing.
+pub fn prefer(which: OsString) {
+    let _ = PREFERRED.set(which);
+}
+
+/// Returns the QEMU that labs use, as [`prefer`] or [`VARIABLE`] says.
 pub fn program() -> PathBuf {
     chosen().map_or_else(|path| path, Version::program)
 }
 
-/// The QEMU of a host that nobody here has set up: the one whose path [`VARIABLE`] says, else the one that is installed.
+/// Returns the QEMU of a host that the harness has not set up: the one whose path [`VARIABLE`] says, else the installed
+/// one.
 pub fn program_elsewhere() -> PathBuf {
     chosen().err().unwrap_or_else(|| INSTALLED.into())
 }
 
-/// Has the QEMU that labs use unpacked, unless it is there.
+/// Unpacks the QEMU that labs use, unless that has been done.
 ///
 /// # Errors
 ///
@@ -89,7 +102,7 @@ pub fn obtain() -> Result<PathBuf> {
     chosen().map_or_else(Ok, Version::obtain)
 }
 
-/// Arguments that have the QEMU that labs use go on as another user, once it has started.
+/// Returns the arguments that make the QEMU that labs use become another user, once it has started.
 ///
 /// # Errors
 ///
@@ -104,14 +117,14 @@ pub fn run_as(user: &str) -> Result<[String; 2]> {
     })
 }
 
-/// Notes in the file that [`TESTS`] names, if it names one, that a test uses QEMU.
+/// Writes into the file that [`TESTS`] names, if it names one, that a test uses QEMU.
 pub(crate) fn note_test(test: &str) {
     let Some(file) = env::var_os(TESTS) else { return };
     let noted = File::options().append(true).open(file).and_then(|mut file| writeln!(file, "{test}"));
-    noted.expect("whoever names the file has made it");
+    noted.expect("the file for the names of tests exists and can be written");
 }
 
-/// Why there is no [`program`].
+/// Returns why there is no [`program`]; `None` if there is one.
 pub(crate) fn why_not() -> Option<String> {
     let program = program();
     (!program.exists()).then(|| match chosen() {
@@ -121,7 +134,8 @@ pub(crate) fn why_not() -> Option<String> {
 }
 
 fn chosen() -> Result<Version, PathBuf> {
-    choose(env::var_os(VARIABLE).as_deref().map(Path::new))
+    let which = PREFERRED.get().cloned().or_else(|| env::var_os(VARIABLE));
+    choose(which.as_deref().map(Path::new))
 }
 
 fn choose(said: Option<&Path>) -> Result<Version, PathBuf> {

@@ -1,4 +1,4 @@
-//! A QEMU is unpacked from its package, with all that it depends on.
+//! Unpacking a QEMU from its package, with all that it depends on.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -8,23 +8,23 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 
-use super::archive::Archive;
+use super::archive::DebianArchive;
 use crate::programs::{in_path, run};
 
-/// The program, in the folder that it was unpacked into.
+/// The path of the program in the folder that it was unpacked into.
 pub(super) const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 
-/// Packages that are unpacked: NICs have code of ipxe-qemu to boot from.
+/// The packages that are unpacked. Network cards boot with code of ipxe-qemu.
 const PACKAGES: &str = "qemu-system-x86,ipxe-qemu";
-/// Where a folder has libraries, and the loader in one of them.
+/// The directories of libraries in the folder. One of them contains the loader.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 const LOADER: &str = "ld-linux-x86-64.so.2";
-/// How folders begin that are not whole yet.
+/// The prefix of the names of folders that are not complete yet.
 const UNFINISHED: &str = ".unpack-";
-/// What does it, each a Debian package of the same name.
+/// The programs that unpack it. Each is a Debian package of the same name.
 const TOOLS: [&str; 2] = ["mmdebstrap", "patchelf"];
 
-/// Has QEMU `version` of a Debian release in `directory`, and unpacks it there unless it is there already.
+/// Makes sure that QEMU `version` of a Debian release is in `directory`, and unpacks it there if it is not.
 pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()> {
     let program = directory.join(PROGRAM);
     if start(&program, version).is_ok() {
@@ -60,7 +60,7 @@ pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()>
     start(&program, version)
 }
 
-/// Starts the program, which must say that it is that version.
+/// Starts the program, and checks that it says that it is that version.
 fn start(program: &Path, version: &str) -> Result<()> {
     let name = program.to_str().context("a path that is no UTF-8")?;
     let said = run(name, &["--version"], Path::new("/"))?;
@@ -68,7 +68,7 @@ fn start(program: &Path, version: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes what was not finished, because somebody had enough of it or the machine went down.
+/// Removes folders that are not complete because an earlier call was interrupted.
 fn sweep(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))? {
         let path = entry?.path();
@@ -96,7 +96,7 @@ fn install_tools() -> Result<()> {
 fn extract(suite: &str, root: &Path) -> Result<()> {
     let mut last = None;
     let path = root.to_str().context("a path that is no UTF-8")?;
-    for archive in Archive::all()? {
+    for archive in DebianArchive::all()? {
         let include = format!("--include={PACKAGES}");
         let source = archive.source(suite);
         let arguments = ["--quiet", "--variant=extract", &include, suite, path, &source];
@@ -109,7 +109,7 @@ fn extract(suite: &str, root: &Path) -> Result<()> {
     Err(last.context("no archive was asked")?)
 }
 
-/// Has the program in `root` use what is in its folder, which will be `directory`, and nothing of the machine's.
+/// Makes the program in `root` use only what is in its folder, which will be `directory`, and nothing of the machine's.
 fn make_own(root: &Path, directory: &Path) -> Result<()> {
     let program = root.join(PROGRAM);
     let libraries = LIBRARIES.map(|libraries| directory.join(libraries).display().to_string());

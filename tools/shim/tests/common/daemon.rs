@@ -12,23 +12,23 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use super::LONG;
 
 /// A daemon that listens.
-pub struct Daemon {
+pub(crate) struct Daemon {
     listener: OwnedFd,
     path: PathBuf,
 }
 
 /// A shim's connection to it.
-pub struct Connection(OwnedFd);
+pub(crate) struct Connection(OwnedFd);
 
 /// What a shim hands over.
-pub struct Handles {
+pub(crate) struct Handles {
     pub userfault: OwnedFd,
     pub pagemap: File,
     pub maps: File,
 }
 
 impl Daemon {
-    pub fn new(path: &Path) -> Self {
+    pub(crate) fn new(path: &Path) -> Self {
         let flags = SocketFlags::CLOEXEC;
         let listener =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
@@ -38,14 +38,14 @@ impl Daemon {
     }
 
     /// Waits for the shim of process `pid`, and welcomes it.
-    pub fn welcome(&self, pid: u32) -> Connection {
+    pub(crate) fn welcome(&self, pid: u32) -> Connection {
         let connection = self.accept(pid);
         connection.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
         connection
     }
 
     /// Waits for the shim of process `pid`, up to its greeting.
-    pub fn accept(&self, pid: u32) -> Connection {
+    pub(crate) fn accept(&self, pid: u32) -> Connection {
         wait_for(self.listener.as_fd());
         let socket = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap();
         let peer = rustix::net::sockopt::socket_peercred(&socket).unwrap();
@@ -59,8 +59,8 @@ impl Daemon {
         connection
     }
 
-    /// Whether somebody has connected and was not accepted yet.
-    pub fn has_caller(&self) -> bool {
+    /// Returns whether a shim has connected and was not accepted yet.
+    pub(crate) fn has_caller(&self) -> bool {
         is_ready(self.listener.as_fd(), &Timespec { tv_sec: 0, tv_nsec: 0 })
     }
 }
@@ -72,16 +72,16 @@ impl Drop for Daemon {
 }
 
 impl Connection {
-    pub fn socket(&self) -> BorrowedFd<'_> {
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 
-    pub fn send(&self, message: &ToVmm, descriptors: &[BorrowedFd<'_>]) {
+    pub(crate) fn send(&self, message: &ToVmm, descriptors: &[BorrowedFd<'_>]) {
         packet::send(&self.0, &message.encode(), descriptors).unwrap();
     }
 
     /// The next message, or `None` where the shim has closed the connection.
-    pub fn receive(&self) -> Option<(FromVmm, Vec<OwnedFd>)> {
+    pub(crate) fn receive(&self) -> Option<(FromVmm, Vec<OwnedFd>)> {
         wait_for(self.0.as_fd());
         let mut buffer = vec![0; MAX_PACKET_BYTES];
         match packet::recv(&self.0, &mut buffer) {
@@ -90,7 +90,7 @@ impl Connection {
         }
     }
 
-    pub fn ask(
+    pub(crate) fn ask(
         &self,
         request: Request,
         descriptors: &[BorrowedFd<'_>],
@@ -104,12 +104,12 @@ impl Connection {
     }
 
     /// Asks for a userfaultfd, by the rights of `device` or by those of the shim's process.
-    pub fn open_userfault(&self, device: Option<&File>) -> Result<Handles, String> {
+    pub(crate) fn open_userfault(&self, device: Option<&File>) -> Result<Handles, String> {
         self.open(device, false)
     }
 
     /// The same, and the shim is to keep a copy of it.
-    pub fn keep_userfault(&self, device: &File) -> Handles {
+    pub(crate) fn keep_userfault(&self, device: &File) -> Handles {
         self.open(Some(device), true).unwrap()
     }
 

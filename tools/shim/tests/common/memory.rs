@@ -20,30 +20,30 @@ const PAGE_BYTES: u64 = 4096;
 const PROTECTED: u64 = 1 << 57;
 
 /// A file on tmpfs that a program maps.
-pub struct RamFile(NamedTempFile);
+pub(crate) struct RamFile(NamedTempFile);
 
 /// Where a program maps the file.
-pub struct Memory {
+pub(crate) struct Memory {
     userfault: Option<OwnedFd>,
     pagemap: File,
     addresses: Range<u64>,
 }
 
 impl RamFile {
-    pub fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64) -> Self {
         let file = tempfile::Builder::new().prefix("memlane-shim-").tempfile_in("/dev/shm").unwrap();
         file.as_file().set_len(pages * PAGE_BYTES).unwrap();
         Self(file)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 }
 
 impl Memory {
     /// Finds the mapping of `file`.
-    pub fn find(mut handles: Handles, file: &RamFile) -> Self {
+    pub(crate) fn find(mut handles: Handles, file: &RamFile) -> Self {
         let mut maps = String::new();
         handles.maps.read_to_string(&mut maps).unwrap();
         let path = file.path().to_str().unwrap();
@@ -56,12 +56,12 @@ impl Memory {
     }
 
     /// The same, seen by a `pagemap` of the observer's own, without any descriptor of the program.
-    pub fn without_userfault(self, pagemap: File) -> Self {
+    pub(crate) fn without_userfault(self, pagemap: File) -> Self {
         Self { userfault: None, pagemap, ..self }
     }
 
     /// Protects all of it; the protection lasts as long as what is returned.
-    pub fn protect(&self) -> Userfault {
+    pub(crate) fn protect(&self) -> Userfault {
         let fd = self.userfault.as_ref().unwrap().try_clone().unwrap();
         let userfault = Userfault::from_fd(fd, WRITE_PROTECT_ASYNC).unwrap();
         userfault.register(self.addresses.clone(), Faults::WriteProtect).unwrap();
@@ -70,7 +70,7 @@ impl Memory {
     }
 
     /// Pages written since they were protected.
-    pub fn written(&self) -> BTreeSet<u64> {
+    pub(crate) fn written(&self) -> BTreeSet<u64> {
         let pages = (self.addresses.end - self.addresses.start) / PAGE_BYTES;
         let mut entries = vec![0; pages as usize * 8];
         self.pagemap.read_exact_at(&mut entries, self.addresses.start / PAGE_BYTES * 8).unwrap();

@@ -12,17 +12,17 @@ use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-pub use daemon::{Connection, Daemon, Handles};
-pub use memory::{Memory, RamFile};
-pub use seccomp::forbid;
+pub(crate) use daemon::{Connection, Daemon, Handles};
+pub(crate) use memory::{Memory, RamFile};
+pub(crate) use seccomp::forbid;
 
 /// Longest wait for anything, on a machine that is busy with other things.
-pub const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// What tells the shim where the daemon is.
-pub const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
+pub(crate) const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
 
 /// What cargo makes of this package.
-pub struct Built {
+pub(crate) struct Built {
     /// `libmemlane_shim.so`.
     pub library: PathBuf,
     /// The example program `writer`.
@@ -31,7 +31,7 @@ pub struct Built {
 
 impl Built {
     /// Builds what is not up to date. Where the files are, cargo knows best.
-    pub fn get() -> &'static Self {
+    pub(crate) fn get() -> &'static Self {
         static BUILT: OnceLock<Built> = OnceLock::new();
         BUILT.get_or_init(|| {
             let mut command = Command::new(env!("CARGO"));
@@ -55,15 +55,15 @@ impl Built {
 }
 
 /// `command` with the shim in it, which looks for the daemon at `socket`.
-pub fn preload<'a>(command: &'a mut Command, socket: &Path) -> &'a mut Command {
+pub(crate) fn preload<'a>(command: &'a mut Command, socket: &Path) -> &'a mut Command {
     command.env("LD_PRELOAD", &Built::get().library).env(VARIABLE, socket)
 }
 
 /// A program that is ended with the test.
-pub struct Running(pub Child);
+pub(crate) struct Running(pub Child);
 
 impl Running {
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use libc::{sock_filter, sock_fprog};
 
 /// Lets `calls` fail with `EPERM` in the program that `command` starts.
-pub fn forbid(command: &mut Command, calls: &[i64]) {
+pub(crate) fn forbid(command: &mut Command, calls: &[i64]) {
     let step = |code: u32, jt, jf, k| sock_filter { code: code as u16, jt, jf, k };
     let answer = |what| step(libc::BPF_RET | libc::BPF_K, 0, 0, what);
     // The number of the call comes first in what a filter sees (`struct seccomp_data`).

@@ -1,73 +1,72 @@
-//! [`ControlBlock`]: what a vCPU is told to do, and what it reports.
+//! [`ControlBlock`]: the parameters of a vCPU, and its reports.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::PAGE_SIZE;
 
-use super::Layout;
-use crate::workload::{Rate, Workload};
+use super::layout::{BLOCK_PAGES, GuestLayout};
+use crate::workload::{Workload, WriteRate};
 
-/// Pages of a control block.
-pub const BLOCK_PAGES: u64 = 2;
-/// Stalls that a block remembers.
+/// The number of stalls that a block remembers.
 pub const RING: usize = 256;
-/// Shorter gaps between two steps are no stalls: an interrupt on the host takes this long at times.
+/// The shortest gap between two steps that counts as a stall, in nanoseconds: an interrupt on the host sometimes takes
+/// nearly as long.
 pub const STALL_NS: u64 = 50_000;
-/// Sleeps that last longer than asked for by less than this are no stalls: to wake a thread takes
-/// up to about 0.1 ms, a thousand times a second, and would drive real stalls out of the ring.
+/// The delay from which a late wake-up counts as a stall, in nanoseconds. To wake a thread takes up to about 0.1 ms, a
+/// thousand times a second, and would drive real stalls out of the ring.
 pub const LATE_NS: u64 = 250_000;
-/// Reads after which a reader counts them. It is its only write to memory, rare enough that what slows writes does not
-/// slow it: it waits for this page once in a round of pre-copy, and not at each read.
+/// The number of reads after which a reader counts them. This is its only write to memory. It is so rare that what
+/// slows writes does not slow the reader: it waits for this page once in a round of pre-copy, and not at each read.
 pub const READS_PER_COUNT: u64 = 1024;
-/// Steps in `1 << 32` units, before a flat-out guest looks at its parameters again.
+/// The number of steps, in `1 << 32` units, after which a flat-out guest looks at its parameters again.
 const FLAT_OUT: u64 = 256 << 32;
 
-/// A vCPU's page pair in guest RAM. The VMM writes the parameters before the first step; all
-/// else is written by the guest alone. Times are ticks of the guest's clock, which is the TSC of
-/// a virtual machine, and nanoseconds of a process.
+/// A vCPU's pair of pages in guest RAM. The VMM writes the parameters before the first step, and only the guest writes
+/// the rest. Times are ticks of the guest's clock: the TSC of a virtual machine, or the nanoseconds of a process.
 #[derive(Debug)]
 #[repr(C, align(4096))]
 pub struct ControlBlock {
-    /// 1 of a vCPU that only reads. Of what follows it knows the place of its part and the random generator.
+    /// The value 1 if the vCPU only reads. A reader uses only these parameters: the place of its part, and the random
+    /// generator.
     pub reader: AtomicU64,
-    /// Guest physical address of the first page of the part.
+    /// The guest physical address of the first page of the part.
     pub base: AtomicU64,
-    /// Pages in the part.
+    /// The number of pages in the part.
     pub pages: AtomicU64,
-    /// First page of the part that lies above the hole.
+    /// The first page of the part that lies above the hole.
     pub split: AtomicU64,
-    /// Bytes to add to the addresses of these.
+    /// The number of bytes to add to the address of a page that lies above the hole.
     pub hole_bytes: AtomicU64,
-    /// Hot pages.
+    /// The number of hot pages.
     pub hot_pages: AtomicU64,
-    /// Their chance in 65,536ths.
+    /// The chance that a step goes to a hot page, in 65,536ths.
     pub hot_chance: AtomicU64,
-    /// 1 if pages are written in order.
+    /// The value 1 if pages are written in order.
     pub sequential: AtomicU64,
-    /// Steps due each period, in `1 << 32` units.
+    /// The number of steps due in each period, in `1 << 32` units.
     pub per_period: AtomicU64,
-    /// Ticks of a period; 0 if there is no sleep between periods.
+    /// The length of a period in ticks; 0 if there is no sleep between periods.
     pub period: AtomicU64,
-    /// Ticks of the shortest gap that counts as stall.
+    /// The length of the shortest gap that counts as a stall, in ticks.
     pub threshold: AtomicU64,
-    /// State of the random generator before the first step.
+    /// The state of the random generator before the first step.
     pub random: AtomicU64,
 
-    /// Part of a step that is due but not yet done, in `1 << 32` units.
+    /// The part of a step that is due but not yet done, in `1 << 32` units.
     pub credit: AtomicU64,
-    /// When the sleep ends that the guest asked for.
+    /// The time at which the guest's sleep ends, in ticks.
     pub deadline: AtomicU64,
-    /// Steps done. The step's write comes before this is counted.
+    /// The number of steps done. A step is counted after its write.
     pub steps: AtomicU64,
-    /// Pages that a reader has read, counted every [`READS_PER_COUNT`].
+    /// The number of pages that a reader has read, counted every [`READS_PER_COUNT`].
     pub reads: AtomicU64,
 
-    /// Stalls seen.
+    /// The number of stalls seen.
     pub stalls: AtomicU64,
-    /// Ticks of the longest.
+    /// The length of the longest stall, in ticks.
     pub longest: AtomicU64,
-    /// How many stalls took `2^n` ticks, or up to twice that.
+    /// The number of stalls that took from `2^n` ticks up to twice that.
     pub histogram: [AtomicU64; 64],
     /// The last [`RING`] stalls; stall `n` is in slot `n % RING`.
     pub ring: [Stall; RING],
@@ -77,17 +76,17 @@ pub struct ControlBlock {
 #[derive(Debug)]
 #[repr(C)]
 pub struct Stall {
-    /// When it began.
+    /// The time at which the stall began, in ticks.
     pub begin: AtomicU64,
-    /// Ticks that it took.
+    /// The length of the stall, in ticks.
     pub ticks: AtomicU64,
 }
 
 const _: () = assert!(size_of::<ControlBlock>() as u64 == BLOCK_PAGES * PAGE_SIZE);
 
 impl ControlBlock {
-    /// The block of a vCPU in guest RAM.
-    pub fn of<'a>(ram: &'a GuestRam, layout: &Layout, vcpu: u16) -> &'a Self {
+    /// Returns the block of a vCPU in guest RAM.
+    pub fn of<'a>(ram: &'a GuestRam, layout: &GuestLayout, vcpu: u16) -> &'a Self {
         let slice = ram.slices(layout.block(vcpu)).next().expect("the layout was made for this RAM");
         assert_eq!(slice.len, size_of::<Self>(), "blocks lie in the first region");
         // SAFETY: the slice has the block's size and lies page aligned in a mapping that lives as
@@ -95,15 +94,15 @@ impl ControlBlock {
         unsafe { &*slice.ptr.cast() }
     }
 
-    /// Tells a vCPU what to do, for a clock of `khz`.
-    pub fn set_up(&self, layout: &Layout, workload: &Workload, vcpu: u16, khz: u32) {
+    /// Writes the parameters of a vCPU, for a clock of `khz`.
+    pub fn set_up(&self, layout: &GuestLayout, workload: &Workload, vcpu: u16, khz: u32) {
         let part = layout.part(vcpu);
         let stepper = layout.stepper(workload, vcpu);
         let (hot_pages, hot_chance) = stepper.hot();
         let ticks = |ns: u64| ns * u64::from(khz) / 1_000_000;
         let (per_period, period, threshold) = match workload.rate {
-            Rate::FlatOut => (FLAT_OUT, 0, ticks(STALL_NS)),
-            Rate::PagesPerSecond(pages) => {
+            WriteRate::FlatOut => (FLAT_OUT, 0, ticks(STALL_NS)),
+            WriteRate::PagesPerSecond(pages) => {
                 let period = workload.tick.as_nanos() as u64;
                 let each = (u128::from(pages) << 32) / u128::from(layout.writers());
                 let each = each * u128::from(period) / 1_000_000_000;

@@ -1,20 +1,20 @@
-//! The clock that a guest reads, and how its ticks relate to the host's clocks.
+//! The clock that a guest reads, and the relation of its ticks to the host's clocks.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memlane_kvm::state::{Moment, host_tsc};
 use rustix::time::{ClockId, clock_gettime};
 
-/// A guest's clock at one instant, with the host's clocks at the same.
+/// The guest's clock at one instant, with the host's clocks at the same instant.
 #[derive(Clone, Copy, Debug)]
-pub struct Reading {
-    /// The guest's clock.
+pub struct ClockReading {
+    /// The time of the guest's clock, in ticks.
     pub ticks: u64,
-    /// Its frequency.
+    /// The frequency of the guest's clock, in kHz.
     pub khz: u32,
-    /// `CLOCK_REALTIME`, nanoseconds.
+    /// The time of `CLOCK_REALTIME`, in nanoseconds.
     pub realtime: u64,
-    /// `CLOCK_MONOTONIC`, nanoseconds.
+    /// The time of `CLOCK_MONOTONIC`, in nanoseconds.
     pub monotonic: u64,
 }
 
@@ -25,39 +25,39 @@ pub struct TscClock {
     khz: AtomicU64,
 }
 
-impl Reading {
-    /// Nanoseconds that `ticks` take.
+impl ClockReading {
+    /// Returns how long `ticks` take, in nanoseconds.
     pub fn nanoseconds(&self, ticks: u64) -> u64 {
         nanoseconds(ticks, self.khz.into())
     }
 
-    /// How long ago the clock showed `ticks`, in nanoseconds; 0 for what is still to come.
+    /// Returns how long ago the clock showed `ticks`, in nanoseconds; 0 for a time that is still to come.
     pub fn age(&self, ticks: u64) -> u64 {
         self.nanoseconds(self.ticks.saturating_sub(ticks))
     }
 }
 
 impl TscClock {
-    /// A virtual machine's clock: what its TSC is ahead of the host's, and its frequency.
+    /// Sets by how much the guest's TSC is ahead of the host's, and its frequency.
     pub fn set(&self, offset: u64, khz: u32) {
         self.offset.store(offset, Ordering::Relaxed);
         self.khz.store(khz.into(), Ordering::Relaxed);
     }
 
-    /// What it shows.
+    /// Returns the time that the clock shows, in ticks.
     pub fn now(&self) -> u64 {
         host_tsc().wrapping_add(self.offset.load(Ordering::Relaxed))
     }
 
-    /// Nanoseconds that `ticks` take.
+    /// Returns how long `ticks` take, in nanoseconds.
     pub fn nanoseconds(&self, ticks: u64) -> u64 {
         nanoseconds(ticks, self.khz.load(Ordering::Relaxed))
     }
 
-    /// What it shows, and what the host's clocks show.
-    pub fn read(&self) -> Reading {
+    /// Returns what the guest's clock and the host's clocks show.
+    pub fn read(&self) -> ClockReading {
         let Moment { tsc, realtime } = Moment::now();
-        Reading {
+        ClockReading {
             ticks: tsc.wrapping_add(self.offset.load(Ordering::Relaxed)),
             khz: self.khz.load(Ordering::Relaxed) as u32,
             realtime,
@@ -66,7 +66,7 @@ impl TscClock {
     }
 }
 
-/// A clock of the host, in nanoseconds.
+/// Returns the time of a clock of the host, in nanoseconds.
 pub fn clock(id: ClockId) -> u64 {
     let time = clock_gettime(id);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64

@@ -35,7 +35,7 @@ use crate::workload::{READ_FACTOR, SLOTS};
 /// The port whose access means: wait until the block's deadline.
 pub const SLEEP_PORT: u16 = 0x6d;
 
-/// The program's bytes.
+/// Returns the program's bytes.
 pub fn bytes() -> &'static [u8] {
     unsafe extern "C" {
         static memlane_guest_code: u8;

@@ -14,24 +14,24 @@ use memlane_kvm::state::{MachineState, Moment, VmState};
 use memlane_kvm::vcpu::{Capabilities, VcpuState, tsc_offset};
 use memlane_protocol::wire::machine::{Machine, TrackerKind};
 
-use super::clock::{Reading, TscClock};
-use super::vcpu::{Seat, Vcpu, install_kick, lock};
-use super::{Guest, Layout, long_mode};
+use super::clock::{ClockReading, TscClock};
+use super::vcpu::{ThreadSlot, Vcpu, install_kick, lock};
+use super::{GuestLayout, GuestMachine, long_mode};
 use crate::gate::Gate;
 use crate::workload::SLOTS;
 
-/// Entries of each vCPU's dirty ring: a ring that is full stops its vCPU, so it has room for what
-/// a vCPU writes between two harvests (256 MiB), and takes 1 MiB.
+/// The number of entries of each vCPU's dirty ring. A ring that is full stops its vCPU, so it has room for what a vCPU
+/// writes between two harvests (256 MiB), and takes 1 MiB.
 const RING_ENTRIES: u32 = 1 << 16;
 
-/// How a virtual machine is made.
+/// The settings of a virtual machine.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct KvmOptions {
     /// This program, and the number of vCPUs.
     pub program: Program,
-    /// Processor features that the guest is not given.
+    /// The processor features that the guest is not given.
     pub without: Vec<Feature>,
-    /// How dirty pages are found.
+    /// The way in which dirty pages are found.
     pub tracker: TrackerKind,
     /// Whether the guest comes from another host; otherwise it starts here.
     pub incoming: bool,
@@ -40,25 +40,25 @@ pub struct Options {
 /// A virtual machine, its vCPUs, and their threads.
 pub struct KvmGuest {
     program: Program,
-    layout: Layout,
+    layout: GuestLayout,
     host: Capabilities,
     pit: bool,
     machine: Mutex<Machine>,
     clock: Arc<TscClock>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
-    seats: Arc<[Seat]>,
+    seats: Arc<[ThreadSlot]>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     vm: Arc<VmFd>,
-    /// After the VM, which writes it.
+    /// The guest's memory. It is dropped after the virtual machine, which writes to it.
     _ram: Arc<GuestRam>,
 }
 
 impl KvmGuest {
-    /// Makes the virtual machine, which stands still, and the tracker of its memory.
+    /// Makes the virtual machine, which is paused, and the tracker of its memory.
     pub fn new(
-        options: &Options,
-        layout: &Layout,
+        options: &KvmOptions,
+        layout: &GuestLayout,
         ram: &Arc<GuestRam>,
     ) -> Result<(Self, Box<dyn DirtyTracker>), String> {
         install_kick()?;
@@ -97,7 +97,7 @@ impl KvmGuest {
         };
         let machine = Mutex::new(machine.map_err(failed("describe the machine"))?);
 
-        let seats: Arc<[Seat]> = vcpus.iter().map(|_| Seat::default()).collect();
+        let seats: Arc<[ThreadSlot]> = vcpus.iter().map(|_| ThreadSlot::default()).collect();
         let mut handle = None;
         let tracker: Box<dyn DirtyTracker> = match (options.tracker, size) {
             (TrackerKind::Ring, Some(size)) => {
@@ -150,16 +150,16 @@ impl KvmGuest {
         Ok((guest, tracker))
     }
 
-    /// Frequency of the guest's TSC.
+    /// Returns the frequency of the guest's TSC, in kHz.
     pub fn tsc_khz(&self) -> u32 {
         self.host.tsc_khz
     }
 
     fn kick(&self) {
-        self.seats.iter().for_each(Seat::kick);
+        self.seats.iter().for_each(ThreadSlot::kick);
     }
 
-    /// Finds out how far the guest's TSC is from the host's; the vCPUs stand still.
+    /// Measures how far the guest's TSC is from the host's. The vCPUs must be paused.
     fn learn_clock(&self) -> Result<(), String> {
         let vcpu = lock(&self.vcpus[0]);
         let khz = vcpu.get_tsc_khz().map_err(failed("tell the TSC's frequency"))?;
@@ -170,12 +170,12 @@ impl KvmGuest {
     }
 }
 
-impl Guest for KvmGuest {
+impl GuestMachine for KvmGuest {
     fn machine(&self) -> Machine {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn clock(&self) -> Reading {
+    fn clock(&self) -> ClockReading {
         self.clock.read()
     }
 
@@ -240,7 +240,7 @@ impl Drop for KvmGuest {
     }
 }
 
-/// Gives a vCPU its CPUID, with its own number where CPUID tells it.
+/// Gives a vCPU its CPUID, with its own number in the leaves that contain it.
 fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2], index: u16) -> Result<(), String> {
     let mut entries = entries.to_vec();
     for entry in &mut entries {
@@ -256,7 +256,7 @@ fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2], index: u16) -> Result<
 }
 
 /// Puts a vCPU at the beginning of the guest's program.
-fn set_registers(vcpu: &VcpuFd, layout: &Layout, index: u16) -> Result<(), String> {
+fn set_registers(vcpu: &VcpuFd, layout: &GuestLayout, index: u16) -> Result<(), String> {
     let fresh = vcpu.get_sregs().map_err(failed("read special registers"))?;
     vcpu.set_sregs(&long_mode::special_registers(fresh)).map_err(failed("set special registers"))?;
     vcpu.set_regs(&long_mode::registers(layout, index)).map_err(failed("set registers"))?;

@@ -11,20 +11,21 @@ use std::collections::BTreeMap;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use memlane_protocol::PAGE_SIZE;
 
-use super::{CODE_PAGE, Layout, SYSTEM_PAGES, TABLES_PAGE, code};
+use super::code;
+use super::layout::{CODE_PAGE, GuestLayout, SYSTEM_PAGES, TABLES_PAGE};
 use crate::workload::SLOTS;
 
-/// Present, writable, for user code, accessed. What the processor would set is set beforehand: page tables that
-/// never change can be compared.
+/// The flags of a page table's entry: present, writable, for user code, accessed. Flags that the processor would set
+/// are set beforehand, so that page tables never change and can be compared.
 const TABLE: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 5;
-/// The same, with dirty and page size: a page of 2 MiB.
+/// The flags of an entry for a page of 2 MiB: those of [`TABLE`], with dirty and page size.
 const LEAF: u64 = TABLE | 1 << 6 | 1 << 7;
 const GIB: u64 = 1 << 30;
 const LEAF_BYTES: u64 = 2 << 20;
 
-/// The pages that the VMM writes before the guest starts, by number: code and page tables, which
-/// map RAM to its own addresses.
-pub fn image(layout: &Layout) -> BTreeMap<u64, [u64; SLOTS]> {
+/// Returns the pages that the VMM writes before the guest starts, by number: the code, and page tables that map RAM to
+/// its own addresses.
+pub fn image(layout: &GuestLayout) -> BTreeMap<u64, [u64; SLOTS]> {
     let mut image = BTreeMap::new();
     image.insert(CODE_PAGE, words(code::bytes()));
     let address = |page: u64| page * PAGE_SIZE;
@@ -53,7 +54,7 @@ pub fn image(layout: &Layout) -> BTreeMap<u64, [u64; SLOTS]> {
     image
 }
 
-/// What a vCPU's special registers become; `fresh` is what it has after reset.
+/// Returns the special registers of a vCPU; `fresh` are its registers after a reset.
 pub fn special_registers(fresh: kvm_sregs) -> kvm_sregs {
     let data = kvm_segment {
         limit: u32::MAX,
@@ -87,8 +88,8 @@ pub fn special_registers(fresh: kvm_sregs) -> kvm_sregs {
     }
 }
 
-/// General registers that a vCPU starts with.
-pub fn registers(layout: &Layout, vcpu: u16) -> kvm_regs {
+/// Returns the general registers that a vCPU starts with.
+pub fn registers(layout: &GuestLayout, vcpu: u16) -> kvm_regs {
     kvm_regs {
         rip: CODE_PAGE * PAGE_SIZE,
         rdi: layout.block(vcpu).start * PAGE_SIZE,

@@ -17,59 +17,59 @@ use memlane_protocol::wire::machine::Machine;
 use rustix::time::ClockId;
 
 use super::block::READS_PER_COUNT;
-use super::clock::{Reading, clock};
-use super::{ControlBlock, Guest, Layout};
+use super::clock::{ClockReading, clock};
+use super::{ControlBlock, GuestLayout, GuestMachine};
 use crate::gate::Gate;
 use crate::workload::{READ_FACTOR, SLOTS, Stepper, Workload};
 
-/// The guest's clock ticks in nanoseconds.
+/// The frequency of the guest's clock, in kHz: it ticks in nanoseconds.
 pub const KHZ: u32 = 1_000_000;
-/// A thread looks at the clock after this long, whatever its deadline.
+/// The longest sleep of a thread before it looks at the clock again, whatever its deadline is.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// Steps or reads between two looks at the gate.
+/// The number of steps or reads between two looks at the gate.
 const BURST: u64 = 64;
 const _: () = assert!(READS_PER_COUNT.is_multiple_of(BURST));
 
 mod tag {
-    pub const CLOCKS: u16 = 128;
-    pub const THREAD: u16 = 129;
-    pub const OWN: u16 = 130;
+    pub(crate) const CLOCKS: u16 = 128;
+    pub(crate) const THREAD: u16 = 129;
+    pub(crate) const OWN: u16 = 130;
 }
 
 /// Threads that write and read the guest's memory.
 pub struct ProcessGuest {
     program: Program,
     workload: Workload,
-    layout: Layout,
+    layout: GuestLayout,
     clock: Arc<ProcessClock>,
     gate: Arc<Gate>,
-    steppers: Vec<Arc<Mutex<Progress>>>,
+    steppers: Vec<Arc<Mutex<ProcessRegisters>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC` and an offset, which moves with the guest.
+/// A clock that counts the nanoseconds of `CLOCK_MONOTONIC` and an offset, which moves with the guest.
 #[derive(Debug, Default)]
 struct ProcessClock {
     offset: AtomicU64,
 }
 
-/// What a virtual machine keeps in registers.
-struct Progress {
+/// The values that a virtual machine keeps in registers.
+struct ProcessRegisters {
     stepper: Stepper,
     deadline: u64,
-    /// The clock when it was last read; `None` before the first step and after a move, when the
-    /// deadline tells what was missed.
+    /// The time when the clock was last read; `None` before the first step and after a move, when the deadline tells
+    /// what was missed.
     last: Option<u64>,
-    /// Steps left in this period.
+    /// The number of steps left in this period.
     left: u64,
 }
 
 impl ProcessGuest {
-    /// Makes the threads, which stand still.
+    /// Makes the threads, which are paused.
     pub fn new(
         program: &Program,
         workload: &Workload,
-        layout: &Layout,
+        layout: &GuestLayout,
         ram: &Arc<GuestRam>,
     ) -> Result<Self, String> {
         let vcpus = layout.vcpus();
@@ -84,7 +84,8 @@ impl ProcessGuest {
         };
         for vcpu in 0..vcpus {
             let stepper = layout.stepper(workload, vcpu);
-            let progress = Arc::new(Mutex::new(Progress { stepper, deadline: 0, last: None, left: 0 }));
+            let progress =
+                Arc::new(Mutex::new(ProcessRegisters { stepper, deadline: 0, last: None, left: 0 }));
             guest.steppers.push(Arc::clone(&progress));
             let (gate, clock) = (Arc::clone(&guest.gate), Arc::clone(&guest.clock));
             let (ram, layout) = (Arc::clone(ram), layout.clone());
@@ -92,7 +93,7 @@ impl ProcessGuest {
                 // Sleeps would be rounded up by 50 µs; nothing is wrong if they are.
                 let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
                 let block = ControlBlock::of(&ram, &layout, vcpu);
-                let part = Part::new(&ram, &layout, vcpu);
+                let part = WorkingPart::new(&ram, &layout, vcpu);
                 gate.leave_after(|| {
                     while gate.pass() {
                         let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,15 +114,15 @@ impl ProcessGuest {
     }
 }
 
-impl Guest for ProcessGuest {
+impl GuestMachine for ProcessGuest {
     fn machine(&self) -> Machine {
         describe_process(&self.program)
     }
 
-    fn clock(&self) -> Reading {
+    fn clock(&self) -> ClockReading {
         let monotonic = clock(ClockId::Monotonic);
         let ticks = monotonic.wrapping_add(self.clock.offset.load(Ordering::Relaxed));
-        Reading { ticks, khz: KHZ, realtime: clock(ClockId::Realtime), monotonic }
+        ClockReading { ticks, khz: KHZ, realtime: clock(ClockId::Realtime), monotonic }
     }
 
     fn stops_anywhere(&self) -> bool {
@@ -164,7 +165,7 @@ impl Guest for ProcessGuest {
                 sections.take::<[u64; 5]>(tag::THREAD, index, "progress of a thread").map_err(text)?;
             let fresh = self.layout.stepper(&self.workload, index);
             let stepper = fresh.at([random, done]).ok_or("the state has a generator that cannot be")?;
-            loaded.push(Progress { stepper, deadline, last: Some(last), left });
+            loaded.push(ProcessRegisters { stepper, deadline, last: Some(last), left });
         }
         let own = sections.bytes(tag::OWN, 0, "data of the VMM").map_err(text)?.to_vec();
         sections.end().map_err(text)?;
@@ -199,10 +200,10 @@ impl ProcessClock {
     }
 }
 
-impl Progress {
-    /// Does a few steps, or sleeps. The same as the guest code does, piece by piece; like there,
-    /// no number that comes with a moved guest can do worse than be wrong.
-    fn run(&mut self, block: &ControlBlock, part: &Part<'_>, gate: &Gate, clock: &ProcessClock) {
+impl ProcessRegisters {
+    /// Does a few steps, or sleeps. It does the same as the guest code, piece by piece. As there, a number that comes
+    /// with a moved guest can at worst be wrong.
+    fn run(&mut self, block: &ControlBlock, part: &WorkingPart<'_>, gate: &Gate, clock: &ProcessClock) {
         let threshold = block.threshold.load(Ordering::Relaxed);
         let period = block.period.load(Ordering::Relaxed);
         let mut last = *self.last.get_or_insert_with(|| clock.now());
@@ -249,7 +250,7 @@ impl Progress {
     }
 
     /// Reads a few pages, as a vCPU does that only reads.
-    fn read(&mut self, block: &ControlBlock, part: &Part<'_>) {
+    fn read(&mut self, block: &ControlBlock, part: &WorkingPart<'_>) {
         let sum = (0..BURST).fold(0, |sum, _| part.read(self.stepper.next().page, sum));
         std::hint::black_box(sum);
         if self.stepper.done().is_multiple_of(READS_PER_COUNT) {
@@ -258,15 +259,15 @@ impl Progress {
     }
 }
 
-/// A part of the working set, in this process.
-struct Part<'a> {
-    /// By the number of the first page, counted in the part.
+/// A part of the working set, in the memory of this process.
+struct WorkingPart<'a> {
+    /// The slices of memory, each with the number of its first page, counted in the part.
     slices: Vec<(u64, memlane_kvm::ram::HostSlice)>,
     _ram: &'a GuestRam,
 }
 
-impl<'a> Part<'a> {
-    fn new(ram: &'a GuestRam, layout: &Layout, vcpu: u16) -> Self {
+impl<'a> WorkingPart<'a> {
+    fn new(ram: &'a GuestRam, layout: &GuestLayout, vcpu: u16) -> Self {
         let numbers = layout.part(vcpu);
         let slices = layout.runs(numbers.clone()).into_iter().flat_map(|(first, pages)| {
             let begin = pages.start;
@@ -279,7 +280,7 @@ impl<'a> Part<'a> {
         self.page(page)[slot].store(value, Ordering::Relaxed);
     }
 
-    /// Goes on with a sum over all slots of a page.
+    /// Continues a sum over all slots of a page.
     fn read(&self, page: u64, sum: u64) -> u64 {
         let slots = self.page(page).iter().map(|slot| slot.load(Ordering::Relaxed));
         slots.fold(sum, |sum, value| (sum ^ value).wrapping_mul(READ_FACTOR))

@@ -1,25 +1,25 @@
-//! [`Spread`]: a little memory, all over a large guest.
+//! [`SpreadLayout`]: a little memory, spread over a large guest.
 
 use std::ops::Range;
 
-/// Pieces that memory is spread in.
-pub const PIECES: u64 = 64;
+/// The number of pieces that the memory is spread in.
+pub(crate) const PIECES: u64 = 64;
 
-/// Where those pages lie that may be touched: in pieces at equal distances, of which the first begins and the last
-/// ends with the memory. Each begins with its share of the working set. Numbers, from 0, go through the working set
-/// piece by piece, and then through the rest.
+/// The place of the pages that may be touched. They lie in pieces at equal distances; the first piece begins and the
+/// last one ends with the memory. Each begins with its share of the working set. Numbers, from 0, go through the
+/// working set piece by piece, and then through the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spread {
+pub(crate) struct SpreadLayout {
     free: Range<u64>,
-    /// Pages of the working set in each piece,
+    /// The number of pages of the working set in each piece.
     written: u64,
-    /// and pages beside them.
+    /// The number of other pages in each piece.
     rest: u64,
 }
 
-impl Spread {
-    /// Over the pages `free`.
-    pub fn new(free: Range<u64>, working_set_pages: u64, resident_pages: u64) -> Result<Self, String> {
+impl SpreadLayout {
+    /// Spreads the memory over the pages `free`.
+    pub(crate) fn new(free: Range<u64>, working_set_pages: u64, resident_pages: u64) -> Result<Self, String> {
         if !working_set_pages.is_multiple_of(PIECES) || !resident_pages.is_multiple_of(PIECES) {
             return Err(format!(
                 "what is resident, and the working set, must be multiples of {}KiB",
@@ -34,16 +34,16 @@ impl Spread {
         Ok(Self { free, written: working_set_pages / PIECES, rest })
     }
 
-    /// The page of a number.
-    pub fn page(&self, number: u64) -> u64 {
+    /// Returns the page that has a number.
+    pub(crate) fn page(&self, number: u64) -> u64 {
         match number.checked_sub(self.written * PIECES) {
             None => self.begin(number / self.written) + number % self.written,
             Some(number) => self.begin(number / self.rest) + self.written + number % self.rest,
         }
     }
 
-    /// The number of a page; `None` if it is in no piece.
-    pub fn number(&self, page: u64) -> Option<u64> {
+    /// Returns the number of a page; `None` if it is in no piece.
+    pub(crate) fn number(&self, page: u64) -> Option<u64> {
         let from = page.checked_sub(self.free.start)?;
         // Beginnings are rounded down, as this is: it may be the one after.
         let about = from * (PIECES - 1) / self.span();
@@ -55,8 +55,8 @@ impl Spread {
         })
     }
 
-    /// The pieces, in order.
-    pub fn pieces(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+    /// Returns the pieces, in order.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         (0..PIECES).map(|piece| self.piece(piece))
     }
 
@@ -69,7 +69,7 @@ impl Spread {
         self.free.start + piece * self.span() / (PIECES - 1)
     }
 
-    /// Pages from the beginning of the first piece to that of the last.
+    /// Returns the number of pages from the beginning of the first piece to that of the last one.
     fn span(&self) -> u64 {
         self.free.end - self.free.start - self.written - self.rest
     }

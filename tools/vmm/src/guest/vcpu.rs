@@ -17,36 +17,36 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::clock::TscClock;
 use super::code::SLEEP_PORT;
-use super::{ControlBlock, Layout};
+use super::{ControlBlock, GuestLayout};
 use crate::gate::Gate;
 
-/// What a vCPU's thread works with.
-pub struct Vcpu {
-    /// Its number.
+/// The things that a vCPU's thread works with.
+pub(crate) struct Vcpu {
+    /// The number of the vCPU.
     pub index: u16,
     /// The vCPU. The thread holds the lock while the guest may run.
     pub fd: Arc<Mutex<VcpuFd>>,
-    /// Where the thread stands still.
+    /// The gate at which the thread stops.
     pub gate: Arc<Gate>,
     /// The guest's memory.
     pub ram: Arc<GuestRam>,
-    /// Where its control block lies.
-    pub layout: Layout,
+    /// The layout, which says where the vCPU's control block lies.
+    pub layout: GuestLayout,
     /// The guest's clock.
     pub clock: Arc<TscClock>,
-    /// What to do when a dirty ring is full, and who says how long to stay out of the guest.
+    /// The handle of the dirty ring. It says what to do when the ring is full, and how long to stay out of the guest.
     pub ring: Option<RingHandle>,
-    /// Where the threads of all vCPUs are found.
-    pub seats: Arc<[Seat]>,
+    /// The slots of the threads of all vCPUs.
+    pub seats: Arc<[ThreadSlot]>,
 }
 
-/// Where a vCPU's thread is found while it runs: its number in the kernel, else 0.
+/// The number that the kernel has given to a vCPU's thread, while it runs; else 0.
 #[derive(Debug, Default)]
-pub struct Seat(AtomicI32);
+pub(crate) struct ThreadSlot(AtomicI32);
 
-impl Seat {
+impl ThreadSlot {
     /// Makes the thread leave the guest, or not enter it.
-    pub fn kick(&self) {
+    pub(crate) fn kick(&self) {
         let thread = self.0.load(Ordering::Acquire);
         if thread != 0 {
             // SAFETY: the call reads nothing but its arguments. A thread of this process that has got the
@@ -58,19 +58,19 @@ impl Seat {
 }
 
 thread_local! {
-    /// `immediate_exit` in the `kvm_run` of this thread's vCPU, while it has one.
+    /// The field `immediate_exit` in the `kvm_run` of this thread's vCPU, while it has one.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(null_mut()) };
 }
 
-/// Installs what [`Seat::kick`] needs, for the whole process.
-pub fn install_kick() -> Result<(), String> {
+/// Installs the signal handler that [`ThreadSlot::kick`] needs, for the whole process.
+pub(crate) fn install_kick() -> Result<(), String> {
     register_signal_handler(SIGRTMIN(), leave_guest)
         .map_err(|error| format!("cannot handle the signal that stops vCPUs: {error}"))
 }
 
 impl Vcpu {
-    /// Starts the thread. It stands before the gate until that opens.
-    pub fn start(self) -> std::io::Result<JoinHandle<()>> {
+    /// Starts the thread. It waits at the gate until that opens.
+    pub(crate) fn start(self) -> std::io::Result<JoinHandle<()>> {
         std::thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             // The kernel would round the guest's sleeps up by 50 µs; without that they are truer,
             // and nothing is wrong if it does.
@@ -112,7 +112,7 @@ impl Vcpu {
                 Ok(VcpuExit::IoOut(SLEEP_PORT, _)) => self.sleep(),
                 Ok(VcpuExit::Intr) => {}
                 Ok(VcpuExit::Unsupported(EXIT_RING_FULL)) => {
-                    let ring = self.ring.as_ref().ok_or("a dirty ring is full that nobody reads")?;
+                    let ring = self.ring.as_ref().ok_or("a dirty ring is full, and no thread reads it")?;
                     ring.collect().map_err(|error| format!("emptying the dirty rings: {error}"))?;
                 }
                 Ok(VcpuExit::Hlt) => return Err("the guest halted; its program never does".into()),
@@ -136,7 +136,7 @@ impl Vcpu {
         }
     }
 
-    /// The guest sleeps until the deadline in its control block.
+    /// Sleeps as the guest has asked, until the deadline in its control block.
     fn sleep(&self) {
         let block = ControlBlock::of(&self.ram, &self.layout, self.index);
         let now = self.clock.now();
@@ -150,11 +150,11 @@ impl Vcpu {
 }
 
 /// Locks a vCPU. A thread that panicked with the lock held has left the vCPU as it was.
-pub fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+pub(crate) fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the guest is, for messages.
+/// Describes where the guest is, for messages.
 fn place(vcpu: &VcpuFd) -> String {
     vcpu.get_regs().map_or(String::new(), |regs| format!(" at rip {:#x}", regs.rip))
 }

@@ -1,4 +1,4 @@
-//! How a guest was brought to its destination that wrote faster than the ports carry.
+//! The figures of a guest that wrote faster than the ports carry: how it was brought to its destination.
 
 use std::fmt::Write;
 
@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::format::{thousands, time};
 
-/// Post-copy, as programs read it; `null` if there was none.
-pub fn postcopy(migration: &Value) -> Value {
+/// Returns the figures of post-copy for programs; null if there was none.
+pub(crate) fn postcopy(migration: &Value) -> Value {
     let postcopy = &migration["postcopy"];
     if !postcopy.is_object() {
         return Value::Null;
@@ -27,8 +27,8 @@ pub fn postcopy(migration: &Value) -> Value {
     )
 }
 
-/// Stun, as programs read it, with what it cost the readers; `null` if there was none.
-pub fn stun(migration: &Value, readers: Option<&Readers>) -> Value {
+/// Returns the figures of stun for programs, with its cost for the readers; null if there was none.
+pub(crate) fn stun(migration: &Value, readers: Option<&Readers>) -> Value {
     let stun = &migration["stun"];
     if !stun.is_object() {
         return Value::Null;
@@ -39,8 +39,8 @@ pub fn stun(migration: &Value, readers: Option<&Readers>) -> Value {
     object
 }
 
-/// Both, for people: a line or two for each that there was.
-pub fn write(text: &mut String, migration: &Value, readers: Option<&Readers>) -> std::fmt::Result {
+/// Writes the figures of stun and of post-copy for people: a line or two for each that there was.
+pub(crate) fn write(text: &mut String, migration: &Value, readers: Option<&Readers>) -> std::fmt::Result {
     let stun = stun(migration, readers);
     if stun.is_object() {
         let pages = |key: &str| stun[key].as_f64().map_or("—".to_owned(), |pages| thousands(pages as u64));

@@ -2,13 +2,13 @@
 
 use serde_json::{Value, json};
 
-/// Nanoseconds as seconds; `null` stays `null`.
-pub fn seconds(nanoseconds: &Value) -> Value {
+/// Converts nanoseconds to seconds; null stays null.
+pub(crate) fn seconds(nanoseconds: &Value) -> Value {
     nanoseconds.as_f64().map_or(Value::Null, |nanoseconds| json!(nanoseconds / 1e9))
 }
 
-/// A time, as people write it.
-pub fn time(seconds: f64) -> String {
+/// Formats a time for people.
+pub(crate) fn time(seconds: f64) -> String {
     match seconds {
         s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
         s if s < 1.0 => format!("{:.1} ms", s * 1e3),
@@ -16,8 +16,8 @@ pub fn time(seconds: f64) -> String {
     }
 }
 
-/// An amount of bytes, as people write it.
-pub fn binary(bytes: u64) -> String {
+/// Formats a number of bytes for people.
+pub(crate) fn binary(bytes: u64) -> String {
     match bytes {
         b if b >= 1 << 30 => format!("{:.2} GiB", b as f64 / (1u64 << 30) as f64),
         b if b >= 1 << 20 => format!("{:.1} MiB", b as f64 / (1u64 << 20) as f64),
@@ -25,8 +25,8 @@ pub fn binary(bytes: u64) -> String {
     }
 }
 
-/// A number with commas.
-pub fn thousands(number: u64) -> String {
+/// Formats a number with commas.
+pub(crate) fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {

@@ -1,20 +1,20 @@
 //! Guests of `memlane-vmm`, which links Memlane: their memory is compared with a model.
 
 use anyhow::Result;
-use memlane_lab::{HostId, Readers, Rig, Vmm};
+use memlane_lab::{HostId, LabVmm, Readers, Rig};
 use serde_json::{Value, json};
 
-use super::report::{Demo, Leg};
-use super::{GUEST, Guest, Options, PROOF_LIMIT, RUN_ON, WARM_UP, other};
+use super::options::{DemoOptions, GUEST, GuestChoice, PROOF_LIMIT, RUN_ON, WARM_UP};
+use super::report::{DemoMove, DemoReport};
 
 /// The guest's network interface, which is announced after each move.
 const NIC: &str = "52:54:00:4d:4c:01@lan";
-/// Pages that the guest writes a second.
+/// The number of pages that the guest writes in a second.
 const DIRTY_RATE: u64 = 10_000;
 
-impl Options {
+impl DemoOptions {
     /// Starts a VMM with a guest, and moves it.
-    pub fn move_linked_guest(&self, rig: &mut Rig) -> Result<Demo> {
+    pub(crate) fn move_linked_guest(&self, rig: &mut Rig) -> Result<DemoReport> {
         let mut at = HostId::A;
         let mut vmm = rig.start_vmm(at, GUEST, &self.vmm_arguments(false))?;
         std::thread::sleep(WARM_UP);
@@ -28,22 +28,28 @@ impl Options {
             if !whole {
                 break;
             }
-            at = other(at);
+            at = at.other();
         }
         let mut proof = None;
-        let moved = legs.last().is_some_and(Leg::is_whole);
+        let moved = legs.last().is_some_and(DemoMove::is_whole);
         if moved && !self.verify {
             self.say("once more, comparing digests of all memory in the pause");
             proof = Some(self.prove(rig, at)?);
         }
         drop(vmm);
-        Ok(Demo { guest: self.guest_shape(), legs, proof, limit: self.downtime_limit.clone() })
+        Ok(DemoReport { guest: self.guest_shape(), legs, proof, limit: self.downtime_limit.clone() })
     }
 
     /// Moves the guest from `at` to the other host; returns what was seen, and the VMM in which
     /// the guest is now.
-    fn leg(&self, rig: &mut Rig, at: HostId, mut vmm: Vmm, (number, of): (u32, u32)) -> Result<(Leg, Vmm)> {
-        let to = other(at);
+    fn leg(
+        &self,
+        rig: &mut Rig,
+        at: HostId,
+        mut vmm: LabVmm,
+        (number, of): (u32, u32),
+    ) -> Result<(DemoMove, LabVmm)> {
+        let to = at.other();
         let mut next = rig.start_vmm(to, GUEST, &self.vmm_arguments(true))?;
         vmm.reset_stalls()?;
         let destination = rig.lab().host(to).name().to_owned();
@@ -61,17 +67,17 @@ impl Options {
         })?;
         if migration["outcome"] != "completed" {
             let (stats, oracle, more) = (Value::Null, Value::Null, Value::Null);
-            return Ok((Leg { number, migration, stats, oracle, readers, more }, vmm));
+            return Ok((DemoMove { number, migration, stats, oracle, readers, more }, vmm));
         }
         let stats = next.stats()?;
         std::thread::sleep(if number == of { RUN_ON } else { RUN_ON / 5 });
         let oracle = next.verify()?;
-        Ok((Leg { number, migration, stats, oracle, readers, more: Value::Null }, next))
+        Ok((DemoMove { number, migration, stats, oracle, readers, more: Value::Null }, next))
     }
 
-    /// One more move, with `--verify`.
+    /// Moves the guest once more, with `--verify`.
     fn prove(&self, rig: &mut Rig, at: HostId) -> Result<Value> {
-        let to = other(at);
+        let to = at.other();
         let _next = rig.start_vmm(to, GUEST, &self.vmm_arguments(true))?;
         let destination = rig.lab().host(to).name().to_owned();
         let arguments = ["migrate", GUEST, &destination, "--downtime-limit", PROOF_LIMIT, "--verify"];
@@ -98,7 +104,7 @@ impl Options {
             let name = format!("{tracker:?}").to_lowercase();
             arguments.extend(["--tracker".into(), name]);
         }
-        if self.guest == Guest::Process {
+        if self.guest == GuestChoice::Process {
             arguments.extend(["--guest".into(), "process".into()]);
         }
         if self.gap {
@@ -114,7 +120,7 @@ impl Options {
     }
 
     fn guest_shape(&self) -> Value {
-        let kvm = self.guest == Guest::Kvm;
+        let kvm = self.guest == GuestChoice::Kvm;
         let tracker = match self.tracker() {
             Some(tracker) => format!("{tracker:?}").to_lowercase(),
             None if kvm => "log".to_owned(),

@@ -5,41 +5,29 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
-use memlane_lab::{Capture, Counters, Frame, HostId, Lan, Rig, Session};
+use memlane_lab::{Capture, ClientSession, EthernetFrame, GuestCounters, HostId, Lan, Rig};
 use serde_json::{Value, json};
 
-use super::report::{Demo, Leg};
-use super::{GUEST, Options, PROOF_LIMIT, WARM_UP, other};
+use super::options::{AcceleratorChoice, DemoOptions, GUEST, PROOF_LIMIT, WARM_UP};
+use super::report::{DemoMove, DemoReport};
 
-/// Pages that the guest writes a second; it checks two for each, on a processor that may be emulated.
+/// The number of pages that the guest writes in a second. It checks two for each, on a processor that may be emulated.
 const DIRTY_RATE: u64 = 2000;
 /// Longest wait for the guest to boot, on a machine that is busy with other things.
 const BOOT: Duration = Duration::from_secs(180);
-/// Longest wait for an answer of a guest that has arrived: TCP waits longer and longer before it tries again.
+/// The longest wait for an answer of a guest that has arrived: TCP waits longer and longer before it tries again.
 const ANSWER: Duration = Duration::from_secs(60);
 /// Longest wait for a frame that should have come already.
 const FRAME: Duration = Duration::from_secs(1);
 
-/// What executes the guest's instructions.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Choice {
-    /// KVM where a stock Linux boots under it, else TCG
-    Auto,
-    /// The processor
-    Kvm,
-    /// QEMU
-    Tcg,
-}
-
-impl Options {
+impl DemoOptions {
     /// Boots a Linux guest, and moves it there and back.
-    pub fn move_linux_guest(&self, rig: &mut Rig) -> Result<Demo> {
+    pub(crate) fn move_linux_guest(&self, rig: &mut Rig) -> Result<DemoReport> {
         let (accelerator, why) = match self.accelerator {
-            Choice::Auto => Accelerator::choose(),
-            Choice::Kvm => (Accelerator::Kvm, "as ordered"),
-            Choice::Tcg => (Accelerator::Tcg, "as ordered"),
+            AcceleratorChoice::Auto => Accelerator::choose(),
+            AcceleratorChoice::Kvm => (Accelerator::Kvm, "as ordered"),
+            AcceleratorChoice::Tcg => (Accelerator::Tcg, "as ordered"),
         };
         let guest = self.linux_guest(rig, accelerator)?;
         self.say(&format!("booting Linux {} with {accelerator} ({why})", guest.kernel.release()));
@@ -49,18 +37,18 @@ impl Options {
 
         let mut at = HostId::A;
         let count = self.moves(2);
-        let mut legs: Vec<Leg> = Vec::new();
+        let mut legs: Vec<DemoMove> = Vec::new();
         for number in 1..=count {
             legs.push(self.linux_leg(rig, at, &guest, &session, (number, count))?);
-            if !legs.last().is_some_and(Leg::is_whole) {
+            if !legs.last().is_some_and(DemoMove::is_whole) {
                 break;
             }
-            at = other(at);
+            at = at.other();
         }
         let mut proof = None;
-        if legs.last().is_some_and(Leg::is_whole) && !self.verify {
+        if legs.last().is_some_and(DemoMove::is_whole) && !self.verify {
             self.say("once more, comparing digests of all memory in the pause");
-            let destination = rig.lab().host(other(at)).name();
+            let destination = rig.lab().host(at.other()).name();
             let arguments = ["migrate", GUEST, destination, "--downtime-limit", PROOF_LIMIT, "--verify"];
             proof = Some(rig.ctl(at, &arguments)?.last()?.clone());
         }
@@ -75,7 +63,7 @@ impl Options {
             "tracker": "pagemap",
             "dirty_rate": guest.rate,
         });
-        Ok(Demo { guest, legs, proof, limit: self.downtime_limit.clone() })
+        Ok(DemoReport { guest, legs, proof, limit: self.downtime_limit.clone() })
     }
 
     fn linux_guest(&self, rig: &Rig, accelerator: Accelerator) -> Result<LinuxGuest> {
@@ -108,20 +96,20 @@ impl Options {
         rig: &mut Rig,
         at: HostId,
         guest: &LinuxGuest,
-        session: &Session,
+        session: &ClientSession,
         (number, of): (u32, u32),
-    ) -> Result<Leg> {
-        let to = other(at);
+    ) -> Result<DemoMove> {
+        let to = at.other();
         let destination = rig.lab().host(to).name().to_owned();
         self.say(&format!("move {number} of {of}, to {destination}"));
-        let before = Counters::ask(rig.lab().lan(), guest.address, "stats")?;
+        let before = GuestCounters::ask(rig.lab().lan(), guest.address, "stats")?;
         let capture = rig.lab().lan().capture_from(to)?;
         session.take_longest_gap();
         let migration = self.order(rig, at, &self.migrate(&destination), |_| ())?;
         let accelerator = guest.accelerator.as_str();
         if migration["outcome"] != "completed" {
             let more = json!({ "accelerator": accelerator });
-            return Ok(Leg {
+            return Ok(DemoMove {
                 number,
                 migration,
                 stats: Value::Null,
@@ -135,7 +123,7 @@ impl Options {
         let survived = heard.as_ref().is_ok_and(|heard| heard.boot_id == before.boot_id);
         let learned = self.learned_by_rarp(rig.lab().lan(), &capture, guest, to)?;
         let arrival = rig.ctl(to, &["watch", GUEST])?.last()?.clone();
-        let after = Counters::ask(rig.lab().lan(), guest.address, "check")
+        let after = GuestCounters::ask(rig.lab().lan(), guest.address, "check")
             .with_context(|| format!("on the guest's console: {}", tail(&guest.console)))?;
         // As many for each of its checkers.
         let vcpus = u64::from(guest.vcpus);
@@ -153,37 +141,37 @@ impl Options {
         });
         let oracle =
             json!({ "equal": equal, "pages": pages, "checks": after.passes.saturating_sub(before.passes) });
-        Ok(Leg { number, migration, stats: Value::Null, oracle, readers: None, more })
+        Ok(DemoMove { number, migration, stats: Value::Null, oracle, readers: None, more })
     }
 
-    /// Whether the switch knows that the guest is at its new port, and knew before the guest said anything there: a
-    /// switch learns from the first frame that arrives.
+    /// Returns whether the switch knows that the guest is at its new port, and knew it before the guest sent anything
+    /// there. A switch learns from the first frame that arrives.
     fn learned_by_rarp(&self, lan: &Lan, capture: &Capture, guest: &LinuxGuest, to: HostId) -> Result<bool> {
         let first = capture.next_from(guest.mac, FRAME).context("reading what the switch received")?;
         let (learned, port) = (lan.learned_port(guest.mac)?, Lan::port_towards(to));
-        let announced = first.as_ref().is_some_and(Frame::is_rarp);
+        let announced = first.as_ref().is_some_and(EthernetFrame::is_rarp);
         if !announced {
             let kind = first.map_or("none".to_owned(), |frame| format!("one of type {:#06x}", frame.kind()));
             self.say(&format!("the first frame of the guest at the switch's {port} was no RARP, but {kind}"));
         }
         if learned.as_deref() != Some(port) {
             let learned = learned.as_deref().unwrap_or("nowhere");
-            self.say(&format!("the switch believes the guest {learned}, and it is {port}"));
+            self.say(&format!("the switch has learned that the guest is at {learned}, but it is at {port}"));
         }
         Ok(announced && learned.as_deref() == Some(port))
     }
 }
 
 /// Starts the guest on host A, and waits until it talks.
-fn launch(rig: &Rig, guest: &LinuxGuest) -> Result<Session> {
+fn launch(rig: &Rig, guest: &LinuxGuest) -> Result<ClientSession> {
     let file = rig.prepare_linux(guest)?;
     let file = file.to_str().context("the guest file's path is no UTF-8")?;
     let answer = rig.ctl(HostId::A, &["launch", file])?;
     ensure!(answer.code == 0, "the guest cannot be launched: {}", answer.text.trim());
-    Session::open(rig.lab().lan(), guest.address, BOOT)
+    ClientSession::open(rig.lab().lan(), guest.address, BOOT)
 }
 
-/// Seconds from one Unix time to another; both hosts have one clock here.
+/// Returns the seconds from one Unix time to another. Both hosts have the same clock here.
 fn between(start: &Value, end: &Value) -> Value {
     match (start.as_f64(), end.as_f64()) {
         (Some(start), Some(end)) => json!(end - start),
@@ -191,7 +179,7 @@ fn between(start: &Value, end: &Value) -> Value {
     }
 }
 
-/// The last lines of a file.
+/// Returns the last lines of a file.
 fn tail(file: &Path) -> String {
     let text = fs::read_to_string(file).unwrap_or_default();
     let lines: Vec<&str> = text.lines().rev().take(5).collect();

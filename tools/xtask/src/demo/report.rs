@@ -1,4 +1,4 @@
-//! What the demo has to tell, for people and for programs.
+//! The demo's report, for people and for programs.
 
 use std::fmt::Write;
 
@@ -9,41 +9,41 @@ use super::converge;
 use super::format::{binary, seconds, thousands, time};
 
 /// One move.
-pub struct Leg {
-    /// Its number, from 1.
+pub(crate) struct DemoMove {
+    /// The number of the move, from 1.
     pub number: u32,
     /// The migration, as the API shows it at its end.
     pub migration: Value,
-    /// What the guest had seen when it arrived.
+    /// The statistics of the guest when it arrived.
     pub stats: Value,
-    /// How its memory compares with the model.
+    /// The result of the comparison of the guest's memory with the model.
     pub oracle: Value,
-    /// What it did to vCPUs that only read, if the guest has any.
+    /// The effect of the move on vCPUs that only read, if the guest has any.
     pub readers: Option<Readers>,
-    /// What else is to be told: an object whose keys are added to those of the move.
+    /// Further figures: an object whose keys are added to those of the move.
     pub more: Value,
 }
 
 /// The whole demo.
-pub struct Demo {
+pub(crate) struct DemoReport {
     /// The guest.
     pub guest: Value,
     /// The moves.
-    pub legs: Vec<Leg>,
+    pub legs: Vec<DemoMove>,
     /// One more move in which digests were compared.
     pub proof: Option<Value>,
     /// The downtime limit of the orders.
     pub limit: String,
 }
 
-impl Leg {
-    /// Whether the guest arrived whole.
-    pub fn is_whole(&self) -> bool {
+impl DemoMove {
+    /// Returns whether the guest arrived whole.
+    pub(crate) fn is_whole(&self) -> bool {
         self.migration["outcome"] == "completed" && self.oracle["equal"] == true
     }
 
-    /// Whether it did, and all those to whom it matters know where it is.
-    pub fn is_good(&self) -> bool {
+    /// Returns whether the guest arrived whole, and its client and the switch know where it is.
+    pub(crate) fn is_good(&self) -> bool {
         let holds = |key: &str| self.more.get(key).is_none_or(|value| value == true);
         self.is_whole() && holds("tcp_session_survived") && holds("switch_learned_port")
     }
@@ -89,13 +89,13 @@ impl Leg {
     }
 }
 
-impl Demo {
-    /// Whether everything went well.
-    pub fn is_good(&self) -> bool {
-        self.legs.iter().all(Leg::is_good) && self.digest_verified() != Some(false)
+impl DemoReport {
+    /// Returns whether everything went well.
+    pub(crate) fn is_good(&self) -> bool {
+        self.legs.iter().all(DemoMove::is_good) && self.digest_verified() != Some(false)
     }
 
-    fn last(&self) -> &Leg {
+    fn last(&self) -> &DemoMove {
         self.legs.last().expect("a demo has at least one move")
     }
 
@@ -107,15 +107,15 @@ impl Demo {
         }
     }
 
-    /// One object: the last leg, the guest, and all legs if there are several.
-    pub fn json(&self) -> Value {
+    /// Returns one object: the last move, the guest, and all moves if there are several.
+    pub(crate) fn json(&self) -> Value {
         let mut object = self.last().json();
         let mut guest = self.guest.clone();
         guest["ram_bytes"] = json!(self.ram_bytes());
         object["guest"] = guest;
         object["digest_verified"] = json!(self.digest_verified());
         if self.legs.len() > 1 {
-            object["legs"] = self.legs.iter().map(Leg::json).collect();
+            object["legs"] = self.legs.iter().map(DemoMove::json).collect();
         }
         object
     }
@@ -124,8 +124,8 @@ impl Demo {
         self.last().migration["pages_total"].as_u64().unwrap_or(0) * 4096
     }
 
-    /// A report that a person enjoys reading.
-    pub fn text(&self) -> String {
+    /// Returns the report for people.
+    pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = self.write(&mut text);
@@ -177,7 +177,7 @@ impl Demo {
         self.write_proof(text, leg)
     }
 
-    fn write_pause(&self, text: &mut String, leg: &Leg) -> std::fmt::Result {
+    fn write_pause(&self, text: &mut String, leg: &DemoMove) -> std::fmt::Result {
         let migration = &leg.migration;
         let value = |key: &str| migration[key].as_f64().map_or("—".to_owned(), time);
         writeln!(
@@ -214,7 +214,7 @@ impl Demo {
         Ok(())
     }
 
-    fn write_proof(&self, text: &mut String, leg: &Leg) -> std::fmt::Result {
+    fn write_proof(&self, text: &mut String, leg: &DemoMove) -> std::fmt::Result {
         writeln!(text)?;
         let number = |key: &str| thousands(leg.oracle[key].as_u64().unwrap_or(0));
         match (leg.oracle["equal"] == true, leg.more.get("guest_checks")) {
@@ -267,7 +267,7 @@ fn write_rounds(text: &mut String, migration: &Value) -> std::fmt::Result {
     )
 }
 
-/// What the client and the switch of a Linux guest saw.
+/// Writes what the client and the switch of a Linux guest saw.
 fn write_client(text: &mut String, more: &Value) -> std::fmt::Result {
     let value = |key: &str| more[key].as_f64().map_or("—".to_owned(), time);
     writeln!(
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_move_that_lost_something_is_not_good() {
-        let leg = |equal: bool| Leg {
+        let leg = |equal: bool| DemoMove {
             number: 1,
             migration: json!({"outcome": "completed", "pages_total": 256}),
             stats: json!({"longest_stall_ns": 5_000_000}),
@@ -316,7 +316,8 @@ mod tests {
             readers: None,
             more: Value::Null,
         };
-        let demo = |leg, proof| Demo { guest: json!({}), legs: vec![leg], proof, limit: "300ms".into() };
+        let demo =
+            |leg, proof| DemoReport { guest: json!({}), legs: vec![leg], proof, limit: "300ms".into() };
         let equal = json!({"outcome": "completed", "digest_verified": true});
         assert!(demo(leg(true), Some(equal.clone())).is_good());
         assert!(!demo(leg(false), Some(equal)).is_good());
@@ -330,7 +331,7 @@ mod tests {
     #[test]
     fn a_linux_guest_must_keep_its_connection_and_be_found_by_the_switch() {
         let demo = |survived: bool, learned: bool| {
-            let leg = Leg {
+            let leg = DemoMove {
                 number: 1,
                 migration: json!({"outcome": "completed", "pages_total": 256}),
                 stats: Value::Null,
@@ -342,7 +343,12 @@ mod tests {
                     "guest_checks": {"passes": 9, "failures": 0},
                 }),
             };
-            Demo { guest: json!({"kind": "linux"}), legs: vec![leg], proof: None, limit: "300ms".into() }
+            DemoReport {
+                guest: json!({"kind": "linux"}),
+                legs: vec![leg],
+                proof: None,
+                limit: "300ms".into(),
+            }
         };
         assert!(demo(true, true).is_good());
         assert!(!demo(false, true).is_good() && !demo(true, false).is_good());

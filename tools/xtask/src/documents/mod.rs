@@ -8,18 +8,18 @@ use std::path::Path;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use memlane_guest::qemu::definition::{Definition, DefinitionError};
-use memlane_perf::scenario::Order;
+use memlane_perf::scenario::ScenarioCommand;
 use memlaned::config::Config;
 use memlaned::metrics;
 
-use super::Arguments;
+use super::XtaskArguments;
 use reader::{Command, Kind, Page, commands, pages, root};
 
 /// The arguments of memlane-perf, as far as documents give them.
 fn bench() -> clap::Command {
     let report = clap::Arg::new("report").long("report").global(true);
     let json = clap::Arg::new("json").long("json").global(true).action(clap::ArgAction::SetTrue);
-    Order::augment_subcommands(clap::Command::new("bench").args([report, json]))
+    ScenarioCommand::augment_subcommands(clap::Command::new("bench").args([report, json]))
 }
 
 /// Why a command is not understood.
@@ -42,14 +42,14 @@ fn commands_of_the_project_are_understood() {
         let of_bench = words[1] == "bench" && words.get(2).is_some_and(|word| !word.starts_with('-'));
         let parsed = match of_bench {
             true => bench().try_get_matches_from(&words[1..]),
-            false => Arguments::command().try_get_matches_from(words),
+            false => XtaskArguments::command().try_get_matches_from(words),
         };
         misunderstood(command, parsed)
     });
     assert_eq!(wrong.collect::<Vec<_>>().join("\n"), "");
     let given = |what: &str| commands.iter().any(|command| command.whole && command.words.join(" ") == what);
     assert!(given("cargo xtask demo") && given("cargo xtask test") && commands.len() > 10, "{commands:?}");
-    assert!(Arguments::try_parse_from(["xtask", "demonstrate"]).is_err());
+    assert!(XtaskArguments::try_parse_from(["xtask", "demonstrate"]).is_err());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::say_skipped;
 
-use super::program::Tally;
+use super::program::TestCounts;
 
 /// What is checked. Advisories are not: their database is a repository of its own, which not every machine reaches.
 const CHECKS: &[&str] = &["licenses", "bans", "sources"];
@@ -23,14 +23,14 @@ const SHA256: &str = "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98
 /// # Errors
 ///
 /// If `deny.toml` does not permit something that is built in.
-pub fn check() -> Result<Tally> {
+pub(crate) fn check() -> Result<TestCounts> {
     println!("\n== dependencies");
     let program = match program() {
         Ok(program) => program,
         Err(reason) => {
             let reason = format!("cargo-deny is not installed, and cannot be had: {reason:#}");
             say_skipped("dependencies", &reason);
-            return Ok(Tally { passed: 1, skipped: 1, ..Tally::default() });
+            return Ok(TestCounts { passed: 1, skipped: 1, ..TestCounts::default() });
         }
     };
     let mut command = Command::new(program);
@@ -38,7 +38,7 @@ pub fn check() -> Result<Tally> {
     command.args(["--locked", "--log-level", "error", "check", "--hide-inclusion-graph"]).args(CHECKS);
     let status = command.status().context("running cargo-deny")?;
     ensure!(status.success(), "dependencies: deny.toml does not permit what cargo-deny has named");
-    Ok(Tally { passed: 1, ..Tally::default() })
+    Ok(TestCounts { passed: 1, ..TestCounts::default() })
 }
 
 /// The cargo-deny that is installed, or else one that is fetched into cargo's target directory.

@@ -4,42 +4,40 @@ mod dependencies;
 mod program;
 mod setup;
 
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use program::{Program, Tally};
+use crate::cargo;
+use program::{TestCounts, TestProgram};
 
-/// Programs of tests that run at once: each waits for timeouts and for other processes most of the time.
+/// The number of test programs that run at once: each waits for timeouts and for other processes most of the time.
 const AT_ONCE: usize = 2;
-/// All tests, as cargo is told.
+/// The arguments by which cargo builds all tests.
 const ALL: &[&str] = &["--workspace"];
-/// Where cargo has the tests of large guests.
+/// The arguments by which cargo builds the tests of large guests.
 const LARGE: &[&str] = &["--package", "memlaned", "--test", "large"];
-/// What has their program run them, one at a time: they are left out otherwise.
+/// The arguments by which a test program runs the tests that are left out otherwise, one at a time.
 const ALONE: &[&str] = &["--ignored", "--test-threads=1"];
 
-/// Which tests to run.
+/// The options of `cargo xtask test`.
 #[derive(Args, Clone, Debug)]
-pub struct Options {
+pub(crate) struct TestOptions {
     /// Run nothing but the tests that are left out otherwise, one after the other: guests of 8 GiB, whose memory is
     /// taken from the system at both ends, so that 20 GiB have to be free
     #[arg(long)]
     large: bool,
 }
 
-/// Checks and tests; true if all is well.
-pub fn run(options: &Options) -> Result<bool> {
-    setup::bring().context("bringing what tests need (nothing was tested)")?;
-    let mut tally = Tally::default();
+/// Runs the checks and the tests; returns true if all is well.
+pub(crate) fn run(options: &TestOptions) -> Result<bool> {
+    setup::bring().context("installing what tests need (nothing was tested)")?;
+    let mut tally = TestCounts::default();
     if !options.large {
         tally.add(&dependencies::check()?);
         step("formatting", &["fmt", "--all", "--check"])?;
         step("lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
-        // SAFETY: this program has one thread.
-        unsafe { std::env::set_var("RUSTDOCFLAGS", "-D warnings") };
         step("documentation", &["doc", "--workspace", "--no-deps", "--locked"])?;
     }
     println!("\n== tests");
@@ -54,7 +52,7 @@ pub fn run(options: &Options) -> Result<bool> {
     tally.passed = tally.passed.saturating_sub(tally.skipped);
     println!();
     if tally.skipped > 0 {
-        println!("Skipped tests are named above, each with what it lacks here.");
+        println!("Skipped tests are named above, each with what is missing on this machine.");
     }
     println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
     Ok(ok && tally.failed == 0)
@@ -62,17 +60,18 @@ pub fn run(options: &Options) -> Result<bool> {
 
 fn step(what: &str, arguments: &[&str]) -> Result<()> {
     println!("\n== {what}");
-    let status = cargo().args(arguments).status().with_context(|| format!("running cargo for {what}"))?;
+    let status =
+        cargo::strict().args(arguments).status().with_context(|| format!("running cargo for {what}"))?;
     if !status.success() {
-        bail!("{what}: cargo {} found something", arguments.join(" "));
+        bail!("{what}: cargo {} failed; its output above says why", arguments.join(" "));
     }
     Ok(())
 }
 
-/// Runs the tests that `chosen` tells cargo, so many programs at once, and counts them from what they print.
-fn tests(chosen: &[&str], at_once: usize, arguments: &[&str]) -> Result<(Tally, bool)> {
+/// Builds the tests that `chosen` names, runs `at_once` programs at a time, and counts the results from their output.
+fn tests(chosen: &[&str], at_once: usize, arguments: &[&str]) -> Result<(TestCounts, bool)> {
     let programs = Mutex::new(program::build(chosen)?.into_iter());
-    let tally = Mutex::new((Tally::default(), true));
+    let tally = Mutex::new((TestCounts::default(), true));
     let work = || -> Result<()> {
         while let Some(program) = next(&programs) {
             let (counted, ok) = program.run(arguments)?;
@@ -89,14 +88,10 @@ fn tests(chosen: &[&str], at_once: usize, arguments: &[&str]) -> Result<(Tally, 
     Ok(tally.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn next(programs: &Mutex<std::vec::IntoIter<Program>>) -> Option<Program> {
+fn next(programs: &Mutex<std::vec::IntoIter<TestProgram>>) -> Option<TestProgram> {
     lock(programs).next()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }

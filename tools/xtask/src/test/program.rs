@@ -10,34 +10,34 @@ use anyhow::{Context, Result, bail};
 use memlane_lab::qemu::{self, Version};
 use serde_json::Value;
 
-use super::cargo;
+use crate::cargo;
 
-/// Those that take longest, the longest first: one of them begun last would be waited for alone.
+/// The programs that take longest, the longest first. If one of them started last, it would run alone at the end.
 const LONGEST: &[&str] =
     &["qemu_crashes", "matrix", "postcopy", "crashes", "qemu_refusals", "qemu_moves", "stun", "hostile_peer"];
 
-/// How tests ended.
+/// The results of tests, counted.
 #[derive(Default)]
-pub struct Tally {
-    /// Those that passed, in all versions of QEMU together; those that were skipped among them.
+pub(crate) struct TestCounts {
+    /// The number of tests that passed, in all versions of QEMU together. Skipped tests are among them.
     pub passed: u64,
-    /// Those that failed.
+    /// The number of tests that failed.
     pub failed: u64,
-    /// Those that were skipped.
+    /// The number of tests that were skipped.
     pub skipped: u64,
 }
 
 /// A program of tests.
-pub struct Program {
+pub(crate) struct TestProgram {
     name: String,
     path: PathBuf,
-    /// Where cargo runs it too.
+    /// The directory in which cargo would run it.
     directory: PathBuf,
 }
 
-/// Builds the programs of tests that `chosen` tells cargo. Those that may take longest come first.
-pub fn build(chosen: &[&str]) -> Result<Vec<Program>> {
-    let output = cargo()
+/// Builds the test programs that `chosen` names. Those that may take longest come first.
+pub(crate) fn build(chosen: &[&str]) -> Result<Vec<TestProgram>> {
+    let output = cargo::command()
         .args(["test", "--locked", "--no-run", "--message-format", "json-render-diagnostics"])
         .args(chosen)
         .stderr(Stdio::inherit())
@@ -46,23 +46,23 @@ pub fn build(chosen: &[&str]) -> Result<Vec<Program>> {
     if !output.status.success() {
         bail!("the tests cannot be built");
     }
-    let mut programs: Vec<Program> =
-        String::from_utf8_lossy(&output.stdout).lines().filter_map(Program::of_message).collect();
+    let mut programs: Vec<TestProgram> =
+        String::from_utf8_lossy(&output.stdout).lines().filter_map(TestProgram::of_message).collect();
     programs.sort_by_key(|program| {
         LONGEST.iter().position(|name| *name == program.name).unwrap_or(LONGEST.len())
     });
     Ok(programs)
 }
 
-/// Runs what there is to run of the documentation.
-pub fn run_documentation() -> (Tally, bool) {
-    let mut command = cargo();
+/// Runs the tests in the documentation.
+pub(crate) fn run_documentation() -> (TestCounts, bool) {
+    let mut command = cargo::strict();
     command.args(["test", "--workspace", "--locked", "--doc"]);
     run("documentation", command)
 }
 
-impl Program {
-    /// The program that a message of cargo's tells of, if it does.
+impl TestProgram {
+    /// Returns the program that a message of cargo describes, if it describes one.
     fn of_message(line: &str) -> Option<Self> {
         let message: Value = serde_json::from_str(line).ok()?;
         if message["profile"]["test"] != true {
@@ -75,8 +75,9 @@ impl Program {
         })
     }
 
-    /// Runs its tests, and those of them that use QEMU with every version. `arguments` are the runner's.
-    pub fn run(&self, arguments: &[&str]) -> Result<(Tally, bool)> {
+    /// Runs the program's tests, and runs those of them that use QEMU with every version. `arguments` are for the test
+    /// runner.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Result<(TestCounts, bool)> {
         let noted = tempfile::NamedTempFile::new().context("making a file")?;
         let (newest, older) = qemu::VERSIONS.split_last().context("no version of QEMU is tested")?;
         let mut command = self.command(*newest, arguments);
@@ -101,8 +102,8 @@ impl Program {
     }
 }
 
-/// Runs tests, and prints what they say in one piece.
-fn run(name: &str, mut command: Command) -> (Tally, bool) {
+/// Runs tests, and prints their output in one piece.
+fn run(name: &str, mut command: Command) -> (TestCounts, bool) {
     let started = Instant::now();
     let (ok, text) = match command.stdin(Stdio::null()).output() {
         Ok(output) => {
@@ -117,9 +118,9 @@ fn run(name: &str, mut command: Command) -> (Tally, bool) {
     (tally(text.as_bytes(), out), ok)
 }
 
-impl Tally {
-    /// Adds others to these.
-    pub fn add(&mut self, other: &Self) {
+impl TestCounts {
+    /// Adds other counts to these.
+    pub(crate) fn add(&mut self, other: &Self) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
@@ -127,8 +128,8 @@ impl Tally {
 }
 
 /// Passes lines on to `out`, and counts results and skips.
-fn tally(stream: impl BufRead, mut out: impl Write) -> Tally {
-    let mut tally = Tally::default();
+fn tally(stream: impl BufRead, mut out: impl Write) -> TestCounts {
+    let mut tally = TestCounts::default();
     for line in stream.lines().map_while(Result::ok) {
         // Whoever reads may be gone; the tests go on.
         let _ = writeln!(out, "{line}");

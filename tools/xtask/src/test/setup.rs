@@ -1,4 +1,4 @@
-//! What tests need of the machine is brought, so that none of them has to be skipped for the lack of it.
+//! Setting up what tests need of the machine, so that none of them is skipped for the lack of it.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,17 +7,17 @@ use anyhow::{Context, Result, bail, ensure};
 use memlane_lab::linux::Kernel;
 use memlane_lab::{Requirement, missing, qemu, why_not};
 
-/// Debian's packages of what tests need.
+/// The Debian packages that tests need.
 const PACKAGES: &[(Requirement, &str)] =
     &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Sshd, SSHD)];
 const SSHD: &str = "openssh-server";
 
-/// Brings what is missing, as far as root can; whoever is not root has no use for it.
+/// Installs what is missing, if this runs as root. Tests that need it are skipped for other users anyway.
 ///
 /// # Errors
 ///
 /// If something cannot be had: tests that were skipped would only seem to pass.
-pub fn bring() -> Result<()> {
+pub(crate) fn bring() -> Result<()> {
     if why_not(&[Requirement::Root]).is_some() {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! Asking a daemon, which may be stopped or hang, and is given up then.
+//! Requests to a daemon that may be stopped or hang. Such a daemon is given up.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,15 +8,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// Longest wait for anything of an answer.
+/// The longest wait for each part of an answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a daemon's API has at `path`.
+/// Returns what a daemon's API has at `path`.
 ///
 /// # Errors
 ///
 /// If it does not answer, or not in JSON.
-pub fn get(socket: &Path, path: &str) -> Result<Value> {
+pub(crate) fn get(socket: &Path, path: &str) -> Result<Value> {
     let mut stream = UnixStream::connect(socket).context("no daemon listens")?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

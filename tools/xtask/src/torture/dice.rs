@@ -1,14 +1,14 @@
-//! Numbers that look random, the same ones for the same seed.
+//! Numbers that look random, and are the same ones for the same seed.
 
 use std::time::Duration;
 
-/// SplitMix64.
+/// A generator of random numbers: SplitMix64.
 #[derive(Clone, Debug)]
-pub struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    /// For one round of a run.
-    pub fn of_round(seed: u64, round: u64) -> Self {
+    /// Makes the generator for one round of a run.
+    pub(crate) fn of_round(seed: u64, round: u64) -> Self {
         let mut dice = Self(seed);
         // A round's numbers depend on the seed by more than where they begin.
         let start = dice.next() ^ round.wrapping_mul(0xd134_2543_de82_ef95);
@@ -23,23 +23,23 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// At least 0, and less than 1.
+    /// Returns a number that is at least 0 and less than 1.
     fn fraction(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// True so many times of a hundred.
-    pub fn percent(&mut self, percent: u32) -> bool {
+    /// Returns true in `percent` of a hundred cases.
+    pub(crate) fn percent(&mut self, percent: u32) -> bool {
         self.next() % 100 < u64::from(percent)
     }
 
-    /// One of these.
-    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    /// Picks one of these values.
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[(self.next() % from.len() as u64) as usize]
     }
 
-    /// One of these, each as often as its weight says.
-    pub fn weighed<T: Copy>(&mut self, from: &[(u32, T)]) -> T {
+    /// Picks one of these values, each as often as its weight says.
+    pub(crate) fn weighed<T: Copy>(&mut self, from: &[(u32, T)]) -> T {
         let all: u64 = from.iter().map(|(weight, _)| u64::from(*weight)).sum();
         let mut left = self.next() % all;
         for (weight, value) in from {
@@ -51,14 +51,14 @@ impl Dice {
         unreachable!("what is left is less than all weights together")
     }
 
-    /// A time between these two, short ones as often as long ones.
-    pub fn between(&mut self, shortest: Duration, longest: Duration) -> Duration {
+    /// Picks a time between these two, short ones as often as long ones.
+    pub(crate) fn between(&mut self, shortest: Duration, longest: Duration) -> Duration {
         let times = longest.as_secs_f64() / shortest.as_secs_f64();
         shortest.mul_f64(times.powf(self.fraction()))
     }
 
-    /// A time up to this one.
-    pub fn up_to(&mut self, longest: Duration) -> Duration {
+    /// Picks a time up to this one.
+    pub(crate) fn up_to(&mut self, longest: Duration) -> Duration {
         longest.mul_f64(self.fraction())
     }
 }

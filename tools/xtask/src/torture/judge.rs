@@ -1,136 +1,137 @@
-//! What a round came to, and whether that is allowed. Judged by what the VMMs themselves say and wrote down; what the
-//! daemons say must agree with it.
+//! The judgement of a round: its result, and whether that is allowed. It follows from what the VMMs themselves say and
+//! wrote down. What the daemons say must agree with it.
 
 use std::fmt;
 
 use serde_json::Value;
 
 use super::plan::{Blow, Victim};
-use super::record::{History, Standing, Time};
+use super::record::{GuestHistory, NotedState, Time};
 
-/// A daemon may have told its VMM something just before it was killed, and the VMM does it a little later.
+/// The time in which a VMM may still do what it was told, in nanoseconds: its daemon may have told it just before it
+/// was killed.
 const IN_FLIGHT: Time = 50_000_000;
 
 /// All that is known about a round.
 #[derive(Clone, Debug, Default)]
-pub struct Facts {
+pub(crate) struct RoundFacts {
     /// Whether the guest may run at its destination without all of its memory.
     pub postcopy: bool,
     /// Names of the hosts: where the guest was at first, and where it was to go.
     pub hosts: [String; 2],
     /// The VMMs on these hosts.
     pub vmms: [VmmFacts; 2],
-    /// What the daemons of these hosts say.
+    /// The reports of the daemons of these hosts.
     pub daemons: [DaemonFacts; 2],
     /// The strikes that were made.
     pub strikes: Vec<Struck>,
-    /// When the source's daemon first said that the guest is the destination's.
+    /// The time when the source's daemon first said that the guest is the destination's.
     pub committed: Option<Time>,
-    /// When the destination's daemon first set out to tell its VMM to run the guest.
+    /// The time when the destination's daemon first set out to tell its VMM to run the guest.
     pub told_to_run: Option<Time>,
-    /// When the destination's daemon first saw that its VMM was gone.
+    /// The time when the destination's daemon first saw that its VMM was gone.
     pub seen_gone: Option<Time>,
-    /// When the destination's daemon first said that the guest runs and is whole.
+    /// The time when the destination's daemon first said that the guest runs and is whole.
     pub whole: Option<Time>,
-    /// How `memlanectl migrate` ended; `None` if it did not.
+    /// The exit code of `memlanectl migrate`; `None` if it did not end.
     pub exit: Option<i32>,
-    /// What was still under way when the time was up.
+    /// The thing that was still under way when the time was up.
     pub unsettled: Option<String>,
-    /// What else should not be, as it was seen.
+    /// Other things that must not happen, as they were seen.
     pub oddities: Vec<String>,
 }
 
-/// A VMM in the end.
+/// The state of a VMM at the end of a round.
 #[derive(Clone, Debug, Default)]
-pub struct VmmFacts {
-    /// What it noted.
-    pub history: History,
+pub(crate) struct VmmFacts {
+    /// The history that the VMM wrote.
+    pub history: GuestHistory,
     /// Whether its process has ended.
     pub ended: bool,
-    /// Whether the guest runs in it: its vCPUs do their work.
+    /// Whether the guest runs in the VMM: its vCPUs do their work.
     pub runs: bool,
-    /// What is wrong with the guest's memory, if that could be looked at.
+    /// The error in the guest's memory, if the memory could be examined and has one.
     pub damage: Option<String>,
 }
 
-/// A daemon in the end.
+/// The answers of a daemon at the end of a round.
 #[derive(Clone, Debug, Default)]
-pub struct DaemonFacts {
+pub(crate) struct DaemonFacts {
     /// The guest's latest migration.
     pub migration: Option<Value>,
-    /// How it says that the guest stands.
+    /// The guest's state, as the daemon reports it.
     pub standing: Option<String>,
 }
 
 /// A strike that was made.
 #[derive(Clone, Debug)]
-pub struct Struck {
-    /// With whom.
+pub(crate) struct Struck {
+    /// The victim of the strike.
     pub victim: Victim,
-    /// What.
+    /// The blow that hit it.
     pub blow: Blow,
-    /// How far the migration was.
-    pub phase: Phase,
-    /// Just before it.
+    /// The phase that the migration was in.
+    pub phase: RoundPhase,
+    /// The time just before the strike.
     pub at: Time,
-    /// When it had been made: whoever was killed had ended.
+    /// The time just after the strike. A victim that was killed had ended by then.
     pub done: Time,
 }
 
-/// How far a migration is, by what the VMMs do.
+/// The phase of a migration, as it follows from what the VMMs do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+pub(crate) enum RoundPhase {
     /// The guest runs at its source.
     Copying,
-    /// It stands still there.
+    /// The guest is paused at its source.
     Paused,
-    /// The destination has its state too.
+    /// The guest is paused at its source, and the destination has its state too.
     HandingOver,
-    /// It runs at the destination, and may lack memory.
+    /// The guest runs at the destination, and may lack memory.
     Fetching,
-    /// It runs at the destination, and the source has not let go of it.
+    /// The guest runs at the destination, and the source has not let go of it.
     Arrived,
-    /// It is gone from the source, or from everywhere.
+    /// The guest is gone from the source, or from both hosts.
     Over,
 }
 
-/// Where the guest is.
+/// The place of the guest at the end of a round.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It runs where it was.
+pub(crate) enum Fate {
+    /// The guest runs where it was.
     Here,
-    /// It runs where it was to go.
+    /// The guest runs where it was to go.
     There,
-    /// It runs nowhere, and the documents say that this may be.
+    /// The guest runs nowhere, and the documents say that this may happen.
     Lost(&'static str),
-    /// It runs nowhere, at both hosts, or damaged.
+    /// The guest runs nowhere, at both hosts, or damaged.
     Wrong,
 }
 
-/// The judgement.
+/// The judgement of a round.
 #[derive(Clone, Debug)]
-pub struct Verdict {
-    /// Where the guest is.
+pub(crate) struct RoundVerdict {
+    /// The place of the guest.
     pub fate: Fate,
-    /// What must not be.
+    /// The faults that were found.
     pub faults: Vec<String>,
 }
 
-impl Phase {
-    /// How far it is, by what the VMMs at the source and at the destination noted.
-    pub fn of(source: &History, destination: &History, postcopy: bool) -> Self {
+impl RoundPhase {
+    /// Returns the phase that follows from what the VMMs at the source and at the destination wrote.
+    pub(crate) fn of(source: &GuestHistory, destination: &GuestHistory, postcopy: bool) -> Self {
         match (source.last(), destination.last()) {
-            (Some(Standing::Discarded), _) => Self::Over,
-            (_, Some(Standing::Running)) if postcopy => Self::Fetching,
-            (_, Some(Standing::Running)) => Self::Arrived,
-            (Some(Standing::Paused), Some(Standing::Loaded)) => Self::HandingOver,
-            (Some(Standing::Paused), _) => Self::Paused,
+            (Some(NotedState::Discarded), _) => Self::Over,
+            (_, Some(NotedState::Running)) if postcopy => Self::Fetching,
+            (_, Some(NotedState::Running)) => Self::Arrived,
+            (Some(NotedState::Paused), Some(NotedState::Loaded)) => Self::HandingOver,
+            (Some(NotedState::Paused), _) => Self::Paused,
             _ => Self::Copying,
         }
     }
 
-    /// For people and for JSON.
-    pub fn as_str(self) -> &'static str {
+    /// Returns the name of the phase, for people and for JSON.
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Copying => "copying",
             Self::Paused => "pause",
@@ -142,9 +143,9 @@ impl Phase {
     }
 }
 
-impl Facts {
+impl RoundFacts {
     /// Judges the round.
-    pub fn judge(&self) -> Verdict {
+    pub(crate) fn judge(&self) -> RoundVerdict {
         let mut faults = self.oddities.clone();
         faults.extend(self.unsettled.iter().map(|what| format!("still not settled: {what}")));
         faults.extend(self.two_owners());
@@ -161,17 +162,16 @@ impl Facts {
             [false, false] => match self.may_be_lost() {
                 Some(why) => Fate::Lost(why),
                 None => {
-                    faults
-                        .push("the guest runs nowhere, and nothing in the documents says that it may".into());
+                    faults.push("the guest runs nowhere, and the documents do not allow that".into());
                     Fate::Wrong
                 }
             },
         };
         faults.extend(self.false_words());
-        Verdict { fate, faults }
+        RoundVerdict { fate, faults }
     }
 
-    /// The guest must never run at its source once it may have run at its destination.
+    /// Checks that the guest never ran at its source once it may have run at its destination.
     fn two_owners(&self) -> Option<String> {
         let since = self.ran_there()?;
         let until = self.vmms[0].history.ran().into_iter().map(|(start, end)| match end {
@@ -187,10 +187,10 @@ impl Facts {
         Some(format!("two owners: the guest ran at its destination, and at its source after that, {text}"))
     }
 
-    /// A VMM whose guest does not run ends, unless it waits for one as it did before.
+    /// Checks that each VMM whose guest does not run has ended, unless it waits for a guest as it did before.
     fn leftovers(&self) -> Vec<String> {
         let left = |(vmm, _): &(&VmmFacts, &String)| {
-            !vmm.ended && !vmm.runs && vmm.history.last() != Some(Standing::Incoming)
+            !vmm.ended && !vmm.runs && vmm.history.last() != Some(NotedState::Incoming)
         };
         let told = |(vmm, host): (&VmmFacts, &String)| {
             format!("a VMM at {host} holds a guest that does not run there: {:?}", vmm.history.last())
@@ -198,7 +198,7 @@ impl Facts {
         self.vmms.iter().zip(&self.hosts).filter(left).map(told).collect()
     }
 
-    /// Why the documents allow that the guest is lost.
+    /// Returns why the documents allow that the guest is lost; `None` if they do not allow it.
     fn may_be_lost(&self) -> Option<&'static str> {
         let source = self.killed(Victim::SourceVmm);
         let destination = self.killed(Victim::DestinationVmm);
@@ -242,7 +242,7 @@ impl Facts {
             .then_some("the source's VMM was killed, and the destination's daemon before the guest was whole")
     }
 
-    /// What the daemons and memlanectl say that is not so.
+    /// Finds statements of the daemons and of memlanectl that are not true.
     fn false_words(&self) -> Vec<String> {
         let ([source, destination], ran_there) = (&self.vmms, self.ran_there().is_some());
         let here = source.runs || self.killed(Victim::SourceVmm).is_some();
@@ -291,7 +291,7 @@ impl Facts {
         found
     }
 
-    /// Since when the guest ran at its destination.
+    /// Returns since when the guest ran at its destination.
     fn ran_there(&self) -> Option<Time> {
         self.vmms[1].history.ran().first().map(|(start, _)| *start)
     }
@@ -307,8 +307,8 @@ impl Facts {
 }
 
 impl Fate {
-    /// For people and for JSON.
-    pub fn as_str(&self) -> &'static str {
+    /// Returns the name of the fate, for people and for JSON.
+    pub(crate) fn as_str(&self) -> &'static str {
         match self {
             Self::Here => "here",
             Self::There => "there",

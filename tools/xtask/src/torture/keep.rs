@@ -6,23 +6,29 @@ use std::path::Path;
 use anyhow::Result;
 use memlane_lab::Rig;
 
-use super::judge::Verdict;
-use super::plan::{Plan, other};
-use super::round::Outcome;
+use super::judge::RoundVerdict;
+use super::plan::RoundPlan;
+use super::round::RoundOutcome;
 
-/// Writes all of it to `folder`.
+/// Writes everything about the round to `folder`.
 ///
 /// # Errors
 ///
 /// If that cannot be done.
-pub fn keep(folder: &Path, plan: &Plan, rig: &Rig, outcome: &Outcome, verdict: &Verdict) -> Result<()> {
+pub(crate) fn keep(
+    folder: &Path,
+    plan: &RoundPlan,
+    rig: &Rig,
+    outcome: &RoundOutcome,
+    verdict: &RoundVerdict,
+) -> Result<()> {
     fs::create_dir_all(folder)?;
     let text = format!("{plan:#?}\n\n{verdict:#?}\n\n{:#?}\n\nmemlanectl:\n{}", outcome.facts, outcome.told);
     fs::write(folder.join("round.txt"), text)?;
     for (log, side) in outcome.logs.iter().zip(["source", "destination"]) {
         fs::write(folder.join(format!("memlaned-{side}.log")), log)?;
     }
-    for (id, side) in [(plan.from, "source"), (other(plan.from), "destination")] {
+    for (id, side) in [(plan.from, "source"), (plan.from.other(), "destination")] {
         let journal = rig.lab().host(id).directory().join("journal");
         copy_if_there(&journal, &folder.join(format!("journal-{side}")))?;
     }
@@ -37,7 +43,7 @@ pub fn keep(folder: &Path, plan: &Plan, rig: &Rig, outcome: &Outcome, verdict: &
     Ok(())
 }
 
-/// A file, or a folder of files.
+/// Copies a file, or a folder of files, if it exists.
 fn copy_if_there(from: &Path, to: &Path) -> Result<()> {
     if from.is_dir() {
         fs::create_dir_all(to)?;

@@ -1,4 +1,4 @@
-//! What is done in a round: all of it follows from the seed and the round's number.
+//! The plan of a round: all of it follows from the seed and the round's number.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,145 +7,153 @@ use memlane_lab::HostId;
 
 use super::dice::Dice;
 
-/// A round.
+/// The plan of a round.
 #[derive(Clone, Debug)]
-pub struct Plan {
-    /// Its number, from 0.
+pub(crate) struct RoundPlan {
+    /// The number of the round, from 0.
     pub round: u64,
-    /// Where the guest is at first.
+    /// The host on which the guest is at first.
     pub from: HostId,
-    /// When its memory is sent.
-    pub mode: Mode,
-    /// What runs it, and how its writes are found.
-    pub guest: Guest,
-    /// Number of its vCPUs.
+    /// The time at which the guest's memory is sent.
+    pub mode: MoveMode,
+    /// The machine that runs the guest, and the way in which its writes are found.
+    pub guest: GuestSetup,
+    /// The number of the guest's vCPUs.
     pub vcpus: u16,
     /// Whether digests are compared in the pause.
     pub verify: bool,
-    /// What the hosts are like.
-    pub hosts: Hosts,
-    /// Whether the guest is moved once more in the end, with nobody in its way.
+    /// The kind of the hosts.
+    pub hosts: HostsKind,
+    /// Whether the guest is moved once more in the end, without any strike.
     pub again: bool,
-    /// What goes wrong, in this order.
+    /// The strikes, in this order.
     pub strikes: Vec<Strike>,
 }
 
-/// What the hosts of a round are like; those of one kind serve one round after the other.
+/// The kind of the hosts of a round. Hosts of one kind serve one round after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hosts {
-    /// Whether daemons are of the unit's user, with its capabilities, instead of root.
+pub(crate) struct HostsKind {
+    /// Whether daemons run as the unit's user, with its capabilities, instead of root.
     pub unit: bool,
-    /// Whether words between the daemons take some time, which makes each step of the handover last as long.
+    /// Whether messages between the daemons take some time, which makes each step of the handover longer.
     pub far: bool,
 }
 
-/// When the guest's memory is sent.
+/// The time at which the guest's memory is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Before the guest.
+pub(crate) enum MoveMode {
+    /// The memory is sent before the guest runs at its destination.
     Precopy,
-    /// The same, of a guest that outruns the ports and is slowed.
+    /// The memory is sent before, of a guest that writes faster than the ports carry and is slowed.
     Stun,
-    /// After one round.
+    /// The guest runs at its destination after one round, and the rest of its memory follows.
     Hybrid,
-    /// After the guest.
+    /// The guest runs at its destination at once, and all its memory follows.
     Postcopy,
 }
 
-/// What runs the guest, and how its writes are found.
+/// The machine that runs the guest, and the way in which its writes are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guest {
-    /// KVM, by its log.
+pub(crate) enum GuestSetup {
+    /// KVM runs the guest, and its log finds the writes.
     Log,
-    /// KVM, by its rings.
+    /// KVM runs the guest, and its dirty rings find the writes.
     Ring,
-    /// KVM, by page tables.
+    /// KVM runs the guest, and page tables find the writes.
     Pagemap,
-    /// Threads of a process, by page tables.
+    /// Threads of a process run the guest, and page tables find the writes.
     Process,
 }
 
-/// Something that goes wrong.
+/// A failure that is caused on purpose.
 #[derive(Clone, Copy, Debug)]
-pub struct Strike {
-    /// With whom.
+pub(crate) struct Strike {
+    /// The victim of the strike.
     pub victim: Victim,
-    /// What.
+    /// The blow that hits the victim.
     pub blow: Blow,
-    /// From when on the time to it is counted.
-    pub moment: Moment,
-    /// That time.
+    /// The moment from which `after` is counted.
+    pub moment: StrikeMoment,
+    /// The time from `moment` to the strike.
     pub after: Duration,
 }
 
-/// Who is struck.
+/// The process that is struck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Victim {
-    /// The daemon of the host that the guest is at first.
+pub(crate) enum Victim {
+    /// The daemon of the host on which the guest is at first.
     SourceDaemon,
-    /// The other one.
+    /// The daemon of the host to which the guest is moved.
     DestinationDaemon,
-    /// The VMM that the guest is in at first.
+    /// The VMM in which the guest is at first.
     SourceVmm,
-    /// The other one.
+    /// The VMM to which the guest is moved.
     DestinationVmm,
 }
 
-/// What happens to a victim.
+/// The blow that hits a victim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blow {
-    /// SIGKILL; a daemon is started again after this time.
+pub(crate) enum Blow {
+    /// The victim gets SIGKILL; a daemon is started again after this time.
     Kill(Duration),
-    /// SIGSTOP, and SIGCONT after this time.
+    /// The victim gets SIGSTOP, and SIGCONT after this time.
     Stop(Duration),
 }
 
-/// Something that is waited for.
+/// An event that is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
+pub(crate) enum StrikeMoment {
     /// The order is given.
     Order,
-    /// The guest stands still at its source.
+    /// The guest is paused at its source.
     Paused,
     /// The destination's VMM has loaded its state.
     Loaded,
-    /// The destination's VMM lets it run.
+    /// The destination's VMM lets the guest run.
     Running,
-    /// The strike before this one.
+    /// The strike before this one has been made.
     Strike,
 }
 
 impl Victim {
-    /// All of them.
-    pub const ALL: [Self; 4] =
+    /// All victims.
+    pub(crate) const ALL: [Self; 4] =
         [Self::SourceDaemon, Self::DestinationDaemon, Self::SourceVmm, Self::DestinationVmm];
 
-    /// Whether it is a daemon.
-    pub fn is_daemon(self) -> bool {
+    /// Returns whether the victim is a daemon.
+    pub(crate) fn is_daemon(self) -> bool {
         matches!(self, Self::SourceDaemon | Self::DestinationDaemon)
     }
 }
 
-impl Mode {
-    /// Whether the guest may run at its destination without all of its memory.
-    pub fn is_postcopy(self) -> bool {
+impl MoveMode {
+    /// Returns whether the guest may run at its destination without all of its memory.
+    pub(crate) fn is_postcopy(self) -> bool {
         matches!(self, Self::Hybrid | Self::Postcopy)
     }
 }
 
-impl Plan {
-    /// The plan of a round. Without KVM every guest is a process.
-    pub fn new(seed: u64, round: u64, kvm: bool) -> Self {
+impl RoundPlan {
+    /// Makes the plan of a round. Without KVM every guest is a process.
+    pub(crate) fn new(seed: u64, round: u64, kvm: bool) -> Self {
         let mut dice = Dice::of_round(seed, round);
         let from = dice.pick(&[HostId::A, HostId::B]);
-        let mode =
-            dice.weighed(&[(40, Mode::Precopy), (8, Mode::Stun), (22, Mode::Hybrid), (30, Mode::Postcopy)]);
-        let guest =
-            dice.weighed(&[(30, Guest::Log), (25, Guest::Ring), (20, Guest::Pagemap), (25, Guest::Process)]);
-        let guest = if kvm { guest } else { Guest::Process };
+        let mode = dice.weighed(&[
+            (40, MoveMode::Precopy),
+            (8, MoveMode::Stun),
+            (22, MoveMode::Hybrid),
+            (30, MoveMode::Postcopy),
+        ]);
+        let guest = dice.weighed(&[
+            (30, GuestSetup::Log),
+            (25, GuestSetup::Ring),
+            (20, GuestSetup::Pagemap),
+            (25, GuestSetup::Process),
+        ]);
+        let guest = if kvm { guest } else { GuestSetup::Process };
         let vcpus = dice.pick(&[1, 2]);
-        let verify = dice.percent(30) && mode == Mode::Precopy;
-        let hosts = Hosts { unit: round % 2 == 1, far: dice.percent(50) };
+        let verify = dice.percent(30) && mode == MoveMode::Precopy;
+        let hosts = HostsKind { unit: round % 2 == 1, far: dice.percent(50) };
         let again = dice.percent(25);
         let mut strikes = vec![Strike::first(&mut dice, mode)];
         if dice.percent(30) {
@@ -154,28 +162,28 @@ impl Plan {
         Self { round, from, mode, guest, vcpus, verify, hosts, again, strikes }
     }
 
-    /// Where the guest is to go.
-    pub fn to(&self) -> HostId {
-        other(self.from)
+    /// Returns the host to which the guest is moved.
+    pub(crate) fn to(&self) -> HostId {
+        self.from.other()
     }
 
-    /// Name of the guest.
-    pub fn name(&self) -> String {
+    /// Returns the name of the guest.
+    pub(crate) fn name(&self) -> String {
         format!("t{}", self.round)
     }
 
-    /// What the guest's VMM is told.
-    pub fn guest_arguments(&self) -> Vec<String> {
+    /// Returns the arguments of the guest's VMM.
+    pub(crate) fn guest_arguments(&self) -> Vec<String> {
         let guest = match self.guest {
-            Guest::Log => "--tracker log",
-            Guest::Ring => "--tracker ring",
-            Guest::Pagemap => "--tracker pagemap",
-            Guest::Process => "--guest process",
+            GuestSetup::Log => "--tracker log",
+            GuestSetup::Ring => "--tracker ring",
+            GuestSetup::Pagemap => "--tracker pagemap",
+            GuestSetup::Process => "--guest process",
         };
         let work = match self.mode {
-            Mode::Stun => "--working-set 24MiB --flat-out",
-            Mode::Precopy => "--working-set 8MiB --rate 2000",
-            Mode::Hybrid | Mode::Postcopy => "--working-set 48MiB --rate 8000",
+            MoveMode::Stun => "--working-set 24MiB --flat-out",
+            MoveMode::Precopy => "--working-set 8MiB --rate 2000",
+            MoveMode::Hybrid | MoveMode::Postcopy => "--working-set 48MiB --rate 8000",
         };
         let line = format!(
             "--ram 64MiB --vcpus {} {guest} {work} --fill zero=20,random=60,compressible=20 --seed {}",
@@ -185,14 +193,14 @@ impl Plan {
         line.split_whitespace().map(str::to_owned).collect()
     }
 
-    /// What `memlanectl migrate` is told after the guest and the host.
-    pub fn order_arguments(&self) -> Vec<&'static str> {
+    /// Returns the arguments of `memlanectl migrate` after the guest and the host.
+    pub(crate) fn order_arguments(&self) -> Vec<&'static str> {
         let mut words = vec!["--downtime-limit", "5s", "--min-bandwidth", "1mbit"];
         words.extend(match self.mode {
-            Mode::Precopy => &[][..],
-            Mode::Stun => &["--converge", "stun", "--max-stun", "99"],
-            Mode::Hybrid => &["--postcopy", "hybrid"],
-            Mode::Postcopy => &["--postcopy", "now"],
+            MoveMode::Precopy => &[][..],
+            MoveMode::Stun => &["--converge", "stun", "--max-stun", "99"],
+            MoveMode::Hybrid => &["--postcopy", "hybrid"],
+            MoveMode::Postcopy => &["--postcopy", "now"],
         });
         if self.verify {
             words.push("--verify");
@@ -202,18 +210,19 @@ impl Plan {
 }
 
 impl Strike {
-    fn first(dice: &mut Dice, mode: Mode) -> Self {
+    fn first(dice: &mut Dice, mode: MoveMode) -> Self {
         let victim = dice.pick(&Victim::ALL);
         let blow = Blow::new(dice, victim);
         // The pause and the handover are short, and most that can go wrong goes wrong there.
         let weights = if mode.is_postcopy() { [15, 10, 25, 50] } else { [25, 20, 35, 20] };
-        let moments = [Moment::Order, Moment::Paused, Moment::Loaded, Moment::Running];
+        let moments =
+            [StrikeMoment::Order, StrikeMoment::Paused, StrikeMoment::Loaded, StrikeMoment::Running];
         let [order, paused, loaded, running] = std::array::from_fn(|at| (weights[at], moments[at]));
         let moment = dice.weighed(&[order, paused, loaded, running]);
         let short = Duration::from_micros(100);
         let after = match moment {
-            Moment::Order => dice.up_to(Duration::from_millis(600)),
-            Moment::Running if mode.is_postcopy() => dice.between(short, Duration::from_millis(1000)),
+            StrikeMoment::Order => dice.up_to(Duration::from_millis(600)),
+            StrikeMoment::Running if mode.is_postcopy() => dice.between(short, Duration::from_millis(1000)),
             _ => dice.between(short, Duration::from_millis(60)),
         };
         Self { victim, blow, moment, after }
@@ -223,7 +232,7 @@ impl Strike {
         let victim = dice.pick(&Victim::ALL);
         let blow = Blow::new(dice, victim);
         let after = dice.between(Duration::from_micros(500), Duration::from_secs(3));
-        Self { victim, blow, moment: Moment::Strike, after }
+        Self { victim, blow, moment: StrikeMoment::Strike, after }
     }
 }
 
@@ -241,12 +250,7 @@ impl Blow {
     }
 }
 
-/// The other host.
-pub fn other(id: HostId) -> HostId {
-    if id == HostId::A { HostId::B } else { HostId::A }
-}
-
-impl fmt::Display for Plan {
+impl fmt::Display for RoundPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let user = if self.hosts.unit { "unit" } else { "root" };
         let far = if self.hosts.far { "far" } else { "near" };
@@ -259,9 +263,9 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Mode {
-    /// For people and for JSON.
-    pub fn as_str(self) -> &'static str {
+impl MoveMode {
+    /// Returns the name of the victim, for people and for JSON.
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Precopy => "precopy",
             Self::Stun => "stun",
@@ -272,8 +276,8 @@ impl Mode {
 }
 
 impl Victim {
-    /// For people and for JSON.
-    pub fn as_str(self) -> &'static str {
+    /// Returns the name of the mode, for people and for JSON.
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::SourceDaemon => "source daemon",
             Self::DestinationDaemon => "destination daemon",
@@ -299,22 +303,24 @@ mod tests {
 
     #[test]
     fn rounds_cover_every_victim_moment_mode_and_guest() {
-        let plans: Vec<Plan> = (0..400).map(|round| Plan::new(1, round, true)).collect();
-        let has = |what: &dyn Fn(&Plan) -> bool| plans.iter().filter(|plan| what(plan)).count() > 10;
+        let plans: Vec<RoundPlan> = (0..400).map(|round| RoundPlan::new(1, round, true)).collect();
+        let has = |what: &dyn Fn(&RoundPlan) -> bool| plans.iter().filter(|plan| what(plan)).count() > 10;
         for victim in Victim::ALL {
-            for moment in [Moment::Order, Moment::Paused, Moment::Loaded, Moment::Running] {
-                let first = |plan: &Plan| (plan.strikes[0].victim, plan.strikes[0].moment);
+            for moment in
+                [StrikeMoment::Order, StrikeMoment::Paused, StrikeMoment::Loaded, StrikeMoment::Running]
+            {
+                let first = |plan: &RoundPlan| (plan.strikes[0].victim, plan.strikes[0].moment);
                 assert!(has(&|plan| first(plan) == (victim, moment)), "{victim:?} {moment:?}");
             }
         }
-        for mode in [Mode::Precopy, Mode::Stun, Mode::Hybrid, Mode::Postcopy] {
+        for mode in [MoveMode::Precopy, MoveMode::Stun, MoveMode::Hybrid, MoveMode::Postcopy] {
             assert!(has(&|plan| plan.mode == mode), "{mode:?}");
         }
-        for guest in [Guest::Log, Guest::Ring, Guest::Pagemap, Guest::Process] {
+        for guest in [GuestSetup::Log, GuestSetup::Ring, GuestSetup::Pagemap, GuestSetup::Process] {
             assert!(has(&|plan| plan.guest == guest), "{guest:?}");
         }
         assert!(has(&|plan| plan.strikes.len() == 2) && has(&|plan| plan.again) && has(&|plan| plan.verify));
         assert!(plans.iter().all(|plan| plan.hosts.unit == (plan.round % 2 == 1)));
-        assert!((0..400).all(|round| Plan::new(1, round, false).guest == Guest::Process));
+        assert!((0..400).all(|round| RoundPlan::new(1, round, false).guest == GuestSetup::Process));
     }
 }

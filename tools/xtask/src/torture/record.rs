@@ -1,6 +1,6 @@
-//! What VMMs and daemons wrote down while they lived: histories of guests, and the daemons' logs of the handover.
+//! Records that VMMs and daemons wrote while they lived: histories of guests, and the daemons' logs of the handover.
 //!
-//! Both are read from files, which outlive whoever wrote them, and carry the time of one clock.
+//! Both are read from files, which outlive the processes that wrote them, and carry the time of one clock.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -10,73 +10,73 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// A time, in nanoseconds since 1970-01-01T00:00:00Z.
-pub type Time = u64;
+pub(crate) type Time = u64;
 
-/// Now.
-pub fn now() -> Time {
+/// Returns the time now.
+pub(crate) fn now() -> Time {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as Time
 }
 
-/// What a VMM noted of its guest.
+/// The history of a guest, as a VMM wrote it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct History(Vec<(Time, Standing)>);
+pub(crate) struct GuestHistory(Vec<(Time, NotedState)>);
 
-/// What a guest does in a VMM.
+/// The state of a guest in a VMM, as the VMM wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// It is expected.
+pub(crate) enum NotedState {
+    /// The guest is expected from another host.
     Incoming,
-    /// It runs.
+    /// The guest runs.
     Running,
-    /// It stands still.
+    /// The guest is paused.
     Paused,
-    /// It has arrived and stands still.
+    /// The guest has arrived and is paused.
     Loaded,
-    /// It was given up.
+    /// The guest was given up.
     Discarded,
 }
 
-impl History {
-    /// Out of the VMM's file; nothing, if there is none yet.
-    pub fn read(path: &Path) -> Self {
+impl GuestHistory {
+    /// Reads the history from the VMM's file; it is empty if there is no file yet.
+    pub(crate) fn read(path: &Path) -> Self {
         Self::parse(&std::fs::read_to_string(path).unwrap_or_default())
     }
 
     fn parse(text: &str) -> Self {
         let entry = |line: &str| {
             let entry: Value = serde_json::from_str(line).ok()?;
-            Some((entry["at_ns"].as_u64()?, Standing::of(entry["standing"].as_str()?)?))
+            Some((entry["at_ns"].as_u64()?, NotedState::of(entry["standing"].as_str()?)?))
         };
         Self(text.lines().filter_map(entry).collect())
     }
 
     #[cfg(test)]
-    pub fn of(entries: &[(Time, Standing)]) -> Self {
+    pub(crate) fn of(entries: &[(Time, NotedState)]) -> Self {
         Self(entries.to_vec())
     }
 
-    /// What the guest did last.
-    pub fn last(&self) -> Option<Standing> {
+    /// Returns the guest's last state.
+    pub(crate) fn last(&self) -> Option<NotedState> {
         self.0.last().map(|(_, standing)| *standing)
     }
 
-    /// Since when it has been so for the first time.
-    pub fn since(&self, standing: Standing) -> Option<Time> {
+    /// Returns when the guest was in this state for the first time.
+    pub(crate) fn since(&self, standing: NotedState) -> Option<Time> {
         self.0.iter().find(|(_, found)| *found == standing).map(|(time, _)| *time)
     }
 
-    /// When the guest ran, the end being `None` where none was noted. A start that failed is none.
-    pub fn ran(&self) -> Vec<(Time, Option<Time>)> {
-        let starts = self.0.iter().enumerate().filter(|(_, (_, standing))| *standing == Standing::Running);
+    /// Returns when the guest ran. An end is `None` if the VMM wrote none. A start that failed does not count.
+    pub(crate) fn ran(&self) -> Vec<(Time, Option<Time>)> {
+        let starts = self.0.iter().enumerate().filter(|(_, (_, standing))| *standing == NotedState::Running);
         let next = |at: usize| self.0.get(at + 1);
         starts
-            .filter(|(at, _)| !matches!(next(*at), Some((_, Standing::Loaded | Standing::Incoming))))
+            .filter(|(at, _)| !matches!(next(*at), Some((_, NotedState::Loaded | NotedState::Incoming))))
             .map(|(at, (start, _))| (*start, next(at).map(|(end, _)| *end)))
             .collect()
     }
 }
 
-impl Standing {
+impl NotedState {
     fn of(name: &str) -> Option<Self> {
         Some(match name {
             "incoming" => Self::Incoming,
@@ -89,26 +89,26 @@ impl Standing {
     }
 }
 
-/// A daemon's log from somewhere on.
+/// A part of a daemon's log, from some place on.
 #[derive(Clone, Debug)]
-pub struct Log {
+pub(crate) struct DaemonLog {
     path: PathBuf,
     from: u64,
 }
 
-impl Log {
-    /// What will be written to `path` from now on.
-    pub fn from_now(path: PathBuf) -> Self {
+impl DaemonLog {
+    /// Makes the part that will be written to `path` from now on.
+    pub(crate) fn from_now(path: PathBuf) -> Self {
         let from = path.metadata().map_or(0, |file| file.len());
         Self { path, from }
     }
 
-    /// What was.
+    /// Reads the part.
     ///
     /// # Errors
     ///
     /// If it cannot be read.
-    pub fn read(&self) -> Result<String> {
+    pub(crate) fn read(&self) -> Result<String> {
         let mut bytes = Vec::new();
         let mut read = || {
             let mut file = std::fs::File::open(&self.path)?;
@@ -120,25 +120,25 @@ impl Log {
     }
 }
 
-/// When a daemon did `action` first in the handover of guest `name`, as its log of that says.
-pub fn first_action(log: &str, name: &str, action: &str) -> Option<Time> {
+/// Returns when a daemon did `action` for the first time in the handover of guest `name`, according to its log.
+pub(crate) fn first_action(log: &str, name: &str, action: &str) -> Option<Time> {
     let (guest, action) = (format!(" guest={name} "), format!(" action={action}"));
     let done = |line: &&str| line.contains(" handover ") && line.contains(&guest) && line.ends_with(&action);
     log.lines().find(done).and_then(time_of)
 }
 
-/// When a daemon first saw that the VMM of guest `name` was gone, as its log of that says.
-pub fn seen_gone(log: &str, name: &str) -> Option<Time> {
+/// Returns when a daemon first saw that the VMM of guest `name` was gone, according to its log.
+pub(crate) fn seen_gone(log: &str, name: &str) -> Option<Time> {
     let guest = format!(" a VMM is gone guest={name} ");
     log.lines().find(|line| line.contains(&guest)).and_then(time_of)
 }
 
-/// Lines that no daemon or VMM should ever write.
-pub fn panics(log: &str) -> Vec<String> {
+/// Finds lines that a daemon or a VMM should never write.
+pub(crate) fn panics(log: &str) -> Vec<String> {
     log.lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect()
 }
 
-/// The time at the beginning of a line, such as `2026-01-31T23:59:59.123456Z`.
+/// Parses the time at the beginning of a line, such as `2026-01-31T23:59:59.123456Z`.
 fn time_of(line: &str) -> Option<Time> {
     let (date, time) = line.split_whitespace().next()?.strip_suffix('Z')?.split_once('T')?;
     let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
@@ -150,7 +150,7 @@ fn time_of(line: &str) -> Option<Time> {
     Some((days(year, month, day)? * 86_400 + seconds) * 1_000_000_000 + nanoseconds)
 }
 
-/// Days from 1970-01-01 to a date of the Gregorian calendar.
+/// Returns the days from 1970-01-01 to a date of the Gregorian calendar.
 fn days(year: u64, month: u64, day: u64) -> Option<u64> {
     // Years that begin in March end with the day that is there in leap years only.
     let year = if month <= 2 { year.checked_sub(1)? } else { year };
@@ -166,13 +166,13 @@ mod tests {
     fn a_history_tells_when_the_guest_ran() {
         let text = "{\"at_ns\":5,\"standing\":\"paused\"}\n{\"at_ns\":10,\"standing\":\"running\"}\n\
                     {\"at_ns\":20,\"standing\":\"paused\"}\n{\"at_ns\":30,\"standing\":\"running\"}\n{\"at_";
-        let history = History::parse(text);
+        let history = GuestHistory::parse(text);
         assert_eq!(history.ran(), [(10, Some(20)), (30, None)]);
-        assert_eq!(history.last(), Some(Standing::Running));
-        assert_eq!((history.since(Standing::Running), history.since(Standing::Loaded)), (Some(10), None));
+        assert_eq!(history.last(), Some(NotedState::Running));
+        assert_eq!((history.since(NotedState::Running), history.since(NotedState::Loaded)), (Some(10), None));
 
-        let failed = [(1, Standing::Loaded), (2, Standing::Running), (3, Standing::Loaded)];
-        assert_eq!(History::of(&failed).ran(), []);
+        let failed = [(1, NotedState::Loaded), (2, NotedState::Running), (3, NotedState::Loaded)];
+        assert_eq!(GuestHistory::of(&failed).ran(), []);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is printed.
+//! The output of the rounds.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,33 +6,33 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::judge::{Facts, Fate, Verdict};
-use super::plan::Plan;
-use super::table::Table;
+use super::judge::{Fate, RoundFacts, RoundVerdict};
+use super::plan::RoundPlan;
+use super::table::FateTable;
 
-/// How often it is said how long it will take.
+/// The time between two estimates of how long the rest will take.
 const PROGRESS: Duration = Duration::from_secs(20);
 
-/// All rounds so far.
-pub struct Report {
+/// The results of all rounds so far.
+pub(crate) struct TortureReport {
     json: bool,
-    table: Table,
+    table: FateTable,
     began: Instant,
     of: u64,
     done: u64,
-    /// In which nobody was struck, as the migration was over too early.
+    /// The number of rounds without a strike, because the migration was over too early.
     unharmed: u64,
     failed: Vec<u64>,
     said: Instant,
 }
 
-impl Report {
-    /// Nothing yet; told in JSON or for people.
-    pub fn new(json: bool) -> Self {
+impl TortureReport {
+    /// Makes an empty report, which is printed as JSON or for people.
+    pub(crate) fn new(json: bool) -> Self {
         let now = Instant::now();
         Self {
             json,
-            table: Table::default(),
+            table: FateTable::default(),
             began: now,
             of: 0,
             done: 0,
@@ -42,13 +42,20 @@ impl Report {
         }
     }
 
-    /// So many are to come.
-    pub fn begin(&mut self, of: u64) {
+    /// Notes that so many rounds are to come.
+    pub(crate) fn begin(&mut self, of: u64) {
         (self.of, self.began, self.said) = (of, Instant::now(), Instant::now());
     }
 
-    /// Tells of a round.
-    pub fn add(&mut self, seed: u64, plan: &Plan, facts: &Facts, verdict: &Verdict, took: Duration) {
+    /// Prints the result of a round.
+    pub(crate) fn add(
+        &mut self,
+        seed: u64,
+        plan: &RoundPlan,
+        facts: &RoundFacts,
+        verdict: &RoundVerdict,
+        took: Duration,
+    ) {
         self.done += 1;
         match facts.strikes.first() {
             Some(struck) => self.table.add(struck.victim, struck.phase, &verdict.fate),
@@ -74,8 +81,8 @@ impl Report {
         }
     }
 
-    /// Tells of all of them; true if none has failed.
-    pub fn end(&mut self, seed: u64, logs: &Path) -> bool {
+    /// Prints the results of all rounds; returns true if none has failed.
+    pub(crate) fn end(&mut self, seed: u64, logs: &Path) -> bool {
         self.failed.sort_unstable();
         let (good, seconds) = (self.failed.is_empty(), self.began.elapsed().as_secs_f64());
         let kept = (!good).then(|| logs.display().to_string());
@@ -90,8 +97,7 @@ impl Report {
         print(&format!("\n{}", self.table.text()));
         let (done, failed, unharmed) = (self.done, self.failed.len(), self.unharmed);
         print(&format!(
-            "{done} rounds of seed {seed} in {seconds:.0} s, {failed} failed; in {unharmed} nobody was struck, as \
-             what was waited for did not come"
+            "{done} rounds of seed {seed} in {seconds:.0} s, {failed} failed; in {unharmed} no process was struck, because the moment for it did not come"
         ));
         for round in &self.failed {
             print(&format!("again: cargo xtask torture --seed {seed} --only {round}"));
@@ -103,14 +109,14 @@ impl Report {
     }
 }
 
-fn round_text(plan: &Plan, facts: &Facts, verdict: &Verdict, took: Duration) -> String {
+fn round_text(plan: &RoundPlan, facts: &RoundFacts, verdict: &RoundVerdict, took: Duration) -> String {
     let strikes = facts
         .strikes
         .iter()
         .map(|struck| format!("{} {} in {}", struck.victim.as_str(), struck.blow, struck.phase.as_str()));
     let mut strikes: Vec<String> = strikes.collect();
     if strikes.is_empty() {
-        strikes.push("nobody was struck".into());
+        strikes.push("no process was struck".into());
     }
     let verdict_text = match verdict.faults.len() {
         0 => verdict.fate.to_string(),
@@ -124,7 +130,13 @@ fn round_text(plan: &Plan, facts: &Facts, verdict: &Verdict, took: Duration) -> 
     )
 }
 
-fn round_json(seed: u64, plan: &Plan, facts: &Facts, verdict: &Verdict, took: Duration) -> Value {
+fn round_json(
+    seed: u64,
+    plan: &RoundPlan,
+    facts: &RoundFacts,
+    verdict: &RoundVerdict,
+    took: Duration,
+) -> Value {
     let strikes: Vec<Value> = facts
         .strikes
         .iter()

@@ -1,81 +1,68 @@
-//! Carrying out a round: a guest is ordered to move, things go wrong, and what comes of it is found out.
+//! A round: a guest is ordered to move, strikes are made, and the result is found out.
 
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use memlane_lab::{HostId, Process, Rig, Vmm, wait_for};
+use memlane_lab::{HostId, LabProcess, LabVmm, Rig, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
 
-use super::api;
-use super::judge::{DaemonFacts, Facts, Phase, Struck, VmmFacts};
-use super::plan::{Blow, Moment, Plan, Strike, Victim, other};
-use super::record::{self, History, Log, Standing};
+use super::ask::{START, ask_daemon, await_attached, examine};
+use super::judge::{DaemonFacts, RoundFacts, RoundPhase, Struck, VmmFacts};
+use super::order::MigrateCommand;
+use super::plan::{Blow, RoundPlan, Strike, StrikeMoment, Victim};
+use super::record::{self, DaemonLog, GuestHistory, NotedState};
 
-/// Longest wait for a VMM to attach, on a machine that is busy with other things.
-const START: Duration = Duration::from_secs(60);
-/// From the last that went wrong until everything must be settled. Daemons ask each other every second.
+/// The time from the last strike until everything must be settled. Daemons ask each other every second.
 const SETTLE: Duration = Duration::from_secs(60);
-/// Longest wait for a VMM's answer, and for a guest to do a step.
-const ANSWER: Duration = Duration::from_secs(20);
-/// How often VMMs' histories are looked at: no oftener than what is to be hit needs.
+/// The time between two looks at the VMMs' histories. It is no shorter than the moments that are to be hit need.
 const LOOK: Duration = Duration::from_micros(300);
-/// How often daemons are asked.
+/// The time between two questions to the daemons.
 const ASK: Duration = Duration::from_millis(25);
 
 /// A round under way.
-pub struct Round<'a> {
+pub(crate) struct TortureRound<'a> {
     rig: &'a mut Rig,
-    plan: &'a Plan,
+    plan: &'a RoundPlan,
     name: String,
-    /// At the source, and at the destination.
-    vmms: [Vmm; 2],
+    /// The VMMs at the source and at the destination.
+    vmms: [LabVmm; 2],
     histories: [PathBuf; 2],
-    logs: [Log; 2],
-    order: Order,
-    /// When a daemon that was killed is started again.
+    logs: [DaemonLog; 2],
+    order: MigrateCommand,
+    /// The times when daemons that were killed are started again.
     restart: [Option<Instant>; 2],
-    /// When a victim that was stopped goes on, as [`Victim::ALL`] has them.
+    /// The times when victims that were stopped continue, in the order of [`Victim::ALL`].
     go_on: [Option<Instant>; 4],
-    /// Strikes yet to be made, and since when the first of them may be waited for.
+    /// The strikes that are still to be made. The first of them is waited for since `since`.
     strikes: Vec<Strike>,
     since: Option<Instant>,
-    /// When something went wrong last, or was put right.
+    /// The time of the last strike or of the last repair.
     last: Instant,
-    facts: Facts,
+    facts: RoundFacts,
 }
 
-/// `memlanectl migrate`.
-struct Order {
-    child: Option<Child>,
-    given: Instant,
-    exit: Option<i32>,
-    text: String,
-}
-
-/// What came of a round.
-pub struct Outcome {
-    /// All that is known.
-    pub facts: Facts,
-    /// What `memlanectl migrate` printed.
+/// The result of a round.
+pub(crate) struct RoundOutcome {
+    /// All that is known about the round.
+    pub facts: RoundFacts,
+    /// The output of `memlanectl migrate`.
     pub told: String,
-    /// Files that tell more.
+    /// The files that say more.
     pub files: Vec<PathBuf>,
-    /// What the daemons logged meanwhile.
+    /// The logs of the daemons during the round.
     pub logs: [String; 2],
 }
 
-impl<'a> Round<'a> {
+impl<'a> TortureRound<'a> {
     /// Starts the VMMs, and gives the order.
     ///
     /// # Errors
     ///
     /// If that fails before anything has gone wrong: it is no fault of what is tortured.
-    pub fn begin(rig: &'a mut Rig, plan: &'a Plan) -> Result<Self> {
+    pub(crate) fn begin(rig: &'a mut Rig, plan: &'a RoundPlan) -> Result<Self> {
         let (name, ids) = (plan.name(), [plan.from, plan.to()]);
-        let logs = [0, 1].map(|at| Log::from_now(rig.daemon(ids[at]).log().to_owned()));
+        let logs = [0, 1].map(|at| DaemonLog::from_now(rig.daemon(ids[at]).log().to_owned()));
         let histories = ids.map(|id| rig.lab().host(id).directory().join(format!("{name}.history")));
         let mut start = |at: usize| {
             let mut arguments = plan.guest_arguments();
@@ -91,11 +78,11 @@ impl<'a> Round<'a> {
         }
         let mut words = vec!["migrate", &name, rig.lab().host(plan.to()).name()];
         words.extend(plan.order_arguments());
-        let order = Order::give(rig, plan.from, &words)?;
-        let facts = Facts {
+        let order = MigrateCommand::give(rig, plan.from, &words)?;
+        let facts = RoundFacts {
             postcopy: plan.mode.is_postcopy(),
             hosts: ids.map(|id| rig.lab().host(id).name().to_owned()),
-            ..Facts::default()
+            ..RoundFacts::default()
         };
         Ok(Self {
             rig,
@@ -119,7 +106,7 @@ impl<'a> Round<'a> {
     /// # Errors
     ///
     /// If the harness itself fails.
-    pub fn play(mut self) -> Result<Outcome> {
+    pub(crate) fn play(mut self) -> Result<RoundOutcome> {
         let mut ask_at = Instant::now();
         loop {
             self.put_right()?;
@@ -145,9 +132,9 @@ impl<'a> Round<'a> {
         if self.plan.again && self.facts.judge().faults.is_empty() {
             self.move_again()?;
         }
-        let read = |log: &Log| log.read().unwrap_or_else(|error| format!("{error:#}\n"));
+        let read = |log: &DaemonLog| log.read().unwrap_or_else(|error| format!("{error:#}\n"));
         let vmm_logs = self.vmms.each_mut().map(|vmm| vmm.process().log().to_owned());
-        Ok(Outcome {
+        Ok(RoundOutcome {
             told: std::mem::take(&mut self.order.text),
             files: self.histories.iter().chain(&vmm_logs).cloned().collect(),
             logs: [read(&self.logs[0]), read(&self.logs[1])],
@@ -159,11 +146,11 @@ impl<'a> Round<'a> {
         [self.plan.from, self.plan.to()][at]
     }
 
-    fn history(&self, at: usize) -> History {
-        History::read(&self.histories[at])
+    fn history(&self, at: usize) -> GuestHistory {
+        GuestHistory::read(&self.histories[at])
     }
 
-    /// Whether somebody is to come back by himself, or to be struck at a time that is known.
+    /// Returns whether a victim is still to be started again or to continue.
     fn anybody_away(&self) -> bool {
         self.restart.iter().chain(&self.go_on).any(Option::is_some)
     }
@@ -193,11 +180,11 @@ impl<'a> Round<'a> {
         let Some(strike) = self.strikes.first().copied() else { return Ok(false) };
         if self.since.is_none() {
             let come = match strike.moment {
-                Moment::Order => Some(self.order.given),
-                Moment::Strike => Some(self.last).filter(|_| !self.facts.strikes.is_empty()),
-                Moment::Paused => self.seen(0, Standing::Paused),
-                Moment::Loaded => self.seen(1, Standing::Loaded),
-                Moment::Running => self.seen(1, Standing::Running),
+                StrikeMoment::Order => Some(self.order.given),
+                StrikeMoment::Strike => Some(self.last).filter(|_| !self.facts.strikes.is_empty()),
+                StrikeMoment::Paused => self.seen(0, NotedState::Paused),
+                StrikeMoment::Loaded => self.seen(1, NotedState::Loaded),
+                StrikeMoment::Running => self.seen(1, NotedState::Running),
             };
             self.since = come;
         }
@@ -213,13 +200,13 @@ impl<'a> Round<'a> {
         Ok(!self.strikes.is_empty())
     }
 
-    fn seen(&self, at: usize, standing: Standing) -> Option<Instant> {
+    fn seen(&self, at: usize, standing: NotedState) -> Option<Instant> {
         self.history(at).since(standing).map(|_| Instant::now())
     }
 
     fn make(&mut self, strike: Strike) -> Result<()> {
         let Strike { victim, blow, .. } = strike;
-        let phase = Phase::of(&self.history(0), &self.history(1), self.facts.postcopy);
+        let phase = RoundPhase::of(&self.history(0), &self.history(1), self.facts.postcopy);
         // Who is gone already is struck no more.
         let Some(process) = self.process(victim) else { return Ok(()) };
         let at = record::now();
@@ -246,18 +233,18 @@ impl<'a> Round<'a> {
     }
 
     /// A victim, while it lives.
-    fn process(&mut self, victim: Victim) -> Option<&mut Process> {
+    fn process(&mut self, victim: Victim) -> Option<&mut LabProcess> {
         let process = match victim {
             Victim::SourceVmm => self.vmms[0].process(),
             Victim::DestinationVmm => self.vmms[1].process(),
             Victim::SourceDaemon if self.restart[0].is_none() => self.rig.daemon(self.plan.from),
-            Victim::DestinationDaemon if self.restart[1].is_none() => self.rig.daemon(other(self.plan.from)),
+            Victim::DestinationDaemon if self.restart[1].is_none() => self.rig.daemon(self.plan.from.other()),
             Victim::SourceDaemon | Victim::DestinationDaemon => return None,
         };
         process.is_running().then_some(process)
     }
 
-    /// What is still under way, in a word, once nobody is away. Notes how the daemons see it.
+    /// Says in a few words what is still under way, once no victim is away, and notes what the daemons report.
     fn under_way(&mut self) -> Option<String> {
         for at in 0..2 {
             let host = self.facts.hosts[at].clone();
@@ -267,7 +254,7 @@ impl<'a> Round<'a> {
                 self.facts.oddities.push(text);
                 return Some("a daemon is gone".into());
             }
-            match ask(self.rig, self.id(at), &self.name) {
+            match ask_daemon(self.rig, self.id(at), &self.name) {
                 Ok(daemon) => self.facts.daemons[at] = daemon,
                 Err(error) => return Some(format!("the daemon at {host}: {error:#}")),
             }
@@ -281,12 +268,12 @@ impl<'a> Round<'a> {
                 let (phase, reason) = (&migration["phase"], &migration["reason"]);
                 return Some(format!("{host} tells of a migration that is {phase} ({reason})"));
             }
-            let stands = History::read(&self.histories[at]).last();
+            let stands = GuestHistory::read(&self.histories[at]).last();
             let ended = !self.vmms[at].process().is_running();
             let done = match stands {
                 _ if ended => standing.is_none(),
-                Some(Standing::Running) => standing.as_deref() == Some("running"),
-                Some(Standing::Incoming) => true,
+                Some(NotedState::Running) => standing.as_deref() == Some("running"),
+                Some(NotedState::Incoming) => true,
                 _ => false,
             };
             if !done {
@@ -303,7 +290,7 @@ impl<'a> Round<'a> {
             let history = self.history(at);
             let vmm = &mut self.vmms[at];
             let ended = !vmm.process().is_running();
-            let runs = !ended && history.last() == Some(Standing::Running);
+            let runs = !ended && history.last() == Some(NotedState::Running);
             let damage = if runs { examine(vmm).err().map(|error| format!("{error:#}")) } else { None };
             self.facts.vmms[at] = VmmFacts { history, ended, runs, damage };
         }
@@ -331,14 +318,14 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
-    /// A guest that has come to no harm moves as well as ever, and what is left of the round is in nobody's way.
+    /// Checks that an unharmed guest can be moved again, and that what is left of the round does not prevent it.
     fn move_again(&mut self) -> Result<()> {
         let Some(at) = self.facts.vmms.iter().position(|vmm| vmm.runs) else { return Ok(()) };
         let (at, left) = (self.id(at), 1 - at);
-        let to = other(at);
+        let to = at.other();
         // Fails only if it has ended.
         let _ = self.vmms[left].process().kill();
-        let gone = || ask(self.rig, to, &self.name).ok()?.standing.is_none().then_some(());
+        let gone = || ask_daemon(self.rig, to, &self.name).ok()?.standing.is_none().then_some(());
         if wait_for("the daemon to forget a VMM", START, gone).is_err() {
             let host = self.rig.lab().host(to).name();
             self.facts.oddities.push(format!("{host} still has the guest's VMM, which has been killed"));
@@ -360,7 +347,7 @@ impl<'a> Round<'a> {
             "--converge",
             "auto",
         ];
-        let mut order = Order::give(self.rig, at, &words)?;
+        let mut order = MigrateCommand::give(self.rig, at, &words)?;
         let given = Instant::now();
         while !order.has_ended()? && given.elapsed() < SETTLE {
             std::thread::sleep(ASK);
@@ -378,83 +365,7 @@ impl<'a> Round<'a> {
     }
 }
 
-impl Order {
-    fn give(rig: &Rig, at: HostId, words: &[&str]) -> Result<Self> {
-        let mut command = rig.ctl_command(at, &["--json"]);
-        command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = command.spawn().context("running memlanectl")?;
-        Ok(Self { child: Some(child), given: Instant::now(), exit: None, text: String::new() })
-    }
-
-    /// What it says is less than a pipe holds, so nobody need read it before.
-    fn has_ended(&mut self) -> Result<bool> {
-        let Some(child) = &mut self.child else { return Ok(true) };
-        if child.try_wait().context("waiting for memlanectl")?.is_none() {
-            return Ok(false);
-        }
-        let output = self.child.take().expect("it was there").wait_with_output()?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        self.text = text(&output.stdout) + &text(&output.stderr);
-        self.exit = output.status.code();
-        Ok(true)
-    }
-
-    /// Ends it, if it goes on.
-    fn give_up(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Fails only if it has ended.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-impl Drop for Order {
-    fn drop(&mut self) {
-        self.give_up();
-    }
-}
-
-/// What a daemon says about guest `name`.
-fn ask(rig: &Rig, id: HostId, name: &str) -> Result<DaemonFacts> {
-    let socket = rig.api_socket(id);
-    let list = |path: &str| match api::get(&socket, path)? {
-        Value::Array(list) => Ok(list),
-        other => bail!("{other} is no list"),
-    };
-    let migration = list("/v1/migrations")?.into_iter().rfind(|migration| migration["guest"] == name);
-    let guest = list("/v1/guests")?.into_iter().find(|guest| guest["name"] == name);
-    let standing = guest.and_then(|guest| guest["standing"].as_str().map(str::to_owned));
-    Ok(DaemonFacts { migration, standing })
-}
-
-fn await_attached(rig: &Rig, id: HostId, name: &str, vmm: &mut Vmm) -> Result<()> {
-    let attached = wait_for("a VMM to attach", START, || {
-        let known = ask(rig, id, name).is_ok_and(|daemon| daemon.standing.is_some());
-        (known || !vmm.process().is_running()).then_some(())
-    });
-    attached.with_context(|| vmm.process().log_tail())?;
-    if !vmm.process().is_running() {
-        bail!("memlane-vmm has ended: {}", vmm.process().log_tail());
-    }
-    Ok(())
-}
-
-/// The guest goes on, and its memory is what it must be.
-fn examine(vmm: &mut Vmm) -> Result<()> {
-    let mut session = vmm.session()?;
-    session.set_patience(ANSWER)?;
-    let before = session.stats().context("its VMM does not answer")?;
-    let goes_on = || session.stats().ok().filter(|now| now["steps"] != before["steps"]);
-    wait_for("the guest to do a step", ANSWER, goes_on)?;
-    let report = session.verify().context("its VMM does not compare its memory")?;
-    if report["equal"] != true {
-        bail!("its memory is not what it must be: {report}");
-    }
-    Ok(())
-}
-
-fn signal(process: &Process, signal: Signal) {
+fn signal(process: &LabProcess, signal: Signal) {
     if let Some(pid) = Pid::from_raw(process.pid() as i32) {
         // Fails only if it has ended.
         let _ = kill_process(pid, signal);

@@ -9,40 +9,40 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use memlane_lab::{DaemonUser, LabOptions, Programs, Rate, Requirement, Rig, RigOptions, why_not};
 
-use super::judge::Verdict;
+use super::judge::RoundVerdict;
 use super::keep::keep;
-use super::plan::{Hosts, Plan};
-use super::report::Report;
-use super::round::{Outcome, Round};
-use super::{Options, User};
+use super::options::{TortureOptions, User};
+use super::plan::{HostsKind, RoundPlan};
+use super::report::TortureReport;
+use super::round::{RoundOutcome, TortureRound};
 
-/// What the handover does is logged, and read by [`record`](super::record).
+/// The log filter: the steps of the handover are logged, and [`record`](super::record) reads them.
 const LOG: &str = "info,memlane_migrate::effects=debug";
-/// What a port carries, in bits a second: a guest's memory takes about half a second.
+/// The rate of a port, in bits a second: a guest's memory takes about half a second.
 const PORT_RATE: u64 = 500_000_000;
-/// How long a word takes from one daemon to the other, where they are far from each other.
+/// The time that a message takes from one daemon to the other, if the hosts are far from each other.
 const FAR: Duration = Duration::from_millis(8);
 
 /// All rounds.
-pub struct Run {
-    options: Options,
+pub(crate) struct TortureRun {
+    options: TortureOptions,
     programs: Programs,
     seed: u64,
     kvm: bool,
     logs: PathBuf,
-    /// Hosts that nobody uses now.
-    free: Mutex<Vec<(Hosts, Rig)>>,
-    report: Mutex<Report>,
+    /// The hosts that are not in use now.
+    free: Mutex<Vec<(HostsKind, Rig)>>,
+    report: Mutex<TortureReport>,
     next: AtomicU64,
 }
 
-impl Run {
+impl TortureRun {
     /// Prepares a run; nothing is started yet.
-    pub fn new(options: Options, programs: Programs) -> Self {
+    pub(crate) fn new(options: TortureOptions, programs: Programs) -> Self {
         let (seed, kvm) = (options.seed(), why_not(&[Requirement::Kvm]).is_none());
         let logs = options.logs.clone();
         let logs = logs.unwrap_or_else(|| std::env::temp_dir().join(format!("memlane-torture-{seed}")));
-        let report = Mutex::new(Report::new(options.json));
+        let report = Mutex::new(TortureReport::new(options.json));
         Self { options, programs, seed, kvm, logs, free: Mutex::default(), report, next: AtomicU64::new(0) }
     }
 
@@ -51,7 +51,7 @@ impl Run {
     /// # Errors
     ///
     /// If hosts cannot be made, or VMMs do not start.
-    pub fn rounds(&self, rounds: Range<u64>) -> Result<bool> {
+    pub(crate) fn rounds(&self, rounds: Range<u64>) -> Result<bool> {
         let kvm = if self.kvm { "" } else { "; no /dev/kvm, so every guest is a process" };
         let count = rounds.end - rounds.start;
         eprintln!("torture: seed {}, {count} rounds from {}{kvm}", self.seed, rounds.start);
@@ -84,7 +84,7 @@ impl Run {
     }
 
     fn round(&self, number: u64) -> Result<()> {
-        let mut plan = Plan::new(self.seed, number, self.kvm);
+        let mut plan = RoundPlan::new(self.seed, number, self.kvm);
         plan.hosts.unit = match self.options.user {
             User::Root => false,
             User::Unit => true,
@@ -92,7 +92,7 @@ impl Run {
         };
         let started = Instant::now();
         let mut rig = self.hosts(plan.hosts)?;
-        let outcome = Round::begin(&mut rig, &plan)?.play()?;
+        let outcome = TortureRound::begin(&mut rig, &plan)?.play()?;
         let verdict = outcome.facts.judge();
         if verdict.faults.is_empty() {
             lock(&self.free).push((plan.hosts, rig));
@@ -105,7 +105,7 @@ impl Run {
     }
 
     /// Hosts of this kind: some that have served before, or new ones.
-    fn hosts(&self, kind: Hosts) -> Result<Rig> {
+    fn hosts(&self, kind: HostsKind) -> Result<Rig> {
         let free = {
             let mut free = lock(&self.free);
             free.iter().position(|(of_kind, _)| *of_kind == kind).map(|at| free.swap_remove(at).1)
@@ -130,7 +130,13 @@ impl Run {
         Rig::new(&self.programs, options).context("making two hosts")
     }
 
-    fn keep(&self, plan: &Plan, rig: &Rig, outcome: &Outcome, verdict: &Verdict) -> Result<()> {
+    fn keep(
+        &self,
+        plan: &RoundPlan,
+        rig: &Rig,
+        outcome: &RoundOutcome,
+        verdict: &RoundVerdict,
+    ) -> Result<()> {
         let folder = self.logs.join(plan.round.to_string());
         keep(&folder, plan, rig, outcome, verdict)
             .with_context(|| format!("keeping logs in {}", folder.display()))

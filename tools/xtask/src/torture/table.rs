@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::judge::{Fate, Phase};
+use super::judge::{Fate, RoundPhase};
 use super::plan::Victim;
 
 /// Counts of fates.
@@ -16,13 +16,13 @@ struct Counts {
     wrong: u32,
 }
 
-/// Counts for each victim and phase. A round counts once, by its first strike.
+/// The counts for each victim and phase. A round counts once, by its first strike.
 #[derive(Clone, Debug, Default)]
-pub struct Table(BTreeMap<(usize, Phase), Counts>);
+pub(crate) struct FateTable(BTreeMap<(usize, RoundPhase), Counts>);
 
-impl Table {
+impl FateTable {
     /// Adds a round.
-    pub fn add(&mut self, victim: Victim, phase: Phase, fate: &Fate) {
+    pub(crate) fn add(&mut self, victim: Victim, phase: RoundPhase, fate: &Fate) {
         let row = Victim::ALL.iter().position(|one| *one == victim).expect("all of them are there");
         let counts = self.0.entry((row, phase)).or_default();
         match fate {
@@ -33,8 +33,8 @@ impl Table {
         }
     }
 
-    /// For people.
-    pub fn text(&self) -> String {
+    /// Returns the table as text for people.
+    pub(crate) fn text(&self) -> String {
         let mut text = format!(
             "{:20}{:10}{:>8}{:>8}{:>8}{:>8}\n",
             "first victim", "phase", "here", "there", "lost", "wrong"
@@ -46,9 +46,9 @@ impl Table {
         text + "here, there: runs whole at its source, at its destination; lost: as README says that it may be"
     }
 
-    /// For programs.
-    pub fn json(&self) -> Value {
-        let row = |((row, phase), Counts { here, there, lost, wrong }): (&(usize, Phase), &Counts)| {
+    /// Returns the table as JSON for programs.
+    pub(crate) fn json(&self) -> Value {
+        let row = |((row, phase), Counts { here, there, lost, wrong }): (&(usize, RoundPhase), &Counts)| {
             json!({
                 "victim": Victim::ALL[*row].as_str(), "phase": phase.as_str(),
                 "here": here, "there": there, "lost": lost, "wrong": wrong,
@@ -64,10 +64,10 @@ mod tests {
 
     #[test]
     fn rounds_are_counted_by_victim_and_phase() {
-        let mut table = Table::default();
-        table.add(Victim::SourceVmm, Phase::Copying, &Fate::Lost("so it is"));
-        table.add(Victim::SourceVmm, Phase::Copying, &Fate::Lost("so it is"));
-        table.add(Victim::SourceDaemon, Phase::Arrived, &Fate::There);
+        let mut table = FateTable::default();
+        table.add(Victim::SourceVmm, RoundPhase::Copying, &Fate::Lost("so it is"));
+        table.add(Victim::SourceVmm, RoundPhase::Copying, &Fate::Lost("so it is"));
+        table.add(Victim::SourceDaemon, RoundPhase::Arrived, &Fate::There);
         let text = table.text();
         let line = |start: &str| {
             let line = text.lines().find(|line| line.starts_with(start)).unwrap_or_default();

@@ -1,6 +1,6 @@
 //! A guest that reads its memory all the time, and notes how long it waits for it.
 //!
-//! It measures post-copy where it matters, and in the same way whoever moves it: by its own clock, from before it reads
+//! It measures post-copy where it matters, and in the same way for each mover: by its own clock, from before it reads
 //! a word until it has it. What of that took less than [`LEAST_WAIT`] was no wait for another host. Its only vCPU waits
 //! for one page at a time, and reads the next one at once.
 
@@ -12,26 +12,26 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use memlane_lab::{Host, HostId, Lab, Rig, wait_for};
+use memlane_lab::{HostId, Lab, LabHost, Rig, wait_for};
 use serde_json::json;
 
-use super::machine::{End, Machine, Removed, compare};
-use super::{Migration, Moved, Way, files};
+use super::machine::{QemuSetup, Removed, RunningQemu, compare};
+use super::{QemuMethod, QemuMove, QemuPair, files};
 use crate::cpu::Meter;
 
-/// A read that takes less was of memory that is there. A page from another host takes longer, and what the guest is kept
-/// waiting for by its own host's scheduler and interrupts mostly does not take as long.
+/// The shortest wait that counts. A read that takes less was of memory that was there. A page from another host takes
+/// longer, and the host's own scheduler and interrupts mostly do not keep the guest waiting as long.
 pub const LEAST_WAIT: Duration = Duration::from_micros(10);
 
 /// Name of the guest.
 const NAME: &str = "toucher";
 /// Longest wait for firmware and program to start, on a processor that may be emulated.
 const BOOT: Duration = Duration::from_secs(60);
-/// How long the guest reads before it is moved.
+/// The time that the guest reads before it is moved.
 const WARM_UP: Duration = Duration::from_secs(1);
 /// Longest wait for either end to notice that all is over.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the clock of the processor is watched.
+/// The time for which the clock of the processor is measured.
 const CLOCK: Duration = Duration::from_millis(100);
 
 /// The guest. It is moved from a file on tmpfs that stays, so that it can be moved again.
@@ -40,30 +40,30 @@ pub struct Toucher {
     memory: PathBuf,
     image: PathBuf,
     bytes: usize,
-    /// Ticks of its clock in a second, which are those of the processor.
+    /// The number of ticks of the guest's clock in a second. They are those of the processor.
     ticks: f64,
 }
 
-/// Who moves it, by post-copy at once.
+/// The program that moves the guest, by post-copy at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mover {
-    /// The daemons.
+pub enum PostcopyMover {
+    /// The daemons move it.
     Daemons,
-    /// QEMU itself, with a connection of its own for the pages that the guest waits for.
+    /// QEMU moves it by itself, with a connection of its own for the pages that the guest waits for.
     Qemu,
 }
 
-/// What became of it.
+/// The result of a move of the guest.
 #[derive(Debug, Clone)]
 pub struct Touched {
-    /// The move.
-    pub moved: Moved,
+    /// The figures of the move.
+    pub moved: QemuMove,
     /// Each wait of the guest at its destination, until its last page was there.
     pub waits: Vec<Duration>,
 }
 
 impl Toucher {
-    /// A guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
+    /// Makes a guest on host A of `lab` with so many bytes of memory, which cannot be compressed.
     ///
     /// # Errors
     ///
@@ -91,14 +91,14 @@ impl Toucher {
     /// # Errors
     ///
     /// If the move fails, or the guest's memory is not what it was.
-    pub fn migrate(&self, rig: &Rig, shim: &Path, mover: Mover) -> Result<Touched> {
+    pub fn migrate(&self, rig: &Rig, shim: &Path, mover: PostcopyMover) -> Result<Touched> {
         let lab = rig.lab();
         let copy = lab.host(HostId::B).memory_directory().join(NAME);
         let _removed = Removed(lab.host(HostId::B), &copy);
         let memory =
             File::options().read(true).write(true).open(&self.memory).context("opening its memory")?;
         program::reset(&memory)?;
-        let shim = (mover == Mover::Daemons).then_some(shim);
+        let shim = (mover == PostcopyMover::Daemons).then_some(shim);
         let mut source =
             self.start(lab.host(HostId::A), &self.memory, shim).context("starting the source's QEMU")?;
         wait_for("the guest's program", BOOT, || match program::runs(&memory) {
@@ -109,16 +109,18 @@ impl Toucher {
             self.start(lab.host(HostId::B), &copy, shim).context("starting the destination's QEMU")?;
         std::thread::sleep(WARM_UP);
 
-        if mover == Mover::Daemons {
+        if mover == PostcopyMover::Daemons {
             attach(rig, HostId::A, &[])?;
             attach(rig, HostId::B, &["--incoming"])?;
         }
         let meter = Meter::new([source.process.pid(), destination.process.pid()])?;
         let mut migration =
-            Migration { source: &mut source.monitor, destination: &mut destination.monitor, meter };
+            QemuPair { source: &mut source.monitor, destination: &mut destination.monitor, meter };
         let moved = match mover {
-            Mover::Daemons => migration.by_daemons(rig, NAME, &["--postcopy", "now"])?,
-            Mover::Qemu => migration.by_qemu(Way::Postcopy, lab.host(HostId::B).ports()[0].address)?,
+            PostcopyMover::Daemons => migration.by_daemons(rig, NAME, &["--postcopy", "now"])?,
+            PostcopyMover::Qemu => {
+                migration.by_qemu(QemuMethod::Postcopy, lab.host(HostId::B).ports()[0].address)?
+            }
         };
         // The source's copy stays as it was when the guest left.
         let left = program::waits(&memory)?;
@@ -130,7 +132,7 @@ impl Toucher {
         compare((lab.host(HostId::A), &self.memory), (lab.host(HostId::B), &copy), program::LOW_MEMORY)?;
         destination.process.kill()?;
         source.process.kill()?;
-        if mover == Mover::Daemons {
+        if mover == PostcopyMover::Daemons {
             for id in [HostId::A, HostId::B] {
                 wait_for("the daemon's notice of a QEMU's end", PATIENCE, || {
                     rig.guest(id, NAME).is_ok_and(|guest| guest.is_none()).then_some(())
@@ -140,9 +142,9 @@ impl Toucher {
         Ok(Touched { moved, waits })
     }
 
-    fn start(&self, host: &Host, memory: &Path, shim: Option<&Path>) -> Result<End> {
+    fn start(&self, host: &LabHost, memory: &Path, shim: Option<&Path>) -> Result<RunningQemu> {
         let incoming = memory != self.memory;
-        let machine = Machine { memory, bytes: self.bytes, prealloc: !incoming, incoming };
+        let machine = QemuSetup { memory, bytes: self.bytes, prealloc: !incoming, incoming };
         let mut command = machine.command(host);
         command.args([OsStr::new("-kernel"), self.image.as_os_str()]);
         if let Some(shim) = shim {
@@ -154,16 +156,16 @@ impl Toucher {
                 .env("LD_PRELOAD", shim)
                 .env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
         }
-        End::start(host, NAME, command)
+        RunningQemu::start(host, NAME, command)
     }
 }
 
-/// Where the guest's QEMU listens for the daemon.
-fn monitor(host: &Host) -> PathBuf {
+/// Returns the socket at which the guest's QEMU listens for the daemon.
+fn monitor(host: &LabHost) -> PathBuf {
     host.directory().join("toucher.daemon")
 }
 
-/// Has a daemon take the guest's QEMU.
+/// Makes a daemon take the guest's QEMU.
 fn attach(rig: &Rig, id: HostId, more: &[&str]) -> Result<()> {
     let socket = monitor(rig.lab().host(id));
     let socket = socket.to_str().context("a path that is no UTF-8")?;
@@ -172,7 +174,7 @@ fn attach(rig: &Rig, id: HostId, more: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// How fast the processor's clock goes.
+/// Measures how many ticks the processor's clock makes in a second.
 fn ticks_per_second() -> f64 {
     // SAFETY: every x86-64 has the instruction, and Linux lets programs use it.
     let now = || unsafe { std::arch::x86_64::_rdtsc() };

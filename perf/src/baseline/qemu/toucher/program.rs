@@ -11,44 +11,45 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
 
-/// Where the program lies in the guest's memory.
+/// The address of the program in the guest's memory.
 const PROGRAM: u32 = 1 << 20;
-/// Where its [`Block`] lies.
+/// The address of its [`ProgramBlock`].
 const BLOCK: u32 = PROGRAM + 0x1000;
-/// Where its log lies.
+/// The address of its log.
 const LOG: u32 = 2 << 20;
-/// Reads that the log remembers, more than the largest guest has pages.
+/// The number of reads that the log remembers, more than the largest guest has pages.
 const LOG_ENTRIES: u32 = 1 << 20;
-/// All of these are below; what is read lies above.
+/// The end of the memory that the program needs for itself. The memory that it reads lies above.
 pub(super) const LOW_MEMORY: usize = 16 << 20;
-/// PCs have their memory in one piece up to here, and the log has room for each page.
+/// The largest memory of the guest, in bytes. PCs have their memory in one piece up to here, and the log has room for
+/// each page.
 pub(super) const MOST_MEMORY: usize = 2 << 30;
 const PAGE: usize = 4096;
 
-/// What the program is told and tells.
+/// The values that the program is given, and those that it reports.
 #[repr(C)]
-struct Block {
+struct ProgramBlock {
     /// The first page that is read.
     first: u32,
-    /// How many are.
+    /// The number of pages that are read.
     pages: u32,
-    /// The power of two that is not below that, less one.
+    /// The power of two that is not below `pages`, less one.
     mask: u32,
-    /// Half of its bits.
+    /// Half of the number of bits of `mask`.
     shift: u32,
-    /// Ticks from which a read has taken long.
+    /// The number of ticks from which a read has taken long.
     threshold: u32,
-    /// 1 as soon as the program runs.
+    /// The value 1 as soon as the program runs.
     runs: u32,
-    /// Reads that have taken long, modulo 2^32.
+    /// The number of reads that have taken long, modulo 2^32.
     waits: u32,
 }
 
-/// The program for a guest with so many bytes of memory, with reads that take `threshold` ticks counted as long.
+/// Returns the program for a guest with so many bytes of memory. Reads that take `threshold` ticks count as long.
 pub(super) fn image(bytes: usize, threshold: u32) -> Vec<u8> {
     let pages = u32::try_from((bytes - LOW_MEMORY) / PAGE).expect("no guest is larger than 2 GiB");
     let mask = pages.next_power_of_two() - 1;
-    let block = Block {
+    let block = ProgramBlock {
         first: (LOW_MEMORY / PAGE) as u32,
         pages,
         mask,
@@ -57,7 +58,7 @@ pub(super) fn image(bytes: usize, threshold: u32) -> Vec<u8> {
         runs: 0,
         waits: 0,
     };
-    let Block { first, pages, mask, shift, threshold, runs, waits } = block;
+    let ProgramBlock { first, pages, mask, shift, threshold, runs, waits } = block;
     let mut image = code().to_vec();
     image.resize((BLOCK - PROGRAM) as usize, 0);
     image.extend(
@@ -66,23 +67,23 @@ pub(super) fn image(bytes: usize, threshold: u32) -> Vec<u8> {
     image
 }
 
-/// Has the guest's memory say that the program does not run yet.
+/// Resets the guest's memory to say that the program does not run yet.
 pub(super) fn reset(memory: &File) -> Result<()> {
-    let at = u64::from(BLOCK) + offset_of!(Block, runs) as u64;
+    let at = u64::from(BLOCK) + offset_of!(ProgramBlock, runs) as u64;
     memory.write_all_at(&[0; size_of::<u32>()], at).context("writing to the guest's memory")
 }
 
-/// Whether the program runs.
+/// Returns whether the program runs.
 pub(super) fn runs(memory: &File) -> Result<bool> {
-    Ok(word(memory, BLOCK + offset_of!(Block, runs) as u32)? != 0)
+    Ok(word(memory, BLOCK + offset_of!(ProgramBlock, runs) as u32)? != 0)
 }
 
-/// How many reads have taken long, modulo 2^32.
+/// Returns how many reads have taken long, modulo 2^32.
 pub(super) fn waits(memory: &File) -> Result<u32> {
-    word(memory, BLOCK + offset_of!(Block, waits) as u32)
+    word(memory, BLOCK + offset_of!(ProgramBlock, waits) as u32)
 }
 
-/// How many ticks each of them took, from number `from` until now.
+/// Returns how many ticks each long read took, from number `from` until now.
 pub(super) fn log(memory: &File, from: u32) -> Result<Vec<u32>> {
     let count = waits(memory)?.wrapping_sub(from);
     ensure!(count <= LOG_ENTRIES, "the guest has waited {count} times, and remembers {LOG_ENTRIES}");
@@ -99,7 +100,7 @@ fn word(memory: &File, at: u32) -> Result<u32> {
     Ok(u32::from_le_bytes(word))
 }
 
-/// The program's bytes.
+/// Returns the program's bytes.
 fn code() -> &'static [u8] {
     unsafe extern "C" {
         static memlane_toucher_code: u8;
@@ -175,13 +176,13 @@ memlane_toucher_code_end:
     .popsection
     "#,
     program = const PROGRAM,
-    first = const BLOCK as usize + offset_of!(Block, first),
-    pages = const BLOCK as usize + offset_of!(Block, pages),
-    mask = const BLOCK as usize + offset_of!(Block, mask),
-    shift = const BLOCK as usize + offset_of!(Block, shift),
-    threshold = const BLOCK as usize + offset_of!(Block, threshold),
-    runs = const BLOCK as usize + offset_of!(Block, runs),
-    waits = const BLOCK as usize + offset_of!(Block, waits),
+    first = const BLOCK as usize + offset_of!(ProgramBlock, first),
+    pages = const BLOCK as usize + offset_of!(ProgramBlock, pages),
+    mask = const BLOCK as usize + offset_of!(ProgramBlock, mask),
+    shift = const BLOCK as usize + offset_of!(ProgramBlock, shift),
+    threshold = const BLOCK as usize + offset_of!(ProgramBlock, threshold),
+    runs = const BLOCK as usize + offset_of!(ProgramBlock, runs),
+    waits = const BLOCK as usize + offset_of!(ProgramBlock, waits),
     log = const LOG,
     log_mask = const LOG_ENTRIES - 1,
 );
@@ -200,7 +201,7 @@ mod tests {
         let entry = word(28);
         assert!((PROGRAM + 32..BLOCK).contains(&entry), "{entry:#x}");
         let block = (BLOCK - PROGRAM) as usize;
-        assert_eq!(image.len(), block + size_of::<Block>());
+        assert_eq!(image.len(), block + size_of::<ProgramBlock>());
         assert_eq!([0, 4, 8, 12, 16].map(|field| word(block + field)), [4096, 12_288, 16_383, 7, 12_345]);
     }
 
@@ -220,7 +221,7 @@ mod tests {
     #[test]
     fn a_log_goes_round() {
         let memory = tempfile();
-        let waits_at = u64::from(BLOCK) + offset_of!(Block, waits) as u64;
+        let waits_at = u64::from(BLOCK) + offset_of!(ProgramBlock, waits) as u64;
         for (number, ticks) in [(LOG_ENTRIES - 1, 7_u32), (0, 8), (1, 9)] {
             memory.write_all_at(&ticks.to_le_bytes(), u64::from(LOG + number * 4)).expect("a write");
         }

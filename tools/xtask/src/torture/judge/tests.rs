@@ -9,15 +9,15 @@ const DESTINATION: &str = "host-b";
 const MS: Time = 1_000_000;
 
 /// A pre-copy migration that went well.
-fn completed() -> Facts {
+fn completed() -> RoundFacts {
     let migration = json!({ "outcome": "completed", "guest_runs_at": DESTINATION });
-    let here = [(0, Standing::Running), (10 * MS, Standing::Paused), (30 * MS, Standing::Discarded)];
-    let there = [(0, Standing::Incoming), (15 * MS, Standing::Loaded), (20 * MS, Standing::Running)];
-    Facts {
+    let here = [(0, NotedState::Running), (10 * MS, NotedState::Paused), (30 * MS, NotedState::Discarded)];
+    let there = [(0, NotedState::Incoming), (15 * MS, NotedState::Loaded), (20 * MS, NotedState::Running)];
+    RoundFacts {
         hosts: [SOURCE.to_owned(), DESTINATION.to_owned()],
         vmms: [
-            VmmFacts { history: History::of(&here), ended: true, ..VmmFacts::default() },
-            VmmFacts { history: History::of(&there), runs: true, ..VmmFacts::default() },
+            VmmFacts { history: GuestHistory::of(&here), ended: true, ..VmmFacts::default() },
+            VmmFacts { history: GuestHistory::of(&there), runs: true, ..VmmFacts::default() },
         ],
         daemons: [
             DaemonFacts { migration: Some(migration.clone()), standing: None },
@@ -27,18 +27,18 @@ fn completed() -> Facts {
         told_to_run: Some(19 * MS),
         whole: Some(21 * MS),
         exit: Some(0),
-        ..Facts::default()
+        ..RoundFacts::default()
     }
 }
 
 /// One that failed before anything was handed over.
-fn failed() -> Facts {
+fn failed() -> RoundFacts {
     let migration = json!({ "outcome": "failed", "guest_runs_at": SOURCE });
-    let here = [(0, Standing::Running), (10 * MS, Standing::Paused), (30 * MS, Standing::Running)];
-    Facts {
+    let here = [(0, NotedState::Running), (10 * MS, NotedState::Paused), (30 * MS, NotedState::Running)];
+    RoundFacts {
         vmms: [
-            VmmFacts { history: History::of(&here), runs: true, ..VmmFacts::default() },
-            VmmFacts { history: History::of(&[(0, Standing::Incoming)]), ..VmmFacts::default() },
+            VmmFacts { history: GuestHistory::of(&here), runs: true, ..VmmFacts::default() },
+            VmmFacts { history: GuestHistory::of(&[(0, NotedState::Incoming)]), ..VmmFacts::default() },
         ],
         daemons: [
             DaemonFacts { migration: Some(migration), standing: Some("running".into()) },
@@ -53,7 +53,7 @@ fn failed() -> Facts {
 }
 
 /// One after which the guest runs nowhere, and everybody says so.
-fn lost(mut facts: Facts) -> Facts {
+fn lost(mut facts: RoundFacts) -> RoundFacts {
     for vmm in &mut facts.vmms {
         (vmm.ended, vmm.runs) = (true, false);
     }
@@ -66,10 +66,10 @@ fn lost(mut facts: Facts) -> Facts {
 }
 
 fn killed(victim: Victim, at: Time) -> Struck {
-    Struck { victim, blow: Blow::Kill(Duration::ZERO), phase: Phase::Copying, at, done: at + MS / 2 }
+    Struck { victim, blow: Blow::Kill(Duration::ZERO), phase: RoundPhase::Copying, at, done: at + MS / 2 }
 }
 
-fn faults(facts: &Facts) -> String {
+fn faults(facts: &RoundFacts) -> String {
     facts.judge().faults.join("; ")
 }
 
@@ -82,15 +82,15 @@ fn what_goes_well_is_no_fault() {
 #[test]
 fn two_owners_are_found_even_where_one_has_gone() {
     let mut facts = completed();
-    let back = [(0, Standing::Running), (10 * MS, Standing::Paused), (40 * MS, Standing::Running)];
-    facts.vmms[0].history = History::of(&back);
+    let back = [(0, NotedState::Running), (10 * MS, NotedState::Paused), (40 * MS, NotedState::Running)];
+    facts.vmms[0].history = GuestHistory::of(&back);
     facts.strikes.push(killed(Victim::SourceVmm, 50 * MS));
     assert!(faults(&facts).contains("two owners"), "{}", faults(&facts));
     // It stood still when it was killed.
-    facts.vmms[0].history = History::of(&back[..2]);
+    facts.vmms[0].history = GuestHistory::of(&back[..2]);
     assert_eq!(faults(&facts), "");
     // Paused too late.
-    facts.vmms[0].history = History::of(&[(0, Standing::Running), (25 * MS, Standing::Paused)]);
+    facts.vmms[0].history = GuestHistory::of(&[(0, NotedState::Running), (25 * MS, NotedState::Paused)]);
     assert!(faults(&facts).contains("for 5000 µs more"), "{}", faults(&facts));
 
     let mut both = completed();
@@ -114,9 +114,9 @@ fn a_guest_may_be_lost_with_its_vmm() {
     facts.strikes.push(killed(Victim::DestinationVmm, 19 * MS));
     assert_eq!(faults(&facts), "");
     // It was told to run before it had ended, and may have run; or it was told too late.
-    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    facts.vmms[1].history = GuestHistory::of(&[(0, NotedState::Incoming), (15 * MS, NotedState::Loaded)]);
     assert_eq!(faults(&facts), "");
-    let late = Facts { told_to_run: Some(20 * MS), ..facts.clone() };
+    let late = RoundFacts { told_to_run: Some(20 * MS), ..facts.clone() };
     assert_eq!(late.judge().fate, Fate::Wrong);
     facts.seen_gone = Some(18 * MS);
     assert_eq!(facts.judge().fate, Fate::Wrong);
@@ -130,24 +130,24 @@ fn a_guest_may_be_lost_with_its_vmm() {
 
 #[test]
 fn postcopy_may_lose_a_guest_that_fetches() {
-    let mut facts = Facts { postcopy: true, whole: Some(900 * MS), ..lost(completed()) };
+    let mut facts = RoundFacts { postcopy: true, whole: Some(900 * MS), ..lost(completed()) };
     facts.strikes = vec![killed(Victim::DestinationDaemon, 100 * MS)];
     assert_eq!(faults(&facts), "");
-    assert_eq!(Facts { postcopy: false, ..facts.clone() }.judge().fate, Fate::Wrong);
+    assert_eq!(RoundFacts { postcopy: false, ..facts.clone() }.judge().fate, Fate::Wrong);
     // Its VMM hung, and heard that it was to run when the daemon was gone.
-    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (300 * MS, Standing::Running)]);
+    facts.vmms[1].history = GuestHistory::of(&[(0, NotedState::Incoming), (300 * MS, NotedState::Running)]);
     assert_eq!(faults(&facts), "");
-    assert_eq!(Facts { told_to_run: None, ..facts.clone() }.judge().fate, Fate::Wrong);
+    assert_eq!(RoundFacts { told_to_run: None, ..facts.clone() }.judge().fate, Fate::Wrong);
     facts.vmms[1].history = lost(completed()).vmms[1].history.clone();
     // It was whole before, or never ran.
     facts.strikes = vec![killed(Victim::DestinationDaemon, 2000 * MS)];
     assert_eq!(facts.judge().fate, Fate::Wrong);
     facts.strikes = vec![killed(Victim::DestinationDaemon, 100 * MS)];
-    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    facts.vmms[1].history = GuestHistory::of(&[(0, NotedState::Incoming), (15 * MS, NotedState::Loaded)]);
     assert_eq!(facts.judge().fate, Fate::Wrong);
 
     // A source's daemon alone only costs time.
-    let mut facts = Facts { postcopy: true, whole: None, ..lost(completed()) };
+    let mut facts = RoundFacts { postcopy: true, whole: None, ..lost(completed()) };
     facts.strikes = vec![killed(Victim::SourceDaemon, 100 * MS)];
     assert_eq!(facts.judge().fate, Fate::Wrong);
     facts.strikes.push(killed(Victim::SourceVmm, 200 * MS));
@@ -179,7 +179,7 @@ fn words_that_are_not_so_are_faults() {
 #[test]
 fn what_is_left_over_or_damaged_is_a_fault() {
     let mut facts = failed();
-    facts.vmms[1].history = History::of(&[(0, Standing::Incoming), (15 * MS, Standing::Loaded)]);
+    facts.vmms[1].history = GuestHistory::of(&[(0, NotedState::Incoming), (15 * MS, NotedState::Loaded)]);
     assert!(faults(&facts).contains("holds a guest that does not run"), "{}", faults(&facts));
     let mut facts = failed();
     facts.vmms[0].damage = Some("a page of zeros".into());
@@ -190,15 +190,15 @@ fn what_is_left_over_or_damaged_is_a_fault() {
 
 #[test]
 fn phases_follow_from_histories() {
-    let history = |standings: &[Standing]| {
-        History::of(&standings.iter().map(|standing| (0, *standing)).collect::<Vec<_>>())
+    let history = |standings: &[NotedState]| {
+        GuestHistory::of(&standings.iter().map(|standing| (0, *standing)).collect::<Vec<_>>())
     };
-    use Standing::{Discarded, Incoming, Loaded, Paused, Running};
-    let phase = |here, there, postcopy| Phase::of(&history(&[here]), &history(&[there]), postcopy);
-    assert_eq!(phase(Running, Incoming, false), Phase::Copying);
-    assert_eq!(phase(Paused, Incoming, false), Phase::Paused);
-    assert_eq!(phase(Paused, Loaded, false), Phase::HandingOver);
-    assert_eq!(phase(Paused, Running, false), Phase::Arrived);
-    assert_eq!(phase(Paused, Running, true), Phase::Fetching);
-    assert_eq!(phase(Discarded, Running, true), Phase::Over);
+    use NotedState::{Discarded, Incoming, Loaded, Paused, Running};
+    let phase = |here, there, postcopy| RoundPhase::of(&history(&[here]), &history(&[there]), postcopy);
+    assert_eq!(phase(Running, Incoming, false), RoundPhase::Copying);
+    assert_eq!(phase(Paused, Incoming, false), RoundPhase::Paused);
+    assert_eq!(phase(Paused, Loaded, false), RoundPhase::HandingOver);
+    assert_eq!(phase(Paused, Running, false), RoundPhase::Arrived);
+    assert_eq!(phase(Paused, Running, true), RoundPhase::Fetching);
+    assert_eq!(phase(Discarded, Running, true), RoundPhase::Over);
 }
