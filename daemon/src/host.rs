@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use memlane_guest::attach_socket::Attaching;
+use memlane_guest::config::QemuSettings;
 use memlane_guest::shim::Shims;
 use memlane_guest::{Guests, qemu};
 use memlane_migrate::{Context, Settings, Supervisor};
@@ -33,7 +34,7 @@ impl Host {
     /// Makes a host without guests.
     pub fn new(config: Config, journal: Journal) -> Rc<Self> {
         let (guests, shims) = (Rc::<Guests>::default(), Rc::<Shims>::default());
-        let qemu = qemu::SupervisorSettings {
+        let qemu = QemuSettings {
             guests: config.guests.clone(),
             networks: config.networks.clone(),
             attach_users: config.attach_users.clone(),

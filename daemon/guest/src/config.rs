@@ -38,6 +38,19 @@ pub struct GuestsConfig {
     pub qemu: Vec<PathBuf>,
 }
 
+/// What the configuration says of QEMUs.
+#[derive(Clone, Debug)]
+pub struct QemuSettings {
+    /// Guests that this daemon starts.
+    pub guests: GuestsConfig,
+    /// Networks that guests are plugged into.
+    pub networks: Vec<NetworkConfig>,
+    /// User ids whose VMMs may attach guests.
+    pub attach_users: Vec<u32>,
+    /// Where the shims in VMMs connect.
+    pub attach_socket: PathBuf,
+}
+
 impl Default for AttachConfig {
     fn default() -> Self {
         // A process has 128 TiB of addresses (x86-64 with four levels of page tables).

@@ -22,6 +22,7 @@ pub mod shim;
 mod stun;
 pub mod toml_file;
 mod tracking;
+mod write_faults;
 
 pub use claim::Claim;
 pub use driver::{Blocker, Driver, DriverError, SavedState};
@@ -31,4 +32,5 @@ pub use memlane_kvm::dirty::{Harvest, ThrottleStats};
 pub use memory::VmmMemory;
 pub use process::{KillError, Process, ProcessError};
 pub use registry::{GuestObserver, Guests};
-pub use stun::{Report as StunReport, Switch};
+pub use stun::Switch;
+pub use write_faults::Report as StunReport;

@@ -6,7 +6,6 @@
 //! protection of a QEMU, give way.
 
 mod fingerprints;
-mod write_faults;
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -16,9 +15,8 @@ use memlane_protocol::PageSet;
 use memlane_protocol::wire::machine::TrackerKind;
 
 use super::tracking::Tracking;
+use super::write_faults::{Report, WriteFaultHandler};
 use super::{DriverError, Guest, Harvest, ThrottleStats, VmmMemory};
-
-pub use write_faults::{Report, WriteFaultHandler};
 
 use fingerprints::Fingerprints;
 

@@ -10,7 +10,7 @@ use memlane_net::task;
 use memlane_protocol::PageSet;
 
 use super::memory::VmmMemory;
-use super::stun::WriteFaultHandler;
+use super::write_faults::WriteFaultHandler;
 use super::{DriverError, Harvest};
 
 /// Tracks until it ends or is dropped, which lifts all protection.

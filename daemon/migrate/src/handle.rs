@@ -12,7 +12,6 @@ use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::{MigrationId, RunState};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::context::Context;
 use crate::observer::{Measurement, Observer};
 use crate::progress::{Outcome, Phase, Progress, Role};
 
@@ -82,9 +81,8 @@ pub struct Word {
 
 impl MigrationHandle {
     /// For a migration that begins now, together with what arrives for it.
-    pub fn new(entry: &Entry, context: &Context, role: Role) -> (Rc<Self>, Arrivals) {
+    pub fn new(entry: &Entry, here: &Label, role: Role, observer: Rc<dyn Observer>) -> (Rc<Self>, Arrivals) {
         const WAITING: usize = 4;
-        let here = context.name();
         let Entry { migration: id, guest, peer, vmm, shape, .. } = entry;
         let (words, words_arriving) = mpsc::channel(WAITING);
         let (returns, returning) = mpsc::channel(WAITING);
@@ -113,7 +111,7 @@ impl MigrationHandle {
             vmm: *vmm,
             shape: *shape,
             started: Instant::now(),
-            observer: context.observer.clone(),
+            observer,
         };
         let (words, returns, links, resolutions) = (words_arriving, returning, Some(linking), resolving);
         (Rc::new(handle), Arrivals { words, returns, links, resolutions })

@@ -82,7 +82,7 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
         Vmm::Attached(guest) => guest.claim(entry.migration),
         _ => None,
     };
-    let (handle, arrivals) = MigrationHandle::new(&entry, context, role);
+    let (handle, arrivals) = MigrationHandle::new(&entry, context.name(), role, context.observer.clone());
     handle.cancellable.set(false);
     handle.update(|progress| {
         progress.phase = Phase::Committing;

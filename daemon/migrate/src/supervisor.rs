@@ -121,7 +121,8 @@ impl Supervisor {
             shape: guest.digest(),
             fetching: false,
         };
-        let (handle, arrivals) = MigrationHandle::new(&entry, context, Role::Source);
+        let (handle, arrivals) =
+            MigrationHandle::new(&entry, context.name(), Role::Source, context.observer.clone());
         handle.update(|progress| {
             progress.pages_total = guest.shape.pages();
             progress.downtime_limit_seconds = order.parameters.policy.downtime_limit.as_secs_f64();

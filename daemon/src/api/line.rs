@@ -11,6 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep};
 
+/// Connections served at once. One more takes the place of the one over which nothing was asked for
+/// longest; where all are busy, it waits to be accepted.
+pub const MAX_CONNECTIONS: usize = 128;
 /// Whoever does not take what is written within this time is hung up on.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 

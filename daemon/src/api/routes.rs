@@ -23,6 +23,8 @@ use super::line::Line;
 use super::streams::{Stream, Streams};
 use super::{Backend, Caller, body};
 
+/// The description of the API, as it is committed and served; a test holds it against the routes.
+pub const DESCRIPTION: &str = include_str!("openapi.json");
 /// Events of one stream are at least so far apart; what changes between them is told once.
 pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 /// A comment on a stream without events: only a write notices that the reader went away.
@@ -387,7 +389,7 @@ fn events(backend: &dyn Backend, id: &str, stream: Stream) -> Result<Answer, Api
     responses((status = 200, content_type = "application/json", body = Object))
 )]
 fn openapi() -> Answer {
-    text("application/json", super::openapi::COMMITTED)
+    text("application/json", DESCRIPTION)
 }
 
 /// All metrics, as Prometheus reads them.

@@ -23,14 +23,10 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::body::{MAX_BODY_BYTES, REQUEST_TIMEOUT};
-use super::line::{Impatient, Line, WRITE_TIMEOUT};
+use super::line::{Impatient, Line, MAX_CONNECTIONS, WRITE_TIMEOUT};
 use super::routes::{self, Answer, Asked};
 use super::streams::Streams;
 use super::{Backend, Caller};
-
-/// Connections served at once. One more takes the place of the one over which nothing was asked for
-/// longest; where all are busy, it waits to be accepted.
-pub const MAX_CONNECTIONS: usize = 128;
 
 /// There is no API.
 #[derive(Debug, thiserror::Error)]

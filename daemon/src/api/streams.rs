@@ -7,12 +7,11 @@ use std::rc::Rc;
 use memlane_api::types::{ApiError, ErrorCode};
 
 use super::Caller;
-use super::line::Busy;
-use super::server::MAX_CONNECTIONS;
+use super::line::{Busy, MAX_CONNECTIONS};
 
-/// Streams at once,
+/// Most streams at once.
 pub const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;
-/// and those of one user.
+/// Most streams of one user at once.
 pub const MAX_STREAMS_OF_USER: usize = MAX_STREAMS / 2;
 
 /// The streams that are open, by their user.

@@ -241,7 +241,7 @@ fn errors_are_told_with_their_code_and_status() {
 fn the_description_is_served() {
     with_server(|_, client| async move {
         let (status, _, text) = raw(&client, Method::GET, "/v1/openapi.json?pretty", "").await;
-        assert_eq!((status, text.as_str()), (StatusCode::OK, super::openapi::COMMITTED));
+        assert_eq!((status, text.as_str()), (StatusCode::OK, super::routes::DESCRIPTION));
     });
 }
 
@@ -307,7 +307,7 @@ fn what_is_begun_goes_on_when_the_caller_hangs_up() {
 fn a_crowd_does_not_keep_the_operator_out() {
     with_server(|_, client| async move {
         let mut crowd = Vec::new();
-        for number in 0..2 * server::MAX_CONNECTIONS {
+        for number in 0..2 * super::line::MAX_CONNECTIONS {
             let stream = UnixStream::connect(client.socket()).await.unwrap();
             let asks = match number % 3 {
                 0 => "",
@@ -319,7 +319,7 @@ fn a_crowd_does_not_keep_the_operator_out() {
             // What was asked for is begun before the next one comes.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        for stream in crowd.iter().rev().take(server::MAX_CONNECTIONS) {
+        for stream in crowd.iter().rev().take(super::line::MAX_CONNECTIONS) {
             let _ = stream.try_write(b"GET /v1/migrations/00ff/events HTTP/1.1\r\nhost: x\r\n\r\n");
         }
         let operator = async {

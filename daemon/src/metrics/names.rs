@@ -77,7 +77,12 @@ pub const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 
 pub const ALL: [(&str, Kind, Unit, &str); 32] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
-    (MIGRATIONS, Kind::Counter, Unit::Count, "Migrations that ended, counted at their source, by outcome."),
+    (
+        MIGRATIONS,
+        Kind::Counter,
+        Unit::Count,
+        "Migrations that ended, by outcome; both hosts of a migration count it.",
+    ),
     (REFUSALS, Kind::Counter, Unit::Count, "Orders that the preflight refused, by reason."),
     (BYTES_SENT, Kind::Counter, Unit::Bytes, "Bytes that lanes sent, by port."),
     (BYTES_RECEIVED, Kind::Counter, Unit::Bytes, "Bytes that lanes received, by port."),

@@ -18,8 +18,8 @@ use tracing::{debug, warn};
 
 use super::definition::{Definition, Paths};
 use super::state_directory::{Record, paths};
-use super::supervisor::Settings;
 use super::{Lacking, QemuError};
+use crate::config::QemuSettings;
 
 /// A QEMU that is starting is looked at so often.
 const LOOK: Duration = Duration::from_millis(5);
@@ -79,7 +79,7 @@ pub fn collect(child: &mut Child) -> Option<ExitStatus> {
 
 /// Starts the QEMU of a guest, and waits until its monitor answers. `record` says what it leaves behind.
 pub async fn start(
-    settings: &Settings,
+    settings: &QemuSettings,
     definition: &Definition,
     record: &Record,
 ) -> Result<Started, QemuError> {
@@ -106,7 +106,7 @@ pub async fn start(
 
 /// Prepares what a QEMU needs, and starts it.
 fn begin(
-    settings: &Settings,
+    settings: &QemuSettings,
     definition: &Definition,
     paths: &Paths,
     incoming: bool,

@@ -28,7 +28,7 @@ use crate::process::ProcessError;
 use definition::DefinitionError;
 use state_directory::StateError;
 
-pub use supervisor::{Settings as SupervisorSettings, Supervisor};
+pub use supervisor::Supervisor;
 
 /// Why a guest in QEMU cannot be taken in or started.
 #[derive(Debug, thiserror::Error)]

@@ -21,9 +21,9 @@ use super::driver::Qemu;
 use super::inspect::inspect;
 use super::launch::{self, Started, collect};
 use super::qmp::{Qmp, is_migrating};
-use super::settings::Settings as QemuSettings;
+use super::settings::Settings;
 use super::state_directory::{Record, StateDirectory};
-use crate::config::{GuestsConfig, NetworkConfig};
+use crate::config::{GuestsConfig, QemuSettings};
 use crate::driver::DriverError;
 use crate::guest::Guest;
 use crate::process::Process;
@@ -35,22 +35,9 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// Longest wait for the QEMU of a guest that has just left to be gone.
 const LEAVING: Duration = Duration::from_secs(5);
 
-/// What the configuration says of QEMUs.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Guests that this daemon starts.
-    pub guests: GuestsConfig,
-    /// Networks that guests are plugged into.
-    pub networks: Vec<NetworkConfig>,
-    /// User ids whose VMMs may attach guests.
-    pub attach_users: Vec<u32>,
-    /// Where the shims in VMMs connect.
-    pub attach_socket: PathBuf,
-}
-
 /// Starts, takes in and keeps to the QEMUs of this host.
 pub struct Supervisor {
-    settings: Settings,
+    settings: QemuSettings,
     guests: Rc<Guests>,
     shims: Rc<Shims>,
     states: Rc<StateDirectory>,
@@ -68,7 +55,7 @@ struct NameReservation {
 
 impl Supervisor {
     /// Makes a supervisor whose state lies in `directory`; it keeps to nothing before [`Supervisor::resume`].
-    pub fn new(settings: Settings, directory: &Path, guests: Rc<Guests>, shims: Rc<Shims>) -> Rc<Self> {
+    pub fn new(settings: QemuSettings, directory: &Path, guests: Rc<Guests>, shims: Rc<Shims>) -> Rc<Self> {
         let states = Rc::new(StateDirectory::beside(directory));
         Rc::new(Self { settings, guests, shims, states, kept: RefCell::default() })
     }
@@ -239,7 +226,7 @@ impl NameReservation {
         // A guest was about to come or to leave, and no more came of it.
         let prepared = status == "inmigrate" || record.migrating && status == "running";
         if !fresh && prepared && !is_migrating(&migration) {
-            QemuSettings::restore_lost(&qmp).await?;
+            Settings::restore_lost(&qmp).await?;
         }
         if fresh {
             agree(record.incoming, &status, &migration, listens(&qmp).await?)?;

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use tracing::warn;
 
+use super::observer::Leg;
 use crate::LaneError;
 use crate::checksum::check_still;
 use crate::postcopy::incoming::{By, PostcopyIncoming};
@@ -26,25 +27,6 @@ use crate::socket::{hang_up, hasten};
 const RECEIVED_AT_ONCE: usize = 64 << 10;
 /// How often the source is asked whether it is still there, when there is nothing else to ask.
 const HEARTBEAT: Duration = Duration::from_millis(250);
-
-/// Who is told how long accesses to missing pages waited. Threads of lanes call it; it must not block.
-pub trait FaultObserver: Send + Sync {
-    /// An access waited for so long, from when it was seen until its page was placed.
-    fn waited(&self, time: Duration);
-    /// A leg of that took so long.
-    fn took(&self, leg: Leg, time: Duration);
-}
-
-/// A leg of the way of a page that an access waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leg {
-    /// From when the access was seen until the page was asked for.
-    Ask,
-    /// From then until all of the answer was there.
-    Transfer,
-    /// From then until the page was placed.
-    Place,
-}
 
 /// The thread that serves faults. Dropping it ends the thread.
 pub struct Faults {

@@ -23,8 +23,8 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 
 use self::assemble::{Piece, assemble};
 use self::pages::{Access, Pages};
+use super::observer::FaultObserver;
 use crate::Bell;
-use crate::postcopy::faults::FaultObserver;
 use crate::postcopy::latency::Latencies;
 
 /// What the lanes of one migration share at the destination while pages are missing there.

@@ -6,9 +6,11 @@
 mod faults;
 mod incoming;
 mod latency;
+mod observer;
 mod page_server;
 
-pub use faults::{FaultObserver, Faults, Leg};
+pub use faults::Faults;
 pub(crate) use incoming::By;
 pub use incoming::PostcopyIncoming;
+pub use observer::{FaultObserver, Leg};
 pub use page_server::PageServer;

@@ -78,7 +78,8 @@ pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer
     let (guest_name, migration) = (name.clone(), offer.migration);
     let (peer_name, shape) = (peer.clone(), guest.digest());
     let entry = Entry { migration, guest: guest_name, peer: peer_name, vmm, shape, record, fetching: false };
-    let (handle, mut arrivals) = MigrationHandle::new(&entry, &context, RoleView::Destination);
+    let (handle, mut arrivals) =
+        MigrationHandle::new(&entry, context.name(), RoleView::Destination, context.observer.clone());
     handle.update(|progress| {
         progress.pages_total = guest.shape.pages();
         progress.phase = PhaseView::Copying;
