@@ -7,6 +7,7 @@
 
 mod checksum;
 mod compress;
+pub mod digest;
 mod error;
 mod message;
 pub mod postcopy;

@@ -5,10 +5,11 @@
 //! decides, and does what it says (`effects`). [`preflight`] is what is found out before anything moves, and `recover` what is taken
 //! up after a restart. [`Progress`] tells everyone else how a migration stands, and an [`Observer`] what was measured.
 
+#![forbid(unsafe_code)]
+
 pub mod config;
 mod context;
 mod destination;
-mod digest;
 mod drive;
 mod effects;
 mod handle;

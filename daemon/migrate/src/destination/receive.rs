@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use memlane_guest::DriverError;
+use memlane_lane::digest::digest_all;
 use memlane_net::link::LinkError;
 use memlane_protocol::handover::{Destination, Event};
 use memlane_protocol::wire::attach::RunState;
@@ -11,7 +12,6 @@ use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
 
 use super::DestinationRole;
 use super::fetch::FetchError;
-use crate::digest::digest_all;
 use crate::drive::Session;
 use crate::progress::{Phase as PhaseView, Round as RoundView};
 

@@ -1,10 +1,10 @@
 //! The proof that both ends hold the same memory, where it was ordered.
 
+use memlane_lane::digest::{Digest, chunks, difference, digest_all};
 use memlane_protocol::wire::control::Control;
 
 use super::error::CopyError;
 use super::switchover::Switchover;
-use crate::digest::{Digest, chunks, difference, digest_all};
 
 impl Switchover {
     /// Compares digests of all RAM at both ends, while the guest stands still.
