@@ -31,6 +31,13 @@ fn move_and_compare(rig: &mut Rig, guest: &str) {
     assert!(report["steps"].as_u64().unwrap() >= arrived, "{guest}: the guest lost steps");
     drop(source);
     there.quit().unwrap();
+    // The logs of both hosts can be joined by the migration's identity.
+    let id = migration["id"].as_str().expect("each migration has an identity");
+    for (host, role) in [(HostId::A, "Source"), (HostId::B, "Destination")] {
+        let log = std::fs::read_to_string(rig.daemon(host).log()).unwrap();
+        let is_of_it = |line: &&str| line.contains(&format!("id={id} ")) && line.contains(role);
+        assert!(log.lines().any(|line| is_of_it(&line)), "{guest}: nothing of {id} on {host:?}:\n{log}");
+    }
 }
 
 fn steps(stats: &serde_json::Value) -> u64 {

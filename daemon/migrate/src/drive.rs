@@ -77,7 +77,7 @@ pub async fn drive<R: Role>(
 ) -> Session<R::Machine> {
     let Entry { migration, guest, peer, .. } = &session.effects.entry;
     let side = session.effects.handle.progress.borrow().role;
-    let span = info_span!("migration", id = ids::encode(migration), %guest, %peer, role = ?side);
+    let span = info_span!("migration", id = %ids::encode(migration), %guest, %peer, role = ?side);
     run(role, session, actions, VecDeque::from_iter(events)).instrument(span).await
 }
 
