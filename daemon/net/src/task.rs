@@ -10,7 +10,7 @@
 //! delays every thread, and tells nothing about this one. What is left is what the task has computed, or
 //! waited for in the kernel. On a busy host whoever holds what is waited for there may have no processor
 //! itself, or the disk is busy with what the program is read from: while this thread has to wait for a
-//! processor again and again, [`LONGEST_WHERE_BUSY_MS`] are let pass.
+//! processor again and again, or the kernel tells that many do, [`LONGEST_WHERE_BUSY_MS`] are let pass.
 
 use std::future::Future;
 use std::ops::Range;
@@ -145,6 +145,7 @@ mod watch {
             }
             let still = took.saturating_sub(delayed().saturating_sub(self.delayed));
             let computed = computed().saturating_sub(self.computed);
+            let busy = busy || processors_are_short();
             let most = if busy { Duration::from_millis(super::LONGEST_WHERE_BUSY_MS) } else { longest };
             if still > most {
                 let still = still.as_millis();
@@ -184,6 +185,15 @@ mod watch {
             }
             sign
         }
+    }
+
+    /// Whether threads of this host have waited for a processor in more than a quarter of the last ten
+    /// seconds, as the kernel counts it (PSI, `Documentation/accounting/psi.rst`); false where it does not.
+    fn processors_are_short() -> bool {
+        const QUARTER: f64 = 25.0;
+        let text = std::fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
+        let average = text.lines().find_map(|line| line.strip_prefix("some avg10=")?.split(' ').next());
+        average.and_then(|average| average.parse::<f64>().ok()).is_some_and(|average| average > QUARTER)
     }
 
     /// How long this thread has waited for a processor in all.
