@@ -37,7 +37,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts one as the README says: with the shim, and its RAM in a file.
+    /// Starts one as docs/qemu.md says: with the shim, and its RAM in a file.
     pub fn start(host: &LabHost, name: &str, arguments: &str) -> Self {
         let arguments = format!("{} {arguments}", ram(host, name, 64));
         let mut command = host.command(host.qemu());

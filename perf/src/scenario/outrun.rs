@@ -42,7 +42,7 @@ impl Scenario for OutrunScenario {
 
     fn measure(&self, bench: &Bench) -> Result<ScenarioReport> {
         let mut rig = bench.rig(self.writer.lab())?;
-        // What README recommends for guests that may be stunned.
+        // What docs/limits.md recommends for guests that may be stunned.
         let tracker = rig.lab().has_kvm().then_some("ring");
         let guest = BenchGuest { readers: 1, tracker, ..self.writer.guest(rig.lab(), WriteLoad::FlatOut) };
         let max_stun = self.max_stun.to_string();

@@ -1,5 +1,6 @@
 //! What the documents say of commands, metrics, the configuration and other files is there.
 
+mod places;
 mod reader;
 
 use std::collections::BTreeSet;

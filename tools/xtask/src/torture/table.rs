@@ -43,7 +43,7 @@ impl FateTable {
             let (victim, phase) = (Victim::ALL[*row].as_str(), phase.as_str());
             text += &format!("{victim:20}{phase:10}{here:8}{there:8}{lost:8}{wrong:8}\n");
         }
-        text + "here, there: runs whole at its source, at its destination; lost: as README says that it may be"
+        text + "here, there: runs whole at its source, at its destination; lost: as docs/orders.md and docs/limits.md say"
     }
 
     /// Returns the table as JSON for programs.
