@@ -152,8 +152,8 @@ fn keys_of_the_configuration_are_there() {
         for (line, span) in page.spans() {
             let Some((table, key)) = span.split_once('.') else { continue };
             let is_key = key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
-            // attach.sock is a file.
-            if !is_key || key == "sock" || !matches!(table, "limits" | "attach" | "guests") {
+            // attach.sock and attach.rs are files.
+            if !is_key || matches!(key, "sock" | "rs") || !matches!(table, "limits" | "attach" | "guests") {
                 continue;
             }
             let text = agreed(&format!("[{table}]\n{key} = []\n"));
