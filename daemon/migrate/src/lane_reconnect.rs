@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use memlane_net::port::OpenError;
 use memlane_net::task;
 use tokio::task::JoinSet;
 use tracing::{debug, info};
@@ -26,7 +27,7 @@ pub struct LaneReconnector {
     routes: Routes,
     /// One for each route.
     tries: Vec<Tries>,
-    opening: JoinSet<(usize, Result<LaneEnd, String>)>,
+    opening: JoinSet<(usize, Result<LaneEnd, OpenError>)>,
     look_at: Instant,
 }
 
@@ -59,7 +60,7 @@ impl LaneReconnector {
                     self.tries[index].note(result.is_ok(), Instant::now());
                     match result {
                         Ok(end) => return end,
-                        Err(error) => debug!(error, "a port is still lost"),
+                        Err(error) => debug!(%error, "a port is still lost"),
                     }
                 }
                 () = tokio::time::sleep_until(self.look_at.into()) => {}

@@ -236,7 +236,7 @@ pub async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Fi
                 findings.add(
                     Severity::Warning,
                     what,
-                    error,
+                    error.to_string(),
                     Some("look at the cabling, the address and the firewall"),
                 );
             }
@@ -300,7 +300,7 @@ pub async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings
     for lane in opening {
         match lane.await {
             Ok(lane) => lanes.push(lane),
-            Err(error) => findings.add(Severity::Warning, "lane", error, None),
+            Err(error) => findings.add(Severity::Warning, "lane", error.to_string(), None),
         }
     }
     if lanes.is_empty() {

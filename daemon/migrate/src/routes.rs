@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use memlane_net::config::PortConfig;
-use memlane_net::port;
+use memlane_net::port::{self, OpenError};
 use memlane_protocol::wire::control::Port;
 use memlane_protocol::wire::hello::{Purpose, Token};
 
@@ -57,7 +57,7 @@ impl Routes {
 
     /// Opens a lane on a route; what is returned goes on by itself. `None` if this migration has had
     /// all the lanes that can be told apart.
-    pub fn open(&self, route: &Route) -> Option<impl Future<Output = Result<LaneEnd, String>> + use<>> {
+    pub fn open(&self, route: &Route) -> Option<impl Future<Output = Result<LaneEnd, OpenError>> + use<>> {
         let number = self.next.get();
         self.next.set(number.checked_add(1)?);
         let purpose = Purpose::Lane { token: self.token, lane: number };
@@ -65,7 +65,7 @@ impl Routes {
     }
 
     /// Opens a lane for pages that somebody waits for.
-    pub async fn open_faults(&self, route: &Route) -> Result<LaneEnd, String> {
+    pub async fn open_faults(&self, route: &Route) -> Result<LaneEnd, OpenError> {
         let number = self.next.replace(self.next.get() + 1);
         self.connect(route, Purpose::Faults { token: self.token }, number).await
     }
@@ -75,12 +75,12 @@ impl Routes {
         route: &Route,
         purpose: Purpose,
         number: u16,
-    ) -> impl Future<Output = Result<LaneEnd, String>> + use<> {
+    ) -> impl Future<Output = Result<LaneEnd, OpenError>> + use<> {
         let (ours, remote, name) = (route.port.clone(), route.there.address, self.context.name().clone());
         let opening = tokio::task::spawn_blocking(move || {
             let opened = port::open(&ours, remote, &name, purpose)?;
             let (local, socket) = (opened.local.to_string(), opened.socket);
-            Ok::<_, String>(LaneEnd { port: ours.name, number, local, remote, socket })
+            Ok(LaneEnd { port: ours.name, number, local, remote, socket })
         });
         async move { opening.await.expect("opening a lane does not panic") }
     }

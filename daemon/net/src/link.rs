@@ -6,6 +6,7 @@
 
 mod traffic;
 
+use std::fmt;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::pin::pin;
@@ -184,10 +185,15 @@ impl LinkSender {
     }
 }
 
-/// Answers the greeting of whoever connected: `judge` says whether it may go on.
-pub async fn answer_greeting(
+/// Answers the greeting of a host that has connected. `judge` decides whether the connection may go on, and the other
+/// host is told the text of its refusal. Returns the greeting, or `None` if it was refused.
+///
+/// # Errors
+///
+/// Fails if the greeting does not come in time, is not understood, or if the connection breaks.
+pub async fn answer_greeting<R: fmt::Display>(
     stream: &TcpStream,
-    judge: impl FnOnce(&Hello) -> Result<(), String>,
+    judge: impl FnOnce(&Hello) -> Result<(), R>,
 ) -> Result<Option<Hello>, LinkError> {
     let greeting = async {
         let hello = within(HELLO, read_exactly(stream, HELLO_BYTES, || ())).await;
@@ -201,7 +207,7 @@ pub async fn answer_greeting(
                     ours.0, ours.1, hello.host, hello.oldest, hello.newest
                 ),
             },
-            (_, Err(reason)) => Answer::Refused { reason },
+            (_, Err(refusal)) => Answer::Refused { reason: refusal.to_string() },
             (Some(version), Ok(())) => Answer::Welcome { version },
         };
         stream.write_all(answer.encode()).await.0?;

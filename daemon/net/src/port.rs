@@ -83,12 +83,49 @@ pub struct Opened {
     pub round_trip: Duration,
 }
 
-/// Connects from `port` to `remote` and greets. Blocks for a few seconds at the most.
-pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpose) -> Result<Opened, String> {
-    let failed = |doing: &str| {
-        let place = format!("from port {} ({}) to {remote}", port.name, port.address);
-        let doing = doing.to_owned();
-        move |error: io::Error| format!("cannot {doing} {place}: {}", explain(error))
+/// A connection from a port of this host could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The kernel refused a step of it, or the other host did not answer.
+    #[error("cannot {doing} from port {port} ({address}) to {remote}: {source}")]
+    Failed {
+        /// This is the step that failed.
+        doing: &'static str,
+        /// This is the name of the port here.
+        port: Label,
+        /// This is the port's own address.
+        address: IpAddr,
+        /// This is the address that the connection was to go to.
+        remote: SocketAddr,
+        /// This is what the kernel said.
+        source: io::Error,
+    },
+    /// The other host answered the greeting and refused the connection.
+    #[error("{remote} refuses a connection from port {port}: {reason}")]
+    Refused {
+        /// This is the address that refused it.
+        remote: SocketAddr,
+        /// This is the name of the port here.
+        port: Label,
+        /// This is the reason in the other host's own words.
+        reason: String,
+    },
+}
+
+/// Connects from `port` to `remote` and greets. It blocks the calling thread for a few seconds at the most.
+///
+/// # Errors
+///
+/// Fails if the port cannot be used, if the other host does not answer in time, or if it refuses the connection.
+pub fn open(
+    port: &PortConfig,
+    remote: SocketAddr,
+    host: &Label,
+    purpose: Purpose,
+) -> Result<Opened, OpenError> {
+    let failed = |doing: &'static str| {
+        let (port, address) = (port.name.clone(), port.address);
+        move |source| OpenError::Failed { doing, port, address, remote, source: explain(source) }
     };
     let socket =
         Socket::new(Domain::for_address(remote), Type::STREAM, None).map_err(failed("open a socket"))?;
@@ -108,7 +145,7 @@ pub fn open(port: &PortConfig, remote: SocketAddr, host: &Label, purpose: Purpos
     let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
     let round_trip = greeted.elapsed();
     if let Answer::Refused { reason } = answer {
-        return Err(format!("{remote} refuses a connection from port {}: {reason}", port.name));
+        return Err(OpenError::Refused { remote, port: port.name.clone(), reason });
     }
     let local = stream.local_addr().map_err(failed("look at a connection"))?;
     Ok(Opened { socket: stream.into(), local, round_trip })

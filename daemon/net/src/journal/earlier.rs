@@ -21,7 +21,7 @@ pub fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
         }
         let line: Line = serde_json::from_slice(text)
             .map_err(|error| damaged(at, format!("this is no journal entry ({error}): {}", excerpt(text))))?;
-        match line.change().map_err(|why| damaged(at, why))? {
+        match line.change().map_err(|error| damaged(at, error.to_string()))? {
             Change::Set(entry) => entries.insert(entry.key(), entry),
             Change::Forget(key) => entries.remove(&key),
         };

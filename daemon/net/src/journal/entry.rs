@@ -4,9 +4,9 @@
 //! version has written can be read.
 
 use memlane_api::ids;
-use memlane_protocol::handover::Record;
-use memlane_protocol::wire::Label;
+use memlane_protocol::handover::{Record, UnknownRecord};
 use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::{BadLabel, Label};
 use serde::{Deserialize, Serialize};
 
 /// A process, told apart from a later one with the same number.
@@ -75,6 +75,20 @@ pub enum Change {
     Forget(Key),
 }
 
+/// A line of the journal makes no sense.
+#[derive(Debug, thiserror::Error)]
+pub enum LineError {
+    /// The field `migration` holds no identity of a migration.
+    #[error("`{}` names no migration", .0.escape_debug())]
+    Migration(String),
+    /// The field `guest` or `peer` holds no name.
+    #[error(transparent)]
+    Name(#[from] BadLabel),
+    /// The field `record` holds no word that the handover knows.
+    #[error(transparent)]
+    Record(#[from] UnknownRecord),
+}
+
 impl Line {
     /// Says that `record` is the newest of the migration, or with `None` that it is over; `entry.record`
     /// does not matter.
@@ -91,12 +105,15 @@ impl Line {
         }
     }
 
-    /// What it says, or why that makes no sense.
-    pub fn change(&self) -> Result<Change, String> {
-        let migration = ids::decode(&self.migration)
-            .ok_or_else(|| format!("`{}` names no migration", self.migration.escape_debug()))?;
-        let label = |text: &str| text.parse::<Label>().map_err(|error| error.to_string());
-        let (guest, peer) = (label(&self.guest)?, label(&self.peer)?);
+    /// Returns what the line does to what is known.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a field of the line does not hold what its name says.
+    pub fn change(&self) -> Result<Change, LineError> {
+        let migration =
+            ids::decode(&self.migration).ok_or_else(|| LineError::Migration(self.migration.clone()))?;
+        let (guest, peer) = (self.guest.parse()?, self.peer.parse()?);
         let Some(record) = &self.record else { return Ok(Change::Forget((peer, migration))) };
         Ok(Change::Set(Entry {
             migration,
@@ -105,7 +122,7 @@ impl Line {
             vmm: VmmIdentity { pid: self.pid, started: self.started },
             shape: self.shape,
             fetching: self.fetching,
-            record: record.parse::<Record>().map_err(|error| error.to_string())?,
+            record: record.parse()?,
         }))
     }
 }

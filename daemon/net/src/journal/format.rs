@@ -163,7 +163,7 @@ pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
         if text.len() < SLOT {
             break;
         }
-        let slot: Slot = parse(&id, text).map_err(|found| damaged(at, found))?;
+        let slot = parse(&id, text, at)?;
         let expected = header.sequence.wrapping_add(number as u64);
         if slot.sequence != expected {
             return Err(damaged(at, format!("record {} is here, where {expected} belongs", slot.sequence)));
@@ -179,7 +179,7 @@ pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
                 format!("record {expected} is here, and record {missing} before it is missing"),
             ));
         }
-        match line.change().map_err(|why| damaged(at, why))? {
+        match line.change().map_err(|error| damaged(at, error.to_string()))? {
             Change::Set(entry) => entries.insert(entry.key(), entry),
             Change::Forget(key) => entries.remove(&key),
         };
@@ -209,8 +209,9 @@ fn header(text: &[u8]) -> Result<Header, Fault> {
     header.ok_or_else(|| damaged(0, format!("this is no journal's header: {}", excerpt(text))))
 }
 
-fn parse(id: &JournalId, text: &[u8]) -> Result<Slot, String> {
-    let wrong = |why: &str| format!("{why}: {}", excerpt(text));
+/// Reads a slot that begins `at` so many bytes from the file's beginning.
+fn parse(id: &JournalId, text: &[u8], at: usize) -> Result<Slot, Fault> {
+    let wrong = |why: &str| damaged(at, format!("{why}: {}", excerpt(text)));
     if !is_summed(id, text) {
         return Err(wrong("this record's sum is wrong, or it is another journal's"));
     }

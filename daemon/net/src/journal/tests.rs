@@ -21,9 +21,8 @@ pub fn entry(number: u8, record: Record) -> Entry {
 }
 
 /// What a daemon that starts finds, or why it does not start.
-fn found(directory: &Path) -> Result<Vec<Entry>, String> {
+fn found(directory: &Path) -> Result<Vec<Entry>, JournalError> {
     tokio_uring::start(async { Journal::open(directory, |_| ()).await.map(|(_, open)| open) })
-        .map_err(|error| error.to_string())
 }
 
 /// The same for a store.
@@ -290,7 +289,7 @@ fn a_daemon_does_not_start_without_the_journal_that_was_there() {
     let (directory, path, identity) = journal();
     let whole = fs::read(&path).unwrap();
     let refused = |what: &[&str]| {
-        let error = found(directory.path()).unwrap_err();
+        let error = found(directory.path()).unwrap_err().to_string();
         let to_do = ["Put the file back", "memlanectl status", path.to_str().unwrap()];
         for what in what.iter().chain(&to_do) {
             assert!(error.contains(what), "{what:?} is not said: {error}");
@@ -353,7 +352,7 @@ fn a_journal_of_a_later_version_is_left_alone() {
     let sum = crc32c::crc32c_append(crc32c::crc32c(&id), &text.as_bytes()[16..]);
     let text = format!("{{\"sum\":\"{sum:08x}{}", &text[16..]);
     fs::write(&path, [text.as_bytes(), &later[SLOT..]].concat()).unwrap();
-    let error = found(directory.path()).unwrap_err();
+    let error = found(directory.path()).unwrap_err().to_string();
     assert!(error.contains("has format 3") && error.contains("up to 2"), "{error}");
 }
 
@@ -399,7 +398,7 @@ fn an_earlier_versions_journal_is_read_once() {
         (String::new(), 0),
     ] {
         fs::write(&path, &text).unwrap();
-        let error = found(directory.path()).unwrap_err();
+        let error = found(directory.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("is damaged at byte {offset}:")), "{text:?}: {error}");
         assert_eq!(fs::read(&path).unwrap(), text.as_bytes(), "it is left as it is");
         assert!(!identity.exists());

@@ -58,6 +58,28 @@ struct Awaited {
     sender: mpsc::Sender<ArrivedLane>,
 }
 
+/// A connection to a port was refused. The other host is told the text.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum LaneRefusal {
+    /// The token belongs to no migration that awaits lanes.
+    #[error("no migration here awaits this lane")]
+    NotAwaited,
+    /// The lane comes from a host or an address that the migration does not involve.
+    #[error("this lane comes from {host} at {address}, and the migration is with another")]
+    OtherHost {
+        /// This is the host that the lane says it is from.
+        host: Label,
+        /// This is the address that the lane comes from.
+        address: IpAddr,
+    },
+    /// The migration already has a lane of this number.
+    #[error("lane {0} of this migration has come already")]
+    SecondTime(u16),
+    /// The connection is a control connection, and this port takes lanes only.
+    #[error("this is a port for lanes; the control port is another")]
+    Control,
+}
+
 impl Rendezvous {
     /// For lanes of these peers.
     pub fn with(peers: &[PeerConfig]) -> Self {
@@ -88,20 +110,26 @@ impl Rendezvous {
 
     /// Whether a lane may come in: it belongs to the host that the migration is with, and is the first of
     /// its number.
-    fn admit(&self, hello: &Hello, token: &Token, number: Option<u16>, from: IpAddr) -> Result<(), String> {
+    fn admit(
+        &self,
+        hello: &Hello,
+        token: &Token,
+        number: Option<u16>,
+        from: IpAddr,
+    ) -> Result<(), LaneRefusal> {
         let mut awaited = self.awaited.borrow_mut();
         let found = awaited.get_mut(token).filter(|awaited| !awaited.sender.is_closed());
-        let Some(awaited) = found else { return Err("no migration here awaits this lane".to_owned()) };
+        let awaited = found.ok_or(LaneRefusal::NotAwaited)?;
         let lanes = self.lanes.borrow();
         let is_of_peer = lanes.get(&awaited.peer).is_some_and(|addresses| addresses.contains(&from));
         if awaited.peer != hello.host || !is_of_peer {
             let found = format!("{} at {from}", hello.host);
             warn!(peer = %awaited.peer, found, "refused a lane that knows the token of another's migration");
-            return Err(format!("this lane comes from {found}, and the migration is with another"));
+            return Err(LaneRefusal::OtherHost { host: hello.host.clone(), address: from });
         }
-        match number.is_none_or(|number| awaited.come.insert(number)) {
-            true => Ok(()),
-            false => Err(format!("lane {} of this migration has come already", number.unwrap_or_default())),
+        match number {
+            Some(number) if !awaited.come.insert(number) => Err(LaneRefusal::SecondTime(number)),
+            _ => Ok(()),
         }
     }
 
@@ -148,7 +176,7 @@ async fn take_in(
         Purpose::Probe => Ok(()),
         Purpose::Lane { token, lane } => rendezvous.admit(hello, &token, Some(lane), from),
         Purpose::Faults { token } => rendezvous.admit(hello, &token, None, from),
-        Purpose::Control => Err("this is a port for lanes; the control port is another".to_owned()),
+        Purpose::Control => Err(LaneRefusal::Control),
     });
     let (token, kind) = match hello.await? {
         Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) => (token, LaneKind::Pages(lane)),
@@ -190,17 +218,15 @@ mod tests {
         let token = [7; 16];
         let lanes = rendezvous.await_lanes(token, "host-a".parse().unwrap(), 8);
         let admit = |host: &str, token, number, from| rendezvous.admit(&hello(host), &token, number, from);
-        assert!(admit("host-a", [8; 16], Some(0), a).unwrap_err().contains("no migration here awaits"));
+        assert_eq!(admit("host-a", [8; 16], Some(0), a), Err(LaneRefusal::NotAwaited));
         for (host, from) in [("host-b", b), ("host-a", b), ("host-b", a), ("host-a", daemon)] {
             for number in [Some(0), None] {
                 let error = admit(host, token, number, from).unwrap_err();
-                assert!(error.contains("the migration is with another"), "{error}");
+                assert!(matches!(error, LaneRefusal::OtherHost { .. }), "{error}");
             }
         }
         assert_eq!(admit("host-a", token, Some(0), a), Ok(()));
-        assert!(
-            admit("host-a", token, Some(0), a).unwrap_err().contains("lane 0 of this migration has come")
-        );
+        assert_eq!(admit("host-a", token, Some(0), a), Err(LaneRefusal::SecondTime(0)));
         assert_eq!(admit("host-a", token, Some(u16::MAX), a), Ok(()));
         assert_eq!(admit("host-a", token, None, a), Ok(()));
         // Somewhere else from now on.
@@ -208,6 +234,6 @@ mod tests {
         assert!(!rendezvous.knows(a) && admit("host-a", token, Some(1), a).is_err());
         assert_eq!(admit("host-a", token, Some(1), daemon), Ok(()));
         drop(lanes);
-        assert!(admit("host-a", token, Some(2), daemon).unwrap_err().contains("no migration here awaits"));
+        assert_eq!(admit("host-a", token, Some(2), daemon), Err(LaneRefusal::NotAwaited));
     }
 }
