@@ -1,4 +1,5 @@
-//! What the VMMs of each user take of this daemon: one user's must leave room for those of the others.
+//! This module counts what the VMMs of each user take of this daemon, and limits it: the VMMs of one user must leave
+//! room for those of the others.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,33 +10,82 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::config::AttachConfig;
 
-/// Connections of one user that may be introducing themselves.
+/// This many connections of one user may be introducing themselves at once.
 const GREETING: u64 = 16;
-/// Those that may do so or wait for that.
+/// This many connections of one user may be introducing themselves or waiting for their turn.
 const CONNECTIONS: u64 = 1024;
 
-/// What can be taken.
+/// An amount of everything that is limited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Amount {
-    /// Connections that have not introduced themselves,
+    /// This many connections have not introduced themselves.
     pub connections: u64,
-    /// and those of them whose turn it is.
+    /// This many of those connections have their turn to do so.
     pub greeting: u64,
-    /// Guests.
+    /// This many guests are attached.
     pub guests: u64,
-    /// File descriptors.
+    /// This many file descriptors are open.
     pub descriptors: u64,
-    /// Bytes of guests' memory that are mapped, whether they hold anything or not.
+    /// This many bytes of guests' memory are mapped, with or without contents.
     pub bytes: u64,
 }
 
-/// What each user has taken.
+/// A user's VMMs would take more than they may.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitError {
+    /// Too many connections wait for their turn.
+    #[error("{CONNECTIONS} connections of user {user} wait to introduce themselves already")]
+    Connections {
+        /// This is the user id.
+        user: u32,
+    },
+    /// Too many connections are introducing themselves.
+    #[error("user {user} may have {GREETING} connections that have not introduced themselves here at once")]
+    Greeting {
+        /// This is the user id.
+        user: u32,
+    },
+    /// The user has as many guests as it may.
+    #[error(
+        "user {user} may have {bound} guests here at once; see attach.guests_per_user in the configuration"
+    )]
+    Guests {
+        /// This is the user id.
+        user: u32,
+        /// This many guests are allowed.
+        bound: u64,
+    },
+    /// The guests of the user would have more memory than they may.
+    #[error(
+        "user {user} may have {bound} of guests' memory here at once; see attach.memory_per_user in the \
+         configuration"
+    )]
+    Memory {
+        /// This is the user id.
+        user: u32,
+        /// This much memory is allowed.
+        bound: Size,
+    },
+    /// The connections and guests of the user would need more file descriptors than they may.
+    #[error(
+        "user {user} may have {bound} file descriptors here at once; see attach.descriptors_per_user and \
+         LimitNOFILE in the configuration"
+    )]
+    Descriptors {
+        /// This is the user id.
+        user: u32,
+        /// This many file descriptors are allowed.
+        bound: u64,
+    },
+}
+
+/// This is what each user has taken.
 #[derive(Default)]
 pub struct Accounts {
     users: RefCell<HashMap<u32, Amount>>,
 }
 
-/// What one user has taken at once; given back when this is dropped.
+/// This is an amount that one user has taken, which is given back when this is dropped.
 pub struct Share {
     accounts: Rc<Accounts>,
     user: u32,
@@ -43,36 +93,37 @@ pub struct Share {
 }
 
 impl Accounts {
-    /// Takes so much more for `user`; an error says which bound of `limits` that would exceed.
-    pub fn take(self: &Rc<Self>, user: u32, more: Amount, limits: &AttachConfig) -> Result<Share, String> {
+    /// Takes the amount `more` for `user`, in addition to what that user has already.
+    ///
+    /// # Errors
+    ///
+    /// Fails, and takes nothing, if that would exceed one of the `limits`.
+    pub fn take(
+        self: &Rc<Self>,
+        user: u32,
+        more: Amount,
+        limits: &AttachConfig,
+    ) -> Result<Share, LimitError> {
         let mut users = self.users.borrow_mut();
         let before = users.get(&user).copied().unwrap_or_default();
         let then = before.plus(more);
-        let may = |what: &str, bound: String, key: &str| {
-            Err(format!("user {user} may have {bound} {what} here at once; see {key} in the configuration"))
-        };
         if then.connections > CONNECTIONS {
-            return Err(format!(
-                "{CONNECTIONS} connections of user {user} wait to introduce themselves already"
-            ));
+            return Err(LimitError::Connections { user });
         }
         if then.greeting > GREETING {
-            let what = "connections that have not introduced themselves";
-            return Err(format!("user {user} may have {GREETING} {what} here at once"));
+            return Err(LimitError::Greeting { user });
         }
         if then.guests > limits.guests_per_user {
-            return may("guests", limits.guests_per_user.to_string(), "attach.guests_per_user");
+            return Err(LimitError::Guests { user, bound: limits.guests_per_user });
         }
         if then.bytes > limits.memory_per_user.0 {
-            let bound = Size(limits.memory_per_user.0);
-            return may("of guests' memory", bound.to_string(), "attach.memory_per_user");
+            return Err(LimitError::Memory { user, bound: limits.memory_per_user });
         }
-        // Whatever is configured, half of what the daemon may have is for the others and for itself.
+        // In any configuration, half of what the daemon may have is left for other users and for itself.
         let half = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         let bound = limits.descriptors_per_user.min(half);
         if then.descriptors > bound {
-            let key = "attach.descriptors_per_user and LimitNOFILE";
-            return may("file descriptors", bound.to_string(), key);
+            return Err(LimitError::Descriptors { user, bound });
         }
         users.insert(user, then);
         Ok(Share { accounts: self.clone(), user, amount: more })
@@ -121,7 +172,7 @@ mod tests {
         let limits = AttachConfig { guests_per_user: 2, descriptors_per_user: 12, memory_per_user };
         let guest = |bytes| Amount { guests: 1, descriptors: 3, bytes, ..Amount::default() };
         let take = |user, amount| accounts.take(user, amount, &limits);
-        let refused = |user, amount| take(user, amount).err().unwrap();
+        let refused = |user, amount| take(user, amount).err().unwrap().to_string();
 
         // A sparse giant, and as much in two parts.
         assert!(refused(1, guest(64 << 40)).contains("1TiB of guests' memory"));

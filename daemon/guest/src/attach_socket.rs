@@ -8,21 +8,22 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use memlane_kvm::ram::GuestRam;
+use memlane_kvm::ram::{GuestRam, RamError};
 use memlane_kvm::{descriptors, packet};
 use memlane_net::log_limiter::LogLimiter;
 use memlane_net::task;
 use memlane_net::unix_socket::{Peer, peer};
 use memlane_protocol::wire::attach::{FromVmm, MAX_PACKET_BYTES, RunState, ToVmm, VERSIONS, VmmHello};
 use memlane_protocol::wire::hello::common_version;
+use memlane_protocol::wire::{Label, WireError};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 
-use super::accounts::{Accounts, Amount, Share};
+use super::accounts::{Accounts, Amount, LimitError, Share};
 use super::guest::Guest;
 use super::linked::{Linked, receive, send};
-use super::process::Process;
+use super::process::{Process, ProcessError};
 use super::registry::Guests;
 use super::shim::{self, Shims};
 use crate::config::AttachConfig;
@@ -71,9 +72,9 @@ pub async fn serve(listener: AsyncFd<OwnedFd>, attaching: Rc<Attaching>) {
                 task::spawn("attaching VMM", async move {
                     let Err(refused) = greet(socket, &attaching, &accounts).await else { return };
                     let Refused { user, pid, reason: error } = refused;
-                    // Anybody may connect, as often as they like.
-                    if let Some(left_out) = told.borrow_mut().say((user, error.clone())) {
-                        warn!(user, pid, error, left_out, "a VMM or a shim could not attach");
+                    // Every program may connect, as often as it likes.
+                    if let Some(left_out) = told.borrow_mut().say((user, error.to_string())) {
+                        warn!(user, pid, %error, left_out, "a VMM or a shim could not attach");
                     }
                 });
             }
@@ -103,16 +104,84 @@ enum Introduced {
     Shim(u16, Share),
 }
 
-/// Who could not attach, and why.
+/// This is which process could not attach, and why.
 struct Refused {
     user: u32,
     pid: u32,
-    reason: String,
+    reason: AttachRefusal,
+}
+
+/// A process that connected could not attach a guest or a shim. It is told the text, which is also logged.
+#[derive(Debug, thiserror::Error)]
+enum AttachRefusal {
+    /// The kernel does not tell which process has connected.
+    #[error(transparent)]
+    Peer(io::Error),
+    /// The user that the process runs as may not attach guests.
+    #[error("user {0} may not attach guests; see attach_users in the configuration")]
+    User(u32),
+    /// The user's processes have taken as much as they may.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// The process cannot be watched.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The connection failed.
+    #[error("its connection broke: {0}")]
+    Connection(io::Error),
+    /// The process closed the connection and had sent nothing.
+    #[error("it hung up without a word")]
+    HungUp,
+    /// The process did not introduce itself in time.
+    #[error("it did not say who it is")]
+    Silent,
+    /// The first packet is a reply, which answers nothing.
+    #[error("it began with a reply instead of a hello")]
+    Reply,
+    /// The first packet does not follow the attach protocol.
+    #[error("its hello is not understood: {0}")]
+    Hello(WireError),
+    /// The process speaks no version of the attach protocol that the daemon speaks.
+    #[error(
+        "the daemon speaks versions {} to {} of the attach protocol and the {who} speaks {} to {}; \
+         upgrade the older one",
+        VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
+    )]
+    Version {
+        /// This is what the process is, in words.
+        who: &'static str,
+        /// These are the oldest and the newest version that it speaks.
+        theirs: (u16, u16),
+    },
+    /// As many shims are connected as there may be.
+    #[error("{} shims are connected already, which is all that there may be", shim::MOST)]
+    ShimsFull,
+    /// A guest of this name is attached.
+    #[error("a guest named {0} is attached already; give each its own name")]
+    NameTaken(Label),
+    /// The guest's memory regions and the descriptors that came for them differ in number.
+    #[error("guest {guest} has {regions} memory regions, and {descriptors} descriptors came")]
+    Descriptors {
+        /// This is the guest.
+        guest: Label,
+        /// This many regions were named.
+        regions: usize,
+        /// This many descriptors came.
+        descriptors: usize,
+    },
+    /// The guest's memory cannot be mapped.
+    #[error("memory of guest {guest}: {source}")]
+    Memory {
+        /// This is the guest.
+        guest: Label,
+        /// This is why.
+        source: RamError,
+    },
 }
 
 async fn greet(socket: OwnedFd, attaching: &Attaching, accounts: &Rc<Accounts>) -> Result<(), Refused> {
-    let nobody = |error: io::Error| Refused { user: u32::MAX, pid: 0, reason: error.to_string() };
-    let peer = peer(&socket).map_err(nobody)?;
+    let unknown = |error| Refused { user: u32::MAX, pid: 0, reason: AttachRefusal::Peer(error) };
+    let peer = peer(&socket).map_err(unknown)?;
     let refused = |reason| Refused { user: peer.uid, pid: peer.pid, reason };
     attach(socket, attaching, accounts, peer).await.map_err(refused)
 }
@@ -122,21 +191,21 @@ async fn attach(
     attaching: &Attaching,
     accounts: &Rc<Accounts>,
     Peer { pid, uid }: Peer,
-) -> Result<(), String> {
-    let broken = |error: io::Error| format!("its connection broke: {error}");
+) -> Result<(), AttachRefusal> {
+    let broken = AttachRefusal::Connection;
     let take = |amount| accounts.take(uid, amount, &attaching.limits);
     let greeting = match attaching.users.contains(&uid) {
         true => a_turn(accounts, uid, &attaching.limits).await,
-        false => Err(format!("user {uid} may not attach guests; see attach_users in the configuration")),
+        false => Err(AttachRefusal::User(uid)),
     };
     let process = Process::running(pid);
     let socket = watch(socket).map_err(broken)?;
     let introduced = async {
         let _greeting = greeting?;
         // A VMM of which it cannot be told whether it lives is none to leave a guest with.
-        let process = process.map_err(|error| error.to_string())?;
-        let (packet, descriptors) =
-            receive(&socket).await.map_err(broken)?.ok_or("it hung up without a word")?;
+        let process = process?;
+        let received = receive(&socket).await.map_err(broken)?;
+        let (packet, descriptors) = received.ok_or(AttachRefusal::HungUp)?;
         match FromVmm::decode(&packet) {
             Ok(FromVmm::Hello(hello)) => {
                 introduce(hello, descriptors, &attaching.guests, process, take).await
@@ -144,23 +213,20 @@ async fn attach(
             Ok(FromVmm::Shim { oldest, newest }) => {
                 let version = agree("shim", (oldest, newest))?;
                 if !attaching.shims.has_room(pid) {
-                    let most = shim::MOST;
-                    return Err(format!(
-                        "{most} shims are connected already, which is all that there may be"
-                    ));
+                    return Err(AttachRefusal::ShimsFull);
                 }
                 let share = take(Amount { descriptors: OF_CONNECTION, ..Amount::default() })?;
                 Ok(Introduced::Shim(version, share))
             }
-            Ok(FromVmm::Reply(_)) => Err("it began with a reply instead of a hello".into()),
-            Err(error) => Err(format!("its hello is not understood: {error}")),
+            Ok(FromVmm::Reply(_)) => Err(AttachRefusal::Reply),
+            Err(error) => Err(AttachRefusal::Hello(error)),
         }
     };
     let introduced = tokio::time::timeout(GREETING, introduced).await;
-    let introduced = match introduced.unwrap_or_else(|_| Err("it did not say who it is".into())) {
+    let introduced = match introduced.unwrap_or(Err(AttachRefusal::Silent)) {
         Ok(introduced) => introduced,
         Err(reason) => {
-            let _ = send(&socket, &ToVmm::Refused { reason: reason.clone() }.encode(), &[]).await;
+            let _ = send(&socket, &ToVmm::Refused { reason: reason.to_string() }.encode(), &[]).await;
             // A greeting left unread would reset the connection, and hide the reason behind that.
             let _ = packet::recv(socket.get_ref(), &mut vec![0; MAX_PACKET_BYTES]);
             return Err(reason);
@@ -199,7 +265,11 @@ async fn attach(
 
 /// Waits until a connection of this user may introduce itself: after a daemon's restart all VMMs of a host come
 /// at once, and most hosts run them all as one user.
-async fn a_turn(accounts: &Rc<Accounts>, uid: u32, limits: &AttachConfig) -> Result<[Share; 2], String> {
+async fn a_turn(
+    accounts: &Rc<Accounts>,
+    uid: u32,
+    limits: &AttachConfig,
+) -> Result<[Share; 2], AttachRefusal> {
     const LOOK: Duration = Duration::from_millis(20);
     let connection = Amount { connections: 1, descriptors: OF_CONNECTION, ..Amount::default() };
     let connection = accounts.take(uid, connection, limits)?;
@@ -207,7 +277,7 @@ async fn a_turn(accounts: &Rc<Accounts>, uid: u32, limits: &AttachConfig) -> Res
     loop {
         match accounts.take(uid, Amount { greeting: 1, ..Amount::default() }, limits) {
             Ok(greeting) => return Ok([connection, greeting]),
-            Err(crowd) if tokio::time::Instant::now() >= until => return Err(crowd),
+            Err(crowd) if tokio::time::Instant::now() >= until => return Err(crowd.into()),
             Err(_) => tokio::time::sleep(LOOK).await,
         }
     }
@@ -219,32 +289,26 @@ async fn introduce(
     descriptors: Vec<OwnedFd>,
     guests: &Guests,
     process: Process,
-    take: impl Fn(Amount) -> Result<Share, String>,
-) -> Result<Introduced, String> {
+    take: impl Fn(Amount) -> Result<Share, LimitError>,
+) -> Result<Introduced, AttachRefusal> {
     let version = agree("VMM", (hello.oldest, hello.newest))?;
     let name = &hello.shape.name;
     if guests.get(name).is_some() {
-        return Err(format!("a guest named {name} is attached already; give each its own name"));
+        return Err(AttachRefusal::NameTaken(name.clone()));
     }
-    let (expected, found) = (hello.shape.regions.len(), descriptors.len());
-    if expected != found {
-        return Err(format!("guest {name} has {expected} memory regions, and {found} descriptors came"));
+    let (regions, found) = (hello.shape.regions.len(), descriptors.len());
+    if regions != found {
+        return Err(AttachRefusal::Descriptors { guest: name.clone(), regions, descriptors: found });
     }
     let bytes = hello.shape.regions.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
     let descriptors_held = OF_CONNECTION + found as u64;
     let share = take(Amount { guests: 1, descriptors: descriptors_held, bytes, ..Amount::default() })?;
     let regions = hello.shape.regions.iter().copied().zip(descriptors).collect();
     let ram = task::aside(move || GuestRam::map(regions).inspect(GuestRam::mark_as_observer)).await;
-    let ram = ram.map_err(|error| format!("memory of guest {name}: {error}"))?;
+    let ram = ram.map_err(|source| AttachRefusal::Memory { guest: name.clone(), source })?;
     Ok(Introduced::Vmm(Box::new(hello), Arc::new(ram), process, version, share))
 }
 
-fn agree(who: &str, theirs: (u16, u16)) -> Result<u16, String> {
-    common_version(VERSIONS, theirs).ok_or_else(|| {
-        format!(
-            "the daemon speaks versions {} to {} of the attach protocol and the {who} speaks {} to {}; \
-             upgrade the older one",
-            VERSIONS.0, VERSIONS.1, theirs.0, theirs.1
-        )
-    })
+fn agree(who: &'static str, theirs: (u16, u16)) -> Result<u16, AttachRefusal> {
+    common_version(VERSIONS, theirs).ok_or(AttachRefusal::Version { who, theirs })
 }

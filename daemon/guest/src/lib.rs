@@ -31,6 +31,6 @@ pub use linked::Linked;
 pub use memlane_kvm::dirty::{Harvest, ThrottleStats};
 pub use memory::VmmMemory;
 pub use process::{KillError, Process, ProcessError};
-pub use registry::{GuestObserver, Guests};
+pub use registry::{AttachError, GuestObserver, Guests, Stranger};
 pub use stun::Switch;
 pub use write_faults::Report as StunReport;

@@ -46,7 +46,8 @@ struct Connection {
     gone: watch::Sender<bool>,
 }
 
-type Answer = (Result<[u64; 2], String>, Vec<OwnedFd>);
+/// A reply of the VMM, and the descriptors that came with it.
+type Answer = (Reply, Vec<OwnedFd>);
 
 impl Linked {
     /// Drives the VMM at the other end of `socket`, whose guest's memory is `ram`.
@@ -75,7 +76,8 @@ impl Linked {
         let lent = device.map(OwnedFd::as_fd);
         let name = request.name();
         let (_, descriptors) = self.ask_with(request, lent.as_slice()).await?;
-        Handles::take(descriptors).map_err(|reason| DriverError::Broken { request: name, reason })
+        Handles::take(descriptors)
+            .map_err(|error| DriverError::Broken { request: name, reason: error.to_string() })
     }
 
     fn pages(&self) -> u64 {
@@ -106,8 +108,10 @@ impl Linked {
             answer.await.map_err(|_| DriverError::Gone)
         };
         match tokio::time::timeout(PATIENCE, exchange).await {
-            Ok(Ok((Ok(values), descriptors))) => Ok((values, descriptors)),
-            Ok(Ok((Err(reason), _))) => Err(DriverError::Failed { request: name, reason }),
+            Ok(Ok((Reply { outcome: Ok(values), .. }, descriptors))) => Ok((values, descriptors)),
+            Ok(Ok((Reply { outcome: Err(reason), .. }, _))) => {
+                Err(DriverError::Failed { request: name, reason })
+            }
             Ok(Err(gone)) => Err(gone),
             Err(_) => Err(DriverError::Slow { request: name, after: PATIENCE }),
         }
@@ -174,7 +178,8 @@ impl Driver for Linked {
         })?;
         // The trackers of such a VMM would not notice.
         let ram = ram.clone();
-        task::aside(move || handles.find(&ram, false)).await.map_err(failed)
+        let found = task::aside(move || handles.find(&ram, false)).await;
+        found.map_err(|error| failed(error.to_string()))
     }
 
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
@@ -271,10 +276,10 @@ async fn read_replies(socket: Rc<AsyncFd<OwnedFd>>, connection: Rc<Connection>) 
             }
         };
         match reply {
-            Ok((FromVmm::Reply(Reply { id, outcome }), descriptors)) => {
-                // Whoever asked may have given up meanwhile.
-                if let Some(sender) = connection.waiting.borrow_mut().remove(&id) {
-                    let _ = sender.send((outcome, descriptors));
+            Ok((FromVmm::Reply(reply), descriptors)) => {
+                // The task that asked may have given up meanwhile.
+                if let Some(sender) = connection.waiting.borrow_mut().remove(&reply.id) {
+                    let _ = sender.send((reply, descriptors));
                 }
             }
             Ok((FromVmm::Hello(_) | FromVmm::Shim { .. }, _)) => {

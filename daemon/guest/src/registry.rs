@@ -13,14 +13,45 @@ use tracing::{info, warn};
 
 use crate::guest::Guest;
 
-/// Who is asked about each VMM that attaches: whoever runs the migrations.
+/// A VMM that attaches is not the one that a migration waits for, though it claims to be or is in that one's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stranger {
+    /// The VMM runs a guest of another name.
+    #[error("it has another guest")]
+    Guest,
+    /// The VMM is another process than the one that the migration knows.
+    #[error("it is another process")]
+    Process,
+    /// The shape of the VMM's guest is another one.
+    #[error("its guest is made of something else")]
+    Shape,
+    /// The VMM is in a state that the migration has not brought it to.
+    #[error("it was not told to do what it says that it does")]
+    RunState,
+    /// The VMM says that it takes part in another migration.
+    #[error("it waits for word of another migration")]
+    Migration,
+}
+
+/// A VMM was sent away when it attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttachError {
+    /// Another VMM has attached a guest of this name.
+    #[error("a guest of this name is here already")]
+    NameTaken,
+    /// A migration waits for another VMM.
+    #[error(transparent)]
+    Stranger(#[from] Stranger),
+}
+
+/// An observer is asked about each VMM that attaches. The engine, which runs the migrations, is one.
 pub trait GuestObserver {
     /// Judges a VMM that attaches, before it is listed.
     ///
     /// # Errors
     ///
-    /// Why it is not the VMM that a migration waits for, though it claims to be, or is in that one's place.
-    fn expects(&self, guest: &Guest) -> Result<(), &'static str>;
+    /// Fails if it is not the VMM that a migration waits for, though it claims to be, or is in that one's place.
+    fn expects(&self, guest: &Guest) -> Result<(), Stranger>;
 
     /// Takes note of a guest that has just been listed. A migration that waits for it claims it now, before any order
     /// can.
@@ -66,23 +97,23 @@ impl Guests {
     ///
     /// # Errors
     ///
-    /// Why its VMM was sent away instead.
-    pub fn attach(self: &Rc<Self>, guest: Rc<Guest>) -> Result<(), &'static str> {
+    /// Fails if the VMM was sent away, because the name is taken or a migration waits for another VMM.
+    pub fn attach(self: &Rc<Self>, guest: Rc<Guest>) -> Result<(), AttachError> {
         let name = guest.shape.name.clone();
         if self.get(&name).is_some() {
             warn!(guest = %name, "two VMMs came with one name; the second is sent away");
             guest.driver.hang_up();
-            return Err("a guest of this name is here already");
+            return Err(AttachError::NameTaken);
         }
         let observer = self.observer();
         if let Some(Err(why)) = observer.as_ref().map(|observer| observer.expects(&guest)) {
             let pid = guest.process.identity().pid;
             if let Some(left_out) = self.strangers.borrow_mut().say((name.clone(), pid)) {
                 let what = "a VMM is not the one that a migration waits for; it is sent away";
-                warn!(guest = %name, pid, why, left_out, "{what}");
+                warn!(guest = %name, pid, %why, left_out, "{what}");
             }
             guest.driver.hang_up();
-            return Err(why);
+            return Err(why.into());
         }
         let key = (name.clone(), guest.process.identity());
         if guest.run_state.get() == RunState::Incoming {

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use memlane_api::ids;
-use memlane_guest::{Claim, Guest};
+use memlane_guest::{Claim, Guest, Stranger};
 use memlane_net::journal::{Entry, VmmIdentity};
 use memlane_net::link::Link;
 use memlane_protocol::handover::{Message, Resolution};
@@ -117,8 +117,8 @@ impl MigrationHandle {
         (Rc::new(handle), Arrivals { words, returns, links, resolutions })
     }
 
-    /// Why a VMM that attaches is not the one that this migration has told what to do, if it is not.
-    pub fn stranger(&self, guest: &Guest) -> Option<&'static str> {
+    /// Returns why a VMM that attaches is not the one that this migration works with, or `None` if it is that one.
+    pub fn stranger(&self, guest: &Guest) -> Option<Stranger> {
         let bond = guest.bond.borrow();
         let role = self.progress.borrow().role;
         let told = match guest.run_state.get() {
@@ -128,11 +128,11 @@ impl MigrationHandle {
         };
         let ours = bond.as_ref().is_none_or(|bond| bond.migration == self.id && bond.peer == self.peer);
         [
-            (guest.shape.name == self.guest, "it has another guest"),
-            (guest.process.identity() == self.vmm, "it is another process"),
-            (self.shape == 0 || self.shape == guest.digest(), "its guest is made of something else"),
-            (told, "it was not told to do what it says that it does"),
-            (ours, "it waits for word of another migration"),
+            (guest.shape.name == self.guest, Stranger::Guest),
+            (guest.process.identity() == self.vmm, Stranger::Process),
+            (self.shape == 0 || self.shape == guest.digest(), Stranger::Shape),
+            (told, Stranger::RunState),
+            (ours, Stranger::Migration),
         ]
         .into_iter()
         .find_map(|(holds, otherwise)| (!holds).then_some(otherwise))

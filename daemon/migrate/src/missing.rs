@@ -31,14 +31,32 @@ pub fn tell(set: &PageSet) -> Vec<Missing> {
     messages
 }
 
-/// The pages that a message names, if a guest of `pages` pages has them all.
-pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, String> {
+/// The other host named a page as missing that the guest does not have.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the other host says that page {page} of a guest of {pages} pages is missing")]
+pub struct NoSuchPage {
+    /// This is the number of the page.
+    pub page: u64,
+    /// The guest has this many pages, counted from 0.
+    pub pages: u64,
+}
+
+/// Returns the pages that a message names.
+///
+/// # Errors
+///
+/// Fails if a guest of `pages` pages does not have them all.
+pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, NoSuchPage> {
     check(missing, pages)?;
     Ok(missing.runs().collect())
 }
 
-/// Has lanes send the pages that a message names, if the guest has them all.
-pub fn add(missing: &Missing, outbound: &SendState) -> Result<(), String> {
+/// Has lanes send the pages that a message names.
+///
+/// # Errors
+///
+/// Fails, and has nothing sent, if the guest does not have them all.
+pub fn add(missing: &Missing, outbound: &SendState) -> Result<(), NoSuchPage> {
     let ram = &outbound.ram;
     if ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE) {
         let runs = heard(missing, ram.pages())?;
@@ -52,8 +70,8 @@ pub fn add(missing: &Missing, outbound: &SendState) -> Result<(), String> {
     Ok(())
 }
 
-/// A guest of `pages` pages has all that a message names.
-fn check(missing: &Missing, pages: u64) -> Result<(), String> {
+/// Checks that a guest of `pages` pages has all pages that a message names.
+fn check(missing: &Missing, pages: u64) -> Result<(), NoSuchPage> {
     let last =
         missing.words.iter().rposition(|bits| *bits != 0).map(|index| (index as u64, missing.words[index]));
     let end = last.map_or(0, |(index, bits)| {
@@ -63,7 +81,7 @@ fn check(missing: &Missing, pages: u64) -> Result<(), String> {
     if end <= pages {
         return Ok(());
     }
-    Err(format!("the other host says that page {} of a guest of {pages} pages is missing", end - 1))
+    Err(NoSuchPage { page: end - 1, pages })
 }
 
 /// Whether a word may be added to a message.
@@ -105,7 +123,7 @@ mod tests {
     fn nothing_is_told_too_and_pages_beyond_the_last_are_refused() {
         assert_eq!(tell(&PageSet::new(100)), [Missing { first: 0, words: vec![], last: true }]);
         let missing = Missing { first: 64, words: vec![1 << 36], last: true };
-        assert!(heard(&missing, 100).unwrap_err().contains("page 100 of a guest of 100"));
+        assert_eq!(heard(&missing, 100), Err(NoSuchPage { page: 100, pages: 100 }));
         let runs = heard(&missing, 101).unwrap();
         assert!(runs.len() == 1 && runs[0] == (100..101), "{runs:?}");
     }

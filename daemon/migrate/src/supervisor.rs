@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memlane_api::ids;
-use memlane_guest::{Guest, GuestObserver, Process};
+use memlane_guest::{Guest, GuestObserver, Process, Stranger};
 use memlane_net::journal::{Entry, VmmIdentity};
 use memlane_net::link::Link;
 use memlane_net::task;
@@ -181,7 +181,7 @@ impl Supervisor {
 
     /// The migration under way that a VMM which attaches belongs to, if one does; an error for a stranger, who claims to
     /// or is in its place.
-    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<MigrationHandle>>, &'static str> {
+    fn recognise(&self, guest: &Guest) -> Result<Option<Rc<MigrationHandle>>, Stranger> {
         let claimed = guest.bond.borrow().as_ref().map(|bond| bond.migration);
         let concerned = |handle: &Rc<MigrationHandle>| {
             handle.is_live() && (handle.guest == guest.shape.name || claimed == Some(handle.id))
@@ -206,7 +206,7 @@ impl Supervisor {
 }
 
 impl GuestObserver for Supervisor {
-    fn expects(&self, guest: &Guest) -> Result<(), &'static str> {
+    fn expects(&self, guest: &Guest) -> Result<(), Stranger> {
         self.recognise(guest).map(drop)
     }
 

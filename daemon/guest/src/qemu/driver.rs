@@ -180,7 +180,8 @@ impl Driver for Qemu {
         let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
         let ram = self.ram.clone();
-        task::aside(move || handles.find(&ram, true)).await.map_err(failed)
+        let found = task::aside(move || handles.find(&ram, true)).await;
+        found.map_err(|error| failed(error.to_string()))
     }
 
     async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {

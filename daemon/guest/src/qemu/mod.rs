@@ -24,6 +24,7 @@ use memlane_protocol::wire::machine::MAX_RAM_BYTES;
 
 use crate::driver::DriverError;
 use crate::process::ProcessError;
+use crate::registry::AttachError;
 
 use definition::DefinitionError;
 use state_directory::StateError;
@@ -113,9 +114,12 @@ pub enum QemuError {
     /// Its memory is of a kind that cannot be moved.
     #[error(transparent)]
     Ram(#[from] RamError),
-    /// Whether it waits for a guest is not as was said.
-    #[error("{0}")]
-    Standing(&'static str),
+    /// The guest's VMM was sent away.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The QEMU is in another state than the operator says.
+    #[error(transparent)]
+    RunState(#[from] RunStateError),
     /// The guest file.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
@@ -168,6 +172,31 @@ pub enum QemuError {
     /// What must be remembered cannot be written down.
     #[error(transparent)]
     Remember(#[from] StateError),
+}
+
+/// A QEMU is in another state than it should be in when it is taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RunStateError {
+    /// A program other than this daemon has told it to migrate since it was taken in.
+    #[error(
+        "QEMU was told to migrate by others; once that is settled, `memlanectl detach` it and attach it again"
+    )]
+    MigratedByOthers,
+    /// It waits for a guest at an address of its own.
+    #[error("QEMU listens for a migration of its own; start it with -incoming defer")]
+    Listens,
+    /// It runs a guest, and should wait for one.
+    #[error("QEMU does not wait for a guest; start it with -incoming defer")]
+    NotIncoming,
+    /// It waits for a guest, and should run one.
+    #[error("QEMU waits for a guest to arrive; say so with --incoming")]
+    Incoming,
+    /// It is migrating its guest without Memlane.
+    #[error("QEMU migrates the guest by itself; wait until that has ended")]
+    Migrating,
+    /// It has migrated its guest without Memlane.
+    #[error("QEMU has migrated the guest by itself: it runs elsewhere")]
+    Migrated,
 }
 
 /// What a QEMU does not have that a guest wants.

@@ -78,8 +78,11 @@ pub struct Qmp {
     version: [u32; 3],
 }
 
+/// QEMU refused a command; this is the reason in its own words.
+struct CommandError(String);
+
 /// Takes the answer to the command of this number.
-type Waiting = (u64, oneshot::Sender<Result<Value, String>>);
+type Waiting = (u64, oneshot::Sender<Result<Value, CommandError>>);
 
 /// What the reading task tells.
 struct News {
@@ -245,7 +248,7 @@ impl Qmp {
         };
         match tokio::time::timeout(PATIENCE, exchange).await {
             Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err(reason))) => Err(DriverError::Failed { request: command, reason }),
+            Ok(Ok(Err(CommandError(reason)))) => Err(DriverError::Failed { request: command, reason }),
             Ok(Err(gone)) => Err(gone),
             Err(_) => Err(DriverError::Slow { request: command, after: PATIENCE }),
         }
@@ -327,7 +330,10 @@ impl News {
         // Whoever asked may have given up meanwhile.
         let Some((_, sender)) = waiting.take_if(|(id, _)| line["id"].as_u64() == Some(*id)) else { return };
         let _ = sender.send(match line.get("error") {
-            Some(error) => Err(plain(error["desc"].as_str().unwrap_or("it does not say why")).into_owned()),
+            Some(error) => {
+                let reason = error["desc"].as_str().unwrap_or("it does not say why");
+                Err(CommandError(plain(reason).into_owned()))
+            }
             None => Ok(line["return"].clone()),
         });
     }

@@ -15,7 +15,6 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::QemuError;
 use super::definition::Definition;
 use super::driver::Qemu;
 use super::inspect::inspect;
@@ -23,6 +22,7 @@ use super::launch::{self, Started, collect};
 use super::qmp::{Qmp, is_migrating};
 use super::settings::Settings;
 use super::state_directory::{Record, StateDirectory};
+use super::{QemuError, RunStateError};
 use crate::config::{GuestsConfig, QemuSettings};
 use crate::driver::DriverError;
 use crate::guest::Guest;
@@ -184,9 +184,9 @@ impl NameReservation {
         match self.take_in(&record, true).await {
             Ok((guest, record)) => {
                 info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
-                if let Err(why) = self.supervisor.guests.attach(guest.clone()) {
+                if let Err(error) = self.supervisor.guests.attach(guest.clone()) {
                     started.end(record).await;
-                    return Err(QemuError::Standing(why));
+                    return Err(error.into());
                 }
                 task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
                 Ok(guest)
@@ -201,7 +201,7 @@ impl NameReservation {
     /// Takes in the guest of a QEMU that others started, and keeps to it.
     async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
         let (guest, record) = self.take_in(&record, true).await?;
-        self.supervisor.guests.attach(guest.clone()).map_err(QemuError::Standing)?;
+        self.supervisor.guests.attach(guest.clone())?;
         task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), None));
         Ok(guest)
     }
@@ -219,9 +219,7 @@ impl NameReservation {
         let by_itself =
             status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
         if !fresh && !record.migrating && by_itself {
-            return Err(QemuError::Standing(
-                "QEMU was told to migrate by others; once that is settled, `memlanectl detach` it and attach it again",
-            ));
+            return Err(RunStateError::MigratedByOthers.into());
         }
         // A guest was about to come or to leave, and no more came of it.
         let prepared = status == "inmigrate" || record.migrating && status == "running";
@@ -229,7 +227,7 @@ impl NameReservation {
             Settings::restore_lost(&qmp).await?;
         }
         if fresh {
-            agree(record.incoming, &status, &migration, listens(&qmp).await?)?;
+            check_state(record.incoming, &status, &migration, listens(&qmp).await?)?;
         }
         let definition =
             record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
@@ -346,20 +344,17 @@ async fn listens(qmp: &Qmp) -> Result<bool, DriverError> {
     Ok(migration["socket-address"].is_array())
 }
 
-/// Whether the QEMU is in the state that the operator says.
-fn agree(incoming: bool, status: &str, migration: &str, listens: bool) -> Result<(), QemuError> {
-    let reason = match (incoming, status) {
+/// Checks that the QEMU is in the state that the operator says.
+fn check_state(incoming: bool, status: &str, migration: &str, listens: bool) -> Result<(), RunStateError> {
+    Err(match (incoming, status) {
         (true, "inmigrate") if !listens && !is_migrating(migration) => return Ok(()),
-        (true, "inmigrate") => "QEMU listens for a migration of its own; start it with -incoming defer",
-        (true, _) => "QEMU does not wait for a guest; start it with -incoming defer",
-        (false, "inmigrate") => "QEMU waits for a guest to arrive; say so with --incoming",
-        (false, _) if is_migrating(migration) => {
-            "QEMU migrates the guest by itself; wait until that has ended"
-        }
-        (false, "postmigrate") => "QEMU has migrated the guest by itself: it runs elsewhere",
+        (true, "inmigrate") => RunStateError::Listens,
+        (true, _) => RunStateError::NotIncoming,
+        (false, "inmigrate") => RunStateError::Incoming,
+        (false, _) if is_migrating(migration) => RunStateError::Migrating,
+        (false, "postmigrate") => RunStateError::Migrated,
         (false, _) => return Ok(()),
-    };
-    Err(QemuError::Standing(reason))
+    })
 }
 
 #[cfg(test)]
@@ -371,7 +366,7 @@ mod tests {
         for (incoming, status, migration) in
             [(true, "inmigrate", ""), (false, "running", ""), (false, "paused", "completed")]
         {
-            assert!(agree(incoming, status, migration, false).is_ok());
+            assert!(check_state(incoming, status, migration, false).is_ok());
         }
         for (incoming, status, migration, listens, text) in [
             (true, "inmigrate", "setup", false, "-incoming defer"),
@@ -381,7 +376,7 @@ mod tests {
             (false, "running", "active", false, "by itself"),
             (false, "postmigrate", "completed", false, "elsewhere"),
         ] {
-            let told = agree(incoming, status, migration, listens).unwrap_err().to_string();
+            let told = check_state(incoming, status, migration, listens).unwrap_err().to_string();
             assert!(told.contains(text), "{told}");
         }
     }

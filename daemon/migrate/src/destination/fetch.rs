@@ -25,7 +25,7 @@ use tracing::{debug, info, warn};
 
 use crate::context::Context;
 use crate::lanes::{self, LaneEnd, Lanes};
-use crate::missing::{heard, tell};
+use crate::missing::{NoSuchPage, heard, tell};
 use crate::observer::Measurement;
 
 /// Lanes that a source may have open.
@@ -54,9 +54,12 @@ pub enum FetchError {
     /// The guest's memory is not right, and never will be.
     #[error("{0}")]
     Broken(String),
-    /// The source does not keep to the protocol.
-    #[error("{0}")]
-    Protocol(String),
+    /// The source named missing pages after it had said that it had named them all.
+    #[error("the source adds missing pages when all were known")]
+    AllKnown,
+    /// The source named a page that the guest does not have.
+    #[error(transparent)]
+    NoSuchPage(#[from] NoSuchPage),
 }
 
 /// A guest's memory that is not all here.
@@ -145,11 +148,11 @@ impl Fetching {
     /// The source says that these pages are missing.
     pub async fn add(&self, missing: Missing) -> Result<(), FetchError> {
         if self.placing.is_known() {
-            return Err(FetchError::Protocol("the source adds missing pages when all were known".into()));
+            return Err(FetchError::AllKnown);
         }
         let placing = self.placing.clone();
         task::aside(move || {
-            let runs = heard(&missing, placing.pages()).map_err(FetchError::Protocol)?;
+            let runs = heard(&missing, placing.pages())?;
             let added = runs.into_iter().try_for_each(|run| placing.add_missing(run));
             added.map_err(FetchError::Drop)
         })

@@ -18,9 +18,28 @@ use crate::progress::{Phase as PhaseView, Round as RoundView};
 /// Why the guest cannot be received.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
-    /// The source does not keep to the protocol.
-    #[error("{0}")]
-    Protocol(String),
+    /// The source named missing pages before it offered to serve them.
+    #[error("the source says what is missing before it offers to serve it")]
+    NotServed,
+    /// A part of the VMM's state is missing, or came twice.
+    #[error("state from byte {offset} came where byte {expected} is next")]
+    StateGap {
+        /// The part begins at this byte of the state.
+        offset: u64,
+        /// This byte of the state is due.
+        expected: usize,
+    },
+    /// The source sent a message that is not due.
+    #[error("the source sent `{0}` out of turn")]
+    OutOfTurn(&'static str),
+    /// The source named pages as holes that the guest does not have.
+    #[error("the source sent the hole {hole:?} of a guest of {pages} pages")]
+    NoSuchHole {
+        /// These are the numbers of the pages.
+        hole: Range<u64>,
+        /// The guest has this many pages.
+        pages: u64,
+    },
     /// The memory that the guest would have is not there any more.
     #[error("{0}")]
     Memory(io::Error),
@@ -85,9 +104,7 @@ impl DestinationRole {
             }
             Control::Missing(missing) => {
                 let Some(fetching) = &self.fetching else {
-                    return Err(ReceiveError::Protocol(
-                        "the source says what is missing before it offers to serve it".into(),
-                    ));
+                    return Err(ReceiveError::NotServed);
                 };
                 let last = missing.last;
                 fetching.add(missing).await?;
@@ -97,19 +114,14 @@ impl DestinationRole {
             }
             Control::State { total, offset, bytes } => {
                 if offset != self.state.len() as u64 {
-                    let expected = self.state.len();
-                    let what = format!("state from byte {offset} came where byte {expected} is next");
-                    return Err(ReceiveError::Protocol(what));
+                    return Err(ReceiveError::StateGap { offset, expected: self.state.len() });
                 }
                 self.state.extend(bytes);
                 if self.state.len() as u64 == total {
                     return self.load(session).await.map(Some);
                 }
             }
-            other => {
-                let what = format!("the source sent `{}` out of turn", other.name());
-                return Err(ReceiveError::Protocol(what));
-            }
+            other => return Err(ReceiveError::OutOfTurn(other.name())),
         }
         Ok(None)
     }
@@ -117,8 +129,7 @@ impl DestinationRole {
     async fn make_holes(&self, holes: Vec<Range<u64>>) -> Result<(), ReceiveError> {
         let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());
         if let Some(hole) = holes.iter().find(|hole| hole.start >= hole.end || hole.end > pages) {
-            let what = format!("the source sent the hole {hole:?} of a guest of {pages} pages");
-            return Err(ReceiveError::Protocol(what));
+            return Err(ReceiveError::NoSuchHole { hole: hole.clone(), pages });
         }
         let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
         self.handle.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use memlane_guest::KillError;
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Record};
 use memlane_protocol::wire::attach::RunState;
@@ -15,6 +16,17 @@ const RETURN: Duration = Duration::from_secs(10);
 /// Why a guest that was prepared to fetch is given back.
 pub const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
      is not known any more; it was given back";
+
+/// The VMM of a guest that can never be whole could not be ended.
+#[derive(Debug, thiserror::Error)]
+enum EndError {
+    /// The VMM's process runs other guests, which must not end.
+    #[error("its VMM (process {0}) runs other guests too, and was left alone")]
+    Shared(u32),
+    /// The process could not be killed.
+    #[error(transparent)]
+    Kill(#[from] KillError),
+}
 
 impl Effects {
     /// Whether the guest lacks pages, and which was known to a daemon that is no more.
@@ -42,7 +54,7 @@ impl Effects {
     fn end_lost(&mut self) -> Event {
         let ended = match self.end_by_force() {
             Ok(()) => "its VMM was ended".to_owned(),
-            Err(failure) => failure,
+            Err(failure) => failure.to_string(),
         };
         self.blame(format!(
             "the daemon ended while the guest ran here without all of its memory, and what was missing is not \
@@ -53,7 +65,7 @@ impl Effects {
 
     /// Kills the VMM, whose guest can never be whole. Where that cannot be, says so, and that it is no
     /// guest that runs.
-    fn end_by_force(&mut self) -> Result<(), String> {
+    fn end_by_force(&mut self) -> Result<(), EndError> {
         let process = match &self.vmm {
             Vmm::Attached(guest) => guest.process.clone(),
             Vmm::Away(process) => process.clone(),
@@ -64,13 +76,11 @@ impl Effects {
             other.process.identity() == identity && other.shape.name != self.entry.guest && !other.lost.get()
         });
         let killed = match shared {
-            true => {
-                Err(format!("its VMM (process {}) runs other guests too, and was left alone", identity.pid))
-            }
-            false => process.kill().map_err(|error| error.to_string()),
+            true => Err(EndError::Shared(identity.pid)),
+            false => process.kill().map_err(EndError::from),
         };
         if let Err(failure) = &killed {
-            error!(guest = %self.entry.guest, failure, "a guest that can never be whole hangs");
+            error!(guest = %self.entry.guest, %failure, "a guest that can never be whole hangs");
             self.context.guests.note_lost(&self.entry.guest, identity);
             self.lost = Some(process);
         }

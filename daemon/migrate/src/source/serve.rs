@@ -22,7 +22,7 @@ use crate::context::Context;
 use crate::handle::MigrationHandle;
 use crate::lane_reconnect::LaneReconnector;
 use crate::lanes::{self, LaneEnd, Lanes};
-use crate::missing;
+use crate::missing::{self, NoSuchPage};
 use crate::preflight::{self, Findings};
 use crate::routes::{Route, Routes};
 
@@ -56,7 +56,7 @@ pub enum ServeError {
     Lost(&'static str),
     /// The destination named pages that there are not.
     #[error("the destination broke the protocol: {0}")]
-    Protocol(String),
+    Protocol(#[from] NoSuchPage),
 }
 
 /// What is served, and to whom.
@@ -229,7 +229,7 @@ impl PostcopySource {
             Control::Missing(missing) => {
                 let (outbound, last) = (session.outbound.clone(), missing.last);
                 let added = task::aside(move || missing::add(&missing, &outbound)).await;
-                added.map_err(ServeError::Protocol)?;
+                added?;
                 if last {
                     session.outbound.publish();
                 }
