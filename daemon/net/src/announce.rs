@@ -1,4 +1,4 @@
-//! Tells the switches where a guest has gone: RARP frames with its Ethernet address, on the
+//! This module tells the switches where a guest has gone. It sends RARP frames with the guest's Ethernet address on the
 //! bridge of its network, several of them and further and further apart, as QEMU does.
 
 use std::io;
@@ -9,29 +9,29 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-/// Frames sent for each address.
-const ROUNDS: u32 = 5;
-/// Time between the first and the second frame.
+/// This many frames are sent for each address.
+const FRAMES: u32 = 5;
+/// This is the time between the first and the second frame.
 const FIRST_GAP: Duration = Duration::from_millis(50);
-/// How much longer each gap is than the one before.
+/// Each gap is this much longer than the one before.
 const GAP_STEP: Duration = Duration::from_millis(100);
-/// The longest gap.
+/// No gap is longer than this.
 const LONGEST_GAP: Duration = Duration::from_millis(550);
 
 const ETH_P_RARP: u16 = 0x8035;
 
-/// Longest wait for the first frames: a guest that is about to run speaks for itself soon.
+/// The first frames are waited for this long: a guest that is about to run sends frames of its own soon.
 const FIRST_FRAMES: Duration = Duration::from_millis(100);
 
-/// Announces `macs` on `bridge`: the first frames are sent when this returns, the others by and by, by a thread
-/// of their own, as opening and closing such a socket may have to wait for the kernel. A bridge that is not there
-/// is logged, since nothing can be done about it: the guest is this host's already. `sent` is called for each frame.
+/// Announces `macs` on `bridge`. The first frames are sent when this returns. A thread sends the others later, because
+/// opening and closing such a socket may have to wait for the kernel. A missing bridge is only logged, since the guest
+/// belongs to this host already. `sent` is called for each frame.
 pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>, sent: fn()) {
     let (begun, first_sent) = oneshot::channel();
     let name = guest.clone();
     let thread = std::thread::Builder::new().name("announce".into()).spawn(move || {
         match send_all(&guest, &bridge, &macs, begun, sent) {
-            Ok(()) => info!(guest, bridge, rounds = ROUNDS, "announced the guest's new place"),
+            Ok(()) => info!(guest, bridge, rounds = FRAMES, "announced the guest's new place"),
             Err(error) => {
                 warn!(guest, bridge, %error, "cannot announce the guest; switches learn its place from its traffic")
             }
@@ -43,7 +43,7 @@ pub async fn announce(guest: String, bridge: String, macs: Vec<[u8; 6]>, sent: f
     let _ = tokio::time::timeout(FIRST_FRAMES, first_sent).await;
 }
 
-/// Sends all rounds of frames; tells when the first is gone.
+/// Sends all frames, and reports through `begun` when the first is sent.
 fn send_all(
     guest: &str,
     bridge: &str,
@@ -53,8 +53,8 @@ fn send_all(
 ) -> io::Result<()> {
     let socket = open(bridge)?;
     let (mut begun, mut gap) = (Some(begun), FIRST_GAP);
-    for round in 0..ROUNDS {
-        if round > 0 {
+    for number in 0..FRAMES {
+        if number > 0 {
             std::thread::sleep(gap);
             gap = (gap + GAP_STEP).min(LONGEST_GAP);
         }
@@ -64,14 +64,14 @@ fn send_all(
                 Err(error) => warn!(guest, %error, "cannot send an announcement"),
             }
         }
-        // Whoever waits for it may have given up.
+        // The task that waits for it may have given up.
         let _ = begun.take().map(|begun| begun.send(()));
     }
     Ok(())
 }
 
-/// A RARP request (RFC 903) by which `mac` asks for its own protocol address, padded to the
-/// least length of an Ethernet frame.
+/// Returns a RARP request (RFC 903) by which `mac` asks for its own protocol address, padded to the least length of an
+/// Ethernet frame.
 pub fn frame(mac: &[u8; 6]) -> [u8; 60] {
     let mut frame = [0; 60];
     frame[..6].fill(0xff);
@@ -86,7 +86,7 @@ pub fn frame(mac: &[u8; 6]) -> [u8; 60] {
     frame
 }
 
-/// A packet socket bound to the bridge; needs `CAP_NET_RAW`.
+/// Opens a packet socket that is bound to the bridge, which needs `CAP_NET_RAW`.
 fn open(bridge: &str) -> io::Result<OwnedFd> {
     let name = std::ffi::CString::new(bridge)?;
     // SAFETY: the name ends in NUL.
@@ -99,7 +99,7 @@ fn open(bridge: &str) -> io::Result<OwnedFd> {
     if socket < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just opened, and owned by nobody else.
+    // SAFETY: just opened, and and owned only here.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: an address of zeros is a valid one to fill in.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };

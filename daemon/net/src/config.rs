@@ -1,41 +1,41 @@
-//! What the configuration says of this host's ports and of its peers.
+//! This module holds what the configuration says of this host's ports and of its peers.
 
 use std::net::{IpAddr, SocketAddr};
 
 use memlane_api::units::Rate;
 use memlane_protocol::wire::Label;
 
-/// TCP port where peers connect, unless another is configured.
+/// Peers connect to this TCP port, unless another is configured.
 pub const CONTROL_PORT: u16 = 7410;
-/// TCP port of lanes, unless another is configured.
+/// Lanes connect to this TCP port, unless another is configured.
 pub const LANE_PORT: u16 = 7411;
-/// Lanes that a port may have.
+/// A port may have this many lanes at the most.
 pub const MAX_LANES: u32 = 16;
 
-/// `[[port]]`
+/// A `[[port]]` of the configuration describes a port of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortConfig {
-    /// Name; a lane connects ports of one name.
+    /// This is the port's name. A lane connects two ports of one name.
     pub name: Label,
-    /// Interface that lanes are bound to, besides the address.
+    /// This is the interface that lanes are bound to in addition to the address.
     pub interface: Option<String>,
-    /// Address that lanes are bound to.
+    /// This is the address that lanes are bound to.
     pub address: IpAddr,
-    /// Speed in bits per second, where the interface does not tell it.
+    /// This is the port's speed in bits per second, where the interface does not tell it.
     pub speed: Option<Rate>,
-    /// Lanes that a migration opens, at most [`MAX_LANES`].
+    /// A migration opens this many lanes on the port, at most [`MAX_LANES`].
     pub lanes: u16,
-    /// Congestion control of lanes, by the name that the kernel has for it; otherwise as suits the way.
+    /// This is the kernel's name of the lanes' congestion control. With `None` the choice depends on the round trip.
     pub congestion_control: Option<String>,
 }
 
-/// `[[peer]]`
+/// A `[[peer]]` of the configuration describes another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerConfig {
-    /// Name of the host.
+    /// This is the name of the host.
     pub name: Label,
-    /// Where its daemon awaits us. Calls of this peer must come from this address.
+    /// The peer's daemon listens at this address, and its connections to this host must come from this IP address.
     pub control: SocketAddr,
-    /// Guests that it sends may bring a guest file, from which their QEMU is started here.
+    /// If this is true, guests that the peer sends may bring a guest file, from which this daemon starts their QEMU.
     pub may_start_guests: bool,
 }

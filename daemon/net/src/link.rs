@@ -1,8 +1,8 @@
 //! The control connection to another daemon.
 //!
-//! Tasks of its own read, write and ping (`traffic`), so that a link tells within the configured silence that
-//! the other side is gone, whatever this side is busy with: pings are answered ahead of all messages that wait, and
-//! whatever comes is a sign of life.
+//! The tasks in `traffic` read, write and ping, so that a link notices within the configured silence that the other
+//! side is gone, even if this side is busy: pings are answered ahead of all messages that wait, and every byte that
+//! comes is a sign of life.
 
 mod traffic;
 
@@ -26,39 +26,39 @@ use tokio_uring::net::TcpStream;
 use self::traffic::{Outgoing, Received, Shared, read_exactly};
 use crate::task;
 
-/// Longest time for connecting and for the answer to a greeting.
+/// Connecting may take this long, and again the answer to a greeting.
 const GREETING: Duration = Duration::from_secs(3);
-/// Longest time for whoever connects to say who it is.
+/// A host that has connected must have sent its greeting within this time.
 const HELLO: Duration = Duration::from_millis(500);
-/// Messages that wait to be written.
+/// This many messages may wait to be written.
 const WRITE_AHEAD: usize = 16;
 
-/// Why a link could not be made, or ended.
+/// A link could not be made, or has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// No connection.
+    /// The connection could not be made.
     #[error(
         "cannot connect to {address}: {source}; is memlaned running there, the port open, and this host's address \
          that of a [[peer]] there?"
     )]
     Connect {
-        /// Where to.
+        /// This is the address that was tried.
         address: SocketAddr,
-        /// The kernel's answer.
+        /// This is what the kernel said.
         source: io::Error,
     },
-    /// The other side does not want to talk.
+    /// The other side refused the connection.
     #[error("{address} refuses the connection: {reason}")]
     Refused {
-        /// Who.
+        /// This is the address of the host that refused.
         address: SocketAddr,
-        /// Its words.
+        /// This is the reason in its own words.
         reason: String,
     },
     /// The other side closed the connection.
     #[error("the other host closed the control connection")]
     Closed,
-    /// As many connections of its address are in use as there may be.
+    /// The other host has as many connections to this one as a host may have.
     #[error("the other host has too many control connections to this one")]
     Crowd,
     /// The other side has said nothing for too long.
@@ -76,9 +76,9 @@ pub enum LinkError {
     /// The other side sent something that does not belong here.
     #[error("the other host sent {found} where {expected} was due")]
     Unexpected {
-        /// What was due.
+        /// This was due.
         expected: &'static str,
-        /// What came.
+        /// This came instead.
         found: &'static str,
     },
 }
@@ -91,16 +91,21 @@ pub struct Link {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// The sending half of a [`Link`], for whoever only sends.
+/// The sending side of a [`Link`], for tasks that only send.
 #[derive(Clone)]
 pub struct LinkSender {
-    /// Messages go through one task, so that none is torn when whoever sends it gives up waiting.
+    /// Messages go through one task, so that none is torn when a sender gives up waiting.
     outgoing: mpsc::Sender<Outgoing>,
     shared: Rc<Shared>,
 }
 
 impl Link {
-    /// Connects to a peer and settles the version.
+    /// Connects to a peer and agrees on the version of the protocol. `silence` is how long the link then waits for a
+    /// sign of life before it ends.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the peer cannot be reached, does not answer in time, or refuses the connection.
     pub async fn connect(address: SocketAddr, host: &Label, silence: Duration) -> Result<Self, LinkError> {
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
         let refused = |source| LinkError::Connect { address, source: explain(source) };
@@ -120,7 +125,7 @@ impl Link {
         }
     }
 
-    /// A link over a connection whose greeting is done.
+    /// Makes a link of a connection whose greeting is done.
     pub fn over(stream: Rc<TcpStream>, silence: Duration) -> Self {
         let shared = Rc::new(Shared::default());
         let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
@@ -133,7 +138,11 @@ impl Link {
         Self { stream, sender: LinkSender { outgoing, shared }, messages, tasks }
     }
 
-    /// The next message that is no ping.
+    /// Returns the next message that is no ping.
+    ///
+    /// # Errors
+    ///
+    /// Fails, now and from then on, when the link has ended.
     pub async fn receive(&mut self) -> Result<Control, LinkError> {
         match self.messages.recv().await {
             // There is room for another one now.
@@ -142,19 +151,23 @@ impl Link {
         }
     }
 
-    /// Waits, for a few seconds, until the other side closes the connection: whoever closes
-    /// first may take its own last words back.
+    /// Waits, for a few seconds, until the other side closes the connection: the side that closes first may lose its
+    /// own last messages.
     pub async fn until_closed(&mut self) {
         let closed = async { while self.receive().await.is_ok() {} };
         let _ = timeout(GREETING, closed).await;
     }
 
-    /// Sends a message.
+    /// Sends a message, and returns when it is written to the socket.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the link has ended.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
         self.sender.send(message).await
     }
 
-    /// The sending half.
+    /// Returns the sending side.
     pub fn sender(&self) -> LinkSender {
         self.sender.clone()
     }
@@ -169,7 +182,11 @@ impl Drop for Link {
 }
 
 impl LinkSender {
-    /// Sends a message.
+    /// Sends a message, and returns when it is written to the socket.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the link has ended.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
         let (written, done) = oneshot::channel();
         let closed = |_| LinkError::Closed;
@@ -178,8 +195,8 @@ impl LinkSender {
         Ok(())
     }
 
-    /// The shortest round trip of the last pings, once there was one: what the network takes,
-    /// without what one of the daemons happened to be busy with.
+    /// Returns the shortest round trip of the last pings, once there was one. The shortest shows what the network
+    /// takes, without the time that one of the daemons was busy with other work.
     pub fn round_trip(&self) -> Option<Duration> {
         self.shared.round_trip()
     }
@@ -217,15 +234,15 @@ pub async fn answer_greeting<R: fmt::Display>(
     answered.unwrap_or_else(|_| Err(given_up(stream, GREETING)))
 }
 
-/// Ends a connection whose greeting took too long: a read that is still under way would keep it
-/// open for as long as the other side says nothing.
+/// Ends a connection whose greeting took too long: a read that is under way would otherwise keep it open for as long as
+/// the other side says nothing.
 fn given_up(stream: &TcpStream, waited: Duration) -> LinkError {
     let _ = stream.shutdown(Shutdown::Both);
     LinkError::Silent(waited)
 }
 
-/// What comes within `limit`. Where this thread was busy for that long, what has come meanwhile counts: it
-/// is looked at before anything is given up.
+/// Returns what comes within `limit`. If this thread was busy for that long, what has come meanwhile counts: it is
+/// looked at before the wait is given up.
 async fn within<T>(limit: Duration, coming: impl Future<Output = T>) -> Option<T> {
     const LOOK: Duration = Duration::from_millis(20);
     let mut coming = pin!(coming);

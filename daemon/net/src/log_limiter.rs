@@ -1,15 +1,16 @@
-//! Log lines about what anybody can cause: one in a while, with the count of those that were left out.
+//! This module limits log lines whose cause any program can repeat: one line is logged in a while, with the count of
+//! those that were left out.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// How long nothing more is said of what a line was about.
+/// After a line, no more is logged about the same key for this long.
 const PAUSE: Duration = Duration::from_secs(60);
-/// Things that are told apart; all others are one.
+/// This many keys are told apart, and all others count as one.
 const MOST: usize = 64;
 
-/// Which of many lines are worth saying.
+/// Decides which of many lines are logged.
 #[derive(Debug)]
 pub struct LogLimiter<K> {
     said: HashMap<Option<K>, Said>,
@@ -28,7 +29,8 @@ impl<K> Default for LogLimiter<K> {
 }
 
 impl<K: Eq + Hash> LogLimiter<K> {
-    /// Whether to say now what is about `key`: then with how many such lines were left out before.
+    /// Decides whether to log a line about `key` now. Returns how many lines about it were left out before, or `None`
+    /// if this one is to be left out too.
     pub fn say(&mut self, key: K) -> Option<u64> {
         self.say_at(key, Instant::now())
     }

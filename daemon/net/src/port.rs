@@ -1,4 +1,4 @@
-//! Network ports lent to migration: where lanes are awaited, and how they are opened.
+//! This module opens lanes on the network ports that are lent to migration, and listens for lanes of other hosts.
 
 pub mod congestion;
 mod connection_limiter;
@@ -23,34 +23,37 @@ use crate::config::PortConfig;
 pub use connection_limiter::{ConnectionLimiter, ConnectionSlot};
 pub use rendezvous::{ArrivedLane, LaneKind, Rendezvous, serve};
 
-/// Longest time for a lane to connect and greet.
+/// A lane may take this long to connect, and again for the greeting.
 const CONNECT: Duration = Duration::from_secs(2);
-/// Connections that the kernel holds ready to be accepted: a crowd must not keep a lane waiting for its
-/// second try.
+/// The kernel holds this many connections ready to be accepted: a crowd must not make a lane try twice.
 const BACKLOG: i32 = 1024;
 
-/// Bytes that lanes have sent and received on each port since the daemon started.
+/// These are the bytes that lanes have sent and received on each port since the daemon started.
 #[derive(Default)]
 pub struct Traffic {
     ports: RefCell<HashMap<Label, (u64, u64)>>,
 }
 
 impl Traffic {
-    /// Lanes have carried more.
+    /// Adds the bytes that lanes have sent and received on a port.
     pub fn add(&self, port: &Label, sent: u64, received: u64) {
         let mut ports = self.ports.borrow_mut();
         let totals = ports.entry(port.clone()).or_default();
         (totals.0, totals.1) = (totals.0 + sent, totals.1 + received);
     }
 
-    /// What a port has sent and received.
+    /// Returns the bytes that a port has sent and received.
     pub fn of(&self, port: &Label) -> (u64, u64) {
         self.ports.borrow().get(port).copied().unwrap_or_default()
     }
 }
 
-/// Binds a listener, if need be as soon as a daemon that was killed has let go of the address:
-/// the kernel closes the sockets that an io_uring waits for a moment after the process's end.
+/// Binds a listener. If the address is in use, tries again for 3 seconds: the kernel closes the sockets that an
+/// io_uring waits for only a moment after the end of a daemon that was killed.
+///
+/// # Errors
+///
+/// Fails if the address is still in use after that, or if it is none of this host.
 pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     const PATIENCE: Duration = Duration::from_secs(3);
     const LOOK: Duration = Duration::from_millis(20);
@@ -73,13 +76,13 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(TcpListener::from_std(socket.into()))
 }
 
-/// A lane's or a probe's connection from a port of this host to one of another.
+/// A connection of a lane or a probe from a port of this host to one of another host.
 pub struct Opened {
-    /// The connection.
+    /// This is the connected socket.
     pub socket: OwnedFd,
-    /// This end.
+    /// This is the address of this end.
     pub local: SocketAddr,
-    /// Time that a greeting and its answer took.
+    /// This is the time that the greeting and its answer took.
     pub round_trip: Duration,
 }
 
@@ -166,7 +169,11 @@ fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
     Answer::decode(&bytes).map_err(broken)
 }
 
-/// Whether this host holds `address`; an error says why that cannot be told.
+/// Tells whether this host has the address.
+///
+/// # Errors
+///
+/// Fails if that cannot be found out, because file descriptors or memory are exhausted.
 pub fn holds(address: IpAddr) -> io::Result<bool> {
     match std::net::UdpSocket::bind((address, 0)) {
         Ok(_) => Ok(true),
@@ -175,7 +182,7 @@ pub fn holds(address: IpAddr) -> io::Result<bool> {
     }
 }
 
-/// Whether an interface has a carrier, and the speed that it reports in bits per second.
+/// Returns whether an interface has a carrier, and the speed that it reports in bits per second.
 pub fn interface_state(interface: &str) -> (bool, Option<u64>) {
     let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{interface}/{file}")).ok();
     let up = read("carrier").is_some_and(|carrier| carrier.trim() == "1");

@@ -1,5 +1,5 @@
-//! Files and directories of the daemon's own: nobody else may read them, whatever the umask is and whatever
-//! modes they had.
+//! This module makes files and directories that only the daemon can read, whatever the umask is and whatever modes they
+//! had.
 
 use std::fs::{DirBuilder, File, Metadata, Permissions};
 use std::io::{self, ErrorKind, Write as _};
@@ -8,10 +8,14 @@ use std::path::{Path, PathBuf};
 
 use tracing::{info, warn};
 
-/// Of whom the owner is not.
+/// These mode bits are the rights of all users other than the owner.
 const OTHERS: u32 = 0o077;
 
-/// Sees to it that a directory is there and is only the daemon's. Those above it are made as well.
+/// Makes a directory, and those above it, if it is not there, and takes the rights of others to it away.
+///
+/// # Errors
+///
+/// Fails if it cannot be made, or if its mode cannot be changed.
 pub fn directory(path: &Path) -> io::Result<()> {
     match std::fs::metadata(path) {
         Ok(found) => {
@@ -27,6 +31,10 @@ pub fn directory(path: &Path) -> io::Result<()> {
 }
 
 /// Opens a file of the daemon's own to read and write, and makes an empty one where there is none.
+///
+/// # Errors
+///
+/// Fails if it cannot be opened, or if its mode cannot be changed.
 pub fn open(path: &Path) -> io::Result<File> {
     if let Ok(found) = std::fs::metadata(path) {
         tighten(path, &found);
@@ -37,19 +45,26 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Puts a file with these contents in the place of `path`, such that a crash leaves either, whole.
-/// After an error the old one is there. [`sync_directory`] is still to be called: until then, a crash of the
-/// host may bring the old one back.
+/// Puts a file with these contents in the place of `path`, such that a crash leaves either the old or the new one,
+/// whole. [`sync_directory`] must be called next: until then, a crash of the host may bring the old one back.
+///
+/// # Errors
+///
+/// Fails if the new file cannot be written. The old one is then in place.
 pub fn put(path: &Path, contents: &[u8]) -> io::Result<File> {
     slot(path, contents, File::sync_all)
 }
 
-/// As [`put`], for what need not outlive the host: a crash of the host may leave anything.
+/// Does the same as [`put`] for contents that need not outlive the host: a crash of the host may leave anything.
+///
+/// # Errors
+///
+/// Fails if the new file cannot be written. The old one is then in place.
 pub fn put_volatile(path: &Path, contents: &[u8]) -> io::Result<()> {
     slot(path, contents, |_| Ok(())).map(drop)
 }
 
-/// Where a file that is to take the place of `path` is written.
+/// Returns the path at which a file is written that is to take the place of `path`.
 pub fn beside(path: &Path) -> PathBuf {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
@@ -72,13 +87,17 @@ fn slot(path: &Path, contents: &[u8], sync: fn(&File) -> io::Result<()>) -> io::
     })
 }
 
-/// Makes durable what was made, renamed and removed in a directory.
+/// Makes durable which files were made, renamed and removed in a directory.
+///
+/// # Errors
+///
+/// Fails if the directory cannot be opened or synced.
 pub fn sync_directory(path: &Path) -> io::Result<()> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     File::open(path)?.sync_all()
 }
 
-/// Takes away what others may do with a file or directory.
+/// Takes away the rights of others to a file or directory.
 fn tighten(path: &Path, found: &Metadata) {
     let mode = found.permissions().mode() & 0o7777;
     if mode & OTHERS == 0 {

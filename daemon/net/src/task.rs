@@ -1,28 +1,27 @@
-//! Tasks of the control thread, and the watch over how long each of them keeps it.
+//! This module runs the tasks of the control thread, and watches how long each of them keeps the thread.
 //!
-//! All of the control plane is one thread: while a task computes or waits in the kernel, no ping is
-//! answered and no guest's pause goes on. So in debug builds and tests each poll of a task is measured, and
-//! one that takes longer than [`LONGEST_MS`] is logged with the task's name. The daemon's start and end are
-//! no tasks: nobody waits for anything then. Release builds measure nothing.
+//! All of the control plane is one thread: while a task computes or waits in the kernel, no ping is answered and no
+//! guest's pause goes on. So in debug builds and tests each poll of a task is measured, and one that takes longer than
+//! [`LONGEST_MS`] is logged with the task's name. The daemon's start and end are no tasks, because no request waits for
+//! anything then. Release builds measure nothing.
 //!
-//! What counts is the time from the begin of a poll to its end without that in which the thread could
-//! have run and others had the processor (`run_delay` of `/proc/PID/task/TID/schedstat`): a busy host
-//! delays every thread, and tells nothing about this one. What is left is what the task has computed, or
-//! waited for in the kernel. On a busy host whoever holds what is waited for there may have no processor
-//! itself, or the disk is busy with what the program is read from: while this thread has to wait for a
-//! processor again and again, or the kernel tells that many do, [`LONGEST_WHERE_BUSY_MS`] are let pass.
+//! The time of a poll counts without the part in which the thread could have run and others had the processor
+//! (`run_delay` of `/proc/PID/task/TID/schedstat`): a busy host delays every thread, and that tells nothing about this
+//! one. What is left is what the task has computed, or waited for in the kernel. On a busy host the thread that holds a
+//! kernel lock may have no processor itself, or the disk is busy with reading the program: while this thread has to
+//! wait for a processor again and again, or the kernel tells that many threads do, the limit is [`LONGEST_WHERE_BUSY_MS`].
 
 use std::future::Future;
 use std::ops::Range;
 
 use tokio::task::{JoinHandle, JoinSet};
 
-/// The longest time in milliseconds that a poll may keep the control thread.
+/// A poll may keep the control thread for this many milliseconds.
 pub const LONGEST_MS: u64 = 20;
-/// The same where processors are short.
+/// A poll may take this many milliseconds where processors are short.
 pub const LONGEST_WHERE_BUSY_MS: u64 = 500;
 
-/// Runs a task on this thread beside the others. The name is for the log: what the task is for.
+/// Runs a task on this thread beside the others. The name tells the log what the task is for.
 pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
 where
     F: Future + 'static,
@@ -31,9 +30,10 @@ where
     tokio::task::spawn_local(watched(name, future))
 }
 
-/// Does on another thread what computes long, or waits in the kernel: tasks of this one go on meanwhile.
+/// Runs `work` on another thread, because it computes long or waits in the kernel. Other tasks of this thread go on
+/// meanwhile.
 ///
-/// It is done to its end, even if nobody waits for it any more.
+/// The work is done to its end, even if the caller stops waiting for it.
 pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
@@ -45,9 +45,9 @@ pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static)
     }
 }
 
-/// Has `work` deal with `0..pages` of a guest piece by piece, and lets other tasks run in between.
+/// Has `work` deal with the pages `0..pages` of a guest piece by piece, and lets other tasks run in between.
 pub async fn in_pieces(pages: u64, mut work: impl FnMut(Range<u64>)) {
-    /// So many pages take a millisecond or two, by words of sets that hold them all.
+    /// This many pages take a millisecond or two, if a set that holds them all is read by words.
     const PIECE: u64 = 1 << 20;
     for first in (0..pages).step_by(PIECE as usize) {
         work(first..pages.min(first + PIECE));
@@ -57,7 +57,7 @@ pub async fn in_pieces(pages: u64, mut work: impl FnMut(Range<u64>)) {
     }
 }
 
-/// As [`spawn`], as one of a set.
+/// Does the same as [`spawn`], for a task that is one of a set.
 pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F)
 where
     F: Future + 'static,
@@ -66,7 +66,7 @@ where
     set.spawn_local(watched(name, future));
 }
 
-/// The same future, watched where this is a debug build.
+/// Returns the future, which is watched in debug builds.
 #[cfg(not(debug_assertions))]
 fn watched<F: Future>(_name: &'static str, future: F) -> F {
     future
@@ -87,7 +87,7 @@ mod watch {
 
     use tracing::warn;
 
-    /// The same future, watched.
+    /// Returns the future with a watch over its polls.
     pub fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
         Watched { name, future: Some(Box::pin(future)) }
     }
@@ -95,7 +95,7 @@ mod watch {
     /// A future whose polls, and whose end, are measured.
     pub struct Watched<F> {
         name: &'static str,
-        /// `None` once it is done.
+        /// This is `None` once the future is done.
         future: Option<Pin<Box<F>>>,
     }
 
@@ -125,7 +125,7 @@ mod watch {
         }
     }
 
-    /// When a poll began.
+    /// The moment at which a poll began.
     struct Started {
         at: Instant,
         delayed: Duration,
@@ -143,29 +143,29 @@ mod watch {
             if took <= longest {
                 return;
             }
-            let still = took.saturating_sub(delayed().saturating_sub(self.delayed));
+            let blocked = took.saturating_sub(delayed().saturating_sub(self.delayed));
             let computed = computed().saturating_sub(self.computed);
             let busy = busy || processors_are_short();
             let most = if busy { Duration::from_millis(super::LONGEST_WHERE_BUSY_MS) } else { longest };
-            if still > most {
-                let still = still.as_millis();
-                warn!(?took, ?computed, "the control thread stood still for {still} ms in {task}");
+            if blocked > most {
+                let millis = blocked.as_millis();
+                warn!(?took, ?computed, "the control thread stood still for {millis} ms in {task}");
             }
         }
     }
 
-    /// Whether this thread has had to wait for a processor lately.
+    /// Tells whether this thread has had to wait for a processor lately.
     #[derive(Clone, Copy)]
     struct Busy {
-        /// When the present second began, and how long the thread had waited in all by then.
+        /// This is when the present second began, and how long the thread had waited in all by then.
         since: Instant,
         delayed: Duration,
-        /// How long it waited in the second before.
+        /// This is how long the thread waited in the second before.
         before: Duration,
     }
 
     impl Busy {
-        /// More of it within two seconds is a sign of a busy host.
+        /// More waiting than this within two seconds is a sign of a busy host.
         const SIGN: Duration = Duration::from_millis(10);
 
         fn look(delayed: Duration) -> bool {
@@ -196,7 +196,7 @@ mod watch {
         average.and_then(|average| average.parse::<f64>().ok()).is_some_and(|average| average > QUARTER)
     }
 
-    /// How long this thread has waited for a processor in all.
+    /// Returns how long this thread has waited for a processor in all.
     fn delayed() -> Duration {
         thread_local! {
             static STATISTICS: Option<File> = File::open("/proc/thread-self/schedstat").ok();
@@ -208,7 +208,7 @@ mod watch {
         Duration::from_nanos(delay.and_then(|delay| delay.parse().ok()).unwrap_or(0))
     }
 
-    /// How long it has had one.
+    /// Returns how long this thread has had a processor in all.
     fn computed() -> Duration {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
         Duration::try_from(time).unwrap_or_default()

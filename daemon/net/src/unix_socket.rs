@@ -1,4 +1,4 @@
-//! Unix sockets in the file system.
+//! This module deals with Unix sockets in the file system.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,17 +7,21 @@ use std::path::Path;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// Who is at the other end of a connection, as the kernel knows it.
+/// The process at the other end of a connection, as the kernel knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// The number of the process that connected, or that listens; 0 if it is in a pid namespace of others.
+    /// This is the number of the process that connected, or that listens; 0 means that it is in another pid namespace.
     pub pid: u32,
-    /// Its user at that time.
+    /// This is the user id of the process at that time.
     pub uid: u32,
 }
 
-/// Asks the kernel (`SO_PEERCRED`) who is at the other end. (rustix's function of the kind has a type for the
+/// Asks the kernel (`SO_PEERCRED`) which process is at the other end. (The function of rustix has a type for the
 /// process's number that cannot be 0.)
+///
+/// # Errors
+///
+/// Fails if the socket is of another kind.
 pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
     let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
@@ -38,8 +42,11 @@ pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
     }
 }
 
-/// Makes the directory of a socket and removes a socket that nobody listens on any more.
-/// Refuses to take the place of a live one, or of anything else than a socket.
+/// Makes the directory of a socket, and removes a socket that no process listens on any more.
+///
+/// # Errors
+///
+/// Fails if a process listens there, if the path is anything else than a socket, or if the directory cannot be made.
 pub fn make_way(path: &Path) -> io::Result<()> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
@@ -58,11 +65,12 @@ pub fn make_way(path: &Path) -> io::Result<()> {
     std::fs::remove_file(path)
 }
 
-/// Whether nobody listens at a socket. One who has not accepted for long listens all the same, and is not waited for.
+/// Tells whether no process listens at a socket. A process that has not accepted connections for long listens all the
+/// same, and is not waited for.
 fn is_dead(path: &Path) -> io::Result<bool> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
-    // EPROTOTYPE: somebody listens, for another kind of socket. EAGAIN: so many wait that there is no room for more.
+    // EPROTOTYPE: a process listens, for another kind of socket. EAGAIN: so many wait that there is no room for more.
     let connected = socket.connect(&SockAddr::unix(path)?);
     Ok(connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
 }

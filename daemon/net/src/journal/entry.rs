@@ -1,7 +1,7 @@
-//! What is remembered of one migration, and how that is written down.
+//! This module holds what is remembered of one migration, and how that is written down.
 //!
-//! A new field of [`Entry`] is a new field of [`Line`], with `#[serde(default)]` so that what an earlier
-//! version has written can be read.
+//! A new field of [`Entry`] is a new field of [`Line`], with `#[serde(default)]` so that what an earlier version has
+//! written can be read.
 
 use memlane_api::ids;
 use memlane_protocol::handover::{Record, UnknownRecord};
@@ -12,43 +12,43 @@ use serde::{Deserialize, Serialize};
 /// A process, told apart from a later one with the same number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct VmmIdentity {
-    /// Its number; 0 if it is not known.
+    /// This is the process's number; 0 means that it is not known.
     pub pid: u32,
-    /// When it started, in clock ticks since the host booted (`proc(5)`, field 22 of
-    /// `/proc/PID/stat`); 0 if it is not known.
+    /// This is when the process started, in clock ticks since the host booted (`proc(5)`, field 22 of
+    /// `/proc/PID/stat`); 0 means that it is not known.
     pub started: u64,
 }
 
 /// What the journal knows of one migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The migration.
+    /// This identifies the migration.
     pub migration: MigrationId,
-    /// The guest.
+    /// This is the guest's name.
     pub guest: Label,
-    /// The other host.
+    /// This is the other host.
     pub peer: Label,
-    /// The guest's VMM on this host.
+    /// This is the process of the guest's VMM on this host.
     pub vmm: VmmIdentity,
-    /// A digest of what the guest is made of; 0 if it is not known.
+    /// This is a digest of the guest's shape; 0 means that it is not known.
     pub shape: u64,
-    /// How far the handover came on this host.
+    /// The handover has come this far on this host.
     pub record: Record,
-    /// The guest runs here, or is about to, and part of its memory is still at the source.
+    /// If this is true, the guest runs here, or is about to, and part of its memory is only at the source.
     pub fetching: bool,
 }
 
-/// What tells migrations apart: their sources choose their identities, so that one host's may be another's.
+/// A key tells migrations apart. Each source chooses identities of its own, so that two peers may choose the same.
 pub type Key = (Label, MigrationId);
 
 impl Entry {
-    /// Tells it apart from those of other migrations.
+    /// Returns the key that tells this migration apart from others.
     pub fn key(&self) -> Key {
         (self.peer.clone(), self.migration)
     }
 }
 
-/// An [`Entry`] as text, or that it is to be forgotten.
+/// An [`Entry`] as text, or the note that a migration is to be forgotten.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
     migration: String,
@@ -62,14 +62,14 @@ pub struct Line {
     shape: u64,
     #[serde(default)]
     fetching: bool,
-    /// `None`: forget the migration.
+    /// With `None` the migration is to be forgotten.
     record: Option<String>,
 }
 
-/// What a line does to what is known.
+/// The effect of a line on what is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// This is the newest of its migration.
+    /// This entry is the newest of its migration.
     Set(Entry),
     /// The migration is over.
     Forget(Key),
@@ -90,8 +90,8 @@ pub enum LineError {
 }
 
 impl Line {
-    /// Says that `record` is the newest of the migration, or with `None` that it is over; `entry.record`
-    /// does not matter.
+    /// Makes a line which says that `record` is the newest of the migration, or with `None` that the migration is over.
+    /// The value of `entry.record` does not matter.
     pub fn new(entry: &Entry, record: Option<Record>) -> Self {
         Self {
             migration: ids::encode(&entry.migration),

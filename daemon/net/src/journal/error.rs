@@ -1,25 +1,25 @@
-//! Why the journal cannot be used.
+//! This module says why the journal cannot be used.
 
 use std::io;
 use std::path::PathBuf;
 
-/// What an operator does about a journal that cannot be believed.
+/// This tells operators what to do about a journal that cannot be believed.
 const WHAT_TO_DO: &str = "It tells which guests this host has promised to run or not to run, so the daemon does not \
      start. Put the file back as it was. If that cannot be done: ask the peers (memlanectl status, \
      memlanectl guests) which guests run there or are in doubt, end the VMMs of those here, and then move the \
      journal's directory away: memlaned starts anew without it";
 
-/// Why the journal cannot be used.
+/// The journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// A file or directory cannot be read or written.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// This was being done.
         doing: &'static str,
-        /// The file or directory.
+        /// This is the file or directory.
         path: PathBuf,
-        /// The kernel's answer.
+        /// This is what the kernel said.
         source: io::Error,
     },
     /// Another daemon has it open.
@@ -28,17 +28,17 @@ pub enum JournalError {
         directory.display()
     )]
     InUse {
-        /// Where the journal lies.
+        /// The journal lies in this directory.
         directory: PathBuf,
     },
     /// The file does not hold what was written to it.
     #[error("the journal {} is damaged at byte {offset}: {found}. {WHAT_TO_DO}", path.display())]
     Damaged {
-        /// The file.
+        /// This is the file.
         path: PathBuf,
-        /// Where it begins not to add up, in bytes from the file's beginning.
+        /// From this byte on, counted from the file's beginning, it does not add up.
         offset: u64,
-        /// What is there.
+        /// This is what was found there.
         found: String,
     },
     /// There is no journal where there was one.
@@ -47,9 +47,9 @@ pub enum JournalError {
         path.display(), identity.display()
     )]
     Missing {
-        /// The file that should be there.
+        /// This file should be there.
         path: PathBuf,
-        /// The file that says so.
+        /// This file says that it was there.
         identity: PathBuf,
     },
     /// The file is not the one that was here.
@@ -59,41 +59,41 @@ pub enum JournalError {
         path.display(), identity.display()
     )]
     Foreign {
-        /// The file.
+        /// This is the file.
         path: PathBuf,
-        /// The identity that it has.
+        /// The file has this identity.
         found: String,
-        /// The file that says which it should have.
+        /// This file says which identity it should have.
         identity: PathBuf,
-        /// The identity that it should have.
+        /// It should have this identity.
         expected: String,
     },
-    /// A later version has written it.
+    /// A later version of memlaned has written it.
     #[error(
         "{} has format {format}, and this memlaned knows formats up to {known}: start the version of memlaned \
          that wrote it",
         path.display()
     )]
     Later {
-        /// The file.
+        /// This is the file.
         path: PathBuf,
-        /// Its format.
+        /// It has this format.
         format: u64,
-        /// The last one that this version knows.
+        /// This version knows formats up to this one.
         known: u64,
     },
 }
 
-/// Where a file begins not to add up, and what is there.
+/// A file of the journal cannot be read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It is damaged.
+    /// The file is damaged.
     Damaged {
-        /// In bytes from the file's beginning.
+        /// The damage is at this byte, counted from the file's beginning.
         offset: u64,
-        /// What is there, without control characters.
+        /// This is what was found there, without control characters.
         found: String,
     },
-    /// It is of a later format.
+    /// The file has this format, which is a later one.
     Later(u64),
 }

@@ -1,4 +1,4 @@
-//! The bytes of a journal.
+//! This module reads and writes the bytes of a journal.
 //!
 //! A file is a number of slots of 512 bytes that never changes, each a line of text: a JSON object, spaces, and a
 //! newline. The first slot is the header; records follow, and after them free slots. Every slot carries its number, which goes
@@ -14,32 +14,32 @@ use serde::{Deserialize, Serialize};
 use super::entry::{Change, Entry, Key, Line};
 use super::error::Fault;
 
-/// Bytes of a slot: what disks write whole or not at all.
+/// A slot has this many bytes, which disks write whole or not at all.
 pub const SLOT: usize = 512;
-/// The format that is written.
+/// Files are written in this format.
 pub const FORMAT: u64 = 2;
-/// How every slot begins.
+/// Every slot begins with this text.
 pub const BEGINNING: &str = "{\"sum\":\"";
-/// Length of the sum in digits.
+/// The sum has this many digits.
 const DIGITS: usize = 8;
-/// From here on the sum is of the slot's bytes.
+/// The sum covers the slot's bytes from this one on.
 const SUMMED: usize = BEGINNING.len() + DIGITS;
 
-/// What a journal is told apart by.
+/// Each journal has an identity, by which it is told apart from others.
 pub type JournalId = MigrationId;
 
 /// A journal as it is found in a file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Contents {
-    /// Which journal it is.
+    /// This is the journal's identity.
     pub id: JournalId,
-    /// The number of the header's slot.
+    /// This is the number of the header's slot.
     pub first: u64,
-    /// All slots, the header among them.
+    /// The file has this many slots, with the header.
     pub slots: u64,
-    /// Slots that are taken, the header among them.
+    /// This many slots are taken, with the header.
     pub taken: u64,
-    /// Migrations that are not over.
+    /// These are the migrations that are not over.
     pub entries: BTreeMap<Key, Entry>,
 }
 
@@ -61,12 +61,12 @@ struct Identity {
 #[derive(Serialize, Deserialize)]
 struct Slot {
     sequence: u64,
-    /// `None`: the slot is free.
+    /// With `None` the slot is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     entry: Option<Line>,
 }
 
-/// The file of the journal `id`, whose header has number `first`, with `entries` and free slots after them.
+/// Returns the file of the journal `id`, whose header has the number `first`, with `entries` and free slots after them.
 pub fn file<'a>(
     id: &JournalId,
     first: u64,
@@ -94,12 +94,16 @@ pub fn file<'a>(
     bytes
 }
 
-/// The file beside the journal that says that there is one, and which: a slot of its own.
+/// Returns the file beside the journal, one slot long, which says that there is a journal, and which one.
 pub fn identity(id: &JournalId) -> Vec<u8> {
     slot(id, &Identity { memlane: "journal-identity".to_owned(), journal: ids::encode(id) })
 }
 
 /// Reads what [`identity`] wrote.
+///
+/// # Errors
+///
+/// Fails if these bytes are anything else.
 pub fn read_identity(bytes: &[u8]) -> Result<JournalId, Fault> {
     let read: Option<Identity> = serde_json::from_slice(bytes).ok();
     let read = read.filter(|read| read.memlane == "journal-identity" && bytes.len() == SLOT);
@@ -107,12 +111,12 @@ pub fn read_identity(bytes: &[u8]) -> Result<JournalId, Fault> {
     id.ok_or_else(|| damaged(0, format!("this is not the name of a journal: {}", excerpt(bytes))))
 }
 
-/// A slot with a record.
+/// Returns the bytes of a slot with a record.
 pub fn record(id: &JournalId, sequence: u64, line: Line) -> Vec<u8> {
     slot(id, &Slot { sequence, entry: Some(line) })
 }
 
-/// A slot without one.
+/// Returns the bytes of a free slot.
 pub fn free(id: &JournalId, sequence: u64) -> Vec<u8> {
     slot(id, &Slot { sequence, entry: None })
 }
@@ -141,6 +145,10 @@ fn is_summed(id: &JournalId, slot: &[u8]) -> bool {
 }
 
 /// Reads a whole file.
+///
+/// # Errors
+///
+/// Fails if any byte of it is not as it was written, or if the format is a later one.
 pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
     let Some(first) = bytes.get(..SLOT) else {
         let found = format!("the file ends here, within its header of {SLOT} bytes");
@@ -202,7 +210,7 @@ pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
     Ok(Contents { id, first: header.sequence, slots: header.slots, taken, entries })
 }
 
-/// The header as it says to be; its sum is not looked at.
+/// Reads the header without looking at its sum.
 fn header(text: &[u8]) -> Result<Header, Fault> {
     let header: Option<Header> = serde_json::from_slice(text).ok();
     let header = header.filter(|header| header.memlane == "journal" && header.slots > 0);
@@ -222,7 +230,7 @@ fn damaged(offset: usize, found: String) -> Fault {
     Fault::Damaged { offset: offset as u64, found }
 }
 
-/// What the bytes look like, without control characters.
+/// Returns the first bytes as text without control characters.
 pub fn excerpt(bytes: &[u8]) -> String {
     const SHOWN: usize = 320;
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]);

@@ -1,12 +1,12 @@
-//! What must be remembered across a crash: who was promised which guest.
+//! The journal remembers across a crash which host was promised which guest.
 //!
-//! A record is made durable (`fdatasync`) before the handover goes on, and the last record of a
-//! migration counts. In the journal's directory, mode 0700, lie (mode 0600):
+//! A record is made durable (`fdatasync`) before the handover goes on, and the last record of a migration counts. The
+//! journal's directory has mode 0700 and holds these files of mode 0600:
 //!
-//! - `handover.jsonl`, the records, in a format (`format.rs`) in which every bit is covered by a sum,
-//!   every record by a number, and the length by the header;
-//! - `handover.id`, which says that there is a journal, and which. It is written once the journal is durable;
-//! - `lock`, which is locked by the daemon that uses the journal.
+//! - `handover.jsonl` holds the records, in a format (`format.rs`) in which every bit is covered by a sum, every record
+//!   by a number, and the length by the header.
+//! - `handover.id` says that there is a journal, and which one. It is written once the journal is durable.
+//! - `lock` is locked by the daemon that uses the journal.
 //!
 //! # What does not add up
 //!
@@ -18,7 +18,7 @@
 //!   a disk that says to have written and has not can do that.
 //! - A slot is a sector of a disk, and lies within a page of memory. A daemon that is killed in the middle of a write leaves the
 //!   free slot or the record, and so does a host that loses power, as disks write sectors whole or not at all. Either is right:
-//!   nobody has acted on that record yet. A last slot that is neither is taken for what it cannot be told from, a
+//!   no host has acted on that record yet. A last slot that is neither is taken for what it cannot be told from, a
 //!   promise that was damaged. It stops the daemon, although it may be the work of a disk that tears sectors.
 //! - A record that could not be written is taken back: the free slot is written again. If that fails too, what a restart would
 //!   find is unknown, and the daemon aborts.
@@ -27,8 +27,8 @@
 //!
 //! A file never grows. When most of it is of migrations that are over, or all of it is taken, it is written anew beside
 //! the old one, and put in its place with its directory synced. While the disk is full, the old one does.
-//! All of this is the work of a thread of its own, in the order in which it was asked for, and goes on when nobody waits for
-//! it any more.
+//! All of this is the work of a thread of its own, in the order in which it was asked for, and goes on when no task waits
+//! for it any more.
 
 mod earlier;
 mod entry;
@@ -54,12 +54,12 @@ use store::{Entries, Store};
 /// The journal of this host.
 pub struct Journal {
     entries: Entries,
-    /// To the journal's thread; `None` only while it is being closed.
+    /// Requests go to the journal's thread. This is `None` only while the journal is being closed.
     requests: Option<mpsc::Sender<Request>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// A record that is to be made durable; `None`: the migration is over.
+/// A record that is to be made durable. With `None` the migration is over.
 struct Request {
     entry: Entry,
     record: Option<Record>,
@@ -67,12 +67,12 @@ struct Request {
 }
 
 impl Journal {
-    /// Opens the journal in `directory`, and tells which migrations were under way. The journal's thread calls
+    /// Opens the journal in `directory`. Returns it with the migrations that were under way. The journal's thread calls
     /// `synced` with the time that each write to the disk took.
     ///
     /// # Errors
     ///
-    /// If another daemon uses it, or what is in its files does not add up.
+    /// Fails if another daemon uses it, or if what is in its files does not add up.
     pub async fn open(
         directory: &Path,
         synced: impl Fn(Duration) + Send + 'static,
@@ -98,25 +98,32 @@ impl Journal {
         Ok((Self { entries, requests: Some(requests), thread: Some(thread) }, open))
     }
 
-    /// What is durable of a migration with `peer` that is not over.
+    /// Returns what is durable of a migration with `peer` that is not over.
     pub fn known(&self, peer: &Label, migration: &MigrationId) -> Option<Entry> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.get(&(peer.clone(), *migration)).cloned()
     }
 
-    /// Whether this migration is under way here, with whichever peer.
+    /// Tells whether this migration is under way here, with any peer.
     pub fn knows(&self, migration: &MigrationId) -> bool {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.values().any(|entry| entry.migration == *migration)
     }
 
-    /// Makes `record` durable as the newest of the migration; `entry.record` does not matter.
-    /// After an error a restarted daemon does not find it.
+    /// Makes `record` durable as the newest of the migration. The value of `entry.record` does not matter.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk is full or broken. A restarted daemon then does not find the record.
     pub async fn write(&self, entry: &Entry, record: Record) -> Result<(), JournalError> {
         self.request(entry, Some(record)).await
     }
 
     /// Forgets a migration that is over.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk is full or broken. A restarted daemon then finds the migration.
     pub async fn forget(&self, entry: &Entry) -> Result<(), JournalError> {
         self.request(entry, None).await
     }
@@ -133,7 +140,7 @@ impl Journal {
 }
 
 impl Drop for Journal {
-    /// Lets what was asked for be done, and unlocks the directory.
+    /// Lets the requests that were made be done, and unlocks the directory.
     fn drop(&mut self) {
         self.requests.take();
         if let Some(thread) = self.thread.take() {
@@ -142,18 +149,18 @@ impl Drop for Journal {
     }
 }
 
-/// What the journal's thread does until nobody needs it.
+/// Does the work of the journal's thread, until the journal is dropped.
 fn keep(mut store: Store, queue: &mpsc::Receiver<Request>) {
     while let Ok(Request { entry, record, done }) = queue.recv() {
         let _ = done.send(store.append(&entry, record));
-        // When a guest has just been moved, hardly anybody waits for the next record.
+        // When a guest has just been moved, the next record is rarely waited for.
         if record.is_none() && store.is_untidy() {
             store.tidy_up();
         }
     }
 }
 
-/// Whether a record was written is not known, so nothing may be done on the strength of it.
+/// Ends the daemon: whether a record was written is not known, so nothing may be done on the strength of it.
 fn give_up() -> ! {
     error!("the thread that writes the journal has ended");
     std::process::abort();

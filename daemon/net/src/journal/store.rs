@@ -1,5 +1,4 @@
-//! The journal's files, and what is done to them. Everything here may block: it belongs to the journal's own
-//! thread.
+//! This module reads and writes the journal's files. Everything here may block, and runs on the journal's own thread.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,26 +20,26 @@ use super::error::{Fault, JournalError};
 use super::format::{self, Contents, JournalId, SLOT};
 use crate::private;
 
-/// The file of records.
+/// This file holds the records.
 pub const FILE: &str = "handover.jsonl";
-/// The file that says that there is a journal, and which. It is written when there is one.
+/// This file says that there is a journal, and which one. It is written once the journal is durable.
 pub const IDENTITY: &str = "handover.id";
-/// The file that one daemon has locked.
+/// The daemon that uses the journal holds a lock on this file.
 const LOCK: &str = "lock";
-/// Longest wait for the lock of a daemon that is gone.
+/// The lock of a daemon that is gone is waited for this long.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-/// Slots of a file, unless there are many entries.
+/// A file has this many slots, unless there are many entries.
 const SLOTS: u64 = 256;
 
-/// Entries that are durable, as all threads see them.
+/// These are the entries that are durable, as all threads see them.
 pub type Entries = Arc<Mutex<BTreeMap<Key, Entry>>>;
 
-/// Told how long it took to make a record durable.
+/// This is called with the time that it took to make a record durable.
 pub type Synced = Box<dyn Fn(Duration) + Send>;
 
-/// What records are written to.
+/// A disk takes the records.
 pub trait Disk: Send {
-    /// Writes all of `bytes` at offset `at`.
+    /// Writes all of `bytes` at the offset `at`, in bytes.
     fn write(&self, bytes: &[u8], at: u64) -> io::Result<()>;
     /// Makes durable what was written.
     fn sync(&self) -> io::Result<()>;
@@ -61,23 +60,27 @@ pub struct Store {
     pub(super) path: PathBuf,
     pub(super) file: Box<dyn Disk>,
     id: JournalId,
-    /// The number of the header.
+    /// This is the number of the header's slot.
     first: u64,
     pub(super) slots: u64,
-    /// Slots that are taken, the header among them.
+    /// This many slots are taken, with the header.
     pub(super) taken: u64,
-    /// With so many taken, the file may be written anew.
+    /// The file may be written anew when this many slots are taken.
     tidy_at: u64,
-    /// What is not over.
+    /// These are the migrations that are not over.
     pub(super) entries: Entries,
-    /// Told how long each write to the disk took.
+    /// This is called with the time that each write to the disk took.
     synced: Synced,
-    /// Locked for as long as it is open.
+    /// This file is locked while the store is open.
     _lock: File,
 }
 
 impl Store {
-    /// Opens the journal in `directory`; where there never was one, it makes one.
+    /// Opens the journal in `directory`. Makes one where there never was one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if another daemon uses it, if it cannot be read or written, or if what is in its files does not add up.
     pub fn open(directory: &Path, synced: Synced) -> Result<Self, JournalError> {
         private::directory(directory).map_err(failed("make the directory", directory))?;
         let lock = lock(directory)?;
@@ -139,7 +142,10 @@ impl Store {
     }
 
     /// Makes `record` durable as the newest of the migration, or with `None` that the migration is over.
-    /// After an error a restarted daemon does not find it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the disk is full or broken. A restarted daemon then does not find the record.
     pub fn append(&mut self, entry: &Entry, record: Option<Record>) -> Result<(), JournalError> {
         if self.taken == self.slots {
             self.rewrite().map_err(failed("make room in the journal", &self.path))?;
@@ -162,13 +168,13 @@ impl Store {
         Ok(())
     }
 
-    /// Whether most of the file is of migrations that are over, and there is much of it.
+    /// Tells whether most of the file is of migrations that are over, and there is much of it.
     pub fn is_untidy(&self) -> bool {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner).len() as u64;
         self.taken >= self.tidy_at && entries * 4 <= self.taken
     }
 
-    /// Writes the file anew without what is over. If that fails, the old one does until it is full.
+    /// Writes the file anew without what is over. If that fails, the old file is used until it is full.
     pub fn tidy_up(&mut self) {
         if self.tidy() {
             self.settle().unwrap_or_else(|failure| self.give_up(&failure));
@@ -186,8 +192,8 @@ impl Store {
         rewritten.is_ok()
     }
 
-    /// Puts a file without what is over in the place of this one; [`Store::settle`] is still to be
-    /// called. After an error everything is as before.
+    /// Puts a file without what is over in the place of this one. [`Store::settle`] must be called next. After an error
+    /// everything is as before.
     fn rewrite(&mut self) -> io::Result<()> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let first = self.first.wrapping_add(self.taken);
@@ -211,7 +217,7 @@ impl Store {
         Ok(())
     }
 
-    /// What a restart would find is unknown, so nothing may be done on the strength of it. A restart
+    /// Ends the daemon: what a restart would find is unknown, so nothing may be done on the strength of it. A restart
     /// finds out.
     fn give_up(&self, failure: &io::Error) -> ! {
         error!(path = %self.path.display(), %failure, "cannot tell what the journal holds after a failed write");
@@ -219,7 +225,7 @@ impl Store {
     }
 }
 
-/// A journal that is not in a file yet.
+/// Returns a journal that is not in a file yet.
 fn fresh(entries: BTreeMap<Key, Entry>) -> Contents {
     let (slots, taken) = (slots_for(entries.len()), 1 + entries.len() as u64);
     Contents { id: ids::random(), first: 1, slots, taken, entries }

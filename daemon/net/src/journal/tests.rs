@@ -248,7 +248,7 @@ fn counts_until_it_is_killed() {
     }
 }
 
-/// Whatever is killed in the middle of a write, or of writing the file anew, can be started again, and knows all that was
+/// A process that is killed in the middle of a write, or of writing the file anew, can be started again, and knows all that was
 /// durable.
 #[test]
 fn a_daemon_that_is_killed_starts_again() {
@@ -385,7 +385,7 @@ fn an_earlier_versions_journal_is_read_once() {
         fs::remove_file(&identity).unwrap();
     }
 
-    // It has no sums, so whatever is not whole may have been a promise.
+    // It has no sums, so a line that is not whole may have been a promise.
     let end = COMMITTED.len();
     let after = |text: &str, offset: usize| (format!("{COMMITTED}{text}"), offset);
     for (text, offset) in [

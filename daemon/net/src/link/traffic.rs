@@ -1,9 +1,8 @@
-//! What goes over a link: messages in both directions, and pings ahead of them.
+//! The traffic of a link: messages in both directions, and pings ahead of them.
 //!
-//! A peer whose host is busy may be slow to deal with messages, and is there all the same. So its pings are
-//! answered by the tasks here, ahead of every message that waits to be written; messages that nobody has dealt
-//! with are read ahead up to [`READ_AHEAD_BYTES`], and whoever then stops reading does not count what it cannot
-//! hear for silence.
+//! A peer whose host is busy may be slow to deal with messages, and is there all the same. So its pings are answered by
+//! the tasks here, ahead of every message that waits to be written. Messages that no task has dealt with yet are read
+//! ahead up to [`READ_AHEAD_BYTES`]. While reading stops at that limit, silence is not counted against the peer.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -21,41 +20,42 @@ use tokio_uring::net::TcpStream;
 
 use super::LinkError;
 
-/// Pings whose round trips are remembered.
+/// The round trips of this many pings are remembered.
 const ROUND_TRIPS: usize = 8;
-/// Bytes of messages read ahead of whoever deals with them: what post-copy of a guest of 256 GiB begins with.
+/// This many bytes of messages are read ahead of the task that deals with them: post-copy of a guest of 256 GiB begins
+/// with that many.
 pub const READ_AHEAD_BYTES: usize = 8 << 20;
-/// Longest wait for the other side to take a message: it may be busy with the one before.
+/// The other side may take this long to take a message: it may be busy with the one before.
 const TAKING: Duration = Duration::from_secs(30);
 
-/// A message on its way out, and where to tell that it is gone.
+/// A message on its way out, and the channel that reports that it is written.
 pub type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 
-/// A message that was read, or why there are no more.
+/// A message that was read, or the reason why there are no more.
 pub struct Received {
-    /// The message.
+    /// This is the message.
     pub message: Result<Control, LinkError>,
-    /// The room that it takes until it is dealt with.
+    /// This is the room that it takes until it is dealt with.
     _room: Option<OwnedSemaphorePermit>,
 }
 
-/// What the tasks of a link share.
+/// The state that the tasks of a link share.
 pub struct Shared {
-    /// The ping and the pong that are due; a later one takes the place of one that has not gone.
+    /// A ping and a pong may be due. A later one takes the place of one that is not written yet.
     ping: Cell<Option<u64>>,
     pong: Cell<Option<u64>>,
-    /// Rung when one of them is.
+    /// This is notified when a ping or pong becomes due.
     due: Notify,
-    /// When something came last.
+    /// This is when bytes last came.
     last_heard: Cell<Instant>,
-    /// Nothing is read for the time being.
+    /// This is true while reading waits for room.
     held_up: Cell<bool>,
-    /// For messages that are read ahead.
+    /// This counts the room for messages that are read ahead.
     room: Arc<Semaphore>,
     pinged_at: Cell<Option<(u64, Instant)>>,
-    /// Of the last pings, oldest first.
+    /// These are the round trips of the last pings, oldest first.
     round_trips: RefCell<VecDeque<Duration>>,
-    /// Why this side has ended the connection, if it has.
+    /// This is why this side has ended the connection, if it has.
     verdict: Cell<Option<LinkError>>,
 }
 
@@ -76,7 +76,7 @@ impl Default for Shared {
 }
 
 impl Shared {
-    /// The shortest round trip of the last pings, once there was one.
+    /// Returns the shortest round trip of the last pings, once there was one.
     pub fn round_trip(&self) -> Option<Duration> {
         self.round_trips.borrow().iter().min().copied()
     }
@@ -89,7 +89,7 @@ impl Shared {
         last.push_back(took);
     }
 
-    /// The ping or pong that is due, if there is one.
+    /// Takes the ping or pong that is due, if there is one.
     fn take_due(&self) -> Option<Control> {
         if let Some(number) = self.pong.take() {
             return Some(Control::Pong(number));
@@ -112,7 +112,7 @@ impl Shared {
         room.ok()
     }
 
-    /// Ends the connection from here.
+    /// Ends the connection from this side.
     fn end(&self, stream: &TcpStream, why: LinkError) {
         self.verdict.set(Some(why));
         // Ends the read that is under way, whose task tells why.
@@ -120,7 +120,7 @@ impl Shared {
     }
 }
 
-/// Writes messages, each whole, in the order in which they come, and what is due ahead of them.
+/// Writes messages, each whole and in the order in which they come, and the pings and pongs that are due ahead of them.
 pub async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
     loop {
         let (bytes, written) = match shared.take_due() {
@@ -138,7 +138,7 @@ pub async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc
             return shared.end(&stream, LinkError::Stuck(TAKING));
         };
         if let Some(written) = written {
-            // Whoever sent it may have given up waiting.
+            // The task that sent it may have given up waiting.
             let _ = written.send(result);
         }
     }
@@ -177,7 +177,7 @@ pub async fn read(stream: Rc<TcpStream>, shared: Rc<Shared>, messages: mpsc::Unb
     }
 }
 
-/// Pings, and ends the link when nothing has been heard for too long.
+/// Sends pings, and ends the link when nothing has been heard for `silence`.
 pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration) {
     let pause = (silence / 5).min(Duration::from_secs(1));
     for number in 0.. {
@@ -185,7 +185,7 @@ pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration)
         shared.due.notify_one();
         let slept = Instant::now();
         tokio::time::sleep(pause).await;
-        // Who could not listen has heard nothing, whatever was said: what came meanwhile is read first.
+        // A task that could not listen has heard nothing: what came meanwhile is read first.
         let listened = !shared.held_up.get() && slept.elapsed() < 2 * pause;
         if listened && shared.last_heard.get().elapsed() > silence {
             return shared.end(&stream, LinkError::Silent(silence));
@@ -193,7 +193,7 @@ pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration)
     }
 }
 
-/// The next message, and how many bytes it had.
+/// Reads the next message. Returns it and its length in bytes.
 async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, usize), LinkError> {
     let heard = || shared.last_heard.set(Instant::now());
     let (kind, bytes) = decode_header(&read_exactly(stream, HEADER_BYTES, heard).await?)?;
@@ -201,7 +201,11 @@ async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, u
     Ok((message, HEADER_BYTES + bytes))
 }
 
-/// As many bytes; each part of them that comes is a sign of life.
+/// Reads `count` bytes. `heard` is called for each part of them that comes, as a sign of life.
+///
+/// # Errors
+///
+/// Fails if the connection ends or breaks before they have come.
 pub async fn read_exactly(stream: &TcpStream, count: usize, heard: impl Fn()) -> Result<Vec<u8>, LinkError> {
     let mut buffer = vec![0; count];
     let mut filled = 0;

@@ -1,8 +1,8 @@
-//! Which congestion control a connection has that pages are sent over.
+//! This module chooses the congestion control of connections that pages are sent over.
 //!
-//! BBR paces: it sets a timer for every few packets. On a long way that keeps queues short and a lossy one full, but
+//! BBR paces: it sets a timer for every few packets. On a long path that keeps queues short and a lossy path full, but
 //! where a round trip takes microseconds the timers alone take as much processor time as all the rest of sending does.
-//! So where a host has BBR as its default, connections over short ways get what Linux has by itself, which sends as
+//! So where a host has BBR as its default, connections over short paths get what Linux has by itself, which sends as
 //! soon as the window lets it.
 
 use std::io;
@@ -12,23 +12,23 @@ use std::time::Duration;
 use memlane_lane::socket::tcp_info;
 use socket2::SockRef;
 
-/// Round trip from which on pacing pays.
+/// Pacing pays from this round trip on.
 const LONG: Duration = Duration::from_millis(2);
-/// What does not pace, the better one first; the second is on every Linux and forbidden to nobody.
+/// These do not pace, and the better one comes first. Every Linux has the second, and allows it to every program.
 const UNPACED: [&str; 2] = ["cubic", "reno"];
 
-/// What a connection has, which may depend on how long its way turns out to be.
+/// The congestion control of one connection, which may depend on how long its path turns out to be.
 pub struct Congestion {
-    /// The host's own, which paces, and was put off until that is known.
+    /// This is the host's default, if it paces and was put off until the round trip is known.
     paced: Option<Vec<u8>>,
 }
 
 impl Congestion {
-    /// Chooses for a socket that has not begun to connect: what is `configured`, or else what suits the way.
+    /// Chooses for a socket that has not begun to connect: what is `configured`, or else what suits the path.
     ///
     /// # Errors
     ///
-    /// If this host does not have what is configured, or does not allow it.
+    /// Fails if this host does not have what is configured, or does not allow it.
     pub fn choose(socket: impl AsFd, configured: Option<&str>) -> io::Result<Self> {
         let socket = SockRef::from(&socket);
         if let Some(name) = configured {
@@ -43,7 +43,7 @@ impl Congestion {
         Ok(Self { paced: put_off.then_some(own) })
     }
 
-    /// Gives the host's own back if the way is long, of a socket that has connected.
+    /// Gives a connected socket the host's default back if the path is long.
     pub fn settle(self, socket: impl AsFd) {
         let Some(paced) = self.paced else { return };
         let measured = |micros: &u32| *micros != u32::MAX;

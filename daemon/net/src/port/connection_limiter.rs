@@ -1,8 +1,8 @@
-//! Connections that have not said yet what they want, and how many of them there may be.
+//! This module limits the connections that have not said yet what they want.
 //!
-//! Whoever can connect can be silent. So a connection that has not introduced itself holds nothing that
-//! another would wait for: each address has a share of the places, and where that is full the one that has
-//! been silent longest makes way for the newest.
+//! Every host that can connect can be silent. So a connection that has not introduced itself holds nothing that another
+//! would wait for: each address has a share of the places, and where that is full the connection that has been silent
+//! longest makes way for the newest.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,14 +15,14 @@ use tracing::{info, warn};
 use crate::link::LinkError;
 use crate::log_limiter::LogLimiter;
 
-/// Connections of one address that may be introducing themselves.
+/// This many connections of one address may be introducing themselves.
 const SHARE: usize = 64;
-/// Those of all addresses.
+/// This many connections of all addresses together may be introducing themselves.
 const PLACES: usize = 512;
-/// Connections of one address that may stay once they have.
+/// This many connections of one address may stay once they have introduced themselves.
 const STAYING: usize = 64;
 
-/// Where connections are let in.
+/// Decides which connections are let in.
 #[derive(Default)]
 pub struct ConnectionLimiter {
     inner: RefCell<Inner>,
@@ -32,9 +32,9 @@ pub struct ConnectionLimiter {
 #[derive(Default)]
 struct Inner {
     next: u64,
-    /// The oldest first.
+    /// These are the connections that have not introduced themselves, the oldest first.
     silent: Vec<Silent>,
-    /// How many stay, by their address.
+    /// This counts, by address, the connections that stay.
     staying: HashMap<IpAddr, usize>,
 }
 
@@ -59,7 +59,7 @@ impl ConnectionLimiter {
         let mut inner = self.inner.borrow_mut();
         while let Some(index) = inner.makes_way_for(address) {
             if let Some(stream) = inner.silent.remove(index).stream.upgrade() {
-                // Ends whatever reads from it.
+                // This ends the task that reads from it.
                 let _ = stream.shutdown(Shutdown::Both);
             }
         }
@@ -69,7 +69,7 @@ impl ConnectionLimiter {
         ConnectionSlot { limiter: self.clone(), address, number, stays: false }
     }
 
-    /// A connection from an address that is nobody's was closed.
+    /// Logs, now and then, that a connection from an address of no peer was closed.
     pub fn turned_away(&self, address: IpAddr, what: &str) {
         if let Some(left_out) = self.told.borrow_mut().say((address, what.to_owned())) {
             warn!(
@@ -80,7 +80,7 @@ impl ConnectionLimiter {
         }
     }
 
-    /// A connection has ended before it was of any use.
+    /// Logs, now and then, that a connection has ended before it was of any use.
     pub fn came_to_nothing(&self, address: IpAddr, error: &LinkError) {
         if let Some(left_out) = self.told.borrow_mut().say((address, error.to_string())) {
             info!(%address, %error, left_out, "a control connection came to nothing");
@@ -89,12 +89,12 @@ impl ConnectionLimiter {
 }
 
 impl Inner {
-    /// The silent connection that must go for one of this address to come, if one must.
+    /// Returns the index of the silent connection that must go for one of this address to come, if one must.
     fn makes_way_for(&self, address: IpAddr) -> Option<usize> {
         let count = |address: IpAddr| self.silent.iter().filter(|silent| silent.address == address).count();
         let crowded = match count(address) {
             SHARE.. => address,
-            // Whoever has taken most places has one to give.
+            // The address that has taken most places gives one up.
             _ if self.silent.len() >= PLACES => {
                 self.silent.iter().map(|silent| silent.address).max_by_key(|address| count(*address))?
             }
@@ -105,8 +105,8 @@ impl Inner {
 }
 
 impl ConnectionSlot {
-    /// The connection has introduced itself and stays: nobody takes its place any more. Not if too many of
-    /// its address do.
+    /// Notes that the connection has introduced itself and stays: no newer connection takes its place. Returns false if
+    /// too many connections of its address stay already.
     pub fn stay(&mut self) -> bool {
         let mut inner = self.limiter.inner.borrow_mut();
         let staying = inner.staying.entry(self.address).or_default();

@@ -1,4 +1,4 @@
-//! Where lanes of other hosts arrive, and find the migration that they belong to.
+//! Lanes of other hosts arrive here and are handed to the migration that they belong to.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
@@ -20,40 +20,40 @@ use crate::task;
 
 /// A lane that a source has opened to this host.
 pub struct ArrivedLane {
-    /// The port it arrived at.
+    /// The lane arrived at this port.
     pub port: Label,
-    /// What it carries.
+    /// This is what it carries.
     pub kind: LaneKind,
-    /// The connection.
+    /// This is the connected socket.
     pub socket: OwnedFd,
-    /// The source's address.
+    /// This is the source's address.
     pub remote: SocketAddr,
 }
 
-/// What a lane carries.
+/// The purpose of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LaneKind {
-    /// Pages, on the lane of this number.
+    /// The lane of this number carries pages.
     Pages(u16),
-    /// Pages that a guest waits for, and nothing else.
+    /// The lane carries pages that a guest waits for, and nothing else.
     Faults,
 }
 
-/// Which migrations await lanes, and where lanes may come from.
+/// Knows which migrations await lanes, and from which addresses lanes may come.
 pub struct Rendezvous {
     limiter: Rc<ConnectionLimiter>,
-    /// Addresses of the peers' daemons.
+    /// These are the addresses of the peers' daemons.
     daemons: Vec<IpAddr>,
-    /// Addresses that a peer has said its lanes come from.
+    /// Each peer has said that its lanes come from these addresses.
     lanes: RefCell<HashMap<Label, Vec<IpAddr>>>,
     awaited: RefCell<HashMap<Token, Awaited>>,
 }
 
 /// A migration that awaits lanes.
 struct Awaited {
-    /// The host that it is with.
+    /// The migration is with this host.
     peer: Label,
-    /// Numbers of lanes that have come: none comes twice.
+    /// Lanes of these numbers have come. No number comes twice.
     come: BTreeSet<u16>,
     sender: mpsc::Sender<ArrivedLane>,
 }
@@ -81,19 +81,19 @@ enum LaneRefusal {
 }
 
 impl Rendezvous {
-    /// For lanes of these peers.
+    /// Makes a rendezvous for lanes of these peers.
     pub fn with(peers: &[PeerConfig]) -> Self {
         let daemons = peers.iter().map(|peer| peer.control.ip().to_canonical()).collect();
         let (limiter, lanes, awaited) = Default::default();
         Self { limiter, daemons, lanes, awaited }
     }
 
-    /// A peer says which addresses its lanes come from, in place of those that it said before.
+    /// Notes the addresses that a peer says its lanes come from, in place of those that it said before.
     pub fn note_addresses(&self, peer: Label, addresses: Vec<IpAddr>) {
         self.lanes.borrow_mut().insert(peer, addresses);
     }
 
-    /// Lanes of `peer` that say `token` come out of the receiver, until it is dropped.
+    /// Returns a receiver that gets the lanes of `peer` that say `token`, until it is dropped. It holds `most` lanes.
     pub fn await_lanes(&self, token: Token, peer: Label, most: usize) -> mpsc::Receiver<ArrivedLane> {
         let (sender, receiver) = mpsc::channel(most.max(1));
         let mut awaited = self.awaited.borrow_mut();
@@ -102,13 +102,13 @@ impl Rendezvous {
         receiver
     }
 
-    /// Whether anybody that is known here may call from this address.
+    /// Tells whether this is an address of a known host.
     fn knows(&self, address: IpAddr) -> bool {
         self.daemons.contains(&address)
             || self.lanes.borrow().values().any(|addresses| addresses.contains(&address))
     }
 
-    /// Whether a lane may come in: it belongs to the host that the migration is with, and is the first of
+    /// Decides whether a lane may come in: it must belong to the host that the migration is with, and be the first of
     /// its number.
     fn admit(
         &self,
@@ -138,7 +138,7 @@ impl Rendezvous {
     }
 }
 
-/// Takes in lanes and answers probes on one port, for as long as the daemon runs.
+/// Accepts lanes and answers probes on one port, for as long as the daemon runs.
 pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous>) {
     loop {
         match listener.accept().await {
