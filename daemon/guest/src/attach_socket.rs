@@ -1,4 +1,4 @@
-//! Where VMMs attach their guests, and shims make themselves known.
+//! VMMs attach their guests, and shims make themselves known, over the socket of this module.
 
 use std::cell::RefCell;
 use std::io;
@@ -28,31 +28,35 @@ use super::registry::Guests;
 use super::shim::{self, Shims};
 use crate::config::AttachConfig;
 
-/// Longest time that a VMM may take to introduce itself.
+/// A VMM may take this long to introduce itself.
 const GREETING: Duration = Duration::from_secs(5);
-/// File descriptors that a connection takes: its own, and that of its process.
+/// A connection takes this many file descriptors: its own, and that of its process.
 const OF_CONNECTION: u64 = 2;
 
-/// Who may attach, what they may take, and where they are listed.
+/// The attach socket needs to know which users may attach what, and where guests and shims are listed.
 pub struct Attaching {
-    /// User ids whose VMMs may attach guests.
+    /// The VMMs of these user ids may attach guests.
     pub users: Vec<u32>,
-    /// What the VMMs of each of them may take.
+    /// The VMMs of each user may take this much.
     pub limits: AttachConfig,
-    /// Where guests are listed.
+    /// Guests are listed here.
     pub guests: Rc<Guests>,
-    /// Where shims are.
+    /// Shims are listed here.
     pub shims: Rc<Shims>,
 }
 
-/// Makes the socket, in place of one that a daemon before this one left behind.
+/// Makes the socket, in place of one that an earlier daemon left behind.
+///
+/// # Errors
+///
+/// Fails if a process listens there already, or if the socket cannot be made.
 pub fn bind(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     memlane_net::unix_socket::make_way(path)?;
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::unix(path)?)?;
     socket.listen(64)?;
-    // Who may attach is decided by the user id of whoever connects.
+    // Who may attach is decided by the user id of the process that connects.
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     watch(socket.into())
 }
@@ -62,7 +66,7 @@ fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register(socket) }?)
 }
 
-/// Takes in VMMs for as long as the daemon runs.
+/// Takes in VMMs and shims for as long as the daemon runs.
 pub async fn serve(listener: AsyncFd<OwnedFd>, attaching: Rc<Attaching>) {
     let (accounts, told) = (Rc::<Accounts>::default(), Rc::<RefCell<LogLimiter<_>>>::default());
     loop {
@@ -98,13 +102,13 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Who has connected, and the version that is spoken.
+/// A process has introduced itself as one of these, and agreed on a version of the protocol.
 enum Introduced {
     Vmm(Box<VmmHello>, Arc<GuestRam>, Process, u16, Share),
     Shim(u16, Share),
 }
 
-/// This is which process could not attach, and why.
+/// This process could not attach, for this reason.
 struct Refused {
     user: u32,
     pid: u32,

@@ -1,4 +1,4 @@
-//! Which migration a guest takes part in.
+//! A guest takes part in one migration at a time, which holds a [`Claim`] on it.
 
 use std::ops::Deref;
 use std::rc::Rc;
@@ -14,7 +14,7 @@ pub struct Claim {
 }
 
 impl Guest {
-    /// Has the guest take part in a migration; `None` if it takes part in another.
+    /// Has the guest take part in a migration. Returns `None` if it takes part in another.
     pub fn claim(self: &Rc<Self>, migration: MigrationId) -> Option<Claim> {
         let before = self.migration.get();
         if before.is_some_and(|before| before != migration) {
@@ -24,14 +24,14 @@ impl Guest {
         Some(Claim { guest: self.clone(), migration })
     }
 
-    /// The migration that it takes part in.
+    /// Returns the migration that the guest takes part in.
     pub fn migration(&self) -> Option<MigrationId> {
         self.migration.get()
     }
 }
 
 impl Claim {
-    /// The guest.
+    /// Returns the guest.
     pub fn guest(&self) -> &Rc<Guest> {
         &self.guest
     }

@@ -1,40 +1,40 @@
-//! What the configuration says of guests and of their VMMs.
+//! This module holds what the configuration says of guests and of their VMMs.
 
 use std::path::PathBuf;
 
 use memlane_api::units::Size;
 use memlane_protocol::wire::Label;
 
-/// `[attach]`
+/// The `[attach]` table of the configuration limits what the VMMs of one user may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachConfig {
-    /// Guests that VMMs of one user may attach.
+    /// The VMMs of one user may attach this many guests.
     pub guests_per_user: u64,
-    /// File descriptors that the daemon holds of one user's VMMs, at the most half of what it may have.
+    /// The daemon holds this many file descriptors of one user's VMMs, at the most half of what it may have.
     pub descriptors_per_user: u64,
-    /// Memory of one user's guests that the daemon maps, whether it holds anything or not.
+    /// The daemon maps this much memory of one user's guests, with or without contents.
     pub memory_per_user: Size,
 }
 
-/// `[[network]]`
+/// A `[[network]]` of the configuration is a network that guests are plugged into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
-    /// Name that the NICs of guests carry, the same on all hosts.
+    /// This is the name that the NICs of guests carry, which is the same on all hosts.
     pub name: Label,
-    /// Bridge of this host on which arriving guests are announced.
+    /// Arriving guests are announced on this bridge of the host.
     pub bridge: String,
 }
 
-/// `[guests]`
+/// The `[guests]` table of the configuration is about the guests that this daemon starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestsConfig {
-    /// Where each guest that was started has a folder with its QMP socket and its log.
+    /// Each guest that was started has a folder here, with its QMP socket and its log.
     pub directory: PathBuf,
-    /// Where their RAM lies, a file each: on tmpfs or hugetlbfs.
+    /// The guests' RAM lies in this directory of a tmpfs or hugetlbfs, a file for each guest.
     pub memory: PathBuf,
-    /// `libmemlane_shim.so`, which their QEMU is started with.
+    /// This is the path of `libmemlane_shim.so`, which the guests' QEMU is started with.
     pub shim: PathBuf,
-    /// Programs that a guest file may name. Without any, no guest is started.
+    /// A guest file may name these programs. With an empty list no guest is started.
     pub qemu: Vec<PathBuf>,
 }
 

@@ -1,4 +1,4 @@
-//! What every kind of VMM can be asked.
+//! A driver asks a VMM to do what a migration needs, in the same way for every kind of VMM.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -12,107 +12,107 @@ use memlane_protocol::wire::control::QemuGuest;
 
 use crate::memory::VmmMemory;
 
-/// Why a VMM did not do as it was asked.
+/// A VMM did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
     /// The VMM closed its connection, or its process has ended.
     #[error("the VMM is gone, or the connection to it is lost")]
     Gone,
-    /// The same, and the VMM was gone before it could hear what it was asked.
+    /// The VMM was gone before it could hear the request.
     #[error("the VMM is gone, or the connection to it is lost")]
     Unheard,
     /// The VMM did not answer in time.
     #[error("the VMM did not answer to `{request}` within {after:.0?}")]
     Slow {
-        /// What it was asked.
+        /// This is the request.
         request: &'static str,
-        /// How long was waited.
+        /// The answer was waited for this long.
         after: Duration,
     },
-    /// The VMM said no.
+    /// The VMM refused.
     #[error("the VMM cannot {request}: {reason}")]
     Failed {
-        /// What it was asked.
+        /// This is the request.
         request: &'static str,
-        /// Its words.
+        /// This is the reason in the VMM's own words.
         reason: String,
     },
     /// The VMM's answer makes no sense.
     #[error("the VMM broke the protocol in its answer to `{request}`: {reason}")]
     Broken {
-        /// What it was asked.
+        /// This is the request.
         request: &'static str,
-        /// What is wrong.
+        /// This is what is wrong with the answer.
         reason: String,
     },
-    /// A packet that is none.
+    /// The VMM sent a packet that is not understood.
     #[error("the VMM broke the protocol: {0}")]
     Protocol(#[from] WireError),
 }
 
-/// A VMM's state without RAM, and what saving it took.
+/// A VMM's state without RAM.
 #[derive(Clone, Debug)]
 pub struct SavedState {
-    /// The state, as the VMM of the destination reads it.
+    /// This is the state, as the VMM of the destination reads it.
     pub bytes: Vec<u8>,
-    /// Time that the VMM took.
+    /// The VMM took this long to save it.
     pub took: Duration,
 }
 
-/// Something that is in the way of moving a guest.
+/// A blocker is something that prevents a guest from being moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocker {
-    /// In which respect, one word.
+    /// This word names the part of the guest that is concerned.
     pub what: &'static str,
-    /// What is wrong.
+    /// This is what is wrong.
     pub detail: String,
-    /// What to do about it, where `detail` does not say.
+    /// This is what the operator can do about it, where `detail` does not say that.
     pub remedy: Option<String>,
 }
 
 impl Blocker {
-    /// A blocker in this respect.
+    /// Makes a blocker from its parts.
     pub fn new(what: &'static str, detail: String, remedy: Option<String>) -> Self {
         Self { what, detail, remedy }
     }
 }
 
-/// What every kind of VMM can be asked. One request is under way at a time; others wait.
+/// A driver passes requests to one VMM. One request is under way at a time, and others wait. Every request fails if the
+/// VMM is gone, does not answer in time, refuses, or answers with nonsense.
 #[async_trait(?Send)]
 pub trait Driver {
-    /// Begins to track writes, with nothing armed yet. No vCPU is stopped.
+    /// Begins to track writes, with no page write-protected yet. No vCPU is stopped.
     async fn start_tracking(&self) -> Result<(), DriverError>;
-    /// Notices writes to these pages from now on. Returns what of them may hold something, where
-    /// that had to be found out for it: of the rest, whatever comes into being is noticed as written.
+    /// Notices writes to these pages from now on. Where the driver has to find out which of them hold data, it returns
+    /// those that may; among the others, every page that comes into being is noticed as written.
     async fn write_protect(&self, pages: Range<u64>) -> Result<Option<Vec<Range<u64>>>, DriverError>;
-    /// Adds all pages written since they were armed or last harvested to `into`; tells how
-    /// many are new there.
+    /// Adds all pages to `into` that were written since they were write-protected or last harvested. Returns how many
+    /// of them are new there.
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError>;
-    /// Holds the guest's writes to so many pages of 4 KiB per second until tracking stops, by holding up
-    /// whoever writes and nobody else; tells how that went since it began. `None` if the VMM cannot.
+    /// Holds the guest's writes to so many pages of 4 KiB per second until tracking stops, by holding up only the vCPUs
+    /// that write. Returns how that has gone since it began, or `None` if the VMM cannot do it.
     async fn throttle(&self, _pages_per_second: u64) -> Result<Option<ThrottleStats>, DriverError> {
         Ok(None)
     }
-    /// Tracks no more.
+    /// Stops tracking.
     async fn stop_tracking(&self) -> Result<(), DriverError>;
-    /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the
-    /// process keeps a copy of it, so that whoever waits for a missing page waits on if this daemon ends.
+    /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the process keeps a
+    /// copy of it, so that a vCPU that waits for a missing page goes on waiting if this daemon ends.
     async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError>;
-    /// Stops all vCPUs; returns the moment from which the guest may have stood still. Where the VMM has a clock
+    /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;
-    /// Lets the vCPUs run, if they do not; returns since when they do, as Unix time, where the
-    /// VMM tells that.
+    /// Lets the vCPUs run, if they do not. Returns since when they do, as Unix time, where the VMM tells that.
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
-    /// Saves everything but RAM. The guest is paused.
+    /// Saves everything but RAM. The guest must be paused.
     async fn save(&self) -> Result<SavedState, DriverError>;
-    /// Prepares the VMM to be given a guest, so that nothing is left for the guest's pause but to load it.
+    /// Prepares the VMM to be given a guest, so that only loading it is left for the guest's pause.
     async fn get_ready(&self) -> Result<(), DriverError> {
         Ok(())
     }
     /// Undoes [`Driver::get_ready`]: no guest comes after all, and nothing was loaded.
     async fn stand_down(&self) {}
-    /// Loads what [`Driver::save`] gave at another host; returns the time that it took.
+    /// Loads what [`Driver::save`] returned at another host. Returns the time that it took.
     async fn load(&self, state: &[u8]) -> Result<Duration, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
@@ -122,22 +122,22 @@ pub trait Driver {
     async fn discard(&self) -> Result<(), DriverError>;
     /// Returns once the connection to the VMM is lost.
     async fn gone(&self);
-    /// Ends the connection: the VMM then does what its own rules say.
+    /// Ends the connection. The VMM then follows its own rules.
     fn hang_up(&self);
-    /// Whether saving takes hold of more than memory, such as disks, so that it is begun only when
-    /// nothing else is left to do.
+    /// Tells whether saving takes hold of more than memory, such as disks, so that it must begin only when nothing else
+    /// is left to do.
     fn saves_last(&self) -> bool {
         false
     }
-    /// Whether the VMM still waits for a guest, and nobody else is about to give it one.
+    /// Tells whether the VMM waits for a guest, and no program other than this daemon is about to give it one.
     async fn awaits(&self) -> Result<bool, DriverError> {
         Ok(true)
     }
-    /// What forbids to move the guest away, as far as can be known beforehand.
+    /// Finds what prevents the guest from being moved away, as far as that can be known beforehand.
     async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
         Ok(Vec::new())
     }
-    /// What there is to know of the VMM if it is stock QEMU.
+    /// Returns the facts about the VMM if it is stock QEMU.
     fn qemu(&self) -> Option<&QemuGuest> {
         None
     }

@@ -1,4 +1,4 @@
-//! A guest of this host.
+//! This module holds what the daemon knows of one guest of this host.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -18,36 +18,38 @@ use crate::stun::Stunned;
 
 /// A guest whose VMM is attached.
 pub struct Guest {
-    /// What it is made of.
+    /// This is what the guest is made of.
     pub shape: GuestShape,
-    /// Its memory.
+    /// This is the guest's memory.
     pub ram: Arc<GuestRam>,
-    /// How its VMM is handled.
+    /// The driver passes requests to the guest's VMM.
     pub driver: Rc<dyn Driver>,
-    /// Process of the VMM.
+    /// This is the process of the VMM.
     pub process: Rc<Process>,
-    /// What it is doing.
+    /// This is what the guest is doing.
     pub run_state: Cell<RunState>,
-    /// Its writes are being tracked.
+    /// This is true while the guest's writes are tracked.
     pub tracked: Cell<bool>,
-    /// How, if they are held up.
+    /// This is present while the guest's writes are held up.
     pub(crate) stunned: RefCell<Option<Stunned>>,
-    /// The migration that it takes part in.
+    /// The guest takes part in this migration.
     pub(crate) migration: Cell<Option<MigrationId>>,
-    /// What its VMM said, when it attached, that it waits for word of.
+    /// When it attached, the VMM said that the guest waits for the outcome of this migration.
     pub bond: RefCell<Option<Bond>>,
-    /// The daemon started its VMM for a migration, and has no use for it without.
+    /// If this is true, the daemon started the VMM for a migration, and has no use for it without one.
     pub launched_for_migration: Cell<bool>,
-    /// Part of its memory never came, and accesses to that fail: it must not move any more.
+    /// If this is true, part of the guest's memory never came, and accesses to that fail: the guest must not move any
+    /// more.
     pub incomplete: Cell<bool>,
-    /// Part of its memory never came, accesses to that wait for ever, and its VMM could not be ended.
+    /// If this is true, part of the guest's memory never came, accesses to that wait for ever, and the VMM could not be
+    /// ended.
     pub lost: Cell<bool>,
-    /// Its memory is being mapped into this process.
+    /// A thread maps the guest's memory into this process.
     ahead: RefCell<Option<Prefault>>,
 }
 
 impl Guest {
-    /// A guest that takes part in no migration.
+    /// Makes a guest that takes part in no migration.
     pub fn new(
         shape: GuestShape,
         ram: Arc<GuestRam>,
@@ -74,13 +76,13 @@ impl Guest {
         }
     }
 
-    /// Begins to map its memory into this process, in the background.
+    /// Begins to map the guest's memory into this process, in the background.
     pub fn prefault(&self) {
         self.ahead.replace(Some(Prefault::start(self.shape.name.to_string(), &self.ram)));
     }
 
-    /// Returns when its memory is not being mapped any more: pages that are dropped from then on are not brought
-    /// into being again from here.
+    /// Returns when the guest's memory is no longer being mapped: pages that are dropped from then on are not brought
+    /// into being again by this process.
     pub async fn stop_prefault(&self) {
         let ahead = self.ahead.take();
         if let Some(ahead) = ahead {
@@ -88,7 +90,7 @@ impl Guest {
         }
     }
 
-    /// What it is made of, in a number: the same whenever its VMM attaches, and never 0.
+    /// Returns a digest of what the guest is made of. It is the same each time its VMM attaches, and never 0.
     pub fn digest(&self) -> u64 {
         let GuestShape { name, machine, regions, .. } = &self.shape;
         let mut text = format!("{name} {} {}", machine.vmm, machine.vcpus);
@@ -98,7 +100,11 @@ impl Guest {
         xxhash_rust::xxh3::xxh3_64(text.as_bytes()).max(1)
     }
 
-    /// See [`Driver::harvest`].
+    /// Does what [`Driver::harvest`] says, with the tracker that is in use.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Driver::harvest`] does.
     pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         let protection = self.stunned.borrow().as_ref().and_then(Stunned::protection);
         match protection {
@@ -107,7 +113,11 @@ impl Guest {
         }
     }
 
-    /// See [`Driver::stop_tracking`].
+    /// Does what [`Driver::stop_tracking`] says, with the tracker that is in use.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Driver::stop_tracking`] does.
     pub async fn stop_tracking(&self) -> Result<(), DriverError> {
         let protection = self.stunned.take().and_then(|stunned| stunned.protection());
         match protection {
@@ -119,7 +129,11 @@ impl Guest {
         }
     }
 
-    /// See [`Driver::pause`].
+    /// Does what [`Driver::pause`] says, after it has ended a stun that would keep vCPUs from stopping.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Driver::pause`] does.
     pub async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
         // A vCPU that waits for a page cannot be stopped. Huge pages go on being let go one by one: while
         // the vCPUs come to a stand, all of them would be written otherwise.
@@ -127,11 +141,11 @@ impl Guest {
             self.let_writes_go();
         }
         // For the last time, and not in the pause.
-        self.learn_pace().await?;
+        self.update_throttle().await?;
         self.driver.pause(limit).await
     }
 
-    /// Whether a migration of it is under way here.
+    /// Tells whether a migration of the guest is under way here.
     pub fn is_moving(&self) -> bool {
         self.migration.get().is_some()
     }

@@ -1,10 +1,11 @@
-//! Guests of this host, and how their VMMs are handled.
+//! This crate knows the guests of this host, and drives their VMMs.
 //!
-//! - [`Guests`] is who is here, and [`Claim`] what one migration has of a guest at a time.
-//! - [`Driver`] is what every kind of VMM can be asked. [`Linked`] drives VMMs that link `memlane-kvm` and connect to
-//!   the [`attach_socket`], [`qemu`] drives stock QEMU, by way of a [`shim`] in its process.
-//! - `tracking` finds what a VMM writes from outside, and `stun` holds its writes up.
-//! - [`config`] is what the configuration says of guests, and [`toml_file`] reads it and guest files.
+//! - [`Guests`] lists the guests, and a [`Claim`] gives a guest to one migration at a time.
+//! - [`Driver`] is the trait by which every kind of VMM is asked to do things. [`Linked`] drives VMMs that link
+//!   `memlane-kvm` and connect to the [`attach_socket`]. [`qemu`] drives stock QEMU, by way of a [`shim`] in its
+//!   process.
+//! - `tracking` finds from outside what a VMM writes, and `stun` holds its writes up.
+//! - [`config`] holds what the configuration says of guests, and [`toml_file`] reads it and guest files.
 
 mod accounts;
 pub mod attach_socket;

@@ -25,22 +25,22 @@ use tracing::{debug, warn};
 use super::memory::{DEVICE, Handles, open_device};
 use super::{Driver, DriverError, Harvest, SavedState, ThrottleStats, VmmMemory};
 
-/// Longest time that a VMM may take for one request.
+/// A VMM may take this long for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An attached VMM.
 pub struct Linked {
     socket: Rc<AsyncFd<OwnedFd>>,
-    /// One request at a time.
+    /// This lock is held while a request is under way.
     asking: Mutex<()>,
     next_id: Cell<u32>,
-    /// None of a shim, which knows of no guest.
+    /// This is the guest's memory. A shim has none, because it knows of no guest.
     ram: Option<Arc<GuestRam>>,
     harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
     connection: Rc<Connection>,
 }
 
-/// What the reading task shares with whoever asks.
+/// The reading task and the tasks that ask share this state.
 struct Connection {
     waiting: RefCell<HashMap<u32, oneshot::Sender<Answer>>>,
     gone: watch::Sender<bool>,
@@ -65,8 +65,8 @@ impl Linked {
         }
     }
 
-    /// Asks for a userfaultfd of the process, made with the `device` if there is one, and for what tells
-    /// its memory.
+    /// Asks for a userfaultfd of the process, made with the `device` if there is one, and for the descriptors from
+    /// which its memory can be found.
     pub(super) async fn open_userfault(
         &self,
         device: Option<&OwnedFd>,
@@ -88,7 +88,7 @@ impl Linked {
         self.ask_with(request, &[]).await
     }
 
-    /// Asks one thing; gives the reply's values and descriptors.
+    /// Sends one request. Returns the reply's values and descriptors.
     async fn ask_with(
         &self,
         request: Request,
@@ -252,7 +252,7 @@ pub(super) async fn send(
     }
 }
 
-/// Receives the next packet and its descriptors; `None` at the end.
+/// Receives the next packet and its descriptors. Returns `None` when the connection was closed.
 pub(super) async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut buffer = vec![0; MAX_PACKET_BYTES];
     loop {
@@ -301,7 +301,7 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
     if bytes > MAX_STATE_BYTES {
         return Err(invalid(format!("its state has {bytes} bytes, at most {MAX_STATE_BYTES} are allowed")));
     }
-    // Only memory can be sealed: a file of some file system might keep whoever reads it waiting.
+    // Only memory can be sealed: a file of some file system might keep its reader waiting.
     rustix::fs::fcntl_get_seals(&fd).map_err(|_| invalid("its state is not in a memfd".into()))?;
     let mut file = std::fs::File::from(fd);
     file.seek(SeekFrom::Start(0))?;
@@ -314,7 +314,7 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
 }
 
 async fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
-    /// Written without a pause: a state may have hundreds of these.
+    /// This many bytes are written without a pause, and a state may have hundreds of times as many.
     const PIECE_BYTES: usize = 1 << 20;
     let fd = rustix::fs::memfd_create("vmm-state", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(fd);

@@ -1,4 +1,4 @@
-//! A guest's memory as its VMM's process sees it, through what that process hands over.
+//! This module finds a guest's memory as its VMM's process sees it, through descriptors that the process hands over.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -12,35 +12,35 @@ use memlane_kvm::vmm_mapping::VmmMapping;
 use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::io::Errno;
 
-/// What userfaultfds are made with.
+/// This device makes userfaultfds.
 pub const DEVICE: &str = "/dev/userfaultfd";
 
-/// Enough to track a VMM's memory from here, to hold up its writes, or to provide it.
+/// With these descriptors the daemon can track what a VMM writes, hold its writes up, or provide missing pages.
 #[derive(Debug)]
 pub struct VmmMemory {
-    /// A userfaultfd of the process, on which nothing was done yet (`UFFDIO_API` is due first).
+    /// This is a userfaultfd of the process, on which nothing was done yet (`UFFDIO_API` is due first).
     pub userfault: OwnedFd,
-    /// `/proc/PID/pagemap`.
+    /// This is `/proc/PID/pagemap`.
     pub pagemap: File,
-    /// Where the guest's memory lies in the process.
+    /// This is where the guest's memory lies in the process.
     pub memory: Arc<VmmMapping>,
-    /// The VMM may take memory from its guest while it runs, as a balloon does.
+    /// If this is true, the VMM may take memory from its guest while it runs, as a balloon does.
     pub punches: bool,
 }
 
-/// What a process hands over: a VMM, or the shim in one.
+/// A VMM, or the shim in one, hands over these descriptors of its process.
 #[derive(Debug)]
 pub struct Handles {
-    /// See [`VmmMemory::userfault`]. Closing it lifts all protection, unless a copy is kept.
+    /// This becomes [`VmmMemory::userfault`]. Closing it lifts all protection, unless a copy is kept.
     pub userfault: OwnedFd,
-    /// `/proc/PID/pagemap`.
+    /// This is `/proc/PID/pagemap`.
     pub pagemap: OwnedFd,
-    /// `/proc/PID/maps`.
+    /// This is `/proc/PID/maps`.
     pub maps: OwnedFd,
 }
 
-/// What a process handed over does not give access to the memory of its guest. Each text goes on from words about the
-/// process.
+/// The descriptors that a process handed over do not give access to the memory of its guest. The texts call the process
+/// "it".
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// Not exactly three descriptors came.
@@ -147,9 +147,9 @@ fn file_name(path: &str) -> &str {
     Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-/// The part of a file that is a region of memory.
+/// A region of memory is this part of a file.
 struct Part {
-    /// Device and inode number, as in `/proc/PID/maps`.
+    /// These are the device and the inode number, as in `/proc/PID/maps`.
     device: u64,
     inode: u64,
     bytes: Range<u64>,
@@ -170,7 +170,7 @@ fn mappings(file: &File) -> io::Result<Vec<Mapping>> {
     lines.filter_map(|line| line.map(|line| parse(&line)).transpose()).collect()
 }
 
-/// Reads a line; `None` if it is none.
+/// Reads a line. Returns `None` if it is no line of that file.
 fn parse(line: &str) -> Option<Mapping> {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let mut fields = line.split_ascii_whitespace();
@@ -185,7 +185,7 @@ fn parse(line: &str) -> Option<Mapping> {
 }
 
 impl Mapping {
-    /// The bytes of the file that it shows.
+    /// Returns the bytes of the file that it shows.
     fn bytes(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.addresses.end - self.addresses.start)
     }

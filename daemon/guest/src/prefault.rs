@@ -1,4 +1,4 @@
-//! Mapping a guest's memory when its VMM comes, and not while it is sent or received.
+//! This module maps a guest's memory when its VMM attaches, so that it need not be mapped while it is sent or received.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,23 +9,23 @@ use memlane_protocol::PAGE_SIZE;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-/// Pages that are mapped in one go, which whoever changes this process's mappings meanwhile waits for. For
+/// This many pages are mapped in one go, and other threads that change this process's mappings wait for that long. For
 /// the same reason the thread has no lower priority than others: on a busy host they would all wait for it.
 const PIECE_PAGES: u64 = (4 << 20) / PAGE_SIZE;
 
-/// A thread that maps a guest's memory into this process. It ends by itself, with its work or with the memory, and
-/// soon after this is dropped.
+/// A thread that maps a guest's memory into this process. The thread ends by itself when its work is done or the memory
+/// is gone, and soon after this is dropped.
 pub struct Prefault {
     stop: Arc<AtomicBool>,
-    /// Its other end is dropped when the thread touches the memory no more.
+    /// The sending end is dropped when the thread touches the memory no more.
     ended: watch::Receiver<()>,
 }
 
 impl Prefault {
-    /// Maps into this process, in the background, what memory the VMM has taken already: that of a guest
-    /// that runs when the daemon is started anew, or all of a VMM's that was told to take it before its guest
-    /// comes. A page that is received where there is no mapping costs a fault, which is more than receiving
-    /// it. Of memory that nobody has touched, nothing is taken.
+    /// Maps into this process, in the background, the memory that the VMM has taken already: that of a guest that runs
+    /// when the daemon is started anew, or all memory of a VMM that was told to take it before its guest comes. A page
+    /// that is received where there is no mapping costs a fault, which is more than receiving it. No memory is taken
+    /// for pages that were never touched.
     pub fn start(guest: String, ram: &Arc<GuestRam>) -> Self {
         let ram = Arc::downgrade(ram);
         let stop = Arc::new(AtomicBool::new(false));
@@ -46,8 +46,8 @@ impl Prefault {
         Self { stop, ended }
     }
 
-    /// Ends it, and returns when it touches the memory no more. Whoever makes holes that have to stay holes
-    /// waits for that: mapping a page brings it into being.
+    /// Ends the thread, and returns when it touches the memory no more. A task that makes holes which have to stay
+    /// holes waits for that: mapping a page brings it into being.
     pub async fn stop(self) {
         let mut ended = self.ended.clone();
         drop(self);
@@ -62,7 +62,7 @@ impl Drop for Prefault {
     }
 }
 
-/// Maps until all is mapped, or it is to stop, or nobody has the memory any more.
+/// Maps until all is mapped, until `stop` is set, or until the memory is gone.
 fn map_held(ram: &Weak<GuestRam>, stop: &AtomicBool) -> io::Result<()> {
     let extents = match ram.upgrade() {
         Some(ram) => ram.data_extents(0..ram.pages())?,
@@ -79,8 +79,8 @@ fn map_held(ram: &Weak<GuestRam>, stop: &AtomicBool) -> io::Result<()> {
     Ok(())
 }
 
-/// In debug builds alone: waits for the milliseconds in `MEMLANE_DEBUG_MAP_AHEAD_MS` before each piece, so that
-/// tests find a guest's memory still being mapped when it is migrated.
+/// Waits, in debug builds only, for the milliseconds in `MEMLANE_DEBUG_MAP_AHEAD_MS` before each piece, so that tests
+/// find a guest's memory being mapped when it is migrated.
 #[cfg(debug_assertions)]
 fn dawdle() {
     let wait = std::env::var("MEMLANE_DEBUG_MAP_AHEAD_MS").ok().and_then(|wait| wait.parse().ok());

@@ -1,4 +1,4 @@
-//! The process of a VMM: a connection may be lost and made again, a process ends for good.
+//! This module follows the process of a VMM: a connection may be lost and made again, and a process ends for good.
 
 use std::future::pending;
 use std::io;
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
-/// How often it is tried again to watch a process, where that has failed.
+/// If a process could not be watched, that is tried again after this time.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// A VMM's process.
@@ -20,37 +20,37 @@ pub struct Process {
     watch: Watch,
 }
 
-/// What tells whether a process runs.
+/// A watch tells whether a process runs.
 enum Watch {
-    /// It does not.
+    /// The process does not run.
     Ended,
-    /// Readable from its end on.
+    /// This pidfd becomes readable when the process ends.
     By(AsyncFd<OwnedFd>),
-    /// Nothing yet: the kernel would not give what is needed, so that it must be taken for alive.
+    /// The kernel has refused the pidfd for now, so that the process must be taken for alive.
     Blind,
 }
 
 /// A process cannot be told from others, or its end would not be noticed.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// `SO_PEERCRED` gives the number 0.
+    /// The process is in another pid namespace, so that `SO_PEERCRED` gives the number 0.
     #[error(
         "its process cannot be seen from here: it is in a pid namespace of others; run it in the daemon's, \
          or in one below that"
     )]
     OtherNamespace,
-    /// There is nothing of it in `/proc`.
+    /// The process cannot be seen in `/proc`.
     #[error(
         "when process {0} started cannot be read from /proc/{0}/stat; mount /proc without hidepid for the \
          daemon's user"
     )]
     Hidden(u32),
-    /// The kernel refuses.
+    /// The kernel does not let the process be watched.
     #[error("process {pid} cannot be watched: {source}")]
     Unwatched {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// Why.
+        /// This is what the kernel said.
         source: io::Error,
     },
 }
@@ -58,24 +58,28 @@ pub enum ProcessError {
 /// A process cannot be ended.
 #[derive(Debug, thiserror::Error)]
 pub enum KillError {
-    /// It is another user's.
+    /// The process belongs to another user.
     #[error(
         "cannot end the VMM (process {0}): not permitted; give memlaned CAP_KILL, as its unit for systemd \
          does, or end it yourself"
     )]
     NotPermitted(u32),
-    /// Anything else.
+    /// The kernel refuses for another reason.
     #[error("cannot end the VMM (process {pid}): {source}; end it yourself")]
     Failed {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// Why.
+        /// This is what the kernel said.
         source: io::Error,
     },
 }
 
 impl Process {
-    /// The process of this number that runs now, or ran until just now.
+    /// Follows the process of this number that runs now, or ran until just now.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be told from a later process of the same number, or if its end would not be noticed.
     pub fn running(pid: u32) -> Result<Self, ProcessError> {
         if pid == 0 {
             return Err(ProcessError::OtherNamespace);
@@ -89,13 +93,13 @@ impl Process {
         }
     }
 
-    /// The process that was written down, if it still runs.
+    /// Follows the process that was written down, if it runs.
     pub fn remembered(identity: VmmIdentity) -> Self {
         Self { identity, watch: find(identity) }
     }
 
-    /// Whether the process that was written down still runs, or that cannot be told; one that has ended and was not
-    /// collected yet does not.
+    /// Tells whether the process that was written down runs, and says true where that cannot be found out. A process
+    /// that has ended and was not collected yet does not run.
     pub fn lives(identity: VmmIdentity) -> bool {
         identity.pid != 0
             && match look(identity.pid) {
@@ -104,12 +108,16 @@ impl Process {
             }
     }
 
-    /// Which process it is, or was.
+    /// Returns the identity of the process.
     pub fn identity(&self) -> VmmIdentity {
         self.identity
     }
 
-    /// Kills it, if it runs. It ends a little later.
+    /// Kills the process, if it runs. It ends a little later.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses, or if the process cannot be told from others now.
     pub fn kill(&self) -> Result<(), KillError> {
         let found = matches!(self.watch, Watch::Blind).then(|| find(self.identity));
         let VmmIdentity { pid, .. } = self.identity;
@@ -126,7 +134,7 @@ impl Process {
         }
     }
 
-    /// Returns once it has ended.
+    /// Returns once the process has ended.
     pub async fn ended(&self) {
         let mut found;
         let mut watch = &self.watch;
@@ -150,7 +158,7 @@ fn find(identity: VmmIdentity) -> Watch {
     let Ok(watch) = watch(identity.pid) else { return Watch::Blind };
     match started(identity.pid) {
         Ok(started) if started == identity.started => watch,
-        // Its number is another's by now, or nobody's.
+        // Its number belongs to another process by now, or to none.
         Ok(_) => Watch::Ended,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Watch::Ended,
         Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Watch::Ended,
@@ -174,12 +182,12 @@ fn has_ended(pidfd: &AsyncFd<OwnedFd>) -> bool {
     poll(&mut ready, Some(&Timespec::default())).is_ok_and(|found| found != 0)
 }
 
-/// When a process started, in clock ticks since boot: field 22 of `/proc/PID/stat`.
+/// Returns when a process started, in clock ticks since the host booted: field 22 of `/proc/PID/stat`.
 fn started(pid: u32) -> io::Result<u64> {
     look(pid).map(|(_, started)| started)
 }
 
-/// The state of a process, and when it started: fields 3 and 22 of `/proc/PID/stat`.
+/// Returns the state of a process, and when it started: fields 3 and 22 of `/proc/PID/stat`.
 fn look(pid: u32) -> io::Result<(char, u64)> {
     let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
     // The program's name, field 2, may hold anything, and ends with the last parenthesis.

@@ -1,4 +1,4 @@
-//! The guests that are here.
+//! This module lists the guests that are here.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
@@ -61,13 +61,13 @@ pub trait GuestObserver {
     fn works_with(&self, vmm: VmmIdentity) -> bool;
 }
 
-/// The guests that are here, by name.
+/// Lists the guests that are here, by name.
 #[derive(Default)]
 pub struct Guests {
     guests: RefCell<BTreeMap<Label, Rc<Guest>>>,
-    /// Guests that can never be whole, and whose VMMs could not be ended.
+    /// These guests can never be whole, and their VMMs could not be ended.
     lost: RefCell<HashSet<(Label, VmmIdentity)>>,
-    /// What was said of VMMs that were sent away.
+    /// This limits what is logged of VMMs that were sent away.
     strangers: RefCell<LogLimiter<(Label, u32)>>,
     observer: RefCell<Option<Weak<dyn GuestObserver>>>,
 }
@@ -78,17 +78,17 @@ impl Guests {
         self.observer.replace(Some(observer));
     }
 
-    /// The guest of this name.
+    /// Returns the guest of this name.
     pub fn get(&self, name: &Label) -> Option<Rc<Guest>> {
         self.guests.borrow().get(name).cloned()
     }
 
-    /// All guests, by name.
+    /// Returns all guests, sorted by name.
     pub fn all(&self) -> Vec<Rc<Guest>> {
         self.guests.borrow().values().cloned().collect()
     }
 
-    /// How many there are.
+    /// Returns how many guests there are.
     pub fn count(&self) -> usize {
         self.guests.borrow().len()
     }

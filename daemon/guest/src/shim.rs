@@ -1,4 +1,4 @@
-//! Shims: who speaks for the daemon inside VMMs that know nothing of it (`tools/shim`).
+//! A shim (`tools/shim`) acts for the daemon inside a VMM that knows nothing of Memlane.
 
 use std::collections::HashMap;
 use std::io;
@@ -17,34 +17,34 @@ use super::driver::{Driver, DriverError};
 use super::linked::Linked;
 use super::memory::{DEVICE, Handles, open_device};
 
-/// Shims that may be connected at once. Children of a VMM that load the shim too count as well.
+/// This many shims may be connected at once. Children of a VMM that load the shim count as well.
 pub const MOST: usize = 1024;
 
-/// Longest time that a shim may take: it makes three system calls.
+/// A shim may take this long for a request: it makes three system calls.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Why a process's memory cannot be tracked from here.
+/// The memory of a process cannot be tracked from here.
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
-    /// No shim has connected from it.
+    /// No shim has connected from the process.
     #[error(
         "there is no shim in process {0}: start it with LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so and \
          MEMLANE_ATTACH_SOCKET set to the attach_socket of this daemon, as a user that attach_users names, \
          and without -daemonize"
     )]
     Missing(u32),
-    /// Neither the daemon nor the process may.
+    /// Neither the daemon nor the process may make a userfaultfd.
     #[error(
         "a userfaultfd of process {pid} is not permitted: this daemon cannot open {DEVICE} ({device}), and \
          the process may not do without ({reason}); let the daemon's user read and write {DEVICE}, or set \
          vm.unprivileged_userfaultfd to 1"
     )]
     NotPermitted {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// Why the device could not be opened.
+        /// This is why the daemon could not open the device.
         device: io::Error,
-        /// What the shim said.
+        /// This is what the shim said.
         reason: String,
     },
     /// The kernel has no such device.
@@ -53,56 +53,59 @@ pub enum ShimError {
          or newer with CONFIG_USERFAULTFD, and in a container the device must be passed into it"
     )]
     NoDevice {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// What the shim said.
+        /// This is what the shim said.
         reason: String,
     },
-    /// The shim has tried, with the device of the daemon.
+    /// The shim has tried with the daemon's device, and failed.
     #[error(
         "the shim in process {pid} failed: {reason}; see whether a seccomp filter (QEMU's -sandbox, systemd's \
          SystemCallFilter=) or a limit on open files forbids it"
     )]
     Failed {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// What the shim said.
+        /// This is what the shim said.
         reason: String,
     },
-    /// It does not answer.
+    /// The shim does not answer.
     #[error(
         "the shim in process {pid} did not answer within {after:.0?}; see whether the process is stopped"
     )]
     Slow {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// How long was waited.
+        /// The answer was waited for this long.
         after: Duration,
     },
-    /// Its answer makes no sense, or the connection was lost over it.
+    /// The shim's answer makes no sense, or the connection was lost over it.
     #[error(
         "the shim in process {pid} broke off: {reason}; see whether the process still runs, and try again"
     )]
     Broken {
-        /// The process.
+        /// This is the number of the process.
         pid: u32,
-        /// What happened.
+        /// This is what happened.
         reason: String,
     },
 }
 
-/// The shims that are connected, by their processes.
+/// Lists the shims that are connected, by the numbers of their processes.
 #[derive(Default)]
 pub struct Shims {
     connected: watch::Sender<HashMap<u32, Rc<Linked>>>,
 }
 
 impl Shims {
-    /// Asks the shim in process `pid` for a userfaultfd of it, of which it is to `keep` a copy, and
-    /// for what tells its memory.
+    /// Asks the shim in process `pid` for a userfaultfd of the process, and for the descriptors from which its memory
+    /// can be found. With `keep` the process keeps a copy of the userfaultfd.\n\nThe device that userfaultfds are made
+    /// with is opened here, so that the process needs no rights. Where that fails, the process's own rights decide.
     ///
-    /// The device that userfaultfds are made with is opened here, so that the process needs no
-    /// rights; where that fails, its own rights decide.
+    /// # Errors
+    ///
+    /// Fails if no shim has connected from the process, if the shim does not answer, or if it may not make a
+    /// userfaultfd.
     pub async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
         let shim = self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))?;
         let device = open_device();
@@ -123,19 +126,19 @@ impl Shims {
         }
     }
 
-    /// Waits for the shim in process `pid`, at most for `patience`; whether it is there.
+    /// Waits for the shim in process `pid`, at most for `patience`. Returns whether it is there.
     pub async fn wait_for(&self, pid: u32, patience: Duration) -> bool {
         let mut connected = self.connected.subscribe();
         timeout(patience, connected.wait_for(|shims| shims.contains_key(&pid))).await.is_ok()
     }
 
-    /// Whether the shim in process `pid` may connect.
+    /// Tells whether the shim in process `pid` may connect.
     pub(super) fn has_room(&self, pid: u32) -> bool {
         let connected = self.connected.borrow();
         connected.len() < MOST || connected.contains_key(&pid)
     }
 
-    /// Takes in the shim in process `pid`, which stays until its connection ends, and has `share` for so long.
+    /// Takes in the shim in process `pid`, which stays until its connection ends, and keeps `share` for as long.
     pub(super) fn add(self: &Rc<Self>, pid: u32, socket: AsyncFd<OwnedFd>, share: impl Sized + 'static) {
         // There may have been room only while it was being greeted; it comes again.
         if !self.has_room(pid) {

@@ -1,9 +1,9 @@
-//! Stun: a guest that writes faster than the lanes carry has its writes held to a rate.
+//! Stun holds the writes of a guest that writes faster than the lanes carry to a rate.
 //!
-//! A linked VMM whose tracker knows which vCPU writes holds up those vCPUs itself: that costs the others
-//! nothing. The memory of all others is write-protected so that a write waits, and a thread of the daemon
-//! lets writes go one by one: one mechanism for whatever VMM, to which its own tracker, and the asynchronous
-//! protection of a QEMU, give way.
+//! A linked VMM whose tracker knows which vCPU writes holds up those vCPUs itself, which costs the others nothing. The
+//! memory of all other VMMs is write-protected so that a write waits, and a thread of the daemon lets writes go one by
+//! one. This mechanism is the same for every kind of VMM, and it replaces the VMM's own tracker and the asynchronous
+//! protection of a QEMU for as long as it lasts.
 
 mod fingerprints;
 
@@ -20,23 +20,23 @@ use super::{DriverError, Guest, Harvest, ThrottleStats, VmmMemory};
 
 use fingerprints::Fingerprints;
 
-/// How a guest's writes are held up.
+/// A guest's writes are held up in one of two ways.
 pub enum Stunned {
-    /// By protection, whose tracker is the guest's for the time being.
+    /// Write protection holds them up, and its tracker is the guest's for that time.
     Protected(Rc<Tracking>),
-    /// By its VMM, whose tracker goes on.
+    /// The VMM holds them up, and its tracker goes on.
     Throttled {
-        /// Since when.
+        /// The stun began at this moment.
         since: Instant,
-        /// Pages of 4 KiB per second.
+        /// The guest may write this many pages of 4 KiB per second.
         rate: u64,
-        /// As far as has been heard.
+        /// This is the VMM's last report.
         report: Report,
     },
 }
 
 impl Stunned {
-    /// What tracks in place of the VMM's tracker.
+    /// Returns the tracker that works in place of the VMM's.
     pub fn protection(&self) -> Option<Rc<Tracking>> {
         match self {
             Self::Protected(tracking) => Some(tracking.clone()),
@@ -45,20 +45,22 @@ impl Stunned {
     }
 }
 
-/// What it took to have a guest's writes wait.
+/// The change from tracking to a stun took this.
 #[derive(Clone, Copy, Debug)]
 pub struct Switch {
-    /// What was written until then.
+    /// This was written before the stun began.
     pub harvest: Harvest,
-    /// Time that it took, in which the guest ran on.
+    /// The change took this long, and the guest ran on meanwhile.
     pub took: Duration,
 }
 
 impl Guest {
-    /// Holds the guest's writes to so many pages of 4 KiB per second from now on; what it has written
-    /// until then is added to `into`. Pages of `in_flight` are being sent, as may be those of `into`.
+    /// Holds the guest's writes to so many pages of 4 KiB per second from now on. Pages that it has written before are
+    /// added to `into`. Pages of `in_flight` are being sent, as may be those of `into`.\n\nThe guest runs on meanwhile.
     ///
-    /// The guest runs on meanwhile. After an error writes may have been missed.
+    /// # Errors
+    ///
+    /// Fails if the VMM or the kernel refuses. Writes may then have been missed.
     pub async fn stun(
         &self,
         into: &PageSet,
@@ -75,7 +77,7 @@ impl Guest {
         }
     }
 
-    /// Has the VMM hold up those who write, if it can.
+    /// Has the VMM hold up the vCPUs that write, if it can.
     async fn throttle(&self, into: &PageSet, pages_per_second: u64) -> Result<Option<Switch>, DriverError> {
         let since = Instant::now();
         if self.shape.tracker != TrackerKind::Ring || self.driver.throttle(pages_per_second).await?.is_none()
@@ -88,7 +90,7 @@ impl Guest {
         Ok(Some(Switch { harvest: self.driver.harvest(into).await?, took }))
     }
 
-    /// What KVM tracks can be protected besides: from when all is, no write is missed without KVM.
+    /// Protects memory that KVM tracks: once all of it is protected, no write is missed without KVM.
     async fn overlap(
         &self,
         memory: VmmMemory,
@@ -104,9 +106,9 @@ impl Guest {
         Ok(Switch { harvest, took: started.elapsed() })
     }
 
-    /// Memory can be protected by one userfaultfd at a time. What is written while one gives way to the
-    /// other is found by what memory holds before and after; but for what is sent in between, which may
-    /// have been sent as it was neither before nor after: all of that is sent again.
+    /// Exchanges one userfaultfd for another, since memory can be protected by one at a time. What is written in
+    /// between is found by a comparison of what memory holds before and after. A page that is sent in between may have
+    /// been sent as it was neither before nor after, so all of those are sent again.
     async fn exchange(
         &self,
         memory: VmmMemory,
@@ -116,7 +118,7 @@ impl Guest {
     ) -> Result<Switch, DriverError> {
         let started = Instant::now();
         let before = Fingerprints::take(self.ram.clone()).await?;
-        // Whatever was in place when it was looked at, or was being written, is told of here.
+        // This has all pages that were in place when they were looked at, or were being written.
         let unsettled = PageSet::new(self.ram.pages());
         // In the order in which a page goes.
         add(&unsettled, into).await;
@@ -134,17 +136,21 @@ impl Guest {
         Ok(Switch { harvest, took: started.elapsed() })
     }
 
-    /// Holds the writes of a guest that is stunned to another rate.
+    /// Holds the writes of a guest that is stunned to another rate, in pages of 4 KiB per second.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM refuses.
     pub async fn set_stun(&self, pages_per_second: u64) -> Result<(), DriverError> {
         self.write_faults(|write_faults| write_faults.set_rate(pages_per_second));
         if let Some(Stunned::Throttled { rate, .. }) = &mut *self.stunned.borrow_mut() {
             *rate = pages_per_second;
         }
-        self.learn_pace().await
+        self.update_throttle().await
     }
 
-    /// Learns how it goes from a VMM that holds up writers itself, and tells it the rate.
-    pub(super) async fn learn_pace(&self) -> Result<(), DriverError> {
+    /// Asks a VMM that holds up writers itself for a report, and tells it the rate.
+    pub(super) async fn update_throttle(&self) -> Result<(), DriverError> {
         let rate = match &*self.stunned.borrow() {
             Some(Stunned::Throttled { rate, .. }) => *rate,
             _ => return Ok(()),
@@ -170,7 +176,7 @@ impl Guest {
         self.stunned.take();
     }
 
-    /// How the stun goes, if there is one.
+    /// Returns how the stun goes, if there is one.
     pub fn stun_report(&self) -> Option<Report> {
         match &*self.stunned.borrow() {
             Some(Stunned::Throttled { report, .. }) => Some(*report),

@@ -1,5 +1,5 @@
-//! A TOML table that is taken apart key by key, so that every complaint can name the file, the
-//! line, the key, what stands there and what may stand there.
+//! This module takes a TOML table apart key by key, so that every complaint can name the file, the line, the key, what
+//! stands there and what may stand there.
 
 mod error;
 
@@ -16,17 +16,17 @@ use toml::de::{DeTable, DeValue};
 
 pub use error::FileError;
 
-/// What a name may be.
+/// This tells operators what a name may be.
 pub const NAME: &str = "a name of 1 to 63 characters of A-Z a-z 0-9 . _ -, beginning with a letter or digit";
-/// What a network interface may be called.
+/// This tells operators what a network interface may be called.
 pub const INTERFACE: &str = "the name of a network interface: 1 to 15 characters without spaces and slashes";
 
 /// A file being read.
 #[derive(Clone, Copy)]
 pub struct Source<'t> {
-    /// Its name, for messages.
+    /// This is the file's name, for messages.
     pub file: &'t Path,
-    /// What it says.
+    /// This is the text of the file.
     pub text: &'t str,
 }
 
@@ -39,7 +39,7 @@ pub struct Table<'t> {
     known: Vec<&'static str>,
 }
 
-/// What stands at a key.
+/// A value stands at a key.
 pub struct Value<'t> {
     source: Source<'t>,
     key: String,
@@ -53,7 +53,7 @@ impl<'t> Source<'t> {
     ///
     /// # Errors
     ///
-    /// If it is no TOML.
+    /// Fails if it is no TOML.
     pub fn table(self) -> Result<Table<'t>, FileError> {
         match DeTable::parse(self.text) {
             Ok(entries) => Ok(Table {
@@ -77,14 +77,18 @@ impl<'t> Source<'t> {
 }
 
 impl<'t> Table<'t> {
-    /// What stands at `key`, if anything does.
+    /// Takes the value that stands at `key`, if one does.
     pub fn take(&mut self, key: &'static str) -> Option<Value<'t>> {
         self.known.push(key);
         let value = self.entries.remove(key)?;
         Some(Value::new(self.source, self.path(key), value))
     }
 
-    /// What stands at `key`, which has no default.
+    /// Takes the value that stands at `key`, which has no default.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none. The error says that it is to be what is `allowed`.
     pub fn need(&mut self, key: &'static str, allowed: &str) -> Result<Value<'t>, FileError> {
         self.take(key).ok_or_else(|| FileError::Missing {
             file: self.source.file.to_owned(),
@@ -94,19 +98,31 @@ impl<'t> Table<'t> {
         })
     }
 
-    /// A table that may be left out.
+    /// Takes a table that may be left out.
+    ///
+    /// # Errors
+    ///
+    /// Fails if something other than a table stands there.
     pub fn table(&mut self, key: &'static str) -> Result<Option<Table<'t>>, FileError> {
         self.take(key).map(|value| value.table(key)).transpose()
     }
 
-    /// The tables of `[[key]]`, in order.
+    /// Takes the tables of `[[key]]`, in order.
+    ///
+    /// # Errors
+    ///
+    /// Fails if something other than tables stands there.
     pub fn tables(&mut self, key: &'static str) -> Result<Vec<Table<'t>>, FileError> {
         let Some(value) = self.take(key) else { return Ok(Vec::new()) };
         let allowed = format!("one or more tables, each begun by [[{key}]]");
         value.list(&allowed)?.into_iter().map(|value| value.table(key)).collect()
     }
 
-    /// Refuses keys that nobody took.
+    /// Refuses keys that were not taken.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is one.
     pub fn finish(self) -> Result<(), FileError> {
         match self.entries.iter().map(|(key, _)| key).min_by_key(|key| key.span().start) {
             None => Ok(()),
@@ -135,12 +151,12 @@ impl<'t> Value<'t> {
         Self { source, key, line: source.line(span.start), found, value: value.into_inner() }
     }
 
-    /// The line that it stands on.
+    /// Returns the line that the value stands on, counted from 1.
     pub fn line(&self) -> usize {
         self.line
     }
 
-    /// The complaint that it is not what is allowed.
+    /// Returns the complaint that the value is not what is allowed.
     pub fn wrong(&self, allowed: impl Display) -> FileError {
         FileError::Value {
             file: self.source.file.to_owned(),
@@ -151,7 +167,7 @@ impl<'t> Value<'t> {
         }
     }
 
-    /// The complaint that the same stands on an earlier line.
+    /// Returns the complaint that the same value stands on an earlier line, `first`.
     pub fn twice(&self, first: usize) -> FileError {
         FileError::Duplicate {
             file: self.source.file.to_owned(),
@@ -162,40 +178,64 @@ impl<'t> Value<'t> {
         }
     }
 
-    /// True or false.
+    /// Reads true or false.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is neither.
     pub fn boolean(&self) -> Result<bool, FileError> {
         self.value.as_bool().ok_or_else(|| self.wrong("true or false"))
     }
 
-    /// A whole number in a range.
+    /// Reads a whole number in a range.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none, or outside the range.
     pub fn integer(&self, range: RangeInclusive<u32>) -> Result<u32, FileError> {
         self.number()
             .filter(|number| range.contains(number))
             .ok_or_else(|| self.wrong(format!("a whole number from {} to {}", range.start(), range.end())))
     }
 
-    /// A whole number, if it is one.
+    /// Reads a whole number. Returns `None` if it is none.
     pub fn number(&self) -> Option<u32> {
         let integer = self.value.as_integer()?;
         u32::from_str_radix(integer.as_str(), integer.radix()).ok()
     }
 
-    /// A text.
+    /// Reads a text.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn text(&self, allowed: &str) -> Result<&str, FileError> {
         self.value.as_str().ok_or_else(|| self.wrong(allowed))
     }
 
-    /// A text that means something.
+    /// Reads a text that is parsed as `T`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none, or has no meaning.
     pub fn parse<T: FromStr>(&self, allowed: &str) -> Result<T, FileError> {
         self.text(allowed)?.parse().map_err(|_| self.wrong(allowed))
     }
 
-    /// The name of a guest, host, port or network.
+    /// Reads the name of a guest, host, port or network.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn label(&self) -> Result<Label, FileError> {
         self.parse(NAME)
     }
 
-    /// The name of a network interface.
+    /// Reads the name of a network interface.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn interface(&self) -> Result<String, FileError> {
         let name = self.text(INTERFACE)?;
         // dev_valid_name() in the kernel's net/core/dev.c.
@@ -205,7 +245,11 @@ impl<'t> Value<'t> {
         if valid { Ok(name.to_owned()) } else { Err(self.wrong(INTERFACE)) }
     }
 
-    /// The name of a congestion control of TCP.
+    /// Reads the name of a congestion control of TCP.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn congestion_control(&self) -> Result<String, FileError> {
         let allowed =
             "a congestion control that net.ipv4.tcp_allowed_congestion_control lists, such as \"cubic\"";
@@ -215,14 +259,22 @@ impl<'t> Value<'t> {
         if valid { Ok(name.to_owned()) } else { Err(self.wrong(allowed)) }
     }
 
-    /// A path from the root.
+    /// Reads a path from the root.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn path(&self) -> Result<PathBuf, FileError> {
         let allowed = "a path that begins with /";
         let path = Path::new(self.text(allowed)?);
         if path.is_absolute() { Ok(path.to_owned()) } else { Err(self.wrong(allowed)) }
     }
 
-    /// A list.
+    /// Reads a list.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
     pub fn list(self, allowed: &str) -> Result<Vec<Value<'t>>, FileError> {
         match self.value {
             DeValue::Array(items) => {
@@ -242,7 +294,11 @@ impl<'t> Value<'t> {
     }
 }
 
-/// What a value says, or the default where there is none.
+/// Returns what a value says, or the default where there is no value.
+///
+/// # Errors
+///
+/// Fails if `read` does.
 pub fn or<'t, T>(
     value: Option<Value<'t>>,
     default: T,
@@ -251,7 +307,11 @@ pub fn or<'t, T>(
     value.map_or(Ok(default), |value| read(&value))
 }
 
-/// Refuses what stood on an earlier line; `seen` remembers lines.
+/// Refuses what stood on an earlier line. `seen` remembers the lines.
+///
+/// # Errors
+///
+/// Fails if it stood on one.
 pub fn unique<T: Clone + Eq + Hash>(
     seen: &mut HashMap<T, usize>,
     value: &Value<'_>,

@@ -1,4 +1,4 @@
-//! Tracking a VMM's writes from outside, through the descriptors that its process hands over.
+//! This module tracks a VMM's writes from outside, through the descriptors that its process hands over.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -20,16 +20,20 @@ pub struct Tracking {
     ended: Cell<bool>,
 }
 
-/// What lies on the threads that do the work: a large guest's page tables take long to walk.
+/// The work is done on other threads, because a large guest's page tables take long to walk.
 struct Work {
     tracker: Mutex<ExternalTracker>,
-    /// Lets writes go, where they wait. Dropped after the tracker.
+    /// This lets writes go where they wait. It is dropped after the tracker.
     write_faults: Option<WriteFaultHandler>,
 }
 
 impl Tracking {
-    /// Begins to track the writes of the VMM whose memory this is. Nothing is armed yet. Once it is,
-    /// writes are held to so many `pages_per_second`, if any.
+    /// Begins to track the writes of the VMM whose memory this is. Nothing is write-protected yet. Once it is, writes
+    /// are held to so many `pages_per_second` of 4 KiB, if that is given.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses the tracker or the thread.
     pub async fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
         let harvested = Arc::new(PageSet::new(memory.memory.ram().pages()));
         // The VMM's mappings may be busy, and all of its memory is registered.
@@ -37,20 +41,32 @@ impl Tracking {
         Ok(Self { work: Arc::new(work), harvested, ended: Cell::default() })
     }
 
-    /// See [`Driver::write_protect`](crate::Driver::write_protect).
+    /// Does what [`Driver::write_protect`](crate::Driver::write_protect) says.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses.
     pub async fn write_protect(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
         self.work("arm", move |tracker, _| tracker.write_protect(pages)).await
     }
 
-    /// Arms all memory, of which nothing is to be copied for that: another tracker tells what is
-    /// written up to then.
+    /// Write-protects all memory, of which nothing is to be copied for that: another tracker tells what is written up
+    /// to then.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses.
     pub async fn write_protect_all(&self) -> Result<(), DriverError> {
         self.work("arm", |tracker, _| tracker.write_protect_all()).await
     }
 
-    /// See [`Driver::harvest`](crate::Driver::harvest).
+    /// Does what [`Driver::harvest`](crate::Driver::harvest) says.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses.
     pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
-        // Into a set of its own first: whoever asked may give up waiting, and what was found must
+        // Into a set of its own first: the caller may give up waiting, and what was found must
         // not be lost with it.
         let work = self.work.clone();
         let harvest = move |tracker: &mut ExternalTracker, harvested: &PageSet| {
@@ -67,7 +83,7 @@ impl Tracking {
         Ok(Harvest { new, holes: found.holes })
     }
 
-    /// What lets writes go, where they wait.
+    /// Returns the handler that lets writes go, where they wait.
     pub fn write_faults(&self) -> Option<&WriteFaultHandler> {
         self.work.write_faults.as_ref()
     }

@@ -1,4 +1,4 @@
-//! The thread that lets the writes of a stunned guest go.
+//! A thread lets the writes of a stunned guest go.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,51 +17,55 @@ use memlane_protocol::{PAGE_SIZE, PageSet};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use tracing::error;
 
-/// Lets writes that wait go at a rate, from a thread of its own, until it ends or is dropped. However
-/// the thread ends, everybody goes on.
+/// Lets writes that wait go at a rate, from a thread of its own, until it ends or is dropped. After the thread has
+/// ended for any reason, all writes go on.
 pub struct WriteFaultHandler {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// How a stun went, while it was in force.
+/// The progress of a stun while it was in force.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
-    /// For how long it has been.
+    /// The stun has been in force for this long.
     pub in_force: Duration,
-    /// Pages of 4 KiB that were let go in that time.
+    /// This many pages of 4 KiB were let go in that time.
     pub released_pages: u64,
-    /// Pages that there were to let go, had there always been enough writes.
+    /// This many pages would have been let go, had there always been enough writes.
     pub target_pages: f64,
 }
 
 struct Shared {
-    /// Rung when the order has changed.
+    /// This is notified when the order has changed.
     bell: OwnedFd,
     account: Mutex<Account>,
     released_pages: AtomicU64,
-    /// Pages that may be written without waiting: they were let go, and not protected since.
+    /// These pages may be written without waiting: they were let go, and not protected since.
     open: PageSet,
 }
 
-/// What was ordered, and since when.
+/// The order to the thread, and since when it stands.
 struct Account {
     order: Order,
     since: Instant,
-    /// Up to then.
+    /// This is what was reported until then.
     before: Report,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Order {
-    /// Pages of 4 KiB per second.
+    /// This many pages of 4 KiB per second are let go.
     Rate(u64),
     Open,
     End,
 }
 
 impl WriteFaultHandler {
-    /// Lets writes to `memory` go, which `userfault` tells of.
+    /// Starts a thread that lets writes to `memory` go of which `userfault` tells.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the thread cannot be started.
     pub fn start(
         memory: Arc<VmmMapping>,
         userfault: Arc<Userfault>,
@@ -101,12 +105,12 @@ impl WriteFaultHandler {
         self.shared.order(Order::Open);
     }
 
-    /// Writes to these pages wait again.
+    /// Notes that writes to these pages wait again.
     pub fn protected(&self, pages: &PageSet) {
         pages.words(0..pages.pages()).for_each(|(word, bits)| self.shared.open.remove_word(word, bits));
     }
 
-    /// How it has gone so far.
+    /// Returns how the stun has gone so far.
     pub fn report(&self) -> Report {
         let report = self.shared.account().report();
         Report { released_pages: self.shared.released_pages.load(Ordering::Relaxed), ..report }
@@ -146,7 +150,7 @@ impl Shared {
 }
 
 impl Account {
-    /// Up to now.
+    /// Returns the report up to now.
     fn report(&self) -> Report {
         let Report { in_force, released_pages, target_pages } = self.before;
         let Order::Rate(rate) = self.order else { return self.before };
@@ -159,27 +163,27 @@ impl Account {
     }
 }
 
-/// What the thread works on.
+/// The state of the thread.
 struct Work {
     shared: Arc<Shared>,
     memory: Arc<VmmMapping>,
     userfault: Arc<Userfault>,
-    /// Where the bucket's clock begins.
+    /// The bucket's clock begins at this moment.
     started: Instant,
     bucket: TokenBucket,
     fault_around: FaultAround,
     order: Order,
-    /// Addresses that are waited for, each page once, in the order in which they came.
+    /// Writes wait for these addresses, each page once, in the order in which they came.
     waiting: VecDeque<u64>,
-    /// What is to go next.
+    /// This write goes next.
     due: Option<Due>,
 }
 
-/// The first write that waits, and what goes with it.
+/// The first write that waits, and the pages that go with it.
 struct Due {
     addresses: Range<u64>,
     pages: Range<u64>,
-    /// How long it was made to wait, and until when.
+    /// The write was made to wait this long.
     wait: Duration,
     at: Duration,
 }
@@ -190,7 +194,7 @@ impl Work {
         while self.order != Order::End {
             match self.turn() {
                 Ok(()) => {}
-                // The VMM has ended, and with it whoever waited.
+                // The VMM has ended, and with it the threads that waited.
                 Err(error) if is_gone(&error) => return,
                 Err(error) => {
                     error!(%error, "cannot release a guest's writes one by one; all are let go");
@@ -235,7 +239,7 @@ impl Work {
         Ok(())
     }
 
-    /// Lets go what is due.
+    /// Lets the write go that is due.
     fn release(&mut self) -> io::Result<()> {
         while let Some(&address) = self.waiting.front() {
             let now = self.started.elapsed();
@@ -258,11 +262,11 @@ impl Work {
         Ok(())
     }
 
-    /// What goes for a write to `address`, and when. Neighbours that are open already cost nothing.
+    /// Returns what goes for a write to `address`, and when. Neighbours that are open already cost nothing.
     fn next(&mut self, address: u64, now: Duration) -> Due {
         let reach = match self.order {
             Order::Rate(_) => self.fault_around.on_write(now),
-            // Each page more is one more to send, and the guest may be about to stand still.
+            // Each page more is one more to send, and the guest may be about to be paused.
             Order::Open | Order::End => 1,
         };
         let Some(page) = self.memory.page_at(address) else {
@@ -270,7 +274,7 @@ impl Work {
             let addresses = address..address.saturating_add(PAGE_SIZE);
             return Due { addresses, pages: 0..0, wait: Duration::ZERO, at: now };
         };
-        // It was waited for, so it was protected, whatever has been heard of that.
+        // It was waited for, so it was protected, even if that has not been reported yet.
         self.shared.open.remove_range(self.memory.whole(page..page + 1));
         let first = page - page % reach;
         let block = self.memory.whole(first..first + reach);

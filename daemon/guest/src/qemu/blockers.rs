@@ -1,4 +1,4 @@
-//! What forbids to move a guest in QEMU, found out before anything moves.
+//! This module finds what prevents a guest in QEMU from being moved, before anything moves.
 
 use std::time::Duration;
 
@@ -8,13 +8,18 @@ use super::qmp::{Qmp, items};
 use crate::shim::Shims;
 use crate::{Blocker, DriverError};
 
-/// Linux that can track writes of another process: `PAGEMAP_SCAN` and asynchronous write protection.
+/// From this version on, Linux can track writes of another process, by `PAGEMAP_SCAN` and asynchronous write
+/// protection.
 const OLDEST_LINUX: (u32, u32) = (6, 7);
 
-/// Longest wait for a shim: after a start of the daemon it connects within a few seconds.
+/// A shim is waited for this long: after a start of the daemon it connects within a few seconds.
 pub const CONNECTING: Duration = Duration::from_secs(6);
 
-/// All that is in the way of moving the guest of this QEMU away, and what to do about it.
+/// Finds all blockers of the guest of this QEMU, and what to do about them.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer.
 pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     found.extend(kernel(&rustix::system::uname().release().to_string_lossy()));
@@ -50,7 +55,7 @@ fn status(status: &str) -> Option<Blocker> {
     Some(Blocker::new("guest", detail, Some(remedy.to_owned())))
 }
 
-/// Devices whose writes to memory nobody sees, because they bypass QEMU's page tables.
+/// Finds devices whose writes to memory are not noticed, because they bypass QEMU's page tables.
 async fn devices(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
@@ -82,8 +87,8 @@ fn bypassing(device: &Value) -> Option<Blocker> {
     Some(Blocker::new("device", detail, Some(remedy)))
 }
 
-/// Disks that are read past the page cache: the device writes guest memory when it is done, long
-/// after the write was noticed, and the page may have been sent in between.
+/// Finds disks that are read past the page cache: the device writes guest memory when it is done, long after the write
+/// was noticed, and the page may have been sent in between.
 async fn disks(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     Ok(items(&nodes).iter().filter_map(direct).collect())
@@ -108,7 +113,7 @@ fn direct(node: &Value) -> Option<Blocker> {
     Some(Blocker::new("disk", detail, Some(remedy.to_owned())))
 }
 
-/// What QEMU itself says against any migration.
+/// Finds what QEMU itself says against any migration.
 async fn blocked_reasons(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let migration = qmp.execute("query-migrate", json!({})).await?;
     let blocker = |reason: &Value| {

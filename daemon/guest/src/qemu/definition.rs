@@ -1,4 +1,4 @@
-//! Guest files: what a QEMU guest is made of, from which its QEMU is started.
+//! A guest file says what a QEMU guest is made of, and its QEMU is started from it.
 //!
 //! An operator writes one for `memlanectl launch`; it then goes with the guest to hosts that let
 //! this one start guests there. The daemon adds what it needs to move the guest, and refuses

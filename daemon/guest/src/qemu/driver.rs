@@ -1,8 +1,8 @@
-//! The driver for stock QEMU: QMP for the guest, userfaultfd and page tables for its writes.
+//! This is the driver for stock QEMU: it uses QMP for the guest, and userfaultfd and page tables for its writes.
 //!
 //! QEMU's own migration carries the state of its devices, and nothing else: RAM that is shared
 //! memory is left out (`x-ignore-shared`). It stops before devices (`pause-before-switchover`),
-//! which is when the guest stands still, and goes on when the last page is at the destination.
+//! which is when the guest is paused, and goes on when the last page is at the destination.
 //! Up to then a cancelled migration lets the guest run again; afterwards (`postmigrate`) QEMU
 //! does not run it by itself.
 
@@ -36,9 +36,9 @@ use crate::shim::Shims;
 use crate::tracking::Tracking;
 use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
 
-/// Name of the descriptor over which QEMU's state travels.
+/// QEMU's state travels over the descriptor of this name.
 const CHANNEL: &str = "memlane";
-/// Longest wait for a step of QEMU's own migration.
+/// A step of QEMU's own migration may take this long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A QEMU and the guest in it.
@@ -48,19 +48,19 @@ pub struct Qemu {
     ram: Arc<GuestRam>,
     process: Rc<Process>,
     shims: Rc<Shims>,
-    /// Where its output goes, if this daemon started it.
+    /// QEMU's output goes to this file, if this daemon started it.
     log: Option<PathBuf>,
-    /// Whether its migration is this daemon's doing, for the next daemon to know.
+    /// This remembers for the next daemon that QEMU's migration was started by this one.
     states: Rc<StateDirectory>,
     name: String,
-    /// A guest comes here, or has come and not yet run.
+    /// This is true if a guest comes here, or has come and not yet run.
     incoming: Cell<bool>,
-    /// A guest has come here, and nobody has told it to run yet.
+    /// This is true if a guest has come here and was not told to run yet.
     loaded: Cell<bool>,
-    /// What to restore when the migration is over.
+    /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
-    /// Reads what QEMU's migration writes.
+    /// This task reads what QEMU's migration writes.
     state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
 }
 
@@ -91,7 +91,7 @@ impl Qemu {
         }
     }
 
-    /// What QEMU said last, or where to look for that.
+    /// Returns what QEMU said last, or where to look for that.
     async fn last_words(&self) -> String {
         match &self.log {
             Some(log) => format!("QEMU says: {}", launch::tail(log).await),
@@ -99,7 +99,7 @@ impl Qemu {
         }
     }
 
-    /// Gives QEMU one end of a connection; returns ours.
+    /// Gives QEMU one end of a connection, and returns the other.
     async fn channel(&self) -> Result<UnixStream, DriverError> {
         let failed = |error: io::Error| DriverError::Failed { request: "getfd", reason: error.to_string() };
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
@@ -108,7 +108,7 @@ impl Qemu {
         UnixStream::from_std(ours).map_err(failed)
     }
 
-    /// Ends a migration of QEMU's own that is under way; the guest then runs again.
+    /// Ends a migration of QEMU's own that is under way. The guest then runs again.
     async fn cancel(&self) -> Result<(), DriverError> {
         let until = Instant::now() + PATIENCE;
         let mut asked = false;
@@ -132,7 +132,7 @@ impl Qemu {
         Ok(())
     }
 
-    /// Remembers for QEMU what its guest waits for word of.
+    /// Remembers for QEMU that its guest waits for the outcome of a migration.
     async fn bind(&self, request: &'static str, bond: &Bond) -> Result<(), DriverError> {
         let failed = |error: StateError| DriverError::Failed { request, reason: error.to_string() };
         self.states.bind(&self.name, bond).await.map_err(failed)
@@ -166,7 +166,7 @@ impl Driver for Qemu {
     async fn stop_tracking(&self) -> Result<(), DriverError> {
         let tracking = self.tracking.borrow().clone();
         if let Some(tracking) = tracking {
-            // It is there until it has ended, so that whoever else stops it waits for that too.
+            // It is there until it has ended, so that another task which stops it waits for that too.
             tracking.end().await;
             self.tracking.borrow_mut().take_if(|now| Rc::ptr_eq(now, &tracking));
         }
@@ -206,14 +206,14 @@ impl Driver for Qemu {
             self.cancel().await?;
         }
         let status = match self.qmp.status().await {
-            // Nobody has told it to run yet, and by itself it does not: so much is certain.
+            // It was not told to run yet, and by itself it does not: so much is certain.
             Err(error) if self.loaded.get() => {
                 return Err(DriverError::Failed { request: "resume", reason: error.to_string() });
             }
             status => status?,
         };
         self.loaded.set(false);
-        // A guest that stands still for reasons of its own (it was suspended, its disk is full) is
+        // A guest that is paused for reasons of its own (it was suspended, its disk is full) is
         // left to its operator; that it was told to run and then stopped is no failure either.
         if matches!(status.as_str(), "postmigrate" | "finish-migrate")
             || self.incoming.get() && matches!(status.as_str(), "paused" | "prelaunch" | "inmigrate")
@@ -362,7 +362,7 @@ impl Driver for Qemu {
     }
 }
 
-/// Has QEMU tell the network where the guest is, in its own words and the guest's.
+/// Has QEMU tell the network where the guest is, by frames of its own and of the guest's driver.
 async fn announce(qmp: &Qmp) {
     // Milliseconds; as QEMU does by itself after a migration of its own.
     let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
@@ -388,7 +388,7 @@ async fn read_state(channel: UnixStream) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The instant of a Unix time that has just been.
+/// Returns the instant of a Unix time that has just been.
 fn ago(time: Option<Duration>) -> Option<Instant> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.checked_sub(time?)?;
     Instant::now().checked_sub(since)

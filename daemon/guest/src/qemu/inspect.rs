@@ -1,4 +1,4 @@
-//! What QEMU says of itself and of its guest, and the guest's memory.
+//! This module asks QEMU about itself and its guest, and maps the guest's memory.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -23,22 +23,26 @@ use super::qmp::{Qmp, items};
 use crate::DriverError;
 use crate::config::NetworkConfig;
 
-/// The oldest QEMU whose `x-ignore-shared` and `fd:` migrations this driver was written for.
+/// This driver was written for the `x-ignore-shared` and `fd:` migrations of QEMU from this version on.
 const OLDEST: [u32; 3] = [7, 2, 0];
-/// Format of the state: QEMU's own stream, which carries its versions itself.
+/// This is the format of the state: QEMU's own stream, which carries its versions itself.
 const STATE_VERSION: u16 = 1;
 
 /// A guest in QEMU.
 pub struct Facts {
-    /// Its shape.
+    /// This is the guest's shape.
     pub shape: GuestShape,
-    /// What the shape has no room for.
+    /// This is what the shape has no room for.
     pub qemu: QemuGuest,
-    /// Its memory, mapped here too.
+    /// This is the guest's memory, mapped into this process too.
     pub ram: Arc<GuestRam>,
 }
 
 /// Asks QEMU for everything that a migration needs to know.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer, is too old, or if its memory cannot be shared.
 pub async fn inspect(
     qmp: &Qmp,
     name: &Label,
@@ -96,7 +100,7 @@ pub async fn inspect(
     Ok(Facts { shape, qemu, ram })
 }
 
-/// All RAM of the guest, mapped: one region for each memory back end, in order of their names.
+/// Maps all RAM of the guest, one region for each memory back end, in order of their names.
 async fn memory(qmp: &Qmp) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
     let backends = qmp.execute("query-memdev", json!({})).await?;
     let mut backends: Vec<&Value> = items(&backends).iter().collect();
@@ -127,7 +131,7 @@ async fn memory(qmp: &Qmp) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
     task::aside(move || map(parts, user)).await
 }
 
-/// Opens and maps memory: files, and where each is to lie and how much of it.
+/// Opens and maps memory. Each part is a file, the address at which it is to lie, and its length in bytes.
 fn map(parts: Vec<(PathBuf, u64, u64)>, user: u32) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
     let parts = parts.into_iter().map(|(path, address, bytes)| {
         let (file, page_bytes) = open(&path, user)?;
@@ -163,7 +167,7 @@ fn open(path: &Path, user: u32) -> Result<(OwnedFd, u32), QemuError> {
     Ok((file.into(), page_bytes))
 }
 
-/// What the vCPU shows to the guest, as leaves of CPUID; empty where this QEMU does not tell.
+/// Returns what the vCPU shows to the guest, as leaves of CPUID. They are empty where this QEMU does not tell.
 async fn cpu_features(qmp: &Qmp, cpu: &str) -> Vec<CpuidEntry> {
     let words = qmp.execute("qom-get", json!({ "path": cpu, "property": "feature-words" })).await;
     let words = words.unwrap_or_default();
@@ -193,7 +197,7 @@ async fn cpu_features(qmp: &Qmp, cpu: &str) -> Vec<CpuidEntry> {
     leaves.into_values().collect()
 }
 
-/// Files and devices of this host that hold disks.
+/// Returns the files and devices of this host that hold disks.
 async fn disks(qmp: &Qmp) -> Result<Vec<String>, DriverError> {
     let blocks = qmp.execute("query-block", json!({})).await?;
     let file = |block: &Value| block["inserted"]["image"]["filename"].as_str().map(bounded);
@@ -202,7 +206,7 @@ async fn disks(qmp: &Qmp) -> Result<Vec<String>, DriverError> {
     Ok(paths.take(MAX_DISKS).collect())
 }
 
-/// The NICs that `info network` tells, on those of `networks` whose bridge their taps are joined to.
+/// Finds the NICs in the output of `info network` whose taps are joined to the bridge of one of `networks`.
 fn nics(text: &str, networks: &[NetworkConfig]) -> Vec<Nic> {
     let mut nics = Vec::new();
     let mut mac = None;
@@ -222,7 +226,7 @@ fn nics(text: &str, networks: &[NetworkConfig]) -> Vec<Nic> {
     nics
 }
 
-/// The network whose bridge a tap of this host is joined to.
+/// Returns the network whose bridge a tap of this host is joined to.
 fn network_of(tap: &str, networks: &[NetworkConfig]) -> Option<Label> {
     let master = std::fs::read_link(Path::new("/sys/class/net").join(tap).join("master")).ok()?;
     let bridge = master.file_name()?.to_str()?;
@@ -236,7 +240,7 @@ fn without(mut text: String, suffix: &str) -> String {
     text
 }
 
-/// At most as much of a name as an offer carries.
+/// Cuts a name to the length that an offer carries.
 fn bounded(text: &str) -> String {
     text.chars()
         .scan(0, |bytes, c| {

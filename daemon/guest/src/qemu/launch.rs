@@ -1,4 +1,4 @@
-//! Starting QEMU.
+//! This module starts QEMU.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -20,27 +20,28 @@ use super::definition::{Definition, Paths};
 use super::state_directory::{Record, paths};
 use super::{Lacking, QemuError};
 use crate::config::QemuSettings;
+use crate::process::{Process, ProcessError};
 
-/// A QEMU that is starting is looked at so often.
+/// A QEMU that is starting is looked at in these intervals.
 const LOOK: Duration = Duration::from_millis(5);
-/// Longest wait for its monitor: it may have to take all RAM from the host first.
+/// A QEMU may take this long until its monitor answers: it may have to take all RAM from the host first.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Longest wait for a process that was told to end, or has.
+/// A process that was told to end, or has ended, is waited for this long.
 const ENDING: Duration = Duration::from_secs(20);
-/// Bytes of its log that are told when it fails.
+/// If QEMU fails, this many bytes of the end of its log are shown.
 const TAIL_BYTES: u64 = 1000;
 
 /// A QEMU whose monitor can be connected to.
 pub struct Started {
-    /// Where its output goes.
+    /// QEMU's output goes to this file.
     pub log: PathBuf,
-    /// The process, or what waits for systemd's unit to end: somebody must collect it when it ends.
+    /// This is the process itself, or the one that waits for systemd's unit to end. It must be collected when it ends.
     pub child: Child,
     unit: Option<String>,
 }
 
 impl Started {
-    /// Ends it, which was started in vain, and removes what it leaves behind.
+    /// Ends a QEMU that was started in vain, and removes what it leaves behind.
     pub async fn end(mut self, record: Record) {
         let end = move || {
             if let Some(unit) = &self.unit {
@@ -57,7 +58,8 @@ impl Started {
     }
 }
 
-/// Waits for a process that has ended, or is about to: not for ever, and on no thread that has anything else to do.
+/// Waits for a process that has ended, or is about to, for at most 20 seconds. It must be called on a thread that has
+/// nothing else to do.
 pub fn collect(child: &mut Child) -> Option<ExitStatus> {
     let until = Instant::now() + ENDING;
     loop {
@@ -78,6 +80,10 @@ pub fn collect(child: &mut Child) -> Option<ExitStatus> {
 }
 
 /// Starts the QEMU of a guest, and waits until its monitor answers. `record` says what it leaves behind.
+///
+/// # Errors
+///
+/// Fails if something that QEMU needs is not on this host, if it ends, or if its monitor does not answer in time.
 pub async fn start(
     settings: &QemuSettings,
     definition: &Definition,
@@ -89,18 +95,18 @@ pub async fn start(
         let incoming = record.incoming;
         move || begin(&settings, &definition, &paths, incoming)
     };
-    let mut started = task::aside(begin).await?;
+    let started = task::aside(begin).await?;
     let up = tokio::select! {
-        () = answers(&paths.qmp) => Ok(()),
-        () = ends(&mut started.child) => Err(true),
-        () = tokio::time::sleep(PATIENCE) => Err(false),
+        () = answers(&paths.qmp) => return Ok(started),
+        ended = end_of(&started.child) => Some(ended),
+        () = tokio::time::sleep(PATIENCE) => None,
     };
-    let Err(ended) = up else { return Ok(started) };
     let words = tail(&started.log).await;
     started.end(record.clone()).await;
-    Err(match ended {
-        true => QemuError::Ended { lacks: lacking(&words), words },
-        false => QemuError::Slow { after: PATIENCE, words },
+    Err(match up {
+        Some(Ok(())) => QemuError::Ended { lacks: lacking(&words), words },
+        Some(Err(error)) => error.into(),
+        None => QemuError::Slow { after: PATIENCE, words },
     })
 }
 
@@ -140,7 +146,7 @@ fn begin(
     }
 }
 
-/// What QEMU lacks, by what it said before it ended: it has no other way to tell.
+/// Finds what QEMU lacks in what it said before it ended, since it has no other way to tell.
 fn lacking(words: &str) -> Option<Lacking> {
     match words {
         _ if words.contains("unsupported machine type") => Some(Lacking::Machine),
@@ -149,12 +155,12 @@ fn lacking(words: &str) -> Option<Lacking> {
     }
 }
 
-/// The log of the QEMU that has its monitor at `qmp`.
+/// Returns the path of the log of the QEMU that has its monitor at `qmp`.
 pub fn log_of(qmp: &Path) -> PathBuf {
     qmp.with_file_name("qemu.log")
 }
 
-/// The last lines of QEMU's log.
+/// Returns the last lines of QEMU's log.
 pub async fn tail(log: &Path) -> String {
     let log = log.to_owned();
     task::aside(move || read_tail(&log)).await
@@ -198,7 +204,8 @@ fn prepare(paths: &Paths) -> Result<(), (&'static str, PathBuf, io::Error)> {
     }
 }
 
-/// Others may have made a directory of this name before us, where everybody may make some.
+/// Checks that only the daemon's user can write to a directory: in a folder like `/tmp` others may have made one of
+/// this name before.
 fn is_ours(directory: &Path) -> io::Result<()> {
     let metadata = std::fs::symlink_metadata(directory)?;
     if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0 {
@@ -213,8 +220,8 @@ fn log_file(log: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(log)
 }
 
-/// Returns once QEMU answers. A thread of it greets long before: then it takes its RAM and makes the devices,
-/// which may last, and may be its end.
+/// Returns once QEMU answers. One of its threads greets long before: QEMU then takes its RAM and makes the devices,
+/// which may last long, and may fail.
 async fn answers(qmp: &Path) {
     loop {
         if let Ok(monitor) = UnixStream::connect(qmp).await
@@ -236,11 +243,10 @@ async fn ask(mut monitor: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns once the process has ended.
-async fn ends(child: &mut Child) {
-    while matches!(child.try_wait(), Ok(None)) {
-        tokio::time::sleep(LOOK).await;
-    }
+/// Returns once the process has ended, which must not have been collected.
+async fn end_of(child: &Child) -> Result<(), ProcessError> {
+    Process::running(child.id())?.ended().await;
+    Ok(())
 }
 
 fn systemd_runs() -> bool {
@@ -248,9 +254,9 @@ fn systemd_runs() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-/// A transient unit, which has a cgroup of its own and is not ended with the daemon's: of the
-/// system where the daemon is root, else of its user's own manager, which needs nobody's leave (but
-/// whose user must linger). Returns what waits for its end.
+/// Runs QEMU as a transient unit, which has a cgroup of its own and is not ended with the daemon's. The unit belongs to
+/// the system's manager where the daemon is root. Otherwise it belongs to the user's own manager, which needs no
+/// permission (but the user must linger). Returns the process that waits for its end.
 fn run_as_unit(
     definition: &Definition,
     arguments: &[OsString],
@@ -280,7 +286,7 @@ fn unit(name: &Label) -> String {
     format!("memlane-guest-{name}.service")
 }
 
-/// A program that talks to the daemon user's service manager.
+/// Returns a command that talks to the service manager of the daemon's user.
 fn manager(program: &str) -> Command {
     let mut command = Command::new(program);
     let user = rustix::process::geteuid();
@@ -290,7 +296,7 @@ fn manager(program: &str) -> Command {
     command
 }
 
-/// A session of its own, which the daemon's end does not concern.
+/// Runs QEMU in a session of its own, which does not end with the daemon.
 fn run_as_session(
     program: &Path,
     arguments: &[OsString],

@@ -31,87 +31,87 @@ use state_directory::StateError;
 
 pub use supervisor::Supervisor;
 
-/// Why a guest in QEMU cannot be taken in or started.
+/// A guest in QEMU cannot be taken in or started.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
-    /// There is a guest of this name.
+    /// A guest of this name is here.
     #[error("a guest named {0} is here already; names are unique on a host")]
     NameTaken(Label),
-    /// There is no such QEMU.
+    /// No guest of this name is in a QEMU here.
     #[error("no guest named {0} in a QEMU is here; see `memlanectl guests`")]
     Unknown(Label),
-    /// It is being moved.
+    /// The guest is being moved.
     #[error("guest {0} is being moved; wait until that has ended, or cancel it")]
     Moving(Label),
-    /// Its monitor.
+    /// The monitor cannot be talked to.
     #[error(transparent)]
     Connect(#[from] qmp::ConnectError),
-    /// It does not do as it is asked.
+    /// QEMU does not do as it is asked.
     #[error(transparent)]
     Driver(#[from] DriverError),
-    /// Its process cannot be followed.
+    /// The process of QEMU cannot be followed.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// The user it runs as.
+    /// The user that QEMU runs as may not attach guests.
     #[error(
         "QEMU runs as user {user}, who may not attach guests; add that user to attach_users in the daemon's \
          configuration"
     )]
     User {
-        /// Its user id.
+        /// This is the user id.
         user: u32,
     },
-    /// Its version.
+    /// This QEMU is too old.
     #[error("QEMU {} is too old to be moved; install {}.{} or newer", dotted(found), oldest[0], oldest[1])]
     TooOld {
-        /// Its version.
+        /// This is its version.
         found: [u32; 3],
-        /// The oldest that would do.
+        /// This version is the oldest that would do.
         oldest: [u32; 3],
     },
-    /// Its memory is not behind memory back ends.
+    /// The guest's memory is not behind memory back ends.
     #[error(
         "QEMU has {found} memory back ends, and 1 to {limit} can be moved; see QEMU's -object memory-backend-file"
     )]
     NoMemory {
-        /// How many it has.
+        /// QEMU has this many memory back ends.
         found: usize,
-        /// How many it may have.
+        /// QEMU may have this many.
         limit: usize,
     },
-    /// Its memory is larger than any that can be moved.
+    /// The guest's memory is larger than any that can be moved.
     #[error(
         "with memory {id} of {bytes} bytes the guest has more RAM than can be moved, which is {MAX_RAM_BYTES} bytes"
     )]
     TooMuchMemory {
-        /// Name of the back end.
+        /// This is the name of the back end.
         id: String,
-        /// Its length in bytes, by QEMU's account.
+        /// This is its length in bytes, as QEMU says.
         bytes: u64,
     },
-    /// Its memory cannot be shared.
+    /// The guest's memory cannot be shared.
     #[error(
         "memory {id} of the guest ({kind}{}) cannot be seen by the daemon; start QEMU with -object \
          memory-backend-file,id=mem,share=on,size=SIZE,mem-path=/dev/shm/NAME -machine memory-backend=mem",
         if *share { "" } else { ", share=off" }
     )]
     PrivateMemory {
-        /// Name of the back end.
+        /// This is the name of the back end.
         id: String,
-        /// Its type.
+        /// This is its type.
         kind: String,
-        /// Whether it is shared.
+        /// This tells whether it is shared.
         share: bool,
     },
-    /// Its memory cannot be opened.
+    /// The guest's memory cannot be opened.
     #[error("cannot use {} as the guest's memory: {source}", path.display())]
     MemoryFile {
-        /// The file, as QEMU names it.
+        /// This is the file, as QEMU names it.
         path: PathBuf,
-        /// Why.
+        /// This is why.
         source: io::Error,
     },
-    /// Its memory is of a kind that cannot be moved.
+    /// The guest's memory is of a kind that cannot be moved.
     #[error(transparent)]
     Ram(#[from] RamError),
     /// The guest's VMM was sent away.
@@ -120,7 +120,7 @@ pub enum QemuError {
     /// The QEMU is in another state than the operator says.
     #[error(transparent)]
     RunState(#[from] RunStateError),
-    /// The guest file.
+    /// The guest file is wrong.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
     /// A tap that the guest file names is not on this host.
@@ -129,11 +129,11 @@ pub enum QemuError {
          bridge of network {network} and bring it up, or change nic.tap in the guest file"
     )]
     NoTap {
-        /// The tap.
+        /// This is the tap.
         tap: String,
-        /// Whose.
+        /// The tap belongs to this guest.
         guest: Label,
-        /// Where it belongs.
+        /// The tap is to be joined to the bridge of this network.
         network: Label,
     },
     /// The shim is not on this host.
@@ -146,27 +146,27 @@ pub enum QemuError {
     /// QEMU cannot be started.
     #[error("cannot {doing} {}: {source}", path.display())]
     Start {
-        /// What was being done.
+        /// This was being done.
         doing: &'static str,
-        /// To what.
+        /// It was being done to this file or directory.
         path: PathBuf,
-        /// Why.
+        /// This is why it failed.
         source: io::Error,
     },
-    /// It ended as soon as it had begun.
+    /// QEMU ended as soon as it had begun.
     #[error("QEMU did not start: {words}")]
     Ended {
-        /// What it does not have, if it said so.
+        /// QEMU said that it lacks this.
         lacks: Option<Lacking>,
-        /// Its words.
+        /// These are the last lines of its log.
         words: String,
     },
-    /// Its monitor did not answer in time.
+    /// QEMU's monitor did not answer in time.
     #[error("QEMU did not start: its monitor has not answered for {after:.0?}, and it was ended; {words}")]
     Slow {
-        /// How long was waited.
+        /// The answer was waited for this long.
         after: std::time::Duration,
-        /// Its words.
+        /// These are the last lines of its log.
         words: String,
     },
     /// What must be remembered cannot be written down.
@@ -199,16 +199,16 @@ pub enum RunStateError {
     Migrated,
 }
 
-/// What a QEMU does not have that a guest wants.
+/// A QEMU may lack something that a guest needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// Its machine type.
+    /// QEMU lacks the machine type.
     Machine,
-    /// Its CPU model.
+    /// QEMU lacks the CPU model.
     Cpu,
 }
 
-/// Everything in which a waiting QEMU differs from the one that its guest comes from.
+/// Returns everything in which a waiting QEMU differs from the one that its guest comes from.
 pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
     let pairs = [
         ("machine type", "-machine", &guest.machine, &waiting.machine),

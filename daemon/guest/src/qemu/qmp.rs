@@ -21,55 +21,55 @@ use tracing::{debug, warn};
 
 use crate::DriverError;
 
-/// Longest line that QEMU may send: long lists of devices have some ten thousand bytes.
+/// A line that QEMU sends may have this many bytes: long lists of devices have some ten thousand.
 const MAX_LINE_BYTES: u64 = 4 << 20;
-/// Longest wait for the answer to a command.
+/// The answer to a command is waited for this long.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Longest wait for the greeting; QEMU talks to one client at a time, and lets others wait.
+/// The greeting is waited for this long: QEMU talks to one client at a time, and lets others wait.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// Why QEMU cannot be talked to.
+/// QEMU cannot be talked to.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nobody listens.
+    /// No process listens on the socket.
     #[error(
         "cannot connect to QEMU's monitor at {}: {source}; start QEMU with -qmp unix:PATH,server=on,wait=off, \
          and let the daemon's user write to that socket",
         path.display()
     )]
     Connect {
-        /// The socket.
+        /// This is the socket.
         path: PathBuf,
-        /// Why.
+        /// This is what the kernel said.
         source: io::Error,
     },
-    /// It does not speak.
+    /// The process that listens does not greet.
     #[error(
         "QEMU's monitor at {} says nothing: another program may be connected to it (it serves one at a time); \
          give this daemon a -qmp socket of its own",
         .0.display()
     )]
     Silent(PathBuf),
-    /// It is something else.
+    /// The process that listens is no QEMU.
     #[error(
         "what listens at {} is no QMP monitor: {why}; give the socket of QEMU's -qmp, not that of -monitor",
         path.display()
     )]
     NotQmp {
-        /// The socket.
+        /// This is the socket.
         path: PathBuf,
-        /// What is wrong.
+        /// This is what is wrong.
         why: String,
     },
 }
 
-/// A QEMU that listens to us.
+/// A connection to a QEMU that listens to this daemon.
 pub struct Qmp {
     writer: OwnedWriteHalf,
-    /// One command at a time.
+    /// This lock is held while a command is under way.
     asking: Mutex<()>,
-    /// A command was written in part, by somebody who then gave up: nothing that follows it would
-    /// be understood.
+    /// This is true if a command was written in part, because the task that wrote it gave up: nothing that follows
+    /// would be understood.
     torn: Cell<bool>,
     next_id: Cell<u64>,
     news: Rc<News>,
@@ -84,13 +84,13 @@ struct CommandError(String);
 /// Takes the answer to the command of this number.
 type Waiting = (u64, oneshot::Sender<Result<Value, CommandError>>);
 
-/// What the reading task tells.
+/// The reading task tells the others this.
 struct News {
-    /// Whoever waits for an answer.
+    /// A task waits for this answer.
     waiting: RefCell<Option<Waiting>>,
-    /// State of QEMU's own migration, by its last event.
+    /// This is the state of QEMU's own migration, by its last event.
     migration: watch::Sender<String>,
-    /// When the guest stood still last, and ran again: Unix time.
+    /// This is when the guest was last paused, as Unix time.
     stopped: Cell<Option<Duration>>,
     resumed: Cell<Option<Duration>>,
     gone: watch::Sender<bool>,
@@ -98,6 +98,10 @@ struct News {
 
 impl Qmp {
     /// Connects, and leaves the negotiation mode.
+    ///
+    /// # Errors
+    ///
+    /// Fails if no QEMU listens at `path`, or if it does not greet in time.
     pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
         let refused =
             |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::explain(source) };
@@ -135,44 +139,64 @@ impl Qmp {
         }
     }
 
-    /// QEMU's process: the one that made the socket.
+    /// Returns the number of QEMU's process, which is the one that made the socket.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// The user of QEMU's process.
+    /// Returns the user id of QEMU's process.
     pub fn user(&self) -> u32 {
         self.user
     }
 
-    /// QEMU's version: major, minor, micro.
+    /// Returns QEMU's version: major, minor, micro.
     pub fn version(&self) -> [u32; 3] {
         self.version
     }
 
-    /// Runs a command; returns what it returns.
+    /// Runs a command, and returns its result.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
         self.run(command, arguments, &[]).await
     }
 
     /// Gives QEMU a descriptor, which `fd:NAME` stands for from now on.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
         self.run("getfd", json!({ "fdname": name }), &[descriptor]).await.map(drop)
     }
 
-    /// Runs a command of the human monitor, which tells what QMP has no words for.
+    /// Runs a command of the human monitor, for what QMP has no command.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn human(&self, line: &'static str) -> Result<String, DriverError> {
         let answer = self.execute("human-monitor-command", json!({ "command-line": line })).await?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
 
-    /// The status of the guest, such as `running`.
+    /// Returns the status of the guest, such as `running`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn status(&self) -> Result<String, DriverError> {
         let status = self.execute("query-status", json!({})).await?;
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// The state of QEMU's own migration, such as `completed`; empty if there never was one.
+    /// Returns the state of QEMU's own migration, such as `completed`, or an empty text if there never was one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn migration(&self) -> Result<String, DriverError> {
         let migration = self.execute("query-migrate", json!({})).await?;
         Ok(migration["status"].as_str().unwrap_or_default().to_owned())
@@ -183,8 +207,11 @@ impl Qmp {
         self.news.migration.send_replace(String::new());
     }
 
-    /// Waits for an event that says that QEMU's own migration is in one of these `states`; `request` is what
-    /// it was asked for.
+    /// Waits for an event that says that QEMU's own migration is in one of these `states`. An error names `request`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, or if no such event comes within `patience`.
     pub async fn migration_reaches(
         &self,
         states: &[&str],
@@ -203,12 +230,12 @@ impl Qmp {
         }
     }
 
-    /// When the last vCPU stood still, as QEMU saw it: Unix time.
+    /// Returns when the last vCPU stood still, as QEMU saw it, in Unix time.
     pub fn stopped(&self) -> Option<Duration> {
         self.news.stopped.get()
     }
 
-    /// When the vCPUs were let go last, as QEMU saw it: Unix time.
+    /// Returns when the vCPUs were let go last, as QEMU saw it, in Unix time.
     pub fn resumed(&self) -> Option<Duration> {
         self.news.resumed.get()
     }
@@ -219,7 +246,7 @@ impl Qmp {
         let _ = self.news.gone.subscribe().wait_for(|gone| *gone).await;
     }
 
-    /// Ends the connection; QEMU does not mind.
+    /// Ends the connection, which does not affect QEMU.
     pub fn hang_up(&self) {
         memlane_lane::socket::hang_up(self.writer.as_ref());
         self.news.gone.send_replace(true);
@@ -275,12 +302,12 @@ impl Qmp {
     }
 }
 
-/// The items of a list that a command returned; none if it is no list.
+/// Returns the items of a list that a command returned, or none if it is no list.
 pub fn items(list: &Value) -> &[Value] {
     list.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
-/// Whether QEMU migrates by its own means, by the state that [`Qmp::migration`] tells.
+/// Tells whether QEMU migrates by its own means, by the state that [`Qmp::migration`] returns.
 pub fn is_migrating(state: &str) -> bool {
     !matches!(state, "" | "none" | "completed" | "failed" | "cancelled")
 }
@@ -327,7 +354,7 @@ impl News {
 
     fn answer(&self, line: &Value) {
         let mut waiting = self.waiting.borrow_mut();
-        // Whoever asked may have given up meanwhile.
+        // The task that asked may have given up meanwhile.
         let Some((_, sender)) = waiting.take_if(|(id, _)| line["id"].as_u64() == Some(*id)) else { return };
         let _ = sender.send(match line.get("error") {
             Some(error) => {
@@ -339,7 +366,7 @@ impl News {
     }
 }
 
-/// The next line; `None` at the end.
+/// Reads the next line. Returns `None` at the end.
 async fn next_line(lines: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Value>> {
     let mut line = Vec::new();
     lines.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await?;

@@ -1,30 +1,30 @@
-//! Capabilities and parameters of QEMU's own migration, for the time of ours.
+//! This module sets the capabilities and parameters of QEMU's own migration for the time of a migration by Memlane.
 
 use serde_json::{Value, json};
 
 use super::qmp::{Qmp, items};
 use crate::DriverError;
 
-/// What is switched on at the source.
+/// These capabilities are switched on at the source.
 const SOURCE: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
-/// The same at the destination. Disks are taken (and locked) only when the guest is to run.
+/// These capabilities are switched on at the destination. Disks are taken (and locked) only when the guest is to run.
 const DESTINATION: [&str; 3] = ["x-ignore-shared", "late-block-activate", "events"];
-/// What must be off, since state travels in one piece and one way.
+/// These capabilities must be off, since state travels in one piece and one way.
 const NEITHER: [&str; 3] = ["multifd", "return-path", "postcopy-ram"];
-/// What must not stay on, even if it was: without its RAM, a guest that is saved or moved by QEMU's own means is
-/// lost.
+/// These capabilities must not stay on, even if they were: without its RAM, a guest that is saved or moved by QEMU's
+/// own means is lost.
 const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "late-block-activate"];
 
-/// What QEMU had set before.
+/// These are the settings that QEMU had before.
 pub struct Settings {
-    /// As `migrate-set-capabilities` takes them.
+    /// These are the capabilities as `migrate-set-capabilities` takes them.
     capabilities: Vec<Value>,
-    /// As `migrate-set-parameters` takes them.
+    /// These are the parameters as `migrate-set-parameters` takes them.
     parameters: Value,
 }
 
 impl Default for Settings {
-    /// As QEMU has them when it starts.
+    /// Returns the settings that QEMU has when it starts.
     fn default() -> Self {
         Self {
             capabilities: Vec::new(),
@@ -35,14 +35,22 @@ impl Default for Settings {
 
 impl Settings {
     /// Asks what is set, for [`Self::restore`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU does not answer.
     pub async fn read(qmp: &Qmp) -> Result<Self, DriverError> {
         let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
         let parameters = qmp.execute("query-migrate-parameters", json!({})).await?;
         Ok(Self::from_answers(&capabilities, &parameters))
     }
 
-    /// Undoes what was set over a connection that has been lost since, or by a daemon that was killed. What was there
-    /// before, nobody knows any more.
+    /// Undoes what was set over a connection that has been lost since, or by a daemon that was killed. The settings
+    /// before that are not known any more.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU does not answer.
     pub async fn restore_lost(qmp: &Qmp) -> Result<(), DriverError> {
         let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
         if is_on(&capabilities, "x-ignore-shared") { Self::default().restore(qmp).await } else { Ok(()) }
@@ -66,6 +74,10 @@ impl Settings {
     }
 
     /// Leaves QEMU as it was, and safe to be used by others.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU does not answer.
     pub async fn restore(self, qmp: &Qmp) -> Result<(), DriverError> {
         // First and by itself: it must not fail with anything else.
         set_capabilities(qmp, switches(&NOT_AFTERWARDS, false).collect()).await?;
@@ -75,6 +87,10 @@ impl Settings {
 }
 
 /// Prepares QEMU to give up a guest.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer.
 pub async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
     // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
     let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
@@ -82,6 +98,10 @@ pub async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
 }
 
 /// Prepares QEMU to receive a guest.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer.
 pub async fn prepare_destination(qmp: &Qmp) -> Result<(), DriverError> {
     // It is announced when it runs here, not before.
     prepare(qmp, &DESTINATION, json!({ "announce-rounds": 0 })).await
@@ -92,7 +112,7 @@ async fn prepare(qmp: &Qmp, on: &[&str], parameters: Value) -> Result<(), Driver
     qmp.execute("migrate-set-parameters", parameters).await.map(drop)
 }
 
-/// Whether a capability is among those that `query-migrate-capabilities` tells, and on.
+/// Tells whether a capability is on in the answer to `query-migrate-capabilities`.
 fn is_on(capabilities: &Value, name: &str) -> bool {
     items(capabilities).iter().any(|found| found["capability"] == name && found["state"] == true)
 }

@@ -1,5 +1,5 @@
-//! What the daemon remembers of the QEMUs that it keeps: a file of JSON for each, in `guests/`
-//! beside the journal. No QEMU outlives its host, so neither need these files.
+//! The daemon remembers the QEMUs that it keeps in files of JSON, one for each, in `guests/` beside the journal. No
+//! QEMU outlives its host, so these files need not either.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -28,48 +28,48 @@ pub struct StateError {
     source: io::Error,
 }
 
-/// What is remembered, and the directory in which it is: read once, and written by threads beside the control
-/// thread, which asks what is remembered far more often than it changes that.
+/// Holds what is remembered, and the directory in which it lies. The files are read once, and written by threads beside
+/// the control thread, which asks what is remembered far more often than it changes that.
 pub struct StateDirectory {
     directory: PathBuf,
     records: RefCell<BTreeMap<String, Record>>,
-    /// One file is written at a time, so that the last of a name has what was remembered last.
+    /// This lock lets one file be written at a time, so that the last file of a name has what was remembered last.
     writing: Arc<Mutex<()>>,
 }
 
 /// A QEMU that the daemon keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub name: String,
-    /// Its process, from when the daemon takes its guest in.
+    /// This is QEMU's process, from when the daemon takes its guest in.
     #[serde(default)]
     pub pid: u32,
-    /// When that started, in clock ticks since the host booted.
+    /// This is when that process started, in clock ticks since the host booted.
     #[serde(default)]
     pub started: u64,
-    /// Its monitor.
+    /// This is the path of QEMU's monitor.
     pub qmp: PathBuf,
-    /// It waits for a guest to arrive, or has one that has not run yet.
+    /// If this is true, QEMU waits for a guest to arrive, or has one that has not run yet.
     pub incoming: bool,
-    /// A migration of QEMU's own is this daemon's doing.
+    /// If this is true, this daemon has started a migration of QEMU's own.
     #[serde(default)]
     pub migrating: bool,
-    /// It was started for a migration, and is of no use without.
+    /// If this is true, QEMU was started for a migration, and is of no use without it.
     #[serde(default, rename = "summoned")]
     pub launched_for_migration: bool,
-    /// What it waits for word of, since it was relinquished or has loaded a guest: a QEMU cannot
-    /// remember that, and a host whose file system forgets it has no QEMU any more either.
+    /// The guest waits for the outcome of this migration, since it was relinquished or loaded. QEMU cannot remember
+    /// that, and a host whose file system forgets it has no QEMU any more either.
     #[serde(default)]
     pub bond: Option<Bound>,
-    /// The guest file, if this daemon started it.
+    /// This is the guest file, if this daemon started QEMU.
     pub definition: Option<String>,
-    /// What goes when it ends, if this daemon started it: its RAM and its monitor's socket.
+    /// These files are removed when QEMU ends, if this daemon started it: its RAM and its monitor's socket.
     #[serde(default)]
     pub files: Vec<PathBuf>,
 }
 
-/// A [`Bond`], as it is written down.
+/// A [`Bond`] in the form in which it is written down.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Bound {
     migration: String,
@@ -78,7 +78,7 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// What was written down; `None` if it is none.
+    /// Returns what was written down, or `None` if that makes no sense.
     pub fn bond(&self) -> Option<Bond> {
         let (migration, peer) = (memlane_api::ids::decode(&self.migration)?, self.peer.parse().ok()?);
         Some(Bond { migration, peer, fetching: self.fetching })
@@ -93,7 +93,7 @@ impl From<&Bond> for Bound {
 }
 
 impl Record {
-    /// Of a QEMU that is started from a guest file.
+    /// Makes the record of a QEMU that is started from a guest file.
     pub fn launched(definition: &Definition, incoming: bool, guests: &GuestsConfig) -> Self {
         let Paths { memory, qmp } = paths(guests, &definition.name);
         Self {
@@ -110,7 +110,7 @@ impl Record {
         }
     }
 
-    /// Of a QEMU that others started.
+    /// Makes the record of a QEMU that others started.
     pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
         let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
@@ -118,7 +118,7 @@ impl Record {
         Self { name, pid, started, qmp, incoming, migrating, launched_for_migration, bond, definition, files }
     }
 
-    /// The process.
+    /// Returns the identity of QEMU's process.
     pub fn identity(&self) -> VmmIdentity {
         VmmIdentity { pid: self.pid, started: self.started }
     }
@@ -137,30 +137,30 @@ impl Record {
 }
 
 impl StateDirectory {
-    /// Beside the journal; nothing is remembered before it is [loaded](Self::load).
+    /// Makes a state directory beside the journal. Nothing is remembered before it is [loaded](Self::load).
     pub fn beside(journal: &Path) -> Self {
         let (records, writing) = Default::default();
         Self { directory: journal.join("guests"), records, writing }
     }
 
-    /// Reads everything that was remembered; what cannot be read is left out, and told.
+    /// Reads everything that was remembered. A file that cannot be read is left out, and logged.
     pub async fn load(&self) {
         let directory = self.directory.clone();
         let records = task::aside(move || all(&directory)).await;
         self.records.borrow_mut().extend(records.into_iter().map(|record| (record.name.clone(), record)));
     }
 
-    /// Everything that is remembered.
+    /// Returns everything that is remembered.
     pub fn all(&self) -> Vec<Record> {
         self.records.borrow().values().cloned().collect()
     }
 
-    /// What is remembered of the guest of this name.
+    /// Returns what is remembered of the guest of this name.
     pub fn read(&self, name: &str) -> Option<Record> {
         self.records.borrow().get(name).cloned()
     }
 
-    /// The guest that was awaited has arrived, and runs: what becomes of it is its operator's affair.
+    /// Notes that the guest which was awaited has arrived and runs. From then on the operator decides about it.
     pub fn note_arrival(self: &Rc<Self>, name: &str) {
         let arrived = self.change(name, |record| {
             (record.incoming, record.launched_for_migration, record.migrating) = (false, false, false);
@@ -172,8 +172,8 @@ impl StateDirectory {
         }
     }
 
-    /// QEMU migrates, or does not any more, because this daemon has told it to. What it does without
-    /// that is its operator's affair.
+    /// Notes that QEMU migrates, or does not any more, because this daemon has told it to. Any other migration of
+    /// QEMU's own is the operator's.
     pub async fn note_migration(&self, name: &str, migrating: bool) {
         let noted = self.change(name, |record| {
             record.migrating = migrating;
@@ -184,7 +184,11 @@ impl StateDirectory {
         }
     }
 
-    /// QEMU's guest waits for word of a migration: from here on nothing else lets it run.
+    /// Notes that QEMU's guest waits for the outcome of a migration: from here on nothing else lets it run.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the record cannot be written.
     pub async fn bind(&self, name: &str, bond: &Bond) -> Result<(), StateError> {
         let Some(record) = self.read(name) else {
             let source = io::Error::other("nothing is remembered of it");
@@ -197,7 +201,7 @@ impl StateDirectory {
         })
     }
 
-    /// Whether there is such a record to change.
+    /// Changes a record. Returns whether there is one of this name.
     fn change(&self, name: &str, change: impl FnOnce(&mut Record)) -> bool {
         self.records.borrow_mut().get_mut(name).map(change).is_some()
     }
@@ -208,7 +212,11 @@ impl StateDirectory {
         }
     }
 
-    /// Remembers; a record of the same name is replaced.
+    /// Remembers a record, in place of one of the same name.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be written.
     pub async fn write(&self, record: &Record) -> Result<(), StateError> {
         let before = self.records.borrow_mut().insert(record.name.clone(), record.clone());
         let saved = self.save(&record.name).await;
@@ -222,7 +230,7 @@ impl StateDirectory {
         saved
     }
 
-    /// Forgets.
+    /// Forgets the record of this name.
     pub async fn remove(&self, name: &str) {
         self.records.borrow_mut().remove(name);
         if let Err(error) = self.save(name).await {
@@ -240,7 +248,7 @@ impl StateDirectory {
         let path = self.path(name);
         let (record, file) = (self.read(name), path.clone());
         let saved = task::aside(move || {
-            // To its end, whether anybody waits for it or not.
+            // This goes on to its end, even if the caller gives up waiting.
             let _one_at_a_time = one_at_a_time;
             match record {
                 Some(record) => replace(&file, &record),
@@ -262,7 +270,7 @@ fn replace(path: &Path, record: &Record) -> io::Result<()> {
     private::put_volatile(path, &serde_json::to_vec_pretty(record)?)
 }
 
-/// All records of a directory that can be read.
+/// Reads all records of a directory that can be read.
 fn all(directory: &Path) -> Vec<Record> {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -289,7 +297,7 @@ fn read(path: &Path) -> Option<Record> {
     }
 }
 
-/// Where the QEMU of a launched guest keeps what the daemon must reach.
+/// Returns the paths at which the QEMU of a launched guest keeps what the daemon must reach.
 pub fn paths(guests: &GuestsConfig, name: &Label) -> Paths {
     let memory = guests.memory.join(format!("{name}.ram"));
     Paths { memory, qmp: guests.directory.join(name.as_str()).join("qmp.sock") }

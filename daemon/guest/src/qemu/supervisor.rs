@@ -1,5 +1,5 @@
-//! Keeping to the QEMUs of this host: whoever attaches by itself comes back by itself, but to a
-//! QEMU the daemon has to go.
+//! This module keeps the connections to the QEMUs of this host. A linked VMM connects again by itself, but to a QEMU
+//! the daemon has to connect.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -30,59 +30,59 @@ use crate::process::Process;
 use crate::registry::Guests;
 use crate::shim::Shims;
 
-/// How often a QEMU is looked for whose monitor does not answer.
+/// If a QEMU's monitor does not answer, it is tried again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
-/// Longest wait for the QEMU of a guest that has just left to be gone.
+/// The QEMU of a guest that has just left may take this long to end.
 const LEAVING: Duration = Duration::from_secs(5);
 
-/// Starts, takes in and keeps to the QEMUs of this host.
+/// Starts the QEMUs of this host, takes them in, and keeps the connections to them.
 pub struct Supervisor {
     settings: QemuSettings,
     guests: Rc<Guests>,
     shims: Rc<Shims>,
     states: Rc<StateDirectory>,
-    /// The QEMUs that are kept to, by the names of their guests; true is sent to let go of one.
+    /// These QEMUs are kept, by the names of their guests. A sent true ends the keeping of one.
     kept: RefCell<BTreeMap<Label, watch::Sender<bool>>>,
 }
 
-/// The name of one QEMU's guest, which no other can take meanwhile.
+/// Reserves the name of one QEMU's guest, which no other guest can take meanwhile.
 struct NameReservation {
     supervisor: Rc<Supervisor>,
     name: Label,
-    /// True once the QEMU is to be let go of.
+    /// This becomes true when the QEMU is to be let go of.
     let_go: watch::Receiver<bool>,
 }
 
 impl Supervisor {
-    /// Makes a supervisor whose state lies in `directory`; it keeps to nothing before [`Supervisor::resume`].
+    /// Makes a supervisor whose state lies in `directory`. It keeps no QEMU before [`Supervisor::resume`].
     pub fn new(settings: QemuSettings, directory: &Path, guests: Rc<Guests>, shims: Rc<Shims>) -> Rc<Self> {
         let states = Rc::new(StateDirectory::beside(directory));
         Rc::new(Self { settings, guests, shims, states, kept: RefCell::default() })
     }
 
-    /// Reads what was kept to before the daemon ended.
+    /// Reads which QEMUs were kept before the daemon ended.
     pub async fn load(&self) {
         self.states.load().await;
     }
 
-    /// Keeps on to what was kept to before the daemon ended.
+    /// Keeps the QEMUs again that were kept before the daemon ended.
     pub fn resume(self: &Rc<Self>) {
         for record in self.states.all() {
             let Ok(name) = record.name.parse::<Label>() else { continue };
-            task::spawn("keeper of a QEMU", NameReservation::new(self, name).stay(record, None, None));
+            task::spawn("watch of a QEMU", NameReservation::new(self, name).stay(record, None, None));
         }
     }
 
-    /// What the configuration says of the guests that this daemon starts.
+    /// Returns what the configuration says of the guests that this daemon starts.
     pub fn guests_config(&self) -> &GuestsConfig {
         &self.settings.guests
     }
 
-    /// Starts a guest from its file; one that waits for a guest to arrive if `incoming`.
+    /// Starts a guest from its file. With `incoming` it starts a QEMU that waits for a guest to arrive.
     ///
     /// # Errors
     ///
-    /// If the file is not permitted here, the name is taken, or QEMU does not start.
+    /// Fails if the file is not permitted here, the name is taken, or QEMU does not start.
     pub async fn launch(
         self: &Rc<Self>,
         definition: Definition,
@@ -92,11 +92,11 @@ impl Supervisor {
         self.start(definition, record).await
     }
 
-    /// Starts what a guest that has been offered is to arrive in, which ends if it does not.
+    /// Starts the QEMU that a guest which has been offered is to arrive in. It ends if the guest does not arrive.
     ///
     /// # Errors
     ///
-    /// As [`Supervisor::launch`].
+    /// Fails as [`Supervisor::launch`] does.
     pub async fn launch_incoming(self: &Rc<Self>, definition: Definition) -> Result<Rc<Guest>, QemuError> {
         let record = Record::launched(&definition, true, &self.settings.guests);
         self.start(definition, Record { launched_for_migration: true, ..record }).await
@@ -106,7 +106,7 @@ impl Supervisor {
     ///
     /// # Errors
     ///
-    /// If the monitor does not answer, or its guest cannot be moved by this daemon.
+    /// Fails if the monitor does not answer, or its guest cannot be moved by this daemon.
     pub async fn attach(
         self: &Rc<Self>,
         name: Label,
@@ -117,11 +117,11 @@ impl Supervisor {
         reserved.keep(Record::attached(name, qmp, incoming)).await
     }
 
-    /// Lets go of a QEMU; its guest runs on.
+    /// Lets go of a QEMU, whose guest runs on.
     ///
     /// # Errors
     ///
-    /// If there is none of this name, or its guest is being moved.
+    /// Fails if there is none of this name, or its guest is being moved.
     pub fn detach(&self, name: &Label) -> Result<Rc<Guest>, QemuError> {
         let guest = self.guests.get(name).filter(|guest| guest.driver.qemu().is_some());
         if guest.as_ref().is_some_and(|guest| guest.is_moving()) {
@@ -134,12 +134,12 @@ impl Supervisor {
         guest.ok_or_else(|| QemuError::Unknown(name.clone()))
     }
 
-    /// Where the monitor of a guest's QEMU is, if it is kept to.
+    /// Returns the path of the monitor of a guest's QEMU, if it is kept.
     pub fn monitor(&self, name: &Label) -> Option<PathBuf> {
         self.states.read(name.as_str()).map(|record| record.qmp)
     }
 
-    /// Remembers that a guest which has arrived runs here now. Does nothing for one that is in no QEMU.
+    /// Remembers that a guest which has arrived runs here now. Does nothing for a guest that is in no QEMU.
     pub fn note_arrival(&self, name: &Label) {
         self.states.note_arrival(name.as_str());
     }
@@ -151,7 +151,7 @@ impl Supervisor {
         reserved.keep_started(started, record).await
     }
 
-    /// Whether a guest of this name is about to be none of this host's.
+    /// Tells whether a guest of this name is about to leave this host.
     async fn is_leaving(&self, name: &Label) -> bool {
         let Some(guest) = self.guests.get(name) else { return true };
         guest.is_moving() || tokio::time::timeout(Duration::ZERO, guest.process.ended()).await.is_ok()
@@ -159,8 +159,7 @@ impl Supervisor {
 }
 
 impl NameReservation {
-    /// Takes the name of a guest, unless there is one of that name. One that is just leaving is
-    /// waited for.
+    /// Reserves the name of a guest, unless there is one of that name. A guest that is just leaving is waited for.
     async fn take(supervisor: &Rc<Supervisor>, name: &Label) -> Result<Self, QemuError> {
         let until = tokio::time::Instant::now() + LEAVING;
         while supervisor.kept.borrow().contains_key(name) || supervisor.guests.get(name).is_some() {
@@ -179,7 +178,7 @@ impl NameReservation {
         Self { supervisor: supervisor.clone(), name, let_go }
     }
 
-    /// Takes in the guest of a QEMU that this daemon has started, and keeps to it.
+    /// Takes in the guest of a QEMU that this daemon has started, and keeps its connection.
     async fn keep_started(self, started: Started, record: Record) -> Result<Rc<Guest>, QemuError> {
         match self.take_in(&record, true).await {
             Ok((guest, record)) => {
@@ -188,7 +187,7 @@ impl NameReservation {
                     started.end(record).await;
                     return Err(error.into());
                 }
-                task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
+                task::spawn("watch of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
                 Ok(guest)
             }
             Err(error) => {
@@ -198,16 +197,16 @@ impl NameReservation {
         }
     }
 
-    /// Takes in the guest of a QEMU that others started, and keeps to it.
+    /// Takes in the guest of a QEMU that others started, and keeps its connection.
     async fn keep(self, record: Record) -> Result<Rc<Guest>, QemuError> {
         let (guest, record) = self.take_in(&record, true).await?;
         self.supervisor.guests.attach(guest.clone())?;
-        task::spawn("keeper of a QEMU", self.stay(record, Some(guest.clone()), None));
+        task::spawn("watch of a QEMU", self.stay(record, Some(guest.clone()), None));
         Ok(guest)
     }
 
-    /// Connects to the QEMU, looks at its guest, and writes down what must be remembered. `fresh` if
-    /// the daemon has not had it before.
+    /// Connects to the QEMU, looks at its guest, and writes down what must be remembered. `fresh` says that the daemon
+    /// has not had it before.
     async fn take_in(&self, record: &Record, fresh: bool) -> Result<(Rc<Guest>, Record), QemuError> {
         let supervisor = &self.supervisor;
         let qmp = Qmp::connect(&record.qmp).await?;
@@ -234,7 +233,7 @@ impl NameReservation {
         let definition = definition.transpose()?;
         let facts = inspect(&qmp, &self.name, definition.as_ref(), &supervisor.settings.networks).await?;
         let mut record = record.clone();
-        // A guest that came, ran, and was stopped later by its operator is nobody's promise any more.
+        // A guest that came, ran, and was stopped later by its operator is promised to no host any more.
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
@@ -256,10 +255,10 @@ impl NameReservation {
         Ok((Rc::new(guest), record))
     }
 
-    /// Keeps to a QEMU, whose guest is attached if it is given, until it ends or is let go of.
+    /// Keeps the connection to a QEMU, whose guest is attached if it is given, until QEMU ends or is let go of.
     async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, child: Option<Child>) {
         let mut told = false;
-        // A guest that stood still when the daemon ended has waited long enough.
+        // A guest that was paused when the daemon ended has waited long enough.
         let mut patience = Duration::ZERO;
         loop {
             let process = Process::remembered(record.identity());
@@ -314,7 +313,7 @@ impl NameReservation {
         }
     }
 
-    /// Whether it was started for a migration that nobody works on any more.
+    /// Tells whether QEMU was started for a migration that no task works on any more.
     fn is_useless(&self, guest: &Guest) -> bool {
         let awaited = self.supervisor.guests.work_with(guest.process.identity());
         guest.launched_for_migration.get() && guest.run_state.get() == RunState::Incoming && !awaited
@@ -338,7 +337,7 @@ async fn tidy_up(child: Option<Child>, record: Record) {
     task::aside(tidy).await;
 }
 
-/// Whether QEMU awaits a migration at an address of its own, and so none that it would be told of.
+/// Tells whether QEMU awaits a migration at an address of its own, and so none that it would be told of.
 async fn listens(qmp: &Qmp) -> Result<bool, DriverError> {
     let migration = qmp.execute("query-migrate", json!({})).await?;
     Ok(migration["socket-address"].is_array())

@@ -1,4 +1,4 @@
-//! [`Fingerprints`]: what a guest's memory held at one time, to find what has changed since.
+//! [`Fingerprints`] remember what a guest's memory held at one time, to find what has changed since.
 
 use std::io;
 use std::ops::Range;
@@ -13,15 +13,15 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{DriverError, Harvest};
 
-/// Threads that look.
+/// This many threads look at memory.
 const THREADS: u64 = 4;
 
 /// XXH3-64 of every page that is data. Holes count as zeros and stay holes.
 ///
-/// The guest may write meanwhile: what a page that is being written is taken for, nobody knows.
+/// The guest may write meanwhile: the print of a page that is being written may be of any mixture.
 pub struct Fingerprints(Vec<Extent>);
 
-/// A run of data, and a print of each of its pages.
+/// A run of data, with a print of each of its pages.
 struct Extent {
     first: u64,
     prints: Vec<u64>,
@@ -29,6 +29,10 @@ struct Extent {
 
 impl Fingerprints {
     /// Looks at all of `ram`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the memory cannot be read.
     pub async fn take(ram: Arc<GuestRam>) -> Result<Self, DriverError> {
         let look = move || in_shares(&ram, &|pages| look_at(&ram, pages));
         let shares = task::aside(look).await;
@@ -36,6 +40,10 @@ impl Fingerprints {
     }
 
     /// Looks again, and adds the pages that hold something else now to `into`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the memory cannot be read.
     pub async fn compare(self, ram: Arc<GuestRam>, into: &PageSet) -> Result<Harvest, DriverError> {
         let compare = move || {
             let changed = PageSet::new(ram.pages());
@@ -56,7 +64,7 @@ impl Fingerprints {
         Ok(Harvest { new, holes })
     }
 
-    /// Tells the pages of `pages` that are not `now` what they were, and whether each is a hole now.
+    /// Calls `tell` for the pages of `pages` that are not `now` what they were, with whether each is a hole now.
     fn changed_since(&self, now: &Self, pages: Range<u64>, mut tell: impl FnMut(u64, bool)) {
         let zero = xxh3_64(&[0; PAGE_SIZE as usize]);
         for (page, print) in now.within(&pages) {
@@ -71,14 +79,14 @@ impl Fingerprints {
         }
     }
 
-    /// The print of a page; `None` of a hole.
+    /// Returns the print of a page, or `None` if it is a hole.
     fn of(&self, page: u64) -> Option<u64> {
         let index = self.0.partition_point(|extent| extent.first <= page).checked_sub(1)?;
         let Extent { first, prints } = &self.0[index];
         prints.get((page - first) as usize).copied()
     }
 
-    /// The prints of those of `pages` that are data.
+    /// Returns the prints of those of `pages` that are data.
     fn within<'a>(&'a self, pages: &Range<u64>) -> impl Iterator<Item = (u64, u64)> + use<'a> {
         let pages = pages.clone();
         let from = self.0.partition_point(|extent| extent.first + extent.prints.len() as u64 <= pages.start);
@@ -93,7 +101,7 @@ fn failed(error: io::Error) -> DriverError {
     DriverError::Failed { request: "start tracking", reason }
 }
 
-/// Has threads do `work` for a share of the pages each; returns what they give, in order.
+/// Has threads do `work` for a share of the pages each. Returns their results in order.
 fn in_shares<T: Send>(
     ram: &GuestRam,
     work: &(dyn Fn(Range<u64>) -> io::Result<T> + Sync),
@@ -109,7 +117,7 @@ fn in_shares<T: Send>(
     })
 }
 
-/// Prints of what is data.
+/// Makes prints of what is data.
 fn look_at(ram: &GuestRam, pages: Range<u64>) -> io::Result<Vec<Extent>> {
     let mut page_bytes = [0; PAGE_SIZE as usize];
     let extents = ram.data_extents(pages)?.into_iter().map(|data| {
@@ -131,7 +139,7 @@ mod tests {
 
     fn write(ram: &GuestRam, pages: Range<u64>, byte: u8) {
         for slice in ram.slices(pages) {
-            // SAFETY: mapped as long as `ram` lives, and nobody else uses it.
+            // SAFETY: mapped as long as `ram` lives, and only this test uses it.
             unsafe { slice.ptr.add(77).write(byte) };
         }
     }

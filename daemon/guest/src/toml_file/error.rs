@@ -1,4 +1,4 @@
-//! What is wrong with a file that was read.
+//! This module says what is wrong with a file that was read.
 
 use std::path::PathBuf;
 
@@ -8,63 +8,63 @@ pub enum FileError {
     /// The file is no TOML.
     #[error("{}:{line}: this is no TOML: {message}", file.display())]
     Syntax {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// The line, from 1.
+        /// This is the line, counted from 1.
         line: usize,
-        /// What the parser says.
+        /// This is what the parser says.
         message: String,
     },
-    /// A key that does not exist.
+    /// A key stands there that does not exist.
     #[error("{}:{line}: unknown key {key}; allowed here: {known}", file.display())]
     Unknown {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// The line, from 1.
+        /// This is the line, counted from 1.
         line: usize,
-        /// The key found.
+        /// This is the key that was found.
         key: String,
-        /// The keys that exist.
+        /// These are the keys that exist.
         known: String,
     },
     /// A key without a default is not there.
     #[error("{}:{line}: {key} is missing; give it {allowed}", file.display())]
     Missing {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// The line of the table that lacks it.
+        /// This is the line of the table that lacks the key, counted from 1.
         line: usize,
-        /// The key.
+        /// This is the key.
         key: String,
-        /// What may stand there.
+        /// This may stand there.
         allowed: String,
     },
-    /// A value that is not allowed.
+    /// A value is not allowed.
     #[error("{}:{line}: {key} = {found} is not allowed; give it {allowed}", file.display())]
     Value {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// The line, from 1.
+        /// This is the line, counted from 1.
         line: usize,
-        /// The key.
+        /// This is the key.
         key: String,
-        /// What stands there.
+        /// This stands there.
         found: String,
-        /// What may stand there.
+        /// This may stand there.
         allowed: String,
     },
-    /// A value that must be unique.
+    /// A value must be unique and stands there a second time.
     #[error("{}:{line}: {key} = {found} stands on line {first} already; give each its own", file.display())]
     Duplicate {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// The line, from 1.
+        /// This is the line, counted from 1.
         line: usize,
-        /// The key.
+        /// This is the key.
         key: String,
-        /// What stands there.
+        /// This stands there.
         found: String,
-        /// The line where it stood first.
+        /// The value stood on this line first.
         first: usize,
     },
 }
