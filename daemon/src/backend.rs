@@ -265,7 +265,7 @@ impl HostBackend {
     fn migrate_parameters(&self, order: &Order) -> MigrateParameters {
         let limits = &self.0.config.limits;
         let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
-        let max_rounds = order.max_rounds.unwrap_or(limits.max_rounds);
+        let max_iterations = order.max_rounds.unwrap_or(limits.max_iterations);
         let converge = match (order.converge, limits.converge) {
             (Some(converge), _) => converge.into(),
             // Nobody can compare memory of which one copy runs on, and so much was ordered.
@@ -275,8 +275,7 @@ impl HostBackend {
         };
         let postcopy = order.postcopy.map(Into::into);
         let max_stun_percent = order.max_stun_percent.unwrap_or(limits.max_stun_percent(converge));
-        let policy =
-            Policy { downtime_limit, max_iterations: max_rounds, converge, max_stun_percent, postcopy };
+        let policy = Policy { downtime_limit, max_iterations, converge, max_stun_percent, postcopy };
         let compression = order.compression.map_or(limits.compression, Into::into);
         MigrateParameters { policy, verify: order.verify, compression }
     }

@@ -38,7 +38,7 @@ pub fn migration(progress: &Progress) -> types::Migration {
         zero_pages,
         hole_pages,
         bandwidth_bytes_per_second,
-        rounds,
+        iterations,
         lanes,
         stun,
         postcopy,
@@ -77,7 +77,7 @@ pub fn migration(progress: &Progress) -> types::Migration {
         zero_pages,
         hole_pages,
         bandwidth_bytes_per_second,
-        rounds: rounds.into_iter().map(round).collect(),
+        rounds: iterations.into_iter().map(round).collect(),
         lanes: lanes.into_iter().map(lane).collect(),
         stun: stun.map(stun_of),
         postcopy: postcopy.map(postcopy_of),
@@ -182,8 +182,9 @@ fn forecast_of(forecast: progress::Forecast) -> types::Forecast {
     }
 }
 
-fn round(round: progress::Round) -> types::Round {
-    let progress::Round { round, pages, bytes, seconds, dirtied_pages, harvest_seconds } = round;
+fn round(iteration: progress::Iteration) -> types::Round {
+    let progress::Iteration { number: round, pages, bytes, seconds, dirtied_pages, harvest_seconds } =
+        iteration;
     types::Round { round, pages, bytes, seconds, dirtied_pages, harvest_seconds }
 }
 

@@ -1,4 +1,4 @@
-//! Digests of all RAM, to prove that both ends hold the same.
+//! This module makes digests of all RAM, to prove that both ends hold the same.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,16 +9,20 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::control::DIGEST_CHUNK_BYTES;
 use xxhash_rust::xxh3::Xxh3;
 
-/// Pages under one digest.
+/// One digest covers this many pages.
 const CHUNK_PAGES: u64 = DIGEST_CHUNK_BYTES / PAGE_SIZE;
-/// Threads that digest.
+/// This many threads make digests.
 const THREADS: u64 = 4;
 
-/// The number of a chunk of [`DIGEST_CHUNK_BYTES`], and the XXH3-128 of what it holds.
+/// A digest is the number of a chunk of [`DIGEST_CHUNK_BYTES`], and the XXH3-128 of what it holds.
 pub type Digest = (u64, u128);
 
-/// Digests of all chunks of `ram` that are not all zero, in order. Nothing may write to it
-/// meanwhile. Holes count as zeros and stay holes.
+/// Makes digests of all chunks of `ram` that are not all zero, in order. Nothing may write to it meanwhile. Holes count
+/// as zeros and stay holes.
+///
+/// # Errors
+///
+/// Fails if the memory cannot be read.
 pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
     let chunks = chunks(ram);
     let zeros = vec![0u8; PAGE_SIZE as usize];
@@ -37,12 +41,12 @@ pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
     })
 }
 
-/// How many chunks there are.
+/// Returns how many chunks there are.
 pub fn chunks(ram: &GuestRam) -> u64 {
     ram.pages().div_ceil(CHUNK_PAGES)
 }
 
-/// The digests of `pages`, which begin with a chunk.
+/// Makes the digests of `pages`, which begin with a chunk.
 fn digest_share(ram: &GuestRam, pages: Range<u64>, zeros: &[u8]) -> std::io::Result<Vec<Digest>> {
     let of_zeros = |chunk| digest(ram, chunk, &[], zeros);
     let whole = of_zeros(0..CHUNK_PAGES);
@@ -64,7 +68,7 @@ fn digest_share(ram: &GuestRam, pages: Range<u64>, zeros: &[u8]) -> std::io::Res
     Ok(digests)
 }
 
-/// The digest of `chunk`, of which `data` covers all that is not zero.
+/// Makes the digest of `chunk`, of which `data` covers all that is not zero.
 fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) -> u128 {
     let mut hash = Xxh3::new();
     let mut next = chunk.start;
@@ -82,8 +86,8 @@ fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) 
     hash.digest128()
 }
 
-/// Says where what two hosts hold differs, or nothing if it does not. Both lists are in order, and chunks
-/// without a digest are zero.
+/// Says where the memories of two hosts differ, or returns `None` if they are equal. Both lists are in order, and
+/// chunks without a digest are zero.
 pub fn difference(ram: &GuestRam, mut here: &[Digest], mut there: &[Digest]) -> Option<String> {
     let (mut first, mut differing) = (None, 0);
     while let Some(chunk) = here.first().into_iter().chain(there.first()).map(|(chunk, _)| *chunk).min() {
@@ -99,7 +103,7 @@ pub fn difference(ram: &GuestRam, mut here: &[Digest], mut there: &[Digest]) -> 
     ))
 }
 
-/// The digest of `chunk`, if it is the next one.
+/// Takes the digest of `chunk`, if it is the next one.
 fn take(digests: &mut &[Digest], chunk: u64) -> Option<u128> {
     let ((next, digest), rest) = digests.split_first()?;
     (*next == chunk).then(|| {
@@ -121,7 +125,7 @@ mod tests {
 
     fn write(ram: &GuestRam, page: u64, byte: u8) {
         let slice = ram.slices(page..page + 1).next().unwrap();
-        // SAFETY: within the page, which nobody else uses.
+        // SAFETY: within the page, which only this test uses.
         unsafe { slice.ptr.write_bytes(byte, PAGE_SIZE as usize) };
     }
 

@@ -1,4 +1,4 @@
-//! What the configuration says of migrations.
+//! This module holds what the configuration says of migrations.
 
 use std::time::Duration;
 
@@ -6,25 +6,25 @@ use memlane_api::units::{Rate, Size};
 use memlane_protocol::compression;
 use memlane_protocol::convergence::Converge;
 
-/// `[limits]`
+/// The `[limits]` table of the configuration bounds migrations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest pause of a guest, where the order names none.
+    /// A guest may be paused this long, where the order names no limit.
     pub downtime: Duration,
-    /// Orders are refused where the ports cannot deliver this, unless the order names a rate.
+    /// Orders are refused where the ports cannot deliver this rate, unless the order names another.
     pub min_bandwidth: Rate,
-    /// Rounds of pre-copy, where the order names no number.
-    pub max_rounds: u32,
-    /// What to do when rounds do not shrink, where the order does not say.
+    /// Pre-copy may take this many iterations, where the order names no number.
+    pub max_iterations: u32,
+    /// This is done when iterations do not shrink, where the order does not say.
     pub converge: Converge,
-    /// How much of its writing a guest may lose to stun, in percent, where the order does not say; see
-    /// [`Limits::max_stun_percent`] for what holds where this does not say either.
+    /// A guest may lose this much of its writing to stun, in percent, where the order does not say.
+    /// [`Limits::max_stun_percent`] says what holds where this does not say either.
     pub max_stun: Option<u8>,
-    /// Whether lanes may compress, where the order does not say.
+    /// This says whether lanes may compress, where the order does not say.
     pub compression: compression::Mode,
-    /// A peer or a lane that says nothing for so long is gone.
+    /// A peer or a lane that says nothing for this long is gone.
     pub silence: Duration,
-    /// Memory that arriving guests must leave free on this host.
+    /// Arriving guests must leave this much memory free on this host.
     pub memory_reserve: Size,
 }
 
@@ -33,7 +33,7 @@ impl Default for Limits {
         Self {
             downtime: Duration::from_millis(300),
             min_bandwidth: Rate(250_000_000),
-            max_rounds: 50,
+            max_iterations: 50,
             converge: Converge::None,
             max_stun: None,
             compression: compression::Mode::Auto,
@@ -44,8 +44,8 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// How much of its writing a guest may lose to stun, in percent, where the order does not say: with
-    /// post-copy to fall back on it is not worth slowing a guest to a crawl.
+    /// Returns how much of its writing a guest may lose to stun, in percent, where the order does not say. With
+    /// post-copy to fall back on, a guest need not be slowed to a crawl.
     pub fn max_stun_percent(&self, converge: Converge) -> u8 {
         self.max_stun.unwrap_or(if converge == Converge::Auto { 75 } else { 99 })
     }

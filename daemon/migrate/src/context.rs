@@ -1,4 +1,4 @@
-//! What migrations are given: this host, as far as it concerns them.
+//! The context of migrations is this host, as far as it concerns them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -25,44 +25,44 @@ use crate::config::Limits;
 use crate::observer::Observer;
 use crate::registry::{Migrations, Offered};
 
-/// What the configuration says that concerns migrations.
+/// These settings are what the configuration says that concerns migrations.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Name of this host, as its peers know it.
+    /// This is the name of this host, as its peers know it.
     pub host: Label,
-    /// Network ports lent to migrations.
+    /// These network ports are lent to migrations.
     pub ports: Vec<PortConfig>,
-    /// TCP port, on each migration port's address, where lanes connect.
+    /// Lanes connect to this TCP port, on each migration port's address.
     pub lane_port: u16,
-    /// Hosts that guests may move to and come from.
+    /// Guests may move to these hosts and come from them.
     pub peers: Vec<PeerConfig>,
-    /// Networks that guests are plugged into.
+    /// Guests are plugged into these networks.
     pub networks: Vec<NetworkConfig>,
-    /// Bounds on migrations.
+    /// These limits bound migrations.
     pub limits: Limits,
 }
 
-/// What every migration of this host works with.
+/// Every migration of this host works with this context.
 pub struct Context {
-    /// What the configuration says.
+    /// This is what the configuration says.
     pub settings: Settings,
-    /// What must be remembered.
+    /// The journal remembers what must survive a crash.
     pub journal: Journal,
-    /// The guests that are here.
+    /// These are the guests that are here.
     pub guests: Rc<Guests>,
-    /// Starts QEMUs for guests that are offered.
+    /// This supervisor starts QEMUs for guests that are offered.
     pub qemu: Rc<qemu::Supervisor>,
-    /// The migrations.
+    /// These are the migrations of this host.
     pub migrations: Rc<Migrations>,
-    /// Where lanes meet their migrations.
+    /// Lanes meet their migrations here.
     pub rendezvous: Rc<Rendezvous>,
-    /// What the ports have carried.
+    /// This counts what the ports have carried.
     pub traffic: Rc<Traffic>,
-    /// Told what is measured.
+    /// The observer hears of everything that is measured.
     pub observer: Rc<dyn Observer>,
-    /// Told how long accesses to missing pages waited.
+    /// This observer hears how long accesses to missing pages waited.
     pub faults: Arc<dyn FaultObserver>,
-    /// Forecasts, by the kind of VMM.
+    /// The forecasts are kept by the kind of VMM.
     predictors: RefCell<HashMap<Label, Rc<RefCell<Predictor>>>>,
 }
 
@@ -91,26 +91,27 @@ impl Context {
         })
     }
 
-    /// Name of this host.
+    /// Returns the name of this host.
     pub fn name(&self) -> &Label {
         &self.settings.host
     }
 
-    /// Bounds on migrations.
+    /// Returns the limits on migrations.
     pub fn limits(&self) -> &Limits {
         &self.settings.limits
     }
 
-    /// A peer by its name.
+    /// Returns the peer of this name.
     pub fn peer(&self, name: &Label) -> Option<&PeerConfig> {
         self.settings.peers.iter().find(|peer| peer.name == *name)
     }
 
-    /// Connects to a peer, and says where lanes of this host come from; `None` if there is no such peer.
+    /// Connects to a peer, and tells it which addresses the lanes of this host come from. Returns `None` if there is no
+    /// such peer.
     ///
     /// # Errors
     ///
-    /// If the peer cannot be reached, or does not want to talk.
+    /// Fails if the peer cannot be reached, or refuses the connection.
     pub async fn connect(&self, peer: &Label) -> Result<Option<Link>, LinkError> {
         let Some(peer) = self.peer(peer) else { return Ok(None) };
         let link = Link::connect(peer.control, self.name(), self.limits().silence).await?;
@@ -119,18 +120,18 @@ impl Context {
         Ok(Some(link))
     }
 
-    /// Takes note of an offer, until what is returned is dropped; `None` if a migration of this identity is under way
-    /// here, or was lately, with whichever peer.
+    /// Takes note of an offer, until the returned value is dropped. Returns `None` if a migration of this identity with
+    /// any peer is under way here, or was lately.
     pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
         if self.journal.knows(&id) { None } else { self.migrations.take_offer(id) }
     }
 
-    /// What is known about pauses of this kind of VMM.
+    /// Returns what is known about pauses of this kind of VMM.
     pub fn predictor(&self, vmm: &Label) -> Rc<RefCell<Predictor>> {
         self.predictors.borrow_mut().entry(vmm.clone()).or_default().clone()
     }
 
-    /// Where lanes may connect on this host: the ports whose addresses it holds.
+    /// Returns the ports on which lanes may connect to this host, which are those whose addresses it has.
     pub fn offered_ports(&self) -> Vec<Port> {
         let up = self.settings.ports.iter().filter(|port| holds(port.address).unwrap_or(false));
         up.map(|port| Port {
@@ -141,20 +142,20 @@ impl Context {
         .collect()
     }
 
-    /// The address of a port, as text; empty if there is no such port.
+    /// Returns the address of a port as text, or an empty text if there is no such port.
     pub fn port_address(&self, name: &Label) -> String {
         let port = self.settings.ports.iter().find(|port| port.name == *name);
         port.map(|port| port.address.to_string()).unwrap_or_default()
     }
 
-    /// The bridges of the configured networks that are there.
+    /// Returns the bridges of the configured networks that are there.
     pub async fn bridges_there(&self) -> BTreeSet<String> {
         let bridges: Vec<_> = self.settings.networks.iter().map(|network| network.bridge.clone()).collect();
         let is_there = |bridge: &String| std::path::Path::new("/sys/class/net").join(bridge).exists();
         task::aside(move || bridges.into_iter().filter(is_there).collect()).await
     }
 
-    /// Why guests on this network cannot run here, if they cannot; `bridges` are there.
+    /// Returns why guests on this network cannot run here, if they cannot. `bridges` are those that are there.
     pub fn network_missing(&self, network: &Label, bridges: &BTreeSet<String>) -> Option<String> {
         let Some(found) = self.settings.networks.iter().find(|found| found.name == *network) else {
             return Some(format!(
@@ -165,7 +166,7 @@ impl Context {
         (!bridges.contains(&found.bridge)).then(missing)
     }
 
-    /// Addresses to announce, by the bridge of their network.
+    /// Returns the Ethernet addresses to announce, by the bridge of their network.
     pub fn bridges_of(&self, nics: &[Nic]) -> BTreeMap<String, Vec<[u8; 6]>> {
         let mut bridges: BTreeMap<String, Vec<[u8; 6]>> = BTreeMap::new();
         for nic in nics {

@@ -1,4 +1,5 @@
-//! The one loop of every migration: an event, what the handover decides about it, and what is done then.
+//! This module has the one loop of every migration: it takes an event, asks the handover what to do about it, and does
+//! that.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -15,25 +16,25 @@ use crate::effects::Effects;
 use crate::machine::Machine;
 use crate::vmm;
 
-/// How often what has not been answered is asked again.
+/// A message that has not been answered is sent again after this time.
 const TICK: Duration = Duration::from_secs(1);
 
-/// What one side of a migration does besides the effects that both have.
+/// A role is what one side of a migration does besides the effects that both have.
 pub trait Role {
-    /// Decides for it.
+    /// The machine decides for this side.
     type Machine: Machine;
 
-    /// Waits for whatever happens next; `None` if it does not concern the handover.
+    /// Waits for what happens next. Returns `None` if that does not concern the handover.
     async fn next_event(&mut self, session: &mut Session<Self::Machine>) -> Option<Event>;
     /// Takes note of an event that the machine is about to hear of.
     async fn before(&mut self, _session: &mut Session<Self::Machine>, _event: Event) {}
-    /// Takes note that the machine has decided; nothing of that is done yet.
+    /// Takes note that the machine has decided, before any of that is done.
     fn decided(&mut self, _session: &mut Session<Self::Machine>) {}
     /// Does what only this side can: copy, pause, serve or report.
     async fn begin(&mut self, session: &mut Session<Self::Machine>, action: Action);
     /// Brings up to date what everyone else sees.
     fn show(&mut self, session: &mut Session<Self::Machine>);
-    /// Whether nothing is left to do.
+    /// Tells whether nothing is left to do.
     fn is_done(&self, session: &Session<Self::Machine>) -> bool {
         session.machine.is_over()
     }
@@ -41,34 +42,34 @@ pub trait Role {
     async fn end(&mut self, _session: &mut Session<Self::Machine>) {}
 }
 
-/// What every side of a migration has.
+/// The state that every side of a migration has.
 pub struct Session<M> {
-    /// Decides.
+    /// The machine decides.
     pub machine: M,
-    /// Does what was decided.
+    /// The effects do what was decided.
     pub effects: Effects,
 }
 
-/// What happened.
+/// An event of any kind that one side of a migration waits for.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time, for a moment")]
 pub enum News<T> {
     /// A message came over the migration's own connection, or that ended.
     Message(Result<Control, LinkError>),
-    /// What the side itself has waited for.
+    /// The side's own work has brought this.
     Own(T),
-    /// Something of which the machine is to hear, if it does.
+    /// The machine is to hear of this event, if it is one.
     Event(Option<Event>),
     /// The operator wants the migration cancelled.
     Cancelled,
-    /// The operator gives up what is missing.
+    /// The operator gives up the guest's missing pages.
     Abandoned,
-    /// A moment has passed.
+    /// A moment has passed in which nothing happened.
     Moment,
 }
 
-/// Works on a migration until nothing is left to do. It begins with `actions`, and then with `events`.
+/// Works on a migration until nothing is left to do. It begins with `actions`, and goes on with `events`.
 ///
-/// All that is logged meanwhile carries the migration's identity, by which the logs of both hosts can be joined.
+/// Everything that is logged meanwhile carries the migration's identity, by which the logs of both hosts can be joined.
 pub async fn drive<R: Role>(
     role: R,
     session: Session<R::Machine>,
@@ -118,7 +119,7 @@ async fn run<R: Role>(
 }
 
 impl<M: Machine> Session<M> {
-    /// Waits for what happens next; `own` is what the side itself waits for. To be awaited again and again.
+    /// Waits for what happens next. `own` is what the side itself waits for. The caller awaits this again and again.
     pub async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
         let mut cancelled = self.effects.handle.cancelled.subscribe();
         let mut abandoned = self.effects.handle.abandoned.subscribe();
@@ -143,8 +144,8 @@ impl<M: Machine> Session<M> {
         }
     }
 
-    /// What a moment that passed is for the machine: the end of all hope, if the guest has begun to run without all of
-    /// its memory and the rest is not there any more.
+    /// Returns what the machine is to hear when a moment has passed: that the guest is lost, if it has begun to run
+    /// without all of its memory and the rest is not there any more.
     pub fn tick(&mut self) -> Event {
         match self.effects.hopeless().filter(|_| self.machine.can_abandon()) {
             Some(reason) => {
@@ -155,7 +156,7 @@ impl<M: Machine> Session<M> {
         }
     }
 
-    /// The migration's own connection is lost, or is of no use any more.
+    /// Notes that the migration's own connection is lost, or is of no use any more.
     pub fn peer_lost(&mut self, reason: impl ToString) -> Event {
         self.effects.blame(reason);
         self.effects.link = None;
@@ -163,7 +164,7 @@ impl<M: Machine> Session<M> {
     }
 }
 
-/// Returns at this time, if there is one.
+/// Returns at this time. If there is none, it never returns.
 pub async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -171,7 +172,7 @@ pub async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// The next message of a link, while there is one.
+/// Returns the next message of a link, while there is one.
 async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
     match link {
         Some(link) => link.receive().await,

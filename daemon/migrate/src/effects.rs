@@ -1,4 +1,5 @@
-//! What is done of what the handover decides: to the VMM, in the journal, and in words to the other host.
+//! The effects are what is done of what the handover decides: to the VMM, in the journal, and in words to the other
+//! host.
 
 mod deadline;
 mod doubt;
@@ -32,63 +33,63 @@ use crate::vmm::{Vmm, VmmNews};
 pub use deadline::Deadline;
 pub use lost::NEVER_WHOLE;
 
-/// What a half acts on: the guest here, the journal, and the other host.
+/// One side of a migration acts through this: on the guest here, the journal, and the other host.
 pub struct Effects {
-    /// What every migration of this host works with.
+    /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
-    /// The migration, as the journal names it.
+    /// This is the migration, as the journal names it.
     pub entry: Entry,
-    /// The guest's VMM.
+    /// This is the guest's VMM.
     pub vmm: Vmm,
-    /// Keeps the guest from taking part in another migration.
+    /// The claim keeps the guest from taking part in another migration.
     pub claim: Option<Claim>,
-    /// The migration's own connection, while it lasts.
+    /// This is the migration's own connection, while it lasts.
     pub link: Option<Link>,
-    /// How others on this host see the migration.
+    /// Through this others on this host see the migration.
     pub handle: Rc<MigrationHandle>,
-    /// What others on this host have for the migration.
+    /// This brings what others on this host have for the migration.
     pub arrivals: Arrivals,
-    /// Where the answer to the word being dealt with goes, if it came another way.
+    /// The answer to the word that is being dealt with goes here, if the word came another way.
     pub reply: Option<oneshot::Sender<Message>>,
-    /// Why things went as they did, for the operator.
+    /// This tells the operator why things went as they did.
     pub reason: Option<String>,
-    /// The VMM was gone before there was a reason.
+    /// If this is true, the VMM was gone before there was a reason.
     gone: bool,
-    /// What of that took how long.
+    /// This is how long the steps took.
     pub times: Times,
-    /// What of the guest's memory is missing here.
+    /// This is what of the guest's memory is missing here.
     pub placing: Option<Arc<PostcopyIncoming>>,
-    /// When the guest's pause must have come to the commit.
+    /// By this time the guest's pause must have come to the commit.
     pub commit_by: Option<Deadline>,
-    /// What the VMM was told and has not answered, because its connection was lost.
+    /// The VMM was told this and has not answered, because its connection was lost.
     unanswered: Option<Action>,
-    /// Since when a VMM whose connection is lost has not answered.
+    /// The VMM whose connection is lost has not answered since this moment.
     unanswered_since: Instant,
-    /// The guest can never be whole here, and its VMM lives.
+    /// If this is a process, the guest can never be whole here, and its VMM lives.
     lost: Option<Rc<Process>>,
-    /// The VMM may have heard that it is to let the guest run here.
+    /// If this is true, the VMM may have heard that it is to let the guest run here.
     told_to_run: bool,
-    /// The migration has started the guest here.
+    /// If this is true, the migration has started the guest here.
     resumed: bool,
-    /// A word is on its way over a connection of its own.
+    /// This is true while a word is on its way over a connection of its own.
     exchanging: Rc<Cell<bool>>,
-    /// What came of the words that were sent so.
+    /// This knows what came of the words that were sent over such connections.
     silence: Rc<Silence>,
 }
 
-/// How long effects took on this host.
+/// These are the times that effects took on this host.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
-    /// Making records durable.
+    /// Making records durable took this long.
     pub journal: Duration,
-    /// Loading the VMM's state.
+    /// Loading the VMM's state took this long.
     pub load: Duration,
-    /// Letting the vCPUs run.
+    /// Letting the vCPUs run took this long.
     pub resume: Duration,
 }
 
 impl Effects {
-    /// For a migration of the guest in `vmm`.
+    /// Makes the effects of a migration of the guest in `vmm`.
     pub fn new(
         context: Rc<Context>,
         entry: Entry,
@@ -96,7 +97,7 @@ impl Effects {
         claim: Option<Claim>,
         (link, (handle, arrivals)): (Option<Link>, (Rc<MigrationHandle>, Arrivals)),
     ) -> Self {
-        // What a daemon before this one told the VMM nobody knows.
+        // What an earlier daemon told the VMM is not known.
         let told_to_run = entry.record == Record::Running;
         Self {
             context,
@@ -122,7 +123,7 @@ impl Effects {
         }
     }
 
-    /// The guest, while its VMM is attached.
+    /// Returns the guest, while its VMM is attached.
     pub fn guest(&self) -> Option<&Rc<Guest>> {
         match &self.vmm {
             Vmm::Attached(guest) => Some(guest),
@@ -130,7 +131,7 @@ impl Effects {
         }
     }
 
-    /// Takes in what happened to the VMM, and says what that means for the half.
+    /// Takes in what happened to the VMM. Returns the event that this is for the machine.
     pub async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
         if std::mem::take(&mut self.gone) {
             self.reason = None;
@@ -163,14 +164,14 @@ impl Effects {
         }
     }
 
-    /// Why the guest's memory here can never be whole, if that is so.
+    /// Returns why the guest's memory here can never be whole, if that is so.
     pub fn hopeless(&self) -> Option<String> {
         let lost = self.guest().and_then(|guest| guest.ram.check().err());
         let broken = || self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
         lost.map(|lost| lost.to_string()).or_else(broken)
     }
 
-    /// The migration is over: the guest is free for another.
+    /// Frees the guest for another migration, since this one is over.
     pub fn release(&mut self) {
         self.claim = None;
         self.arrivals.returns.close();
@@ -180,8 +181,8 @@ impl Effects {
         }
     }
 
-    /// The VMM does not answer since it is gone. What has become of it is about to be known better, and is the
-    /// reason of all that is heard meanwhile.
+    /// Notes that the VMM does not answer because it is gone. Its fate is about to be known better, and is the reason
+    /// of everything that fails meanwhile.
     pub fn note_gone(&mut self) {
         self.gone |= self.reason.is_none();
     }
@@ -191,8 +192,8 @@ impl Effects {
         self.reason.get_or_insert_with(|| reason.to_string());
     }
 
-    /// Does what `machine` said, tells it what came of that, and so on until nothing is left to do.
-    /// Returns what only the half's own task can do: copy, pause, serve and report.
+    /// Does what `machine` said, reports the result to it, and so on until nothing is left to do. Returns what only the
+    /// role's own task can do: copy, pause, serve and report.
     pub async fn apply(&mut self, machine: &mut impl Machine, actions: Vec<Action>) -> Vec<Action> {
         let mut left = Vec::new();
         let mut actions = VecDeque::from(actions);
@@ -234,7 +235,7 @@ impl Effects {
             }
             Action::Relinquish | Action::Resume | Action::Discard => return self.tell_vmm(action).await,
             Action::Copy | Action::Pause | Action::Serve | Action::Report(_) => {
-                unreachable!("these are left to the half that has them")
+                unreachable!("these are left to the role that has them")
             }
         }
         None
@@ -309,7 +310,7 @@ impl Effects {
         Some(done)
     }
 
-    /// The guest runs here, with all of its memory or without.
+    /// Returns the event that the guest runs here, with all of its memory or without.
     fn resumed(&self) -> Event {
         match &self.placing {
             Some(placing) if placing.remaining() > 0 => Event::ResumedIncomplete,
@@ -317,7 +318,7 @@ impl Effects {
         }
     }
 
-    /// All of the guest's memory is here.
+    /// Notes that all of the guest's memory is here.
     pub async fn whole(&mut self) {
         self.entry.fetching = false;
         if self.entry.record == Record::Running
@@ -328,8 +329,8 @@ impl Effects {
         }
     }
 
-    /// Tells the switches that a guest is here, before it can speak by itself: at the destination,
-    /// and at a source that takes it back from one that may have told them already.
+    /// Tells the switches that a guest is here, before it can send frames by itself: at the destination, and at a
+    /// source that takes it back from a destination that may have announced it already.
     async fn announce(&self, guest: &Guest) {
         let arrives = self.handle.progress.borrow().role == Role::Destination;
         if arrives || self.entry.record == Record::TakenBack {
@@ -340,14 +341,14 @@ impl Effects {
         }
     }
 
-    /// The guest runs here: since when, if its VMM told that.
+    /// Notes that the guest runs here, and since when, if its VMM reported that.
     fn note_running(&self, since: Option<Duration>) {
         let since = since.map_or_else(unix_seconds, |since| since.as_secs_f64());
         self.handle.update(|progress| progress.resumed_at_seconds = Some(since));
     }
 
-    /// The VMM is told again when it is back; only whether it relinquished is not worth waiting
-    /// for, since a VMM that has not resumes by itself.
+    /// Remembers to tell the VMM again when it is back. Only whether it relinquished the guest is not worth waiting
+    /// for, since a VMM that has not done so resumes by itself.
     fn leave_unanswered(&mut self, action: Action) -> Option<Event> {
         if action == Action::Relinquish {
             return Some(Event::Failed);

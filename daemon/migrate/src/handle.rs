@@ -1,4 +1,4 @@
-//! A migration, as everyone else on this host sees it.
+//! Everyone else on this host sees a migration through its handle.
 
 use std::rc::Rc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -17,70 +17,70 @@ use crate::progress::{Outcome, Phase, Progress, Role};
 
 /// A migration as everyone else on this host sees it.
 pub struct MigrationHandle {
-    /// Its identity.
+    /// This is the migration's identity.
     pub id: MigrationId,
-    /// The guest.
+    /// This is the guest's name.
     pub guest: Label,
-    /// The other host.
+    /// This is the other host.
     pub peer: Label,
-    /// How it stands; the outcome is set last.
+    /// This is how the migration stands. The outcome is set last.
     pub progress: watch::Sender<Progress>,
-    /// True once the operator wants it cancelled.
+    /// This becomes true when the operator wants it cancelled.
     pub cancelled: watch::Sender<bool>,
-    /// Whether cancelling would still be heeded.
+    /// This tells whether cancelling would have an effect now.
     pub cancellable: std::cell::Cell<bool>,
-    /// Words of the handover that came over another connection than the migration's own.
+    /// This takes words of the handover that came over another connection than the migration's own.
     pub words: mpsc::Sender<Word>,
-    /// The guest's VMM, when it attaches again.
+    /// This takes the guest, when its VMM attaches again.
     pub returns: mpsc::Sender<Returned>,
-    /// Connections over which the source offers to serve what is missing here.
+    /// This takes connections over which the source offers to serve what is missing here.
     pub links: mpsc::Sender<Link>,
-    /// True once the operator has given up what is missing.
+    /// This becomes true when the operator has given up what is missing.
     pub abandoned: watch::Sender<bool>,
-    /// Whether that would be heeded.
+    /// This tells whether giving up would have an effect now.
     pub abandonable: std::cell::Cell<bool>,
-    /// What the operator decides about a guest in doubt.
+    /// This takes what the operator decides about a guest in doubt.
     pub resolutions: mpsc::Sender<Resolution>,
-    /// Whether that would be heeded.
+    /// This tells whether such a decision would have an effect now.
     pub resolvable: std::cell::Cell<bool>,
-    /// The process of the guest's VMM.
+    /// This is the process of the guest's VMM.
     pub vmm: VmmIdentity,
-    /// What the guest is made of; 0 if it is not known.
+    /// This is a digest of what the guest is made of; 0 means that it is not known.
     pub shape: u64,
     started: Instant,
     observer: Rc<dyn Observer>,
 }
 
-/// Where a migration receives what others on this host have for it.
+/// A migration receives here what others on this host have for it.
 pub struct Arrivals {
-    /// See [`MigrationHandle::words`].
+    /// This receives what is sent to [`MigrationHandle::words`].
     pub words: mpsc::Receiver<Word>,
-    /// See [`MigrationHandle::returns`].
+    /// This receives what is sent to [`MigrationHandle::returns`].
     pub returns: mpsc::Receiver<Returned>,
-    /// See [`MigrationHandle::links`]; only a destination listens to it.
+    /// This receives what is sent to [`MigrationHandle::links`]. Only a destination listens to it.
     pub links: Option<mpsc::Receiver<Link>>,
-    /// See [`MigrationHandle::resolutions`].
+    /// This receives what is sent to [`MigrationHandle::resolutions`].
     pub resolutions: mpsc::Receiver<Resolution>,
 }
 
 /// A guest whose VMM has attached again.
 pub struct Returned {
-    /// The guest.
+    /// This is the guest.
     pub guest: Rc<Guest>,
-    /// The migration's claim on it, unless that is over.
+    /// This is the migration's claim on it, unless the migration is over.
     pub claim: Option<Claim>,
 }
 
 /// A word of the handover that came over a connection of its own, and where the answer goes.
 pub struct Word {
-    /// The word.
+    /// This is the word.
     pub message: Message,
-    /// Takes the answer; dropped where there is none.
+    /// This takes the answer. It is dropped where there is none.
     pub reply: oneshot::Sender<Message>,
 }
 
 impl MigrationHandle {
-    /// For a migration that begins now, together with what arrives for it.
+    /// Makes the handle of a migration that begins now, and the receivers of what arrives for it.
     pub fn new(entry: &Entry, here: &Label, role: Role, observer: Rc<dyn Observer>) -> (Rc<Self>, Arrivals) {
         const WAITING: usize = 4;
         let Entry { migration: id, guest, peer, vmm, shape, .. } = entry;
@@ -138,7 +138,7 @@ impl MigrationHandle {
         .find_map(|(holds, otherwise)| (!holds).then_some(otherwise))
     }
 
-    /// Changes what everyone sees.
+    /// Changes the progress that everyone sees.
     pub fn update(&self, change: impl FnOnce(&mut Progress)) {
         self.progress.send_modify(|progress| {
             progress.total_seconds = self.started.elapsed().as_secs_f64();
@@ -146,7 +146,7 @@ impl MigrationHandle {
         });
     }
 
-    /// The last change.
+    /// Makes the last change of the progress, which sets the outcome.
     pub fn end(&self, outcome: Outcome, reason: Option<String>, guest_runs_at: Option<String>) {
         self.observer.measured(Measurement::Ended(outcome));
         self.cancellable.set(false);
@@ -161,18 +161,18 @@ impl MigrationHandle {
         });
     }
 
-    /// Whether its half still works on it.
+    /// Tells whether the migration's task works on it.
     pub fn is_live(&self) -> bool {
         !self.words.is_closed()
     }
 
-    /// Whether it has ended, as far as the operator is concerned.
+    /// Tells whether it has ended, as far as the operator is concerned.
     pub fn is_over(&self) -> bool {
         self.progress.borrow().outcome.is_some()
     }
 }
 
-/// Now, in seconds of Unix time.
+/// Returns the present time in seconds of Unix time.
 pub fn unix_seconds() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }

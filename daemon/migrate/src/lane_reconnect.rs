@@ -1,7 +1,7 @@
-//! Opening lanes again on ports that have lost them.
+//! This module opens lanes again on ports that have lost them.
 //!
-//! A port that was lost is tried again and again, ever more rarely, for as long as there is something to
-//! send; so is one that could not be reached to begin with.
+//! A port that was lost is tried again and again, ever more rarely, for as long as there is something to send. So is a
+//! port that could not be reached to begin with.
 
 use std::time::{Duration, Instant};
 
@@ -13,42 +13,43 @@ use tracing::{debug, info};
 use crate::lanes::LaneEnd;
 use crate::routes::{Route, Routes};
 
-/// How long a port is left alone when it has lost a lane.
+/// A port that has lost a lane is left alone for this long.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// It doubles with every try, up to this.
+/// The pause doubles with every try, up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
-/// A lane that lasted so long was worth opening: the pauses begin anew.
+/// A lane that lasted this long was worth opening, and the pauses begin anew.
 const STEADY: Duration = Duration::from_secs(10);
-/// How often it is looked which ports lack a lane.
+/// The ports that lack a lane are looked for in these intervals.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Opens lanes where they are missing.
 pub struct LaneReconnector {
     routes: Routes,
-    /// One for each route.
+    /// There is one for each route.
     tries: Vec<Tries>,
     opening: JoinSet<(usize, Result<LaneEnd, OpenError>)>,
     look_at: Instant,
 }
 
-/// How one route was tried.
+/// These are the tries on one route.
 #[derive(Debug)]
 struct Tries {
     pause: Duration,
-    /// When it is to be tried again; `None` while nothing is missing.
+    /// The route is to be tried again at this time. It is `None` while nothing is missing.
     due: Option<Instant>,
     opened: Option<Instant>,
     under_way: bool,
 }
 
 impl LaneReconnector {
-    /// For lanes on `routes`.
+    /// Makes a reconnector for lanes on `routes`.
     pub fn new(routes: Routes) -> Self {
         let tries = routes.all().iter().map(|_| Tries::new()).collect();
         Self { routes, tries, opening: JoinSet::new(), look_at: Instant::now() }
     }
 
-    /// The next lane that could be opened on a route where one `is_missing`. To be awaited again and again.
+    /// Returns the next lane that could be opened on a route where one `is_missing`. The caller awaits this again and
+    /// again.
     pub async fn next(&mut self, is_missing: impl Fn(&Route) -> bool) -> LaneEnd {
         loop {
             if self.look_at <= Instant::now() {
@@ -91,7 +92,7 @@ impl Tries {
         Self { pause: FIRST_PAUSE, due: None, opened: None, under_way: false }
     }
 
-    /// Whether to try now.
+    /// Tells whether to try now.
     fn is_due(&mut self, missing: bool, now: Instant) -> bool {
         if self.under_way {
             return false;
@@ -106,7 +107,7 @@ impl Tries {
         *self.due.get_or_insert(now + self.pause) <= now
     }
 
-    /// A try has ended.
+    /// Notes that a try has ended.
     fn note(&mut self, opened: bool, now: Instant) {
         (self.under_way, self.due) = (false, None);
         self.pause = (2 * self.pause).min(LONGEST_PAUSE);

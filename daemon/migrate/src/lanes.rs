@@ -1,4 +1,4 @@
-//! The lanes of one migration: their threads, and what they have done so far.
+//! This module has the lanes of one migration: their threads, and what they have done so far.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -21,16 +21,16 @@ use crate::context::Context;
 use crate::observer::{Measurement, Observer};
 use crate::progress::{Lane as LaneView, LaneState, Progress};
 
-/// Lanes of one migration at one end. Dropping them ends their connections.
+/// The lanes of one migration at one end. Dropping them ends their connections.
 ///
-/// A lane that begins on a port takes the place of one that was lost there, and goes on counting
-/// where that had come to.
+/// A lane that begins on a port takes the place of one that was lost there, and goes on counting from where that one
+/// had come to.
 pub struct Lanes {
     lanes: Vec<Lane>,
     running: watch::Sender<usize>,
-    /// Numbers of lanes that no connection may bring back.
+    /// Lanes of these numbers are closed for good: no connection may bring them back.
     closed: BTreeSet<u16>,
-    /// When the rates were looked at last.
+    /// The rates were last measured at this moment.
     measured: Instant,
     observer: Rc<dyn Observer>,
     traffic: Rc<Traffic>,
@@ -44,36 +44,36 @@ struct Lane {
     remote: SocketAddr,
     socket: Arc<OwnedFd>,
     stats: Arc<LaneStats>,
-    /// It carries nothing but what somebody waits for.
+    /// If this is true, the lane carries only pages that an access waits for.
     answers: bool,
-    /// What lanes had done that were in this place before.
+    /// This is what the lanes did that were in this place before.
     past: Totals,
-    /// How often such a lane was lost,
+    /// Lanes in this place were lost this many times.
     losses: u32,
-    /// and how many of these losses, with the lane's own, have been told.
+    /// This many of the losses, with the loss of the lane itself, have been reported to the observer.
     counted_losses: u32,
-    /// What has been told already.
+    /// This has been reported to the observer.
     counted: Totals,
-    /// Bytes when the rates were looked at last.
+    /// The lane had carried this many bytes when the rates were last measured.
     measured_bytes: u64,
     rate: f64,
 }
 
 /// One end of a lane's connection.
 pub struct LaneEnd {
-    /// The port of this host.
+    /// This is the port of this host.
     pub port: Label,
-    /// Number of the lane.
+    /// This is the number of the lane.
     pub number: u16,
-    /// The address here.
+    /// This is the address here.
     pub local: String,
-    /// The address there.
+    /// This is the address there.
     pub remote: SocketAddr,
-    /// The connection.
+    /// This is the connected socket.
     pub socket: OwnedFd,
 }
 
-/// A bell that lanes ring, and where it is heard.
+/// Returns a bell that lanes ring, and its other end, where it is heard.
 pub fn bell() -> (Arc<Notify>, Bell) {
     let heard = Arc::new(Notify::new());
     let ring = heard.clone();
@@ -81,12 +81,12 @@ pub fn bell() -> (Arc<Notify>, Bell) {
 }
 
 impl Lanes {
-    /// No lanes yet.
+    /// Makes an empty set of lanes.
     pub fn new(context: &Context) -> Self {
         Self::telling(context.observer.clone(), context.traffic.clone())
     }
 
-    /// No lanes yet; what they carry is told to `observer` and added to `traffic`.
+    /// Makes an empty set of lanes. What they carry is reported to `observer` and added to `traffic`.
     fn telling(observer: Rc<dyn Observer>, traffic: Rc<Traffic>) -> Self {
         let (lanes, running, closed) = (Vec::new(), watch::Sender::new(0), BTreeSet::new());
         Self { lanes, running, closed, measured: Instant::now(), observer, traffic }
@@ -107,8 +107,7 @@ impl Lanes {
         });
     }
 
-    /// Starts a lane that receives into `inbound`; not if its number has been
-    /// [closed](Self::close_lane).
+    /// Starts a lane that receives into `inbound`. Does nothing if its number has been [closed](Self::close_lane).
     pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<ReceiveState>) {
         if self.closed.contains(&end.number) {
             return;
@@ -120,7 +119,7 @@ impl Lanes {
         });
     }
 
-    /// Starts a lane that answers what a guest at the destination waits for, from `outbound`.
+    /// Starts a lane that sends, from `outbound`, the pages that a guest at the destination waits for.
     pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let outbound = outbound.clone();
         self.start(end, true, move |stats, socket| match PageServer::new(outbound, stats, socket, silence) {
@@ -146,7 +145,7 @@ impl Lanes {
             let error = work(thread_stats, thread_socket);
             let lost = !matches!(error, LaneError::HungUp);
             ending.stats.lost.store(lost, Ordering::Release);
-            // Before the log, which may be slow: a guest that stands still may wait for this.
+            // Before the log, which may be slow: a paused guest may wait for this.
             drop(ending);
             match lost {
                 true => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
@@ -187,8 +186,7 @@ impl Lanes {
         }
     }
 
-    /// Ends all connections at once; what it returns is done when no thread touches guest
-    /// memory any more.
+    /// Ends all connections at once. The returned future is done when no thread touches guest memory any more.
     pub fn close(&self) -> impl Future<Output = ()> + use<> {
         self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
         let mut running = self.running.subscribe();
@@ -198,8 +196,8 @@ impl Lanes {
         }
     }
 
-    /// Ends the connection of lane number `number`, for good; what it returns is done when that
-    /// lane's thread touches guest memory no more. At once if there is no such lane.
+    /// Ends the connection of lane number `number`, for good. The returned future is done when that lane's thread
+    /// touches guest memory no more, which is at once if there is no such lane.
     pub fn close_lane(&mut self, number: u16) -> impl Future<Output = ()> + use<> {
         self.closed.insert(number);
         let lanes = self.lanes.iter().filter(|lane| lane.number == number);
@@ -217,55 +215,55 @@ impl Lanes {
         }
     }
 
-    /// Whether every lane has ended.
+    /// Tells whether every lane has ended.
     pub fn all_ended(&self) -> bool {
         self.running() == 0
     }
 
-    /// Lanes that have not ended.
+    /// Returns how many lanes have not ended.
     pub fn running(&self) -> usize {
         *self.running.borrow()
     }
 
-    /// Whether lane number `number` has ended.
+    /// Tells whether lane number `number` has ended.
     pub fn has_ended(&self, number: u16) -> bool {
         let mut lanes = self.lanes.iter().filter(|lane| lane.number == number);
         lanes.all(|lane| lane.stats.ended.load(Ordering::Acquire))
     }
 
-    /// Lanes for whatever there is to send on `port` that have not ended.
+    /// Returns how many lanes on `port` have not ended, without those that carry only pages that an access waits for.
     pub fn running_on(&self, port: &Label) -> usize {
         self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
     }
 
-    /// The longest round trip of lanes that have not ended, as far as they know; zero if none does.
+    /// Returns the longest round trip of lanes that have not ended, as far as they know, or zero if none knows.
     pub fn round_trip(&self) -> Duration {
         let running = self.lanes.iter().filter(|lane| !lane.is_over());
         let longest = running.map(|lane| lane.stats.round_trip_us.load(Ordering::Relaxed)).max();
         Duration::from_micros(longest.unwrap_or_default())
     }
 
-    /// Bytes of pages acknowledged so far, over all lanes.
+    /// Returns the bytes of pages that were acknowledged so far, over all lanes.
     pub fn acked_bytes(&self) -> u64 {
         self.totals().acked_bytes
     }
 
-    /// Bytes on the wire so far, over all lanes.
+    /// Returns the bytes on the wire so far, over all lanes.
     pub fn wire_bytes(&self) -> u64 {
         self.totals().wire_bytes
     }
 
-    /// Pages that have travelled so far, as bytes or as descriptors.
+    /// Returns how many pages have travelled so far, as bytes or as descriptors.
     pub fn pages(&self) -> u64 {
         self.data_pages() + self.zero_pages()
     }
 
-    /// Pages that have travelled so far with their contents.
+    /// Returns how many pages have travelled so far with their contents.
     pub fn data_pages(&self) -> u64 {
         self.totals().data_pages
     }
 
-    /// Pages that have travelled so far as descriptors.
+    /// Returns how many pages have travelled so far as descriptors.
     pub fn zero_pages(&self) -> u64 {
         self.totals().zero_pages
     }
@@ -274,7 +272,7 @@ impl Lanes {
         self.lanes.iter().map(Lane::totals).fold(Totals::default(), Totals::add)
     }
 
-    /// Brings rates up to date, and tells what is new; `sending` tells which way the bytes go.
+    /// Brings rates up to date, and reports what is new. `sending` says which way the bytes go.
     pub fn measure(&mut self, sending: bool) {
         let elapsed = self.measured.elapsed().as_secs_f64();
         if elapsed >= 0.2 {
@@ -286,7 +284,7 @@ impl Lanes {
         }
     }
 
-    /// Shows the lanes.
+    /// Shows the lanes in the progress.
     pub fn show(&self, progress: &mut Progress) {
         progress.bytes_sent = self.wire_bytes();
         progress.pages_sent = self.data_pages();
@@ -303,7 +301,7 @@ impl Drop for Lanes {
     }
 }
 
-/// Says that a lane has ended, even if its thread panics or cannot be started.
+/// Notes that a lane has ended, even if its thread panics or cannot be started.
 struct Ending {
     stats: Arc<LaneStats>,
     running: watch::Sender<usize>,
@@ -336,7 +334,7 @@ impl Lane {
         info!(port = %self.port, lane = self.number, remote = %self.remote, "the port has a lane again");
     }
 
-    /// What this lane has done, and those that were in its place before.
+    /// Returns what this lane has done, together with those that were in its place before.
     fn totals(&self) -> Totals {
         self.past + self.stats.totals()
     }
@@ -373,7 +371,7 @@ impl Lane {
         self.rate = (bytes - before) as f64 / seconds;
     }
 
-    /// Tells what is new.
+    /// Reports what is new.
     fn count(&mut self, sending: bool, observer: &dyn Observer, traffic: &Traffic) {
         let now = self.totals();
         let fresh = now - std::mem::replace(&mut self.counted, now);

@@ -1,9 +1,10 @@
-//! The engine: moves a guest from one host to another.
+//! The engine moves a guest from one host to another.
 //!
 //! [`Supervisor`] takes orders and offers, and is asked about each VMM that attaches. `source` and `destination` are
 //! the two sides of a migration. One loop (`drive`) takes their events to the handover (`memlane_protocol`), which
-//! decides, and does what it says (`effects`). [`preflight`] is what is found out before anything moves, and `recover` what is taken
-//! up after a restart. [`Progress`] tells everyone else how a migration stands, and an [`Observer`] what was measured.
+//! decides, and does what it says (`effects`). [`preflight`] finds out what can be known before anything moves, and
+//! `recover` takes migrations up after a restart. [`Progress`] tells everyone else how a migration stands, and an
+//! [`Observer`] hears what was measured.
 
 #![forbid(unsafe_code)]
 

@@ -1,18 +1,18 @@
-//! The two sides of the handover, as far as the engine treats them alike.
+//! The engine treats the two sides of the handover alike, through this trait.
 
 use memlane_protocol::handover::{Action, Destination, Event, Source};
 
-/// One side of the handover: decides, and does nothing.
+/// One side of the handover, which decides and does nothing.
 pub trait Machine {
-    /// Takes an event and says what to do.
+    /// Takes an event. Returns what to do.
     fn on(&mut self, event: Event) -> Vec<Action>;
-    /// Whether nothing is left to do.
+    /// Tells whether nothing is left to do.
     fn is_over(&self) -> bool;
-    /// Whether cancelling would be heeded.
+    /// Tells whether cancelling would have an effect now.
     fn can_cancel(&self) -> bool;
-    /// Whether an operator may give up the guest's missing pages.
+    /// Tells whether an operator may give up the guest's missing pages.
     fn can_abandon(&self) -> bool;
-    /// Whether the guest is in doubt, so that an operator may decide.
+    /// Tells whether the guest is in doubt, so that an operator may decide.
     fn can_resolve(&self) -> bool;
 }
 

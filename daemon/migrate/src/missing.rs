@@ -1,5 +1,5 @@
-//! Telling the other host which pages are missing at the destination: by words, since what was written last
-//! may lie in single pages, and much of this happens while the guest stands still.
+//! This module tells the other host which pages are missing at the destination. It does so by words of a bitmap, since
+//! what was written last may lie in single pages, and much of this happens in the guest's pause.
 
 use std::ops::Range;
 
@@ -7,12 +7,12 @@ use memlane_lane::SendState;
 use memlane_protocol::wire::control::{MAX_WORDS, Missing};
 use memlane_protocol::{PAGE_SIZE, PageSet};
 
-/// Pages under one word.
+/// A word covers this many pages.
 const WORD: u64 = 64;
-/// Words of nothing that are sent along rather than begun anew after.
+/// Up to this many words of zero are sent along; after more of them a new message begins.
 const GAP: u64 = 8;
 
-/// The pages of `set` as messages, of which the last one says so; at least one.
+/// Returns the pages of `set` as messages, at least one. The last one says that it is the last.
 pub fn tell(set: &PageSet) -> Vec<Missing> {
     let mut messages: Vec<Missing> = Vec::new();
     for (word, bits) in set.words(0..set.pages()) {
@@ -84,7 +84,7 @@ fn check(missing: &Missing, pages: u64) -> Result<(), NoSuchPage> {
     Err(NoSuchPage { page: end - 1, pages })
 }
 
-/// Whether a word may be added to a message.
+/// Tells whether a word may be added to a message.
 fn fits(message: &Missing, word: u64) -> bool {
     let first = message.first / WORD;
     let end = first + message.words.len() as u64;

@@ -1,4 +1,4 @@
-//! What the engine measures, for whoever keeps metrics.
+//! The engine reports what it measures to an observer, which may keep metrics of it.
 
 use std::time::Duration;
 
@@ -9,77 +9,78 @@ use memlane_protocol::wire::control::FetchReport;
 
 use crate::progress::Outcome;
 
-/// Told what the engine measures, on the control thread. What is under way it sees in the migrations' progress.
+/// An observer hears what the engine measures, on the control thread. What is under way it sees in the migrations'
+/// progress.
 pub trait Observer {
     /// Takes note of a measurement.
     fn measured(&self, measurement: Measurement<'_>);
-    /// Takes note that a guest was announced with one frame. Called on a thread of its own.
+    /// Returns what notes that a guest was announced with one frame. That is called on a thread of its own.
     fn announced(&self) -> fn();
 }
 
 /// One thing that was measured.
 #[derive(Clone, Copy, Debug)]
 pub enum Measurement<'m> {
-    /// A migration ended so on this host.
+    /// A migration ended on this host with this outcome.
     Ended(Outcome),
-    /// An order or an offer was refused, in this respect.
+    /// An order or an offer was refused for this reason, one word.
     Refused(&'static str),
-    /// Pages were told as holes, without being read.
+    /// Pages were sent as holes, without being read.
     Holes {
-        /// How many.
+        /// It was this many pages.
         pages: u64,
     },
     /// A lane has carried more.
     Carried {
-        /// Its port.
+        /// This is the lane's port.
         port: &'m Label,
-        /// Whether the lane sends.
+        /// This tells whether the lane sends.
         sending: bool,
-        /// How much more.
+        /// The lane has carried this much more.
         fresh: Totals,
     },
     /// Lanes that sent over this port were lost.
     LanesLost {
-        /// The port.
+        /// This is the port.
         port: &'m Label,
-        /// How many.
+        /// It was this many lanes.
         lanes: u32,
     },
     /// A port has a lane again that it had lost.
     LaneReopened {
-        /// The port.
+        /// This is the port.
         port: &'m Label,
     },
     /// An iteration of pre-copy ended.
     Iteration {
-        /// How long it took.
+        /// The iteration took this long.
         took: Duration,
-        /// Pages that the guest wrote meanwhile.
+        /// The guest wrote this many pages meanwhile.
         dirtied_pages: u64,
     },
-    /// Tracking of a guest's writes began, which took so long.
+    /// Tracking of a guest's writes began, which took this long.
     TrackingStarted(Duration),
-    /// A guest stood still.
+    /// A guest was paused and runs again.
     Downtime {
-        /// For so long,
+        /// It was paused for this long.
         actual: Duration,
-        /// and was expected to for so long.
+        /// The pause was predicted to take this long.
         predicted: Duration,
     },
-    /// A guest's writes are held up from now on, which took so long to begin.
+    /// A guest's writes are held up from now on, which took this long to begin.
     StunBegan(Duration),
     /// A stun went on.
     Stunned {
-        /// How it stood when it was told last.
+        /// This is how it stood at the last report.
         before: &'m StunReport,
-        /// How it stands.
+        /// This is how it stands now.
         now: &'m StunReport,
     },
     /// Fetching went on.
     Fetched {
-        /// How it stood when it was told last.
+        /// This is how it stood at the last report.
         before: &'m FetchReport,
-        /// How it stands.
+        /// This is how it stands now.
         now: &'m FetchReport,
     },
 }

@@ -1,4 +1,4 @@
-//! What is found out before anything moves, on both hosts.
+//! The preflight finds out on both hosts what can be known before anything moves.
 
 mod findings;
 mod launch;
@@ -24,53 +24,53 @@ use crate::routes::{Route, Routes};
 pub use findings::{Estimate, Finding, PortCheck, Severity};
 pub use receive::{receive, release};
 
-/// Longest wait for the destination's answer to an offer: it may have to start a VMM first.
+/// The destination's answer to an offer may take this long: it may have to start a VMM first.
 const ANSWER: Duration = Duration::from_secs(90);
 
-/// What a migration needs to begin.
+/// A plan is what a migration needs to begin.
 pub struct Plan {
-    /// To the destination, which has accepted.
+    /// This link goes to the destination, which has accepted.
     pub link: Link,
-    /// Lanes, connected.
+    /// These lanes are connected.
     pub lanes: Vec<LaneEnd>,
-    /// Where more can be opened.
+    /// More lanes can be opened on these routes.
     pub routes: Routes,
-    /// Round trip between the ports.
+    /// This is the round trip between the ports.
     pub round_trip: Duration,
 }
 
 /// What the preflight found.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// In the order in which they were looked at.
+    /// These are the findings, in the order in which they were looked at.
     pub findings: Vec<Finding>,
-    /// Pairs of ports.
+    /// These are the pairs of ports.
     pub ports: Vec<PortCheck>,
-    /// How long it would take.
+    /// This is what the move would take.
     pub estimate: Estimate,
 }
 
-/// An order, as the preflight needs it.
+/// The part of an order that the preflight needs.
 #[derive(Clone, Copy)]
 pub struct Request {
-    /// Names the migration.
+    /// This identifies the migration.
     pub migration: MigrationId,
-    /// Only look.
+    /// If this is true, nothing is prepared for a move.
     pub check_only: bool,
-    /// Bits per second that the ports must promise.
+    /// The ports must promise this many bits per second.
     pub min_bandwidth: u64,
 }
 
 /// A pair of ports that lanes can use.
 pub struct Pair {
-    /// The ports of this host and of the destination.
+    /// This has the ports of this host and of the destination.
     pub route: Route,
-    /// Round trip between them.
+    /// This is the round trip between them.
     pub round_trip: Duration,
 }
 
-/// Asks the destination, tries the ports, and opens the lanes unless this is only a check.
-/// `None` if something in `findings` forbids the move.
+/// Asks the destination, tries the ports, and opens the lanes unless this is only a check. Returns `None` if something
+/// in `findings` forbids the move.
 pub async fn send(
     context: &Rc<Context>,
     guest: &Guest,
@@ -103,12 +103,12 @@ pub async fn send(
 }
 
 impl Findings {
-    /// Whether something forbids the move.
+    /// Tells whether something forbids the move.
     pub fn refused(&self) -> bool {
         self.findings.iter().any(|finding| finding.severity == Severity::Refused)
     }
 
-    /// All that forbids the move, as one text.
+    /// Returns everything that forbids the move, as one text.
     pub fn reasons(&self) -> String {
         let refused = self.findings.iter().filter(|finding| finding.severity == Severity::Refused);
         let texts: Vec<String> = refused
@@ -126,7 +126,7 @@ impl Findings {
     }
 }
 
-/// What is in the way on this host.
+/// Finds what prevents the move on this host.
 async fn look_at_source(guest: &Guest, findings: &mut Findings) {
     if let Err(lost) = guest.ram.check() {
         findings.add(Severity::Refused, "memory", lost.to_string(), Some("start the guest anew"));
@@ -150,7 +150,7 @@ fn estimate(guest: &Guest) -> Estimate {
     }
 }
 
-/// Offers the guest.
+/// Offers the guest to the destination.
 async fn ask(
     context: &Rc<Context>,
     peer: &memlane_protocol::wire::Label,
@@ -263,7 +263,7 @@ pub async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Fi
     pairs
 }
 
-/// The ports must promise what is asked, as far as their speeds are known.
+/// Checks that the ports promise what is asked, as far as their speeds are known.
 async fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Findings) {
     let ports: Vec<_> = pairs.iter().map(|pair| pair.route.port.clone()).collect();
     let total = task::aside(move || ports.iter().map(speed).sum::<Option<u64>>()).await;
@@ -285,7 +285,8 @@ async fn judge_bandwidth(pairs: &[Pair], min_bandwidth: u64, findings: &mut Find
     }
 }
 
-/// Speed of a port in bits per second: as configured, or as its interface says, which may have to be waited for.
+/// Returns the speed of a port in bits per second, as configured or as its interface says. Asking the interface may
+/// block.
 pub fn speed(port: &PortConfig) -> Option<u64> {
     let reported = || port.interface.as_deref().and_then(|interface| port::interface_state(interface).1);
     port.speed.map(|speed| speed.0).or_else(reported)

@@ -1,118 +1,120 @@
-//! How a migration stands, for everyone else on this host.
+//! The progress of a migration tells everyone else on this host how it stands.
 
 use std::fmt;
 
 use memlane_protocol::wire::control::FetchReport;
 
-/// One migration, under way or ended.
+/// A migration that is under way or has ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
-    /// Identity, the same on both hosts.
+    /// This is the migration's identity, which is the same on both hosts.
     pub id: String,
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub guest: String,
-    /// Name of the destination.
+    /// This is the name of the destination.
     pub host: String,
-    /// Which half of it this daemon does.
+    /// This is the side of it that this daemon does.
     pub role: Role,
-    /// What is being done now.
+    /// This is being done now.
     pub phase: Phase,
-    /// How it ended; `null` while it is under way.
+    /// This is how it ended. It is `None` while it is under way.
     pub outcome: Option<Outcome>,
-    /// Why it ended so, or what it waits for.
+    /// This is why it ended so, or what it waits for.
     pub reason: Option<String>,
-    /// Name of the host where the guest runs; `null` while it stands still, or that is not known.
+    /// The guest runs on this host. It is `None` while the guest is paused, or while that is not known.
     pub guest_runs_at: Option<String>,
-    /// Since when it is not known whose the guest is, as far as this daemon has waited, in seconds since
-    /// 1970-01-01T00:00:00Z; `null` while that is known.
+    /// Since this time it is not known which host owns the guest, as far as this daemon has waited, in seconds since
+    /// 1970-01-01T00:00:00Z. It is `None` while that is known.
     pub in_doubt_since_unix_seconds: Option<f64>,
-    /// What a migration that is in doubt, or was taken up after a restart, waits for; `null` if for nothing.
+    /// A migration that is in doubt, or was taken up after a restart, waits for this. It is `None` if it waits for
+    /// nothing.
     pub waits_for: Option<String>,
-    /// The last decision on how to go on, and the figures that it was made from.
+    /// This is the last decision on how to go on, and the figures that it was made from.
     pub decision: Option<String>,
-    /// When the order was taken, in seconds since 1970-01-01T00:00:00Z.
+    /// The order was taken at this time, in seconds since 1970-01-01T00:00:00Z.
     pub started_at_unix_seconds: f64,
-    /// From the order to the end, or until now.
+    /// This is the time from the order to the end, or until now.
     pub total_seconds: f64,
-    /// Longest pause allowed.
+    /// The pause may take this long.
     pub downtime_limit_seconds: f64,
-    /// From the guest's last instruction at the source to its first at the destination, as
-    /// measured between the daemons.
+    /// This is the time from the guest's last instruction at the source to its first at the destination, as measured
+    /// between the daemons.
     pub downtime_seconds: Option<f64>,
-    /// When the guest's last vCPU stood still at the source, as its VMM tells it, in seconds since
+    /// The guest's last vCPU stopped at the source at this time, as its VMM tells it, in seconds since
     /// 1970-01-01T00:00:00Z by the source's clock.
     pub stopped_at_seconds: Option<f64>,
-    /// When the guest ran again at the destination, as its VMM tells it, by the destination's clock.
+    /// The guest ran again at the destination at this time, as its VMM tells it, by the destination's clock.
     pub resumed_at_seconds: Option<f64>,
-    /// What the pause would take now, or was expected to take when it began.
+    /// The pause would take this long now, or was expected to take this long when it began.
     pub downtime_predicted_seconds: Option<f64>,
-    /// The terms of that prediction.
+    /// These are the terms of that prediction.
     pub forecast: Option<Forecast>,
-    /// Whether digests of all RAM were equal at both ends; `null` where they were not compared.
+    /// This tells whether digests of all RAM were equal at both ends. It is `None` where they were not compared.
     pub digest_verified: Option<bool>,
-    /// Pages of the guest.
+    /// The guest has this many pages.
     pub pages_total: u64,
-    /// Pages yet to be sent in this round.
+    /// This many pages are yet to be sent in this iteration.
     pub pages_remaining: u64,
-    /// Bytes on the wire, headers included.
+    /// This many bytes went over the wire, with headers.
     pub bytes_sent: u64,
-    /// Bytes of pages that were compressed to be sent, before that; those of a lost lane count again.
+    /// This many bytes of pages were compressed to be sent, counted before that. Those of a lost lane count again.
     pub uncompressed_bytes: u64,
-    /// Bytes that `uncompressed_bytes` became.
+    /// This many bytes `uncompressed_bytes` became.
     pub compressed_bytes: u64,
-    /// Pages sent with their contents; a page sent twice counts twice.
+    /// This many pages were sent with their contents. A page that was sent twice counts twice.
     pub pages_sent: u64,
-    /// Pages sent as zeroes, without contents.
+    /// This many pages were sent as zeroes, without contents.
     pub zero_pages: u64,
-    /// Pages sent as holes, without being read.
+    /// This many pages were sent as holes, without being read.
     pub hole_pages: u64,
-    /// Bytes of pages, as they are before they are compressed, that all lanes deliver together, measured lately.
+    /// All lanes together deliver this many bytes of pages per second, as they are before they are compressed, measured
+    /// lately.
     pub bandwidth_bytes_per_second: f64,
-    /// Rounds so far; the last one may be under way.
-    pub rounds: Vec<Round>,
-    /// Lanes, on all ports.
+    /// These are the iterations so far. The last one may be under way.
+    pub iterations: Vec<Iteration>,
+    /// These are the lanes, on all ports.
     pub lanes: Vec<Lane>,
-    /// How the guest's writes were slowed; `null` if they never were.
+    /// This is how the guest's writes were slowed. It is `None` if they never were.
     pub stun: Option<Stun>,
-    /// Running at the destination without all of its memory; `null` if it never did.
+    /// This is how the guest runs at the destination without all of its memory. It is `None` if it never did.
     pub postcopy: Option<Postcopy>,
-    /// Time that it took to begin to track the guest's writes.
+    /// It took this long to begin to track the guest's writes.
     pub tracking_start_seconds: Option<f64>,
-    /// Bytes of the VMM's state, without RAM.
+    /// The VMM's state has this many bytes, without RAM.
     pub vmm_state_bytes: Option<u64>,
-    /// Time that the VMM took to save its state.
+    /// The VMM took this long to save its state.
     pub save_seconds: Option<f64>,
-    /// Time that the destination's VMM took to load it.
+    /// The destination's VMM took this long to load it.
     pub load_seconds: Option<f64>,
 }
 
-/// Which half of a migration a daemon does.
+/// The side of a migration that a daemon does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// It sends the guest.
+    /// The daemon sends the guest.
     #[default]
     Source,
-    /// It takes the guest.
+    /// The daemon takes the guest.
     Destination,
 }
 
-/// What a migration is doing.
+/// The step that a migration is at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// Finds out whether the guest can move.
+    /// It finds out whether the guest can move.
     #[default]
     Preflight,
-    /// Opens lanes, begins to track writes.
+    /// It opens lanes and begins to track writes.
     Preparing,
-    /// Sends pages while the guest runs.
+    /// It sends pages while the guest runs.
     Copying,
-    /// The guest stands still: the last pages and the VMM's state are sent.
+    /// The guest is paused, and the last pages and the VMM's state are sent.
     SwitchingOver,
     /// The guest belongs to the destination, which starts it.
     Committing,
     /// The guest runs at the destination, which fetches what is missing of its memory.
     Fetching,
-    /// Ended; see the outcome.
+    /// It has ended, as the outcome says.
     Ended,
 }
 
@@ -123,7 +125,7 @@ pub enum Outcome {
     Completed,
     /// The guest runs on at the source.
     Failed,
-    /// Cancelled by an operator: the guest runs on at the source.
+    /// An operator has cancelled it, and the guest runs on at the source.
     Cancelled,
     /// It never began.
     Refused,
@@ -136,115 +138,115 @@ pub enum Outcome {
 /// The terms of a predicted downtime; they add up to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Forecast {
-    /// Sending the pages that remain.
+    /// Sending the pages that remain takes this long.
     pub remaining_seconds: f64,
-    /// Round trips between the daemons.
+    /// Round trips between the daemons take this long.
     pub round_trip_seconds: f64,
-    /// Saving, sending and loading the VMM's state.
+    /// Saving, sending and loading the VMM's state takes this long.
     pub state_seconds: f64,
-    /// Letting the vCPUs go.
+    /// Letting the vCPUs run takes this long.
     pub resume_seconds: f64,
-    /// Comparing digests, where that was ordered.
+    /// Comparing digests takes this long, where that was ordered.
     pub verify_seconds: f64,
-    /// What earlier predictions were short by.
+    /// Earlier predictions were short by this much.
     pub margin_seconds: f64,
 }
 
 /// One pass of pre-copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Round {
-    /// Its number, from 1.
-    pub round: u32,
-    /// Pages that were dirty when it began.
+pub struct Iteration {
+    /// This is its number, counted from 1.
+    pub number: u32,
+    /// This many pages were dirty when it began.
     pub pages: u64,
-    /// Bytes that it put on the wire.
+    /// It put this many bytes on the wire.
     pub bytes: u64,
-    /// How long it took.
+    /// It took this long.
     pub seconds: f64,
-    /// Pages that the guest wrote meanwhile.
+    /// The guest wrote this many pages meanwhile.
     pub dirtied_pages: u64,
-    /// How long it took to find them.
+    /// It took this long to find them.
     pub harvest_seconds: f64,
 }
 
-/// How a guest's writes are slowed while it is copied. All rates are over the time that they were.
+/// This is how a guest's writes are slowed while it is copied. All rates are over the time in which they were slowed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stun {
-    /// For how long they were.
+    /// They were slowed for this long.
     pub seconds: f64,
-    /// Pages of 4 KiB that the guest was let write; those of 2 MiB count as 512.
+    /// The guest was let write this many pages of 4 KiB per second. A page of 2 MiB counts as 512.
     pub released_pages_per_second: f64,
-    /// Pages that it might have written, which follows what the lanes deliver.
+    /// The guest might have written this many pages per second, which follows what the lanes deliver.
     pub target_pages_per_second: f64,
-    /// How long it took to begin, while the guest ran on.
+    /// It took this long to begin, while the guest ran on.
     pub switch_seconds: f64,
 }
 
 /// How post-copy goes, as the destination sees it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Postcopy {
-    /// Accesses to missing pages that had to wait; several to one page count once.
+    /// This many accesses to missing pages had to wait. Several to one page count once.
     pub faults: u64,
-    /// From the moment that the daemon saw such an access until the page was placed, in microseconds:
-    /// the median,
+    /// This is the median of the times from the moment at which the daemon saw such an access until the page was
+    /// placed, in microseconds.
     pub fault_p50_us: f64,
-    /// what 99 of 100 did not exceed,
+    /// In microseconds, 99 of 100 of these times did not exceed this.
     pub fault_p99_us: f64,
-    /// and the longest.
+    /// This is the longest of these times, in microseconds.
     pub fault_max_us: f64,
-    /// Pages that came because an access waited for them.
+    /// This many pages came because an access waited for them.
     pub pages_fetched: u64,
-    /// Pages that came before anybody asked for them.
+    /// This many pages came before an access waited for them.
     pub pages_streamed: u64,
-    /// Pages that are still missing.
+    /// This many pages are missing.
     pub remaining_pages: u64,
-    /// For how long the guest has run without all of its memory.
+    /// The guest has run for this long without all of its memory.
     pub seconds: f64,
-    /// What fetching waits for; `null` while pages can come.
+    /// Fetching waits for this. It is `None` while pages can come.
     pub waits_for: Option<String>,
 }
 
 /// One TCP stream of a migration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Lane {
-    /// Name of the port that it is bound to.
+    /// This is the name of the port that it is bound to.
     pub port: String,
-    /// Its number within the migration.
+    /// This is its number within the migration.
     pub lane: u16,
-    /// Address and port here.
+    /// This is the address and port here.
     pub local: String,
-    /// Address and port at the other host.
+    /// This is the address and port at the other host.
     pub remote: String,
-    /// Bytes that it carried.
+    /// It carried this many bytes.
     pub bytes: u64,
-    /// Bytes of these that the network card read from the guest's memory.
+    /// The network card read this many of these bytes from the guest's memory.
     pub zero_copy_bytes: u64,
-    /// Bytes of these that the kernel copied.
+    /// The kernel copied this many of these bytes.
     pub copied_bytes: u64,
-    /// What it delivers, measured lately.
+    /// It delivers this many bytes per second, measured lately.
     pub bytes_per_second: f64,
-    /// How it is.
+    /// This is the state that it is in.
     pub state: LaneState,
-    /// How often it was lost so far; while the migration lasts, its port is tried again and again.
+    /// It was lost this many times so far. While the migration lasts, its port is tried again and again.
     pub losses: u32,
 }
 
-/// How a lane is.
+/// The state of a lane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum LaneState {
-    /// Being connected.
+    /// It is being connected.
     #[default]
     Connecting,
-    /// Carries pages.
+    /// It carries pages.
     Up,
-    /// Lost; the other lanes carry its share.
+    /// It was lost, and the other lanes carry its share.
     Lost,
-    /// Closed in good order.
+    /// It was closed in good order.
     Closed,
 }
 
 impl Progress {
-    /// A migration of which nothing is done yet.
+    /// Makes the progress of a migration of which nothing is done yet.
     pub fn new(id: impl Into<String>, guest: impl Into<String>, host: impl Into<String>) -> Self {
         Self {
             id: id.into(),
@@ -276,7 +278,7 @@ impl Progress {
             zero_pages: 0,
             hole_pages: 0,
             bandwidth_bytes_per_second: 0.0,
-            rounds: Vec::new(),
+            iterations: Vec::new(),
             lanes: Vec::new(),
             stun: None,
             postcopy: None,
@@ -289,7 +291,7 @@ impl Progress {
 }
 
 impl Postcopy {
-    /// Takes over what the destination tells, unless something later was heard over another connection.
+    /// Takes over what the destination reports, unless something later was heard over another connection.
     pub fn report(&mut self, report: &FetchReport) {
         let placed = report.pages_fetched.saturating_add(report.pages_streamed);
         if placed < self.pages_fetched.saturating_add(self.pages_streamed) {

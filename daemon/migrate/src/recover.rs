@@ -1,4 +1,4 @@
-//! Taking up migrations that were in doubt when the daemon went away.
+//! This module takes up migrations that were in doubt when the daemon went away.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -34,8 +34,8 @@ pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
     }
 }
 
-/// A VMM has attached that may only run with the daemon's permission, and the journal knows nothing of
-/// its migration: the other host, which the VMM names, is asked.
+/// Asks the other host about a guest whose VMM has attached, may only run with the daemon's permission, and names a
+/// migration that the journal does not know.
 pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     let bond = guest.bond.borrow().clone();
     let role = if guest.run_state.get() == RunState::Relinquished {
@@ -55,7 +55,7 @@ pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     take_up(&context, Vmm::Attached(guest), entry, None, role);
 }
 
-/// The VMM is a QEMU that was paused and not relinquished, or has loaded a guest and not been prepared:
+/// Settles what becomes of a QEMU that was paused and not relinquished, or has loaded a guest and not been prepared:
 /// nothing was promised about either.
 async fn unbound(context: &Rc<Context>, guest: Rc<Guest>, role: RoleView) {
     info!(guest = %guest.shape.name, ?role, "a VMM is back from a migration that came to nothing");
@@ -86,7 +86,7 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
     handle.cancellable.set(false);
     handle.update(|progress| {
         progress.phase = Phase::Committing;
-        // Whatever was known before is not known any more.
+        // What was known before is not known any more.
         progress.guest_runs_at = None;
     });
     context.migrations.add(handle.clone());
@@ -120,10 +120,10 @@ fn give_up(handle: &MigrationHandle, failure: WrongRecord) -> Option<String> {
     Some(failure.to_string())
 }
 
-/// A migration that was taken up after a restart. There is nothing to copy any more: only who owns the guest is to be
-/// settled, and what is missing elsewhere to be served.
+/// The role in a migration that was taken up after a restart. There is nothing to copy any more: it only settles which
+/// host owns the guest, and serves what is missing elsewhere.
 struct RecoveryRole<M> {
-    /// The guest runs at the destination without all of its memory.
+    /// If this is true, the guest runs at the destination without all of its memory.
     serve: bool,
     serving: Option<Serving>,
     machine: PhantomData<M>,
@@ -176,7 +176,7 @@ impl<M: Machine> Role for RecoveryRole<M> {
     }
 }
 
-/// Settles a migration, which begins with `actions`; returns why it went as it did.
+/// Settles a migration, which begins with `actions`. Returns why it went as it did.
 async fn settle<M: Machine>(mut effects: Effects, machine: M, actions: Vec<Action>) -> Option<String> {
     let told = effects.told_at_once();
     let role = RecoveryRole { serve: false, serving: None, machine: PhantomData };
@@ -194,7 +194,7 @@ fn begin_to_serve(effects: &Effects) -> Option<Serving> {
         progress.guest_runs_at = Some(handle.peer.to_string());
     });
     info!(guest = %handle.guest, "serving a guest that runs at the destination without all of its memory");
-    // Whether pages are holes nobody knows any more.
+    // It is not known any more whether pages are holes.
     Some(Serving::again(PostcopySource { context, handle, ram: guest.ram.clone(), sparse: true }))
 }
 

@@ -1,4 +1,4 @@
-//! The migrations of this host: those under way, and those that ended lately.
+//! This module lists the migrations of this host: those under way, and those that ended lately.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -9,14 +9,14 @@ use memlane_protocol::wire::attach::MigrationId;
 
 use crate::handle::MigrationHandle;
 
-/// Migrations that are remembered after their end.
+/// This many migrations are remembered after their end.
 const REMEMBERED: usize = 100;
 
-/// The migrations of this host, the oldest first.
+/// Lists the migrations of this host, the oldest first.
 #[derive(Default)]
 pub struct Migrations {
     migrations: RefCell<Vec<Rc<MigrationHandle>>>,
-    /// Migrations that are being offered to this host.
+    /// These migrations are being offered to this host.
     offered: Rc<RefCell<HashSet<MigrationId>>>,
 }
 
@@ -41,28 +41,28 @@ impl Migrations {
         migrations.push(handle);
     }
 
-    /// All migrations, the oldest first.
+    /// Returns all migrations, the oldest first.
     pub fn all(&self) -> Vec<Rc<MigrationHandle>> {
         self.migrations.borrow().clone()
     }
 
-    /// The migration with this identity.
+    /// Returns the migration with this identity.
     pub fn get(&self, id: &MigrationId) -> Option<Rc<MigrationHandle>> {
         self.migrations.borrow().iter().rev().find(|handle| handle.id == *id).cloned()
     }
 
-    /// The migration with this identity, if it is one with this peer.
+    /// Returns the migration with this identity, if it is one with this peer.
     pub fn with(&self, peer: &Label, id: &MigrationId) -> Option<Rc<MigrationHandle>> {
         let is = |handle: &&Rc<MigrationHandle>| handle.id == *id && handle.peer == *peer;
         self.migrations.borrow().iter().rev().find(is).cloned()
     }
 
-    /// How many migrations are under way.
+    /// Returns how many migrations are under way.
     pub fn active(&self) -> usize {
         self.migrations.borrow().iter().filter(|handle| !handle.is_over()).count()
     }
 
-    /// Takes note of an offer, until what is returned is dropped; `None` if the migration is known already.
+    /// Takes note of an offer, until the returned value is dropped. Returns `None` if the migration is known already.
     pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
         let fresh = self.get(&id).is_none() && self.offered.borrow_mut().insert(id);
         fresh.then(|| Offered { offered: self.offered.clone(), id })

@@ -1,4 +1,4 @@
-//! The routes from this host's ports to those of the destination, and the lanes that are opened on them.
+//! A route leads from a port of this host to one of the destination, and lanes are opened on it.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -11,36 +11,36 @@ use memlane_protocol::wire::hello::{Purpose, Token};
 use crate::context::Context;
 use crate::lanes::LaneEnd;
 
-/// Streams over one pair of ports.
+/// There may be this many streams over one pair of ports.
 const MOST_LANES: u16 = memlane_net::config::MAX_LANES as u16;
 
-/// All routes of one migration, whether they can be gone or not.
+/// The routes of one migration, with those that cannot be used at present.
 pub struct Routes {
     context: Rc<Context>,
     token: Token,
     routes: Vec<Route>,
-    /// Number of the next lane: no two of a migration have the same.
+    /// This is the number of the next lane: no two of a migration have the same.
     next: Cell<u16>,
 }
 
 /// A port of this host, and the port of the same name there.
 #[derive(Clone)]
 pub struct Route {
-    /// The port of this host.
+    /// This is the port of this host.
     pub port: PortConfig,
-    /// The port of the destination.
+    /// This is the port of the destination.
     pub there: Port,
 }
 
 impl Route {
-    /// Lanes that are opened on it.
+    /// Returns how many lanes are opened on the route.
     pub fn lanes(&self) -> u16 {
         self.port.lanes.min(self.there.lanes).clamp(1, MOST_LANES)
     }
 }
 
 impl Routes {
-    /// To the ports that the destination offers, for lanes that say `token`.
+    /// Makes routes to the ports that the destination offers, for lanes that say `token`.
     pub fn new(context: Rc<Context>, token: Token, theirs: &[Port]) -> Self {
         let route = |ours: &PortConfig| {
             let there = theirs.iter().find(|port| port.name == ours.name)?.clone();
@@ -50,13 +50,13 @@ impl Routes {
         Self { context, token, routes, next: Cell::new(0) }
     }
 
-    /// The routes, one for each pair of ports.
+    /// Returns the routes, one for each pair of ports.
     pub fn all(&self) -> &[Route] {
         &self.routes
     }
 
-    /// Opens a lane on a route; what is returned goes on by itself. `None` if this migration has had
-    /// all the lanes that can be told apart.
+    /// Opens a lane on a route. The opening goes on by itself, and the returned future is done when it has ended.
+    /// Returns `None` if this migration has had all the lanes that can be told apart.
     pub fn open(&self, route: &Route) -> Option<impl Future<Output = Result<LaneEnd, OpenError>> + use<>> {
         let number = self.next.get();
         self.next.set(number.checked_add(1)?);
@@ -64,7 +64,11 @@ impl Routes {
         Some(self.connect(route, purpose, number))
     }
 
-    /// Opens a lane for pages that somebody waits for.
+    /// Opens a lane for pages that an access waits for.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the destination cannot be reached, or refuses the lane.
     pub async fn open_faults(&self, route: &Route) -> Result<LaneEnd, OpenError> {
         let number = self.next.replace(self.next.get() + 1);
         self.connect(route, Purpose::Faults { token: self.token }, number).await

@@ -1,4 +1,4 @@
-//! What is told of a host that does not answer: at a falling rate, since that may take days.
+//! This module logs that a host does not answer, ever more rarely, since that may take days.
 
 use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
@@ -7,19 +7,19 @@ use memlane_net::journal::Entry;
 use memlane_protocol::handover::Message;
 use tracing::info;
 
-/// Shortest and longest time between two lines of the log.
+/// These are the shortest and the longest time between two lines of the log.
 const BETWEEN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 
-/// How a host that was asked has answered so far.
+/// The answers, so far, of a host that was asked.
 #[derive(Default)]
 pub struct Silence {
-    /// When the next line is due, and how long after it the one after that.
+    /// This is when the next line is due, and how long after it the one after that.
     next: Cell<Option<(Instant, Duration)>>,
     why: RefCell<String>,
 }
 
 impl Silence {
-    /// The other host did not answer, which is told if it is time for that.
+    /// Notes that the other host did not answer, and logs it if a line is due.
     pub fn goes_on(&self, entry: &Entry, why: impl ToString) {
         let why = why.to_string();
         if self.due(Instant::now()) {
@@ -28,7 +28,7 @@ impl Silence {
         self.why.replace(why);
     }
 
-    /// It answered.
+    /// Notes that the other host answered.
     pub fn broken(&self, entry: &Entry, message: Message) {
         if message == Message::Unknown {
             return self.goes_on(entry, "it knows nothing of this migration: memlanectl resolve");
@@ -37,7 +37,7 @@ impl Silence {
         self.why.take();
     }
 
-    /// What is waited for, for operators.
+    /// Returns what is waited for, in words for operators.
     pub fn words(&self, entry: &Entry) -> String {
         let why = self.why.borrow();
         let why = if why.is_empty() { String::new() } else { format!(" ({why})") };

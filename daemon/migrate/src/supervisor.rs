@@ -1,4 +1,5 @@
-//! What comes to the engine from outside: orders, offers, words of other daemons, and VMMs that attach.
+//! Everything that comes to the engine from outside comes here: orders, offers, words of other daemons, and VMMs that
+//! attach.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -23,9 +24,9 @@ use crate::progress::Role;
 use crate::source::{self, MigrateParameters};
 use crate::{destination, recover};
 
-/// Longest wait for what a migration says to a word.
+/// A migration may take this long to answer a word.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Within this time of the daemon's start all VMMs have attached again.
+/// Within this time after the daemon's start all VMMs have attached again.
 const RETURNING: Duration = Duration::from_secs(5);
 
 /// Runs the migrations of this host.
@@ -37,9 +38,9 @@ pub struct Supervisor {
 /// An order to move a guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
-    /// What the order allows and wants.
+    /// These parameters are what the order allows and wants.
     pub parameters: MigrateParameters,
-    /// Bits per second that the ports must promise.
+    /// The ports must promise this many bits per second.
     pub min_bandwidth: u64,
 }
 
@@ -66,7 +67,7 @@ impl Supervisor {
         supervisor
     }
 
-    /// What every migration of this host works with.
+    /// Returns the context that every migration of this host works with.
     pub fn context(&self) -> &Rc<Context> {
         &self.context
     }
@@ -88,7 +89,7 @@ impl Supervisor {
     ///
     /// # Errors
     ///
-    /// If the guest takes part in another migration, or cannot be moved; it runs on.
+    /// Fails if the guest takes part in another migration, or cannot be moved. It then runs on.
     pub async fn migrate(
         &self,
         guest: &Rc<Guest>,
@@ -149,7 +150,7 @@ impl Supervisor {
         let _ = handle.links.try_send(link);
     }
 
-    /// What this host has to say to a word of `peer` about a migration.
+    /// Returns what this host answers to a word of `peer` about a migration, if it answers.
     pub async fn answer(&self, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
         let handle = self.context.migrations.with(peer, &migration);
         // It has ended since this daemon was started.
@@ -163,7 +164,7 @@ impl Supervisor {
             return tokio::time::timeout(PATIENCE, asked).await.ok()?;
         }
         if self.context.journal.known(peer, &migration).is_some() {
-            return None; // it is remembered, and its half will answer when it is asked again
+            return None; // it is remembered, and its task will answer when it is asked again
         }
         match message {
             // A VMM that this journal should know of, and does not, may be about to say so.
@@ -179,8 +180,11 @@ impl Supervisor {
         }
     }
 
-    /// The migration under way that a VMM which attaches belongs to, if one does; an error for a stranger, who claims to
-    /// or is in its place.
+    /// Returns the migration under way that a VMM which attaches belongs to, if one does.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM is a stranger, which claims to belong to a migration or is in the place of its VMM.
     fn recognise(&self, guest: &Guest) -> Result<Option<Rc<MigrationHandle>>, Stranger> {
         let claimed = guest.bond.borrow().as_ref().map(|bond| bond.migration);
         let concerned = |handle: &Rc<MigrationHandle>| {

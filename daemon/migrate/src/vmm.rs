@@ -1,4 +1,4 @@
-//! A migration's VMM: whether it can be reached, and what happens to it.
+//! This module follows a migration's VMM: whether it can be reached, and what happens to it.
 
 use std::future::pending;
 use std::rc::Rc;
@@ -11,27 +11,27 @@ use crate::handle::Returned;
 
 /// The VMM, as far as it can be reached.
 pub enum Vmm {
-    /// It is attached.
+    /// The VMM is attached.
     Attached(Rc<Guest>),
-    /// Its connection is lost, but it lives, and will attach again.
+    /// The connection to the VMM is lost, but it lives, and will attach again.
     Away(Rc<Process>),
-    /// Its process has ended.
+    /// The process of the VMM has ended.
     Ended,
-    /// The half is done with it: it waits for another guest.
+    /// This side is done with the VMM, which waits for another guest.
     Released,
 }
 
-/// What happened to a VMM.
+/// An event of a VMM.
 pub enum VmmNews {
-    /// Its connection is lost.
+    /// The connection to the VMM is lost.
     Lost(Rc<Process>),
-    /// It attached again.
+    /// The VMM attached again.
     Back(Returned),
-    /// Its process has ended.
+    /// The process of the VMM has ended.
     Ended,
 }
 
-/// What happens next to a VMM. `returns` brings VMMs that have attached again.
+/// Waits for what happens next to a VMM. `returns` brings VMMs that have attached again.
 pub async fn news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
     /// A process that ends closes its connections a little earlier.
     const ENDING: Duration = Duration::from_millis(200);

@@ -257,7 +257,9 @@ fn limits(table: &mut Table<'_>) -> Result<Limits, FileError> {
         min_bandwidth: or(table.take("min_bandwidth"), default.min_bandwidth, |value| {
             value.parse(Rate::ALLOWED)
         })?,
-        max_rounds: or(table.take("max_rounds"), default.max_rounds, |value| value.integer(1..=1000))?,
+        max_iterations: or(table.take("max_rounds"), default.max_iterations, |value| {
+            value.integer(1..=1000)
+        })?,
         converge: or(table.take("converge"), default.converge, |value| {
             value.parse("\"stun\", \"postcopy\", \"auto\" or \"none\"")
         })?,

@@ -125,7 +125,7 @@ fn all_keys_are_read() {
         Limits {
             downtime: Duration::from_millis(1500),
             min_bandwidth: Rate(1_000_000_000),
-            max_rounds: 7,
+            max_iterations: 7,
             converge: Converge::Auto,
             max_stun: Some(60),
             compression: Mode::Off,

@@ -1,7 +1,7 @@
-//! Fetching at the destination: the guest runs here, and part of its memory is still at the source.
+//! The destination fetches when the guest runs here, and part of its memory is only at the source.
 //!
-//! A [`Session`] is one connection of the source's for control, and its lanes. Sessions come and go;
-//! what is missing is known here alone, and each session is told it anew.
+//! A [`Session`] is one connection of the source for control, and its lanes. Sessions come and go. Only the destination
+//! knows what is missing, and tells it to each session anew.
 
 use std::future::pending;
 use std::io;
@@ -28,15 +28,15 @@ use crate::lanes::{self, LaneEnd, Lanes};
 use crate::missing::{NoSuchPage, heard, tell};
 use crate::observer::Measurement;
 
-/// Lanes that a source may have open.
+/// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
-/// How often the source is told how it goes.
+/// The source gets a report in these intervals.
 const REPORT: Duration = Duration::from_millis(200);
 
-/// Why what is missing cannot be fetched.
+/// What is missing cannot be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// The VMM does not hand over what tells its memory.
+    /// The VMM does not hand over the descriptors from which its memory can be found.
     #[error("cannot have the guest's accesses wait: {0}")]
     Memory(DriverError),
     /// The kernel does not let accesses wait.
@@ -62,30 +62,30 @@ pub enum FetchError {
     NoSuchPage(#[from] NoSuchPage),
 }
 
-/// A guest's memory that is not all here.
+/// A guest whose memory is not all here.
 pub struct Fetching {
     context: Rc<Context>,
     guest: Rc<Guest>,
     placing: Arc<PostcopyIncoming>,
     faults: Faults,
-    /// Rung when the lane for faults is lost.
+    /// This is notified when the lane for faults is lost.
     lost: Arc<Notify>,
     session: Option<FetchSession>,
-    /// Since when the guest runs without all of its memory.
+    /// The guest runs without all of its memory since this moment.
     since: Option<Instant>,
     counted: FetchReport,
-    /// Rung when nothing is missing any more, and when memory is not right.
+    /// This is notified when nothing is missing any more, and when memory is not right.
     bell: Arc<Notify>,
 }
 
-/// What the source has connected.
+/// The source's connection, with its lanes.
 pub struct FetchSession {
     link: Link,
     arriving: mpsc::Receiver<ArrivedLane>,
     lanes: Lanes,
     inbound: Arc<ReceiveState>,
     reported: Instant,
-    /// The lane for faults has come: another takes its place only when it is lost.
+    /// This is true when the lane for faults has come: another takes its place only when it is lost.
     asks: bool,
 }
 
@@ -109,7 +109,7 @@ impl Fetching {
         let faults = match Faults::start(placing.clone(), silence, move || ring.notify_one()) {
             Ok(faults) => faults,
             Err(error) => {
-                // Nobody else would: the VMM keeps what it waits by.
+                // Only this ends the waiting: the VMM keeps a copy of the userfaultfd.
                 let _ = task::aside(move || placing.end()).await;
                 return Err(FetchError::Wait(error));
             }
@@ -118,12 +118,12 @@ impl Fetching {
         Ok(Self { context, guest, placing, faults, lost, session: None, since: None, counted, bell })
     }
 
-    /// The pages that are missing.
+    /// Returns the pages that are missing.
     pub fn placing(&self) -> &Arc<PostcopyIncoming> {
         &self.placing
     }
 
-    /// The source offers to serve over `link`: takes the place of any session before.
+    /// Takes the source's offer to serve over `link`, in place of any session before.
     pub async fn accept(&mut self, mut link: Link, peer: &Label, migration: MigrationId) {
         self.session = None;
         let token = ids::random();
@@ -145,7 +145,11 @@ impl Fetching {
             Some(FetchSession { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
     }
 
-    /// The source says that these pages are missing.
+    /// Notes that the source says that these pages are missing.
+    ///
+    /// # Errors
+    ///
+    /// Fails if all missing pages were known already, if the guest does not have these, or if they cannot be dropped.
     pub async fn add(&self, missing: Missing) -> Result<(), FetchError> {
         if self.placing.is_known() {
             return Err(FetchError::AllKnown);
@@ -159,7 +163,7 @@ impl Fetching {
         .await
     }
 
-    /// All missing pages are known: they may come.
+    /// Notes that all missing pages are known, so that they may come.
     pub async fn all_known(&mut self) {
         self.placing.all_known();
         self.faults.wake();
@@ -171,21 +175,28 @@ impl Fetching {
         }
     }
 
-    /// Sees that nothing is there of what is missing, while the guest has not run here. On a thread of its own: it
-    /// looks at each run of missing pages.
+    /// Checks that there is nothing where pages are missing, while the guest has not run here. It runs on a thread of
+    /// its own, because it looks at each run of missing pages.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a page is there that should be missing.
     pub fn see_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
         let placing = self.placing.clone();
         let looking = tokio::task::spawn_blocking(move || placing.see_holes());
         async move { looking.await.expect("looking does not panic").map_err(FetchError::NotAHole) }
     }
 
-    /// The guest runs from now on.
+    /// Notes that the guest runs from now on.
     pub fn begin(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 
-    /// Returns when nothing is missing any more, or when memory turns out not to be right and why. To be awaited
-    /// again and again.
+    /// Returns when nothing is missing any more. The caller awaits this again and again.
+    ///
+    /// # Errors
+    ///
+    /// Fails when memory turns out not to be right.
     pub async fn completes(&mut self) -> Result<(), FetchError> {
         loop {
             tokio::select! {
@@ -212,7 +223,7 @@ impl Fetching {
         }
     }
 
-    /// The source is gone; it connects again.
+    /// Notes that the source is gone. It connects again.
     fn lose(&mut self, error: &LinkError) {
         // A source whose ports are down connects and goes twice a second.
         match self.faults.is_connected() {
@@ -224,13 +235,13 @@ impl Fetching {
         self.session = None;
     }
 
-    /// How it goes.
+    /// Returns how the fetching goes.
     pub fn progress(&self) -> FetchReport {
         let nanoseconds = self.since.map_or(0, |since| since.elapsed().as_nanos() as u64);
         FetchReport { nanoseconds, ..self.placing.report() }
     }
 
-    /// What is waited for, in words; nothing while pages can come.
+    /// Returns what is waited for, in words, or `None` while pages can come.
     pub fn waits_for(&self) -> Option<&'static str> {
         match &self.session {
             None => Some("the source host, from which missing pages are fetched"),
@@ -241,7 +252,7 @@ impl Fetching {
         }
     }
 
-    /// Shows the lanes.
+    /// Shows the lanes in the progress.
     pub fn show(&mut self, progress: &mut crate::progress::Progress) {
         if let Some(session) = &mut self.session {
             session.lanes.measure(false);
@@ -249,9 +260,12 @@ impl Fetching {
         }
     }
 
-    /// Accesses to what is missing fail from now on, and to the rest are as any other; returns how many
-    /// pages are missing. On an error accesses go on waiting: letting go of them would have them find
-    /// zeros.
+    /// Makes accesses to what is missing fail from now on, and accesses to the rest as any other. Returns how many
+    /// pages are missing.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses. Accesses then go on waiting: letting go of them would have them find zeros.
     pub async fn poison(self) -> io::Result<u64> {
         self.guest.incomplete.set(true);
         let placing = self.placing.clone();
@@ -263,15 +277,15 @@ impl Fetching {
         poisoned
     }
 
-    /// No guest comes after all: the VMM's memory is as any other, for the next one.
+    /// Makes the VMM's memory as any other, for the next guest, because no guest comes after all.
     pub async fn withdraw(self) {
         if let Err(error) = let_go(&self.placing).await {
             warn!(guest = %self.guest.shape.name, %error, "cannot let go of a VMM's memory; it must be started anew");
         }
     }
 
-    /// Nothing is missing any more: the guest's memory is as any other. Returns how it went, and what the
-    /// source has connected, which takes the end of that for a loss until it has heard.
+    /// Makes the guest's memory as any other, because nothing is missing any more. Returns how it went, and the session
+    /// of the source, which takes the end of that for a loss until it has heard.
     pub async fn end(mut self) -> (FetchReport, Option<FetchSession>) {
         let report = self.progress();
         self.count();
@@ -292,12 +306,12 @@ impl Fetching {
         let report = Control::Fetched(self.progress());
         if let Some(session) = &mut self.session {
             session.reported = Instant::now();
-            // A broken link is noticed by whoever listens to it.
+            // A broken link is noticed by the task that listens to it.
             let _ = session.link.send(&report).await;
         }
     }
 
-    /// Tells what is new.
+    /// Reports what is new to the observer.
     fn count(&mut self) {
         let report = self.placing.report();
         self.context.observer.measured(Measurement::Fetched { before: &self.counted, now: &report });
@@ -311,7 +325,7 @@ async fn happens(session: &mut Option<FetchSession>, faults: &Faults) -> Result<
     tokio::select! {
         message = session.link.receive() => match message? {
             Control::LaneLost(lane) => {
-                // The source has taken back what it had: nobody waits for its end.
+                // The source has taken back what it had: its end is not waited for.
                 drop(session.lanes.close_lane(lane));
                 Ok(())
             }

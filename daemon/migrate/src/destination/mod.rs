@@ -1,4 +1,4 @@
-//! The side that is given the guest.
+//! The destination is the side that is given the guest.
 
 mod fetch;
 mod receive;
@@ -32,9 +32,9 @@ use crate::vmm::Vmm;
 
 use fetch::{FetchError, Fetching};
 
-/// Lanes that a source may have open.
+/// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
-/// The source has no memory for this guest.
+/// This is the reason when the source has no memory for this guest any more.
 const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
 
 /// Answers an offer, and takes the guest if it can come.
@@ -113,19 +113,20 @@ struct DestinationRole {
     lanes: Lanes,
     inbound: Arc<ReceiveState>,
     arriving: mpsc::Receiver<ArrivedLane>,
-    /// Connections over which the source offers to serve what is missing.
+    /// This receives connections over which the source offers to serve what is missing.
     links: Option<mpsc::Receiver<Link>>,
-    /// The VMM's state, as far as it has come.
+    /// This is the VMM's state, as far as it has come.
     state: Vec<u8>,
-    /// The VMM was told to load, and has not said that it did not.
+    /// If this is true, the VMM was told to load, and has not said that it did not.
     loaded: bool,
-    /// The source offered to serve what is missing: the guest is to run without all of its memory.
+    /// This is present when the source has offered to serve what is missing, so that the guest is to run without all of
+    /// its memory.
     fetching: Option<Fetching>,
-    /// What the source had connected until the last page came: closed when it has heard of that.
+    /// This is the source's session until the last page came. It is closed when the source has heard of that.
     fetched: Option<fetch::FetchSession>,
 }
 
-/// What the destination itself waits for.
+/// The destination itself waits for these events.
 enum Own {
     Lane(ArrivedLane),
     Link(Link),
@@ -258,8 +259,8 @@ impl DestinationRole {
         }
     }
 
-    /// The guest's memory here is not right, and will not be. Where nothing can be done about that now, it is
-    /// looked at again.
+    /// Deals with memory of the guest that is not right here, and will not be. Where nothing can be done about that
+    /// now, it is looked at again later.
     fn fail(&mut self, session: &mut Session<Destination>, error: impl std::fmt::Display) -> Option<Event> {
         let event = match session.machine.phase() {
             Phase::Copying => Event::Failed,
@@ -271,7 +272,7 @@ impl DestinationRole {
         Some(event)
     }
 
-    /// Whether the machine will give up at this event, before it was in doubt.
+    /// Tells whether the machine will give up at this event, before it was in doubt.
     fn gives_up_at(&self, machine: &Destination, event: Event) -> bool {
         let fatal = matches!(
             event,
@@ -280,8 +281,8 @@ impl DestinationRole {
         fatal && machine.phase() == Phase::Copying
     }
 
-    /// Leaves a VMM that others started waiting for another try if nothing was loaded into it: its
-    /// memory is given back, and discarding it would only make somebody start it again.
+    /// Leaves a VMM that others started waiting for another try if nothing was loaded into it. Its memory is given
+    /// back, and discarding it would only have it started again.
     async fn abandon(&mut self, session: &mut Session<Destination>) {
         self.lanes.close().await;
         if let Some(fetching) = self.fetching.take() {
@@ -308,7 +309,7 @@ impl DestinationRole {
         });
     }
 
-    /// The source offers to serve what is missing of the guest.
+    /// Takes the source's offer to serve what is missing of the guest.
     async fn fetch_over(&mut self, session: &mut Session<Destination>, mut link: Link) {
         let may_begin = session.machine.phase() == Phase::Copying && !self.loaded;
         if self.fetching.is_none() && may_begin {
@@ -333,7 +334,7 @@ impl DestinationRole {
         }
     }
 
-    /// The last missing page is here.
+    /// Notes that the last missing page is here.
     async fn complete(&mut self, session: &mut Session<Destination>) -> Option<Event> {
         let fetching = self.fetching.take()?;
         let report;
@@ -346,14 +347,14 @@ impl DestinationRole {
             postcopy.waits_for = None;
         });
         if let Some(link) = &session.effects.link {
-            // Ahead of the word that ends it. A broken link is noticed by whoever listens to it.
+            // Ahead of the word that ends it. A broken link is noticed by the task that listens to it.
             let _ = link.send(&Control::Fetched(report)).await;
         }
         session.effects.whole().await;
         Some(Event::Complete)
     }
 
-    /// The operator gives up what is missing, if anything still is.
+    /// Notes that the operator gives up what is missing, if anything is.
     async fn abandoned(&mut self, session: &mut Session<Destination>) -> Option<Event> {
         if self.fetching.as_ref().is_some_and(|fetching| fetching.placing().remaining() == 0) {
             return self.complete(session).await;
@@ -362,10 +363,10 @@ impl DestinationRole {
         Some(Event::Abandoned)
     }
 
-    /// What is missing will never come: accesses to it fail from now on.
+    /// Makes accesses to what is missing fail from now on, because it will never come.
     async fn poison(&mut self, session: &Session<Destination>) {
         let Some(fetching) = self.fetching.take() else { return };
-        // Where the VMM is gone, so is whoever could touch what is missing.
+        // Where the VMM is gone, no vCPU can touch what is missing.
         let Some(guest) = session.effects.guest() else { return };
         guest.incomplete.set(true);
         match fetching.poison().await {

@@ -1,4 +1,4 @@
-//! What the source says while it copies.
+//! The destination does what the source says while it copies.
 
 use std::io;
 use std::ops::Range;
@@ -13,9 +13,9 @@ use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
 use super::DestinationRole;
 use super::fetch::FetchError;
 use crate::drive::Session;
-use crate::progress::{Phase as PhaseView, Round as RoundView};
+use crate::progress::{Iteration as IterationView, Phase as PhaseView};
 
-/// Why the guest cannot be received.
+/// The guest cannot be received.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
     /// The source named missing pages before it offered to serve them.
@@ -68,12 +68,12 @@ impl DestinationRole {
         message: Control,
     ) -> Result<Option<Event>, ReceiveError> {
         match message {
-            Control::Iteration { number: round, pages } => {
+            Control::Iteration { number, pages } => {
                 self.handle.update(|progress| {
-                    progress.rounds.push(RoundView { round, pages, ..RoundView::default() });
+                    progress.iterations.push(IterationView { number, pages, ..IterationView::default() });
                     // A source that counts forever must not fill this host's memory.
-                    if progress.rounds.len() > 1000 {
-                        progress.rounds.remove(0);
+                    if progress.iterations.len() > 1000 {
+                        progress.iterations.remove(0);
                     }
                 });
             }

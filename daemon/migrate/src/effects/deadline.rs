@@ -1,4 +1,4 @@
-//! When a pause must have come to the commit.
+//! This module says when a pause must have come to the commit.
 
 use std::time::{Duration, Instant};
 
@@ -8,18 +8,18 @@ use tracing::warn;
 
 use super::Effects;
 
-/// When the pause must have come to the commit, or end. What is begun then cannot be taken back: until the
-/// journal has answered nobody knows whose the guest is.
+/// By a deadline the pause must have come to the commit, or it ends. What is begun then cannot be taken back: until the
+/// journal has answered, it is unknown which host owns the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
-    /// When.
+    /// This is the moment.
     pub at: Instant,
-    /// The downtime limit that it comes from.
+    /// The deadline comes from this downtime limit.
     pub limit: Duration,
 }
 
 impl Deadline {
-    /// Why the pause is ended, for the operator.
+    /// Returns why the pause is ended, for the operator.
     pub fn reason(&self) -> String {
         format!(
             "the pause was about to exceed the downtime limit of {:.0?}, so it was ended; try again, or raise the \
@@ -30,8 +30,8 @@ impl Deadline {
 }
 
 impl Effects {
-    /// Tells the VMM to relinquish the guest, for which it has what is left of the limit: an answer that comes
-    /// later is of no use, as the record that follows would be late too.
+    /// Tells the VMM to relinquish the guest. It has what is left of the limit: an answer that comes later is of no
+    /// use, as the record that follows would be late too.
     pub(super) async fn relinquish(&mut self, guest: &Guest) -> Result<Event, DriverError> {
         let bond = self.bond();
         let told = guest.driver.relinquish(&bond);

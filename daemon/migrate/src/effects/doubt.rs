@@ -1,4 +1,4 @@
-//! What is in doubt after a crash, and what the operator says of it.
+//! This module settles what is in doubt after a crash, with what the VMM or the operator says of it.
 
 use memlane_guest::Guest;
 use memlane_net::journal::Entry;
@@ -11,13 +11,13 @@ use crate::machine::Machine;
 use crate::vmm::Vmm;
 
 impl Effects {
-    /// What a VMM that has attached says of whose the guest is.
+    /// Returns what a VMM that has attached says about the owner of the guest.
     pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
-        // Whatever the journal says of it, it was told to.
+        // It was told to, even if the journal says otherwise.
         self.told_to_run |= guest.run_state.get() == RunState::Running;
         match guest.run_state.get() {
             RunState::Running => Some(Event::Owned),
-            // It knows nothing of daemons, and was paused, but nobody has noted that it was given up.
+            // It knows nothing of daemons, and was paused, but it was not noted that it was given up.
             RunState::Relinquished
                 if guest.driver.qemu().is_some()
                     && guest.bond.borrow().is_none()
@@ -30,13 +30,13 @@ impl Effects {
         }
     }
 
-    /// The same of a VMM that had attached before its migration was taken up.
+    /// Does the same for a VMM that had attached before its migration was taken up.
     pub fn told_at_once(&mut self) -> Option<Event> {
         let guest = self.guest()?.clone();
         self.told_by(&guest)
     }
 
-    /// The operator has decided.
+    /// Notes what the operator has decided.
     pub fn note_resolution(&mut self, resolution: Resolution) -> Event {
         self.reason = None;
         self.blame(match resolution {
@@ -46,7 +46,7 @@ impl Effects {
         Event::Resolved(resolution)
     }
 
-    /// What the VMM is to remember of this migration.
+    /// Returns what the VMM is to remember of this migration.
     pub fn bond(&self) -> Bond {
         let Entry { migration, peer, fetching, .. } = &self.entry;
         Bond { migration: *migration, peer: peer.clone(), fetching: *fetching }

@@ -1,4 +1,4 @@
-//! Guests whose missing pages were known to a daemon that is no more, and their VMMs.
+//! This module deals with guests whose missing pages were known only to a daemon that is no more, and with their VMMs.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,9 @@ use tracing::{error, warn};
 use super::Effects;
 use crate::vmm::Vmm;
 
-/// Longest wait for a VMM that lives to attach again, before it is ended by force.
+/// A VMM that lives may take this long to attach again, before it is ended by force.
 const RETURN: Duration = Duration::from_secs(10);
-/// Why a guest that was prepared to fetch is given back.
+/// This is the reason for which a guest that was prepared to fetch is given back.
 pub const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
      is not known any more; it was given back";
 
@@ -29,7 +29,7 @@ enum EndError {
 }
 
 impl Effects {
-    /// Whether the guest lacks pages, and which was known to a daemon that is no more.
+    /// Tells whether the guest lacks pages, and only a daemon that is no more knew which.
     pub(super) fn cannot_be_whole(&self) -> bool {
         self.entry.fetching && self.placing.is_none()
     }
@@ -63,8 +63,8 @@ impl Effects {
         Event::Abandoned
     }
 
-    /// Kills the VMM, whose guest can never be whole. Where that cannot be, says so, and that it is no
-    /// guest that runs.
+    /// Kills the VMM, whose guest can never be whole. Where that fails, logs it, and notes that this is no guest that
+    /// runs.
     fn end_by_force(&mut self) -> Result<(), EndError> {
         let process = match &self.vmm {
             Vmm::Attached(guest) => guest.process.clone(),
@@ -87,7 +87,7 @@ impl Effects {
         killed
     }
 
-    /// A daemon that starts while the VMM still lives must know what it is.
+    /// Forgets the migration once the VMM has ended: a daemon that starts while it lives must know what it is.
     pub(super) fn forget_when_ended(&self) {
         let (context, entry, lost) = (self.context.clone(), self.entry.clone(), self.lost.clone());
         task::spawn("forgetting a lost guest", async move {
@@ -100,12 +100,12 @@ impl Effects {
         });
     }
 
-    /// Whether a VMM that lives is still to be told to end.
+    /// Tells whether a VMM that lives must be told to end.
     pub fn owes_discard(&self) -> bool {
         self.unanswered == Some(Action::Discard) && matches!(self.vmm, Vmm::Away(_)) && self.entry.fetching
     }
 
-    /// When a VMM that hangs is waited for no longer.
+    /// Returns when the wait for a VMM that hangs ends.
     pub fn patience_ends(&self) -> Option<Instant> {
         // One that was prepared to fetch is not told anything: it is to say how it stands.
         let asked = self.unanswered.is_some() || self.entry.record == Record::Prepared;
@@ -120,13 +120,13 @@ impl Effects {
             self.unanswered = None;
             return Some(self.end_lost());
         }
-        // It never ran, and the half is done with it. Should it come back after all, it is told to end.
+        // It never ran, and this side is done with it. Should it come back after all, it is told to end.
         let _ = self.end_by_force();
         self.unanswered_since = Instant::now();
         None
     }
 
-    /// Whether the memory that the guest would have here is known not to be right; then that is the reason.
+    /// Tells whether the memory that the guest would have here is known not to be right, which then is the reason.
     pub(super) fn is_broken(&mut self) -> bool {
         let broken = self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
         broken.is_some_and(|reason| {
@@ -145,15 +145,16 @@ impl Effects {
         }
     }
 
-    /// Whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which the
-    /// state of a QEMU does not tell).
+    /// Tells whether the guest has certainly not run here: its VMM was not `told` to run it, or says so itself (which
+    /// the state of a QEMU does not tell).
     pub(super) fn has_never_run(&self, told: bool) -> bool {
         !told
             || matches!(&self.vmm, Vmm::Attached(guest)
                 if guest.run_state.get() == RunState::Loaded && guest.driver.qemu().is_none())
     }
 
-    /// The VMM's process has ended. A guest that was to run here, and whose VMM did not hear of that, has never run.
+    /// Returns what it means that the VMM's process has ended. A guest that was to run here, and whose VMM did not hear
+    /// of that, has never run.
     pub(super) fn ended(&self) -> Event {
         match self.entry.record {
             Record::Running if !self.told_to_run => Event::ResumeFailed,

@@ -1,4 +1,4 @@
-//! What the two hosts say to each other, over whichever connection there is.
+//! The two hosts exchange words of the handover over any connection that there is.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use super::Effects;
 use crate::context::Context;
 use crate::handle::Word;
 
-/// Longest wait for the answer to a word that is sent over a connection of its own.
+/// The answer to a word that is sent over a connection of its own may take this long.
 const ANSWER: Duration = Duration::from_secs(2);
 
 impl Effects {
-    /// Sends a word where the other half will hear it: as the answer to its own, over the
-    /// migration's connection, or over a new one, which then brings the answer.
+    /// Sends a word where the other side will hear it: as the answer to its own, over the migration's connection, or
+    /// over a new one, which then brings the answer.
     pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
         if let Some(reply) = self.reply.take() {
             let _ = reply.send(message);
@@ -26,8 +26,8 @@ impl Effects {
         }
         let word = self.word(message)?;
         if let Some(link) = &self.link {
-            // A broken link is noticed by whoever listens to it. One that takes nothing holds up nothing here:
-            // a guest may stand still.
+            // A broken link is noticed by the task that listens to it. One that takes nothing holds up nothing here:
+            // a guest may be paused.
             let _ = tokio::time::timeout(ANSWER, link.send(&word)).await;
             return None;
         }
@@ -35,7 +35,7 @@ impl Effects {
         None
     }
 
-    /// Sends a word over a connection of its own; the answer arrives as others' words do.
+    /// Sends a word over a connection of its own. The answer arrives as words of other connections do.
     fn exchange(&self, word: Control) {
         if self.entry.peer == *self.context.name() {
             return; // a QEMU was paused, and for whom is not known
@@ -49,7 +49,7 @@ impl Effects {
             match ask(&context, &entry, &word).await {
                 Ok(Some(message)) => {
                     silence.broken(&entry, message);
-                    // Nobody waits for the answer to an answer.
+                    // No answer to an answer is waited for.
                     let (reply, _) = oneshot::channel();
                     let _ = handle.words.send(Word { message, reply }).await;
                 }

@@ -1,22 +1,22 @@
-//! What a preflight finds.
+//! This module has what a preflight finds.
 
-/// One thing that was looked at.
+/// The result of looking at one thing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
-    /// How bad it is.
+    /// This is how bad it is.
     pub severity: Severity,
-    /// What was looked at, in a word or two: `memory`, `cpuid`, `port a`.
+    /// This is what was looked at, in a word or two: `memory`, `cpuid`, `port a`.
     pub what: String,
-    /// What was found.
+    /// This is what was found.
     pub detail: String,
-    /// What the operator can do about it.
+    /// This is what the operator can do about it.
     pub remedy: Option<String>,
 }
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// As it should be.
+    /// It is as it should be.
     Ok,
     /// The order would run, but not as well as it could.
     Warning,
@@ -24,28 +24,28 @@ pub enum Severity {
     Refused,
 }
 
-/// Whether a port of this host reaches its counterpart.
+/// The result of connecting a port of this host to its counterpart.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PortCheck {
-    /// Name of the port here.
+    /// This is the name of the port here.
     pub port: String,
-    /// Name of the port at the destination.
+    /// This is the name of the port at the destination.
     pub peer_port: String,
-    /// Whether a connection could be made.
+    /// This tells whether a connection could be made.
     pub reachable: bool,
-    /// Round trip of the connection.
+    /// This is the round trip of the connection.
     pub round_trip_seconds: Option<f64>,
 }
 
-/// What a move would take.
+/// An estimate of what a move would take.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Estimate {
-    /// Bytes of RAM.
+    /// The guest has this many bytes of RAM.
     pub ram_bytes: u64,
-    /// Bytes of RAM that are not holes.
+    /// This many bytes of the RAM are not holes.
     pub data_bytes: u64,
-    /// What the ports deliver together, if they have been measured or their speed is known.
+    /// The ports deliver this together, if they have been measured or their speed is known.
     pub bytes_per_second: Option<f64>,
-    /// Time for one pass over the data.
+    /// One pass over the data takes this long.
     pub seconds: Option<f64>,
 }

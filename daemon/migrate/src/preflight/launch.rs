@@ -1,4 +1,4 @@
-//! Starting the QEMU that receives a guest, from the guest file that came with the offer.
+//! This module starts the QEMU that receives a guest, from the guest file that came with the offer.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -12,11 +12,14 @@ use memlane_protocol::wire::control::{Offer, Refusal, RefusalKind};
 
 use crate::context::Context;
 
-/// Longest time that storage may take to say whether a disk is there.
+/// Storage may take this long to say whether a disk is there.
 const STORAGE: Duration = Duration::from_secs(5);
 
-/// Starts a QEMU that waits for the guest, if the guest brings what that takes and this host
-/// lets the peer do so.
+/// Starts a QEMU that waits for the guest, if the guest brings what that takes and this host lets the peer do so.
+///
+/// # Errors
+///
+/// Returns the reasons for which the guest cannot come.
 pub async fn launch_incoming(
     context: &Rc<Context>,
     peer: &Label,
@@ -54,7 +57,7 @@ pub async fn launch_incoming(
     context.qemu.launch_incoming(definition).await.map_err(|error| vec![refusal(error)])
 }
 
-/// The disks that are not here. They may be on storage that does not answer at all.
+/// Returns refusals for the disks that are not here. They may be on storage that does not answer at all.
 async fn missing(disks: Vec<String>) -> Vec<Refusal> {
     let look = tokio::task::spawn_blocking(move || {
         disks.into_iter().filter(|disk| !Path::new(disk).exists()).collect::<Vec<_>>()

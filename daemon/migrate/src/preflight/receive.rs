@@ -1,4 +1,4 @@
-//! What the destination looks at before it accepts a guest.
+//! The destination looks at these things before it accepts a guest.
 
 use std::collections::HashSet;
 use std::rc::Rc;
@@ -16,9 +16,12 @@ use tracing::warn;
 use super::launch;
 use crate::context::Context;
 
-/// Whether an offered guest can come: the VMM that waits for it, which the migration then has
-/// for itself, or everything that is wrong. A guest in QEMU may bring what its QEMU here is
-/// started from.
+/// Finds the VMM that waits for an offered guest, and claims its guest for the migration. A guest in QEMU may bring the
+/// file from which its QEMU is started here.
+///
+/// # Errors
+///
+/// Returns everything that prevents the guest from coming.
 pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Result<Claim, Vec<Refusal>> {
     let name = &offer.shape.name;
     let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
@@ -73,7 +76,7 @@ pub async fn release(guest: Claim) {
     }
 }
 
-/// Compares what is offered with what waits for it, and with this host.
+/// Compares what is offered with the VMM that waits for it, and with this host.
 async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refusal> {
     let refusal = |what, reason: String| Refusal { what, reason };
     let mut refusals = Vec::new();
@@ -110,7 +113,7 @@ async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refus
     refusals
 }
 
-/// What fits into one answer: a VMM of another kind may differ in hundreds of registers.
+/// Shortens the refusals to what fits into one answer: a VMM of another kind may differ in hundreds of registers.
 fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
     if refusals.len() > MAX_REFUSALS {
         // One of each respect first, so that the cut leaves something of all of them.
@@ -123,7 +126,7 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
     refusals
 }
 
-/// Why this host's memory does not do, if it does not.
+/// Returns why this host's memory does not suffice, if it does not.
 fn memory_missing(context: &Context, offer: &Offer, guest: &Guest, available: u64) -> Option<String> {
     let held = guest.ram.allocated_bytes().unwrap_or(0);
     // A VMM on huge pages has reserved them; one whose memory is touched holds it.
@@ -142,7 +145,7 @@ fn memory_missing(context: &Context, offer: &Offer, guest: &Guest, available: u6
     })
 }
 
-/// What the kernel thinks can be used without swapping (`MemAvailable`).
+/// Returns how many bytes the kernel thinks can be used without swapping (`MemAvailable`).
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -1,4 +1,4 @@
-//! Why the source's work ended without success.
+//! This module says why the source's work ended without success.
 
 use memlane_guest::DriverError;
 use memlane_net::link::LinkError;
@@ -7,7 +7,7 @@ use memlane_protocol::convergence::Why;
 use super::serve::ServeError;
 use crate::effects::Deadline;
 
-/// Why copying or the switchover ended without success. The guest runs on at the source.
+/// Copying or the switchover ended without success. The guest runs on at the source.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
     /// The VMM failed.

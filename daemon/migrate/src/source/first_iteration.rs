@@ -1,4 +1,5 @@
-//! The first iteration: all of the guest's memory, write-protected piece by piece just ahead of the lanes.
+//! The first iteration goes over all of the guest's memory, which it write-protects piece by piece just ahead of the
+//! lanes.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,18 +11,19 @@ use memlane_protocol::wire::control::MAX_RANGES;
 use super::error::CopyError;
 use super::precopy::Precopy;
 
-/// Pages armed at once, just ahead of the lanes: a VMM never protects much of its guest in
-/// one go.
+/// This many pages are write-protected at once, just ahead of the lanes, so that a VMM never protects much of its guest
+/// in one go.
 const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
-/// The same where nothing is: there is nothing to protect but what comes into being at that very moment. Not
-/// all of a large guest at once, since KVM's dirty log is told of each page all the same.
+/// This many pages are write-protected at once where there is no data: nothing is to be protected there but what comes
+/// into being at that very moment. It is not all of a large guest at once, since KVM's dirty log has to protect each
+/// page all the same.
 const HOLE_PAGES: u64 = (64 << 30) / PAGE_SIZE;
-/// Armed pages that wait for the lanes.
+/// This many write-protected pages may wait for the lanes.
 const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 
 impl Precopy {
-    /// Arms and releases all memory, piece by piece. A piece is armed before it is looked at,
-    /// so a page that comes into being later is noticed as written.
+    /// Write-protects all memory piece by piece, and releases it to the lanes. A piece is protected before it is looked
+    /// at, so a page that comes into being later is noticed as written.
     pub(super) async fn first_iteration(&self) -> Result<(), CopyError> {
         let transfer = &self.transfer;
         let ram = &transfer.guest.ram;
@@ -65,21 +67,21 @@ impl Precopy {
     }
 }
 
-/// The pages from `first` on that are armed together: a piece, or many if there is nothing in them now. That
-/// is no promise, as the guest runs: they are looked at once they are armed.
+/// Returns the pages from `first` on that are write-protected together: a piece, or many pieces if there is nothing in
+/// them now. That is no promise, as the guest runs: they are looked at once they are protected.
 async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u64>> {
     let ram = ram.clone();
     let look = move || {
         let (piece, hole) = (first + PIECE_PAGES, first + HOLE_PAGES);
         let data = ram.next_data(first..hole)?.unwrap_or(hole);
-        // Huge pages are armed whole, wherever they begin.
+        // Huge pages are write-protected whole, wherever they begin.
         Ok(ram.whole(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages())))
     };
     tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }
 
-/// What the first piece holds, soon, since lanes have nothing to do before. Meanwhile the kernel looks for the end
-/// of the run that goes on in the next one.
+/// Returns, soon, what the first piece holds, since lanes have nothing to do before. Meanwhile the kernel looks for the
+/// end of the run that goes on in the next piece.
 async fn first_extents(ram: &Arc<GuestRam>, piece: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
     let (ram, ahead) = (ram.clone(), ram.clone());
     let end = piece.end;
@@ -95,8 +97,8 @@ async fn first_extents(ram: &Arc<GuestRam>, piece: Range<u64>) -> std::io::Resul
     tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }
 
-/// What of `pages` may hold something. On a thread of its own: looking for the end of a long run
-/// of data takes the kernel long.
+/// Returns the runs of `pages` that may hold data. It works on a thread of its own, because looking for the end of a
+/// long run takes the kernel long.
 async fn data_extents(ram: &Arc<GuestRam>, pages: Range<u64>) -> std::io::Result<Vec<Range<u64>>> {
     let ram = ram.clone();
     let look = tokio::task::spawn_blocking(move || ram.data_extents(pages));

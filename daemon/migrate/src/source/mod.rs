@@ -1,8 +1,8 @@
-//! The side that has the guest and gives it away.
+//! The source is the side that has the guest and gives it away.
 //!
 //! It goes through two stages, each of which owns what it works with: [`Precopy`](precopy::Precopy) copies while the
-//! guest runs, and becomes a [`Switchover`](switchover::Switchover), which sends the rest while it stands still. What
-//! both share is a [`Transfer`](transfer::Transfer).
+//! guest runs, and becomes a [`Switchover`](switchover::Switchover), which sends the rest while it is paused. Both
+//! share a [`Transfer`](transfer::Transfer).
 
 mod error;
 mod first_iteration;
@@ -44,14 +44,14 @@ use precopy::Precopy;
 use switchover::{Paused, RemoteTimes, Switchover};
 use transfer::Transfer;
 
-/// What the order allows and wants.
+/// The parameters are what an order allows and wants.
 #[derive(Clone, Copy, Debug)]
 pub struct MigrateParameters {
-    /// Downtime limit and rounds.
+    /// This is the downtime limit, the number of iterations, and what is done when they do not shrink.
     pub policy: Policy,
-    /// Compare digests in the pause.
+    /// If this is true, digests are compared in the pause.
     pub verify: bool,
-    /// Whether lanes may compress.
+    /// This tells whether lanes may compress.
     pub compression: compression::Mode,
 }
 
@@ -94,10 +94,10 @@ pub async fn run(
     drive(role, Session { machine, effects }, Vec::new(), [Event::Message(Message::Accept)]).await;
 }
 
-/// The work of a stage, which goes on while messages are listened to.
+/// A stage works while messages are listened to.
 type Stage = Pin<Box<dyn Future<Output = Result<Done, CopyError>>>>;
 
-/// What a stage has come to.
+/// A stage ends with one of these results.
 enum Done {
     /// It is time to switch over.
     Copied(Switchover),
@@ -117,9 +117,9 @@ struct SourceRole {
     transfer: Rc<Transfer>,
     next: Option<Next>,
     stage: Option<Stage>,
-    /// The pause, from when everything is sent.
+    /// This is the pause, from when everything is sent.
     paused: Option<Paused>,
-    /// Takes what the destination says to the stage that waits for it.
+    /// This takes what the destination says to the stage that waits for it.
     answers: mpsc::Sender<Control>,
     remote_times: RemoteTimes,
     downtime: Option<Duration>,
@@ -224,8 +224,8 @@ impl Role for SourceRole {
 }
 
 impl SourceRole {
-    /// Copies no more. A stage may be waiting for the VMM, which could not be asked anything
-    /// else meanwhile; and before the guest runs again, no lane must read its memory.
+    /// Ends copying. A stage may be waiting for the VMM, which could not be asked anything else meanwhile. And before
+    /// the guest runs again, no lane must read its memory.
     fn end_stage(&mut self) {
         (self.stage, self.next) = (None, None);
         drop(self.transfer.stop());
@@ -255,7 +255,7 @@ impl SourceRole {
         }
     }
 
-    /// A message on the migration's own connection.
+    /// Takes a message that came on the migration's own connection.
     fn hear(&mut self, session: &mut Session<Source>, message: Result<Control, LinkError>) -> Option<Event> {
         let message = match message {
             Ok(message) => message,
@@ -307,8 +307,8 @@ impl SourceRole {
         }
     }
 
-    /// When a pause in which everything is sent must have come to the commit, or end; before that the stage sees to it
-    /// itself. Until the commit begins to be written, the guest can be kept.
+    /// Returns when a pause in which everything is sent must have come to the commit, or end. Before that the stage
+    /// sees to it itself. Until the commit begins to be written, the guest can be kept.
     fn deadline(&self, machine: &Source) -> Option<Deadline> {
         let paused = self.paused.as_ref().filter(|_| machine.can_cancel())?;
         Some(paused.deadline())

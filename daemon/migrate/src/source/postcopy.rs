@@ -1,12 +1,12 @@
-//! Post-copy at the source: the guest is handed over before all of its memory is.
+//! In post-copy the source hands the guest over before all of its memory is at the destination.
 //!
-//! What is out of date at the destination is dropped there while the guest still runs here; in the pause
-//! only what was written since, and the VMM's state, have to be told. From the moment that the
-//! destination knows all that is missing, it is served.
+//! What is out of date at the destination is dropped there while the guest runs here. In the pause the source has to
+//! tell only what was written since, and the VMM's state. From the moment at which the destination knows all that is
+//! missing, it is served.
 //!
-//! Of a guest that was never looked through ([`Postcopy::Now`]) everything is missing that its memory holds
-//! as data, in blocks; all between is made zero at the destination. In the pause whatever holds data then,
-//! and did not before, is told.
+//! Of a guest that was never looked through ([`Postcopy::Now`]) everything is missing that its memory holds as data, in
+//! blocks, and everything between the blocks is made zero at the destination. In the pause the source tells which
+//! blocks hold data then and did not before.
 //!
 //! [`Postcopy::Now`]: memlane_protocol::convergence::Postcopy::Now
 
@@ -26,17 +26,18 @@ use super::switchover::Switchover;
 use super::transfer::Transfer;
 use crate::missing::tell;
 
-/// Pages that are told once more before the pause: so many cost more there than another look.
+/// If at least this many pages are dirty, they are told once more before the pause: in the pause they would cost more
+/// than another look.
 const MANY: u64 = 4096;
-/// Looks before the pause.
+/// There are this many looks before the pause.
 const LOOKS: u32 = 3;
-/// Pages that are told together where nobody knows which were written, if one of them holds data (2 MiB):
-/// so few blocks, and stretches between them, are looked at again in the pause.
+/// This many pages are told together (2 MiB), if one of them holds data, where it is not known which were written. So
+/// few blocks, and gaps between them, are looked at again in the pause.
 const BLOCK_PAGES: u64 = 512;
 
 impl Precopy {
-    /// Gets the destination ready to run the guest without all of its memory, while it runs here.
-    /// `tracked` tells whether its writes are tracked; otherwise nothing was sent yet.
+    /// Prepares the destination to run the guest without all of its memory, while it runs here. `tracked` says that its
+    /// writes are tracked; otherwise nothing was sent yet.
     pub(super) async fn open_postcopy(&self, tracked: bool) -> Result<(), CopyError> {
         self.end_lanes().await?;
         let server = PostcopySource {
@@ -60,8 +61,8 @@ impl Precopy {
         Ok(())
     }
 
-    /// Lets what is in flight arrive, and ends the lanes: from then on nothing is written to the
-    /// guest's memory at the destination that is not placed whole.
+    /// Lets what is in flight arrive, and ends the lanes. From then on the guest's memory at the destination is written
+    /// only by placing whole pages.
     async fn end_lanes(&self) -> Result<(), CopyError> {
         self.transfer.outbound.hold();
         while !self.transfer.outbound.is_settled() {
@@ -72,7 +73,7 @@ impl Precopy {
         Ok(())
     }
 
-    /// Tells which blocks of the guest's memory hold data, and that the rest is to be zero.
+    /// Tells the destination which blocks of the guest's memory hold data, and that the rest is to be zero.
     async fn tell_all(&self) -> Result<(), CopyError> {
         let (told, ram) = (self.told_missing.clone(), self.transfer.guest.ram.clone());
         let look = move || {
@@ -88,7 +89,7 @@ impl Precopy {
 }
 
 impl Switchover {
-    /// The guest stands still: saves its state, and tells what was written since the last look.
+    /// Saves the state of the paused guest, and tells what was written since the last look.
     pub(super) async fn save_for_postcopy(&self) -> Result<SavedState, CopyError> {
         let saved = self.transfer.guest.driver.save().await?;
         if self.transfer.guest.tracked.get() {
@@ -101,7 +102,7 @@ impl Switchover {
         Ok(saved)
     }
 
-    /// Tells which blocks hold data that did not when they were looked at.
+    /// Tells the destination which blocks hold data that did not when they were looked at.
     async fn tell_new_blocks(&self) -> Result<(), CopyError> {
         let (told, ram) = (self.told_missing.clone(), self.transfer.guest.ram.clone());
         let look = move || {
@@ -131,7 +132,7 @@ impl Transfer {
     }
 }
 
-/// Tells what of the dirty pages the destination has not been told; returns how many.
+/// Tells the destination the dirty pages that it has not been told. Returns how many there were.
 async fn tell_dirty(transfer: &Transfer, told: &Arc<PageSet>) -> Result<u64, CopyError> {
     let (told, outbound) = (told.clone(), transfer.outbound.clone());
     let look = move || {
@@ -156,7 +157,7 @@ fn note(blocks: Vec<Range<u64>>, told: &PageSet) -> PageSet {
     fresh
 }
 
-/// What of `all` lies between `parts`, which are in order.
+/// Returns what of `all` lies between `parts`, which are in order.
 fn gaps(all: &Range<u64>, parts: &[Range<u64>]) -> Vec<Range<u64>> {
     let starts = std::iter::once(all.start).chain(parts.iter().map(|part| part.end));
     let ends = parts.iter().map(|part| part.start).chain(std::iter::once(all.end));

@@ -1,5 +1,5 @@
-//! Copying while the guest runs: [the first iteration](super::first_iteration) over all memory, then what was written
-//! meanwhile, until the pause fits the limit.
+//! Pre-copy sends memory while the guest runs: [the first iteration](super::first_iteration) goes over all memory, and
+//! the others over what was written meanwhile, until the pause fits the limit.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -20,34 +20,34 @@ use super::switchover::Switchover;
 use super::transfer::{LOOK, Transfer};
 use crate::lane_reconnect::LaneReconnector;
 use crate::observer::Measurement;
-use crate::progress::{Forecast as ForecastView, Phase, Round as RoundView};
+use crate::progress::{Forecast as ForecastView, Iteration as IterationView, Phase};
 use crate::routes::Route;
 
 /// The stage in which the guest runs and is copied.
 pub struct Precopy {
     pub(super) transfer: Rc<Transfer>,
-    /// Compare digests in the pause.
+    /// If this is true, digests are compared in the pause.
     verify: bool,
     policy: Policy,
     pub(super) convergence: RefCell<Convergence>,
-    /// Forecasts for this kind of VMM.
+    /// These are the forecasts for this kind of VMM.
     predictor: Rc<RefCell<Predictor>>,
-    /// Round trip between the ports, before the first ping of the control connection.
+    /// This is the round trip between the ports, for the time before the first ping of the control connection.
     round_trip: Duration,
-    /// What the lanes deliver.
+    /// This measures what the lanes deliver.
     pub(super) bandwidth: RefCell<Bandwidth>,
-    /// When it was measured last in this iteration, and what had been acknowledged by then.
+    /// This is when it was last measured in this iteration, and what had been acknowledged by then.
     sampled: Cell<Option<(Instant, u64)>>,
-    /// The forecast of the last decision.
+    /// This is the forecast of the last decision.
     forecast: Cell<Option<Forecast>>,
-    /// Serves what is missing at the destination, once post-copy was decided.
+    /// This serves what is missing at the destination, once post-copy was decided.
     pub(super) serving: Cell<Option<Serving>>,
-    /// Pages that the destination was told are missing.
+    /// The destination was told that these pages are missing.
     pub(super) told_missing: Arc<PageSet>,
 }
 
 impl Precopy {
-    /// Prepares to copy; `round_trip` is that between the ports.
+    /// Prepares to copy. `round_trip` is that between the ports.
     pub fn new(transfer: Rc<Transfer>, policy: Policy, verify: bool, round_trip: Duration) -> Self {
         let predictor = transfer.context.predictor(&transfer.guest.shape.machine.vmm);
         let told_missing = Arc::new(PageSet::new(transfer.guest.ram.pages()));
@@ -66,11 +66,11 @@ impl Precopy {
         }
     }
 
-    /// Copies until it is time to switch over. Lanes that are lost meanwhile are opened again by `reopener`.
+    /// Copies until it is time to switch over. Lanes that are lost meanwhile are opened again by `reconnector`.
     ///
     /// # Errors
     ///
-    /// If the guest cannot be copied, or was given up on: it runs on.
+    /// Fails if the guest cannot be copied, or was given up on. It then runs on.
     pub async fn run(self, reconnector: LaneReconnector) -> Result<Switchover, CopyError> {
         tokio::select! {
             result = self.iterate() => result,
@@ -99,7 +99,7 @@ impl Precopy {
                 Decision::GiveUp { why } => Err(CopyError::GaveUp(why)),
                 _ => {
                     // Beginning to track is what prepares a VMM to give up its guest; all pages will be
-                    // missing, whatever is written to them.
+                    // missing, even if they are written to.
                     self.start_tracking().await?;
                     transfer.guest.driver.stop_tracking().await?;
                     transfer.guest.tracked.set(false);
@@ -130,7 +130,7 @@ impl Precopy {
         let pages = if number == 1 { transfer.guest.ram.pages() } else { transfer.outbound.dirty.count() };
         transfer.link.send(&Control::Iteration { number, pages }).await?;
         transfer.handle.update(|progress| {
-            progress.rounds.push(RoundView { round: number, pages, ..RoundView::default() });
+            progress.iterations.push(IterationView { number, pages, ..IterationView::default() });
         });
         if number == 1 {
             self.first_iteration().await?;
@@ -147,31 +147,31 @@ impl Precopy {
         let measured = Measurement::Iteration { took: duration, dirtied_pages };
         transfer.context.observer.measured(measured);
         transfer.handle.update(|progress| {
-            let round = progress.rounds.last_mut().expect("pushed when the iteration began");
+            let shown = progress.iterations.last_mut().expect("pushed when the iteration began");
             let pages = if number == 1 { sent } else { pages };
             let seconds = duration.as_secs_f64();
-            *round = RoundView { round: number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
+            *shown = IterationView { number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
         });
         let remaining_bytes = remaining * PAGE_SIZE;
         Ok(self.decide(&Iteration { number, duration, dirtied_pages, remaining_bytes }))
     }
 
-    /// What to do after an iteration.
-    fn decide(&self, round: &Iteration) -> Decision {
+    /// Decides what to do after an iteration.
+    fn decide(&self, iteration: &Iteration) -> Decision {
         let mut convergence = self.convergence.borrow_mut();
-        let verdict = convergence.after_iteration(round, &self.now(), &self.predictor.borrow());
+        let verdict = convergence.after_iteration(iteration, &self.now(), &self.predictor.borrow());
         info!(
             guest = %self.transfer.handle.guest,
-            round = round.number,
-            seconds = round.duration.as_secs_f64(),
-            dirtied_pages = round.dirtied_pages,
+            round = iteration.number,
+            seconds = iteration.duration.as_secs_f64(),
+            dirtied_pages = iteration.dirtied_pages,
             "round ended"
         );
         self.note(&verdict);
         verdict.decision
     }
 
-    /// What decisions are made from, as it is now.
+    /// Returns what decisions are made from, as it is now.
     fn now(&self) -> Conditions {
         let transfer = &self.transfer;
         Conditions {
@@ -182,12 +182,12 @@ impl Precopy {
                 .round_trip()
                 .unwrap_or(self.round_trip)
                 .max(transfer.lanes.borrow().round_trip()),
-            // Comparing is for those who have the time: the limit bounds the rest of the pause.
+            // Comparing takes its time: the limit bounds the rest of the pause.
             verify: Duration::ZERO,
         }
     }
 
-    /// Tells what was decided, and from which figures.
+    /// Logs and shows what was decided, and from which figures.
     fn note(&self, verdict: &Verdict) {
         self.forecast.set(Some(verdict.forecast));
         self.transfer.handle.update(|progress| {
@@ -223,10 +223,11 @@ impl Precopy {
         Ok(())
     }
 
-    /// Returns when every page of this iteration is in some lane's hands. Those that are still on their way do not hold
-    /// up the next one.
+    /// Returns when a lane has claimed every page of this iteration. Pages that are on their way do not hold up the
+    /// next one.
     ///
-    /// An iteration that has nothing to claim ends when nothing is on its way either: it would else be over in no time,
+    /// An iteration that has nothing to claim ends when nothing is on its way either: it would otherwise be over in no
+    /// time, and show nothing about how fast pages are written and sent.
     /// and tell nothing about how fast pages are written and sent.
     async fn until_all_claimed(&self) -> Result<(), CopyError> {
         let dirty = &self.transfer.outbound.dirty;
@@ -270,7 +271,7 @@ impl Precopy {
         unreachable!("the loop has no end")
     }
 
-    /// From here on the lanes are busy with an iteration.
+    /// Notes that from here on the lanes are busy with an iteration.
     fn begin_sample(&self) {
         self.sampled.set(Some((Instant::now(), self.transfer.lanes.borrow().acked_bytes())));
     }

@@ -1,8 +1,7 @@
-//! Serving at the source: the guest runs at the destination, and fetches memory from here.
+//! The source serves memory while the guest runs at the destination.
 //!
-//! The source knows nothing of what is missing: each session, the first as any after a loss, begins
-//! with the destination's telling it. The guest stands still here, so that whatever is sent twice
-//! is the same.
+//! The source does not know what is missing: each session, the first as well as any after a loss, begins with a list
+//! from the destination. The guest is paused here, so that a page that is sent twice is the same both times.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -26,14 +25,14 @@ use crate::missing::{self, NoSuchPage};
 use crate::preflight::{self, Findings};
 use crate::routes::{Route, Routes};
 
-/// Longest wait for the destination's answer to the offer to serve: its VMM has to be asked.
+/// The destination's answer to the offer to serve may take this long: its VMM has to be asked.
 const ANSWER: Duration = Duration::from_secs(15);
-/// How often the lanes are looked at.
+/// The lanes are looked at in these intervals.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long to wait before a lost session is opened again.
+/// A lost session is opened again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Why memory cannot be served, or not any more.
+/// Memory cannot be served, or not any more.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The connection for control failed.
@@ -54,21 +53,21 @@ pub enum ServeError {
     /// The lane for faults, or all others, are lost.
     #[error("{0} to the destination is lost; see `memlanectl ports` and the daemon's log")]
     Lost(&'static str),
-    /// The destination named pages that there are not.
+    /// The destination named a page that the guest does not have.
     #[error("the destination broke the protocol: {0}")]
     Protocol(#[from] NoSuchPage),
 }
 
-/// What is served, and to whom.
+/// This says what is served, and to which host.
 #[derive(Clone)]
 pub struct PostcopySource {
-    /// What every migration of this host works with.
+    /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
-    /// The migration.
+    /// This is the migration.
     pub handle: Rc<MigrationHandle>,
-    /// The guest's memory, which nobody writes to any more once pages are asked for.
+    /// This is the guest's memory, which does not change any more once pages are asked for.
     pub ram: Arc<GuestRam>,
-    /// Pages may be holes, which are not to be read.
+    /// If this is true, pages may be holes, which are not to be read.
     pub sparse: bool,
 }
 
@@ -82,12 +81,16 @@ struct ServeSession {
     reconnector: LaneReconnector,
     outbound: Arc<SendState>,
     bell: Arc<Notify>,
-    /// Number of the lane for faults.
+    /// This is the number of the lane for faults.
     faults: u16,
 }
 
 impl Serving {
     /// Opens the first session, and serves from then on.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the first session cannot be opened.
     pub async fn begin(server: PostcopySource) -> Result<Self, ServeError> {
         let session = server.open().await?;
         Ok(Self(task::spawn("server of missing pages", server.serve(Some(session)))))
@@ -186,7 +189,7 @@ impl PostcopySource {
         })
     }
 
-    /// Serves until the session is lost.
+    /// Serves until the session is lost. Returns why it was.
     async fn serve_over(&self, session: &mut ServeSession, before: (u64, u64, u64)) -> ServeError {
         let silence = self.context.limits().silence;
         loop {
@@ -209,7 +212,7 @@ impl PostcopySource {
                 () = tokio::time::sleep(LOOK) => self.show(session, before),
             }
             for lane in session.outbound.orphaned_lanes() {
-                // What still lies in some buffer may come late: it is the same as what comes again.
+                // Bytes in some buffer may come late: it is the same as what comes again.
                 session.outbound.take_back(lane);
                 if let Err(error) = session.link.send(&Control::LaneLost(lane)).await {
                     return error.into();
@@ -267,7 +270,7 @@ impl PostcopySource {
     }
 }
 
-/// The lane for faults, on the port with the shortest round trip that works.
+/// Opens the lane for faults, on the port with the shortest round trip that works.
 async fn open_faults(routes: &Routes, pairs: &[preflight::Pair]) -> Option<LaneEnd> {
     for pair in pairs {
         match routes.open_faults(&pair.route).await {

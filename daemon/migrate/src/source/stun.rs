@@ -1,4 +1,4 @@
-//! Slowing the guest's writes while it is copied, as far as was decided.
+//! The source slows the guest's writes while it is copied, as far as was decided.
 
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use crate::observer::Measurement;
 use crate::progress::Stun;
 
 impl Precopy {
-    /// Holds the guest's writes to this rate from now on.
+    /// Holds the guest's writes to this rate, in pages of 4 KiB per second, from now on.
     pub(super) async fn stun(&self, pages_per_second: u64) -> Result<(), CopyError> {
         let transfer = &self.transfer;
         if transfer.guest.stun_report().is_some() {
@@ -44,7 +44,7 @@ impl Precopy {
         if let Some(pages_per_second) = target
             && let Err(error) = self.transfer.guest.set_stun(pages_per_second).await
         {
-            // Whoever harvests next hears of it too, and that ends the copy.
+            // The next harvest fails too, and that ends the copy.
             debug!(%error, "the rate of a stun stays as it was");
         }
     }

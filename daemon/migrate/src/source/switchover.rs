@@ -1,4 +1,5 @@
-//! What happens while the guest stands still: the last pages, the proof if it was ordered, and the VMM's state.
+//! The switchover is what happens while the guest is paused: the last pages, the proof if it was ordered, and the VMM's
+//! state.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -18,30 +19,30 @@ use crate::effects::Deadline;
 use crate::handle::unix_seconds;
 use crate::progress::Phase;
 
-/// The stage in which the guest stands still and what is left of it is sent.
+/// The stage in which the guest is paused and what is left of it is sent.
 pub struct Switchover {
     pub(super) transfer: Rc<Transfer>,
-    /// Longest pause, without what comparing takes.
+    /// The pause may take this long, without what comparing takes.
     pub(super) downtime_limit: Duration,
-    /// Compare digests.
+    /// If this is true, digests are compared.
     pub(super) verify: bool,
-    /// The forecast on which the switchover was decided.
+    /// The switchover was decided on this forecast.
     pub(super) forecast: Option<Forecast>,
-    /// Forecasts for this kind of VMM.
+    /// These are the forecasts for this kind of VMM.
     pub(super) predictor: Rc<RefCell<Predictor>>,
-    /// Serves what is missing at the destination, in post-copy.
+    /// This serves what is missing at the destination, in post-copy.
     pub(super) serving: Option<Serving>,
-    /// Pages that the destination was told are missing.
+    /// The destination was told that these pages are missing.
     pub(super) told_missing: Arc<PageSet>,
 }
 
-/// A guest that stands still here, and of which the destination has all that it needs to run it.
+/// A guest that is paused here, and of which the destination has all that it needs to run it.
 pub struct Paused {
-    /// When it stopped.
+    /// The guest stopped at this moment.
     pub at: Instant,
-    /// From then on until its state was saved.
+    /// From then on it took this long until its state was saved.
     save_time: Duration,
-    /// Time that comparing digests took, which the limit does not bound.
+    /// Comparing digests took this long, which the limit does not bound.
     verify_time: Duration,
     downtime_limit: Duration,
     forecast: Option<Forecast>,
@@ -49,12 +50,12 @@ pub struct Paused {
     serving: Option<Serving>,
 }
 
-/// What the destination measured of a pause.
+/// These times of a pause are what the destination measured.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RemoteTimes {
-    /// Loading the VMM's state.
+    /// Loading the VMM's state took this long.
     pub load: Duration,
-    /// Letting the vCPUs run.
+    /// Letting the vCPUs run took this long.
     pub resume: Duration,
 }
 
@@ -63,7 +64,7 @@ impl Switchover {
     ///
     /// # Errors
     ///
-    /// If something fails, or the pause would exceed the limit: the guest is still paused.
+    /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
     pub async fn run(self) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
         transfer.handle.update(|progress| {
@@ -115,9 +116,9 @@ impl Switchover {
         Ok(saved)
     }
 
-    /// When the VMM is to end the pause by itself: this daemon has done so by then, or hangs.
+    /// Returns after which time the VMM is to end the pause by itself: this daemon has done so by then, or hangs.
     fn longest_pause(&self) -> Duration {
-        /// For a daemon that is slow.
+        /// This is added for a daemon that is slow.
         const GRACE: Duration = Duration::from_secs(1);
         // Both sides go through all of memory, and neither is told how far the other is.
         let comparing = if self.verify { self.transfer.patience() * 2 } else { Duration::ZERO };
@@ -155,17 +156,17 @@ impl Switchover {
 }
 
 impl Paused {
-    /// When the commit must have begun to be written, or the guest is kept.
+    /// Returns when the commit must have begun to be written, or the guest is kept.
     pub fn deadline(&self) -> Deadline {
         deadline(self.at + self.verify_time, self.downtime_limit, self.forecast.as_ref())
     }
 
-    /// Serves no more.
+    /// Ends serving.
     pub fn end_serving(&mut self) {
         self.serving = None;
     }
 
-    /// Learns from a pause of this length, of which this host's journal took `journal`; returns what was measured, and
+    /// Learns from a pause of this length, of which this host's journal took `journal`. Returns what was measured, and
     /// what had been expected.
     pub fn learn(
         &self,
@@ -187,7 +188,7 @@ impl Paused {
     }
 }
 
-/// When a pause that began `at` must have come to the commit. What is begun then cannot be taken back.
+/// Returns when a pause that began `at` must have come to the commit. What is begun then cannot be taken back.
 fn deadline(at: Instant, limit: Duration, forecast: Option<&Forecast>) -> Deadline {
     let later = forecast.map_or(Duration::ZERO, Forecast::after_commit);
     Deadline { at: at + limit.saturating_sub(later), limit }

@@ -1,4 +1,4 @@
-//! What all stages of the source share: the guest, its lanes, and the way to the destination.
+//! All stages of the source share the guest, its lanes, and the connection to the destination.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -21,43 +21,43 @@ use crate::lanes::{self, Lanes};
 use crate::observer::Measurement;
 use crate::progress::Stun;
 
-/// How long a ring of the bell may be missed.
+/// If a ring of the bell is missed, that is noticed after this time.
 pub const LOOK: Duration = Duration::from_millis(20);
-/// Longest wait for an answer of the destination, besides its work.
+/// An answer of the destination may take this long, besides its work.
 const ANSWER: Duration = Duration::from_secs(30);
-/// Answers of the destination that wait to be dealt with.
+/// This many answers of the destination may wait to be dealt with.
 const ANSWERS_WAITING: usize = 16;
 
-/// One guest on its way.
+/// The transfer of one guest.
 pub struct Transfer {
-    /// What every migration of this host works with.
+    /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
-    /// The guest.
+    /// This is the guest.
     pub guest: Rc<Guest>,
-    /// How everyone else sees the migration.
+    /// Through this everyone else sees the migration.
     pub handle: Rc<MigrationHandle>,
-    /// What the lanes share.
+    /// This is the state that the lanes share.
     pub outbound: Arc<SendState>,
-    /// The lanes.
+    /// These are the lanes.
     pub lanes: RefCell<Lanes>,
-    /// To the destination.
+    /// This sends to the destination.
     pub link: LinkSender,
     bell: Arc<Notify>,
-    /// What the destination says besides words of the handover.
+    /// This receives what the destination says besides words of the handover.
     answers: Mutex<mpsc::Receiver<Control>>,
-    /// Messages about holes that were sent.
+    /// This many messages about holes were sent.
     holes_sent: Cell<u64>,
-    /// Those of them that the destination has dealt with.
+    /// The destination has dealt with this many of those messages.
     holes_made: Cell<u64>,
-    /// Lanes of which the destination was told that they are lost.
+    /// The destination was told that these lanes are lost.
     lanes_lost: RefCell<BTreeSet<u16>>,
-    /// How a stun went when it was looked at last.
+    /// This is how a stun went when it was last looked at.
     stunned: Cell<StunReport>,
 }
 
 impl Transfer {
-    /// Makes a transfer without lanes, which may compress if `compress`; what it answers to is sent to what comes with
-    /// it.
+    /// Makes a transfer without lanes, which may compress if `compress`. Returns it with the sender that takes the
+    /// destination's answers.
     pub fn new(
         context: Rc<Context>,
         guest: Rc<Guest>,
@@ -88,12 +88,12 @@ impl Transfer {
         (Rc::new(transfer), answers)
     }
 
-    /// Makes dirty what was written since it was armed or last harvested, and has the lanes send it; returns how many
-    /// pages are new.
+    /// Marks the pages as dirty that were written since they were write-protected or last harvested, and has the lanes
+    /// send them. Returns how many pages are new.
     ///
     /// # Errors
     ///
-    /// If the VMM does not answer: what it has found may be lost.
+    /// Fails if the VMM does not answer. What it has found may then be lost.
     pub async fn harvest(&self) -> Result<u64, CopyError> {
         let found = self.guest.harvest(&self.outbound.dirty).await?;
         if found.holes {
@@ -103,13 +103,17 @@ impl Transfer {
         Ok(found.new)
     }
 
-    /// The destination has dealt with one message about holes.
+    /// Notes that the destination has dealt with one message about holes.
     pub fn holes_made(&self) {
         self.holes_made.set(self.holes_made.get() + 1);
         self.bell.notify_one();
     }
 
     /// Tells the destination that these pages are zero.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost.
     pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
         let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
         if pages == 0 {
@@ -125,6 +129,10 @@ impl Transfer {
     }
 
     /// Returns when all holes are made: a hole must be one there before the page behind it can be sent as data.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the destination does not answer in time.
     pub async fn until_holes_are_made(&self) -> Result<(), CopyError> {
         let until = Instant::now() + self.patience();
         while self.holes_made.get() < self.holes_sent.get() {
@@ -136,14 +144,18 @@ impl Transfer {
         Ok(())
     }
 
-    /// How long to wait for the destination when it may have to go through all of memory.
+    /// Returns how long to wait for the destination when it may have to go through all of memory.
     pub fn patience(&self) -> Duration {
-        /// Slower than this, in bytes per second, nobody goes through memory.
+        /// A host goes through memory at no less than this many bytes per second.
         const SLOWEST: u64 = 128 << 20;
         ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
     }
 
-    /// The destination's next answer, for which it may have to go through all of memory.
+    /// Returns the destination's next answer, for which it may have to go through all of memory.
+    ///
+    /// # Errors
+    ///
+    /// Fails if none comes in time.
     pub async fn answer(&self) -> Result<Control, CopyError> {
         let mut answers = self.answers.lock().await;
         match tokio::time::timeout(self.patience(), answers.recv()).await {
@@ -153,6 +165,10 @@ impl Transfer {
     }
 
     /// Returns when the destination has every page that there was to send.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Transfer::wait_for_lanes`] does.
     pub async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
         while !self.outbound.all_acknowledged() {
             self.wait_for_lanes().await?;
@@ -160,11 +176,11 @@ impl Transfer {
         Ok(())
     }
 
-    /// Returns when a lane has something to tell, or after a moment.
+    /// Returns when a lane has something to report, or after a moment.
     ///
     /// # Errors
     ///
-    /// If no lane is left, or the guest's memory is not there any more.
+    /// Fails if no lane is left, or if the guest's memory is not there any more.
     pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
         let _ = tokio::time::timeout(LOOK, self.bell.notified()).await;
         self.outbound.ram.intact().map_err(CopyError::Memory)?;
@@ -178,7 +194,8 @@ impl Transfer {
         if self.lanes.borrow().all_ended() { Err(no_lanes().await) } else { Ok(()) }
     }
 
-    /// Sends no more: no lane reads the guest's memory after what is returned is done. Its writes are not held up.
+    /// Ends sending. No lane reads the guest's memory after the returned future is done. The guest's writes are not
+    /// held up any more.
     pub fn stop(&self) -> impl Future<Output = ()> + use<> {
         self.guest.let_writes_go();
         let closed = self.lanes.borrow().close();
@@ -192,7 +209,7 @@ impl Transfer {
         self.show_stun();
         self.handle.update(|progress| {
             self.lanes.borrow().show(progress);
-            progress.pages_remaining = match progress.rounds.as_slice() {
+            progress.pages_remaining = match progress.iterations.as_slice() {
                 [first] if first.seconds == 0.0 => {
                     let done = progress.pages_sent + progress.zero_pages + progress.hole_pages;
                     progress.pages_total.saturating_sub(done)
@@ -217,7 +234,8 @@ impl Transfer {
     }
 }
 
-/// A destination that gives up closes its lanes before it says why: leaves it a moment for that.
+/// Returns the error of having no lanes, after a moment: a destination that gives up closes its lanes before it says
+/// why.
 async fn no_lanes() -> CopyError {
     const LAST_WORDS: Duration = Duration::from_millis(200);
     tokio::time::sleep(LAST_WORDS).await;

@@ -1,4 +1,4 @@
-//! The proof that both ends hold the same memory, where it was ordered.
+//! This module proves that both ends hold the same memory, where that was ordered.
 
 use memlane_lane::digest::{Digest, chunks, difference, digest_all};
 use memlane_protocol::wire::control::Control;
@@ -7,11 +7,11 @@ use super::error::CopyError;
 use super::switchover::Switchover;
 
 impl Switchover {
-    /// Compares digests of all RAM at both ends, while the guest stands still.
+    /// Compares digests of all RAM at both ends, while the guest is paused.
     ///
     /// # Errors
     ///
-    /// If they differ, or the destination does not tell its own.
+    /// Fails if they differ, or if the destination does not send its own.
     pub(super) async fn compare(&self) -> Result<(), CopyError> {
         self.transfer.link.send(&Control::Verify).await?;
         let ram = self.transfer.guest.ram.clone();
