@@ -1,8 +1,8 @@
-//! What the daemon counts and measures, for Prometheus.
+//! The metrics of the daemon, for Prometheus.
 //!
-//! Names begin with `memlane_` and units are base units, as Prometheus has it (`names`). Counters are there from the
-//! start with 0, so that the first increase is seen. The engine tells [`Metrics`] what it measures; what goes up and
-//! down is looked up when somebody asks for it.
+//! Names begin with `memlane_` and units are base units, as Prometheus has it (`names`). Counters exist from the
+//! start with 0, so that Prometheus sees the first increase. The engine reports its measurements to [`Metrics`]. Gauges
+//! are set when `/metrics` is read.
 
 mod names;
 
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use memlane_guest::StunReport;
 use memlane_lane::Totals;
-use memlane_lane::postcopy::{FaultObserver, Leg};
+use memlane_lane::postcopy::{FaultObserver, FaultStage};
 use memlane_migrate::progress::{Outcome, Role};
 use memlane_migrate::{Measurement, Observer, Progress};
 use memlane_protocol::wire::control::FetchReport;
@@ -26,31 +26,31 @@ use names::*;
 
 static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
 
-/// Begins to count. Without this, or where the program has another recorder of its own, all functions here do nothing.
-/// More than once is the same as once.
+/// Installs the recorder of metrics. Without it, or if the program has another recorder, all functions here do nothing.
+/// Further calls have no effect.
 pub fn install() {
     INSTALLED.get_or_init(|| {
         let recorder = recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
-            tracing::warn!("this program records metrics elsewhere; /metrics stays empty");
+            tracing::warn!("this program has another recorder of metrics, so /metrics stays empty");
         }
         describe();
         handle
     });
 }
 
-/// All metrics in Prometheus' text format 0.0.4; nothing before [`install`].
+/// Returns all metrics in Prometheus' text format 0.0.4. The text is empty before [`install`].
 pub fn render() -> String {
     INSTALLED.get().map(PrometheusHandle::render).unwrap_or_default()
 }
 
-/// All metrics by name, with their kinds as Prometheus calls them: `counter`, `gauge` or `histogram`.
+/// Returns the names of all metrics and their kinds as Prometheus calls them: `counter`, `gauge` or `histogram`.
 pub fn kinds() -> impl Iterator<Item = (&'static str, &'static str)> {
     ALL.iter().map(|(name, kind, ..)| (*name, kind.name()))
 }
 
-/// Keeps samples from piling up where nobody reads `/metrics`. Runs until dropped.
+/// Discards old samples now and then, in case no program reads `/metrics`, until it is dropped.
 pub async fn upkeep() {
     loop {
         tokio::time::sleep(Duration::from_secs(10)).await;
@@ -60,7 +60,7 @@ pub async fn upkeep() {
     }
 }
 
-/// Sets what goes up and down: the number of guests, and what the migrations under way do on these ports.
+/// Sets the gauges: the number of guests, and what the migrations under way do on these ports.
 pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<Item = &'n str>) {
     gauge!(GUESTS).set(guests as f64);
     let active = || migrations.iter().filter(|progress| progress.outcome.is_none());
@@ -82,7 +82,7 @@ pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<
     }
 }
 
-/// Has a port's counters be there with 0, so that their first increase is seen.
+/// Creates the counters of a port with 0, so that Prometheus sees their first increase.
 pub fn port(name: &str) {
     carried(name, true, Totals::default());
     carried(name, false, Totals::default());
@@ -91,12 +91,12 @@ pub fn port(name: &str) {
     gauge!(BANDWIDTH, "port" => name.to_owned()).increment(0.0);
 }
 
-/// The journal was written to disk, which took so long.
+/// Records how long it took to write the journal to disk.
 pub fn journal_synced(took: Duration) {
     histogram!(JOURNAL_SYNC).record(took);
 }
 
-/// Counts what the engine measures.
+/// Records the measurements of the engine.
 pub struct Metrics;
 
 impl Observer for Metrics {
@@ -140,11 +140,11 @@ impl FaultObserver for Metrics {
         histogram!(FAULT).record(time);
     }
 
-    fn took(&self, leg: Leg, time: Duration) {
+    fn took(&self, leg: FaultStage, time: Duration) {
         let name = match leg {
-            Leg::Ask => FAULT_ASK,
-            Leg::Transfer => FAULT_TRANSFER,
-            Leg::Place => FAULT_PLACE,
+            FaultStage::Request => FAULT_ASK,
+            FaultStage::Transfer => FAULT_TRANSFER,
+            FaultStage::Place => FAULT_PLACE,
         };
         histogram!(name).record(time);
     }

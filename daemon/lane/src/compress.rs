@@ -9,41 +9,42 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::compression::{Compression, Load};
 use memlane_protocol::wire::frame::{Content, Run, contents_bytes};
 
-/// Of so many pages of a frame one is looked at.
+/// One page in this many is sampled to tell whether a frame is worth compressing.
 const SAMPLED: u64 = 16;
 
-/// Compresses what one lane sends, where that is worth it. Its buffers hold one frame.
+/// Compresses the frames of one lane, where that is worth it. Its buffers hold one frame.
 pub struct Compressor {
     decisions: Compression,
     clock: ThreadClock,
-    /// Contents as they were when they were looked at: the guest goes on writing its own.
+    /// This is a copy of the pages, because the guest goes on writing the originals.
     contents: Vec<u8>,
     block: Vec<u8>,
 }
 
-/// What is to be sent in place of a frame's pages.
+/// The compressed block that is sent in place of a frame's pages.
 pub struct Block<'a> {
     /// The compressed bytes.
     pub bytes: &'a mut [u8],
-    /// What was compressed.
+    /// The bytes of the pages before compression.
     pub contents: &'a [u8],
 }
 
 impl Compressor {
-    /// For the calling thread's lane. `None` where nobody can tell what holds that up.
+    /// Makes the compressor of the lane that the calling thread runs. Returns `None` if the kernel does not tell how long
+    /// threads run and wait (`/proc/thread-self/schedstat`).
     pub fn new() -> Option<Self> {
         let clock = ThreadClock::open()?;
         let (contents, block) = (Vec::new(), Vec::new());
         Some(Self { decisions: Compression::default(), clock, contents, block })
     }
 
-    /// The lane has nothing to send.
+    /// Notes that the lane has nothing to send.
     pub fn idle(&mut self) {
         self.decisions.idle();
     }
 
-    /// Takes in how the lane does at `now`, a time since any fixed moment, when so many bytes of payload,
-    /// and of the pages that they brought, were acknowledged.
+    /// Observes how the lane does at `now`, a time since any fixed moment: so many bytes of payload, and of the pages in
+    /// it, are acknowledged.
     pub fn observe(&mut self, now: Duration, wire_bytes: u64, contents_bytes: u64) {
         if self.decisions.is_due(now)
             && let Some((ran, crowded)) = self.clock.read()
@@ -52,7 +53,7 @@ impl Compressor {
         }
     }
 
-    /// The pages of a frame in a shorter form, if they have one and it is worth the work.
+    /// Compresses the pages of a frame. Returns `None` if that is not worth the work.
     pub fn compress(&mut self, ram: &GuestRam, runs: &[Run]) -> Option<Block<'_>> {
         let bytes = contents_bytes(runs);
         if !self.decisions.wants_sample(bytes) {
@@ -72,7 +73,7 @@ impl Compressor {
         worth.then_some(Block { bytes: &mut self.block[..length], contents })
     }
 
-    /// Bytes of these pages, and what each of them by itself becomes, together.
+    /// Compresses each of these pages by itself. Returns how many bytes they have, and how many they become.
     fn sample(&mut self, ram: &GuestRam, pages: impl Iterator<Item = u64>) -> (u64, u64) {
         let mut page = [0; PAGE_SIZE as usize];
         let block = grown(&mut self.block, get_maximum_output_size(page.len()));
@@ -86,19 +87,20 @@ impl Compressor {
         (sampled, compressed)
     }
 
-    /// What the kernel may still read when its ring is broken.
+    /// Leaks the block, which the kernel may still read if the io_uring is broken.
     pub fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.block));
     }
 }
 
-/// Some of a run's pages, in the middle of where they stand for others.
+/// Returns the pages of a run that are sampled: each is in the middle of the pages that it stands for.
 fn sampled_pages(run: &Run) -> impl Iterator<Item = u64> + use<> {
     let pages = run.pages.clone();
     let middle = (pages.end - pages.start).min(SAMPLED) / 2;
     (pages.start + middle..pages.end).step_by(SAMPLED as usize)
 }
 
+/// Copies the pages with data to `into`. Returns `None` if memory is gone.
 fn copy<'a>(ram: &GuestRam, runs: &[Run], into: &'a mut [u8]) -> Option<&'a [u8]> {
     let mut rest = &mut *into;
     for run in runs.iter().filter(|run| run.content == Content::Data) {
@@ -111,7 +113,7 @@ fn copy<'a>(ram: &GuestRam, runs: &[Run], into: &'a mut [u8]) -> Option<&'a [u8]
     Some(into)
 }
 
-/// The beginning of `buffer`, which is made as long if it is not.
+/// Returns the first so many bytes of `buffer`, which grows if it is shorter.
 pub fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     if buffer.len() < bytes {
         buffer.resize(bytes, 0);
@@ -119,7 +121,7 @@ pub fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     &mut buffer[..bytes]
 }
 
-/// What the scheduler knows of the calling thread: `schedstat` of proc(5).
+/// The scheduler's statistics of the calling thread: `schedstat` of proc(5).
 struct ThreadClock(File);
 
 impl ThreadClock {
@@ -128,7 +130,7 @@ impl ThreadClock {
         clock.read().is_some().then_some(clock)
     }
 
-    /// Time for which the thread ran, and for which it waited for a processor.
+    /// Reads for how long the thread has run, and for how long it has waited for a processor.
     fn read(&self) -> Option<(Duration, Duration)> {
         let mut bytes = [0; 128];
         let count = rustix::io::pread(&self.0, &mut bytes, 0).ok()?;

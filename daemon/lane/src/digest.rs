@@ -1,4 +1,4 @@
-//! This module makes digests of all RAM, to prove that both ends hold the same.
+//! Digests of all RAM, to prove that both hosts have the same memory of a guest.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,18 +11,19 @@ use xxhash_rust::xxh3::Xxh3;
 
 /// One digest covers this many pages.
 const CHUNK_PAGES: u64 = DIGEST_CHUNK_BYTES / PAGE_SIZE;
-/// This many threads make digests.
+/// This many threads compute digests at once.
 const THREADS: u64 = 4;
 
-/// A digest is the number of a chunk of [`DIGEST_CHUNK_BYTES`], and the XXH3-128 of what it holds.
+/// The digest of a chunk of memory: the number of the chunk, which has [`DIGEST_CHUNK_BYTES`], and the XXH3-128 of its
+/// contents.
 pub type Digest = (u64, u128);
 
-/// Makes digests of all chunks of `ram` that are not all zero, in order. Nothing may write to it meanwhile. Holes count
-/// as zeros and stay holes.
+/// Computes the digests of all chunks of `ram` that are not all zero, in order. Nothing may write to `ram` meanwhile.
+/// Holes count as zeros and stay holes.
 ///
 /// # Errors
 ///
-/// Fails if the memory cannot be read.
+/// Fails if the kernel cannot be asked for holes, or if memory of `ram` is gone because its file was truncated.
 pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
     let chunks = chunks(ram);
     let zeros = vec![0u8; PAGE_SIZE as usize];
@@ -41,12 +42,12 @@ pub fn digest_all(ram: &Arc<GuestRam>) -> std::io::Result<Vec<Digest>> {
     })
 }
 
-/// Returns how many chunks there are.
+/// Returns the number of chunks in `ram`.
 pub fn chunks(ram: &GuestRam) -> u64 {
     ram.pages().div_ceil(CHUNK_PAGES)
 }
 
-/// Makes the digests of `pages`, which begin with a chunk.
+/// Computes the digests of `pages`, which begin with a chunk.
 fn digest_share(ram: &GuestRam, pages: Range<u64>, zeros: &[u8]) -> std::io::Result<Vec<Digest>> {
     let of_zeros = |chunk| digest(ram, chunk, &[], zeros);
     let whole = of_zeros(0..CHUNK_PAGES);
@@ -68,7 +69,7 @@ fn digest_share(ram: &GuestRam, pages: Range<u64>, zeros: &[u8]) -> std::io::Res
     Ok(digests)
 }
 
-/// Makes the digest of `chunk`, of which `data` covers all that is not zero.
+/// The digest of `chunk`, of which `data` covers all that is not zero.
 fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) -> u128 {
     let mut hash = Xxh3::new();
     let mut next = chunk.start;
@@ -86,8 +87,8 @@ fn digest(ram: &GuestRam, chunk: Range<u64>, data: &[Range<u64>], zeros: &[u8]) 
     hash.digest128()
 }
 
-/// Says where the memories of two hosts differ, or returns `None` if they are equal. Both lists are in order, and
-/// chunks without a digest are zero.
+/// Describes where the memories of two hosts differ; returns `None` if they do not. Both lists are in order, and chunks
+/// without a digest are zero.
 pub fn difference(ram: &GuestRam, mut here: &[Digest], mut there: &[Digest]) -> Option<String> {
     let (mut first, mut differing) = (None, 0);
     while let Some(chunk) = here.first().into_iter().chain(there.first()).map(|(chunk, _)| *chunk).min() {
@@ -103,7 +104,7 @@ pub fn difference(ram: &GuestRam, mut here: &[Digest], mut there: &[Digest]) -> 
     ))
 }
 
-/// Takes the digest of `chunk`, if it is the next one.
+/// Takes the digest of `chunk` from the front of the list, if it is the next one.
 fn take(digests: &mut &[Digest], chunk: u64) -> Option<u128> {
     let ((next, digest), rest) = digests.split_first()?;
     (*next == chunk).then(|| {
@@ -125,7 +126,7 @@ mod tests {
 
     fn write(ram: &GuestRam, page: u64, byte: u8) {
         let slice = ram.slices(page..page + 1).next().unwrap();
-        // SAFETY: within the page, which only this test uses.
+        // SAFETY: within the page, which nobody else uses.
         unsafe { slice.ptr.write_bytes(byte, PAGE_SIZE as usize) };
     }
 

@@ -1,9 +1,9 @@
 //! The data plane: lanes that carry pages, one thread and one io_uring each.
 //!
-//! At the source every lane of a migration works from one [`SendState`]: it claims a run of
-//! pages when its own window has room, so a slow port takes less and nothing is assigned
-//! ahead. At the destination every lane writes into one [`ReceiveState`]: straight into guest memory, but for
-//! pages that nobody has touched there yet, compressed ones, and those of a guest that runs already.
+//! At the source all lanes of a migration share one [`SendState`]. A lane claims a run of pages when its own window has
+//! room, so a slow port takes less and nothing is assigned ahead. At the destination all lanes share one
+//! [`ReceiveState`]. They receive pages straight into guest memory, with three exceptions that are received beside it
+//! first: pages that are not allocated yet, compressed pages, and the pages of a guest that runs already (post-copy).
 
 mod checksum;
 mod compress;
@@ -25,7 +25,8 @@ pub use receive::{LaneReceiver, ReceiveState};
 pub use send::{LaneSender, SendState, Waker};
 pub use stats::{LaneStats, Totals};
 
-/// Tells the control plane that there is something for it to look at. Threads of lanes call it; it must not block.
+/// A bell tells the control plane that the state of the lanes has changed. Threads of lanes call it, so it must not
+/// block.
 pub type Bell = Arc<dyn Fn() + Send + Sync>;
 
 #[cfg(test)]

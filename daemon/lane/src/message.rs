@@ -1,4 +1,4 @@
-//! A gathered or scattered message: a head of our own, then pieces of guest memory.
+//! A message to send or receive in one system call: a head, then pieces of guest memory (sendmsg(2), recvmsg(2)).
 
 use std::io;
 use std::ops::Range;
@@ -8,11 +8,11 @@ use std::ptr;
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::wire::frame::{Content, Run};
 
-/// A `msghdr` and what it points to. Lives in a box, since the kernel keeps its address.
+/// A `msghdr` and the pieces that it points to. It lives in a box, because the kernel keeps its address.
 pub struct Message {
     header: libc::msghdr,
     pieces: Vec<libc::iovec>,
-    /// Pieces before this one are done with.
+    /// The pieces before this one are sent or received.
     next: usize,
     remaining: usize,
 }
@@ -51,7 +51,7 @@ impl Message {
         self.point();
     }
 
-    /// Adds a buffer to the end, which must stay where it is while the message is used.
+    /// Adds a buffer to the end. It must stay where it is while the message is used.
     pub fn add(&mut self, buffer: &mut [u8]) {
         if !buffer.is_empty() {
             self.add_piece(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
@@ -92,12 +92,16 @@ impl Message {
         self.point();
     }
 
-    /// Sends all of it, waiting for room.
+    /// Sends all of the message, and waits whenever the socket has no room.
+    ///
+    /// # Errors
+    ///
+    /// Fails as sendmsg(2) does.
     pub fn send_all(&mut self, socket: impl AsFd) -> io::Result<()> {
         while self.remaining > 0 {
             let fd = socket.as_fd().as_raw_fd();
-            // SAFETY: the header leads to the head and to guest memory, which whoever filled it
-            // keeps as they are meanwhile.
+            // SAFETY: the header leads to the head and to guest memory, which the caller, who
+            // filled the message, keeps as they are meanwhile.
             let sent = unsafe { libc::sendmsg(fd, self.as_ptr(), libc::MSG_NOSIGNAL) };
             match usize::try_from(sent) {
                 Ok(count) => self.advance(count),
@@ -110,22 +114,22 @@ impl Message {
         Ok(())
     }
 
-    /// Bytes still to go.
+    /// Returns how many bytes are not yet sent or received.
     pub fn remaining(&self) -> usize {
         self.remaining
     }
 
-    /// What is still to go.
+    /// Returns the pieces that are not yet sent or received.
     pub fn rest(&self) -> &[libc::iovec] {
         &self.pieces[self.next..]
     }
 
-    /// For the kernel.
+    /// Returns the header for the kernel.
     pub fn as_ptr(&self) -> *const libc::msghdr {
         &raw const self.header
     }
 
-    /// For the kernel, which writes to it.
+    /// Returns the header for the kernel, which writes to it.
     pub fn as_mut_ptr(&mut self) -> *mut libc::msghdr {
         &raw mut self.header
     }

@@ -1,21 +1,22 @@
-//! Threads on whose next step a guest's vCPU waits.
+//! The priority of threads that a guest's vCPU waits for.
 
 use std::sync::Once;
 
 use tracing::debug;
 
-/// The most favourable niceness, and the shortest turn that the kernel grants (in ns; from Linux 6.12):
-/// who asks for short turns gets them soon.
+/// This is the most favourable niceness.
 const NICENESS: i32 = -20;
+/// This is the shortest time slice that the kernel grants, in nanoseconds (from Linux 6.12). A thread that asks for
+/// short slices gets them soon.
 const TURN: u64 = 100_000;
 
-/// Lets this thread run soon whenever it has something to do, as far as the daemon may
-/// (`RLIMIT_NICE`, `CAP_SYS_NICE`): it does little each time, and a vCPU stands still until it is done.
+/// Lets the calling thread run soon whenever it has something to do, as far as the daemon is allowed to
+/// (`RLIMIT_NICE`, `CAP_SYS_NICE`). Such a thread does little each time, and a vCPU waits until that is done.
 ///
-/// It is no real-time thread: the kernel wakes such a one on the processor where it ran last, even if
-/// another is idle, and it then waits for whatever that one is doing in the kernel.
+/// The thread does not become a real-time thread: the kernel wakes a real-time thread on the processor where it ran
+/// last, even if another one is idle, and the thread then waits until that processor leaves the kernel.
 pub fn raise() {
-    static TOLD: Once = Once::new();
+    static WARNED: Once = Once::new();
     let attributes = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_OTHER as u32,
@@ -31,6 +32,6 @@ pub fn raise() {
     let raised = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if raised != 0 {
         let error = std::io::Error::last_os_error();
-        TOLD.call_once(|| debug!(%error, "threads that guests wait for have no priority (RLIMIT_NICE, LimitNICE= in its unit)"));
+        WARNED.call_once(|| debug!(%error, "cannot raise the priority of the threads that guests in post-copy wait for; set LimitNICE= in memlaned.service"));
     }
 }

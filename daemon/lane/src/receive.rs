@@ -15,17 +15,17 @@ use memlane_protocol::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
 };
 
-use crate::checksum::{check, check_still, checksum};
+use crate::checksum::{check, check_paused, checksum};
 use crate::compress::grown;
 use crate::message::Message;
 use crate::postcopy::{By, PostcopyIncoming};
-use crate::ring::{Held, Ring};
+use crate::ring::{InFlight, Ring};
 use crate::socket::set_low_water;
 use crate::{LaneError, LaneStats};
 
-/// Bytes to come before the thread is woken to read them,
+/// A read of a long message wakes the thread when this many bytes have come.
 const WORTH_WAKING: usize = 256 << 10;
-/// if there are as many as these.
+/// A message of at least this many bytes is long in this sense.
 const WORTH_WAITING: usize = 64 << 10;
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before reading from it.
 const POLL_FIRST: u16 = 1;
@@ -33,43 +33,48 @@ const POLL_FIRST: u16 = 1;
 const READ: u64 = 1;
 const ACK: u64 = 2;
 
-/// What the lanes of one migration share at the destination.
+/// The state that the lanes of one migration share at the destination.
 pub struct ReceiveState {
-    /// The memory that the guest will have.
+    /// The lanes write to this memory of the guest.
     pub ram: Arc<GuestRam>,
-    /// Where pages go while the guest may be running on that memory; otherwise straight there.
-    pub placing: Option<Arc<PostcopyIncoming>>,
+    /// Pages are placed through this while the guest may run on the memory (post-copy). If it is `None`, lanes write
+    /// pages straight to the memory.
+    pub postcopy: Option<Arc<PostcopyIncoming>>,
 }
 
 /// Receives pages of one migration from one connection.
 pub struct LaneReceiver {
-    /// First, so that it goes before all that its operations point to.
+    /// The io_uring is the first field, so that it is dropped before everything that its operations point to.
     ring: Ring,
-    inbound: Arc<ReceiveState>,
+    receive_state: Arc<ReceiveState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
     head: Box<[u8]>,
     table: Box<[u8]>,
     message: Box<Message>,
     runs: Vec<Run>,
-    /// Where pages arrive that do not go straight to guest memory: those that are placed whole, those that
-    /// come compressed, and those of which nothing is there yet. As long as was needed at most.
+    /// Pages arrive here that do not go straight to guest memory: pages that are placed whole, compressed pages (after
+    /// they are decompressed), and pages that are not allocated yet. The buffer grows to the largest frame so far.
     staging: Vec<u8>,
-    /// Where compressed ones do before that.
+    /// Compressed pages arrive here.
     block: Vec<u8>,
-    /// Runs of the frame of which nothing is there yet.
+    /// These runs of the frame are not allocated in guest memory yet.
     fresh: Vec<Range<u64>>,
     sequence: u64,
-    /// Bytes that wake the thread.
+    /// The kernel wakes the thread when this many bytes have come (`SO_RCVLOWAT`).
     low_water: usize,
     ack: Box<[u8]>,
     acking: bool,
 }
 
 impl LaneReceiver {
-    /// For a lane into `inbound`, over `socket`. To be made on its own thread.
+    /// Makes the receiver of a lane over `socket`. The caller makes it on the thread that runs it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses an io_uring.
     pub fn new(
-        inbound: Arc<ReceiveState>,
+        receive_state: Arc<ReceiveState>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
     ) -> Result<Self, LaneError> {
@@ -77,7 +82,7 @@ impl LaneReceiver {
             staging: Vec::new(),
             block: Vec::new(),
             fresh: Vec::with_capacity(MAX_RUNS),
-            inbound,
+            receive_state,
             stats,
             socket,
             ring: Ring::new(8).map_err(LaneError::io("set up io_uring"))?,
@@ -92,17 +97,17 @@ impl LaneReceiver {
         })
     }
 
-    /// Receives until the connection ends.
+    /// Receives frames until the connection ends, and returns why it ended.
     pub fn run(mut self) -> LaneError {
         loop {
             if let Err(error) = self.receive_frame() {
-                return error.of(&self.inbound.ram);
+                return error.or_lost_memory(&self.receive_state.ram);
             }
         }
     }
 
     fn receive_frame(&mut self) -> Result<(), LaneError> {
-        self.message.fill(&mut self.head[..], &self.inbound.ram, &[]);
+        self.message.fill(&mut self.head[..], &self.receive_state.ram, &[]);
         self.read_all()?;
         let frame = Frame::decode_any(&self.head[..])?;
         let expected = self.sequence + 1;
@@ -110,44 +115,44 @@ impl LaneReceiver {
             return Err(LaneError::Sequence { expected, found: frame.sequence });
         }
         let table = &mut self.table[..frame.runs * RUN_BYTES];
-        self.message.fill(table, &self.inbound.ram, &[]);
+        self.message.fill(table, &self.receive_state.ram, &[]);
         self.read_all()?;
-        let pages = self.inbound.ram.pages();
+        let pages = self.receive_state.ram.pages();
         frame.decode_runs(&self.table[..frame.runs * RUN_BYTES], pages, &mut self.runs)?;
-        match self.inbound.placing.clone() {
-            Some(placing) => self.place(&frame, &placing)?,
+        match self.receive_state.postcopy.clone() {
+            Some(postcopy) => self.place(&frame, &postcopy)?,
             None if frame.compressed => self.write_decompressed(&frame)?,
             None => self.write(&frame)?,
         }
-        // What was written is the guest's.
-        self.inbound.ram.intact().map_err(LaneError::Memory)?;
+        // If memory was cut off meanwhile, the bytes did not reach the guest's memory.
+        self.receive_state.ram.intact().map_err(LaneError::Memory)?;
         self.sequence = expected;
         self.count(&frame);
         self.acknowledge()
     }
 
     /// Receives the pages beside guest memory, and places them.
-    fn place(&mut self, frame: &Frame, placing: &PostcopyIncoming) -> Result<(), LaneError> {
+    fn place(&mut self, frame: &Frame, postcopy: &PostcopyIncoming) -> Result<(), LaneError> {
         let bytes = self.stage(frame)?;
         let contents = &self.staging[..bytes];
-        check_still(frame, contents)?;
-        placing.place(&self.runs, contents, By::Stream).map_err(LaneError::io("place pages"))
+        check_paused(frame, contents)?;
+        postcopy.place(&self.runs, contents, By::Stream).map_err(LaneError::io("place pages"))
     }
 
-    /// Receives compressed pages, and copies what they were into guest memory.
+    /// Receives compressed pages, and writes them decompressed to guest memory.
     fn write_decompressed(&mut self, frame: &Frame) -> Result<(), LaneError> {
         let bytes = self.stage(frame)?;
         let contents = &self.staging[..bytes];
         check(frame, || crc32c::crc32c(contents))?;
-        fill(&self.inbound.ram, &self.runs, contents)
+        fill(&self.receive_state.ram, &self.runs, contents)
             .map_err(LaneError::io("write pages to the guest's memory"))?;
         self.empty_runs()
     }
 
-    /// Receives the pages straight into guest memory, but for those of which nothing is there yet: each of
-    /// them would be a fault in the midst of receiving, which costs more than a copy.
+    /// Receives the pages straight into guest memory, except those that are not allocated yet: each of them would be a
+    /// fault in the midst of receiving, which costs more than a copy.
     fn write(&mut self, frame: &Frame) -> Result<(), LaneError> {
-        let ram = &self.inbound.ram;
+        let ram = &self.receive_state.ram;
         self.fresh.clear();
         let runs = self.runs.iter().filter(|run| run.content == Content::Data);
         self.fresh
@@ -161,14 +166,14 @@ impl LaneReceiver {
                 staged = rest;
                 self.message.add(buffer);
             } else {
-                // What cannot be mapped in one go is when it is written.
+                // If this fails, the pages are mapped one by one as they are written.
                 let _ = ram.populate_read(pages.clone());
                 self.message.add_pages(ram, pages.clone());
             }
         }
         self.read_all()?;
         self.write_fresh().map_err(LaneError::io("write pages to the guest's memory"))?;
-        check(frame, || checksum(&self.inbound.ram, &self.runs))?;
+        check(frame, || checksum(&self.receive_state.ram, &self.runs))?;
         self.empty_runs()
     }
 
@@ -178,7 +183,7 @@ impl LaneReceiver {
         let (payload, contents) = (frame.payload_bytes as usize, contents_bytes(&self.runs) as usize);
         let arriving = if frame.compressed { &mut self.block } else { &mut self.staging };
         let arriving = grown(arriving, payload);
-        self.message.fill(arriving, &self.inbound.ram, &[]);
+        self.message.fill(arriving, &self.receive_state.ram, &[]);
         self.read_all()?;
         if frame.compressed {
             let staging = grown(&mut self.staging, contents);
@@ -191,33 +196,35 @@ impl LaneReceiver {
         Ok(contents)
     }
 
-    /// Makes the pages empty that the frame says are.
+    /// Makes those pages empty that the frame describes as zeros or holes.
     fn empty_runs(&self) -> Result<(), LaneError> {
         for run in &self.runs {
             match run.content {
                 Content::Data => Ok(()),
-                Content::Zero => make_zero(&self.inbound, run).map_err(LaneError::io("make pages zero")),
+                Content::Zero => {
+                    make_zero(&self.receive_state, run).map_err(LaneError::io("make pages zero"))
+                }
                 Content::Hole => {
-                    self.inbound.ram.punch(run.pages.clone()).map_err(LaneError::io("give pages back"))
+                    self.receive_state.ram.punch(run.pages.clone()).map_err(LaneError::io("give pages back"))
                 }
             }?;
         }
         Ok(())
     }
 
-    /// Puts the staged runs where they belong.
+    /// Writes the staged runs to guest memory.
     fn write_fresh(&self) -> io::Result<()> {
         let mut staged = &self.staging[..];
         for pages in &self.fresh {
             let (bytes, rest) = staged.split_at(bytes_of(pages));
             staged = rest;
-            self.inbound.ram.write_pages(pages.clone(), bytes)?;
+            self.receive_state.ram.write_pages(pages.clone(), bytes)?;
         }
         Ok(())
     }
 
-    /// Reads until the message is full. Of long ones the kernel wakes this thread only when much has
-    /// come, or when no more fits into the socket's buffer: each time costs as much as reading 64 KiB.
+    /// Reads until the message is full. For a long message the kernel wakes this thread only when many bytes have come,
+    /// or no more fit into the socket's buffer: each time costs as much as to read 64 KiB.
     fn read_all(&mut self) -> Result<(), LaneError> {
         while self.message.remaining() > 0 {
             let left = self.message.remaining();
@@ -228,7 +235,7 @@ impl LaneReceiver {
                 .ioprio(POLL_FIRST)
                 .build()
                 .user_data(READ);
-            // SAFETY: the buffers are boxed in `self`, or guest memory that `inbound` keeps
+            // SAFETY: the buffers are boxed in `self`, or guest memory that `receive_state` keeps
             // mapped. Nothing else touches them until the operation completes, below or in `drop`.
             unsafe { self.ring.push(&entry) }.map_err(LaneError::io("receive pages"))?;
             match self.wait_for(READ)? {
@@ -239,7 +246,7 @@ impl LaneReceiver {
         Ok(())
     }
 
-    /// Has reads wait until so many bytes have come (`SO_RCVLOWAT`, socket(7)).
+    /// Lets reads wait until so many bytes have come (`SO_RCVLOWAT`, socket(7)).
     fn wake_at(&mut self, bytes: usize) {
         if self.low_water != bytes {
             set_low_water(&*self.socket, bytes);
@@ -264,7 +271,7 @@ impl LaneReceiver {
 
     /// Waits until `operation` completes; returns its count.
     fn wait_for(&mut self, operation: u64) -> Result<u32, LaneError> {
-        /// The migration ends a lane by shutting its socket down, so waiting needs no end.
+        /// The migration ends a lane by shutting its socket down, so the wait needs no other end.
         const LOOK_AGAIN: Duration = Duration::from_secs(60);
         loop {
             while let Some(completion) = self.ring.completed() {
@@ -304,21 +311,21 @@ impl LaneReceiver {
 }
 
 impl Drop for LaneReceiver {
-    /// Ends the connection, and lets go of memory only when the kernel has: an acknowledgement
-    /// may have failed while pages were being received.
+    /// Ends the connection, and frees memory only when the kernel does not use it any more: an acknowledgement may have
+    /// failed while pages were being received.
     fn drop(&mut self) {
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
-        if self.ring.drain() != Held::Nothing {
+        if self.ring.drain() != InFlight::Nothing {
             // The ring is broken: the kernel may yet write to all of it.
             let message = mem::replace(&mut self.message, Message::new());
             let heads = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
             let contents = (mem::take(&mut self.staging), mem::take(&mut self.block));
-            mem::forget((self.inbound.clone(), message, heads, contents));
+            mem::forget((self.receive_state.clone(), message, heads, contents));
         }
     }
 }
 
-/// Copies the bytes of all runs with data to where they belong.
+/// Writes the bytes of all runs with data to guest memory.
 fn fill(ram: &GuestRam, runs: &[Run], contents: &[u8]) -> io::Result<()> {
     let mut rest = contents;
     for Run { pages, .. } in runs.iter().filter(|run| run.content == Content::Data) {
@@ -333,10 +340,10 @@ fn bytes_of(pages: &Range<u64>) -> usize {
     ((pages.end - pages.start) * PAGE_SIZE) as usize
 }
 
-/// Makes a run of pages zero, without bringing memory into being where there is none.
-fn make_zero(inbound: &ReceiveState, run: &Run) -> io::Result<()> {
-    for extent in inbound.ram.data_extents(run.pages.clone())? {
-        for slice in inbound.ram.slices(extent) {
+/// Makes a run of pages zero, without allocating memory for its holes.
+fn make_zero(receive_state: &ReceiveState, run: &Run) -> io::Result<()> {
+    for extent in receive_state.ram.data_extents(run.pages.clone())? {
+        for slice in receive_state.ram.slices(extent) {
             for offset in (0..slice.len).step_by(PAGE_SIZE as usize) {
                 // SAFETY: inside the slice, which is mapped as long as the RAM lives; no guest
                 // runs on this memory yet.

@@ -1,4 +1,4 @@
-//! One lane's io_uring: submit, wait, complete.
+//! The io_uring of a lane: submits operations, waits, and returns completions.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,37 +9,37 @@ use io_uring::{IoUring, cqueue, squeue};
 /// An io_uring that only its own thread uses.
 pub struct Ring {
     ring: IoUring,
-    /// Operations whose result has not been seen.
+    /// The number of operations whose result is not seen yet.
     operations: usize,
-    /// Zero-copy sends whose result has been seen, but not that their pages are free.
+    /// The number of zero-copy sends whose result is seen, but whose pages the kernel may still read.
     notifications: usize,
 }
 
-/// What the kernel may still use of all that operations pointed to.
+/// The buffers of operations that the kernel may still use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
-    /// Nothing.
+pub enum InFlight {
+    /// The kernel uses nothing any more.
     Nothing,
-    /// The bytes of zero-copy sends, whose pages it has pinned.
+    /// The kernel may read the bytes of zero-copy sends, whose pages it has pinned.
     SentBytes,
-    /// Everything.
+    /// The kernel may use everything.
     All,
 }
 
-/// What the kernel says of one operation.
+/// A message of the kernel about one operation.
 pub struct Completion {
-    /// The number that the operation was given.
+    /// The number that the caller gave the operation.
     pub operation: u64,
-    /// Its result, as the system call of the same name would return it.
+    /// The result, as the system call of the same name would return it.
     pub result: io::Result<u32>,
     /// More completions of the same operation follow.
     pub more: bool,
-    /// The pages of a zero-copy send are free again; `Some(true)` if they had been copied.
+    /// For the notification of a zero-copy send, whose pages are free now: whether the kernel copied them.
     pub released: Option<bool>,
 }
 
 impl Ring {
-    /// Makes a ring with room for `entries` operations at once. Call on the thread that uses it.
+    /// Makes a ring with room for `entries` operations at once. The caller makes it on the thread that uses it.
     pub fn new(entries: u32) -> io::Result<Self> {
         let ring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(entries)?;
         Ok(Self { ring, operations: 0, notifications: 0 })
@@ -74,7 +74,7 @@ impl Ring {
         }
     }
 
-    /// The next completion, if one is there.
+    /// Returns the next completion, if one is there.
     pub fn completed(&mut self) -> Option<Completion> {
         /// `IORING_NOTIF_USAGE_ZC_COPIED`, bit 31 of a notification's result.
         const COPIED: u32 = 1 << 31;
@@ -97,10 +97,10 @@ impl Ring {
         Some(Completion { operation: entry.user_data(), result, more, released })
     }
 
-    /// Passes over completions until nothing is under way any more, or for a moment. The caller
-    /// has seen to it that all operations come to an end; but the pages of a zero-copy send stay
-    /// in use for as long as TCP tries to get them across, which nobody can wait for.
-    pub fn drain(&mut self) -> Held {
+    /// Discards completions until no operation is under way, for a second at most, and returns what the kernel may still
+    /// use. The caller must have made all operations come to an end. The pages of a zero-copy send stay in use for as long
+    /// as TCP tries to deliver them, which can be too long to wait for.
+    pub fn drain(&mut self) -> InFlight {
         const LONGEST: Duration = Duration::from_secs(1);
         const RETRY: Duration = Duration::from_millis(10);
         let deadline = Instant::now() + LONGEST;
@@ -108,9 +108,9 @@ impl Ring {
             while self.completed().is_some() {}
             let left = deadline.saturating_duration_since(Instant::now());
             match (self.operations, self.notifications) {
-                (0, 0) => return Held::Nothing,
-                (0, _) if left.is_zero() => return Held::SentBytes,
-                (_, _) if left.is_zero() => return Held::All,
+                (0, 0) => return InFlight::Nothing,
+                (0, _) if left.is_zero() => return InFlight::SentBytes,
+                (_, _) if left.is_zero() => return InFlight::All,
                 _ => {}
             }
             if self.wait(left).is_err() {
@@ -133,14 +133,14 @@ mod tests {
     fn drains_what_ends_and_tells_what_does_not() {
         let (event, mut value) = (eventfd(0, EventfdFlags::empty()).unwrap(), Box::new(0u64));
         let mut ring = Ring::new(8).unwrap();
-        assert_eq!(ring.drain(), Held::Nothing);
+        assert_eq!(ring.drain(), InFlight::Nothing);
         let pointer: *mut u64 = &mut *value;
         let entry = opcode::Read::new(types::Fd(event.as_raw_fd()), pointer.cast(), 8).build();
         // SAFETY: the value is boxed and lives until the ring has been drained below.
         unsafe { ring.push(&entry) }.unwrap();
-        assert_eq!(ring.drain(), Held::All);
+        assert_eq!(ring.drain(), InFlight::All);
         rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
-        assert_eq!(ring.drain(), Held::Nothing);
+        assert_eq!(ring.drain(), InFlight::Nothing);
         assert_eq!(*value, 1);
     }
 }

@@ -1,34 +1,34 @@
-//! What is asked of the kernel about a TCP connection (tcp(7), socket(7)), for lanes and whatever else is connected.
+//! Options and state of TCP connections (tcp(7), socket(7)), for lanes and other connections of the daemon.
 
 use std::os::fd::{AsFd, AsRawFd};
 
 use socket2::SockRef;
 
-/// Has the kernel, and whoever forwards packets and cares, send this connection's bytes before those of
-/// others: `TC_PRIO_INTERACTIVE` of `linux/pkt_sched.h`, and "low delay" of RFC 1349.
-pub fn hasten(socket: impl AsFd) {
+/// Asks the kernel, and routers that look at such marks, to send this connection's bytes before those of others: sets
+/// `TC_PRIO_INTERACTIVE` of `linux/pkt_sched.h`, and "low delay" of RFC 1349.
+pub fn prioritize(socket: impl AsFd) {
     const INTERACTIVE: u32 = 6;
     const LOW_DELAY: u32 = 0x10;
     let socket = SockRef::from(&socket);
-    // In vain on a socket of another kind, which is then no slower than any. The priority is last:
-    // it follows from the type of service otherwise.
+    // A socket of another kind refuses this, and is then as fast as any other. The priority is set last, because the
+    // kernel derives it from the type of service otherwise.
     let _ = socket.set_tos_v4(LOW_DELAY);
     let _ = socket.set_tclass_v6(LOW_DELAY);
     let _ = socket.set_priority(INTERACTIVE);
 }
 
-/// Has whoever waits for this connection be woken when so many bytes have come, or no more can
-/// (`SO_RCVLOWAT`, socket(7)).
+/// Wakes a thread that waits for this connection only when so many bytes have come, or no more fit into the socket's
+/// buffer (`SO_RCVLOWAT`, socket(7)).
 pub fn set_low_water(socket: impl AsFd, bytes: usize) {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     let (value, length) = ((&raw const bytes).cast(), size_of_val(&bytes) as libc::socklen_t);
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the option is an int, which the call reads. In vain on a socket of another kind, whose
+    // SAFETY: the option is an int, which the call reads. A socket of another kind refuses it, and its
     // reader is then woken more often.
     unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, length) };
 }
 
-/// What the kernel knows of a TCP connection (tcp(7)); of another kind nothing.
+/// Returns the kernel's information about a TCP connection (tcp(7)); `None` for a socket of another kind.
 pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
     // SAFETY: all of its fields are numbers.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
@@ -41,13 +41,13 @@ pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
     (result == 0).then_some(info)
 }
 
-/// Ends whatever uses a connection, on both sides.
+/// Shuts a connection down in both directions, so that both sides stop to use it.
 pub fn hang_up(socket: impl AsFd) {
     let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
 }
 
-/// Ends a connection whose way is lost, and forgets what was on its way: TCP would try to deliver it for
-/// many minutes, keep it in memory for as long, and take up a port with it that comes back.
+/// Resets a connection over a broken network path, and discards the bytes in flight. Otherwise TCP would try to deliver
+/// them for many minutes, keep them in memory for as long, and load the port with them when it comes back.
 pub fn reset(socket: impl AsFd) {
     if rustix::net::connect_unspec(&socket).is_err() {
         hang_up(socket);

@@ -1,59 +1,59 @@
-//! What one lane has done, counted by its thread and read by everyone.
+//! Counters of a lane. The lane's thread increases them, and any thread may read them.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Counters of one lane. All that count only grow.
+/// Counters of one lane. Numbers of bytes and pages only grow.
 #[derive(Debug, Default)]
 pub struct LaneStats {
-    /// Bytes of pages that were acknowledged, as they travel. What is forecast from them holds for pages that
-    /// cannot be compressed, too.
+    /// The bytes of pages that the destination has acknowledged, counted as they are on the wire, so that a forecast made
+    /// from them also holds for pages that cannot be compressed.
     pub acked_bytes: AtomicU64,
-    /// Bytes of pages, tables and headers that were sent or received.
+    /// The bytes of pages, tables and headers that the lane has sent or received.
     pub wire_bytes: AtomicU64,
-    /// Pages whose bytes travelled.
+    /// The number of pages that travelled with their contents.
     pub data_pages: AtomicU64,
-    /// Pages that travelled as a descriptor: zeros and holes.
+    /// The number of pages that travelled as a descriptor without contents: zeros and holes.
     pub zero_pages: AtomicU64,
-    /// Payload bytes that the kernel sent without copying them.
+    /// The bytes of payload that the kernel sent without copying them.
     pub zero_copy_bytes: AtomicU64,
-    /// Payload bytes that the kernel copied.
+    /// The bytes of payload that the kernel copied to send them.
     pub copied_bytes: AtomicU64,
-    /// Bytes of pages that were compressed,
+    /// The bytes of those pages that were compressed, counted before compression.
     pub uncompressed_bytes: AtomicU64,
-    /// and what became of them.
+    /// The bytes that `uncompressed_bytes` became by compression.
     pub compressed_bytes: AtomicU64,
-    /// The shortest round trip that its connection has had lately, in microseconds; 0 while unknown.
+    /// The shortest recent round trip of the lane's connection, in microseconds; 0 while it is unknown.
     pub round_trip_us: AtomicU64,
-    /// The lane has ended,
+    /// The lane has ended.
     pub ended: AtomicBool,
-    /// and not in good order.
+    /// The lane has ended because of an error.
     pub lost: AtomicBool,
 }
 
-/// What lanes have done up to some moment.
+/// A copy of the counters of one lane, or their sum over several lanes, at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
-    /// See [`LaneStats`].
+    /// The bytes of pages that the destination has acknowledged, counted as they are on the wire.
     pub acked_bytes: u64,
-    /// See [`LaneStats`].
+    /// The bytes of pages, tables and headers that were sent or received.
     pub wire_bytes: u64,
-    /// See [`LaneStats`].
+    /// The number of pages that travelled with their contents.
     pub data_pages: u64,
-    /// See [`LaneStats`].
+    /// The number of pages that travelled without contents: zeros and holes.
     pub zero_pages: u64,
-    /// See [`LaneStats`].
+    /// The bytes of payload that the kernel sent without copying them.
     pub zero_copy_bytes: u64,
-    /// See [`LaneStats`].
+    /// The bytes of payload that the kernel copied to send them.
     pub copied_bytes: u64,
-    /// See [`LaneStats`].
+    /// The bytes of compressed pages, counted before compression.
     pub uncompressed_bytes: u64,
-    /// See [`LaneStats`].
+    /// The bytes that `uncompressed_bytes` became by compression.
     pub compressed_bytes: u64,
 }
 
 impl LaneStats {
-    /// What the lane has done so far.
+    /// Reads the counters.
     pub fn totals(&self) -> Totals {
         let now = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Totals {
@@ -68,6 +68,7 @@ impl LaneStats {
         }
     }
 
+    /// Adds `count` to a counter.
     pub(crate) fn add(counter: &AtomicU64, count: u64) {
         counter.fetch_add(count, Ordering::Relaxed);
     }

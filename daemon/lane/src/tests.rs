@@ -67,47 +67,47 @@ fn until(done: impl Fn() -> bool) {
 
 #[test]
 fn knows_of_pages_in_hand_and_of_orphans() {
-    let outbound = SendState::new(ram(), silent());
+    let send_state = SendState::new(ram(), silent());
     let (mut cursor, mut runs) = (0, Vec::new());
-    assert!(outbound.all_acknowledged());
-    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
-    assert!(runs.is_empty() && !outbound.all_acknowledged(), "a claim is open");
-    outbound.settle(1);
-    assert!(outbound.all_acknowledged());
+    assert!(send_state.all_acknowledged());
+    claim_frame(&send_state, &mut cursor, u64::MAX, &mut runs);
+    assert!(runs.is_empty() && !send_state.all_acknowledged(), "a claim is open");
+    send_state.settle(1);
+    assert!(send_state.all_acknowledged());
 
-    outbound.dirty.insert_range(10..20);
-    assert!(!outbound.all_acknowledged());
-    claim_frame(&outbound, &mut cursor, u64::MAX, &mut runs);
-    assert!(outbound.dirty.is_empty() && !outbound.all_acknowledged(), "a frame is on its way");
-    outbound.orphan(7, [runs].into_iter());
-    assert_eq!(outbound.orphaned_lanes(), [7]);
-    outbound.take_back(6);
-    assert!(outbound.dirty.is_empty() && outbound.in_flight.count() == 10);
-    outbound.take_back(7);
-    assert!(outbound.orphaned_lanes().is_empty() && outbound.in_flight.is_empty());
-    assert_eq!(outbound.dirty.next_run(0, u64::MAX), Some(10..20));
-    assert!(!outbound.all_acknowledged());
+    send_state.dirty.insert_range(10..20);
+    assert!(!send_state.all_acknowledged());
+    claim_frame(&send_state, &mut cursor, u64::MAX, &mut runs);
+    assert!(send_state.dirty.is_empty() && !send_state.all_acknowledged(), "a frame is on its way");
+    send_state.orphan(7, [runs].into_iter());
+    assert_eq!(send_state.orphaned_lanes(), [7]);
+    send_state.take_back(6);
+    assert!(send_state.dirty.is_empty() && send_state.in_flight.count() == 10);
+    send_state.take_back(7);
+    assert!(send_state.orphaned_lanes().is_empty() && send_state.in_flight.is_empty());
+    assert_eq!(send_state.dirty.next_run(0, u64::MAX), Some(10..20));
+    assert!(!send_state.all_acknowledged());
 }
 
 #[test]
 fn a_guest_comes_to_rest_where_it_ran_and_nowhere_else() {
-    let outbound = SendState::new(ram(), silent());
-    assert!(!outbound.comes_to_rest(), "it runs");
-    outbound.still.store(true, Ordering::Release);
-    assert!(outbound.comes_to_rest());
-    assert!(!SendState::of_still_guest(ram(), silent()).comes_to_rest(), "it runs elsewhere");
+    let send_state = SendState::new(ram(), silent());
+    assert!(!send_state.devices_may_write(), "it runs");
+    send_state.paused.store(true, Ordering::Release);
+    assert!(send_state.devices_may_write());
+    assert!(!SendState::of_paused_guest(ram(), silent()).devices_may_write(), "it runs elsewhere");
 }
 
 #[test]
 fn a_small_window_bounds_contents_and_zeros_hardly() {
-    let outbound = SendState::new(ram(), silent());
-    fill(&outbound.ram);
-    outbound.dirty.insert_range(0..PAGES);
+    let send_state = SendState::new(ram(), silent());
+    fill(&send_state.ram);
+    send_state.dirty.insert_range(0..PAGES);
     let (mut cursor, mut runs) = (0, Vec::new());
-    claim_frame(&outbound, &mut cursor, 16 * PAGE_SIZE, &mut runs);
+    claim_frame(&send_state, &mut cursor, 16 * PAGE_SIZE, &mut runs);
     // A page of 16, and two that are taken for an eighth of one, again and again.
     assert_eq!(contents_bytes(&runs), 13 * PAGE_SIZE);
-    assert_eq!((outbound.in_flight.count(), cursor), (37, 37));
+    assert_eq!((send_state.in_flight.count(), cursor), (37, 37));
     let empty = SendState::new(ram(), silent());
     empty.dirty.insert_range(0..PAGES);
     let mut cursor = 0;
@@ -120,57 +120,58 @@ fn a_small_window_bounds_contents_and_zeros_hardly() {
 fn a_lost_lane_leaves_its_pages_to_the_others() {
     let (here, there) = (ram(), ram());
     fill(&here);
-    let outbound = Arc::new(SendState::new(here, silent()));
-    let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
+    let send_state = Arc::new(SendState::new(here, silent()));
+    let receive_state = Arc::new(ReceiveState { ram: there.clone(), postcopy: None });
     let send = |number: u16, socket: Arc<OwnedFd>| {
-        let (outbound, lane) = (outbound.clone(), (outbound.take_waker().unwrap(), number));
+        let (send_state, lane) = (send_state.clone(), (send_state.take_waker().unwrap(), number));
         std::thread::spawn(move || {
-            LaneSender::new(outbound, Arc::default(), socket, lane, LONG).unwrap().run()
+            LaneSender::new(send_state, Arc::default(), socket, lane, LONG).unwrap().run()
         })
     };
-    outbound.dirty.insert_range(0..PAGES);
+    send_state.dirty.insert_range(0..PAGES);
 
     let (near, far) = connection();
     let lost = send(3, near.into());
-    until(|| !outbound.in_flight.is_empty());
+    until(|| !send_state.in_flight.is_empty());
     drop(far);
     lost.join().unwrap();
-    assert_eq!(outbound.orphaned_lanes(), [3]);
+    assert_eq!(send_state.orphaned_lanes(), [3]);
 
     let (near, far) = connection();
     let near = Arc::new(near);
-    let receiver =
-        std::thread::spawn(move || LaneReceiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run());
+    let receiver = std::thread::spawn(move || {
+        LaneReceiver::new(receive_state, Arc::default(), Arc::new(far)).unwrap().run()
+    });
     let sender = send(4, near.clone());
-    until(|| outbound.dirty.is_empty());
-    assert!(!outbound.all_acknowledged(), "the lost lane's pages are not there");
-    outbound.take_back(3);
-    until(|| outbound.all_acknowledged());
-    assert!(outbound.in_flight.is_empty());
+    until(|| send_state.dirty.is_empty());
+    assert!(!send_state.all_acknowledged(), "the lost lane's pages are not there");
+    send_state.take_back(3);
+    until(|| send_state.all_acknowledged());
+    assert!(send_state.in_flight.is_empty());
     for page in 0..PAGES {
         assert_eq!(first_word(&there, page), if page % 3 == 0 { page + 1 } else { 0 }, "page {page}");
     }
     crate::socket::hang_up(&*near);
     assert!(matches!(sender.join().unwrap(), LaneError::HungUp));
     assert!(matches!(receiver.join().unwrap(), LaneError::HungUp));
-    assert_eq!(outbound.orphaned_lanes(), [4], "it left nothing, and the destination is to close it too");
-    outbound.take_back(4);
-    assert!(outbound.orphaned_lanes().is_empty() && outbound.all_acknowledged());
+    assert_eq!(send_state.orphaned_lanes(), [4], "it left nothing, and the destination is to close it too");
+    send_state.take_back(4);
+    assert!(send_state.orphaned_lanes().is_empty() && send_state.all_acknowledged());
 }
 
 /// Sends what is dirty over one lane and waits until it is there.
-fn carry(outbound: &Arc<SendState>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
+fn carry(send_state: &Arc<SendState>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
     let (near, far) = connection();
     let near = Arc::new(near);
     let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
-    let lane = (outbound.take_waker().unwrap(), 0);
+    let lane = (send_state.take_waker().unwrap(), 0);
     std::thread::scope(|scope| {
-        let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
-        scope.spawn(|| LaneReceiver::new(inbound, received.clone(), Arc::new(far)).unwrap().run());
+        let receive_state = Arc::new(ReceiveState { ram: there.clone(), postcopy: None });
+        scope.spawn(|| LaneReceiver::new(receive_state, received.clone(), Arc::new(far)).unwrap().run());
         scope.spawn(|| {
-            LaneSender::new(outbound.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run()
+            LaneSender::new(send_state.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run()
         });
-        until(|| outbound.all_acknowledged());
+        until(|| send_state.all_acknowledged());
         crate::socket::hang_up(&*near);
     });
     (sent, received)
@@ -184,20 +185,20 @@ fn every_page_arrives_whatever_was_there_before() {
     for touched in [10..11, 100..105, 200..260, 1000..1500] {
         touched.for_each(|page| fill_page(&there, page));
     }
-    let outbound = Arc::new(SendState::new(here.clone(), silent()));
+    let send_state = Arc::new(SendState::new(here.clone(), silent()));
     for round in 1..=2 {
         (0..PAGES).for_each(|page| write_word(&here, page, page + round * PAGES));
-        outbound.dirty.insert_range(0..PAGES);
+        send_state.dirty.insert_range(0..PAGES);
         // So that there are runs of several lengths.
-        (5..PAGES).step_by(190).for_each(|page| _ = outbound.dirty.remove_range(page..page + 3));
-        carry(&outbound, &there);
+        (5..PAGES).step_by(190).for_each(|page| _ = send_state.dirty.remove_range(page..page + 3));
+        carry(&send_state, &there);
         for page in (0..PAGES).filter(|page| !(5..8).contains(&(page % 190))) {
             assert_eq!(first_word(&there, page), page + round * PAGES, "page {page}");
         }
     }
 }
 
-fn held_pages(ram: &GuestRam) -> u64 {
+fn allocated_pages(ram: &GuestRam) -> u64 {
     let blocks = ram.descriptors().into_iter().map(|fd| rustix::fs::fstat(fd).unwrap().st_blocks as u64);
     blocks.sum::<u64>() * 512 / PAGE_SIZE
 }
@@ -206,20 +207,20 @@ fn held_pages(ram: &GuestRam) -> u64 {
 fn pages_that_were_emptied_are_given_back_at_both_ends() {
     let (here, there) = (ram(), ram());
     fill(&here);
-    let outbound = Arc::new(SendState::new(here.clone(), silent()));
-    outbound.dirty.insert_range(0..PAGES);
-    carry(&outbound, &there);
-    assert_eq!(held_pages(&here), PAGES, "reading fills holes");
-    assert_eq!(held_pages(&there), PAGES.div_ceil(3));
+    let send_state = Arc::new(SendState::new(here.clone(), silent()));
+    send_state.dirty.insert_range(0..PAGES);
+    carry(&send_state, &there);
+    assert_eq!(allocated_pages(&here), PAGES, "reading fills holes");
+    assert_eq!(allocated_pages(&there), PAGES.div_ceil(3));
 
     // Another process: its holes are not told to this one. A page among them is written again.
     let fds = here.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
     let other = GuestRam::map(here.regions().iter().copied().zip(fds).collect()).unwrap();
     other.punch(300..1500).unwrap();
     fill_page(&other, 601);
-    outbound.sparse.store(true, Ordering::Relaxed);
-    outbound.dirty.insert_range(290..1510);
-    let (sent, received) = carry(&outbound, &there);
+    send_state.sparse.store(true, Ordering::Relaxed);
+    send_state.dirty.insert_range(290..1510);
+    let (sent, received) = carry(&send_state, &there);
     for stats in [sent, received] {
         // Of those around the holes, every third holds something.
         assert_eq!(stats.data_pages.load(Ordering::Relaxed), 8);
@@ -232,8 +233,8 @@ fn pages_that_were_emptied_are_given_back_at_both_ends() {
         let hole = there.data_extents_uncached(page..page + 1).unwrap().is_empty();
         assert_eq!(if hole { 0 } else { first_word(&there, page) }, word, "page {page}");
     }
-    assert_eq!(held_pages(&here), PAGES - 1200 + 1);
-    assert_eq!(held_pages(&there), PAGES.div_ceil(3) - 400 + 1);
+    assert_eq!(allocated_pages(&here), PAGES - 1200 + 1);
+    assert_eq!(allocated_pages(&there), PAGES.div_ceil(3) - 400 + 1);
 }
 
 /// A frame of page 7, whose bytes lie between two runs that have none, as an LZ4 block of `contents`.
@@ -251,8 +252,8 @@ fn compressed(contents: &[u8], checksum: Option<u32>) -> Vec<u8> {
 fn received(there: &Arc<GuestRam>, frame: &[u8]) -> LaneError {
     let (near, far) = connection();
     TcpStream::from(near).write_all(frame).unwrap();
-    let inbound = Arc::new(ReceiveState { ram: there.clone(), placing: None });
-    LaneReceiver::new(inbound, Arc::default(), Arc::new(far)).unwrap().run()
+    let receive_state = Arc::new(ReceiveState { ram: there.clone(), postcopy: None });
+    LaneReceiver::new(receive_state, Arc::default(), Arc::new(far)).unwrap().run()
 }
 
 #[test]
@@ -287,7 +288,7 @@ fn blocks_that_lie_end_the_lane_and_write_nothing() {
         let error = received(&there, &frame).to_string();
         assert!(error.contains(why), "{error}");
     }
-    assert_eq!(held_pages(&there), 0);
+    assert_eq!(allocated_pages(&there), 0);
 }
 
 proptest! {

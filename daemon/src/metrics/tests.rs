@@ -123,7 +123,7 @@ fn what_is_recorded_is_rendered() {
         let report = FetchReport { faults: 3, pages_fetched: 3, pages_streamed: 8, ..FetchReport::default() };
         Metrics.measured(Measurement::Fetched { before: &before, now: &report });
         Metrics.waited(Duration::from_micros(80));
-        Metrics.took(Leg::Transfer, Duration::from_micros(60));
+        Metrics.took(FaultStage::Transfer, Duration::from_micros(60));
     });
     let (_, _, samples) = parse(&text);
     for (series, value) in [

@@ -1,7 +1,7 @@
-//! Post-copy at the destination: what the guest waits for goes out at once, on a lane of its own.
+//! Post-copy at the destination: requests for pages that the guest waits for go out at once, on a lane of their own.
 //!
-//! One thread hears of accesses to missing pages, asks the source for them, and places the answers.
-//! It lives as long as pages are missing; the connection to the source may be lost and come back.
+//! One thread reads accesses to missing pages from the kernel, requests the pages from the source, and places the answers.
+//! It lives as long as pages are missing. The connection to the source may be lost and come back.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,16 +16,16 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use tracing::warn;
 
-use super::observer::Leg;
+use super::observer::FaultStage;
 use crate::LaneError;
-use crate::checksum::check_still;
+use crate::checksum::check_paused;
 use crate::postcopy::incoming::{By, PostcopyIncoming};
 use crate::priority;
-use crate::socket::{hang_up, hasten};
+use crate::socket::{hang_up, prioritize};
 
-/// Bytes of answers received at once.
+/// One read takes at most this many bytes of answers.
 const RECEIVED_AT_ONCE: usize = 64 << 10;
-/// How often the source is asked whether it is still there, when there is nothing else to ask.
+/// A keepalive goes to the source this often when there is no page to request.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
 /// The thread that serves faults. Dropping it ends the thread.
@@ -34,10 +34,10 @@ pub struct Faults {
 }
 
 struct Shared {
-    placing: Arc<PostcopyIncoming>,
-    /// A connection that has come, and is to take the place of the one before.
+    incoming: Arc<PostcopyIncoming>,
+    /// This connection is to replace the one before.
     fresh: Mutex<Option<OwnedFd>>,
-    /// Rung when there is a connection, when it is known what is missing, and at the end.
+    /// This eventfd is written when there is a connection, when all missing pages are known, and at the end.
     bell: OwnedFd,
     state: Mutex<State>,
 }
@@ -49,15 +49,19 @@ struct State {
 }
 
 impl Faults {
-    /// Begins to hear of accesses. A source that says nothing for `silence` is given up; `lost` is
-    /// called on the thread whenever a connection ends.
+    /// Starts the thread. It gives a connection up whose source sends nothing for `silence`, and calls `lost` whenever a
+    /// connection ends.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses an eventfd or a thread.
     pub fn start(
-        placing: Arc<PostcopyIncoming>,
+        incoming: Arc<PostcopyIncoming>,
         silence: Duration,
         lost: impl Fn() + Send + 'static,
     ) -> io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { placing, fresh: Mutex::default(), bell, state: Mutex::default() });
+        let shared = Arc::new(Shared { incoming, fresh: Mutex::default(), bell, state: Mutex::default() });
         let (buffer, unserved) = (vec![0; RECEIVED_AT_ONCE].into(), Vec::new());
         let server = FaultHandler { shared: shared.clone(), silence, connection: None, buffer, unserved };
         std::thread::Builder::new().name("faults".into()).spawn(move || {
@@ -67,22 +71,22 @@ impl Faults {
         Ok(Self { shared })
     }
 
-    /// Asks over this connection from now on, again for everything that is waited for.
+    /// Uses this connection from now on, and requests all pages again that accesses wait for.
     pub fn connect(&self, socket: OwnedFd) {
-        hasten(&socket);
+        prioritize(&socket);
         lock(&self.shared.state).connected = true;
         lock(&self.shared.fresh).replace(socket);
         self.wake();
     }
 
-    /// Whether there is a connection.
+    /// Returns whether there is a connection.
     pub fn is_connected(&self) -> bool {
         lock(&self.shared.state).connected
     }
 
-    /// It is known now what is missing: what is waited for may be asked for.
+    /// Wakes the thread, because all missing pages are known now and may be requested.
     pub fn wake(&self) {
-        // An eventfd that is already rung refuses nothing but a counter overflow.
+        // The write fails only if the counter would overflow, and then the thread is woken anyway.
         let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
     }
 }
@@ -94,27 +98,27 @@ impl Drop for Faults {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct FaultHandler {
     shared: Arc<Shared>,
     silence: Duration,
     connection: Option<Connection>,
-    /// Where answers arrive.
+    /// Answers are read into this buffer.
     buffer: Box<[u8]>,
-    /// Addresses of accesses that nothing was done about yet.
+    /// These addresses were accessed, and their pages are neither placed nor requested yet.
     unserved: Vec<u64>,
 }
 
-/// The lane's connection.
+/// The connection to the source.
 struct Connection {
     socket: OwnedFd,
-    /// What has come of the next frame.
+    /// This is the part of the next frame that has come.
     received: Vec<u8>,
     heard: Instant,
     asked: Instant,
-    /// Everything that is waited for was asked for over this connection.
+    /// All pages that accesses wait for were requested over this connection.
     asked_all: bool,
-    /// When each page was asked for.
+    /// Each page was requested at this time.
     asked_for: HashMap<u64, Instant>,
 }
 
@@ -128,20 +132,20 @@ impl FaultHandler {
             match turn {
                 Ok(()) => {}
                 Err(Ended::Connection(error)) => {
-                    warn!(%error, "the lane for faults is lost");
+                    warn!(%error, "the lane for faults is lost; the guest waits for missing pages until it is connected again");
                     self.hang_up();
                     lost();
                 }
                 Err(Ended::Memory(error)) => {
-                    // Whoever waits goes on waiting; nothing is placed that is not the guest's.
-                    warn!(%error, "cannot serve the faults of a guest");
+                    // The vCPUs that wait go on waiting: a page must not be placed with wrong contents.
+                    warn!(%error, "cannot place missing pages of a guest; its vCPUs wait, and the daemon tries again");
                     std::thread::sleep(HEARTBEAT);
                 }
             }
         }
     }
 
-    /// Waits for something to happen, and deals with it.
+    /// Waits for an event, and handles it.
     fn turn(&mut self) -> Result<(), Ended> {
         let (heard_of, rung, answered) = self.wait().map_err(|error| Ended::Memory(error.into()))?;
         if rung {
@@ -166,7 +170,7 @@ impl FaultHandler {
         let (mut requests, seen) = (Vec::new(), Instant::now());
         let heard = self.hear(heard_of, &mut requests);
         self.ask(requests, seen)?;
-        // An access that cannot be served keeps nobody else waiting.
+        // An access that cannot be served must not delay the others.
         let taken = if answered { self.take_answers() } else { Ok(()) };
         heard.map_err(Ended::Memory)?;
         taken?;
@@ -178,9 +182,9 @@ impl FaultHandler {
         }
     }
 
-    /// Whether accesses wait to be heard of, the bell was rung, and bytes have come.
+    /// Waits, and returns whether accesses can be read, whether the bell was rung, and whether answers can be read.
     fn wait(&self) -> Result<(bool, bool, bool), Errno> {
-        let userfault = self.shared.placing.userfault().as_fd();
+        let userfault = self.shared.incoming.userfault().as_fd();
         let mut ready = vec![
             PollFd::from_borrowed_fd(userfault, PollFlags::IN),
             PollFd::new(&self.shared.bell, PollFlags::IN),
@@ -192,19 +196,19 @@ impl FaultHandler {
         Ok((is_ready(0), is_ready(1), is_ready(2)))
     }
 
-    /// Hears of accesses if there are any, and notes the pages to ask for.
+    /// Reads accesses from the kernel if there are any, and adds the pages to request.
     fn hear(&mut self, any: bool, requests: &mut Vec<u64>) -> io::Result<()> {
-        let placing = &self.shared.placing;
+        let incoming = &self.shared.incoming;
         let mut heard = Ok(0);
         if any {
-            heard = placing.userfault().read(|fault| self.unserved.push(fault.address));
+            heard = incoming.userfault().read(|fault| self.unserved.push(fault.address));
         }
-        if !placing.is_known() {
+        if !incoming.is_known() {
             // A page that is not missing now may yet turn out to be.
             return heard.map(drop);
         }
         let mut failed = Ok(());
-        self.unserved.retain(|address| match placing.fault(*address) {
+        self.unserved.retain(|address| match incoming.fault(*address) {
             Ok(page) => {
                 requests.extend(page);
                 false
@@ -217,13 +221,13 @@ impl FaultHandler {
         heard.and(failed)
     }
 
-    /// Asks for these pages, which are waited for since `seen`, or over a fresh connection for all that
-    /// are waited for.
+    /// Requests these pages, whose accesses were read at `seen`. Over a new connection requests all pages that accesses
+    /// wait for.
     fn ask(&mut self, mut pages: Vec<u64>, seen: Instant) -> Result<(), Ended> {
-        let placing = &self.shared.placing;
+        let incoming = &self.shared.incoming;
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        if placing.is_known() && !std::mem::replace(&mut connection.asked_all, true) {
-            pages = placing.wanted();
+        if incoming.is_known() && !std::mem::replace(&mut connection.asked_all, true) {
+            pages = incoming.awaited();
         }
         let mut requests: Vec<u8> = pages.iter().flat_map(|page| PageRequest::Page(*page).encode()).collect();
         if requests.is_empty() && connection.asked.elapsed() >= HEARTBEAT {
@@ -233,8 +237,8 @@ impl FaultHandler {
             return Ok(());
         }
         connection.asked = Instant::now();
-        let lost = |error: Errno| Ended::Connection(LaneError::io("ask for pages")(error.into()));
-        // A source that does not read what little is asked is as good as gone.
+        let lost = |error: Errno| Ended::Connection(LaneError::io("request pages")(error.into()));
+        // A source that does not even read these few bytes is taken for dead.
         let sent =
             rustix::net::send(&connection.socket, &requests, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         match sent.map_err(lost)? {
@@ -242,14 +246,14 @@ impl FaultHandler {
             _ => return Err(lost(Errno::AGAIN)),
         }
         if !pages.is_empty() {
-            placing.observer().took(Leg::Ask, seen.elapsed());
+            incoming.observer().took(FaultStage::Request, seen.elapsed());
         }
         let now = Instant::now();
         connection.asked_for.extend(pages.into_iter().map(|page| (page, now)));
         Ok(())
     }
 
-    /// Takes in what has come, and places what is complete.
+    /// Reads answers, and places the pages of complete ones.
     fn take_answers(&mut self) -> Result<(), Ended> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         match rustix::net::recv(&connection.socket, &mut self.buffer[..], RecvFlags::DONTWAIT) {
@@ -257,22 +261,22 @@ impl FaultHandler {
             Ok((count, _)) => connection.received.extend_from_slice(&self.buffer[..count]),
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(error) => {
-                return Err(Ended::Connection(LaneError::io("receive wanted pages")(error.into())));
+                return Err(Ended::Connection(LaneError::io("receive requested pages")(error.into())));
             }
         }
         connection.heard = Instant::now();
         let mut runs = Vec::new();
         let mut used = 0;
-        let pages = self.shared.placing.pages();
+        let pages = self.shared.incoming.pages();
         while let Some((frame, payload)) = complete(&connection.received[used..], pages, &mut runs)? {
             let bytes = &connection.received[used..][payload];
-            check_still(&frame, bytes)?;
+            check_paused(&frame, bytes)?;
             let complete = Instant::now();
-            self.shared.placing.place(&runs, bytes, By::Fault).map_err(Ended::Memory)?;
+            self.shared.incoming.place(&runs, bytes, By::Fault).map_err(Ended::Memory)?;
             let asked = runs.first().and_then(|run| connection.asked_for.remove(&run.pages.start));
             if let Some(asked) = asked {
-                self.shared.placing.observer().took(Leg::Transfer, complete.duration_since(asked));
-                self.shared.placing.observer().took(Leg::Place, complete.elapsed());
+                self.shared.incoming.observer().took(FaultStage::Transfer, complete.duration_since(asked));
+                self.shared.incoming.observer().took(FaultStage::Place, complete.elapsed());
             }
             used += FRAME_HEADER_BYTES + frame.runs * RUN_BYTES + bytes.len();
         }
@@ -288,11 +292,11 @@ impl FaultHandler {
     }
 }
 
-/// Why a turn ended.
+/// The reason why a turn of the loop failed.
 enum Ended {
-    /// The source cannot be asked over this connection any more.
+    /// The connection to the source is lost.
     Connection(LaneError),
-    /// The guest's memory cannot be served.
+    /// Pages cannot be placed in the guest's memory.
     Memory(io::Error),
 }
 
@@ -302,7 +306,8 @@ impl From<WireError> for Ended {
     }
 }
 
-/// The frame at the beginning of `bytes`, its runs, and where its payload lies, if all of it has come.
+/// Decodes the frame at the beginning of `bytes` and its runs, and returns the frame and the place of its payload.
+/// Returns `None` if the frame is not complete.
 fn complete(
     bytes: &[u8],
     pages: u64,
@@ -320,6 +325,6 @@ fn complete(
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is behind these locks is whole between any two statements.
+    // No code panics while the values behind these locks are half changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

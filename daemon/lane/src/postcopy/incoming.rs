@@ -1,10 +1,9 @@
-//! Post-copy at the destination: which pages are missing, and placing them whole.
+//! Post-copy at the destination: knows the missing pages, and places each of them whole.
 //!
-//! The guest may be running. So pages are received beside its memory and placed with `UFFDIO_COPY`,
-//! which shows a page only when all of it is there and wakes whoever waits for it. What comes again is
-//! dropped: the guest may have written to the page since. A page that is there though it is missing was
-//! brought into being by somebody else, with zeros or worse, and the guest may have read that: then the
-//! guest's memory is not right any more, and the migration fails.
+//! The guest may run meanwhile. So pages are received beside its memory and placed with `UFFDIO_COPY`, which shows a page
+//! only when it is complete, and wakes the threads that wait for it. A page that comes a second time is dropped, because
+//! the guest may have written to it since. If a page is present although it should be missing, another program has
+//! written to it, and the guest may have read wrong contents: then the guest's memory is damaged, and the migration fails.
 
 mod assemble;
 mod pages;
@@ -27,18 +26,18 @@ use super::observer::FaultObserver;
 use crate::Bell;
 use crate::postcopy::latency::Latencies;
 
-/// What the lanes of one migration share at the destination while pages are missing there.
+/// The state that the lanes of one migration share at the destination while pages are missing there.
 pub struct PostcopyIncoming {
     userfault: Userfault,
     memory: Arc<VmmMapping>,
     pages: Pages,
-    /// Pages that have not been placed, once they are all known.
+    /// So many pages are not placed yet. This is set once all missing pages are known.
     remaining: AtomicU64,
     /// All missing pages are known.
     known: AtomicBool,
-    /// Why the guest's memory is not what it should be.
+    /// The guest's memory is damaged, for this reason.
     broken: OnceLock<String>,
-    /// Rung when nothing is missing any more, and when memory is [broken](Self::broken).
+    /// This bell is rung when no page is missing any more, and when the memory is [broken](Self::broken).
     bell: Bell,
     latencies: Latencies,
     observer: Arc<dyn FaultObserver>,
@@ -47,17 +46,21 @@ pub struct PostcopyIncoming {
     streamed: AtomicU64,
 }
 
-/// How a page comes.
+/// The way in which a page comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
-    /// An access waited for it, and it was asked for.
+    /// An access waited for the page, and it was requested.
     Fault,
-    /// In the stream of all that is missing.
+    /// The page came in the stream of all missing pages.
     Stream,
 }
 
 impl PostcopyIncoming {
-    /// For the memory of the VMM whose `userfault` this is: all of it is registered.
+    /// Makes the state, and registers all memory of the guest with `userfault`, which belongs to the guest's VMM.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses to register the memory.
     pub fn new(
         userfault: Userfault,
         memory: Arc<VmmMapping>,
@@ -65,7 +68,7 @@ impl PostcopyIncoming {
         observer: Arc<dyn FaultObserver>,
     ) -> io::Result<Self> {
         let pages = memory.ram().pages();
-        let placing = Self {
+        let incoming = Self {
             userfault,
             pages: Pages::new(pages),
             remaining: AtomicU64::new(0),
@@ -79,29 +82,33 @@ impl PostcopyIncoming {
             streamed: AtomicU64::new(0),
             memory,
         };
-        let mut pieces = placing.memory.pieces(0..pages);
+        let mut pieces = incoming.memory.pieces(0..pages);
         let registered =
-            pieces.try_for_each(|(addresses, _)| placing.userfault.register(addresses, Faults::Missing));
+            pieces.try_for_each(|(addresses, _)| incoming.userfault.register(addresses, Faults::Missing));
         drop(pieces);
         match registered {
-            Ok(()) => Ok(placing),
+            Ok(()) => Ok(incoming),
             Err(error) => {
-                // Its VMM keeps a copy: what is registered would wait for ever.
-                let _ = placing.end();
+                // The VMM keeps a copy of the descriptor, so accesses to registered memory would wait for ever.
+                let _ = incoming.end();
                 Err(error)
             }
         }
     }
 
-    /// Adds pages that are missing: grown to whole pages of their regions, they are dropped here, so
-    /// that an access to them faults.
+    /// Adds missing pages, extended to whole pages of their regions, and drops their memory here, so that an access to
+    /// them faults.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel cannot drop the memory.
     pub fn add_missing(&self, pages: Range<u64>) -> io::Result<()> {
         let pages = self.memory.whole(pages);
         self.pages.add(pages.clone());
         self.memory.ram().punch(pages)
     }
 
-    /// From here on no page is missing but those that were added, and pages may be placed.
+    /// Declares that all missing pages were added. From now on pages may be placed.
     pub fn all_known(&self) {
         self.remaining.store(self.pages.missing().count(), Ordering::Release);
         self.known.store(true, Ordering::Release);
@@ -110,22 +117,22 @@ impl PostcopyIncoming {
         }
     }
 
-    /// Sees that nothing is there of what is missing: an access would find it, and wait for nothing. It
-    /// costs a system call for each run of missing pages, and may be done while pages are being placed. Of huge
-    /// pages nobody can tell whether they are there; they are found when they are placed.
+    /// Verifies that no missing page is present in memory: an access to it would not wait. This costs a system call for
+    /// each run of missing pages, and may be called while pages are being placed. The kernel cannot tell for huge pages;
+    /// a huge page that is present is found when it is placed.
     ///
     /// # Errors
     ///
-    /// The first page that is there, in words; or that the kernel cannot be asked.
-    pub fn see_holes(&self) -> io::Result<()> {
+    /// Fails if a missing page is present, and names the first one, or if the kernel cannot be asked.
+    pub fn verify_holes(&self) -> io::Result<()> {
         let ram = self.memory.ram();
         for run in self.pages.missing().runs() {
             let small = self.memory.pieces(run).filter(|(_, pages)| self.memory.unit_of(pages.start) == 1);
             for (_, mut rest) in small {
                 while let Some(page) = ram.next_data(rest.clone())? {
-                    // It is there; if it is missing now, it was so too when it came into being.
+                    // The page is present. If it is missing now, it was already missing when it was allocated.
                     if self.pages.is_missing(page) {
-                        return Err(self.break_by(there(page)));
+                        return Err(self.mark_broken(unexpected_page(page)));
                     }
                     rest.start = page + 1;
                 }
@@ -134,32 +141,32 @@ impl PostcopyIncoming {
         Ok(())
     }
 
-    /// Whether all missing pages are known.
+    /// Returns whether all missing pages are known.
     pub fn is_known(&self) -> bool {
         self.known.load(Ordering::Acquire)
     }
 
-    /// Why the guest's memory is not right, and never will be, if that is so.
+    /// Returns why the guest's memory is damaged for good, if it is.
     pub fn broken(&self) -> Option<&str> {
         self.broken.get().map(String::as_str)
     }
 
-    /// The pages that have not been placed.
+    /// Returns the pages that are not placed yet.
     pub fn missing(&self) -> PageSet {
         self.pages.unplaced()
     }
 
-    /// How many these are.
+    /// Returns the number of pages that are not placed yet.
     pub fn remaining(&self) -> u64 {
         self.remaining.load(Ordering::Acquire)
     }
 
-    /// Pages of the guest.
+    /// Returns the number of pages of the guest.
     pub fn pages(&self) -> u64 {
         self.memory.ram().pages()
     }
 
-    /// How it goes; the time is the caller's to add.
+    /// Reports the progress. The caller adds the time.
     pub fn report(&self) -> FetchReport {
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         FetchReport {
@@ -174,11 +181,15 @@ impl PostcopyIncoming {
         }
     }
 
-    /// Places what a frame brought, as far as it is missing: `payload` holds the bytes of all runs with data,
-    /// in order.
+    /// Places the pages of a frame that are missing. `payload` holds the bytes of all runs with data, in order.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the frame holds a part of a huge page, if missing pages are not all known yet, if the memory is
+    /// [broken](Self::broken), or if the kernel cannot place a page.
     pub fn place(&self, runs: &[Run], payload: &[u8], by: By) -> io::Result<()> {
         if runs.is_empty() {
-            return Ok(()); // the source is there, that is all
+            return Ok(()); // The frame is a keepalive of the source.
         }
         if !self.is_known() {
             return Err(invalid("pages came before it was known which are missing"));
@@ -214,36 +225,45 @@ impl PostcopyIncoming {
         Ok(())
     }
 
-    /// An access to `address` waits: makes its page zero if it is not missing; otherwise returns the
-    /// page to ask for, unless that was done before, or it is being placed.
+    /// Handles an access to `address` that waits. If the page is not missing, makes it zero. Otherwise returns the page to
+    /// request, unless it was requested before or is being placed.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel cannot place a page of zeros.
     pub fn fault(&self, address: u64) -> io::Result<Option<u64>> {
         let Some(page) = self.memory.page_at(address) else { return Ok(None) };
         let unit = self.memory.whole(page..page + 1);
         match self.pages.access(&unit) {
-            // Several may wait for one hole, and be told of one after another.
-            Access::There => match self.zero(&unit, IfPresent::Skip) {
+            // Several threads may wait for one hole, and the kernel reports them one after another.
+            Access::Present => match self.zero(&unit, IfPresent::Skip) {
                 Ok(_) => Ok(None),
                 Err(unplaced) => Err(self.judge(unplaced.source)),
             },
             Access::Known => Ok(None),
             access => {
                 self.faults.fetch_add(1, Ordering::Relaxed);
-                Ok((access == Access::Ask).then_some(unit.start))
+                Ok((access == Access::Request).then_some(unit.start))
             }
         }
     }
 
-    /// Pages that are waited for, each once.
-    pub fn wanted(&self) -> Vec<u64> {
-        self.pages.wanted()
+    /// Returns the pages that accesses wait for, each once.
+    pub fn awaited(&self) -> Vec<u64> {
+        self.pages.awaited()
     }
 
-    /// Accesses to missing pages fail from now on, loudly: they will never come.
+    /// Makes accesses to missing pages fail from now on with a memory error (SIGBUS), because the pages will never come.
+    /// Returns the number of these pages.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel cannot mark the pages.
     pub fn poison(&self) -> io::Result<u64> {
         let mut poisoned = 0;
         for run in self.missing().runs() {
             if self.broken().is_some() {
-                // What is there and should not be is to fail as well.
+                // Pages that are present and should be missing must fail as well.
                 self.memory.ram().punch(run.clone())?;
             }
             for (addresses, pages) in self.memory.pieces(run.clone()) {
@@ -255,8 +275,11 @@ impl PostcopyIncoming {
         Ok(poisoned)
     }
 
-    /// Nothing is missing any more: memory behaves as any other from now on. Of a process that has
-    /// ended there is nothing to let go of.
+    /// Ends post-copy: the memory behaves as any other from now on. If the VMM's process has ended, this does nothing.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel cannot unregister the memory.
     pub fn end(&self) -> io::Result<()> {
         let mut pieces = self.memory.pieces(0..self.pages());
         pieces.try_for_each(|(addresses, _)| match self.userfault.unregister(addresses) {
@@ -265,17 +288,17 @@ impl PostcopyIncoming {
         })
     }
 
-    /// Who is told how long accesses waited.
+    /// Returns the observer of accesses.
     pub(crate) fn observer(&self) -> &dyn FaultObserver {
         &*self.observer
     }
 
-    /// Where faults are read from.
+    /// Returns the userfaultfd from which accesses are read.
     pub fn userfault(&self) -> &Userfault {
         &self.userfault
     }
 
-    /// Has `place` place those of `pages` that are missing, run by run.
+    /// Places those of `pages` that are missing with `place`, run by run.
     fn fill(
         &self,
         pages: &Range<u64>,
@@ -291,8 +314,8 @@ impl PostcopyIncoming {
         Ok(())
     }
 
-    /// A run that was claimed is in place, as far as `outcome` tells, and missing again where it is not. Its
-    /// pages are counted if they have come.
+    /// Notes the outcome of placing a claimed run. Pages that were placed are counted by `counter`, and the others are
+    /// missing again.
     fn finish(
         &self,
         run: &Range<u64>,
@@ -312,7 +335,7 @@ impl PostcopyIncoming {
             if let Some(counter) = counter {
                 counter.fetch_add(end - run.start, Ordering::Relaxed);
             }
-            self.fewer(end - run.start);
+            self.subtract_remaining(end - run.start);
         }
         match error {
             None => Ok(()),
@@ -320,35 +343,36 @@ impl PostcopyIncoming {
         }
     }
 
-    /// These pages could not be placed.
+    /// Makes pages missing again that could not be placed, and returns the reason.
     fn failed(&self, pages: Range<u64>, error: io::Error) -> io::Error {
         if is_already_present(&error) {
             self.pages.give_back(pages.clone());
-            return self.break_by(there(pages.start));
+            return self.mark_broken(unexpected_page(pages.start));
         }
         self.release(pages);
         self.judge(error)
     }
 
-    /// What was claimed is missing again, and whoever waits for it is told of anew.
+    /// Makes claimed pages missing again, and wakes the threads that wait for them, so that the kernel reports their
+    /// accesses again.
     fn release(&self, pages: Range<u64>) {
         self.pages.give_back(pages.clone());
         for (addresses, _) in self.memory.pieces(pages) {
-            // Of a process that has ended nobody waits.
+            // This fails if the process has ended, and then no thread waits.
             let _ = self.userfault.wake(addresses);
         }
     }
 
-    /// The kernel did not place a page: perhaps since there is no memory any more to place it in.
+    /// Finds out why the kernel did not place a page: perhaps the memory is gone.
     fn judge(&self, error: io::Error) -> io::Error {
         match self.memory.ram().check() {
-            Err(lost) => self.break_by(lost.to_string()),
+            Err(lost) => self.mark_broken(lost.to_string()),
             Ok(()) => error,
         }
     }
 
-    /// The guest's memory is not right, and will not be.
-    fn break_by(&self, reason: String) -> io::Error {
+    /// Marks the guest's memory as damaged for good.
+    fn mark_broken(&self, reason: String) -> io::Error {
         let reason = self.broken.get_or_init(|| reason);
         (self.bell)();
         io::Error::other(reason.as_str())
@@ -365,7 +389,7 @@ impl PostcopyIncoming {
         if unit == PAGE_SIZE {
             return self.userfault.zero(addresses, if_there);
         }
-        // The kernel has no huge page of zeros.
+        // The kernel cannot place a huge page of zeros by itself.
         let (zeros, mut all) = (vec![0; unit as usize], Placed::default());
         for address in addresses.step_by(unit as usize) {
             match self.userfault.copy(address, &zeros, unit, if_there) {
@@ -379,15 +403,15 @@ impl PostcopyIncoming {
         Ok(all)
     }
 
-    /// Bytes of the pages' own size; they lie in one region.
+    /// Returns the size in bytes of a page of the region in which `pages` lie.
     fn unit_bytes(&self, pages: &Range<u64>) -> u64 {
         self.memory.unit_of(pages.start) * PAGE_SIZE
     }
 
-    /// These pages are holes at the source, and take no memory here unless an access waits for them.
+    /// Leaves pages as holes that are holes at the source. Those that accesses wait for become zeros.
     fn leave_hole(&self, pages: &Range<u64>) -> io::Result<()> {
         let (left, waited_for) = self.pages.leave(pages.clone());
-        self.fewer(left);
+        self.subtract_remaining(left);
         let mut waited_for = waited_for.into_iter();
         while let Some(run) = waited_for.next() {
             if let Err(error) = self.finish(&run, self.zero(&run, IfPresent::Fail), None) {
@@ -398,19 +422,19 @@ impl PostcopyIncoming {
         Ok(())
     }
 
-    /// So many pages more are not missing any more.
-    fn fewer(&self, pages: u64) {
+    /// Subtracts pages from the number of remaining ones, and rings the bell when none remains.
+    fn subtract_remaining(&self, pages: u64) {
         if pages > 0 && self.remaining.fetch_sub(pages, Ordering::AcqRel) == pages {
             (self.bell)();
         }
     }
 }
 
-/// What is wrong where a page is there and should not be.
-fn there(page: u64) -> String {
+/// Describes the damage if a page is present that should be missing.
+fn unexpected_page(page: u64) -> String {
     format!(
-        "page {page} of the guest's memory holds something here though it has not come from the source: something \
-         else on this host writes to that memory, or maps it"
+        "page {page} of the guest's memory has contents here although it has not come from the source: another program \
+         on this host writes to that memory, or maps it"
     )
 }
 

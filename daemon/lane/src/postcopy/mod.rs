@@ -1,7 +1,7 @@
-//! Post-copy: what a guest waits for goes ahead of everything else, and pages appear whole.
+//! Post-copy: pages that a guest waits for go ahead of all others, and each page appears whole.
 //!
-//! At the destination `faults` hears of accesses to missing pages and asks for them, and `incoming` places what comes.
-//! At the source `page_server` answers.
+//! At the destination `faults` reads accesses to missing pages from the kernel and requests the pages, and `incoming`
+//! places the pages that come. At the source `page_server` answers the requests.
 
 mod faults;
 mod incoming;
@@ -12,5 +12,5 @@ mod page_server;
 pub use faults::Faults;
 pub(crate) use incoming::By;
 pub use incoming::PostcopyIncoming;
-pub use observer::{FaultObserver, Leg};
+pub use observer::{FaultObserver, FaultStage};
 pub use page_server::PageServer;

@@ -1,22 +1,22 @@
-//! What is measured of accesses to missing pages.
+//! Measurements of accesses to missing pages.
 
 use std::time::Duration;
 
-/// Is told how long accesses to missing pages waited. Threads of lanes call it; it must not block.
+/// An observer takes measurements of accesses to missing pages. Threads of lanes call it, so it must not block.
 pub trait FaultObserver: Send + Sync {
-    /// An access waited for so long, from when it was seen until its page was placed.
+    /// Records for how long an access waited, from when the daemon read it until its page was placed.
     fn waited(&self, time: Duration);
-    /// A leg of that took so long.
-    fn took(&self, leg: Leg, time: Duration);
+    /// Records how long one stage of that wait took.
+    fn took(&self, leg: FaultStage, time: Duration);
 }
 
-/// A leg of the way of a page that an access waits for.
+/// A stage of the wait for a missing page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leg {
-    /// From when the access was seen until the page was asked for.
-    Ask,
-    /// From then until all of the answer was there.
+pub enum FaultStage {
+    /// This stage lasts from the moment that the daemon reads the access until it has requested the page.
+    Request,
+    /// This stage lasts from the request until all of the answer has arrived.
     Transfer,
-    /// From then until the page was placed.
+    /// This stage lasts from the arrival of the answer until the page is placed.
     Place,
 }

@@ -1,4 +1,4 @@
-//! Post-copy at the source: answers what the destination's guest waits for, before anything else.
+//! Post-copy at the source: answers the destination's page requests, ahead of all other pages.
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -15,42 +15,46 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use crate::message::Message;
 use crate::priority;
-use crate::send::encode::{encode_frame, sort_out_zeros};
-use crate::socket::hasten;
+use crate::send::encode::{classify_zeros, encode_frame};
+use crate::socket::prioritize;
 use crate::{LaneError, LaneStats, SendState};
 
-/// Page requests read at once.
+/// One read takes at most this many page requests.
 const AT_ONCE: usize = 64;
 
-/// Answers requests over one connection.
+/// Answers page requests over one connection.
 pub struct PageServer {
-    outbound: Arc<SendState>,
+    send_state: Arc<SendState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
     sequence: u64,
     runs: Vec<Run>,
     head: Vec<u8>,
     message: Box<Message>,
-    /// What has come and is not dealt with.
+    /// These bytes of requests have come and are not answered yet.
     requests: Vec<u8>,
     silence: Duration,
 }
 
 impl PageServer {
-    /// For the lane over `socket`, on which something is asked again and again: whoever says nothing
-    /// for `silence` is gone.
+    /// Makes the page server of the lane over `socket`. The destination sends requests or keepalives all the time, so a
+    /// connection on which nothing comes for `silence` is given up.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses the socket's timeouts.
     pub fn new(
-        outbound: Arc<SendState>,
+        send_state: Arc<SendState>,
         stats: Arc<LaneStats>,
         socket: Arc<OwnedFd>,
         silence: Duration,
     ) -> Result<Self, LaneError> {
-        hasten(&*socket);
+        prioritize(&*socket);
         set_socket_timeout(&*socket, Timeout::Recv, Some(silence))
             .and_then(|()| set_socket_timeout(&*socket, Timeout::Send, Some(silence)))
             .map_err(|error| LaneError::io("prepare the lane for faults")(error.into()))?;
         Ok(Self {
-            outbound,
+            send_state,
             stats,
             socket,
             sequence: 0,
@@ -62,12 +66,12 @@ impl PageServer {
         })
     }
 
-    /// Answers until the connection ends.
+    /// Answers requests until the connection ends, and returns why it ended.
     pub fn run(mut self) -> LaneError {
         priority::raise();
         loop {
             if let Err(error) = self.turn() {
-                return error.of(&self.outbound.ram);
+                return error.or_lost_memory(&self.send_state.ram);
             }
         }
     }
@@ -80,12 +84,14 @@ impl PageServer {
             Ok((count, _)) => self.requests.extend_from_slice(&bytes[..count]),
             Err(Errno::INTR) => return Ok(()),
             Err(Errno::AGAIN) => return Err(LaneError::Silent(self.silence)),
-            Err(error) => return Err(LaneError::io("read which pages are wanted")(error.into())),
+            Err(error) => return Err(LaneError::io("read page requests")(error.into())),
         }
         let whole = self.requests.len() / PAGE_REQUEST_BYTES * PAGE_REQUEST_BYTES;
         for at in (0..whole).step_by(PAGE_REQUEST_BYTES) {
-            let request =
-                PageRequest::decode(&self.requests[at..at + PAGE_REQUEST_BYTES], self.outbound.ram.pages())?;
+            let request = PageRequest::decode(
+                &self.requests[at..at + PAGE_REQUEST_BYTES],
+                self.send_state.ram.pages(),
+            )?;
             self.answer(request)?;
         }
         self.requests.drain(..whole);
@@ -95,24 +101,24 @@ impl PageServer {
     fn answer(&mut self, request: PageRequest) -> Result<(), LaneError> {
         self.runs.clear();
         if let PageRequest::Page(page) = request {
-            let pages = self.outbound.ram.whole(page..page + 1);
-            self.outbound.on_wanted(pages.clone());
-            self.sort_out(pages);
+            let pages = self.send_state.ram.whole(page..page + 1);
+            self.send_state.on_page_request(pages.clone());
+            self.classify(pages);
         }
         self.sequence += 1;
-        let payload = encode_frame(&self.outbound, self.sequence, &self.runs, &mut self.head);
-        self.message.fill(&mut self.head, &self.outbound.ram, &self.runs);
+        let payload = encode_frame(&self.send_state, self.sequence, &self.runs, &mut self.head);
+        self.message.fill(&mut self.head, &self.send_state.ram, &self.runs);
         LaneStats::add(&self.stats.wire_bytes, self.message.remaining() as u64);
-        // What was looked at and summed up was the guest's; if it is cut from here on, the sum does not fit.
-        self.outbound.ram.intact().map_err(LaneError::Memory)?;
-        self.message.send_all(&*self.socket).map_err(LaneError::io("answer with a wanted page"))?;
+        // Up to here the memory held the guest's data. If it is cut off from here on, the checksum does not fit.
+        self.send_state.ram.intact().map_err(LaneError::Memory)?;
+        self.message.send_all(&*self.socket).map_err(LaneError::io("send a requested page"))?;
         LaneStats::add(&self.stats.data_pages, payload / PAGE_SIZE);
         Ok(())
     }
 
-    /// A huge page may fall apart into more runs than a frame has: it is then sent as it is.
-    fn sort_out(&mut self, pages: Range<u64>) {
-        sort_out_zeros(&self.outbound.ram, pages.clone(), &mut self.runs);
+    /// Splits a page into runs of zeros and data. A huge page that has more runs than fit into a frame is sent as data.
+    fn classify(&mut self, pages: Range<u64>) {
+        classify_zeros(&self.send_state.ram, pages.clone(), &mut self.runs);
         if self.runs.len() > MAX_RUNS {
             self.runs.clear();
             self.runs.push(Run { pages, content: Content::Data });

@@ -1,4 +1,4 @@
-//! What waits for being claimed, as lanes see it: how little of it there is says how much each of them may hold.
+//! An estimate of how much is left to claim. The less is left, the less each lane may have in its window.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -6,30 +6,30 @@ use std::time::Duration;
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::window::hold;
 
-/// About how much is left, and how fast all lanes together deliver it.
+/// The number of pages that are left to claim, about, and how fast all lanes together deliver them.
 #[derive(Default)]
 pub struct Backlog {
     pages: AtomicU64,
-    /// 0 before it was measured.
+    /// All lanes together deliver this many bytes per second; 0 while it is not measured.
     bytes_per_second: AtomicU64,
 }
 
 impl Backlog {
-    /// There are `pages` to claim now.
+    /// Sets how many pages are left to claim now, and how fast lanes deliver them.
     pub fn set(&self, pages: u64, bytes_per_second: u64) {
         self.pages.store(pages, Ordering::Relaxed);
         self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Somebody has claimed so many of them.
+    /// Notes that a lane has claimed so many pages.
     pub fn claimed(&self, pages: u64) {
         let fewer = |left: u64| Some(left.saturating_sub(pages));
-        // Never refused.
+        // The closure always returns a value, so the update cannot fail.
         let _ = self.pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer);
     }
 
-    /// How much each lane may hold, as the time in which it delivers that.
-    pub fn hold(&self) -> Duration {
+    /// Returns how much each lane may have in its window, as the time that the lane needs to deliver it.
+    pub fn lane_share(&self) -> Duration {
         let bytes = self.pages.load(Ordering::Relaxed).saturating_mul(PAGE_SIZE);
         hold(bytes, self.bytes_per_second.load(Ordering::Relaxed))
     }
@@ -45,11 +45,11 @@ mod tests {
         let left = Backlog::default();
         // 40 ms of pages at 1000 pages a millisecond, of which each lane may hold half.
         left.set(40_000, 1_000_000 * PAGE_SIZE);
-        assert_eq!(left.hold(), 20 * MS);
+        assert_eq!(left.lane_share(), 20 * MS);
         left.claimed(20_000);
-        assert_eq!(left.hold(), 10 * MS);
+        assert_eq!(left.lane_share(), 10 * MS);
         // Others may have found more than was said.
         left.claimed(30_000);
-        assert_eq!(left.hold(), 4 * MS);
+        assert_eq!(left.lane_share(), 4 * MS);
     }
 }

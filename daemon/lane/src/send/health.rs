@@ -1,4 +1,4 @@
-//! Looks after a lane's connection: whether the way to the other end still carries anything.
+//! Watches the health of a lane's connection: whether bytes still reach the other end.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use memlane_protocol::liveness::{Condition, Liveness, TcpInfo};
 
 use crate::socket::tcp_info;
 
-/// How often the kernel is asked.
-pub const LOOK: Duration = Duration::from_millis(50);
+/// The kernel is asked about the connection this often.
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// One connection's pulse.
+/// The health of one connection.
 pub struct ConnectionHealth {
     liveness: Liveness,
     begun: Instant,
@@ -24,20 +24,20 @@ impl ConnectionHealth {
         Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
     }
 
-    /// Time since the connection was looked at first.
+    /// Returns the time since the connection was first checked.
     pub fn now(&self) -> Duration {
         self.begun.elapsed()
     }
 
-    /// The shortest round trip that was seen lately; zero if nothing is known of it.
+    /// Returns the shortest recent round trip; zero while it is unknown.
     pub fn round_trip(&self) -> Duration {
         self.round_trip
     }
 
-    /// How the connection is, if it is time to look again.
-    pub fn look(&mut self, socket: impl AsFd) -> Option<Condition> {
+    /// Returns the condition of the connection, if it is time to check it again.
+    pub fn check(&mut self, socket: impl AsFd) -> Option<Condition> {
         let now = self.now();
-        if now - self.looked < LOOK {
+        if now - self.looked < CHECK_INTERVAL {
             return None;
         }
         self.looked = now;
@@ -58,7 +58,7 @@ fn tcp_state(info: &libc::tcp_info) -> TcpInfo {
 }
 
 fn shortest_round_trip(info: &libc::tcp_info) -> Duration {
-    // Before the first one the shortest is as long as can be.
+    // Before the first round trip the kernel reports the largest number as the shortest one.
     Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
 }
 
@@ -79,9 +79,9 @@ mod tests {
         assert!(info.tcpi_bytes_sent >= 1000 && info.tcpi_rtt > 0);
         let mut health = ConnectionHealth::new(&near);
         assert!(health.round_trip() > Duration::ZERO);
-        assert_eq!(health.look(&near), None, "it was just looked at");
-        std::thread::sleep(LOOK);
-        assert_eq!(health.look(&near), Some(Condition::Well));
+        assert_eq!(health.check(&near), None, "it was just looked at");
+        std::thread::sleep(CHECK_INTERVAL);
+        assert_eq!(health.check(&near), Some(Condition::Well));
         assert!(tcp_info(std::fs::File::open("/dev/null").unwrap()).is_none());
     }
 }

@@ -1,29 +1,29 @@
-//! How a lane hands frames over, by evidence.
+//! Chooses how a lane hands frames to the kernel, by trials.
 //!
-//! The kernel may copy after all where it was asked not to (over loopback, veth, or a driver
-//! without scatter-gather); then a zero-copy send costs more than a plain one. So a lane
-//! tries, believes what `IORING_SEND_ZC_REPORT_USAGE` tells, and looks again now and then. Between
-//! the trials it sends by reference through a pipe.
+//! The kernel may copy although it was asked for a zero-copy send (over loopback, veth, or a driver without
+//! scatter-gather). Such a send costs more than a plain one. So a lane tries zero-copy sends, learns from
+//! `IORING_SEND_ZC_REPORT_USAGE` whether the kernel copied, and tries again now and then. Between the trials it sends by
+//! reference through a pipe.
 
-/// Frames sent in each trial.
+/// A trial sends this many frames.
 const TRIAL_FRAMES: u32 = 4;
-/// Bytes sent plainly between trials: a second or so at 100 Gbit/s.
+/// A lane sends this many bytes in other ways between trials, which takes a second or so at 100 Gbit/s.
 const BYTES_BETWEEN_TRIALS: u64 = 16 << 30;
-/// A frame with less than this is copied cheaper than its pages are pinned.
+/// To copy a frame of fewer bytes than this costs less than to pin its pages.
 const WORTH_BYTES: u64 = 32 << 10;
 
-/// How a frame is handed to the kernel.
+/// The method by which a frame is handed to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendMethod {
-    /// By copying it.
+    /// The kernel copies the frame.
     Copy,
-    /// By a zero-copy send, of which the kernel says when it is done with the pages, and whether it copied them.
+    /// The kernel sends the pages themselves, and says later when it is done with them and whether it copied them.
     ZeroCopy,
-    /// Through a pipe: by reference, of which nothing is said.
+    /// The pages go through a pipe by reference, and the kernel does not say when it is done with them.
     Splice,
 }
 
-/// What has been seen of the ways to send.
+/// The results of trials with the methods to send.
 #[derive(Debug)]
 pub struct MethodTrials {
     trial_frames_left: u32,
@@ -33,7 +33,7 @@ pub struct MethodTrials {
 }
 
 impl MethodTrials {
-    /// Of a lane that has a pipe, if `splices`.
+    /// Makes the trials of a lane. `splices` says whether the lane has a pipe.
     pub fn new(splices: bool) -> Self {
         Self {
             trial_frames_left: TRIAL_FRAMES,
@@ -43,7 +43,7 @@ impl MethodTrials {
         }
     }
 
-    /// How to send the next frame, of so many bytes.
+    /// Chooses the method for the next frame, which has so many bytes.
     pub fn choose(&mut self, bytes: u64) -> SendMethod {
         if bytes < WORTH_BYTES {
             return SendMethod::Copy;
@@ -62,7 +62,7 @@ impl MethodTrials {
         if self.splices { SendMethod::Splice } else { SendMethod::Copy }
     }
 
-    /// The kernel tells whether it copied a frame that was sent without copying.
+    /// Learns whether the kernel copied a frame of a zero-copy send.
     pub fn learn(&mut self, copied: bool) {
         self.works = !copied;
         if copied {
@@ -70,9 +70,9 @@ impl MethodTrials {
         }
     }
 
-    /// The kernel cannot send this way at all.
-    pub fn give_up(&mut self, way: SendMethod) {
-        match way {
+    /// Excludes a method that the kernel does not support on this connection.
+    pub fn rule_out(&mut self, method: SendMethod) {
+        match method {
             SendMethod::Copy => {}
             SendMethod::ZeroCopy => {
                 (self.trial_frames_left, self.bytes_to_next_trial, self.works) = (0, u64::MAX, false);
@@ -103,9 +103,9 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_not_tried_again() {
         let mut trials = MethodTrials::new(true);
-        trials.give_up(SendMethod::ZeroCopy);
+        trials.rule_out(SendMethod::ZeroCopy);
         assert!((0..1u64 << 15).all(|_| trials.choose(1 << 20) == SendMethod::Splice));
-        trials.give_up(SendMethod::Splice);
+        trials.rule_out(SendMethod::Splice);
         assert_eq!(trials.choose(1 << 20), SendMethod::Copy);
     }
 }

@@ -1,4 +1,4 @@
-//! What a sender keeps of a frame.
+//! A frame in a sender's window.
 
 use memlane_protocol::wire::frame::{FRAME_HEADER_BYTES, MAX_RUNS, RUN_BYTES, Run};
 
@@ -11,12 +11,12 @@ pub struct Slot {
     pub runs: Vec<Run>,
     pub head: Vec<u8>,
     pub message: Box<Message>,
-    /// Bytes of its pages,
+    /// The pages of the frame have this many bytes.
     pub contents_bytes: u64,
-    /// and what of them is on the wire: less, if they are compressed.
+    /// This many bytes of payload are on the wire: fewer than `contents_bytes` if the frame is compressed.
     pub payload_bytes: u64,
-    pub way: SendMethod,
-    /// The kernel has not yet released the pages of a zero-copy send.
+    pub method: SendMethod,
+    /// The kernel has yet to release the pages of this many zero-copy sends.
     pub notifications: u32,
 }
 
@@ -29,7 +29,7 @@ impl Slot {
             message: Message::new(),
             contents_bytes: 0,
             payload_bytes: 0,
-            way: SendMethod::Copy,
+            method: SendMethod::Copy,
             notifications: 0,
         }
     }

@@ -1,9 +1,9 @@
-//! Sending guest memory by reference where zero-copy sends copy.
+//! Sends guest memory by reference where the kernel copies zero-copy sends.
 //!
 //! Over veth, tap and loopback the kernel copies what is sent with `MSG_ZEROCOPY`: the receiver might keep it for as
 //! long as it likes, and the sender wait as long for its notification. Pages that come out of a pipe are referred to all
-//! the way, since nobody is told when they are free. A lane does not need to be told: a page is not sent again until
-//! the destination has acknowledged it.
+//! the way, because the kernel does not report when they are free. A lane does not need that report: a page is not sent
+//! again until the destination has acknowledged it.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,25 +13,25 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 
 use crate::message::Message;
 
-/// Memory in the pipe at once: what everybody may have (`fs.pipe-max-size`).
+/// The pipe holds this many bytes: as many as any user may have by default (`fs.pipe-max-size`).
 const PIPE_BYTES: usize = 1 << 20;
 
 /// A pipe that memory goes through on its way into a socket.
 pub struct Splicer {
     into: OwnedFd,
     out_of: OwnedFd,
-    /// Bytes in it.
+    /// The pipe contains this many bytes.
     filled: usize,
 }
 
-/// How far sending has come.
+/// The progress of sending a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// All is handed over.
+    /// All of the message is handed over.
     Done,
-    /// The socket is full: the rest goes on when it has room.
+    /// The socket is full, and the rest must wait until it has room.
     NoRoom,
-    /// This memory cannot be referred to. What has not been handed over is to be sent another way.
+    /// The kernel cannot send this memory by reference. The caller must send the rest by another method.
     Impossible,
 }
 
@@ -44,7 +44,7 @@ impl Splicer {
     }
 
     /// Hands `message` over to `socket`: its last `body_bytes` by reference, and what is before them, which may be
-    /// written again at once, by copying. To be called again with the same until it is done.
+    /// written again at once, by copying. The caller repeats the call with the same message until it is done.
     ///
     /// # Safety
     ///
@@ -134,8 +134,8 @@ unsafe fn send_head(socket: BorrowedFd<'_>, message: &Message, most: usize) -> R
 /// The pieces must be there to be read.
 unsafe fn fill(pipe: &OwnedFd, pieces: &[libc::iovec]) -> Result<usize, Errno> {
     /// `UIO_MAXIOV`: more pieces than these are refused.
-    const MOST: usize = 1024;
-    let count = pieces.len().min(MOST);
+    const MAX: usize = 1024;
+    let count = pieces.len().min(MAX);
     // SAFETY: the pieces are there, by the caller's promise, and the call only reads where they are.
     let taken = unsafe { libc::vmsplice(pipe.as_raw_fd(), pieces.as_ptr(), count, 0) };
     usize::try_from(taken).map_err(|_| last_error())

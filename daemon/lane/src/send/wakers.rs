@@ -1,4 +1,4 @@
-//! The lanes that send for one migration: how they are woken, and what they know of each other.
+//! Wakers of the lanes that send for one migration, through which lanes also learn of each other's condition.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,24 +7,28 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// The lanes that there are. They come and go.
+/// The wakers of all lanes of a migration. Lanes come and go.
 #[derive(Default)]
 pub struct Wakers {
     wakers: Mutex<Vec<Weak<Waker>>>,
     taken: AtomicU64,
 }
 
-/// Wakes one lane, and tells the others how it is. The lane is one of them until this is dropped.
+/// Wakes one lane, and publishes the lane's condition. The lane belongs to the migration until this is dropped.
 pub struct Waker {
     eventfd: OwnedFd,
     doubtful: AtomicBool,
     bytes_per_second: AtomicU64,
-    /// Lanes that came before.
+    /// This many lanes were added before this one.
     before: u64,
 }
 
 impl Wakers {
-    /// For one lane more.
+    /// Adds a lane and returns its waker.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses an eventfd.
     pub fn take(&self) -> io::Result<Arc<Waker>> {
         let eventfd = eventfd(0, EventfdFlags::CLOEXEC)?;
         let before = self.taken.fetch_add(1, Ordering::Relaxed);
@@ -40,22 +44,22 @@ impl Wakers {
         Ok(waker)
     }
 
-    /// How many there are.
+    /// Returns the number of lanes.
     pub fn len(&self) -> usize {
         self.wakers().len()
     }
 
-    /// What all of them deliver together, as far as they know.
+    /// Returns how many bytes per second all lanes deliver together, as far as they know.
     pub fn bytes_per_second(&self) -> u64 {
         self.wakers().iter().map(|waker| waker.bytes_per_second.load(Ordering::Relaxed)).sum()
     }
 
-    /// Wakes all of them.
+    /// Wakes all lanes.
     pub fn wake(&self) {
         self.wakers().iter().for_each(|waker| waker.wake());
     }
 
-    /// Whether a lane other than the one on `own` is well, as far as it knows.
+    /// Returns whether a lane other than the one of `own` is well, as far as that lane knows.
     pub fn others_are_well(&self, own: &Waker) -> bool {
         let well =
             |waker: &Arc<Waker>| !std::ptr::eq(&**waker, own) && !waker.doubtful.load(Ordering::Relaxed);
@@ -63,7 +67,7 @@ impl Wakers {
     }
 
     fn wakers(&self) -> Vec<Arc<Waker>> {
-        // The list is whole whenever somebody may panic.
+        // No code panics while the list is half changed.
         self.wakers.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
     }
 }
@@ -71,21 +75,22 @@ impl Wakers {
 impl Waker {
     /// Wakes the lane.
     pub fn wake(&self) {
-        // An eventfd that is already rung refuses nothing but a counter overflow.
+        // The write fails only if the counter would overflow, and then the lane is woken anyway.
         let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 
-    /// Tells the others whether an answer is overdue on this lane.
+    /// Publishes whether an answer is overdue on this lane.
     pub fn set_doubtful(&self, doubtful: bool) {
         self.doubtful.store(doubtful, Ordering::Relaxed);
     }
 
-    /// Tells the others what this lane delivers at its best.
+    /// Publishes how many bytes per second this lane delivers at its best.
     pub fn set_bytes_per_second(&self, rate: u64) {
         self.bytes_per_second.store(rate, Ordering::Relaxed);
     }
 
-    /// Where the lane begins among `pages` pages: far from all others, however many there are.
+    /// Returns the page among `pages` pages where the lane begins: far from the beginnings of all other lanes, however
+    /// many there are.
     pub fn beginning(&self, pages: u64) -> u64 {
         /// Multiples of the golden ratio lie apart, modulo 1. Here 1 is 2^32.
         const GOLDEN: u64 = 0x9e37_79b9;
@@ -95,7 +100,7 @@ impl Waker {
 }
 
 impl AsFd for Waker {
-    /// What is rung to wake the lane.
+    /// Returns the eventfd that becomes readable when the lane is woken.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
     }

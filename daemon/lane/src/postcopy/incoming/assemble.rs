@@ -1,4 +1,4 @@
-//! From a frame's runs to what can be placed in one go.
+//! Cuts a frame's runs into pieces that can be placed in one call.
 
 use std::io;
 use std::ops::Range;
@@ -8,29 +8,33 @@ use memlane_protocol::wire::frame::{Content, Run};
 
 use super::invalid;
 
-/// A part of a frame that is placed in one go.
+/// A part of a frame that is placed in one call.
 pub enum Piece {
-    /// Whole pages, all of them with bytes.
+    /// The piece is whole pages, all of them with contents.
     Data(Range<u64>),
-    /// Whole pages of zeros.
+    /// The piece is whole pages of zeros.
     Zero(Range<u64>),
-    /// One huge page that is zero but for the bytes of these parts.
+    /// The piece is one huge page that is zero except for the bytes of these parts.
     Mixed(Range<u64>, Vec<Range<u64>>),
-    /// Whole pages that are holes at the source.
+    /// The piece is whole pages that are holes at the source.
     Hole(Range<u64>),
 }
 
-/// A huge page of which not all runs have been seen.
+/// A huge page whose runs are not all read yet.
 struct Open {
     unit: Range<u64>,
-    /// Seen up to here.
+    /// Its runs are read up to this page.
     end: u64,
     parts: Vec<Range<u64>>,
     holes: bool,
 }
 
-/// Cuts the runs of a frame into pieces, in the order of their bytes. Of a huge page a frame must
-/// hold all or nothing.
+/// Cuts the runs of a frame into pieces, in the order of their bytes. A frame must hold a huge page completely or not at
+/// all.
+///
+/// # Errors
+///
+/// Fails if the frame holds a part of a huge page.
 pub fn assemble(memory: &VmmMapping, runs: &[Run]) -> io::Result<Vec<Piece>> {
     let torn = || invalid("a frame holds a part of a huge page");
     let mut pieces = Vec::with_capacity(runs.len());

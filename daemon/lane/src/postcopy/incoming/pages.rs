@@ -1,4 +1,4 @@
-//! What becomes of missing pages: from missing over being placed to there.
+//! The states of missing pages: missing, being placed, and placed.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -7,64 +7,64 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::PageSet;
 
-/// The pages that are missing, each in one of these states:
+/// The pages of a guest. Each is in one of these states:
 ///
-/// - *missing*: whoever touches it waits, and it is asked for;
-/// - *being placed*: one thread alone is at it, and whoever waits is let go when it has done so;
-/// - neither: it was placed, or it is a hole, and whoever touches it finds zeros.
+/// - *missing*: an access to the page waits, and the page is requested;
+/// - *being placed*: one thread alone places the page, and wakes the accesses that wait for it;
+/// - *present*: the page was placed, or it is a hole, and an access to it finds zeros.
 ///
-/// A page is claimed, and so is not missing any more, before it is placed. So each page is placed at most
-/// once, however often it comes and by however many lanes; and one that is there though it is missing was
-/// brought into being by somebody else.
+/// A page is claimed, and so is not missing any more, before it is placed. So each page is placed at most once, no matter
+/// how often and by how many lanes it comes. If a missing page turns out to be in memory already, another program has
+/// written to it.
 ///
-/// States change under the lock. What takes long is done without it.
+/// States change under the lock. System calls that take long are made without it.
 pub struct Pages {
     missing: PageSet,
     placing: PageSet,
-    /// Pages that an access waits for.
-    wanted: PageSet,
-    /// Since when, in own pages of the region. Its lock is that of all states.
+    /// Accesses wait for these pages.
+    awaited: PageSet,
+    /// Accesses have waited since this time, by the first page of the region's own page. This lock protects all states.
     waiting: Mutex<HashMap<u64, Instant>>,
 }
 
-/// What is to be done about an access that waits.
+/// The action that an access needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// The page is not missing: it is a hole, or was placed while the access was told of.
-    There,
-    /// It is to be asked for.
-    Ask,
-    /// It is being placed, and that lets whoever waits go.
-    Coming,
-    /// It was heard of before.
+    /// The page is not missing: it is a hole, or was placed before the access was read.
+    Present,
+    /// The page must be requested.
+    Request,
+    /// The page is being placed, which wakes the access.
+    BeingPlaced,
+    /// An earlier access waits for the same page.
     Known,
 }
 
 impl Pages {
-    /// Of a guest of so many pages, of which none is missing.
+    /// Makes the states of a guest with so many pages, of which none is missing.
     pub fn new(pages: u64) -> Self {
         let set = || PageSet::new(pages);
-        Self { missing: set(), placing: set(), wanted: set(), waiting: Mutex::default() }
+        Self { missing: set(), placing: set(), awaited: set(), waiting: Mutex::default() }
     }
 
-    /// These are missing.
+    /// Makes these pages missing.
     pub fn add(&self, pages: Range<u64>) {
         let _states = self.lock();
         self.missing.insert_range(pages);
     }
 
-    /// The pages that are missing and that nobody is placing. They become fewer while one looks.
+    /// Returns the pages that are missing and not being placed. Other threads may remove pages meanwhile.
     pub fn missing(&self) -> &PageSet {
         &self.missing
     }
 
-    /// Whether nobody has begun to place this page, which is missing. Exact, unlike a look at the set.
+    /// Returns whether this page is missing and no thread has begun to place it. Takes the lock, so the result is exact.
     pub fn is_missing(&self, page: u64) -> bool {
         let _states = self.lock();
         self.missing.contains(page)
     }
 
-    /// All that has not been placed: what is being placed may yet fail, and be missing again.
+    /// Returns all pages that are not placed yet, including those that are being placed: that may fail.
     pub fn unplaced(&self) -> PageSet {
         let _states = self.lock();
         let all = PageSet::new(self.missing.pages());
@@ -74,7 +74,7 @@ impl Pages {
         all
     }
 
-    /// Takes the first run of missing pages within `pages` for the caller to place.
+    /// Claims the first run of missing pages within `pages`, which the caller then places.
     pub fn claim(&self, pages: Range<u64>) -> Option<Range<u64>> {
         let _states = self.lock();
         let run = self.missing.next_run_within(pages)?;
@@ -83,15 +83,15 @@ impl Pages {
         Some(run)
     }
 
-    /// Pages that were [claimed](Self::claim) are in place. Returns how long accesses waited for them.
+    /// Notes that [claimed](Self::claim) pages are placed. Returns how long each access waited for them.
     pub fn placed(&self, pages: Range<u64>) -> Vec<Duration> {
         let mut waiting = self.lock();
         self.placing.remove_range(pages.clone());
         self.answer(&mut waiting, &pages)
     }
 
-    /// Pages that were [claimed](Self::claim) could not be placed, and are missing again. Nothing is known of
-    /// accesses to them any more: let go of by the caller, these are told of anew.
+    /// Makes [claimed](Self::claim) pages missing again that could not be placed. Accesses to them are forgotten: the
+    /// caller wakes them, and the kernel then reports them again.
     pub fn give_back(&self, pages: Range<u64>) {
         let mut waiting = self.lock();
         self.missing.insert_range(pages.clone());
@@ -99,17 +99,17 @@ impl Pages {
         self.answer(&mut waiting, &pages);
     }
 
-    /// These pages are holes. Returns how many of them were missing and stay holes from now on, and takes those
-    /// that an access waits for, for the caller to place.
+    /// Leaves pages as holes. Returns how many of them were missing and are holes from now on, and claims those that an
+    /// access waits for, which the caller then places.
     pub fn leave(&self, pages: Range<u64>) -> (u64, Vec<Range<u64>>) {
         let _states = self.lock();
         let (mut left, mut waited_for) = (0, Vec::new());
         let mut rest = pages;
         while let Some(run) = self.missing.next_run_within(rest.clone()) {
             rest.start = run.end;
-            let mut wanted = run.clone();
-            while let Some(waited) = self.wanted.next_run_within(wanted.clone()) {
-                wanted.start = waited.end;
+            let mut awaited = run.clone();
+            while let Some(waited) = self.awaited.next_run_within(awaited.clone()) {
+                awaited.start = waited.end;
                 self.placing.insert_range(waited.clone());
                 self.missing.remove_range(waited.clone());
                 waited_for.push(waited);
@@ -119,36 +119,36 @@ impl Pages {
         (left, waited_for)
     }
 
-    /// An access to these pages, one of the region's own, waits.
+    /// Notes that an access waits for `unit`, which is one page of the region's own size.
     pub fn access(&self, unit: &Range<u64>) -> Access {
         let mut waiting = self.lock();
         let missing = self.missing.contains(unit.start);
         if !missing && !self.placing.contains(unit.start) {
-            return Access::There;
+            return Access::Present;
         }
-        if self.wanted.insert_range(unit.clone()) == 0 {
+        if self.awaited.insert_range(unit.clone()) == 0 {
             return Access::Known;
         }
         waiting.insert(unit.start, Instant::now());
-        if missing { Access::Ask } else { Access::Coming }
+        if missing { Access::Request } else { Access::BeingPlaced }
     }
 
-    /// Pages that are waited for, each once.
-    pub fn wanted(&self) -> Vec<u64> {
+    /// Returns the pages that accesses wait for, each once.
+    pub fn awaited(&self) -> Vec<u64> {
         self.lock().keys().copied().collect()
     }
 
-    /// Nobody waits for these pages any more; returns how long that was.
+    /// Forgets the accesses that wait for these pages. Returns how long each of them waited.
     fn answer(&self, waiting: &mut HashMap<u64, Instant>, pages: &Range<u64>) -> Vec<Duration> {
-        if self.wanted.next_run_within(pages.clone()).is_none() {
+        if self.awaited.next_run_within(pages.clone()).is_none() {
             return Vec::new();
         }
-        self.wanted.remove_range(pages.clone());
+        self.awaited.remove_range(pages.clone());
         waiting.extract_if(|page, _| pages.contains(page)).map(|(_, since)| since.elapsed()).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
-        // All of it is whole whenever somebody may panic.
+        // No code panics while the states are half changed.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
