@@ -1,4 +1,4 @@
-//! Asks a daemon from Rust, over its Unix socket.
+//! A client of the daemon's API, over its Unix socket.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,20 +21,20 @@ use super::types::{
     PortInfo, Resolve, Status,
 };
 
-/// Where the daemon listens unless its configuration says otherwise.
+/// The daemon listens on this socket unless its configuration names another one.
 pub const DEFAULT_SOCKET: &str = "/run/memlane/api.sock";
-/// Bytes of the largest answer that is taken, and of the largest event.
+/// An answer or an event may have at most this many bytes.
 pub const MAX_ANSWER_BYTES: usize = 16 << 20;
-/// A daemon that has not answered after this long is taken for hung. Preflights take the longest.
+/// A daemon that has not answered after this time is taken for hung. Preflights take the longest.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A daemon's API. Each call is a connection of its own, so a daemon may restart in between.
+/// A client of a daemon. Each call makes a connection of its own, so the daemon may restart between calls.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
 }
 
-/// Events of one migration.
+/// A stream of the events of one migration.
 #[derive(Debug)]
 pub struct Events {
     socket: PathBuf,
@@ -43,10 +43,10 @@ pub struct Events {
     ended: bool,
 }
 
-/// Why a daemon did not answer, or what it answered instead.
+/// The reason why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// No daemon listens on the socket.
     #[error(
         "no daemon answers on {}: {error}. Is it running? systemctl status memlaned; \
          does its configuration name another api_socket?",
@@ -66,14 +66,14 @@ pub enum ClientError {
         /// What the system says.
         error: io::Error,
     },
-    /// The path is that of something else.
+    /// The path is not a socket.
     #[error("{} is no socket; name the daemon's api_socket", socket.display())]
     NotASocket {
         /// Its path.
         socket: PathBuf,
     },
     /// The daemon does not answer.
-    #[error("the daemon on {} has not answered for {} s", socket.display(), ANSWER_TIMEOUT.as_secs())]
+    #[error("the daemon on {} has not answered for {} s; see journalctl -u memlaned", socket.display(), ANSWER_TIMEOUT.as_secs())]
     Silent {
         /// The socket.
         socket: PathBuf,
@@ -88,7 +88,7 @@ pub enum ClientError {
     },
     /// The answer is not understood.
     #[error(
-        "cannot understand what {} answers: {why}. Is it a memlaned of this version?",
+        "cannot understand the answer of {}: {why}. Is it a memlaned of this version?",
         socket.display()
     )]
     Foreign {
@@ -97,96 +97,156 @@ pub enum ClientError {
         /// Why.
         why: String,
     },
-    /// The daemon says no.
+    /// The daemon answered with an error.
     #[error(transparent)]
     Api(#[from] ApiError),
 }
 
 impl Client {
-    /// The daemon that listens on this socket.
+    /// Makes a client of the daemon that listens on this socket.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self { socket: socket.into() }
     }
 
-    /// The socket.
+    /// Returns the path of the socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// `GET /v1/status`
+    /// Gets the state of the daemon: `GET /v1/status`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn status(&self) -> Result<Status, ClientError> {
         self.get("/v1/status").await
     }
 
-    /// `GET /v1/ports`
+    /// Lists the ports: `GET /v1/ports`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn ports(&self) -> Result<Vec<PortInfo>, ClientError> {
         self.get("/v1/ports").await
     }
 
-    /// `GET /v1/peers`
+    /// Lists the peers: `GET /v1/peers`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn peers(&self) -> Result<Vec<PeerInfo>, ClientError> {
         self.get("/v1/peers").await
     }
 
-    /// `GET /v1/guests`
+    /// Lists the attached guests: `GET /v1/guests`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn guests(&self) -> Result<Vec<GuestInfo>, ClientError> {
         self.get("/v1/guests").await
     }
 
-    /// `POST /v1/guests/launch`: starts a QEMU guest.
+    /// Starts a QEMU guest: `POST /v1/guests/launch`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn launch(&self, launch: &Launch) -> Result<GuestInfo, ClientError> {
         self.ask(Method::POST, "/v1/guests/launch", Some(launch)).await
     }
 
-    /// `POST /v1/guests/attach`: takes a QEMU guest that others started.
+    /// Attaches a QEMU guest that another program started: `POST /v1/guests/attach`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn attach(&self, attach: &Attach) -> Result<GuestInfo, ClientError> {
         self.ask(Method::POST, "/v1/guests/attach", Some(attach)).await
     }
 
-    /// `POST /v1/guests/{name}/detach`: lets go of a QEMU guest.
+    /// Detaches a QEMU guest: `POST /v1/guests/{name}/detach`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn detach(&self, name: &str) -> Result<GuestInfo, ClientError> {
         let unknown =
-            |error| ApiError::new(ErrorCode::UnknownGuest, format!("no guest is called so: {error}"));
+            |error| ApiError::new(ErrorCode::UnknownGuest, format!("no guest has this name: {error}"));
         let name: Label = name.parse().map_err(unknown)?;
         self.ask(Method::POST, &format!("/v1/guests/{name}/detach"), None::<&Order>).await
     }
 
-    /// `GET /v1/migrations`
+    /// Lists the migrations: `GET /v1/migrations`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn migrations(&self) -> Result<Vec<Migration>, ClientError> {
         self.get("/v1/migrations").await
     }
 
-    /// `GET /v1/migrations/{id}`
+    /// Gets a migration: `GET /v1/migrations/{id}`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn migration(&self, id: &str) -> Result<Migration, ClientError> {
         self.get(&format!("/v1/migrations/{}", segment(id)?)).await
     }
 
-    /// `POST /v1/check`: what the preflight of an order finds.
+    /// Makes a dry run of an order: `POST /v1/check`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn check(&self, order: &Order) -> Result<CheckReport, ClientError> {
         self.ask(Method::POST, "/v1/check", Some(order)).await
     }
 
-    /// `POST /v1/migrations`: begins an order.
+    /// Gives an order: `POST /v1/migrations`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn migrate(&self, order: &Order) -> Result<Migration, ClientError> {
         self.ask(Method::POST, "/v1/migrations", Some(order)).await
     }
 
-    /// `DELETE /v1/migrations/{id}`
+    /// Asks to cancel a migration: `DELETE /v1/migrations/{id}`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn cancel(&self, id: &str) -> Result<Migration, ClientError> {
         self.ask(Method::DELETE, &format!("/v1/migrations/{}", segment(id)?), None::<&Order>).await
     }
 
-    /// `POST /v1/migrations/{id}/resolve`
+    /// Decides about a guest in doubt: `POST /v1/migrations/{id}/resolve`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn resolve(&self, id: &str, resolve: &Resolve) -> Result<Migration, ClientError> {
         self.ask(Method::POST, &format!("/v1/migrations/{}/resolve", segment(id)?), Some(resolve)).await
     }
 
-    /// `POST /v1/migrations/{id}/abandon`
+    /// Gives up the missing memory of a guest: `POST /v1/migrations/{id}/abandon`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn abandon(&self, id: &str) -> Result<Migration, ClientError> {
         self.ask(Method::POST, &format!("/v1/migrations/{}/abandon", segment(id)?), None::<&Order>).await
     }
 
-    /// `GET /v1/migrations/{id}/events`
+    /// Follows a migration: `GET /v1/migrations/{id}/events`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn events(&self, id: &str) -> Result<Events, ClientError> {
         let path = format!("/v1/migrations/{}/events", segment(id)?);
         let answer = self.send(Method::GET, &path, Bytes::new()).await?;
@@ -197,7 +257,11 @@ impl Client {
         Ok(Events { socket: self.socket.clone(), body: answer.into_body(), decoder, ended: false })
     }
 
-    /// `GET /metrics`
+    /// Gets all metrics in the text format of Prometheus: `GET /metrics`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon cannot be reached, or answers with an error.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let answer = self.send(Method::GET, "/metrics", Bytes::new()).await?;
         let bytes = self.read(answer.into_body()).await?;
@@ -290,7 +354,11 @@ impl Client {
 }
 
 impl Events {
-    /// The next event, or `None` after the one that had an outcome.
+    /// Returns the next event, or `None` after the one with an outcome.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection is lost, or if an event cannot be read.
     pub async fn next(&mut self) -> Result<Option<Migration>, ClientError> {
         if self.ended {
             return Ok(None);
@@ -316,7 +384,7 @@ impl Events {
     }
 }
 
-/// Takes a stream of server-sent events apart (the HTML standard, 9.2.6, as far as
+/// Splits a stream of server-sent events (the HTML standard, 9.2.6, as far as
 /// [`routes`](super::routes) uses it: one line of data an event, and `\n` at the end of lines).
 #[derive(Debug, Default)]
 struct EventDecoder {
@@ -345,11 +413,11 @@ impl EventDecoder {
     }
 }
 
-/// An identity becomes part of a path, and must not become more of it than one segment.
+/// Checks that an identity is a single segment of a path.
 fn segment(id: &str) -> Result<&str, ClientError> {
     let fits = !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_alphanumeric());
     fits.then_some(id).ok_or_else(|| {
-        let message = format!("{id:?} is no identity of a migration: 32 hexadecimal digits");
+        let message = format!("{id:?} is not the identity of a migration, which has 32 hexadecimal digits");
         ApiError::new(ErrorCode::UnknownMigration, message).into()
     })
 }

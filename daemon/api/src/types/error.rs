@@ -1,15 +1,15 @@
-//! Errors.
+//! The errors of the API.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What the API answers when it cannot do as it was told.
+/// An error that the API answers with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// What kind of error it is, for programs.
+    /// This is the kind of error, for programs.
     pub code: ErrorCode,
-    /// What went wrong and what can be done, for people.
+    /// This says what went wrong and what can be done, for people.
     pub message: String,
 }
 
@@ -17,9 +17,9 @@ pub struct ApiError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
-    /// No such route (404).
+    /// The path does not exist (404).
     UnknownRoute,
-    /// The route exists, but not for this method (405).
+    /// The path exists, but not for this method (405).
     UnknownMethod,
     /// No guest of this name is attached (404).
     UnknownGuest,
@@ -33,9 +33,9 @@ pub enum ErrorCode {
     Refused,
     /// No QEMU could be started from the guest file; none was left behind (409).
     CannotLaunch,
-    /// The QEMU cannot be attached; it is as it was (409).
+    /// The QEMU cannot be attached, and nothing about it has changed (409).
     CannotAttach,
-    /// The guest is none that can be let go (409).
+    /// The guest cannot be detached (409).
     CannotDetach,
     /// The migration cannot be cancelled any more (409).
     TooLate,
@@ -43,7 +43,7 @@ pub enum ErrorCode {
     NotInDoubt,
     /// The request is not understood, or a value is out of range (400).
     Invalid,
-    /// The body is too large (413).
+    /// The body of the request is too large (413).
     TooLarge,
     /// The request did not arrive in time (408).
     Slow,
@@ -56,19 +56,19 @@ pub enum ErrorCode {
 /// The body of every answer that is an error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
-    /// What went wrong.
+    /// This is the error.
     pub error: ApiError,
 }
 
 impl ApiError {
-    /// An error of this kind.
+    /// Makes an error of this kind.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
 
 impl ErrorCode {
-    /// The status of the HTTP answer.
+    /// Returns the status code of the HTTP answer.
     pub fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,

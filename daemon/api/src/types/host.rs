@@ -1,4 +1,4 @@
-//! What a host has.
+//! The daemon, its ports, peers and guests.
 
 use std::fmt;
 
@@ -8,111 +8,111 @@ use utoipa::ToSchema;
 /// A daemon and its host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
-    /// Name of the host.
+    /// This is the name of the host.
     pub host: String,
-    /// Version of the daemon.
+    /// This is the version of the daemon.
     pub version: String,
-    /// Versions of the protocol between daemons that it speaks, oldest and newest.
+    /// The daemon speaks these versions of the protocol between daemons: from the oldest to the newest.
     pub protocol_versions: [u16; 2],
-    /// Seconds since the daemon started.
+    /// The daemon started this many seconds ago.
     pub uptime_seconds: f64,
-    /// Guests whose VMM is attached.
+    /// This many guests are attached.
     pub guests: usize,
-    /// Migrations under way, in both directions.
+    /// This many migrations are under way, in both directions.
     pub migrations: usize,
-    /// True while nothing between daemons is encrypted.
+    /// This is true while the traffic between daemons is not encrypted.
     pub insecure: bool,
-    /// Release of the running kernel.
+    /// This is the release of the running kernel.
     pub kernel: String,
-    /// Whether the host offers KVM.
+    /// This is true if the host offers KVM.
     pub kvm: bool,
 }
 
 /// A network port lent to migrations.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortInfo {
-    /// Name of the port.
+    /// This is the name of the port.
     pub name: String,
-    /// Network interface that holds the address.
+    /// This network interface has the address; `null` if the configuration names none.
     pub interface: Option<String>,
-    /// IP address that lanes are bound to.
+    /// Lanes are bound to this IP address.
     pub address: String,
-    /// Speed, as configured or as the interface reports it.
+    /// This is the speed in bits per second, as configured or as the interface reports it.
     pub speed_bits_per_second: Option<u64>,
-    /// Whether the interface has a carrier and the address.
+    /// This is true if the interface has a carrier and the address.
     pub up: bool,
-    /// Lanes that a migration opens on this port.
+    /// A migration opens this many lanes on the port.
     pub lanes: u16,
-    /// Bytes that lanes have sent since the daemon started.
+    /// Lanes have sent this many bytes since the daemon started.
     pub bytes_sent: u64,
-    /// Bytes that lanes have received since the daemon started.
+    /// Lanes have received this many bytes since the daemon started.
     pub bytes_received: u64,
 }
 
 /// Another host that guests may move to and come from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PeerInfo {
-    /// Name of the host.
+    /// This is the name of the host.
     pub name: String,
-    /// Address and port of its daemon's control connection.
+    /// The daemon of that host takes control connections at this address and port.
     pub control: String,
 }
 
 /// A guest whose VMM is attached to the daemon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct GuestInfo {
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub name: String,
-    /// Program that runs it.
+    /// This program runs the guest.
     pub vmm: String,
-    /// Machine type that its QEMU gives it, such as `pc-q35-7.2`; `null` of other VMMs.
+    /// This is the machine type of the guest in QEMU, such as `pc-q35-7.2`; `null` for other VMMs.
     pub machine: Option<String>,
-    /// Number of virtual CPUs.
+    /// The guest has this many virtual CPUs.
     pub vcpus: u16,
-    /// Bytes of RAM.
+    /// The guest has this many bytes of RAM.
     pub ram_bytes: u64,
-    /// How its dirty pages are found: `log`, `ring` or `pagemap`.
+    /// The guest's dirty pages are found by this method: `log`, `ring` or `pagemap`.
     pub tracker: String,
-    /// What it is doing.
+    /// This is the state of the guest.
     pub standing: Standing,
-    /// Network interfaces that are announced after a migration.
+    /// These network interfaces are announced after a migration.
     pub nics: Vec<NicInfo>,
-    /// Process of the VMM.
+    /// This is the process of the VMM.
     pub pid: Option<u32>,
-    /// Socket of its QEMU's monitor; `null` of other VMMs.
+    /// This is the socket of the QEMU's monitor; `null` for other VMMs.
     pub qmp: Option<String>,
 }
 
 /// A guest's network interface.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NicInfo {
-    /// Hardware address, as in `52:54:00:12:34:56`.
+    /// This is the hardware address, such as `52:54:00:12:34:56`.
     pub mac: String,
-    /// Network that it is plugged into.
+    /// The interface is connected to this network.
     pub network: String,
 }
 
-/// What a guest is doing.
+/// The state of a guest on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
-    /// It runs here.
+    /// The guest runs here.
     Running,
-    /// Its VMM waits for a guest to arrive.
+    /// The VMM waits for the guest to arrive.
     Incoming,
-    /// A migration of it is under way.
+    /// A migration of the guest is under way.
     Migrating,
-    /// It was given up for a migration and does not run here.
+    /// The guest was handed over in a migration and does not run here.
     Relinquished,
-    /// It has arrived and waits for permission to run.
+    /// The guest has arrived and waits for permission to run.
     Loaded,
-    /// Part of its memory was at another host and will never come, and its VMM could not be ended:
-    /// it hangs where it touches that.
+    /// Part of the guest's memory will never come from the other host, and its VMM could not be ended. The guest hangs
+    /// when it touches that part.
     Lost,
 }
 
 impl Standing {
-    /// As it stands in JSON.
+    /// Returns the name of the state in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",

@@ -1,130 +1,131 @@
-//! How a migration goes.
+//! The state and progress of a migration.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Identity of a migration on both hosts: 32 hexadecimal digits.
+/// The identity of a migration on both hosts: 32 hexadecimal digits.
 pub type MigrationName = String;
 
-/// One migration, under way or ended.
+/// A migration that is under way or has ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Migration {
-    /// Identity, the same on both hosts.
+    /// This is the identity, which is the same on both hosts.
     pub id: MigrationName,
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub guest: String,
-    /// Name of the destination.
+    /// This is the name of the destination.
     pub host: String,
-    /// Which half of it this daemon does.
+    /// This says which side of the migration this daemon is.
     pub role: Role,
-    /// What is being done now.
+    /// This is the phase that the migration is in.
     pub phase: Phase,
-    /// How it ended; `null` while it is under way.
+    /// This says how the migration ended; `null` while it is under way.
     pub outcome: Option<Outcome>,
-    /// Why it ended so, or what it waits for.
+    /// This says why it ended so, or what it waits for.
     pub reason: Option<String>,
-    /// Name of the host where the guest runs; `null` while it stands still, or that is not known.
+    /// The guest runs on the host of this name; `null` while the guest is paused, or while the host is not known.
     pub guest_runs_at: Option<String>,
-    /// Since when it is not known whose the guest is, as far as this daemon has waited, in seconds since
-    /// 1970-01-01T00:00:00Z; `null` while that is known. See `/v1/migrations/{id}/resolve`.
+    /// The guest has been in doubt since this time: this daemon does not know which host owns the guest. The time is in
+    /// seconds since 1970-01-01T00:00:00Z; `null` while the owner is known. See `/v1/migrations/{id}/resolve`.
     #[serde(default)]
     pub in_doubt_since_unix_seconds: Option<f64>,
-    /// What a migration that is in doubt, or was taken up after a restart, waits for; `null` if for nothing.
+    /// A migration that is in doubt, or was resumed after a restart, waits for this; `null` if it waits for nothing.
     #[serde(default)]
     pub waits_for: Option<String>,
-    /// The last decision on how to go on, and the figures that it was made from.
+    /// This is the last decision on how to go on, with the figures behind it.
     pub decision: Option<String>,
-    /// When the order was taken, in seconds since 1970-01-01T00:00:00Z.
+    /// The order was accepted at this time, in seconds since 1970-01-01T00:00:00Z.
     pub started_at_unix_seconds: f64,
-    /// From the order to the end, or until now.
+    /// The migration took this many seconds from the order to its end, or has taken them until now.
     pub total_seconds: f64,
-    /// Longest pause allowed.
+    /// The guest may pause for at most this many seconds.
     pub downtime_limit_seconds: f64,
-    /// From the guest's last instruction at the source to its first at the destination, as
-    /// measured between the daemons.
+    /// The guest was paused for this many seconds: from its last instruction at the source to its first one at the
+    /// destination, as the daemons measure it.
     pub downtime_seconds: Option<f64>,
-    /// When the guest's last vCPU stood still at the source, as its VMM tells it, in seconds since
+    /// The guest's last vCPU stopped at the source at this time, as its VMM reports, in seconds since
     /// 1970-01-01T00:00:00Z by the source's clock.
     pub stopped_at_seconds: Option<f64>,
-    /// When the guest ran again at the destination, as its VMM tells it, by the destination's clock.
+    /// The guest ran again at the destination at this time, as its VMM reports, in seconds since 1970-01-01T00:00:00Z by
+    /// the destination's clock.
     pub resumed_at_seconds: Option<f64>,
-    /// What the pause would take now, or was expected to take when it began.
+    /// The pause would take this many seconds now, or was expected to take them when it began.
     pub downtime_predicted_seconds: Option<f64>,
-    /// The terms of that prediction.
+    /// These are the terms of the predicted downtime.
     pub forecast: Option<Forecast>,
-    /// Whether digests of all RAM were equal at both ends; `null` where they were not compared.
+    /// This is true if digests of all RAM were equal on both hosts; `null` if they were not compared.
     pub digest_verified: Option<bool>,
-    /// Pages of the guest.
+    /// The guest has this many pages.
     pub pages_total: u64,
-    /// Pages yet to be sent in this round.
+    /// This many pages are left to send in this round.
     pub pages_remaining: u64,
-    /// Bytes on the wire, headers included.
+    /// Lanes have put this many bytes on the wire, including headers.
     pub bytes_sent: u64,
-    /// Bytes of pages that were compressed to be sent, before that; those of a lost lane count again.
+    /// Lanes have compressed this many bytes of pages. Pages of a lost lane count twice if they are compressed again.
     pub uncompressed_bytes: u64,
-    /// Bytes that `uncompressed_bytes` became.
+    /// The bytes of `uncompressed_bytes` became this many by compression.
     pub compressed_bytes: u64,
-    /// Pages sent with their contents; a page sent twice counts twice.
+    /// This many pages were sent with their contents. A page that was sent twice counts twice.
     pub pages_sent: u64,
-    /// Pages sent as zeroes, without contents.
+    /// This many pages of zeros were sent without contents.
     pub zero_pages: u64,
-    /// Pages sent as holes, without being read.
+    /// This many pages were sent as holes, without being read.
     pub hole_pages: u64,
-    /// Bytes of pages, as they are before they are compressed, that all lanes deliver together, measured lately.
+    /// All lanes together deliver this many bytes of pages per second, measured lately and counted before compression.
     pub bandwidth_bytes_per_second: f64,
-    /// Rounds so far; the last one may be under way.
+    /// These are the rounds so far. The last one may be under way.
     pub rounds: Vec<Round>,
-    /// Lanes, on all ports.
+    /// These are the lanes on all ports.
     pub lanes: Vec<Lane>,
-    /// How the guest's writes were slowed; `null` if they never were.
+    /// This describes how the guest's writes were slowed; `null` if they never were.
     pub stun: Option<Stun>,
-    /// Running at the destination without all of its memory; `null` if it never did.
+    /// This describes how the guest ran at the destination without all of its memory; `null` if it never did.
     pub postcopy: Option<Postcopy>,
-    /// Time that it took to begin to track the guest's writes.
+    /// It took this many seconds to begin to track the guest's writes.
     pub tracking_start_seconds: Option<f64>,
-    /// Bytes of the VMM's state, without RAM.
+    /// The VMM's state without RAM has this many bytes.
     pub vmm_state_bytes: Option<u64>,
-    /// Time that the VMM took to save its state.
+    /// The VMM took this many seconds to save its state.
     pub save_seconds: Option<f64>,
-    /// Time that the destination's VMM took to load it.
+    /// The destination's VMM took this many seconds to load the state.
     pub load_seconds: Option<f64>,
 }
 
-/// Which half of a migration a daemon does.
+/// The side of a migration that a daemon is on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// It sends the guest.
+    /// The daemon sends the guest.
     #[default]
     Source,
-    /// It takes the guest.
+    /// The daemon receives the guest.
     Destination,
 }
 
-/// What a migration is doing.
+/// The phase of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Finds out whether the guest can move.
+    /// The daemons find out whether the guest can move.
     #[default]
     Preflight,
-    /// Opens lanes, begins to track writes.
+    /// The source opens lanes and begins to track writes.
     Preparing,
-    /// Sends pages while the guest runs.
+    /// The source sends pages while the guest runs.
     Copying,
-    /// The guest stands still: the last pages and the VMM's state are sent.
+    /// The guest is paused, and the last pages and the VMM's state are sent.
     SwitchingOver,
     /// The guest belongs to the destination, which starts it.
     Committing,
-    /// The guest runs at the destination, which fetches what is missing of its memory.
+    /// The guest runs at the destination, which fetches missing pages from the source.
     Fetching,
-    /// Ended; see the outcome.
+    /// The migration has ended; see the outcome.
     Ended,
 }
 
-/// How a migration ended.
+/// The outcome of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -132,9 +133,9 @@ pub enum Outcome {
     Completed,
     /// The guest runs on at the source.
     Failed,
-    /// Cancelled by an operator: the guest runs on at the source.
+    /// An operator cancelled the migration, and the guest runs on at the source.
     Cancelled,
-    /// It never began.
+    /// The migration never began.
     Refused,
     /// The guest was handed over, and runs nowhere whole: its VMM at the destination ended before it was known to run,
     /// or it ran there without all of its memory, and what was missing will never come. The source's copy is out of
@@ -145,117 +146,117 @@ pub enum Outcome {
 /// The terms of a predicted downtime; they add up to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Forecast {
-    /// Sending the pages that remain.
+    /// To send the remaining pages takes this many seconds.
     pub remaining_seconds: f64,
-    /// Round trips between the daemons.
+    /// Round trips between the daemons take this many seconds.
     pub round_trip_seconds: f64,
-    /// Saving, sending and loading the VMM's state.
+    /// To save, send and load the VMM's state takes this many seconds.
     pub state_seconds: f64,
-    /// Letting the vCPUs go.
+    /// To resume the vCPUs takes this many seconds.
     pub resume_seconds: f64,
-    /// Comparing digests, where that was ordered.
+    /// To compare digests takes this many seconds, if that was ordered.
     pub verify_seconds: f64,
-    /// What earlier predictions were short by.
+    /// This many seconds are added because earlier predictions were too short by them.
     pub margin_seconds: f64,
 }
 
 /// One pass of pre-copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Round {
-    /// Its number, from 1.
+    /// This is the number of the round, from 1.
     pub round: u32,
-    /// Pages that were dirty when it began.
+    /// This many pages were dirty when the round began.
     pub pages: u64,
-    /// Bytes that it put on the wire.
+    /// The round put this many bytes on the wire.
     pub bytes: u64,
-    /// How long it took.
+    /// The round took this many seconds.
     pub seconds: f64,
-    /// Pages that the guest wrote meanwhile.
+    /// The guest wrote to this many pages during the round.
     pub dirtied_pages: u64,
-    /// How long it took to find them.
+    /// It took this many seconds to find the written pages.
     #[serde(default)]
     pub harvest_seconds: f64,
 }
 
-/// How a guest's writes are slowed while it is copied. All rates are over the time that they were.
+/// The stun of a guest: how its writes are slowed while it is copied. All rates are averages over `seconds`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Stun {
-    /// For how long they were.
+    /// The guest's writes were slowed for this many seconds.
     pub seconds: f64,
-    /// Pages of 4 KiB that the guest was let write; those of 2 MiB count as 512.
+    /// The guest wrote to this many pages of 4 KiB per second. A page of 2 MiB counts as 512.
     pub released_pages_per_second: f64,
-    /// Pages that it might have written, which follows what the lanes deliver.
+    /// The guest was allowed to write to this many pages of 4 KiB per second, which follows what the lanes deliver.
     pub target_pages_per_second: f64,
-    /// How long it took to begin, while the guest ran on.
+    /// It took this many seconds to begin, while the guest ran on.
     pub switch_seconds: f64,
 }
 
-/// How post-copy goes, as the destination sees it.
+/// The progress of post-copy, as the destination sees it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Postcopy {
-    /// Accesses to missing pages that had to wait; several to one page count once.
+    /// This many accesses to missing pages had to wait. Several accesses to one page count once.
     pub faults: u64,
-    /// From the moment that the daemon saw such an access until the page was placed, in microseconds:
-    /// the median,
+    /// The median wait of such an access, in microseconds, from the moment that the daemon saw the access until the page
+    /// was placed.
     pub fault_p50_us: f64,
-    /// what 99 of 100 did not exceed,
+    /// Of 100 such accesses, 99 waited for at most this many microseconds.
     pub fault_p99_us: f64,
-    /// and the longest.
+    /// The longest wait of such an access took this many microseconds.
     pub fault_max_us: f64,
-    /// Pages that came because an access waited for them.
+    /// This many pages came because an access waited for them.
     pub pages_fetched: u64,
-    /// Pages that came before anybody asked for them.
+    /// This many pages came before any access waited for them.
     pub pages_streamed: u64,
-    /// Pages that are still missing.
+    /// This many pages are still missing.
     pub remaining_pages: u64,
-    /// For how long the guest has run without all of its memory.
+    /// The guest has run without all of its memory for this many seconds.
     pub seconds: f64,
-    /// What fetching waits for; `null` while pages can come.
+    /// Post-copy waits for this; `null` while pages can come.
     pub waits_for: Option<String>,
 }
 
 /// One TCP stream of a migration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Lane {
-    /// Name of the port that it is bound to.
+    /// The lane is bound to the port of this name.
     pub port: String,
-    /// Its number within the migration.
+    /// This is the number of the lane within the migration.
     pub lane: u16,
-    /// Address and port here.
+    /// This is the address and port on this host.
     pub local: String,
-    /// Address and port at the other host.
+    /// This is the address and port on the other host.
     pub remote: String,
-    /// Bytes that it carried.
+    /// The lane has carried this many bytes.
     pub bytes: u64,
-    /// Bytes of these that the network card read from the guest's memory.
+    /// The kernel sent this many of these bytes straight from the guest's memory.
     pub zero_copy_bytes: u64,
-    /// Bytes of these that the kernel copied.
+    /// The kernel copied this many of these bytes.
     pub copied_bytes: u64,
-    /// What it delivers, measured lately.
+    /// The lane delivers this many bytes per second, measured lately.
     pub bytes_per_second: f64,
-    /// How it is.
+    /// This is the state of the lane.
     pub state: LaneState,
-    /// How often it was lost so far; while the migration lasts, its port is tried again and again.
+    /// The lane was lost this many times so far. While the migration lasts, the daemon tries to connect it again.
     pub losses: u32,
 }
 
-/// How a lane is.
+/// The state of a lane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LaneState {
-    /// Being connected.
+    /// The lane is being connected.
     #[default]
     Connecting,
-    /// Carries pages.
+    /// The lane carries pages.
     Up,
-    /// Lost; the other lanes carry its share.
+    /// The lane is lost, and the other lanes carry its share.
     Lost,
-    /// Closed in good order.
+    /// The lane was closed because its work is done.
     Closed,
 }
 
 impl Migration {
-    /// A migration of which nothing is done yet.
+    /// Makes a migration that has done nothing yet.
     pub fn new(id: impl Into<MigrationName>, guest: impl Into<String>, host: impl Into<String>) -> Self {
         Self {
             id: id.into(),
@@ -300,7 +301,7 @@ impl Migration {
 }
 
 impl Outcome {
-    /// As it stands in JSON and in metrics.
+    /// Returns the name of the outcome in JSON and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Completed => "completed",
@@ -313,7 +314,7 @@ impl Outcome {
 }
 
 impl Phase {
-    /// For people.
+    /// Returns the name of the phase for people.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Preflight => "preflight",

@@ -1,5 +1,5 @@
-//! What the API says and takes, shared by the daemon, `memlanectl` and whoever writes a client in
-//! Rust. Field names carry their units; a field that is `null` is not known (yet).
+//! The bodies of requests and answers, shared by the daemon, `memlanectl` and other clients in Rust. Field names carry
+//! their units. A field that is `null` is not known (yet).
 
 mod error;
 mod guest;

@@ -1,59 +1,58 @@
-//! What is ordered, and what a dry run of it finds.
+//! Orders, and the findings of their dry runs.
 
 use memlane_protocol::{compression, convergence, handover};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// An order: move this guest to that host.
+/// An order to move a guest to another host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub guest: String,
-    /// Name of the destination, one of the peers.
+    /// This is the name of the destination, which must be a peer.
     pub host: String,
-    /// Longest pause that the guest may see; default: the daemon's `limits.downtime`.
+    /// The guest may pause for at most this long, in seconds. The default is the daemon's `limits.downtime`.
     #[serde(default)]
     pub downtime_limit_seconds: Option<f64>,
-    /// The order is refused where the ports cannot deliver this; default: the daemon's
+    /// The order is refused if the ports cannot deliver this many bits per second. The default is the daemon's
     /// `limits.min_bandwidth`.
     #[serde(default)]
     pub min_bandwidth_bits_per_second: Option<u64>,
-    /// Compare digests of all RAM at both ends before the guest is handed over. The guest
-    /// stands still meanwhile, so the limit applies to the rest of the pause only.
+    /// The hosts compare digests of all RAM before the guest is handed over. The guest is paused meanwhile, so the
+    /// downtime limit applies to the rest of the pause only.
     #[serde(default)]
     pub verify: bool,
-    /// Rounds after which the order fails if the pause would still be too long; default: the
-    /// daemon's `limits.max_rounds`.
+    /// The order fails after this many rounds if the pause would still be too long. The default is the daemon's
+    /// `limits.max_rounds`.
     #[serde(default)]
     pub max_rounds: Option<u32>,
-    /// What to do when rounds do not shrink; default: the daemon's `limits.converge`.
+    /// This says what the daemon does when rounds do not shrink. The default is the daemon's `limits.converge`.
     #[serde(default)]
     pub converge: Option<Converge>,
-    /// How much of its writing a guest may lose to stun, in percent, at most 99; default: the
-    /// daemon's `limits.max_stun_percent`.
+    /// Stun may slow a guest's writes by at most this many percent, from 0 to 99. The default is the daemon's
+    /// `limits.max_stun`.
     #[serde(default)]
     pub max_stun_percent: Option<u8>,
-    /// Run the guest at the destination before all of its memory is there, whether or not rounds
-    /// would shrink.
+    /// The guest runs at the destination before all of its memory is there, whether or not rounds would shrink.
     #[serde(default)]
     pub postcopy: Option<WhenPostcopy>,
-    /// Whether lanes may compress pages; default: the daemon's `limits.compression`.
+    /// This says whether lanes may compress pages. The default is the daemon's `limits.compression`.
     #[serde(default)]
     pub compression: Option<Compression>,
 }
 
-/// What to do with a guest that writes faster than the ports carry.
+/// The treatment of a guest that writes faster than the ports carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Converge {
-    /// Slow its writes until the pause fits its limit; readers are not slowed.
+    /// The daemon slows the guest's writes until the pause fits its limit. Reads are not slowed.
     Stun,
-    /// Run it at the destination, and fetch what is missing.
+    /// The guest runs at the destination, which fetches missing pages from the source.
     Postcopy,
-    /// Stun up to the bound, then post-copy.
+    /// The daemon stuns the guest up to the bound, and then turns to post-copy.
     Auto,
-    /// Give up: the guest runs on at its source.
+    /// The daemon gives the migration up, and the guest runs on at its source.
     None,
 }
 
@@ -79,13 +78,13 @@ impl From<convergence::Converge> for Converge {
     }
 }
 
-/// When a guest is run at the destination without all of its memory.
+/// The moment when a guest runs at the destination without all of its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WhenPostcopy {
-    /// At once.
+    /// The guest runs there at once.
     Now,
-    /// After one round of pre-copy.
+    /// The guest runs there after one round of pre-copy.
     Hybrid,
 }
 
@@ -107,13 +106,14 @@ impl From<convergence::Postcopy> for WhenPostcopy {
     }
 }
 
-/// Whether lanes compress what they send (LZ4).
+/// The use of compression (LZ4) by lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Compression {
-    /// While a lane is held up by its wire and a processor is free, and only what becomes much smaller.
+    /// A lane compresses pages while its network is too slow and a processor is free, and only pages that become much
+    /// smaller.
     Auto,
-    /// Never.
+    /// Lanes never compress.
     Off,
 }
 
@@ -135,11 +135,11 @@ impl From<compression::Mode> for Compression {
     }
 }
 
-/// What an operator decides about a guest in doubt.
+/// An operator's decision about a guest in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Resolve {
-    /// What is to become of what is here.
+    /// This says what happens to the copy of the guest on this host.
     pub action: Resolution,
     /// The operator promises that the other host is off, or at least its VMM of this guest, and stays so.
     /// Nothing is run here without that promise: if it is not true, two copies of the guest may run.
@@ -147,13 +147,13 @@ pub struct Resolve {
     pub other_host_is_off: bool,
 }
 
-/// What is to become of a guest in doubt.
+/// The fate of a guest in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Resolution {
-    /// It is to run here, from where it was paused.
+    /// The guest runs here, from where it was paused.
     RunHere,
-    /// What is here of it is to be given up, and its VMM ended.
+    /// The copy on this host is given up, and its VMM is ended.
     Discard,
 }
 
@@ -166,41 +166,41 @@ impl From<Resolution> for handover::Resolution {
     }
 }
 
-/// What a dry run of an order found.
+/// The result of a dry run of an order.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CheckReport {
-    /// Whether the order would be accepted: no finding is `refused`.
+    /// This is true if the order would be accepted: no finding is `refused`.
     pub ok: bool,
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub guest: String,
-    /// Name of the destination.
+    /// This is the name of the destination.
     pub host: String,
-    /// What was looked at, in order.
+    /// These are the findings, in the order in which they were made.
     pub findings: Vec<Finding>,
-    /// Pairs of ports, ours and the destination's.
+    /// These are the pairs of ports: one of this host, and one of the destination.
     pub ports: Vec<PortCheck>,
-    /// What the move would take.
+    /// This estimates the size and the time of the move.
     pub estimate: Estimate,
 }
 
-/// One thing that was looked at.
+/// One finding of a dry run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Finding {
-    /// How bad it is.
+    /// This says how bad the finding is.
     pub severity: Severity,
-    /// What was looked at, in a word or two: `memory`, `cpuid`, `port a`.
+    /// This names the subject in a word or two: `memory`, `cpuid`, `port a`.
     pub what: String,
-    /// What was found.
+    /// This describes what was found.
     pub detail: String,
-    /// What the operator can do about it.
+    /// This tells the operator what to do about it; `null` if there is nothing to do.
     pub remedy: Option<String>,
 }
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Severity {
-    /// As it should be.
+    /// All is as it should be.
     Ok,
     /// The order would run, but not as well as it could.
     Warning,
@@ -208,28 +208,28 @@ pub enum Severity {
     Refused,
 }
 
-/// Whether a port of this host reaches its counterpart.
+/// The result of a connection from a port of this host to a port of the destination.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortCheck {
-    /// Name of the port here.
+    /// This is the name of the port on this host.
     pub port: String,
-    /// Name of the port at the destination.
+    /// This is the name of the port at the destination.
     pub peer_port: String,
-    /// Whether a connection could be made.
+    /// This is true if a connection could be made.
     pub reachable: bool,
-    /// Round trip of the connection.
+    /// The round trip of the connection takes this many seconds.
     pub round_trip_seconds: Option<f64>,
 }
 
-/// What a move would take.
+/// An estimate of the size and the time of a move.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Estimate {
-    /// Bytes of RAM.
+    /// The guest has this many bytes of RAM.
     pub ram_bytes: u64,
-    /// Bytes of RAM that are not holes.
+    /// This many bytes of RAM are not holes.
     pub data_bytes: u64,
-    /// What the ports deliver together, if they have been measured or their speed is known.
+    /// All ports together deliver this many bytes per second, if they were measured or their speed is known.
     pub bytes_per_second: Option<f64>,
-    /// Time for one pass over the data.
+    /// One pass over the data takes this many seconds.
     pub seconds: Option<f64>,
 }
