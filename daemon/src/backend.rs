@@ -1,4 +1,4 @@
-//! What the API answers: the host, put into its words.
+//! The backend of the API: answers its calls from the state of the host.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -29,7 +29,7 @@ use crate::api::{Backend, Caller};
 use crate::host::Host;
 use crate::{metrics, views};
 
-/// The host, as the API sees it.
+/// The backend that answers for the host.
 pub struct HostBackend(pub Rc<Host>);
 
 #[async_trait(?Send)]
@@ -52,8 +52,8 @@ impl Backend for HostBackend {
 
     async fn ports(&self) -> Vec<PortInfo> {
         let ports = self.0.config.ports.clone();
-        // Who reads the state of an interface may have to wait for whoever configures one.
-        let seen = task::aside(move || ports.iter().map(see).collect::<Vec<_>>()).await;
+        // To read the state of an interface may wait for a program that configures one.
+        let seen = task::aside(move || ports.iter().map(port_state).collect::<Vec<_>>()).await;
         self.0.config.ports.iter().zip(seen).map(|(port, seen)| port_info(&self.0, port, seen)).collect()
     }
 
@@ -75,7 +75,7 @@ impl Backend for HostBackend {
         let name = definition.name.clone();
         info!(guest = %name, incoming, %caller, "ordered to launch a guest");
         let launched = self.0.qemu.launch(definition, incoming).await;
-        let guest = launched.map_err(|error| told(ErrorCode::CannotLaunch, "launch", &name, error))?;
+        let guest = launched.map_err(|error| qemu_error(ErrorCode::CannotLaunch, "launch", &name, error))?;
         Ok(views::guest(&guest, &self.0.qemu))
     }
 
@@ -85,26 +85,29 @@ impl Backend for HostBackend {
         let name: Label = name.parse().map_err(invalid)?;
         info!(guest = %name, incoming, %caller, "ordered to attach a guest");
         let attached = self.0.qemu.attach(name.clone(), qmp.into(), incoming).await;
-        let guest = attached.map_err(|error| told(ErrorCode::CannotAttach, "attach", &name, error))?;
+        let guest = attached.map_err(|error| qemu_error(ErrorCode::CannotAttach, "attach", &name, error))?;
         Ok(views::guest(&guest, &self.0.qemu))
     }
 
     async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError> {
         let guest = self.guest(name)?;
         info!(guest = name, %caller, "ordered to detach a guest");
-        // Before it is forgotten.
+        // The guest is described before the daemon forgets it.
         let info = views::guest(&guest, &self.0.qemu);
         let name = &guest.shape.name;
-        self.0.qemu.detach(name).map_err(|error| told(ErrorCode::CannotDetach, "detach", name, error))?;
+        self.0
+            .qemu
+            .detach(name)
+            .map_err(|error| qemu_error(ErrorCode::CannotDetach, "detach", name, error))?;
         Ok(info)
     }
 
     fn migrations(&self) -> Vec<Migration> {
-        self.0.context().migrations.all().iter().map(|handle| seen(handle)).collect()
+        self.0.context().migrations.all().iter().map(|handle| describe(handle)).collect()
     }
 
     fn migration(&self, id: &str) -> Result<Migration, ApiError> {
-        Ok(seen(&*self.find(id)?))
+        Ok(describe(&*self.find(id)?))
     }
 
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
@@ -121,8 +124,8 @@ impl Backend for HostBackend {
         let orders =
             Orders { parameters: self.migrate_parameters(&order), min_bandwidth: self.min_bandwidth(&order) };
         let ordered = self.0.migrate.migrate(&guest, &peer, migration, orders).await;
-        ordered.map(|handle| seen(&handle)).map_err(|error| match error {
-            OrderError::Moving => moving(&order),
+        ordered.map(|handle| describe(&handle)).map_err(|error| match error {
+            OrderError::Moving => already_moving(&order),
             OrderError::Refused(findings) => ApiError::new(ErrorCode::Refused, findings.reasons()),
             OrderError::VmmLost => {
                 let text = format!(
@@ -148,22 +151,22 @@ impl Backend for HostBackend {
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         handle.cancelled.send_replace(true);
-        Ok(seen(&handle))
+        Ok(describe(&handle))
     }
 
     fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
         let handle = self.find(id)?;
-        info!(guest = %handle.guest, migration = id, %caller, "ordered to abandon what is missing of a guest");
+        info!(guest = %handle.guest, migration = id, %caller, "ordered to abandon the missing memory of a guest");
         if !handle.abandonable.get() {
             let why = match handle.progress.borrow().outcome {
                 Some(outcome) => format!("it has ended: {outcome}"),
-                None => "the guest does not run at its destination without part of its memory".to_owned(),
+                None => "the guest does not run in post-copy".to_owned(),
             };
             let text = format!("nothing of migration {id} of guest {} can be abandoned: {why}", handle.guest);
             return Err(ApiError::new(ErrorCode::TooLate, text));
         }
         handle.abandoned.send_replace(true);
-        Ok(seen(&handle))
+        Ok(describe(&handle))
     }
 
     fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError> {
@@ -176,10 +179,10 @@ impl Backend for HostBackend {
                 (None, Phase::Fetching, _) => {
                     "the guest runs and fetches its memory; `memlanectl abandon` gives that up".to_owned()
                 }
-                (None, _, Some(what)) => format!("it is not known yet; it waits for {what}"),
-                (None, ..) => "both hosts are about it".to_owned(),
+                (None, _, Some(what)) => format!("its migration waits for {what}"),
+                (None, ..) => "both hosts are working on its migration".to_owned(),
             };
-            let text = format!("whose guest {} is in migration {id} is not in doubt: {why}", handle.guest);
+            let text = format!("guest {} of migration {id} is not in doubt: {why}", handle.guest);
             return Err(ApiError::new(ErrorCode::NotInDoubt, text));
         }
         handle.resolvable.set(false);
@@ -187,7 +190,7 @@ impl Backend for HostBackend {
             guest = %handle.guest, peer = %handle.peer, migration = id, ?action, other_host_is_off, %caller,
             "an operator decides about a guest in doubt"
         );
-        Ok(seen(&handle))
+        Ok(describe(&handle))
     }
 
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError> {
@@ -222,7 +225,7 @@ impl HostBackend {
         })
     }
 
-    /// The guest and the host that an order names, if the guest is free to move.
+    /// Finds the guest and the host that an order names, and checks that the guest is free to move.
     fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
         let host = &self.0;
         let guest = self.guest(&order.guest)?;
@@ -234,7 +237,7 @@ impl HostBackend {
             ApiError::new(ErrorCode::UnknownHost, text)
         })?;
         if guest.is_moving() {
-            return Err(moving(order));
+            return Err(already_moving(order));
         }
         if guest.lost.get() {
             let text = format!(
@@ -255,20 +258,20 @@ impl HostBackend {
         Ok((guest, peer.name.clone()))
     }
 
-    /// Bits per second that the ports must promise.
+    /// Returns how many bits per second the ports must deliver.
     fn min_bandwidth(&self, order: &Order) -> u64 {
         let default = self.0.config.limits.min_bandwidth.0;
         order.min_bandwidth_bits_per_second.unwrap_or(default)
     }
 
-    /// The API has seen to it that numbers are in range.
+    /// Combines an order with the daemon's limits. The API has checked that numbers are in range.
     fn migrate_parameters(&self, order: &Order) -> MigrateParameters {
         let limits = &self.0.config.limits;
         let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
         let max_iterations = order.max_rounds.unwrap_or(limits.max_iterations);
         let converge = match (order.converge, limits.converge) {
             (Some(converge), _) => converge.into(),
-            // Nobody can compare memory of which one copy runs on, and so much was ordered.
+            // The order asks to compare memory, and that is impossible while the guest runs: so no post-copy.
             (None, Converge::Postcopy) if order.verify => Converge::None,
             (None, Converge::Auto) if order.verify => Converge::Stun,
             (None, default) => default,
@@ -281,10 +284,10 @@ impl HostBackend {
     }
 }
 
-/// Whether a port can be used, and its speed in bits per second, as the kernel has them.
-fn see(port: &PortConfig) -> (bool, Option<u64>) {
+/// Asks the kernel whether a port can be used, and for its speed in bits per second.
+fn port_state(port: &PortConfig) -> (bool, Option<u64>) {
     let carrier = port.interface.as_deref().map(|interface| interface_state(interface).0);
-    // What cannot be told now is taken to be as configured.
+    // If the kernel does not answer, the port is assumed to be as configured.
     (carrier.unwrap_or(true) && holds(port.address).unwrap_or(true), preflight::speed(port))
 }
 
@@ -302,22 +305,22 @@ fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -
     }
 }
 
-fn told(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiError {
+fn qemu_error(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiError {
     let code = if matches!(error, QemuError::Moving(_)) { ErrorCode::AlreadyMoving } else { code };
     ApiError::new(code, format!("cannot {doing} guest {name}: {error}"))
 }
 
-fn moving(order: &Order) -> ApiError {
+fn already_moving(order: &Order) -> ApiError {
     let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
     ApiError::new(ErrorCode::AlreadyMoving, text)
 }
 
-/// A migration, as it stands now.
-fn seen(handle: &MigrationHandle) -> Migration {
+/// Describes a migration as it is now.
+fn describe(handle: &MigrationHandle) -> Migration {
     views::migration(&handle.progress.borrow())
 }
 
-/// Follows a migration for as long as somebody listens.
+/// Follows a migration for as long as the receiver lives.
 fn follow(handle: &MigrationHandle) -> watch::Receiver<Migration> {
     let mut progress = handle.progress.subscribe();
     let (sender, receiver) = watch::channel(views::migration(&progress.borrow_and_update()));

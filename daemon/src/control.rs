@@ -1,4 +1,4 @@
-//! Where other daemons connect: offers of guests, and words about handovers in doubt.
+//! The control port, where other daemons connect to offer guests and to ask about handovers in doubt.
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -14,10 +14,10 @@ use tracing::warn;
 
 use crate::host::Host;
 
-/// Longest wait for the first message.
+/// A daemon that connects must send its first message within this time.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Takes in other daemons for as long as this one runs.
+/// Accepts connections of other daemons for as long as this one runs.
 pub async fn serve(listener: TcpListener, host: Rc<Host>) {
     let limiter = Rc::<ConnectionLimiter>::default();
     let is_peer = |address: IpAddr| host.config.peers.iter().any(|peer| same(peer.control.ip(), address));
@@ -28,7 +28,7 @@ pub async fn serve(listener: TcpListener, host: Rc<Host>) {
                 let (host, limiter, stream) = (host.clone(), limiter.clone(), Rc::new(stream));
                 let slot = limiter.enter(remote.ip(), &stream);
                 task::spawn("control connection", async move {
-                    if let Err(error) = take_in(stream, remote, &host, slot).await {
+                    if let Err(error) = serve_connection(stream, remote, &host, slot).await {
                         limiter.came_to_nothing(remote.ip(), &error);
                     }
                 });
@@ -46,7 +46,7 @@ fn same(one: IpAddr, other: IpAddr) -> bool {
     one.to_canonical() == other.to_canonical()
 }
 
-async fn take_in(
+async fn serve_connection(
     stream: Rc<TcpStream>,
     remote: SocketAddr,
     host: &Rc<Host>,
@@ -69,8 +69,8 @@ async fn take_in(
     };
     let first = tokio::time::timeout(PATIENCE, first).await;
     let first = first.unwrap_or(Err(LinkError::Silent(PATIENCE)))?;
-    // Words are short, and must be heard however many guests are on their way; a link that serves one is bounded by
-    // the queue of its migration.
+    // Questions about a handover are short, and must be answered no matter how many guests are on their way. A link that
+    // serves a migration is bounded by that migration's queue.
     if matches!(first, Control::Offer(_)) && !slot.stay() {
         return Err(LinkError::Crowd);
     }
@@ -89,7 +89,11 @@ async fn take_in(
     Ok(())
 }
 
-/// Whether to talk to whoever says hello.
+/// Decides whether the daemon that sends this hello is a peer.
+///
+/// # Errors
+///
+/// Fails with the reason, for the other daemon's log.
 fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
     if matches!(hello.purpose, Purpose::Lane { .. } | Purpose::Faults { .. }) {
         return Err("this is the control port; lanes go to the addresses that were offered".into());
@@ -100,7 +104,7 @@ fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
     if !same(peer.control.ip(), remote.ip()) {
         let (found, expected) = (remote.ip(), peer.control.ip());
         return Err(format!(
-            "{} calls from {found}, and {} knows it at {expected}",
+            "{} connects from {found}, but {} knows it at {expected}; check the control address of its [[peer]] there",
             hello.host, host.config.host
         ));
     }

@@ -1,4 +1,4 @@
-//! Starting and ending the daemon.
+//! Starts and ends the daemon.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,34 +19,34 @@ use crate::config::Config;
 use crate::host::Host;
 use crate::{control, metrics, systemd};
 
-/// Longest wait for migrations to be called off when the daemon ends.
+/// When the daemon ends it waits at most this long for migrations to be cancelled.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// Why the daemon cannot start.
+/// The reason why the daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// The journal is missing, damaged, or not ours.
+    /// The journal is missing, damaged, or belongs to another host.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The API's socket.
+    /// The API's socket cannot be opened.
     #[error(transparent)]
     Api(#[from] server::ServerError),
-    /// The attach socket.
+    /// The attach socket cannot be opened.
     #[error("cannot open the attach socket {}: {source}", path.display())]
     Attach {
-        /// Its path.
+        /// The path of the socket.
         path: PathBuf,
-        /// Why.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A TCP address.
+    /// The daemon cannot listen on a TCP address.
     #[error("cannot listen on {address} ({what}): {source}")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What for.
+        /// The purpose: `control`, `metrics` or the name of a port.
         what: String,
-        /// Why.
+        /// The error of the system.
         source: io::Error,
     },
     /// Signals cannot be handled.
@@ -54,7 +54,11 @@ pub enum DaemonError {
     Signals(io::Error),
 }
 
-/// Runs the daemon until it is told to end (SIGTERM, SIGINT).
+/// Runs the daemon until a signal ends it (SIGTERM, SIGINT).
+///
+/// # Errors
+///
+/// Fails if the daemon cannot start.
 pub async fn run(config: Config) -> Result<(), DaemonError> {
     metrics::install();
     config.ports.iter().for_each(|port| metrics::port(port.name.as_str()));
@@ -64,7 +68,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let (journal, unfinished) = Journal::open(&config.journal, metrics::journal_synced).await?;
     let host = Host::new(config, journal);
     host.qemu.load().await;
-    // Before anybody can ask about them.
+    // Unfinished migrations are registered before the API can ask about them.
     host.migrate.recover(unfinished);
     listen(&host).await?;
     host.qemu.resume();
@@ -72,18 +76,20 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     task::spawn("service watchdog", systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
     info!(host = %name, peers, ports, version = env!("CARGO_PKG_VERSION"), "ready");
-    warn!("traffic between daemons, guests' memory included, is not encrypted (insecure = true)");
+    warn!(
+        "the traffic between daemons, which includes the memory of guests, is not encrypted (insecure = true)"
+    );
     systemd::ready(&format!("{name}: {ports} ports, {peers} peers"));
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     systemd::stopping();
-    call_off(&host).await;
+    cancel_migrations(&host).await;
     for socket in [&host.config.api_socket, &host.config.attach_socket] {
         let _ = std::fs::remove_file(socket);
     }
-    info!("ended; guests run on");
+    info!("the daemon has ended; guests run on");
     Ok(())
 }
 
@@ -100,7 +106,7 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
             port::listen(address).await.map_err(failed(address, &format!("port {}", port.name)))?;
         task::spawn("lane port", port::serve(listener, port.name.clone(), host.context().rendezvous.clone()));
     }
-    // Last, so that whoever finds these sockets finds everything.
+    // These sockets are opened last, so that a program that finds them finds a daemon that is ready.
     let path = config.attach_socket.clone();
     let attach = attach_socket::bind(&path).map_err(|source| DaemonError::Attach { path, source })?;
     let api = server::bind(&config.api_socket)?;
@@ -115,8 +121,8 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Cancels what can be cancelled, so that guests do not stand still any longer than they must.
-async fn call_off(host: &Host) {
+/// Cancels all migrations that can be cancelled, so that guests are not paused for longer than necessary.
+async fn cancel_migrations(host: &Host) {
     let migrations = host.context().migrations.all();
     migrations.iter().filter(|handle| handle.cancellable.get()).for_each(|handle| {
         handle.cancelled.send_replace(true);
@@ -127,6 +133,6 @@ async fn call_off(host: &Host) {
         }
     };
     if tokio::time::timeout(FAREWELL, ended).await.is_err() {
-        warn!("a migration has not ended; it is taken up when the daemon starts again");
+        warn!("a migration has not ended in time; the daemon resumes it when it starts again");
     }
 }

@@ -1,4 +1,4 @@
-//! This host: everything that the daemon has, put together.
+//! The host: all parts of the daemon, wired together.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,19 +14,19 @@ use memlane_net::journal::Journal;
 use crate::config::Config;
 use crate::metrics::Metrics;
 
-/// Everything that the daemon has.
+/// All parts of the daemon.
 pub struct Host {
-    /// What it was told.
+    /// The configuration.
     pub config: Config,
-    /// The guests that are here.
+    /// The guests that are attached.
     pub guests: Rc<Guests>,
-    /// Shims in VMMs that know nothing of Memlane.
+    /// The connections of shims in VMMs that are not linked with Memlane.
     pub shims: Rc<Shims>,
-    /// The QEMUs that are kept to.
+    /// The supervisor of QEMU guests.
     pub qemu: Rc<qemu::Supervisor>,
-    /// The migrations.
+    /// The supervisor of migrations.
     pub migrate: Rc<Supervisor>,
-    /// When it started.
+    /// The time when the daemon started.
     pub started: Instant,
 }
 
@@ -55,12 +55,12 @@ impl Host {
         Rc::new(Self { config, guests, shims, qemu, migrate, started: Instant::now() })
     }
 
-    /// What every migration of this host works with.
+    /// Returns the context that all migrations of this host share.
     pub fn context(&self) -> &Rc<Context> {
         self.migrate.context()
     }
 
-    /// What the attach socket works with.
+    /// Returns the settings and registries that the attach socket needs.
     pub fn attaching(&self) -> Rc<Attaching> {
         Rc::new(Attaching {
             users: self.config.attach_users.clone(),

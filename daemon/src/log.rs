@@ -1,11 +1,11 @@
-//! The log, in which nothing is told but what it says: see [`memlane_protocol::wire::plain`].
+//! The log writer, which makes untrusted text harmless: see [`memlane_protocol::wire::plain`].
 
 use std::io::{self, Write};
 
 use memlane_protocol::wire::plain;
 
-/// A writer of log lines: what is written at once is one line, of plain text. Names, paths and reasons come
-/// from peers, VMMs and QEMU, and one of them with an end of line in it would look like a line of the daemon's.
+/// A writer of log lines that turns each write into one line of plain text. Names, paths and reasons come from peers,
+/// VMMs and QEMU. One of them with an end of line in it would look like another line of the daemon's log.
 pub struct PlainLog<W>(pub W);
 
 impl<W: Write> Write for PlainLog<W> {

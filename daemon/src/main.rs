@@ -60,7 +60,7 @@ fn main() -> ExitCode {
                 1
             }
         };
-        // The end of the runtime would wait for every thread that works aside, however long that may last.
+        // To end the runtime would wait for every helper thread, no matter how long that takes.
         std::process::exit(code)
     })
 }

@@ -1,39 +1,39 @@
-//! What the service manager is told (`sd_notify(3)`). Without one all of this does nothing.
+//! Notifications for the service manager (`sd_notify(3)`). Without a service manager all functions do nothing.
 
 use std::time::Duration;
 
 use memlane_net::task;
 use sd_notify::NotifyState;
 
-/// The daemon serves; `status` is shown by `systemctl status`.
+/// Reports that the daemon serves. `systemctl status` shows `status`.
 pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+    notify(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
 }
 
-/// The daemon ends.
+/// Reports that the daemon ends.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
-/// Says twice in each `WatchdogSec=` that the calling thread is alive; runs until dropped.
-/// Returns at once where the unit has no watchdog.
+/// Reports twice in each `WatchdogSec=` that the calling thread is alive, until it is dropped. Returns at once if the
+/// unit has no watchdog.
 pub async fn watchdog() {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     let mut ticks = tokio::time::interval((limit / 2).max(Duration::from_millis(1)));
     loop {
         ticks.tick().await;
-        // A service manager that is behind may not take it at once.
-        task::aside(|| tell(&[NotifyState::Watchdog])).await;
+        // A busy service manager may not take the message at once.
+        task::aside(|| notify(&[NotifyState::Watchdog])).await;
     }
 }
 
-fn tell(state: &[NotifyState<'_>]) {
+fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::warn!("cannot notify the service manager: {error}");
     }
 }
 
-/// A second line would be read as an assignment of its own.
+/// Joins lines, because the service manager would read a second line as another assignment.
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
 }

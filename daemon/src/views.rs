@@ -1,11 +1,11 @@
-//! What the engine says, put into the API's words.
+//! Converts the engine's types into the API's types.
 
 use memlane_api::types;
 use memlane_guest::{Guest, qemu};
 use memlane_migrate::{Progress, preflight, progress};
 use memlane_protocol::wire::attach::RunState;
 
-/// A migration, as its progress tells it.
+/// Converts the progress of a migration.
 pub fn migration(progress: &Progress) -> types::Migration {
     // Without `..`, so that nothing new is forgotten here.
     let Progress {
@@ -88,7 +88,7 @@ pub fn migration(progress: &Progress) -> types::Migration {
     }
 }
 
-/// How a migration ended.
+/// Converts the outcome of a migration.
 pub fn outcome(outcome: progress::Outcome) -> types::Outcome {
     match outcome {
         progress::Outcome::Completed => types::Outcome::Completed,
@@ -99,7 +99,7 @@ pub fn outcome(outcome: progress::Outcome) -> types::Outcome {
     }
 }
 
-/// What a preflight found.
+/// Converts the findings of a preflight.
 pub fn check(guest: String, host: String, findings: preflight::Findings) -> types::CheckReport {
     let ok = !findings.refused();
     let preflight::Findings { findings, ports, estimate } = findings;
@@ -114,7 +114,7 @@ pub fn check(guest: String, host: String, findings: preflight::Findings) -> type
     }
 }
 
-/// A guest, with the monitor of its QEMU where it is in one.
+/// Describes a guest, and the monitor of its QEMU if it runs in QEMU.
 pub fn guest(guest: &Guest, supervisor: &qemu::Supervisor) -> types::GuestInfo {
     let standing = match guest.run_state.get() {
         RunState::Running if guest.lost.get() => types::Standing::Lost,

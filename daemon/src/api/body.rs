@@ -1,4 +1,4 @@
-//! Bodies of requests: read within bounds of size and time, and checked.
+//! Reads the bodies of requests within bounds of size and time, and checks them.
 
 use std::time::Duration;
 
@@ -10,19 +10,19 @@ use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-/// Bytes of the largest body of a request, but for those that bring a guest file.
+/// The body of a request may have at most this many bytes, unless it brings a guest file.
 pub const MAX_BODY_BYTES: usize = 64 << 10;
-/// Bytes of the largest body that brings a guest file, of which JSON may write each byte as `\u001f`.
+/// A body that brings a guest file may have at most this many bytes. JSON may write each byte of the file as `\u001f`.
 pub const MAX_LAUNCH_BYTES: usize = MAX_BODY_BYTES + 6 * MAX_DEFINITION_BYTES;
-/// A request that has not arrived after this long is given up.
+/// A request must arrive within this time.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a request may bring.
+/// A type that the body of a request may have.
 pub(super) trait Content: DeserializeOwned {
-    /// Bytes that it may have.
+    /// The body may have at most this many bytes.
     const MAX_BYTES: usize = MAX_BODY_BYTES;
 
-    /// What is out of range in it and what is allowed, if anything is.
+    /// Describes a value that is out of range and the values that are allowed; `None` if all values are allowed.
     fn complaint(&self) -> Option<String>;
 }
 
@@ -38,11 +38,11 @@ impl Content for Order {
             Order { max_stun_percent: Some(percent @ 100..), .. } => {
                 Some(format!("max_stun_percent = {percent} is not allowed; give it 0 to 99"))
             }
-            // Nobody can compare memory of which one copy runs on.
+            // Memory of a guest that runs cannot be compared.
             Order { verify: true, postcopy, converge, .. }
                 if postcopy.is_some() || matches!(converge, Some(Converge::Postcopy | Converge::Auto)) =>
             {
-                let why = "digests can only be compared while the guest stands still with all of its memory";
+                let why = "digests can only be compared while the guest is paused with all of its memory at one host";
                 Some(format!("verify together with post-copy is not allowed; give it one of them ({why})"))
             }
             _ => None,
@@ -64,7 +64,7 @@ impl Content for Resolve {
 impl Content for Launch {
     const MAX_BYTES: usize = MAX_LAUNCH_BYTES;
 
-    /// Whoever starts the guest reads its definition.
+    /// Accepts every definition here: it is checked when the guest is started.
     fn complaint(&self) -> Option<String> {
         None
     }
@@ -85,6 +85,10 @@ impl Content for Attach {
 }
 
 /// Reads the body of a request.
+///
+/// # Errors
+///
+/// Fails if the body is too large, too slow, not understood, or has a value that is not allowed.
 pub(super) async fn read<T, B>(body: B) -> Result<T, ApiError>
 where
     T: Content,

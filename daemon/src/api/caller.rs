@@ -1,4 +1,4 @@
-//! Who asks: what the kernel says of the process at the other end of the API's socket.
+//! The caller: the process at the other end of the API's socket, as the kernel identifies it.
 
 use std::fmt;
 
@@ -6,26 +6,26 @@ use memlane_net::unix_socket::{Peer, peer};
 use memlane_protocol::wire::plain;
 use tokio::net::UnixStream;
 
-/// Who gives an order, for the log. Shown as `memlanectl (uid 0, pid 4711)`.
+/// The process that gives an order, for the log. It is shown as `memlanectl (uid 0, pid 4711)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
-    /// User of the process, as it connected; none where the kernel does not say.
+    /// The user of the process when it connected; `None` if the kernel does not say.
     pub uid: Option<u32>,
-    /// The process that connected; none if it cannot be seen from here.
+    /// The process that connected; `None` if it is in another PID namespace.
     pub pid: Option<u32>,
-    /// Name of its program (`/proc/PID/comm`), once that was [looked up](Self::named). A process may change
-    /// that name, so that it is no proof of anything.
+    /// The name of its program (`/proc/PID/comm`), after it was [looked up](Self::named). A process may change that name,
+    /// so it proves nothing.
     pub program: Option<String>,
 }
 
 impl Caller {
-    /// The process that made this connection (`SO_PEERCRED`, unix(7)).
+    /// Identifies the process that made this connection (`SO_PEERCRED`, unix(7)).
     pub fn of(stream: &UnixStream) -> Self {
         let Ok(Peer { pid, uid }) = peer(stream) else { return Self::default() };
         Self { uid: Some(uid), pid: (pid != 0).then_some(pid), program: None }
     }
 
-    /// With the name of its program, while that still runs.
+    /// Looks up the name of the program, if it still runs.
     pub async fn named(mut self) -> Self {
         if let Some(pid) = self.pid {
             let read = move || std::fs::read_to_string(format!("/proc/{pid}/comm"));

@@ -1,4 +1,4 @@
-//! One connection to the API: what it may be kept open by, and for how long.
+//! A connection to the API: whether it is busy, and how long it may stay open.
 
 use std::cell::Cell;
 use std::io;
@@ -11,47 +11,47 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Connections served at once. One more takes the place of the one over which nothing was asked for
-/// longest; where all are busy, it waits to be accepted.
+/// The API serves at most this many connections at once. Another one replaces the connection that has been idle for
+/// longest, or waits if all are busy.
 pub const MAX_CONNECTIONS: usize = 128;
-/// Whoever does not take what is written within this time is hung up on.
+/// A client must read what is written to it within this time, or its connection is closed.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a connection is doing.
+/// The state of a connection.
 pub struct Line {
-    /// Since when nothing that was asked for over it is being worked on or followed.
+    /// The connection has been idle since this time; `None` while a request is being worked on or followed.
     idle: Cell<Option<Instant>>,
     hang_up: Notify,
 }
 
-/// Something that was asked for over a connection, until this is dropped.
+/// A request over a connection, which is busy until this is dropped.
 pub struct Busy(Rc<Line>);
 
 impl Line {
-    /// A connection over which nothing was asked for yet.
+    /// Makes the state of a new connection, which is idle.
     pub fn new() -> Rc<Self> {
         Rc::new(Self { idle: Cell::new(Some(Instant::now())), hang_up: Notify::new() })
     }
 
-    /// Something is being worked on or followed from now on. HTTP/1.1 asks for one thing at a time.
+    /// Makes the connection busy. HTTP/1.1 has one request at a time.
     pub fn busy(self: &Rc<Self>) -> Busy {
         self.idle.set(None);
         Busy(self.clone())
     }
 
-    /// Since when nothing is.
+    /// Returns since when the connection has been idle; `None` while it is busy.
     pub fn idle_since(&self) -> Option<Instant> {
         self.idle.get()
     }
 
-    /// Has it end, for others to come.
+    /// Asks the connection to end, to make room for another.
     pub fn hang_up(&self) {
-        // Not once more while it is about to end.
+        // A connection that is about to end must not be chosen again.
         self.idle.set(None);
         self.hang_up.notify_one();
     }
 
-    /// Returns when it is to end.
+    /// Waits until the connection is asked to end.
     pub async fn hung_up(&self) {
         self.hang_up.notified().await;
     }
@@ -63,17 +63,17 @@ impl Drop for Busy {
     }
 }
 
-/// A stream whose other side must take what is written within a time, all of it: a few bytes now and then
-/// do not count.
+/// A stream with a time limit on writes: the other side must read all that is written within that time. To read a few
+/// bytes now and then is not enough.
 pub struct Impatient<S> {
     stream: S,
     patience: Duration,
-    /// Runs since the first write that had to wait, until nothing waits any more.
+    /// This timer runs from the first write that had to wait until all is written.
     waiting: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Impatient<S> {
-    /// Waits so long at the most.
+    /// Wraps a stream with this time limit.
     pub fn new(stream: S, patience: Duration) -> Self {
         Self { stream, patience, waiting: None }
     }
@@ -112,7 +112,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Impatient<S> {
         }
     }
 
-    /// Whoever writes flushes when everything is written.
+    /// Stops the timer: the HTTP server flushes when all is written.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
         match flushed {

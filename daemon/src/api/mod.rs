@@ -1,7 +1,7 @@
 //! The daemon's API: HTTP/1.1 and JSON on a Unix socket, described by `openapi.json`.
 //!
-//! [`types`](memlane_api::types) is what it says, [`routes`] where, [`Backend`] who answers, [`server`] how the
-//! answers reach a socket.
+//! [`types`](memlane_api::types) are the bodies, [`routes`] maps paths to calls, [`Backend`] answers the calls, and
+//! [`server`] serves connections.
 
 mod body;
 mod caller;
@@ -22,42 +22,42 @@ use tokio::sync::watch;
 
 pub use caller::Caller;
 
-/// Who answers: the host.
+/// The backend answers the calls of the API; the daemon's is the host.
 ///
-/// The methods that are not `async` answer at once. The others bound their own time; they are
-/// run to their end even if whoever asked goes away. Those that change something are told who asked.
+/// Methods that are not `async` answer at once. The others bound their own time, and are run to their end even if the
+/// client goes away. Methods that change something get the caller, for the log.
 #[async_trait(?Send)]
 pub trait Backend {
-    /// The daemon and its host.
+    /// Returns the state of the daemon and its host.
     async fn status(&self) -> Status;
-    /// Ports lent to migrations.
+    /// Lists the ports lent to migrations.
     async fn ports(&self) -> Vec<PortInfo>;
-    /// Hosts that guests may move to and come from.
+    /// Lists the hosts that guests may move to and come from.
     fn peers(&self) -> Vec<PeerInfo>;
-    /// Attached guests.
+    /// Lists the attached guests.
     fn guests(&self) -> Vec<GuestInfo>;
     /// Starts a QEMU guest.
     async fn launch(&self, caller: Caller, launch: Launch) -> Result<GuestInfo, ApiError>;
-    /// Takes a QEMU guest that others started.
+    /// Attaches a QEMU guest that another program started.
     async fn attach(&self, caller: Caller, attach: Attach) -> Result<GuestInfo, ApiError>;
-    /// Lets go of a QEMU guest, which goes on without the daemon; tells what it was.
+    /// Detaches a QEMU guest, which runs on without the daemon. Returns the guest as it was.
     async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError>;
-    /// Migrations under way and those that ended lately, the oldest first.
+    /// Lists the migrations under way and those that ended lately, the oldest first.
     fn migrations(&self) -> Vec<Migration>;
-    /// One of them.
+    /// Returns one migration.
     fn migration(&self, id: &str) -> Result<Migration, ApiError>;
-    /// Does the preflight of an order, and nothing else.
+    /// Makes a dry run of an order: all of its preflight, and nothing else.
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError>;
-    /// Does the preflight of an order and begins it; it then runs on its own.
+    /// Does the preflight of an order and begins the migration, which then runs on its own.
     async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError>;
-    /// Asks a migration to end with the guest at the source. It has ended when its outcome says so.
+    /// Asks to cancel a migration. It has ended when it has an outcome.
     fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
-    /// Gives up what is missing of a guest that runs at its destination without all of its memory.
+    /// Gives up the missing memory of a guest that runs at its destination in post-copy.
     fn abandon(&self, caller: Caller, id: &str) -> Result<Migration, ApiError>;
-    /// Decides about a guest in doubt, as its operator has said.
+    /// Carries out an operator's decision about a guest in doubt.
     fn resolve(&self, caller: Caller, id: &str, resolve: Resolve) -> Result<Migration, ApiError>;
     /// Follows a migration. The sender sets the outcome last and may then be dropped.
     fn watch(&self, id: &str) -> Result<watch::Receiver<Migration>, ApiError>;
-    /// All metrics, as Prometheus reads them.
+    /// Returns all metrics in the text format of Prometheus.
     async fn metrics(&self) -> String;
 }

@@ -1,5 +1,5 @@
-//! The OpenAPI description: generated from the types and routes, committed as `openapi.json`,
-//! and kept true by a test.
+//! The OpenAPI description of the API. It is generated from the types and routes, and committed as `openapi.json`, and a
+//! test compares the two.
 
 use utoipa::OpenApi;
 
@@ -39,7 +39,7 @@ use super::routes;
 )]
 struct Description;
 
-/// The description that follows from the code.
+/// Generates the description from the code.
 pub fn generated() -> String {
     let mut text = Description::openapi().to_pretty_json().expect("it has string keys only, and cannot fail");
     text.push('\n');

@@ -1,4 +1,4 @@
-//! Where the API answers what.
+//! The routes of the API: maps paths and methods to calls, and answers them.
 
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -23,27 +23,26 @@ use super::line::Line;
 use super::streams::{Stream, Streams};
 use super::{Backend, Caller, body};
 
-/// The description of the API, as it is committed and served; a test holds it against the routes.
+/// The description of the API, as it is committed and served. A test compares it with the routes.
 pub const DESCRIPTION: &str = include_str!("openapi.json");
-/// Events of one stream are at least so far apart; what changes between them is told once.
+/// Events of one stream are at least this far apart. Changes between two events are combined.
 pub const EVENT_INTERVAL: Duration = Duration::from_millis(100);
-/// A comment on a stream without events: only a write notices that the reader went away.
+/// A stream without events gets a comment this often, because only a write notices that the reader has gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
 
-/// What a request comes with.
+/// The circumstances of a request.
 pub(super) struct Asked {
-    /// Who asks.
+    /// The process that asks.
     pub caller: Caller,
-    /// Over which connection.
+    /// The connection of the request.
     pub line: Rc<Line>,
-    /// What follows migrations.
+    /// The open streams of events.
     pub streams: Rc<Streams>,
 }
 
-/// What can be asked for: method, path, and what is called. `{id}` or
-/// `{name}` stands for any one segment.
+/// All routes: the method, the path, and the call. `{id}` or `{name}` stands for any one segment.
 pub(super) const ROUTES: [(Method, &str, Call); 17] = [
     (Method::GET, "/v1/status", Call::Status),
     (Method::GET, "/v1/ports", Call::Ports),
@@ -118,7 +117,7 @@ pub(super) async fn answer_metrics<B>(
     })
 }
 
-/// Finds what is called, and the segment that stands for `{id}` or `{name}`.
+/// Finds the call of a request, and the segment that stands for `{id}` or `{name}`.
 pub(super) fn find<'p>(method: &Method, path: &'p str) -> Result<(Call, &'p str), Unrouted> {
     let mut allowed = Vec::new();
     for (of_route, template, call) in &ROUTES {
@@ -132,7 +131,7 @@ pub(super) fn find<'p>(method: &Method, path: &'p str) -> Result<(Call, &'p str)
     Err(Unrouted { path, allowed: allowed.join(", ") })
 }
 
-/// A path that leads nowhere, or not by this method.
+/// A request for a path that does not exist, or not for this method.
 #[derive(Debug)]
 pub(super) struct Unrouted {
     path: String,
@@ -143,10 +142,10 @@ impl Unrouted {
     fn answer(self) -> Answer {
         let Self { path, allowed } = self;
         if allowed.is_empty() {
-            let message = format!("there is nothing at {path}; GET /v1/openapi.json describes what there is");
+            let message = format!("there is nothing at {path}; GET /v1/openapi.json lists all paths");
             return error_answer(ApiError::new(ErrorCode::UnknownRoute, message));
         }
-        let message = format!("{path} allows {allowed}");
+        let message = format!("{path} allows only {allowed}");
         let mut answer = error_answer(ApiError::new(ErrorCode::UnknownMethod, message));
         // RFC 9110, 15.5.6: a 405 names the methods that there are.
         let allowed = HeaderValue::from_str(&allowed).expect("names of methods are visible ASCII");
@@ -202,31 +201,31 @@ where
     }
 }
 
-/// The daemon and its host.
+/// Returns the state of the daemon and its host.
 #[utoipa::path(get, path = "/v1/status", tag = "host", responses((status = 200, body = Status)))]
 async fn status(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.status().await)
 }
 
-/// Network ports lent to migrations.
+/// Lists the network ports lent to migrations.
 #[utoipa::path(get, path = "/v1/ports", tag = "host", responses((status = 200, body = [PortInfo])))]
 async fn ports(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.ports().await)
 }
 
-/// Hosts that guests may move to and come from.
+/// Lists the hosts that guests may move to and come from.
 #[utoipa::path(get, path = "/v1/peers", tag = "host", responses((status = 200, body = [PeerInfo])))]
 fn peers(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.peers())
 }
 
-/// Attached guests.
+/// Lists the attached guests.
 #[utoipa::path(get, path = "/v1/guests", tag = "host", responses((status = 200, body = [GuestInfo])))]
 fn guests(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.guests())
 }
 
-/// Starts a QEMU guest from a guest file. It runs, or waits for its arrival, when this answers.
+/// Starts a QEMU guest from a guest file. When this answers, the guest runs, or its QEMU waits for it to arrive.
 #[utoipa::path(
     post, path = "/v1/guests/launch", tag = "guests", request_body = Launch,
     responses(
@@ -240,7 +239,7 @@ async fn launch(backend: Rc<dyn Backend>, caller: Caller, launch: Launch) -> Res
     Ok(json(StatusCode::CREATED, &guest))
 }
 
-/// Takes a QEMU guest that others started.
+/// Attaches a QEMU guest that another program started.
 #[utoipa::path(
     post, path = "/v1/guests/attach", tag = "guests", request_body = Attach,
     responses(
@@ -254,12 +253,12 @@ async fn attach(backend: Rc<dyn Backend>, caller: Caller, attach: Attach) -> Res
     Ok(json(StatusCode::CREATED, &guest))
 }
 
-/// Lets go of a QEMU guest, launched or attached: it goes on without the daemon.
+/// Detaches a QEMU guest, launched or attached. It runs on without the daemon.
 #[utoipa::path(
     post, path = "/v1/guests/{name}/detach", tag = "guests",
     params(("name" = String, Path, description = "Name of the guest")),
     responses(
-        (status = 200, description = "Let go; this is what it was", body = GuestInfo),
+        (status = 200, description = "Detached; this is the guest as it was", body = GuestInfo),
         (status = "4XX", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -269,7 +268,7 @@ async fn detach(backend: Rc<dyn Backend>, caller: Caller, name: String) -> Resul
     Ok(json(StatusCode::OK, &guest))
 }
 
-/// Dry run of an order: all of its preflight, and nothing else.
+/// Makes a dry run of an order: all of its preflight, and nothing else.
 #[utoipa::path(
     post, path = "/v1/check", tag = "migrations", request_body = Order,
     responses(
@@ -283,7 +282,7 @@ async fn check(backend: Rc<dyn Backend>, order: Order) -> Result<Answer, ApiErro
     Ok(json(StatusCode::OK, &report))
 }
 
-/// Migrations under way and those that ended lately, the oldest first.
+/// Lists the migrations under way and those that ended lately, the oldest first.
 #[utoipa::path(
     get, path = "/v1/migrations", tag = "migrations", responses((status = 200, body = [Migration]))
 )]
@@ -291,7 +290,7 @@ fn migrations(backend: &dyn Backend) -> Answer {
     json(StatusCode::OK, &backend.migrations())
 }
 
-/// Moves a guest. The preflight is done when this answers; the migration then runs on its own.
+/// Moves a guest. When this answers, the preflight is done, and the migration runs on its own.
 #[utoipa::path(
     post, path = "/v1/migrations", tag = "migrations", request_body = Order,
     responses(
@@ -305,7 +304,7 @@ async fn migrate(backend: Rc<dyn Backend>, caller: Caller, order: Order) -> Resu
     Ok(json(StatusCode::CREATED, &migration))
 }
 
-/// One migration.
+/// Returns one migration.
 #[utoipa::path(
     get, path = "/v1/migrations/{id}", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
@@ -315,7 +314,7 @@ fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
     Ok(json(StatusCode::OK, &backend.migration(id)?))
 }
 
-/// Cancels a migration that has not switched over yet. It has ended when its outcome says so.
+/// Asks to cancel a migration that has not switched over yet. It has ended when it has an outcome.
 #[utoipa::path(
     delete, path = "/v1/migrations/{id}", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
@@ -326,9 +325,9 @@ async fn cancel(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<
     Ok(json(StatusCode::ACCEPTED, &migration))
 }
 
-/// Gives up what is missing of a guest that runs at its destination in post-copy, for when the other
-/// host is gone for good. At the destination the guest goes on, and every access to what is missing
-/// fails; at the source, where the guest's memory is out of date, it ends.
+/// Gives up the missing memory of a guest that runs at its destination in post-copy, for the case that the other host
+/// is gone for good. At the destination the guest runs on, and every access to missing memory fails. At the source, where
+/// the guest's memory is out of date, the migration ends.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/abandon", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
@@ -339,13 +338,13 @@ async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result
     Ok(json(StatusCode::ACCEPTED, &migration))
 }
 
-/// Decides about a guest in doubt: the other host must be asked whose it is, and does not answer, or
-/// knows nothing of it. As safe as the promise that comes with it is true.
+/// Decides about a guest in doubt: only the other host knows which host owns the guest, and it does not answer, or knows
+/// nothing of the guest. The decision is safe only if the promise in it is true.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/resolve", tag = "migrations", request_body = Resolve,
     params(("id" = String, Path, description = "Identity of the migration")),
     responses(
-        (status = 202, description = "Decided; it is carried out as soon as it is written down", body = Migration),
+        (status = 202, description = "Decided; the daemon carries it out as soon as its journal has it", body = Migration),
         (status = "4XX", description = "Nothing was decided", body = ErrorBody),
     )
 )]
@@ -359,9 +358,9 @@ async fn resolve(
     Ok(json(StatusCode::ACCEPTED, &resolved.await?))
 }
 
-/// Follows a migration as server-sent events: `migration` whenever something changed, at most
-/// ten times a second, and `ended` as the last one. The data of each is the whole migration. There are fewer
-/// streams than connections, of all and of each user; one more is refused with 503.
+/// Follows a migration as server-sent events: `migration` after each change, at most ten times a second, and `ended` as
+/// the last one. The data of each event is the whole migration. The number of streams is limited, for all users together
+/// and for each user; a stream beyond that is refused with 503.
 #[utoipa::path(
     get, path = "/v1/migrations/{id}/events", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
@@ -383,7 +382,7 @@ fn events(backend: &dyn Backend, id: &str, stream: Stream) -> Result<Answer, Api
     Ok(answer)
 }
 
-/// This description.
+/// Returns this description.
 #[utoipa::path(
     get, path = "/v1/openapi.json", tag = "host",
     responses((status = 200, content_type = "application/json", body = Object))
@@ -392,7 +391,7 @@ fn openapi() -> Answer {
     text("application/json", DESCRIPTION)
 }
 
-/// All metrics, as Prometheus reads them.
+/// Returns all metrics in the text format of Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "host",
     responses((status = 200, content_type = "text/plain; version=0.0.4", body = String))
@@ -401,11 +400,16 @@ async fn metrics(backend: &dyn Backend) -> Answer {
     text("text/plain; version=0.0.4", backend.metrics().await)
 }
 
-/// Runs what must not be left half done when the caller hangs up, which drops the answer's future.
+/// Runs work to its end even if the caller hangs up, which drops the answer's future.
 async fn to_its_end<T: 'static>(
     work: impl Future<Output = Result<T, ApiError>> + 'static,
 ) -> Result<T, ApiError> {
-    let failed = |error| ApiError::new(ErrorCode::Internal, format!("the daemon failed at this: {error}"));
+    let failed = |error| {
+        ApiError::new(
+            ErrorCode::Internal,
+            format!("the daemon failed at this request: {error}; see journalctl -u memlaned"),
+        )
+    };
     task::spawn("API request", work).await.map_err(failed)?
 }
 

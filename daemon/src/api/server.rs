@@ -1,4 +1,4 @@
-//! The API's socket, and the listener for Prometheus.
+//! Serves connections to the API's socket and to the listener for Prometheus.
 
 use std::convert::Infallible;
 use std::fs;
@@ -28,17 +28,21 @@ use super::routes::{self, Answer, Asked};
 use super::streams::Streams;
 use super::{Backend, Caller};
 
-/// There is no API.
+/// The API's socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open the socket {} of the API: {error}", socket.display())]
 pub struct ServerError {
     /// The socket.
     pub socket: PathBuf,
-    /// Why.
+    /// The error of the system.
     pub error: io::Error,
 }
 
-/// Opens the API's socket for its owner and group. One that a dead daemon left is replaced.
+/// Opens the API's socket for its owner and group, and replaces a socket that a dead daemon left.
+///
+/// # Errors
+///
+/// Fails if the system refuses the socket, or if another program uses the path.
 pub fn bind(socket: &Path) -> Result<UnixListener, ServerError> {
     let failed = |error| ServerError { socket: socket.to_owned(), error };
     unix_socket::make_way(socket).map_err(failed)?;
@@ -73,7 +77,7 @@ pub async fn serve_metrics(listener: TcpListener, backend: Rc<dyn Backend>) -> I
     }
 }
 
-/// Connections under way; they end when this is dropped.
+/// The open connections. They end when this is dropped.
 struct Connections {
     tasks: JoinSet<()>,
     free: Arc<Semaphore>,
@@ -99,7 +103,7 @@ impl Connections {
         let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
-                // Out of descriptors, most likely: they come back, the listener must not go away.
+                // Most likely the process is out of descriptors. They come back, so the listener goes on.
                 let error = memlane_kvm::descriptors::explain(error);
                 tracing::warn!("cannot accept a connection to the API: {error}");
                 return sleep(Duration::from_millis(100)).await;
@@ -129,7 +133,7 @@ impl Connections {
         });
     }
 
-    /// Ends the connection over which nothing was asked for longest.
+    /// Ends the connection that has been idle for longest.
     fn make_room(&mut self) {
         self.lines.retain(|line| line.strong_count() > 0);
         let lines = self.lines.iter().filter_map(Weak::upgrade);

@@ -1,4 +1,4 @@
-//! Streams of events: fewer than connections, so that they leave room for orders.
+//! Limits the streams of events. They are fewer than connections, so that they leave room for orders.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,18 +9,18 @@ use memlane_api::types::{ApiError, ErrorCode};
 use super::Caller;
 use super::line::{Busy, MAX_CONNECTIONS};
 
-/// Most streams at once.
+/// At most this many streams may be open.
 pub const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;
-/// Most streams of one user at once.
+/// At most this many streams of one user may be open.
 pub const MAX_STREAMS_OF_USER: usize = MAX_STREAMS / 2;
 
-/// The streams that are open, by their user.
+/// The number of open streams of each user.
 #[derive(Default)]
 pub struct Streams {
     open: RefCell<HashMap<Option<u32>, usize>>,
 }
 
-/// One stream, until it is dropped.
+/// One open stream. It counts until it is dropped.
 pub struct Stream {
     streams: Rc<Streams>,
     user: Option<u32>,
@@ -28,14 +28,18 @@ pub struct Stream {
 }
 
 impl Streams {
-    /// Opens one more, over a connection that is busy for as long.
+    /// Opens another stream over a connection, which is busy until the stream is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Fails if too many streams are open.
     pub fn open(self: &Rc<Self>, caller: &Caller, busy: Busy) -> Result<Stream, ApiError> {
         let (mut open, user) = (self.open.borrow_mut(), caller.uid);
         let (all, of_user) = (open.values().sum::<usize>(), open.get(&user).copied().unwrap_or(0));
         if all >= MAX_STREAMS || of_user >= MAX_STREAMS_OF_USER {
             let text = format!(
-                "{all} streams of events are open, {of_user} of them by this user; there may be {MAX_STREAMS} and \
-                 {MAX_STREAMS_OF_USER}: end others, or ask for the migration itself now and then"
+                "{all} streams of events are open, {of_user} of them by this user; at most {MAX_STREAMS}, and \
+                 {MAX_STREAMS_OF_USER} of one user, are allowed. Close other streams, or poll GET /v1/migrations/{{id}}"
             );
             return Err(ApiError::new(ErrorCode::Unavailable, text));
         }

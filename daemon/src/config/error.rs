@@ -1,11 +1,11 @@
-//! What is wrong with a file that was read.
+//! Errors of the configuration.
 
 use std::io;
 use std::path::PathBuf;
 
 use memlane_guest::toml_file::FileError;
 
-/// Why a configuration cannot be used.
+/// The reason why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -13,13 +13,13 @@ pub enum ConfigError {
     Read {
         /// The file.
         file: PathBuf,
-        /// Why.
+        /// The error of the system.
         error: io::Error,
     },
-    /// The file does not say what it should.
+    /// The contents of the file are not allowed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file does not agree to plain TCP.
+    /// The file does not allow traffic over plain TCP.
     #[error(
         "{}: insecure = {found}: traffic between daemons, guests' memory included, is not encrypted yet. \
          Where only trusted hosts share the migration networks, write insecure = true; nothing else is allowed",
@@ -28,7 +28,7 @@ pub enum ConfigError {
     Insecure {
         /// The file.
         file: PathBuf,
-        /// What stands there.
+        /// The value in the file.
         found: &'static str,
     },
 }

@@ -1,5 +1,5 @@
-//! The configuration: one TOML file, of which every mistake is told with its line, its key,
-//! what was found and what is allowed. `systemd/memlaned.toml` explains all keys.
+//! The configuration: one TOML file. An error names the line, the key, the value that was found, and the values that are
+//! allowed. `systemd/memlaned.toml` explains all keys.
 
 mod error;
 
@@ -21,7 +21,7 @@ use memlane_protocol::wire::Label;
 
 pub use error::ConfigError;
 
-/// What the daemon is told when it starts.
+/// The configuration of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Name of this host, as its peers know it.
@@ -32,15 +32,15 @@ pub struct Config {
     pub attach_socket: PathBuf,
     /// Directory of the journal.
     pub journal: PathBuf,
-    /// Where Prometheus reads metrics over TCP; they are always on the API's socket.
+    /// Prometheus reads metrics over TCP at this address. They are always on the API's socket as well.
     pub metrics: Option<SocketAddr>,
-    /// Where peers connect.
+    /// Peers connect to this address.
     pub control: SocketAddr,
-    /// TCP port, on each migration port's address, where lanes connect.
+    /// Lanes connect to this TCP port on the address of each migration port.
     pub lane_port: u16,
     /// User ids whose VMMs may attach guests.
     pub attach_users: Vec<u32>,
-    /// What their VMMs may take.
+    /// Limits on what these users' VMMs may use.
     pub attach: AttachConfig,
     /// Network ports lent to migrations.
     pub ports: Vec<PortConfig>,
@@ -55,14 +55,22 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a file.
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be read, or if its contents are not allowed.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
         let text =
             fs::read_to_string(file).map_err(|error| ConfigError::Read { file: file.to_owned(), error })?;
         Self::parse(file, &text)
     }
 
-    /// Reads the text of a file; the name is for messages.
+    /// Reads the text of a configuration file. The file's name appears in messages.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the contents are not allowed.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let mut table = Source { file, text }.table()?;
         insecure(&mut table, file)?;
@@ -94,6 +102,7 @@ impl Config {
 
 const PROGRAMS: &str = "a list of paths that begin with /, such as [\"/usr/bin/qemu-system-x86_64\"]";
 const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
+
 fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
     let found = match table.take("insecure") {
         None => "(missing)",

@@ -35,18 +35,18 @@ pub const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
 pub const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
 pub const ANNOUNCEMENTS: &str = "memlane_announcements_total";
 
-/// Kinds of metrics.
+/// The kind of a metric.
 pub enum Kind {
-    /// Only grows.
+    /// The value only grows.
     Counter,
-    /// Goes up and down.
+    /// The value goes up and down.
     Gauge,
-    /// With its buckets.
+    /// The metric is a histogram with these buckets.
     Histogram(&'static [f64]),
 }
 
 impl Kind {
-    /// What Prometheus calls it.
+    /// Returns the name that Prometheus gives the kind.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Counter => "counter",
@@ -56,24 +56,24 @@ impl Kind {
     }
 }
 
-/// Of a pause, of what happens within one, and of the start of tracking.
+/// These buckets, in seconds, are for pauses, for steps within a pause, and for the start of tracking.
 pub const SHORT: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0, 2.5, 10.0,
 ];
-/// Of a round: up to a terabyte on a slow network.
+/// These buckets, in seconds, are for rounds of up to a terabyte on a slow network.
 pub const LONG: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0];
-/// Of a page on its way over a network, in about equal ratios (the series E6 of IEC 60063): a quantile is told within a
-/// fifth.
+/// These buckets, in seconds, are for a page on its way over a network. Their ratios are about equal (the series E6 of
+/// IEC 60063), so that a quantile is exact within a fifth.
 pub const WIRE: &[f64] = &[
     0.000_01, 0.000_015, 0.000_022, 0.000_033, 0.000_047, 0.000_068, 0.0001, 0.000_15, 0.000_22, 0.000_33,
     0.000_47, 0.000_68, 0.001, 0.0015, 0.0022, 0.0033, 0.0047, 0.0068, 0.01, 0.015, 0.022, 0.033, 0.047,
     0.068, 0.1, 0.22, 0.47, 1.0, 2.2, 4.7, 10.0,
 ];
-/// Of a write to disk.
+/// These buckets, in seconds, are for writes to disk.
 pub const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
-/// All metrics: name, kind, unit and help text.
+/// This table lists the name, kind, unit and help text of all metrics.
 pub const ALL: [(&str, Kind, Unit, &str); 32] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
