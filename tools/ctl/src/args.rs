@@ -19,16 +19,16 @@ Examples:
   memlanectl --json migrate web1 host-b | jq .downtime_seconds
   memlanectl watch                               watch what is under way
   memlanectl cancel web1                         the guest stays where it runs
-  memlanectl abandon web1                        it runs here without all of its memory, and the rest is lost
-  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host is off for good
+  memlanectl abandon web1                        it runs here in post-copy, and the other host is gone for good
+  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host is off and stays off
   memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
   memlanectl attach --qmp /run/web1.qmp --name web1
 
 Exit codes:
-  0  done; of migrate and watch: the guest runs at the destination
+  0  done; for migrate and watch: the guest runs at the destination
   1  another error
   2  the command line or a value in it is wrong
-  3  refused: nothing was begun, or too late (cancel)
+  3  refused: nothing was begun, or it is too late (cancel)
   4  failed: the guest runs on at its source
   5  cancelled: the guest runs on at its source
   6  no daemon answers, or it went away
@@ -49,13 +49,13 @@ const GUEST_FILE: &str = r#"A guest file:
 
 prealloc, qemu and vhost may be left out where they are as above. The daemon adds the name, RAM,
 monitor and NICs, so -m, -name, -mem-path, -machine memory-backend=, -incoming, -daemonize and -S
-are refused among the arguments. Paths are those of the daemon's host. The tap must be there, open
-to the daemon's user and joined to its bridge:
+are refused among the arguments. Paths are paths on the daemon's host. The tap must exist, belong
+to the daemon's user and be joined to its bridge:
   ip tuntap add tap-web1 mode tap user memlane
   ip link set tap-web1 master br0 up
 
 A host that the guest moves to starts its QEMU from the same file if may_start_guests of this
-host stands in its configuration; otherwise give it the file: memlanectl launch web1.toml --incoming"#;
+host is set in its configuration; otherwise give it the file: memlanectl launch web1.toml --incoming"#;
 
 const ATTACH: &str = "\
 The QEMU must have been started with
@@ -96,8 +96,8 @@ pub(crate) enum Command {
     Guests,
     /// Start a QEMU guest from a guest file
     ///
-    /// The guest runs, or with --incoming waits to arrive from another host, when this returns.
-    /// It outlives the daemon, and the daemon finds it again when it is restarted.
+    /// When this returns, the guest runs, or with --incoming its QEMU waits for it to arrive from
+    /// another host. The guest outlives the daemon, which finds it again after a restart.
     #[command(after_long_help = GUEST_FILE)]
     Launch {
         /// The guest file, read here and given to the daemon
@@ -106,23 +106,23 @@ pub(crate) enum Command {
         #[arg(long)]
         incoming: bool,
     },
-    /// Take a QEMU guest that others started
+    /// Attach a QEMU guest that another program started
     #[command(after_long_help = ATTACH)]
     Attach {
-        /// Socket of its QEMU's monitor
+        /// Socket of the QEMU's monitor (QMP)
         #[arg(long, value_name = "SOCK")]
         qmp: PathBuf,
-        /// Name that the guest is to have here, and at the hosts that it moves to
+        /// Name for the guest, here and at the hosts that it moves to
         #[arg(long)]
         name: String,
         /// The QEMU was started with -incoming defer and waits for the guest
         #[arg(long)]
         incoming: bool,
     },
-    /// Let go of a QEMU guest, launched or attached
+    /// Detach a QEMU guest that was launched or attached
     ///
-    /// It goes on without the daemon, which can be told to take it again: memlanectl attach.
-    /// One that is being moved is not let go.
+    /// The guest runs on without the daemon, and memlanectl attach attaches it again.
+    /// A guest that is being moved cannot be detached.
     Detach {
         /// Name of the guest
         name: String,
@@ -131,7 +131,7 @@ pub(crate) enum Command {
     Check(OrderArgs),
     /// Move a guest to another host and watch until it has ended
     ///
-    /// The first Ctrl-C asks to cancel and waits for the outcome; the second one leaves.
+    /// The first Ctrl-C asks to cancel and waits for the outcome; the second one stops waiting.
     /// In a pipe the progress is one line for each phase and round; with --json the migration's
     /// last state is printed when it has ended.
     #[command(after_help = EXAMPLES)]
@@ -143,7 +143,7 @@ pub(crate) enum Command {
         #[arg(long)]
         detach: bool,
     },
-    /// Watch a migration until it has ended; Ctrl-C leaves, and it goes on
+    /// Watch a migration until it has ended; after Ctrl-C the migration goes on
     ///
     /// With --json each event is a line.
     Watch {
@@ -151,22 +151,22 @@ pub(crate) enum Command {
         #[arg(value_name = "ID|GUEST")]
         migration: Option<String>,
     },
-    /// Give up what is missing of a guest that runs at its destination without all of its memory
+    /// Give up the missing memory of a guest that runs at its destination in post-copy
     ///
-    /// For when the other host is gone for good; as long as it may come back, wait. At the
-    /// destination the guest runs on, and whatever touches what is missing fails: it sees a memory
-    /// error, or its VMM ends. At the source, whose copy is out of date, the migration ends.
+    /// Use this only if the other host is gone for good; as long as it may come back, wait. At the
+    /// destination the guest runs on, and every access to missing memory fails: the guest sees a
+    /// memory error, or its VMM ends. At the source, whose copy is out of date, the migration ends.
     Abandon {
         /// Identity of the migration, its first digits, or name of the guest
         #[arg(value_name = "ID|GUEST")]
         migration: String,
     },
-    /// Decide about a guest in doubt, when the other host will never say whose it is
+    /// Decide about a guest in doubt, if the other host will never answer
     ///
-    /// A guest is in doubt when this host may not tell alone whether the other one runs it: memlanectl
-    /// status says so, and what is waited for. As long as the other host may come back, wait. With
-    /// --run-here the guest goes on from where it was paused: what it did at the other host since, if it
-    /// ran there, is lost, and its disks may be ahead of its memory. With --discard its VMM here ends.
+    /// A guest is in doubt while this host cannot know whether the other host runs it: memlanectl
+    /// status says so, and what the migration waits for. As long as the other host may come back, wait.
+    /// With --run-here the guest goes on from where it was paused. If it ran at the other host since
+    /// then, that work is lost, and its disks may be ahead of its memory. With --discard its VMM here ends.
     #[command(group = clap::ArgGroup::new("action").required(true))]
     Resolve {
         /// Name of the guest, or identity of the migration or its first digits
@@ -175,13 +175,13 @@ pub(crate) enum Command {
         /// Run the guest here
         #[arg(long, group = "action", requires = "other_host_is_off")]
         run_here: bool,
-        /// Give up what is here of the guest
+        /// Give up the copy of the guest on this host
         #[arg(long, group = "action")]
         discard: bool,
-        /// I promise that the other host, or its VMM of this guest, is off and stays so
+        /// I promise that the other host, or its VMM of this guest, is off and stays off
         #[arg(long)]
         other_host_is_off: bool,
-        /// Do not ask
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
@@ -217,7 +217,7 @@ pub(crate) struct OrderArgs {
     /// limits.converge]
     #[arg(long, value_name = "stun|postcopy|auto|none")]
     pub converge: Option<Converge>,
-    /// Largest part of its writing that a guest may lose to stun, in percent, 0 to 99 [default: the daemon's limits.max_stun]
+    /// Slow the guest's writes by stun by at most this many percent, 0 to 99 [default: the daemon's limits.max_stun]
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=99))]
     pub max_stun: Option<u8>,
     /// Run the guest there without all of its memory in any case: at once (now), or after one round

@@ -119,7 +119,7 @@ fn confirm(migration: &Migration, resolve: Resolve) -> Result<(), Error> {
     let usage = |message: &str| Err(Error::Command(ErrorCode::Invalid, message.to_owned()));
     if !std::io::stdin().is_terminal() {
         return usage(
-            "this must be confirmed, and there is no terminal to do that; give --yes if it is meant",
+            "this command must be confirmed, and there is no terminal to ask on; give --yes if it is meant",
         );
     }
     let guest = &migration.guest;
@@ -130,7 +130,7 @@ fn confirm(migration: &Migration, resolve: Resolve) -> Result<(), Error> {
         (Resolution::Discard, true) => format!("the copy of {guest} on this host is given up for good"),
         (Resolution::Discard, false) => {
             format!(
-                "the copy of {guest} on this host is given up for good, whether or not the other host has one"
+                "the copy of {guest} on this host is given up for good, even if the other host has no copy"
             )
         }
     };
@@ -182,7 +182,7 @@ async fn follow(
             _ = interrupts.recv() => {
                 if cancelling || on_interrupt == OnInterrupt::Leave {
                     return Err(Error::Left(format!(
-                        "left before the end; the migration goes on, memlanectl watch {id} shows it"
+                        "stopped watching before the end; the migration goes on, and memlanectl watch {id} shows it"
                     )));
                 }
                 cancelling = true;
@@ -231,9 +231,8 @@ impl Changes {
 
 async fn ask_to_cancel(client: &Client, id: &str, progress: &ProgressOutput) -> Result<(), Error> {
     match client.cancel(id).await {
-        Ok(_) => {
-            progress.say("cancelling, the guest stays at its source; Ctrl-C again leaves without waiting")
-        }
+        Ok(_) => progress
+            .say("cancelling; the guest stays at its source. Press Ctrl-C again to leave without waiting"),
         Err(ClientError::Api(error)) => progress.say(&format!("cannot cancel: {error}")),
         Err(error) => return Err(error.into()),
     }
@@ -264,9 +263,10 @@ async fn find(client: &Client, which: Option<&str>) -> Result<Migration, Error> 
         migrations.iter().filter(|migration| migration.id.starts_with(&which.to_ascii_lowercase())).collect();
     match begin_so[..] {
         [only] => Ok(only.clone()),
-        [] => {
-            unknown(format!("no migration and no guest's migration is called {which}{}", listed(&under_way)))
-        }
+        [] => unknown(format!(
+            "no migration has the identity {which}, and no guest of that name was moved{}",
+            listed(&under_way)
+        )),
         _ => unknown(format!("several migrations begin with {which}{}", listed(&begin_so))),
     }
 }

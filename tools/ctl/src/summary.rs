@@ -89,7 +89,7 @@ pub(crate) fn of(migration: &Migration) -> String {
     }
     match migration.digest_verified {
         Some(true) => row("verified", "all RAM was equal at both ends before the handover".to_owned()),
-        Some(false) => row("verified", "RAM DIFFERED between the ends; the move was given up".to_owned()),
+        Some(false) => row("verified", "RAM DIFFERED between the hosts; the move was given up".to_owned()),
         None => {}
     }
     lines.join("\n")
@@ -99,7 +99,7 @@ fn headline(migration: &Migration) -> String {
     let Migration { guest, host, guest_runs_at, .. } = migration;
     let runs = match guest_runs_at {
         Some(at) => format!("it runs on at {at}"),
-        None => "where it runs is not known here; ask both hosts before doing anything".to_owned(),
+        None => "this host does not know where it runs; ask both hosts before you do anything".to_owned(),
     };
     match migration.outcome {
         Some(Outcome::Completed) => {
