@@ -140,7 +140,7 @@ impl Fetching {
         debug!(guest = %self.guest.shape.name, migration = ids::encode(&migration), "the source is about to serve missing pages");
         let lanes = Lanes::new(&self.context);
         let inbound =
-            Arc::new(ReceiveState { ram: self.guest.ram.clone(), placing: Some(self.placing.clone()) });
+            Arc::new(ReceiveState { ram: self.guest.ram.clone(), postcopy: Some(self.placing.clone()) });
         self.session =
             Some(FetchSession { link, arriving, lanes, inbound, reported: Instant::now(), asks: false });
     }
@@ -181,9 +181,9 @@ impl Fetching {
     /// # Errors
     ///
     /// Fails if a page is there that should be missing.
-    pub fn see_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
+    pub fn verify_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
         let placing = self.placing.clone();
-        let looking = tokio::task::spawn_blocking(move || placing.see_holes());
+        let looking = tokio::task::spawn_blocking(move || placing.verify_holes());
         async move { looking.await.expect("looking does not panic").map_err(FetchError::NotAHole) }
     }
 

@@ -87,7 +87,7 @@ pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer
     context.migrations.add(handle.clone());
     drop(offered);
     info!(guest = %name, %peer, "a guest is coming");
-    let inbound = Arc::new(ReceiveState { ram: guest.ram.clone(), placing: None });
+    let inbound = Arc::new(ReceiveState { ram: guest.ram.clone(), postcopy: None });
     let lanes = Lanes::new(&context);
     let role = DestinationRole {
         handle: handle.clone(),

@@ -148,7 +148,7 @@ impl DestinationRole {
         if let Some(fetching) = &mut self.fetching {
             // Device models look at the guest's memory while they load, and wait for what is missing.
             fetching.all_known().await;
-            seen = Some(fetching.see_holes());
+            seen = Some(fetching.verify_holes());
         }
         let driver = &self.guest.driver;
         self.loaded = true;

@@ -64,7 +64,7 @@ impl Precopy {
     /// Lets what is in flight arrive, and ends the lanes. From then on the guest's memory at the destination is written
     /// only by placing whole pages.
     async fn end_lanes(&self) -> Result<(), CopyError> {
-        self.transfer.outbound.hold();
+        self.transfer.outbound.quiesce();
         while !self.transfer.outbound.is_settled() {
             self.transfer.wait_for_lanes().await?;
         }

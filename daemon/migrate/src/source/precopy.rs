@@ -246,12 +246,12 @@ impl Precopy {
         let silence = transfer.context.limits().silence;
         let is_missing = |route: &Route| {
             let running = transfer.lanes.borrow().running_on(&route.port.name);
-            !transfer.outbound.is_held() && running < usize::from(route.lanes())
+            !transfer.outbound.is_quiesced() && running < usize::from(route.lanes())
         };
         loop {
             let end = reconnector.next(is_missing).await;
             // Once the lanes are to come to an end, what was being opened meanwhile is closed.
-            if !transfer.outbound.is_held() {
+            if !transfer.outbound.is_quiesced() {
                 transfer.lanes.borrow_mut().send(end, &transfer.outbound, silence);
             }
         }

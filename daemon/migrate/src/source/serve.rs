@@ -170,7 +170,7 @@ impl PostcopySource {
             return Err(ServeError::NoPort(findings.reasons()));
         };
         let (bell, ring) = lanes::bell();
-        let outbound = Arc::new(SendState::of_still_guest(self.ram.clone(), ring));
+        let outbound = Arc::new(SendState::of_paused_guest(self.ram.clone(), ring));
         outbound.sparse.store(self.sparse, Ordering::Release);
         let mut lanes = Lanes::new(context);
         let number = faults.number;

@@ -98,7 +98,7 @@ impl Switchover {
         if self.serving.is_some() {
             return self.save_for_postcopy().await;
         }
-        transfer.outbound.still.store(true, Ordering::Release);
+        transfer.outbound.paused.store(true, Ordering::Release);
         transfer.harvest().await?;
         let saved = if transfer.guest.driver.saves_last() {
             transfer.until_all_acknowledged().await?;

@@ -199,7 +199,7 @@ impl Transfer {
     pub fn stop(&self) -> impl Future<Output = ()> + use<> {
         self.guest.let_writes_go();
         let closed = self.lanes.borrow().close();
-        self.outbound.still.store(false, Ordering::Release);
+        self.outbound.paused.store(false, Ordering::Release);
         closed
     }
 
