@@ -1,14 +1,16 @@
-//! A connection of the harness with a QEMU: QMP, lines of JSON on a Unix socket (QEMU's `docs/interop/qmp-spec`).
+//! A connection of the harness with the QMP monitor of a QEMU, on a Unix socket: [`memlane_qmp`] reads and writes its
+//! lines.
 //!
 //! QEMU tells its events to every monitor, so this one also hears what happens to a guest that a daemon moves.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use memlane_qmp::{Commands, Decoder, Event, Message, NEGOTIATE};
 use serde_json::{Value, json};
 
 use crate::wait_for;
@@ -20,9 +22,9 @@ const ANSWER: Duration = Duration::from_secs(60);
 
 /// A connection with a QEMU's monitor, which talks to one client at a time.
 pub struct Monitor {
-    stream: BufReader<UnixStream>,
-    /// The beginning of a line whose end has not been read yet.
-    line: Vec<u8>,
+    stream: UnixStream,
+    decoder: Decoder,
+    commands: Commands,
     events: VecDeque<QmpEvent>,
     /// The number of seconds by which the clock of QEMU's host is ahead.
     ahead: f64,
@@ -62,11 +64,12 @@ impl Monitor {
         let stream = connected.and_then(|connected| connected).with_context(|| {
             format!("connecting to {}: if QEMU has ended, its log says why", socket.display())
         })?;
-        let mut monitor =
-            Self { stream: BufReader::new(stream), line: Vec::new(), events: VecDeque::new(), ahead: 0.0 };
-        let greeting = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
-        ensure!(greeting["QMP"].is_object(), "{} is no QMP monitor: it says {greeting}", socket.display());
-        monitor.execute("qmp_capabilities", json!({}))?;
+        let (decoder, commands) = (Decoder::default(), Commands::default());
+        let mut monitor = Self { stream, decoder, commands, events: VecDeque::new(), ahead: 0.0 };
+        let first = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
+        let greets = matches!(first, Message::Greeting(_));
+        ensure!(greets, "{} is no QMP monitor: it says {first:?}", socket.display());
+        monitor.execute(NEGOTIATE, json!({}))?;
         Ok(monitor)
     }
 
@@ -81,20 +84,23 @@ impl Monitor {
     ///
     /// If QEMU refuses it, has ended, or does not answer for a minute.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let order = json!({ "execute": command, "arguments": arguments });
+        let (id, line) = self.commands.encode(command, &arguments);
+        let order = line.trim_end();
         let failed = || format!("QEMU's {command}");
-        self.stream.get_mut().write_all(format!("{order}\n").as_bytes()).with_context(failed)?;
+        self.stream.write_all(line.as_bytes()).with_context(failed)?;
         let until = Instant::now() + ANSWER;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let mut message =
+            let message =
                 self.next(left).with_context(failed)?.with_context(|| format!("no answer to {order}"))?;
-            if let Some(event) = QmpEvent::of(&message, self.ahead) {
-                self.events.push_back(event);
-            } else if let Some(error) = message.get("error") {
-                bail!("QEMU refuses {order}: {}", error["desc"].as_str().unwrap_or("it does not say why"));
-            } else {
-                return Ok(message["return"].take());
+            match message {
+                Message::Event(event) => self.events.push_back(QmpEvent::of(event, self.ahead)?),
+                Message::Answer(answer) if answer.is_to(id) => {
+                    return answer.outcome.map_err(|refusal| anyhow!("QEMU refuses {order}: {refusal}"));
+                }
+                // An answer that came too late.
+                Message::Answer(_) => {}
+                Message::Greeting(_) => bail!("QEMU greets twice"),
             }
         }
     }
@@ -110,10 +116,12 @@ impl Monitor {
         }
         let until = Instant::now() + timeout;
         while let Some(message) = self.next(until.saturating_duration_since(Instant::now()))? {
-            match QmpEvent::of(&message, self.ahead) {
-                Some(event) if event.name == name => return Ok(Some(event)),
-                Some(event) => self.events.push_back(event),
-                None => bail!("QEMU answers what was not asked: {message}"),
+            match message {
+                Message::Event(event) if event.name == name => {
+                    return QmpEvent::of(event, self.ahead).map(Some);
+                }
+                Message::Event(event) => self.events.push_back(QmpEvent::of(event, self.ahead)?),
+                message => bail!("QEMU answers what was not asked: {message:?}"),
             }
         }
         Ok(None)
@@ -131,36 +139,41 @@ impl Monitor {
         Ok(())
     }
 
-    /// Returns the next line; `None` if it does not come within `timeout`.
-    fn next(&mut self, timeout: Duration) -> Result<Option<Value>> {
-        // A timeout of 0 would be none at all.
-        self.stream.get_ref().set_read_timeout(Some(timeout.max(Duration::from_millis(1))))?;
-        match self.stream.read_until(b'\n', &mut self.line) {
-            Ok(_) if self.line.ends_with(b"\n") => {
-                let line = std::mem::take(&mut self.line);
-                let line = String::from_utf8_lossy(&line);
-                serde_json::from_str(&line).map(Some).with_context(|| format!("QEMU's monitor says {line:?}"))
+    /// Returns the next message; `None` if it does not come within `timeout`.
+    fn next(&mut self, timeout: Duration) -> Result<Option<Message>> {
+        let until = Instant::now() + timeout;
+        let mut buffer = [0; 8 << 10];
+        loop {
+            if let Some(message) = self.decoder.next_message().context("reading from QEMU's monitor")? {
+                return Ok(Some(message));
             }
-            Ok(_) => Err(anyhow!("QEMU has ended")),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
-            Err(error) => Err(error).context("reading from QEMU's monitor"),
+            // A timeout of 0 would be none at all.
+            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            self.stream.set_read_timeout(Some(left))?;
+            match self.stream.read(&mut buffer) {
+                Ok(0) => bail!("QEMU has ended"),
+                Ok(count) => self.decoder.push(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error).context("reading from QEMU's monitor"),
+            }
         }
     }
 }
 
 impl QmpEvent {
-    fn of(message: &Value, ahead: f64) -> Option<Self> {
-        let time = &message["timestamp"];
-        Some(Self {
-            name: message["event"].as_str()?.to_owned(),
-            data: message["data"].clone(),
-            at: time["seconds"].as_f64()? + time["microseconds"].as_f64()? / 1e6 - ahead,
-        })
+    fn of(event: Event, ahead: f64) -> Result<Self> {
+        let Event { name, data, at } = event;
+        let at = at.with_context(|| format!("QEMU does not say when {name} was"))?;
+        Ok(Self { name, data, at: at.as_secs_f64() - ahead })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
     use std::os::unix::net::UnixListener;
 
     use super::*;

@@ -12,11 +12,10 @@ use std::time::{Duration, Instant};
 
 use memlane_net::task;
 use memlane_protocol::wire::{Label, plain};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixStream;
 use tracing::{debug, warn};
 
 use super::definition::{Definition, Paths};
+use super::qmp::Qmp;
 use super::state_directory::{Record, paths};
 use super::{Lacking, QemuError};
 use crate::config::QemuSettings;
@@ -223,24 +222,9 @@ fn log_file(log: &Path) -> io::Result<File> {
 /// Returns once QEMU answers. One of its threads greets long before: QEMU then takes its RAM and makes the devices,
 /// which may last long, and may fail.
 async fn answers(qmp: &Path) {
-    loop {
-        if let Ok(monitor) = UnixStream::connect(qmp).await
-            && ask(monitor).await.is_ok()
-        {
-            return;
-        }
+    while Qmp::connect_within(qmp, PATIENCE).await.is_err() {
         tokio::time::sleep(LOOK).await;
     }
-}
-
-/// Reads the greeting and the answer to the first command that a monitor takes.
-async fn ask(mut monitor: UnixStream) -> io::Result<()> {
-    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").await?;
-    let mut lines = BufReader::new(monitor).lines();
-    for _ in 0..2 {
-        lines.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    }
-    Ok(())
 }
 
 /// Returns once the process has ended, which must not have been collected.

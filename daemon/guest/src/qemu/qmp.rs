@@ -1,5 +1,5 @@
-//! QMP, the QEMU Machine Protocol: lines of JSON on a Unix socket
-//! (QEMU's `docs/interop/qmp-spec.rst`; its commands are in `qemu-qmp-ref`).
+//! The connection with the QMP monitor of a QEMU, on a Unix socket: [`memlane_qmp`] reads and writes its lines
+//! (QEMU's commands are in `qemu-qmp-ref`).
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -11,9 +11,9 @@ use std::time::Duration;
 use memlane_kvm::{descriptors, packet};
 use memlane_net::task;
 use memlane_net::unix_socket::{Peer, peer};
-use memlane_protocol::wire::plain;
+use memlane_qmp::{Answer, Commands, Decoder, Event, Message, NEGOTIATE, Refusal};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot, watch};
@@ -21,9 +21,9 @@ use tracing::{debug, warn};
 
 use crate::DriverError;
 
-/// A line that QEMU sends may have this many bytes: long lists of devices have some ten thousand.
-const MAX_LINE_BYTES: u64 = 4 << 20;
-/// The answer to a command is waited for this long.
+/// Bytes that are read at once.
+const READ_BYTES: usize = 8 << 10;
+/// Longest wait for the answer to a command.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The greeting is waited for this long: QEMU talks to one client at a time, and lets others wait.
 const GREETING: Duration = Duration::from_secs(5);
@@ -66,23 +66,19 @@ pub enum ConnectError {
 /// A connection to a QEMU that listens to this daemon.
 pub struct Qmp {
     writer: OwnedWriteHalf,
-    /// This lock is held while a command is under way.
-    asking: Mutex<()>,
-    /// This is true if a command was written in part, because the task that wrote it gave up: nothing that follows
-    /// would be understood.
+    /// One command at a time.
+    commands: Mutex<Commands>,
+    /// A command was written in part, by somebody who then gave up: nothing that follows it would
+    /// be understood.
     torn: Cell<bool>,
-    next_id: Cell<u64>,
     news: Rc<News>,
     pid: u32,
     user: u32,
     version: [u32; 3],
 }
 
-/// QEMU refused a command; this is the reason in its own words.
-struct CommandError(String);
-
 /// Takes the answer to the command of this number.
-type Waiting = (u64, oneshot::Sender<Result<Value, CommandError>>);
+type Waiting = (u64, oneshot::Sender<Result<Value, Refusal>>);
 
 /// The reading task tells the others this.
 struct News {
@@ -103,25 +99,29 @@ impl Qmp {
     ///
     /// Fails if no QEMU listens at `path`, or if it does not greet in time.
     pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
+        Self::connect_within(path, PATIENCE).await
+    }
+
+    /// Connects as [`Self::connect`] does, to a QEMU that may take up to `patience` for its first answer.
+    pub async fn connect_within(path: &Path, patience: Duration) -> Result<Self, ConnectError> {
         let refused =
             |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::explain(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
         let stream = UnixStream::connect(path).await.map_err(refused)?;
         let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;
         let (reader, writer) = stream.into_split();
-        let mut lines = BufReader::new(reader);
+        let mut messages = Messages { reader, decoder: Decoder::default(), buffer: vec![0; READ_BYTES] };
         let silent = |_| ConnectError::Silent(path.to_owned());
-        let greeting = tokio::time::timeout(GREETING, next_line(&mut lines)).await.map_err(silent)?;
-        let greeting = greeting.map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => stranger("it does not speak JSON"),
+        let first = tokio::time::timeout(GREETING, messages.next()).await.map_err(silent)?;
+        let first = first.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => stranger(&error.to_string()),
             _ => refused(error),
         })?;
-        let greeting = greeting.ok_or_else(|| stranger("it hung up"))?;
-        let version = &greeting["QMP"]["version"]["qemu"];
-        let part = |name: &str| version[name].as_u64().and_then(|number| u32::try_from(number).ok());
-        let (Some(major), Some(minor), Some(micro)) = (part("major"), part("minor"), part("micro")) else {
-            return Err(stranger("its greeting has no version of QEMU"));
+        let version = match first.ok_or_else(|| stranger("it hung up"))? {
+            Message::Greeting(greeting) => greeting.version,
+            _ => None,
         };
+        let version = version.ok_or_else(|| stranger("its greeting has no version of QEMU"))?;
         let news = Rc::new(News {
             waiting: RefCell::default(),
             migration: watch::Sender::default(),
@@ -129,11 +129,10 @@ impl Qmp {
             resumed: Cell::default(),
             gone: watch::Sender::new(false),
         });
-        task::spawn("monitor of a QEMU", read(lines, news.clone()));
-        let (asking, torn, next_id) = (Mutex::default(), Cell::default(), Cell::new(1));
-        let version = [major, minor, micro];
-        let qmp = Self { writer, asking, torn, next_id, news, pid, user, version };
-        match qmp.execute("qmp_capabilities", json!({})).await {
+        task::spawn("monitor of a QEMU", read(messages, news.clone()));
+        let (commands, torn) = (Mutex::default(), Cell::default());
+        let qmp = Self { writer, commands, torn, news, pid, user, version };
+        match qmp.run(NEGOTIATE, json!({}), &[], patience).await {
             Ok(_) => Ok(qmp),
             Err(error) => Err(stranger(&error.to_string())),
         }
@@ -160,7 +159,7 @@ impl Qmp {
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
-        self.run(command, arguments, &[]).await
+        self.run(command, arguments, &[], PATIENCE).await
     }
 
     /// Gives QEMU a descriptor, which `fd:NAME` stands for from now on.
@@ -169,7 +168,7 @@ impl Qmp {
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
-        self.run("getfd", json!({ "fdname": name }), &[descriptor]).await.map(drop)
+        self.run("getfd", json!({ "fdname": name }), &[descriptor], PATIENCE).await.map(drop)
     }
 
     /// Runs a command of the human monitor, for what QMP has no command.
@@ -257,27 +256,29 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
         descriptors: &[BorrowedFd<'_>],
+        patience: Duration,
     ) -> Result<Value, DriverError> {
-        let _one_at_a_time = self.asking.lock().await;
+        let mut commands = self.commands.lock().await;
         if self.torn.get() {
             self.hang_up();
         }
         if *self.news.gone.borrow() {
             return Err(DriverError::Gone);
         }
-        let id = self.next_id.replace(self.next_id.get() + 1);
-        let line = json!({ "execute": command, "arguments": arguments, "id": id });
+        let (id, line) = commands.encode(command, &arguments);
         let (sender, answer) = oneshot::channel();
         *self.news.waiting.borrow_mut() = Some((id, sender));
         let exchange = async {
-            self.write(format!("{line}\n").as_bytes(), descriptors).await.map_err(|_| DriverError::Gone)?;
+            self.write(line.as_bytes(), descriptors).await.map_err(|_| DriverError::Gone)?;
             answer.await.map_err(|_| DriverError::Gone)
         };
-        match tokio::time::timeout(PATIENCE, exchange).await {
+        match tokio::time::timeout(patience, exchange).await {
             Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err(CommandError(reason)))) => Err(DriverError::Failed { request: command, reason }),
+            Ok(Ok(Err(refusal))) => {
+                Err(DriverError::Failed { request: command, reason: refusal.description })
+            }
             Ok(Err(gone)) => Err(gone),
-            Err(_) => Err(DriverError::Slow { request: command, after: PATIENCE }),
+            Err(_) => Err(DriverError::Slow { request: command, after: patience }),
         }
     }
 
@@ -318,11 +319,37 @@ impl Drop for Qmp {
     }
 }
 
-async fn read(mut lines: BufReader<OwnedReadHalf>, news: Rc<News>) {
+/// What QEMU says, as it comes.
+struct Messages {
+    reader: OwnedReadHalf,
+    decoder: Decoder,
+    buffer: Vec<u8>,
+}
+
+impl Messages {
+    /// The next message; `None` at the end.
+    async fn next(&mut self) -> io::Result<Option<Message>> {
+        loop {
+            let message = self.decoder.next_message();
+            if let Some(message) =
+                message.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
+            {
+                return Ok(Some(message));
+            }
+            match self.reader.read(&mut self.buffer).await? {
+                0 => return Ok(None),
+                count => self.decoder.push(&self.buffer[..count]),
+            }
+        }
+    }
+}
+
+async fn read(mut messages: Messages, news: Rc<News>) {
     loop {
-        match next_line(&mut lines).await {
-            Ok(Some(line)) if line.get("event").is_some() => news.event(&line),
-            Ok(Some(line)) => news.answer(&line),
+        match messages.next().await {
+            Ok(Some(Message::Event(event))) => news.event(event),
+            Ok(Some(Message::Answer(answer))) => news.answer(answer),
+            Ok(Some(Message::Greeting(_))) => {}
             Ok(None) => break,
             Err(error) => {
                 warn!(%error, "cannot read from QEMU; the connection is given up");
@@ -335,43 +362,23 @@ async fn read(mut lines: BufReader<OwnedReadHalf>, news: Rc<News>) {
 }
 
 impl News {
-    fn event(&self, line: &Value) {
-        debug!(event = %line, "QEMU");
-        let at = &line["timestamp"];
-        let at = at["seconds"].as_u64().zip(at["microseconds"].as_u64()).map(|(seconds, microseconds)| {
-            Duration::from_secs(seconds) + Duration::from_micros(microseconds.min(999_999))
-        });
-        match line["event"].as_str().unwrap_or_default() {
-            "STOP" => self.stopped.set(at),
-            "RESUME" => self.resumed.set(at),
+    fn event(&self, event: Event) {
+        debug!(event = event.name, data = %event.data, "QEMU");
+        match event.name.as_str() {
+            "STOP" => self.stopped.set(event.at),
+            "RESUME" => self.resumed.set(event.at),
             "MIGRATION" => {
-                let status = line["data"]["status"].as_str().unwrap_or_default();
+                let status = event.data["status"].as_str().unwrap_or_default();
                 self.migration.send_replace(status.to_owned());
             }
             _ => {}
         }
     }
 
-    fn answer(&self, line: &Value) {
+    fn answer(&self, answer: Answer) {
         let mut waiting = self.waiting.borrow_mut();
-        // The task that asked may have given up meanwhile.
-        let Some((_, sender)) = waiting.take_if(|(id, _)| line["id"].as_u64() == Some(*id)) else { return };
-        let _ = sender.send(match line.get("error") {
-            Some(error) => {
-                let reason = error["desc"].as_str().unwrap_or("it does not say why");
-                Err(CommandError(plain(reason).into_owned()))
-            }
-            None => Ok(line["return"].clone()),
-        });
+        // Whoever asked may have given up meanwhile.
+        let Some((_, sender)) = waiting.take_if(|(id, _)| answer.is_to(*id)) else { return };
+        let _ = sender.send(answer.outcome);
     }
-}
-
-/// Reads the next line. Returns `None` at the end.
-async fn next_line(lines: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Value>> {
-    let mut line = Vec::new();
-    lines.take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await?;
-    if line.is_empty() {
-        return Ok(None);
-    }
-    serde_json::from_slice(&line).map(Some).map_err(io::Error::from)
 }
