@@ -1,13 +1,13 @@
-//! What the daemon has to do with the network and the disk, and how its one control thread works.
+//! This crate deals with the network and the disk for the daemon, and runs the daemon's one control thread.
 //!
 //! The crate is the only user of tokio-uring besides the program itself. It knows nothing of guests or migrations.
 //!
 //! - [`link`] is the control connection to another daemon.
-//! - [`port`] is what lanes are opened from and arrive at.
-//! - [`config`] is what the configuration says of ports and peers.
+//! - [`port`] opens lanes from the host's ports, and takes in those that arrive there.
+//! - [`config`] holds what the configuration says of ports and peers.
 //! - [`announce`] tells the switches of a network where a guest is.
-//! - [`journal`] is what must be remembered across a crash, and [`private`] files that others cannot read.
-//! - [`unix_socket`] is what local programs connect to.
+//! - [`journal`] remembers what must survive a crash, and [`private`] makes files that others cannot read.
+//! - [`unix_socket`] deals with the sockets that local programs connect to.
 //! - [`task`] runs and watches the tasks of the control thread, and [`log_limiter`] keeps a crowd from filling the log.
 
 pub mod announce;

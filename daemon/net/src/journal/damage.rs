@@ -1,4 +1,4 @@
-//! Damaged files: whatever happens to one, it is refused or says what it said before. Never is a promise
+//! These tests damage files: in each case a file is refused or says what it said before, and a promise is never
 //! missing.
 
 use memlane_protocol::handover::Record;
@@ -12,7 +12,7 @@ use super::{earlier, tests};
 const ID: [u8; 16] = [7; 16];
 const SLOTS: u64 = 8;
 
-/// A file with what is done to migrations 0 to 3, each told by `None` to be over.
+/// Returns a file with what is done to migrations 0 to 3. `None` says that one is over.
 fn written(first: u64, steps: &[(u8, Option<Record>)]) -> Vec<u8> {
     let mut bytes = file(&ID, first, SLOTS, []);
     for (step, (number, what)) in steps.iter().enumerate() {
@@ -23,7 +23,7 @@ fn written(first: u64, steps: &[(u8, Option<Record>)]) -> Vec<u8> {
     bytes
 }
 
-/// Each does away with a promise that the one before it has made.
+/// Each of these does away with a promise that the one before it has made.
 fn example() -> Vec<u8> {
     written(
         40,
@@ -141,7 +141,7 @@ fn steps() -> impl Strategy<Value = Vec<(u8, Option<Record>)>> {
 }
 
 proptest! {
-    /// Bytes that are written over by others, of any kind.
+    /// Bytes of any kind are written over by others.
     #[test]
     fn overwritten(
         steps in steps(),
@@ -158,7 +158,7 @@ proptest! {
         prop_assert!(read(&damaged).is_err() || damaged == whole);
     }
 
-    /// A piece of a file that lies in a place of another, at any byte.
+    /// A piece of a file lies in a place of another, at any byte.
     #[test]
     fn displaced(
         steps in steps(),
@@ -173,7 +173,7 @@ proptest! {
         prop_assert!(read(&damaged).is_err() || damaged == whole);
     }
 
-    /// What never was a journal.
+    /// These files never were journals.
     #[test]
     fn anything(bytes in vec(any::<u8>(), 0..3 * SLOT), text in ".{0,300}") {
         for bytes in [&bytes[..], text.as_bytes(), &[&example()[..SLOT], &bytes].concat()] {

@@ -19,7 +19,7 @@ pub struct VmmIdentity {
     pub started: u64,
 }
 
-/// What the journal knows of one migration.
+/// The part of one migration that the journal knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// This identifies the migration.

@@ -1,4 +1,4 @@
-//! The journal as a whole: what is remembered, and what happens when a disk is full or fails.
+//! These tests are about the journal as a whole: what is remembered, and what happens when a disk is full or fails.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader};
@@ -20,12 +20,12 @@ pub fn entry(number: u8, record: Record) -> Entry {
     Entry { migration: [number; 16], guest, peer, vmm, shape: 0, record, fetching: false }
 }
 
-/// What a daemon that starts finds, or why it does not start.
+/// Returns what a daemon that starts finds, or why it does not start.
 fn found(directory: &Path) -> Result<Vec<Entry>, JournalError> {
     tokio_uring::start(async { Journal::open(directory, |_| ()).await.map(|(_, open)| open) })
 }
 
-/// The same for a store.
+/// Returns the entries of a store.
 fn entries(store: &Store) -> Vec<Entry> {
     store.entries.lock().unwrap().values().cloned().collect()
 }
@@ -128,7 +128,7 @@ fn what_is_over_is_dropped_while_it_is_written_to() {
     assert_eq!(found(directory.path()).unwrap(), [held, prepared(1), prepared(2), prepared(3)]);
 }
 
-/// As many as there are: they need a longer file.
+/// So many entries need a longer file.
 #[test]
 fn entries_beyond_the_slots_of_a_file() {
     let directory = tempfile::tempdir().unwrap();
@@ -143,7 +143,7 @@ fn entries_beyond_the_slots_of_a_file() {
     assert_eq!(fs::metadata(&store.path).unwrap().len(), store.slots * SLOT as u64);
 }
 
-/// A full disk, as far as the journal is concerned: it cannot be written anew.
+/// The disk is full as far as the journal is concerned: it cannot be written anew.
 #[test]
 fn the_old_file_does_while_there_can_be_no_new_one() {
     let directory = tempfile::tempdir().unwrap();
@@ -229,7 +229,8 @@ fn a_failed_write_leaves_nothing() {
 
 const WRITE_TO: &str = "MEMLANE_TEST_JOURNAL";
 
-/// The child of the test below, told by the environment where to write: counts in the journal, and tells what is durable.
+/// This is the child of the test below, which the environment tells where to write. It counts in the journal, and
+/// prints what is durable.
 #[test]
 fn counts_until_it_is_killed() {
     let Some(directory) = std::env::var_os(WRITE_TO) else { return };
@@ -275,7 +276,7 @@ fn a_daemon_that_is_killed_starts_again() {
     assert!(format::read(&numbered).unwrap().first > 1, "it was never written anew");
 }
 
-/// A directory with a journal that holds one entry; its files.
+/// Makes a directory with a journal that holds one entry. Returns its files.
 fn journal() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let mut store = Store::open(directory.path(), Box::new(|_| ())).unwrap();

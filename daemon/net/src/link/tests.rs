@@ -6,7 +6,7 @@ use super::*;
 
 const SILENCE: Duration = Duration::from_millis(500);
 
-/// Both ends of a link.
+/// Makes both ends of a link.
 async fn pair() -> (Link, Link) {
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = listener.local_addr().unwrap();
