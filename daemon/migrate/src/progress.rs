@@ -118,7 +118,7 @@ pub enum Phase {
     Ended,
 }
 
-/// How a migration ended.
+/// The outcome of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The guest runs at the destination.
@@ -182,7 +182,7 @@ pub struct Stun {
     pub switch_seconds: f64,
 }
 
-/// How post-copy goes, as the destination sees it.
+/// The state of post-copy, as the destination sees it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Postcopy {
     /// This many accesses to missing pages had to wait. Several to one page count once.

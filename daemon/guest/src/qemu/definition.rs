@@ -1,8 +1,7 @@
 //! A guest file says what a QEMU guest is made of, and its QEMU is started from it.
 //!
-//! An operator writes one for `memlanectl launch`; it then goes with the guest to hosts that let
-//! this one start guests there. The daemon adds what it needs to move the guest, and refuses
-//! arguments that would contradict it.
+//! An operator writes one for `memlanectl launch`, and it then goes with the guest to hosts that let this one start
+//! guests there. The daemon adds what it needs to move the guest, and refuses arguments that would contradict it.
 
 #[cfg(test)]
 mod tests;
@@ -20,99 +19,103 @@ use memlane_protocol::wire::machine::{MAX_NICS, MAX_RAM_BYTES};
 use crate::config::GuestsConfig;
 use crate::toml_file::{FileError, INTERFACE, NAME, Source, Table, Value, or, unique};
 
-/// Arguments that a guest file may give to QEMU.
+/// A guest file may give this many arguments to QEMU.
 pub const MAX_ARGUMENTS: usize = 256;
-/// Bytes of one argument.
+/// One argument may have this many bytes.
 pub const MAX_ARGUMENT: usize = 4 << 10;
-/// Name of the memory backend. QEMU leaves RAM out of its migration stream by the backend's
-/// name, so it is the same at both ends.
+/// This is the name of the memory backend. QEMU leaves RAM out of its migration stream by the backend's name, so it is
+/// the same at both ends.
 pub const BACKEND: &str = "memlane-ram";
 
-/// The program where a guest file names none.
+/// This program is started where a guest file names none.
 const DEFAULT_QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const MIN_MEMORY: u64 = 1 << 20;
-/// QEMU rounds `-m` up to this, and then finds that the backend is smaller.
+/// QEMU rounds `-m` up to a multiple of this many bytes, and then finds that the backend is smaller.
 const MEMORY_UNIT: u64 = 8 << 10;
 
-/// A guest, as its file has it.
+/// A guest, as its file describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Definition {
-    /// Name of the guest.
+    /// This is the name of the guest.
     pub name: Label,
-    /// Bytes of RAM, a multiple of 8 KiB.
+    /// The guest has this many bytes of RAM, a multiple of 8 KiB.
     pub memory: u64,
-    /// All RAM is taken from the host before the guest starts.
+    /// If this is true, all RAM is taken from the host before the guest starts.
     pub prealloc: bool,
-    /// The QEMU program.
+    /// This is the path of the QEMU program.
     pub qemu: PathBuf,
-    /// What it is given besides what [`Definition::command_line`] adds.
+    /// These arguments are given to QEMU in addition to what [`Definition::command_line`] adds.
     pub arguments: Vec<String>,
-    /// Network interfaces, which are announced after a migration.
+    /// These are the network interfaces, which are announced after a migration.
     pub nics: Vec<DefinedNic>,
-    /// The file itself, as it travels with the guest.
+    /// This is the text of the file, as it travels with the guest.
     pub text: String,
 }
 
-/// `[[nic]]`
+/// A `[[nic]]` of a guest file is a network interface of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DefinedNic {
-    /// Hardware address: unicast, and no other NIC of the guest has it.
+    /// This is the hardware address. It is unicast, and no other NIC of the guest has it.
     pub mac: [u8; 6],
-    /// Persistent tap device of the host, made and joined to its bridge beforehand.
+    /// This is a persistent tap device of the host, which is made and joined to its bridge beforehand.
     pub tap: String,
-    /// Network that it is plugged into.
+    /// The interface is plugged into this network.
     pub network: Label,
-    /// The kernel carries its packets (vhost-net), not QEMU.
+    /// If this is true, the kernel carries the packets (vhost-net), and not QEMU.
     pub vhost: bool,
 }
 
-/// Where a guest's QEMU keeps what the daemon must reach.
+/// A guest's QEMU keeps at these paths what the daemon must reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Paths {
-    /// File of its RAM.
+    /// This is the file of its RAM.
     pub memory: PathBuf,
-    /// Socket of its monitor.
+    /// This is the socket of its monitor.
     pub qmp: PathBuf,
 }
 
-/// Why a guest cannot be started from a guest file.
+/// A guest cannot be started from a guest file.
 #[derive(Debug, thiserror::Error)]
 pub enum DefinitionError {
     /// The file is too long.
     #[error("{}: a guest file may have {MAX_DEFINITION_BYTES} bytes at most, and this one has {length}", file.display())]
     TooLong {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// Its length in bytes.
+        /// This is its length in bytes.
         length: usize,
     },
-    /// It has too many NICs.
+    /// The file names too many NICs.
     #[error("{}: a guest may have {MAX_NICS} [[nic]] at most, and this one has {found}", file.display())]
     TooManyNics {
-        /// The file.
+        /// This is the file.
         file: PathBuf,
-        /// How many it has.
+        /// This many NICs are named.
         found: usize,
     },
-    /// Something in it is not allowed.
+    /// Something in the file is not allowed.
     #[error(transparent)]
     Text(#[from] FileError),
-    /// The configuration does not allow its program.
+    /// The configuration does not allow the program that the file names.
     #[error(
         "the guest file names {}, which may not be started here: guests.qemu in the daemon's configuration \
          allows {allowed}",
         qemu.display()
     )]
     Program {
-        /// The program that the file names.
+        /// This is the program that the file names.
         qemu: PathBuf,
-        /// The programs that may be started.
+        /// These are the programs that may be started.
         allowed: String,
     },
 }
 
 impl Definition {
-    /// Reads the text of a guest file; the name is for messages.
+    /// Reads the text of a guest file. `file` is its name, for messages.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file is too long, or if something in it is not allowed.
     pub fn parse(file: &Path, text: &str) -> Result<Self, DefinitionError> {
         if text.len() > MAX_DEFINITION_BYTES {
             return Err(DefinitionError::TooLong { file: file.to_owned(), length: text.len() });
@@ -135,6 +138,10 @@ impl Definition {
     }
 
     /// Refuses a program that this host's configuration does not let guest files name.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the program is not among those of the configuration.
     pub fn permitted_by(&self, guests: &GuestsConfig) -> Result<(), DefinitionError> {
         if guests.qemu.contains(&self.qemu) {
             return Ok(());
@@ -144,8 +151,8 @@ impl Definition {
         Err(DefinitionError::Program { qemu: self.qemu.clone(), allowed })
     }
 
-    /// All arguments of QEMU, without the program: those of the file, and what makes its RAM
-    /// shared, its monitor reachable and its NICs known. `incoming` makes it wait for a guest.
+    /// Returns all arguments of QEMU, without the program: those of the file, and what makes its RAM shared, its
+    /// monitor reachable and its NICs known. `incoming` makes it wait for a guest.
     pub fn command_line(&self, paths: &Paths, incoming: bool) -> Vec<OsString> {
         let mut line = CommandLine::default();
         line.option("-name", format!("guest={},debug-threads=on", self.name));
@@ -193,7 +200,7 @@ impl CommandLine {
     }
 }
 
-/// A path as a value among others: a comma within it is doubled.
+/// Writes a path as a value among others: a comma within it is doubled.
 fn escaped(path: &Path) -> OsString {
     let bytes = path.as_os_str().as_bytes();
     OsString::from_vec(bytes.split(|byte| *byte == b',').collect::<Vec<_>>().join(&b",,"[..]))
@@ -229,7 +236,7 @@ fn arguments(value: Value<'_>) -> Result<Vec<String>, FileError> {
     Ok(arguments)
 }
 
-/// What to do instead, if an argument contradicts what the daemon adds.
+/// Returns what to do instead, if an argument contradicts what the daemon adds.
 fn clash(before: &str, argument: &str) -> Option<&'static str> {
     match option(argument) {
         Some("m") => return Some("memory = \"...\" says how much RAM the guest has"),
@@ -253,7 +260,7 @@ fn names_display(argument: &str) -> bool {
     matches!(option(argument), Some("display" | "nographic" | "vnc" | "spice"))
 }
 
-/// The name of an option, which QEMU takes with one dash or two.
+/// Returns the name of an option, which QEMU takes with one dash or two.
 fn option(argument: &str) -> Option<&str> {
     let name = argument.strip_prefix('-')?;
     Some(name.strip_prefix('-').unwrap_or(name))
@@ -282,7 +289,7 @@ fn mac_address(value: &Value<'_>) -> Result<[u8; 6], FileError> {
     unicast_mac(value.text(MAC)?).ok_or_else(|| value.wrong(MAC))
 }
 
-/// Reads a hardware address, such as 52:54:00:4d:4c:01; `None` if it is none that a NIC may have.
+/// Reads a hardware address, such as 52:54:00:4d:4c:01. Returns `None` if it is none that a NIC may have.
 pub(super) fn unicast_mac(text: &str) -> Option<[u8; 6]> {
     let byte = |part: &str| {
         // from_str_radix() would take a sign as well.

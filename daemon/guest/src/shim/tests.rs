@@ -1,4 +1,4 @@
-//! Shims that connect to the attach socket, played by the test.
+//! In these tests the test plays shims that connect to the attach socket.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -35,7 +35,7 @@ impl Bench {
         Self { shims, socket, _directory: directory }
     }
 
-    /// A connection that has sent `greeting`, and what the daemon answered.
+    /// Makes a connection that sends `greeting`. Returns it with the daemon's answer.
     async fn greet(&self, greeting: FromVmm) -> (Peer, Option<ToVmm>) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
@@ -54,7 +54,7 @@ impl Bench {
         peer
     }
 
-    /// The greeting is refused, with this in the reason.
+    /// Checks that the greeting is refused, with this text in the reason.
     async fn refuses(&self, greeting: FromVmm, part: &str) {
         let (peer, answer) = self.greet(greeting).await;
         let Some(ToVmm::Refused { reason }) = answer else { panic!("{answer:?}") };
@@ -72,7 +72,7 @@ impl Peer {
         packet.map(|(bytes, _)| ToVmm::decode(&bytes).unwrap())
     }
 
-    /// Takes the request for a userfaultfd; its number, and the device lent with it.
+    /// Takes the request for a userfaultfd. Returns its number, and the device that was lent with it.
     async fn asked(&self) -> (u32, Option<OwnedFd>) {
         let (bytes, mut lent) = timeout(LONG, receive(&self.0)).await.unwrap().unwrap().unwrap();
         let Ok(ToVmm::Request { id, request: Request::OpenUserfault { keep: false } }) =

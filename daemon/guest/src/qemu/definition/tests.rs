@@ -84,7 +84,7 @@ fn all_keys_are_read() {
     assert!(definition.permitted_by(&nothing).unwrap_err().to_string().contains("allows none"));
 }
 
-/// Each kind of mistake behind the two keys that are needed: the line, and parts of the complaint.
+/// These are mistakes of each kind behind the two keys that are needed, each with its line and parts of the complaint.
 #[test]
 fn every_complaint_names_line_key_and_remedy() {
     let nic = "[[nic]]\nmac = \"52:54:00:4d:4c:01\"\ntap = \"tap0\"\nnetwork = \"lan\"\n";
@@ -268,7 +268,7 @@ impl Qemu {
         Self { process, paths, _directory: directory }
     }
 
-    /// Its run state, and the bytes of the shared backend that is its RAM.
+    /// Returns its run state, and the bytes of the shared backend that is its RAM.
     fn about(mut self) -> (String, u64) {
         let mut monitor =
             Monitor::connect_while(&self.paths.qmp, || matches!(self.process.try_wait(), Ok(None))).unwrap();
@@ -286,14 +286,14 @@ impl Qemu {
 }
 
 impl Drop for Qemu {
-    /// After a failed assertion; otherwise it has ended.
+    /// Ends it after a failed assertion; otherwise it has ended.
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// Lines that may stand in a guest file, good and bad.
+/// These lines may stand in a guest file, good and bad.
 fn line() -> impl Strategy<Value = String> {
     let argument = "(-(m|S|M|machine|nographic)|q35|memory-backend=x|[ -~]{0,6}|\\PC{0,3})";
     let list = proptest::collection::vec(argument, 0..4);
