@@ -106,7 +106,7 @@ impl Shims {
     ///
     /// Fails if no shim has connected from the process, if the shim does not answer, or if it may not make a
     /// userfaultfd.
-    pub async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
+    pub(crate) async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
         let shim = self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))?;
         let device = open_device();
         let answer = timeout(PATIENCE, shim.open_userfault(device.as_ref().ok(), keep)).await;

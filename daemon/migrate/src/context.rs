@@ -122,7 +122,7 @@ impl Context {
 
     /// Takes note of an offer, until the returned value is dropped. Returns `None` if a migration of this identity with
     /// any peer is under way here, or was lately.
-    pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
+    pub(crate) fn take_offer(&self, id: MigrationId) -> Option<Offered> {
         if self.journal.knows(&id) { None } else { self.migrations.take_offer(id) }
     }
 

@@ -30,11 +30,11 @@ pub struct MigrationHandle {
     /// This tells whether cancelling would have an effect now.
     pub cancellable: std::cell::Cell<bool>,
     /// This takes words of the handover that came over another connection than the migration's own.
-    pub words: mpsc::Sender<Word>,
+    pub(crate) words: mpsc::Sender<Word>,
     /// This takes the guest, when its VMM attaches again.
-    pub returns: mpsc::Sender<Returned>,
+    pub(crate) returns: mpsc::Sender<Returned>,
     /// This takes connections over which the source offers to serve what is missing here.
-    pub links: mpsc::Sender<Link>,
+    pub(crate) links: mpsc::Sender<Link>,
     /// This becomes true when the operator has given up what is missing.
     pub abandoned: watch::Sender<bool>,
     /// This tells whether giving up would have an effect now.
@@ -81,7 +81,12 @@ pub struct Word {
 
 impl MigrationHandle {
     /// Makes the handle of a migration that begins now, and the receivers of what arrives for it.
-    pub fn new(entry: &Entry, here: &Label, role: Role, observer: Rc<dyn Observer>) -> (Rc<Self>, Arrivals) {
+    pub(crate) fn new(
+        entry: &Entry,
+        here: &Label,
+        role: Role,
+        observer: Rc<dyn Observer>,
+    ) -> (Rc<Self>, Arrivals) {
         const WAITING: usize = 4;
         let Entry { migration: id, guest, peer, vmm, shape, .. } = entry;
         let (words, words_arriving) = mpsc::channel(WAITING);

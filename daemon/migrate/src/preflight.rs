@@ -22,13 +22,13 @@ use crate::lanes::LaneEnd;
 use crate::routes::{Route, Routes};
 
 pub use findings::{Estimate, Finding, PortCheck, Severity};
-pub use receive::{receive, release};
+pub(crate) use receive::{receive, release};
 
 /// The destination's answer to an offer may take this long: it may have to start a VMM first.
 const ANSWER: Duration = Duration::from_secs(90);
 
 /// A plan is what a migration needs to begin.
-pub struct Plan {
+pub(crate) struct Plan {
     /// This link goes to the destination, which has accepted.
     pub link: Link,
     /// These lanes are connected.
@@ -39,7 +39,7 @@ pub struct Plan {
     pub round_trip: Duration,
 }
 
-/// What the preflight found.
+/// The findings of a preflight.
 #[derive(Debug, Default)]
 pub struct Findings {
     /// These are the findings, in the order in which they were looked at.
@@ -52,7 +52,7 @@ pub struct Findings {
 
 /// The part of an order that the preflight needs.
 #[derive(Clone, Copy)]
-pub struct Request {
+pub(crate) struct Request {
     /// This identifies the migration.
     pub migration: MigrationId,
     /// If this is true, nothing is prepared for a move.
@@ -62,7 +62,7 @@ pub struct Request {
 }
 
 /// A pair of ports that lanes can use.
-pub struct Pair {
+pub(crate) struct Pair {
     /// This has the ports of this host and of the destination.
     pub route: Route,
     /// This is the round trip between them.
@@ -71,7 +71,7 @@ pub struct Pair {
 
 /// Asks the destination, tries the ports, and opens the lanes unless this is only a check. Returns `None` if something
 /// in `findings` forbids the move.
-pub async fn send(
+pub(crate) async fn send(
     context: &Rc<Context>,
     guest: &Guest,
     peer: &memlane_protocol::wire::Label,
@@ -202,7 +202,7 @@ async fn ask(
 }
 
 /// Connects each port of this host to the port of the same name there.
-pub async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
+pub(crate) async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let probes: Vec<_> = context
         .settings
@@ -293,7 +293,7 @@ pub fn speed(port: &PortConfig) -> Option<u64> {
 }
 
 /// Opens lanes between all pairs of ports.
-pub async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings) -> Vec<LaneEnd> {
+pub(crate) async fn open_lanes(routes: &Routes, pairs: &[Pair], findings: &mut Findings) -> Vec<LaneEnd> {
     let each = pairs.iter().flat_map(|pair| (0..pair.route.lanes()).map(|_| routes.open(&pair.route)));
     // All at once, before any of them is waited for.
     let opening: Vec<_> = each.flatten().collect();

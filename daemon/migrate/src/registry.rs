@@ -63,7 +63,7 @@ impl Migrations {
     }
 
     /// Takes note of an offer, until the returned value is dropped. Returns `None` if the migration is known already.
-    pub fn take_offer(&self, id: MigrationId) -> Option<Offered> {
+    pub(crate) fn take_offer(&self, id: MigrationId) -> Option<Offered> {
         let fresh = self.get(&id).is_none() && self.offered.borrow_mut().insert(id);
         fresh.then(|| Offered { offered: self.offered.clone(), id })
     }

@@ -27,8 +27,9 @@ use crate::process::ProcessError;
 use crate::registry::AttachError;
 
 use definition::DefinitionError;
-use state_directory::StateError;
 
+pub use qmp::ConnectError;
+pub use state_directory::StateError;
 pub use supervisor::Supervisor;
 
 /// A guest in QEMU cannot be taken in or started.
@@ -45,7 +46,7 @@ pub enum QemuError {
     Moving(Label),
     /// The monitor cannot be talked to.
     #[error(transparent)]
-    Connect(#[from] qmp::ConnectError),
+    Connect(#[from] ConnectError),
     /// QEMU does not do as it is asked.
     #[error(transparent)]
     Driver(#[from] DriverError),
