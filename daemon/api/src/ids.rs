@@ -3,11 +3,11 @@
 use memlane_protocol::wire::attach::MigrationId;
 use uuid::Uuid;
 
-/// Makes an identity that is never made again: a UUID of version 4, of which 122 bits are random.
+/// Makes a new, unique identity: a UUID of version 4, of which 122 bits are random.
 ///
 /// # Panics
 ///
-/// If the kernel gives no random bytes (`getrandom(2)`), as it always does once it has booted.
+/// Panics if the kernel gives no random bytes (`getrandom(2)`), as it always does once it has booted.
 pub fn random() -> MigrationId {
     Uuid::new_v4().into_bytes()
 }
@@ -17,7 +17,7 @@ pub fn encode(id: &MigrationId) -> String {
     Uuid::from_bytes(*id).simple().to_string()
 }
 
-/// Reads what [`encode`] wrote; `None` if it is something else.
+/// Reads an identity that [`encode`] wrote; returns `None` for any other text.
 pub fn decode(text: &str) -> Option<MigrationId> {
     // The other forms that the library reads are longer.
     (text.len() == 32).then(|| Uuid::try_parse(text).ok().map(Uuid::into_bytes)).flatten()

@@ -3,12 +3,12 @@
 use memlane_protocol::wire::is_obeyed;
 use serde::Serialize;
 
-/// A value as JSON in which characters that a terminal would obey are escaped (RFC 8259, 7). They only stand
-/// within strings, and whoever reads it finds them there again.
+/// Writes a value as JSON in which characters that a terminal would obey are escaped (RFC 8259, 7). Such characters occur
+/// within strings only, and a reader of the JSON gets them back.
 ///
 /// # Panics
 ///
-/// If the value has keys that are no strings, as none of the API's types does.
+/// Panics if the value has keys that are no strings, as none of the API's types does.
 pub fn to_json(value: &impl Serialize) -> String {
     let json = serde_json::to_string(value).expect("the API's types have string keys only, and cannot fail");
     if !json.contains(is_obeyed) {

@@ -1,7 +1,7 @@
-//! What the daemon says over its API, for the daemon itself and for all who ask it.
+//! The daemon's API: its types, and a client.
 //!
 //! - [`types`] are the bodies of requests and answers, in JSON.
-//! - [`client`] asks a daemon over its Unix socket.
+//! - [`client`] sends requests to a daemon over its Unix socket.
 //! - [`units`] reads and writes durations, rates and sizes as people do, everywhere in the workspace.
 //! - [`ids`] are the identities of migrations, as text and as bytes.
 //! - [`json`] writes values so that a terminal can show them.

@@ -16,41 +16,41 @@ pub struct Rate(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// A text that is no such quantity.
+/// The error for a text that is not a quantity.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{found:?} is no {what}; write {allowed}")]
 pub struct BadUnit {
-    /// What was being read.
+    /// The kind of quantity, such as "rate".
     pub what: &'static str,
-    /// The text found.
+    /// The text that was found.
     pub found: String,
-    /// What may be written.
+    /// The texts that are allowed.
     pub allowed: &'static str,
 }
 
 impl Span {
-    /// What may be written.
+    /// This describes the texts that are allowed.
     pub const ALLOWED: &'static str = "a number and us, ms, s, min or h, such as \"300ms\" or \"1.5s\"";
 }
 
 impl Rate {
-    /// What may be written.
+    /// This describes the texts that are allowed.
     pub const ALLOWED: &'static str =
         "a number and bit, kbit, mbit, gbit or tbit (per second), such as \"250mbit\" or \"2.5gbit\"";
 
-    /// Bytes per second.
+    /// Returns the rate in bytes per second.
     pub fn bytes_per_second(self) -> f64 {
         self.0 as f64 / 8.0
     }
 }
 
 impl Size {
-    /// What may be written.
+    /// This describes the texts that are allowed.
     pub const ALLOWED: &'static str =
         "a number and B, KiB, MiB, GiB or TiB, such as \"256MiB\" or \"1.5GiB\"";
 }
 
-// Of each unit the value in the smallest one, which is what is kept: nanoseconds, bits, bytes.
+// Each unit has its value in the unit that is stored: nanoseconds, bits, bytes.
 const SPANS: [(&str, f64); 5] = [("h", 3600e9), ("min", 60e9), ("s", 1e9), ("ms", 1e6), ("us", 1e3)];
 const RATES: [(&str, f64); 5] = [("tbit", 1e12), ("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3), ("bit", 1.0)];
 const SIZES: [(&str, f64); 5] = [
@@ -121,7 +121,7 @@ fn parse(text: &str, units: &[(&str, f64)]) -> Option<u64> {
     (value <= (1u64 << 53) as f64).then_some(value as u64)
 }
 
-/// The largest unit that leaves at most three decimals.
+/// Formats a value in the largest unit that leaves at most three decimals.
 fn display(value: u64, units: &[(&str, f64)]) -> String {
     let smallest = units[units.len() - 1];
     let (name, scale) = units

@@ -168,7 +168,7 @@ mod tests {
         for word in 0..slice.len / 8 {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let value = if word % 8 < noise { random ^ random >> 29 } else { 5 };
-            // SAFETY: within the slice, which nobody else uses.
+            // SAFETY: within the slice, which no other thread uses.
             unsafe { slice.ptr.cast::<u64>().add(word).write(value) };
         }
         ram

@@ -126,7 +126,7 @@ mod tests {
 
     fn write(ram: &GuestRam, page: u64, byte: u8) {
         let slice = ram.slices(page..page + 1).next().unwrap();
-        // SAFETY: within the page, which nobody else uses.
+        // SAFETY: within the page, which no other thread uses.
         unsafe { slice.ptr.write_bytes(byte, PAGE_SIZE as usize) };
     }
 

@@ -21,7 +21,7 @@ const PAGES: u64 = 2000;
 /// Longest wait for what will happen.
 const LONG: Duration = Duration::from_secs(30);
 
-/// A bell that nobody hears.
+/// Makes a bell that does nothing.
 fn silent() -> Bell {
     Arc::new(|| ())
 }
@@ -41,13 +41,13 @@ fn fill_page(ram: &GuestRam, page: u64) {
 
 fn write_word(ram: &GuestRam, page: u64, word: u64) {
     let slice = ram.slices(page..page + 1).next().unwrap();
-    // SAFETY: within the slice, which nobody else uses.
+    // SAFETY: within the slice, which no other thread uses.
     unsafe { slice.ptr.cast::<u64>().write(word) };
 }
 
 fn first_word(ram: &GuestRam, page: u64) -> u64 {
     let slice = ram.slices(page..page + 1).next().unwrap();
-    // SAFETY: within the slice, which nobody writes any more.
+    // SAFETY: within the slice, which no thread writes any more.
     unsafe { slice.ptr.cast::<u64>().read() }
 }
 
@@ -213,7 +213,7 @@ fn pages_that_were_emptied_are_given_back_at_both_ends() {
     assert_eq!(allocated_pages(&here), PAGES, "reading fills holes");
     assert_eq!(allocated_pages(&there), PAGES.div_ceil(3));
 
-    // Another process: its holes are not told to this one. A page among them is written again.
+    // Another process: this one does not learn of its holes. A page among them is written again.
     let fds = here.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
     let other = GuestRam::map(here.regions().iter().copied().zip(fds).collect()).unwrap();
     other.punch(300..1500).unwrap();
@@ -263,7 +263,7 @@ fn compressed_pages_are_written_where_they_belong() {
     let contents: Vec<u8> =
         (0..PAGE_SIZE as usize / 16).flat_map(|line| [[line as u8; 8], [7; 8]].concat()).collect();
     let ended = received(&there, &compressed(&contents, Some(crc32c::crc32c(&contents))));
-    // It may be that the acknowledgement finds nobody.
+    // The acknowledgement may fail, because the other end has closed the connection.
     assert!(matches!(ended, LaneError::HungUp | LaneError::Io { .. }), "{ended}");
     let mut page = [0; PAGE_SIZE as usize];
     assert!(there.copy_page(7, &mut page) && page[..] == contents);

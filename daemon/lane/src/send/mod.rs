@@ -207,7 +207,7 @@ impl LaneSender {
         let waker = types::Fd(self.waker.as_fd().as_raw_fd());
         let value: *mut u64 = &mut *self.wake_value;
         let entry = opcode::Read::new(waker, value.cast(), size_of::<u64>() as u32).build();
-        // SAFETY: the value is boxed, nobody reads it, and `drop` keeps it until this completes.
+        // SAFETY: the value is boxed, no code reads it, and `drop` keeps it until this completes.
         unsafe { self.ring.push(&entry.user_data(WAKE)) }.map_err(LaneError::io("wait to be woken"))
     }
 }

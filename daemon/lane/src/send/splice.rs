@@ -171,7 +171,7 @@ mod tests {
         let ram = GuestRam::create(&[(0, PAGES * PAGE_SIZE)], &Backing::Memfd).unwrap();
         let slice = ram.slices(0..PAGES).next().unwrap();
         (0..slice.len / 8).for_each(|word| {
-            // SAFETY: within the slice, which nobody else uses.
+            // SAFETY: within the slice, which no other thread uses.
             unsafe { slice.ptr.cast::<u64>().add(word).write(word as u64) };
         });
         ram

@@ -53,7 +53,7 @@ fn incoming(test: &str, layout: &[(u64, u64)], backing: &Backing) -> Option<Post
 /// The first byte of a page, which is there.
 fn byte(incoming: &PostcopyIncoming, page: u64) -> u8 {
     let slice = incoming.memory.ram().slices(page..page + 1).next().unwrap();
-    // SAFETY: within the page, which nobody writes to.
+    // SAFETY: within the page, which no thread writes to.
     unsafe { slice.ptr.read_volatile() }
 }
 
@@ -87,7 +87,7 @@ fn pages_come_once_and_whole() {
     incoming.place(&runs, &again, By::Fault).unwrap();
     assert_eq!((byte(&incoming, 150), byte(&incoming, 169), incoming.remaining()), (150, 169, 60));
 
-    // A hole stays one until somebody asks; then it is zeros, and need not come.
+    // A hole stays a hole until it is accessed. Then it becomes zeros, and need not come.
     assert_eq!(incoming.fault(address(&incoming, 195)).unwrap(), None);
     assert_eq!(byte(&incoming, 195), 0);
     incoming.end().unwrap();
@@ -109,7 +109,7 @@ fn who_waits_is_asked_for_once_and_answered_by_whatever_comes() {
 
     incoming.place(&[run(3..4, Content::Data)], &[3; PAGE_SIZE as usize], By::Fault).unwrap();
     incoming.place(&[run(5..8, Content::Zero)], &[], By::Stream).unwrap();
-    // A hole that somebody waits for is made zero: nobody else would let him go.
+    // A hole that an access waits for becomes zeros, or the access would wait for ever.
     incoming.place(&[run(8..12, Content::Hole)], &[], By::Stream).unwrap();
     assert_eq!(incoming.awaited(), Vec::<u64>::new());
     assert_eq!([3, 7, 9].map(|page| byte(&incoming, page)), [3, 0, 0]);
@@ -131,7 +131,7 @@ fn a_thread_that_waits_goes_on_with_the_whole_page() {
             let sums: Vec<u64> = (0..incoming.pages())
                 .map(|page| {
                     let slice = incoming.memory.ram().slices(page..page + 1).next().unwrap();
-                    // SAFETY: the page is read when it is there, and nobody writes to it.
+                    // SAFETY: the page is read when it is there, and no thread writes to it.
                     unsafe { std::slice::from_raw_parts(slice.ptr, slice.len) }
                         .iter()
                         .map(|byte| u64::from(*byte))
@@ -221,7 +221,7 @@ fn what_could_not_be_placed_is_missing_again() {
     assert!(is_gone(&incoming.place(&all, &bytes(0..20), By::Stream).unwrap_err()));
     assert_eq!((incoming.remaining(), incoming.broken()), (10, None));
     assert_eq!(incoming.missing().runs().collect::<Vec<_>>(), vec![10..20]);
-    // Whoever waited was let go, to be told of anew.
+    // The access that waited was woken, and the kernel reports it again.
     assert_eq!((incoming.awaited(), incoming.fault(address(&incoming, 15)).unwrap()), (vec![], Some(15)));
     incoming.userfault.register(gone, Faults::Missing).unwrap();
     incoming.place(&all, &bytes(0..20), By::Fault).unwrap();
@@ -240,14 +240,14 @@ fn an_access_to_what_is_being_placed_waits_for_that() {
     assert_eq!([9, 12, 12, 25].map(|page| pages.access(&(page..page + 1))), {
         [Access::Present, Access::BeingPlaced, Access::Known, Access::Request]
     });
-    // It may yet have to be told of to a source that comes.
+    // A page that is being placed may still have to be named to a source that comes.
     assert_eq!(pages.unplaced().runs().collect::<Vec<_>>(), vec![10..30]);
     assert!(!pages.is_missing(12) && pages.is_missing(25));
     assert_eq!(pages.placed(10..15).len(), 1);
     assert_eq!((pages.access(&(12..13)), pages.awaited()), (Access::Present, vec![25]));
     pages.give_back(15..20);
     assert_eq!(pages.missing().runs().collect::<Vec<_>>(), vec![15..30]);
-    // Of holes those are placed that somebody waits for.
+    // Those holes are placed that an access waits for.
     assert_eq!(pages.leave(20..40), (9, vec![25..26]));
     assert_eq!((pages.access(&(21..22)), pages.access(&(25..26))), (Access::Present, Access::Known));
     assert_eq!((pages.placed(25..26).len(), pages.awaited()), (1, vec![]));
