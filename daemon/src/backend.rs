@@ -30,7 +30,7 @@ use crate::host::Host;
 use crate::{metrics, views};
 
 /// The backend that answers for the host.
-pub struct HostBackend(pub Rc<Host>);
+pub(crate) struct HostBackend(pub Rc<Host>);
 
 #[async_trait(?Send)]
 impl Backend for HostBackend {

@@ -18,7 +18,7 @@ use crate::host::Host;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Accepts connections of other daemons for as long as this one runs.
-pub async fn serve(listener: TcpListener, host: Rc<Host>) {
+pub(crate) async fn serve(listener: TcpListener, host: Rc<Host>) {
     let limiter = Rc::<ConnectionLimiter>::default();
     let is_peer = |address: IpAddr| host.config.peers.iter().any(|peer| same(peer.control.ip(), address));
     loop {

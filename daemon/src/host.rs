@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 
 /// All parts of the daemon.
-pub struct Host {
+pub(crate) struct Host {
     /// The configuration.
     pub config: Config,
     /// The guests that are attached.
@@ -32,7 +32,7 @@ pub struct Host {
 
 impl Host {
     /// Makes a host without guests.
-    pub fn new(config: Config, journal: Journal) -> Rc<Self> {
+    pub(crate) fn new(config: Config, journal: Journal) -> Rc<Self> {
         let (guests, shims) = (Rc::<Guests>::default(), Rc::<Shims>::default());
         let qemu = QemuSettings {
             guests: config.guests.clone(),
@@ -56,12 +56,12 @@ impl Host {
     }
 
     /// Returns the context that all migrations of this host share.
-    pub fn context(&self) -> &Rc<Context> {
+    pub(crate) fn context(&self) -> &Rc<Context> {
         self.migrate.context()
     }
 
     /// Returns the settings and registries that the attach socket needs.
-    pub fn attaching(&self) -> Rc<Attaching> {
+    pub(crate) fn attaching(&self) -> Rc<Attaching> {
         Rc::new(Attaching {
             users: self.config.attach_users.clone(),
             limits: self.config.attach.clone(),

@@ -6,18 +6,18 @@ use memlane_net::task;
 use sd_notify::NotifyState;
 
 /// Reports that the daemon serves. `systemctl status` shows `status`.
-pub fn ready(status: &str) {
+pub(crate) fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
 }
 
 /// Reports that the daemon ends.
-pub fn stopping() {
+pub(crate) fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
 /// Reports twice in each `WatchdogSec=` that the calling thread is alive, until it is dropped. Returns at once if the
 /// unit has no watchdog.
-pub async fn watchdog() {
+pub(crate) async fn watchdog() {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
     let mut ticks = tokio::time::interval((limit / 2).max(Duration::from_millis(1)));
     loop {

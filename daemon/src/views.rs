@@ -6,7 +6,7 @@ use memlane_migrate::{Progress, preflight, progress};
 use memlane_protocol::wire::attach::RunState;
 
 /// Converts the progress of a migration.
-pub fn migration(progress: &Progress) -> types::Migration {
+pub(crate) fn migration(progress: &Progress) -> types::Migration {
     // Without `..`, so that nothing new is forgotten here.
     let Progress {
         id,
@@ -89,7 +89,7 @@ pub fn migration(progress: &Progress) -> types::Migration {
 }
 
 /// Converts the outcome of a migration.
-pub fn outcome(outcome: progress::Outcome) -> types::Outcome {
+pub(crate) fn outcome(outcome: progress::Outcome) -> types::Outcome {
     match outcome {
         progress::Outcome::Completed => types::Outcome::Completed,
         progress::Outcome::Failed => types::Outcome::Failed,
@@ -100,7 +100,7 @@ pub fn outcome(outcome: progress::Outcome) -> types::Outcome {
 }
 
 /// Converts the findings of a preflight.
-pub fn check(guest: String, host: String, findings: preflight::Findings) -> types::CheckReport {
+pub(crate) fn check(guest: String, host: String, findings: preflight::Findings) -> types::CheckReport {
     let ok = !findings.refused();
     let preflight::Findings { findings, ports, estimate } = findings;
     let preflight::Estimate { ram_bytes, data_bytes, bytes_per_second, seconds } = estimate;
@@ -115,7 +115,7 @@ pub fn check(guest: String, host: String, findings: preflight::Findings) -> type
 }
 
 /// Describes a guest, and the monitor of its QEMU if it runs in QEMU.
-pub fn guest(guest: &Guest, supervisor: &qemu::Supervisor) -> types::GuestInfo {
+pub(crate) fn guest(guest: &Guest, supervisor: &qemu::Supervisor) -> types::GuestInfo {
     let standing = match guest.run_state.get() {
         RunState::Running if guest.lost.get() => types::Standing::Lost,
         RunState::Running if guest.is_moving() => types::Standing::Migrating,

@@ -17,7 +17,7 @@ const CONNECTIONS: u64 = 1024;
 
 /// An amount of everything that is limited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Amount {
+pub(crate) struct Amount {
     /// This many connections have not introduced themselves.
     pub connections: u64,
     /// This many of those connections have their turn to do so.
@@ -32,7 +32,7 @@ pub struct Amount {
 
 /// A user's VMMs would take more than they may.
 #[derive(Debug, thiserror::Error)]
-pub enum LimitError {
+pub(crate) enum LimitError {
     /// Too many connections wait for their turn.
     #[error("{CONNECTIONS} connections of user {user} wait to introduce themselves already")]
     Connections {
@@ -81,12 +81,12 @@ pub enum LimitError {
 
 /// This is what each user has taken.
 #[derive(Default)]
-pub struct Accounts {
+pub(crate) struct Accounts {
     users: RefCell<HashMap<u32, Amount>>,
 }
 
 /// This is an amount that one user has taken, which is given back when this is dropped.
-pub struct Share {
+pub(crate) struct Share {
     accounts: Rc<Accounts>,
     user: u32,
     amount: Amount,
@@ -98,7 +98,7 @@ impl Accounts {
     /// # Errors
     ///
     /// Fails, and takes nothing, if that would exceed one of the `limits`.
-    pub fn take(
+    pub(crate) fn take(
         self: &Rc<Self>,
         user: u32,
         more: Amount,

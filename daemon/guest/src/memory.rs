@@ -13,7 +13,7 @@ use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC};
 use rustix::io::Errno;
 
 /// This device makes userfaultfds.
-pub const DEVICE: &str = "/dev/userfaultfd";
+pub(crate) const DEVICE: &str = "/dev/userfaultfd";
 
 /// With these descriptors the daemon can track what a VMM writes, hold its writes up, or provide missing pages.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub struct VmmMemory {
 
 /// A VMM, or the shim in one, hands over these descriptors of its process.
 #[derive(Debug)]
-pub struct Handles {
+pub(crate) struct Handles {
     /// This becomes [`VmmMemory::userfault`]. Closing it lifts all protection, unless a copy is kept.
     pub userfault: OwnedFd,
     /// This is `/proc/PID/pagemap`.
@@ -42,7 +42,7 @@ pub struct Handles {
 /// The descriptors that a process handed over do not give access to the memory of its guest. The texts call the process
 /// "it".
 #[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
+pub(crate) enum MemoryError {
     /// Not exactly three descriptors came.
     #[error("{0} descriptors came instead of 3")]
     Count(usize),
@@ -90,7 +90,7 @@ pub enum MemoryError {
 /// # Errors
 ///
 /// Fails if the kernel has no such device, or if the daemon may not open it.
-pub fn open_device() -> Result<OwnedFd, Errno> {
+pub(crate) fn open_device() -> Result<OwnedFd, Errno> {
     rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }
 
@@ -100,7 +100,7 @@ impl Handles {
     /// # Errors
     ///
     /// Fails if they are not what they should be: reading anything else could keep the daemon waiting.
-    pub fn take(descriptors: Vec<OwnedFd>) -> Result<Self, MemoryError> {
+    pub(crate) fn take(descriptors: Vec<OwnedFd>) -> Result<Self, MemoryError> {
         let count = descriptors.len();
         let [userfault, pagemap, maps] =
             <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| MemoryError::Count(count))?;
@@ -120,7 +120,7 @@ impl Handles {
     /// # Errors
     ///
     /// Fails if the process does not map all of it, once, shared and in one piece for each region.
-    pub fn find(self, ram: &Arc<GuestRam>, punches: bool) -> Result<VmmMemory, MemoryError> {
+    pub(crate) fn find(self, ram: &Arc<GuestRam>, punches: bool) -> Result<VmmMemory, MemoryError> {
         let Self { userfault, pagemap, maps } = self;
         let mappings = mappings(&File::from(maps)).map_err(MemoryError::Mappings)?;
         let mut addresses = Vec::new();

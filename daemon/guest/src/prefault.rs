@@ -15,7 +15,7 @@ const PIECE_PAGES: u64 = (4 << 20) / PAGE_SIZE;
 
 /// A thread that maps a guest's memory into this process. The thread ends by itself when its work is done or the memory
 /// is gone, and soon after this is dropped.
-pub struct Prefault {
+pub(crate) struct Prefault {
     stop: Arc<AtomicBool>,
     /// The sending end is dropped when the thread touches the memory no more.
     ended: watch::Receiver<()>,
@@ -26,7 +26,7 @@ impl Prefault {
     /// when the daemon is started anew, or all memory of a VMM that was told to take it before its guest comes. A page
     /// that is received where there is no mapping costs a fault, which is more than receiving it. No memory is taken
     /// for pages that were never touched.
-    pub fn start(guest: String, ram: &Arc<GuestRam>) -> Self {
+    pub(crate) fn start(guest: String, ram: &Arc<GuestRam>) -> Self {
         let ram = Arc::downgrade(ram);
         let stop = Arc::new(AtomicBool::new(false));
         let (running, ended) = watch::channel(());
@@ -48,7 +48,7 @@ impl Prefault {
 
     /// Ends the thread, and returns when it touches the memory no more. A task that makes holes which have to stay
     /// holes waits for that: mapping a page brings it into being.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         let mut ended = self.ended.clone();
         drop(self);
         // An error is what tells the end: nothing is ever sent.

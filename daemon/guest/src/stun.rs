@@ -21,7 +21,7 @@ use super::{DriverError, Guest, Harvest, ThrottleStats, VmmMemory};
 use fingerprints::Fingerprints;
 
 /// A guest's writes are held up in one of two ways.
-pub enum Stunned {
+pub(crate) enum Stunned {
     /// Write protection holds them up, and its tracker is the guest's for that time.
     Protected(Rc<Tracking>),
     /// The VMM holds them up, and its tracker goes on.
@@ -37,7 +37,7 @@ pub enum Stunned {
 
 impl Stunned {
     /// Returns the tracker that works in place of the VMM's.
-    pub fn protection(&self) -> Option<Rc<Tracking>> {
+    pub(crate) fn protection(&self) -> Option<Rc<Tracking>> {
         match self {
             Self::Protected(tracking) => Some(tracking.clone()),
             Self::Throttled { .. } => None,

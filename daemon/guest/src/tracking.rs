@@ -14,7 +14,7 @@ use super::write_faults::WriteFaultHandler;
 use super::{DriverError, Harvest};
 
 /// Tracks until it ends or is dropped, which lifts all protection.
-pub struct Tracking {
+pub(crate) struct Tracking {
     work: Arc<Work>,
     harvested: Arc<PageSet>,
     ended: Cell<bool>,
@@ -34,7 +34,7 @@ impl Tracking {
     /// # Errors
     ///
     /// Fails if the kernel refuses the tracker or the thread.
-    pub async fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
+    pub(crate) async fn start(memory: VmmMemory, pages_per_second: Option<u64>) -> Result<Self, DriverError> {
         let harvested = Arc::new(PageSet::new(memory.memory.ram().pages()));
         // The VMM's mappings may be busy, and all of its memory is registered.
         let work = task::aside(move || Work::start(memory, pages_per_second)).await?;
@@ -46,7 +46,7 @@ impl Tracking {
     /// # Errors
     ///
     /// Fails if the kernel refuses.
-    pub async fn write_protect(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
+    pub(crate) async fn write_protect(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, DriverError> {
         self.work("arm", move |tracker, _| tracker.write_protect(pages)).await
     }
 
@@ -56,7 +56,7 @@ impl Tracking {
     /// # Errors
     ///
     /// Fails if the kernel refuses.
-    pub async fn write_protect_all(&self) -> Result<(), DriverError> {
+    pub(crate) async fn write_protect_all(&self) -> Result<(), DriverError> {
         self.work("arm", |tracker, _| tracker.write_protect_all()).await
     }
 
@@ -65,7 +65,7 @@ impl Tracking {
     /// # Errors
     ///
     /// Fails if the kernel refuses.
-    pub async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
+    pub(crate) async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         // Into a set of its own first: the caller may give up waiting, and what was found must
         // not be lost with it.
         let work = self.work.clone();
@@ -84,12 +84,12 @@ impl Tracking {
     }
 
     /// Returns the handler that lets writes go, where they wait.
-    pub fn write_faults(&self) -> Option<&WriteFaultHandler> {
+    pub(crate) fn write_faults(&self) -> Option<&WriteFaultHandler> {
         self.work.write_faults.as_ref()
     }
 
     /// Ends tracking, and returns when all protection is lifted.
-    pub async fn end(&self) {
+    pub(crate) async fn end(&self) {
         let work = self.work.clone();
         task::aside(move || work.end()).await;
         self.ended.set(true);

@@ -19,7 +19,7 @@ use tracing::error;
 
 /// Lets writes that wait go at a rate, from a thread of its own, until it ends or is dropped. After the thread has
 /// ended for any reason, all writes go on.
-pub struct WriteFaultHandler {
+pub(crate) struct WriteFaultHandler {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -66,7 +66,7 @@ impl WriteFaultHandler {
     /// # Errors
     ///
     /// Fails if the thread cannot be started.
-    pub fn start(
+    pub(crate) fn start(
         memory: Arc<VmmMapping>,
         userfault: Arc<Userfault>,
         pages_per_second: u64,
@@ -96,28 +96,28 @@ impl WriteFaultHandler {
     }
 
     /// Lets so many pages of 4 KiB go per second from now on.
-    pub fn set_rate(&self, pages_per_second: u64) {
+    pub(crate) fn set_rate(&self, pages_per_second: u64) {
         self.shared.order(Order::Rate(pages_per_second));
     }
 
     /// Lets all go from now on, as soon as they come.
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.shared.order(Order::Open);
     }
 
     /// Notes that writes to these pages wait again.
-    pub fn protected(&self, pages: &PageSet) {
+    pub(crate) fn protected(&self, pages: &PageSet) {
         pages.words(0..pages.pages()).for_each(|(word, bits)| self.shared.open.remove_word(word, bits));
     }
 
     /// Returns how the stun has gone so far.
-    pub fn report(&self) -> Report {
+    pub(crate) fn report(&self) -> Report {
         let report = self.shared.account().report();
         Report { released_pages: self.shared.released_pages.load(Ordering::Relaxed), ..report }
     }
 
     /// Ends the thread, and returns when it has ended.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.shared.order(Order::End);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {

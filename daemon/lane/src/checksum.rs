@@ -5,7 +5,7 @@ use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{Content, Frame, Run};
 
 /// Computes the CRC32C of the memory of all runs with data, in order.
-pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
+pub(crate) fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
     let data = runs.iter().filter(|run| run.content == Content::Data);
     data.flat_map(|run| ram.slices(run.pages.clone())).fold(0, |sum, slice| {
         // SAFETY: the slice is mapped as long as `ram` lives, and the guest writes nothing: at the source
@@ -20,7 +20,7 @@ pub fn checksum(ram: &GuestRam, runs: &[Run]) -> u32 {
 /// # Errors
 ///
 /// Fails if the frame has a payload without a checksum, or if the checksum does not fit the payload.
-pub fn check_paused(frame: &Frame, payload: &[u8]) -> Result<(), WireError> {
+pub(crate) fn check_paused(frame: &Frame, payload: &[u8]) -> Result<(), WireError> {
     if frame.checksum.is_none() && !payload.is_empty() {
         return Err(WireError::Checksum { what: "frame", found: 0, computed: crc32c::crc32c(payload) });
     }
@@ -32,7 +32,7 @@ pub fn check_paused(frame: &Frame, payload: &[u8]) -> Result<(), WireError> {
 /// # Errors
 ///
 /// Fails if they differ.
-pub fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
+pub(crate) fn check(frame: &Frame, compute: impl Fn() -> u32) -> Result<(), WireError> {
     match frame.checksum.map(|found| (found, compute())) {
         Some((found, computed)) if found != computed => {
             Err(WireError::Checksum { what: "frame", found, computed })

@@ -13,7 +13,7 @@ use memlane_protocol::wire::frame::{Content, Run, contents_bytes};
 const SAMPLED: u64 = 16;
 
 /// Compresses the frames of one lane, where that is worth it. Its buffers hold one frame.
-pub struct Compressor {
+pub(crate) struct Compressor {
     decisions: Compression,
     clock: ThreadClock,
     /// This is a copy of the pages, because the guest goes on writing the originals.
@@ -22,7 +22,7 @@ pub struct Compressor {
 }
 
 /// The compressed block that is sent in place of a frame's pages.
-pub struct Block<'a> {
+pub(crate) struct Block<'a> {
     /// The compressed bytes.
     pub bytes: &'a mut [u8],
     /// The bytes of the pages before compression.
@@ -32,20 +32,20 @@ pub struct Block<'a> {
 impl Compressor {
     /// Makes the compressor of the lane that the calling thread runs. Returns `None` if the kernel does not tell how long
     /// threads run and wait (`/proc/thread-self/schedstat`).
-    pub fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let clock = ThreadClock::open()?;
         let (contents, block) = (Vec::new(), Vec::new());
         Some(Self { decisions: Compression::default(), clock, contents, block })
     }
 
     /// Notes that the lane has nothing to send.
-    pub fn idle(&mut self) {
+    pub(crate) fn idle(&mut self) {
         self.decisions.idle();
     }
 
     /// Observes how the lane does at `now`, a time since any fixed moment: so many bytes of payload, and of the pages in
     /// it, are acknowledged.
-    pub fn observe(&mut self, now: Duration, wire_bytes: u64, contents_bytes: u64) {
+    pub(crate) fn observe(&mut self, now: Duration, wire_bytes: u64, contents_bytes: u64) {
         if self.decisions.is_due(now)
             && let Some((ran, crowded)) = self.clock.read()
         {
@@ -54,7 +54,7 @@ impl Compressor {
     }
 
     /// Compresses the pages of a frame. Returns `None` if that is not worth the work.
-    pub fn compress(&mut self, ram: &GuestRam, runs: &[Run]) -> Option<Block<'_>> {
+    pub(crate) fn compress(&mut self, ram: &GuestRam, runs: &[Run]) -> Option<Block<'_>> {
         let bytes = contents_bytes(runs);
         if !self.decisions.wants_sample(bytes) {
             return None;
@@ -88,7 +88,7 @@ impl Compressor {
     }
 
     /// Leaks the block, which the kernel may still read if the io_uring is broken.
-    pub fn leak(&mut self) {
+    pub(crate) fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.block));
     }
 }
@@ -114,7 +114,7 @@ fn copy<'a>(ram: &GuestRam, runs: &[Run], into: &'a mut [u8]) -> Option<&'a [u8]
 }
 
 /// Returns the first so many bytes of `buffer`, which grows if it is shorter.
-pub fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+pub(crate) fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     if buffer.len() < bytes {
         buffer.resize(bytes, 0);
     }

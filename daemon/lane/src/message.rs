@@ -9,7 +9,7 @@ use memlane_kvm::ram::GuestRam;
 use memlane_protocol::wire::frame::{Content, Run};
 
 /// A `msghdr` and the pieces that it points to. It lives in a box, because the kernel keeps its address.
-pub struct Message {
+pub(crate) struct Message {
     header: libc::msghdr,
     pieces: Vec<libc::iovec>,
     /// The pieces before this one are sent or received.
@@ -22,21 +22,21 @@ pub struct Message {
 unsafe impl Send for Message {}
 
 impl Message {
-    pub fn new() -> Box<Self> {
+    pub(crate) fn new() -> Box<Self> {
         // SAFETY: a msghdr of zeros is an empty message.
         let header = unsafe { std::mem::zeroed() };
         Box::new(Self { header, pieces: Vec::new(), next: 0, remaining: 0 })
     }
 
     /// Points the message at `head` and then at `body`.
-    pub fn fill_plain(&mut self, head: &mut [u8], body: &mut [u8]) {
+    pub(crate) fn fill_plain(&mut self, head: &mut [u8], body: &mut [u8]) {
         self.clear();
         self.add(head);
         self.add(body);
     }
 
     /// Points the message at `head` and then at the memory of all runs with data.
-    pub fn fill(&mut self, head: &mut [u8], ram: &GuestRam, runs: &[Run]) {
+    pub(crate) fn fill(&mut self, head: &mut [u8], ram: &GuestRam, runs: &[Run]) {
         self.clear();
         self.add(head);
         for run in runs.iter().filter(|run| run.content == Content::Data) {
@@ -45,21 +45,21 @@ impl Message {
     }
 
     /// Empties the message.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.pieces.clear();
         (self.next, self.remaining) = (0, 0);
         self.point();
     }
 
     /// Adds a buffer to the end. It must stay where it is while the message is used.
-    pub fn add(&mut self, buffer: &mut [u8]) {
+    pub(crate) fn add(&mut self, buffer: &mut [u8]) {
         if !buffer.is_empty() {
             self.add_piece(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
         }
     }
 
     /// Adds guest memory to the end.
-    pub fn add_pages(&mut self, ram: &GuestRam, pages: Range<u64>) {
+    pub(crate) fn add_pages(&mut self, ram: &GuestRam, pages: Range<u64>) {
         for slice in ram.slices(pages) {
             self.add_piece(libc::iovec { iov_base: slice.ptr.cast(), iov_len: slice.len });
         }
@@ -77,7 +77,7 @@ impl Message {
     }
 
     /// Steps over `count` bytes that the kernel has taken or filled.
-    pub fn advance(&mut self, count: usize) {
+    pub(crate) fn advance(&mut self, count: usize) {
         self.remaining -= count.min(self.remaining);
         let mut left = count;
         while let Some(piece) = self.pieces.get_mut(self.next) {
@@ -97,7 +97,7 @@ impl Message {
     /// # Errors
     ///
     /// Fails as sendmsg(2) does.
-    pub fn send_all(&mut self, socket: impl AsFd) -> io::Result<()> {
+    pub(crate) fn send_all(&mut self, socket: impl AsFd) -> io::Result<()> {
         while self.remaining > 0 {
             let fd = socket.as_fd().as_raw_fd();
             // SAFETY: the header leads to the head and to guest memory, which the caller, who
@@ -115,22 +115,22 @@ impl Message {
     }
 
     /// Returns how many bytes are not yet sent or received.
-    pub fn remaining(&self) -> usize {
+    pub(crate) fn remaining(&self) -> usize {
         self.remaining
     }
 
     /// Returns the pieces that are not yet sent or received.
-    pub fn rest(&self) -> &[libc::iovec] {
+    pub(crate) fn rest(&self) -> &[libc::iovec] {
         &self.pieces[self.next..]
     }
 
     /// Returns the header for the kernel.
-    pub fn as_ptr(&self) -> *const libc::msghdr {
+    pub(crate) fn as_ptr(&self) -> *const libc::msghdr {
         &raw const self.header
     }
 
     /// Returns the header for the kernel, which writes to it.
-    pub fn as_mut_ptr(&mut self) -> *mut libc::msghdr {
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut libc::msghdr {
         &raw mut self.header
     }
 

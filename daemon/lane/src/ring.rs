@@ -7,7 +7,7 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, squeue};
 
 /// An io_uring that only its own thread uses.
-pub struct Ring {
+pub(crate) struct Ring {
     ring: IoUring,
     /// The number of operations whose result is not seen yet.
     operations: usize,
@@ -17,7 +17,7 @@ pub struct Ring {
 
 /// The buffers of operations that the kernel may still use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InFlight {
+pub(crate) enum InFlight {
     /// The kernel uses nothing any more.
     Nothing,
     /// The kernel may read the bytes of zero-copy sends, whose pages it has pinned.
@@ -27,7 +27,7 @@ pub enum InFlight {
 }
 
 /// A message of the kernel about one operation.
-pub struct Completion {
+pub(crate) struct Completion {
     /// The number that the caller gave the operation.
     pub operation: u64,
     /// The result, as the system call of the same name would return it.
@@ -40,7 +40,7 @@ pub struct Completion {
 
 impl Ring {
     /// Makes a ring with room for `entries` operations at once. The caller makes it on the thread that uses it.
-    pub fn new(entries: u32) -> io::Result<Self> {
+    pub(crate) fn new(entries: u32) -> io::Result<Self> {
         let ring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(entries)?;
         Ok(Self { ring, operations: 0, notifications: 0 })
     }
@@ -50,7 +50,7 @@ impl Ring {
     /// # Safety
     /// Everything that `entry` points to stays valid, in place and (for what the kernel
     /// writes) unread until the operation's last completion.
-    pub unsafe fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+    pub(crate) unsafe fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
             // SAFETY: passed on to the caller.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
@@ -62,7 +62,7 @@ impl Ring {
     }
 
     /// Submits what is queued and waits until something completes, or for `longest`.
-    pub fn wait(&mut self, longest: Duration) -> io::Result<()> {
+    pub(crate) fn wait(&mut self, longest: Duration) -> io::Result<()> {
         let timeout = Timespec::from(longest);
         let arguments = SubmitArgs::new().timespec(&timeout);
         match self.ring.submitter().submit_with_args(1, &arguments) {
@@ -75,7 +75,7 @@ impl Ring {
     }
 
     /// Returns the next completion, if one is there.
-    pub fn completed(&mut self) -> Option<Completion> {
+    pub(crate) fn completed(&mut self) -> Option<Completion> {
         /// `IORING_NOTIF_USAGE_ZC_COPIED`, bit 31 of a notification's result.
         const COPIED: u32 = 1 << 31;
         let entry = self.ring.completion().next()?;
@@ -100,7 +100,7 @@ impl Ring {
     /// Discards completions until no operation is under way, for a second at most, and returns what the kernel may still
     /// use. The caller must have made all operations come to an end. The pages of a zero-copy send stay in use for as long
     /// as TCP tries to deliver them, which can be too long to wait for.
-    pub fn drain(&mut self) -> InFlight {
+    pub(crate) fn drain(&mut self) -> InFlight {
         const LONGEST: Duration = Duration::from_secs(1);
         const RETRY: Duration = Duration::from_millis(10);
         let deadline = Instant::now() + LONGEST;

@@ -20,7 +20,7 @@ use crate::vmm;
 const TICK: Duration = Duration::from_secs(1);
 
 /// A role is what one side of a migration does besides the effects that both have.
-pub trait Role {
+pub(crate) trait Role {
     /// The machine decides for this side.
     type Machine: Machine;
 
@@ -43,7 +43,7 @@ pub trait Role {
 }
 
 /// The state that every side of a migration has.
-pub struct Session<M> {
+pub(crate) struct Session<M> {
     /// The machine decides.
     pub machine: M,
     /// The effects do what was decided.
@@ -52,7 +52,7 @@ pub struct Session<M> {
 
 /// An event of any kind that one side of a migration waits for.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time, for a moment")]
-pub enum News<T> {
+pub(crate) enum News<T> {
     /// A message came over the migration's own connection, or that ended.
     Message(Result<Control, LinkError>),
     /// The side's own work has brought this.
@@ -70,7 +70,7 @@ pub enum News<T> {
 /// Works on a migration until nothing is left to do. It begins with `actions`, and goes on with `events`.
 ///
 /// Everything that is logged meanwhile carries the migration's identity, by which the logs of both hosts can be joined.
-pub async fn drive<R: Role>(
+pub(crate) async fn drive<R: Role>(
     role: R,
     session: Session<R::Machine>,
     actions: Vec<Action>,
@@ -120,7 +120,7 @@ async fn run<R: Role>(
 
 impl<M: Machine> Session<M> {
     /// Waits for what happens next. `own` is what the side itself waits for. The caller awaits this again and again.
-    pub async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
+    pub(crate) async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
         let mut cancelled = self.effects.handle.cancelled.subscribe();
         let mut abandoned = self.effects.handle.abandoned.subscribe();
         let patience_ends = self.effects.patience_ends();
@@ -146,7 +146,7 @@ impl<M: Machine> Session<M> {
 
     /// Returns what the machine is to hear when a moment has passed: that the guest is lost, if it has begun to run
     /// without all of its memory and the rest is not there any more.
-    pub fn tick(&mut self) -> Event {
+    pub(crate) fn tick(&mut self) -> Event {
         match self.effects.hopeless().filter(|_| self.machine.can_abandon()) {
             Some(reason) => {
                 self.effects.blame(reason);
@@ -157,7 +157,7 @@ impl<M: Machine> Session<M> {
     }
 
     /// Notes that the migration's own connection is lost, or is of no use any more.
-    pub fn peer_lost(&mut self, reason: impl ToString) -> Event {
+    pub(crate) fn peer_lost(&mut self, reason: impl ToString) -> Event {
         self.effects.blame(reason);
         self.effects.link = None;
         Event::PeerLost
@@ -165,7 +165,7 @@ impl<M: Machine> Session<M> {
 }
 
 /// Returns at this time. If there is none, it never returns.
-pub async fn until(deadline: Option<Instant>) {
+pub(crate) async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => pending().await,

@@ -30,11 +30,11 @@ use crate::progress::Role;
 use crate::silence::Silence;
 use crate::vmm::{Vmm, VmmNews};
 
-pub use deadline::Deadline;
-pub use lost::NEVER_WHOLE;
+pub(crate) use deadline::Deadline;
+pub(crate) use lost::NEVER_WHOLE;
 
 /// One side of a migration acts through this: on the guest here, the journal, and the other host.
-pub struct Effects {
+pub(crate) struct Effects {
     /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
     /// This is the migration, as the journal names it.
@@ -79,7 +79,7 @@ pub struct Effects {
 
 /// These are the times that effects took on this host.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Times {
+pub(crate) struct Times {
     /// Making records durable took this long.
     pub journal: Duration,
     /// Loading the VMM's state took this long.
@@ -90,7 +90,7 @@ pub struct Times {
 
 impl Effects {
     /// Makes the effects of a migration of the guest in `vmm`.
-    pub fn new(
+    pub(crate) fn new(
         context: Rc<Context>,
         entry: Entry,
         vmm: Vmm,
@@ -124,7 +124,7 @@ impl Effects {
     }
 
     /// Returns the guest, while its VMM is attached.
-    pub fn guest(&self) -> Option<&Rc<Guest>> {
+    pub(crate) fn guest(&self) -> Option<&Rc<Guest>> {
         match &self.vmm {
             Vmm::Attached(guest) => Some(guest),
             _ => None,
@@ -132,7 +132,7 @@ impl Effects {
     }
 
     /// Takes in what happened to the VMM. Returns the event that this is for the machine.
-    pub async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
+    pub(crate) async fn note_vmm(&mut self, news: VmmNews) -> Option<Event> {
         if std::mem::take(&mut self.gone) {
             self.reason = None;
         }
@@ -165,14 +165,14 @@ impl Effects {
     }
 
     /// Returns why the guest's memory here can never be whole, if that is so.
-    pub fn hopeless(&self) -> Option<String> {
+    pub(crate) fn hopeless(&self) -> Option<String> {
         let lost = self.guest().and_then(|guest| guest.ram.check().err());
         let broken = || self.placing.as_ref().and_then(|placing| placing.broken().map(str::to_owned));
         lost.map(|lost| lost.to_string()).or_else(broken)
     }
 
     /// Frees the guest for another migration, since this one is over.
-    pub fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         self.claim = None;
         self.arrivals.returns.close();
         while let Ok(Returned { guest, .. }) = self.arrivals.returns.try_recv() {
@@ -183,18 +183,18 @@ impl Effects {
 
     /// Notes that the VMM does not answer because it is gone. Its fate is about to be known better, and is the reason
     /// of everything that fails meanwhile.
-    pub fn note_gone(&mut self) {
+    pub(crate) fn note_gone(&mut self) {
         self.gone |= self.reason.is_none();
     }
 
     /// Keeps the first reason that is given.
-    pub fn blame(&mut self, reason: impl ToString) {
+    pub(crate) fn blame(&mut self, reason: impl ToString) {
         self.reason.get_or_insert_with(|| reason.to_string());
     }
 
     /// Does what `machine` said, reports the result to it, and so on until nothing is left to do. Returns what only the
     /// role's own task can do: copy, pause, serve and report.
-    pub async fn apply(&mut self, machine: &mut impl Machine, actions: Vec<Action>) -> Vec<Action> {
+    pub(crate) async fn apply(&mut self, machine: &mut impl Machine, actions: Vec<Action>) -> Vec<Action> {
         let mut left = Vec::new();
         let mut actions = VecDeque::from(actions);
         while let Some(action) = actions.pop_front() {
@@ -319,7 +319,7 @@ impl Effects {
     }
 
     /// Notes that all of the guest's memory is here.
-    pub async fn whole(&mut self) {
+    pub(crate) async fn whole(&mut self) {
         self.entry.fetching = false;
         if self.entry.record == Record::Running
             && let Err(failure) = self.context.journal.write(&self.entry, Record::Running).await

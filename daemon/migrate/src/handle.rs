@@ -52,7 +52,7 @@ pub struct MigrationHandle {
 }
 
 /// A migration receives here what others on this host have for it.
-pub struct Arrivals {
+pub(crate) struct Arrivals {
     /// This receives what is sent to [`MigrationHandle::words`].
     pub words: mpsc::Receiver<Word>,
     /// This receives what is sent to [`MigrationHandle::returns`].
@@ -64,7 +64,7 @@ pub struct Arrivals {
 }
 
 /// A guest whose VMM has attached again.
-pub struct Returned {
+pub(crate) struct Returned {
     /// This is the guest.
     pub guest: Rc<Guest>,
     /// This is the migration's claim on it, unless the migration is over.
@@ -72,7 +72,7 @@ pub struct Returned {
 }
 
 /// A word of the handover that came over a connection of its own, and where the answer goes.
-pub struct Word {
+pub(crate) struct Word {
     /// This is the word.
     pub message: Message,
     /// This takes the answer. It is dropped where there is none.
@@ -178,6 +178,6 @@ impl MigrationHandle {
 }
 
 /// Returns the present time in seconds of Unix time.
-pub fn unix_seconds() -> f64 {
+pub(crate) fn unix_seconds() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }

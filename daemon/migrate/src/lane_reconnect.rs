@@ -23,7 +23,7 @@ const STEADY: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Opens lanes where they are missing.
-pub struct LaneReconnector {
+pub(crate) struct LaneReconnector {
     routes: Routes,
     /// There is one for each route.
     tries: Vec<Tries>,
@@ -43,14 +43,14 @@ struct Tries {
 
 impl LaneReconnector {
     /// Makes a reconnector for lanes on `routes`.
-    pub fn new(routes: Routes) -> Self {
+    pub(crate) fn new(routes: Routes) -> Self {
         let tries = routes.all().iter().map(|_| Tries::new()).collect();
         Self { routes, tries, opening: JoinSet::new(), look_at: Instant::now() }
     }
 
     /// Returns the next lane that could be opened on a route where one `is_missing`. The caller awaits this again and
     /// again.
-    pub async fn next(&mut self, is_missing: impl Fn(&Route) -> bool) -> LaneEnd {
+    pub(crate) async fn next(&mut self, is_missing: impl Fn(&Route) -> bool) -> LaneEnd {
         loop {
             if self.look_at <= Instant::now() {
                 self.look(&is_missing);

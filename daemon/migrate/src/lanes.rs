@@ -25,7 +25,7 @@ use crate::progress::{Lane as LaneView, LaneState, Progress};
 ///
 /// A lane that begins on a port takes the place of one that was lost there, and goes on counting from where that one
 /// had come to.
-pub struct Lanes {
+pub(crate) struct Lanes {
     lanes: Vec<Lane>,
     running: watch::Sender<usize>,
     /// Lanes of these numbers are closed for good: no connection may bring them back.
@@ -60,7 +60,7 @@ struct Lane {
 }
 
 /// One end of a lane's connection.
-pub struct LaneEnd {
+pub(crate) struct LaneEnd {
     /// This is the port of this host.
     pub port: Label,
     /// This is the number of the lane.
@@ -74,7 +74,7 @@ pub struct LaneEnd {
 }
 
 /// Returns a bell that lanes ring, and its other end, where it is heard.
-pub fn bell() -> (Arc<Notify>, Bell) {
+pub(crate) fn bell() -> (Arc<Notify>, Bell) {
     let heard = Arc::new(Notify::new());
     let ring = heard.clone();
     (heard, Arc::new(move || ring.notify_one()))
@@ -82,7 +82,7 @@ pub fn bell() -> (Arc<Notify>, Bell) {
 
 impl Lanes {
     /// Makes an empty set of lanes.
-    pub fn new(context: &Context) -> Self {
+    pub(crate) fn new(context: &Context) -> Self {
         Self::telling(context.observer.clone(), context.traffic.clone())
     }
 
@@ -93,7 +93,7 @@ impl Lanes {
     }
 
     /// Starts a lane that sends from `outbound`.
-    pub fn send(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
+    pub(crate) fn send(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let (outbound, number, waker) = (outbound.clone(), end.number, outbound.take_waker());
         self.start(end, false, move |stats, socket| {
             let waker = match waker {
@@ -108,7 +108,7 @@ impl Lanes {
     }
 
     /// Starts a lane that receives into `inbound`. Does nothing if its number has been [closed](Self::close_lane).
-    pub fn receive(&mut self, end: LaneEnd, inbound: &Arc<ReceiveState>) {
+    pub(crate) fn receive(&mut self, end: LaneEnd, inbound: &Arc<ReceiveState>) {
         if self.closed.contains(&end.number) {
             return;
         }
@@ -120,7 +120,7 @@ impl Lanes {
     }
 
     /// Starts a lane that sends, from `outbound`, the pages that a guest at the destination waits for.
-    pub fn answer(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
+    pub(crate) fn answer(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let outbound = outbound.clone();
         self.start(end, true, move |stats, socket| match PageServer::new(outbound, stats, socket, silence) {
             Ok(answerer) => answerer.run(),
@@ -187,7 +187,7 @@ impl Lanes {
     }
 
     /// Ends all connections at once. The returned future is done when no thread touches guest memory any more.
-    pub fn close(&self) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn close(&self) -> impl Future<Output = ()> + use<> {
         self.lanes.iter().for_each(|lane| hang_up(&lane.socket));
         let mut running = self.running.subscribe();
         async move {
@@ -198,7 +198,7 @@ impl Lanes {
 
     /// Ends the connection of lane number `number`, for good. The returned future is done when that lane's thread
     /// touches guest memory no more, which is at once if there is no such lane.
-    pub fn close_lane(&mut self, number: u16) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn close_lane(&mut self, number: u16) -> impl Future<Output = ()> + use<> {
         self.closed.insert(number);
         let lanes = self.lanes.iter().filter(|lane| lane.number == number);
         let ending: Vec<Arc<LaneStats>> = lanes
@@ -216,55 +216,55 @@ impl Lanes {
     }
 
     /// Tells whether every lane has ended.
-    pub fn all_ended(&self) -> bool {
+    pub(crate) fn all_ended(&self) -> bool {
         self.running() == 0
     }
 
     /// Returns how many lanes have not ended.
-    pub fn running(&self) -> usize {
+    pub(crate) fn running(&self) -> usize {
         *self.running.borrow()
     }
 
     /// Tells whether lane number `number` has ended.
-    pub fn has_ended(&self, number: u16) -> bool {
+    pub(crate) fn has_ended(&self, number: u16) -> bool {
         let mut lanes = self.lanes.iter().filter(|lane| lane.number == number);
         lanes.all(|lane| lane.stats.ended.load(Ordering::Acquire))
     }
 
     /// Returns how many lanes on `port` have not ended, without those that carry only pages that an access waits for.
-    pub fn running_on(&self, port: &Label) -> usize {
+    pub(crate) fn running_on(&self, port: &Label) -> usize {
         self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
     }
 
     /// Returns the longest round trip of lanes that have not ended, as far as they know, or zero if none knows.
-    pub fn round_trip(&self) -> Duration {
+    pub(crate) fn round_trip(&self) -> Duration {
         let running = self.lanes.iter().filter(|lane| !lane.is_over());
         let longest = running.map(|lane| lane.stats.round_trip_us.load(Ordering::Relaxed)).max();
         Duration::from_micros(longest.unwrap_or_default())
     }
 
     /// Returns the bytes of pages that were acknowledged so far, over all lanes.
-    pub fn acked_bytes(&self) -> u64 {
+    pub(crate) fn acked_bytes(&self) -> u64 {
         self.totals().acked_bytes
     }
 
     /// Returns the bytes on the wire so far, over all lanes.
-    pub fn wire_bytes(&self) -> u64 {
+    pub(crate) fn wire_bytes(&self) -> u64 {
         self.totals().wire_bytes
     }
 
     /// Returns how many pages have travelled so far, as bytes or as descriptors.
-    pub fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.data_pages() + self.zero_pages()
     }
 
     /// Returns how many pages have travelled so far with their contents.
-    pub fn data_pages(&self) -> u64 {
+    pub(crate) fn data_pages(&self) -> u64 {
         self.totals().data_pages
     }
 
     /// Returns how many pages have travelled so far as descriptors.
-    pub fn zero_pages(&self) -> u64 {
+    pub(crate) fn zero_pages(&self) -> u64 {
         self.totals().zero_pages
     }
 
@@ -273,7 +273,7 @@ impl Lanes {
     }
 
     /// Brings rates up to date, and reports what is new. `sending` says which way the bytes go.
-    pub fn measure(&mut self, sending: bool) {
+    pub(crate) fn measure(&mut self, sending: bool) {
         let elapsed = self.measured.elapsed().as_secs_f64();
         if elapsed >= 0.2 {
             self.measured = Instant::now();
@@ -285,7 +285,7 @@ impl Lanes {
     }
 
     /// Shows the lanes in the progress.
-    pub fn show(&self, progress: &mut Progress) {
+    pub(crate) fn show(&self, progress: &mut Progress) {
         progress.bytes_sent = self.wire_bytes();
         progress.pages_sent = self.data_pages();
         progress.zero_pages = self.zero_pages();

@@ -3,7 +3,7 @@
 use memlane_protocol::handover::{Action, Destination, Event, Source};
 
 /// One side of the handover, which decides and does nothing.
-pub trait Machine {
+pub(crate) trait Machine {
     /// Takes an event. Returns what to do.
     fn on(&mut self, event: Event) -> Vec<Action>;
     /// Tells whether nothing is left to do.

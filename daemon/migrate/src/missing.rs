@@ -13,7 +13,7 @@ const WORD: u64 = 64;
 const GAP: u64 = 8;
 
 /// Returns the pages of `set` as messages, at least one. The last one says that it is the last.
-pub fn tell(set: &PageSet) -> Vec<Missing> {
+pub(crate) fn tell(set: &PageSet) -> Vec<Missing> {
     let mut messages: Vec<Missing> = Vec::new();
     for (word, bits) in set.words(0..set.pages()) {
         match messages.last_mut() {
@@ -34,7 +34,7 @@ pub fn tell(set: &PageSet) -> Vec<Missing> {
 /// The other host named a page as missing that the guest does not have.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the other host says that page {page} of a guest of {pages} pages is missing")]
-pub struct NoSuchPage {
+pub(crate) struct NoSuchPage {
     /// This is the number of the page.
     pub page: u64,
     /// The guest has this many pages, counted from 0.
@@ -46,7 +46,7 @@ pub struct NoSuchPage {
 /// # Errors
 ///
 /// Fails if a guest of `pages` pages does not have them all.
-pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, NoSuchPage> {
+pub(crate) fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, NoSuchPage> {
     check(missing, pages)?;
     Ok(missing.runs().collect())
 }
@@ -56,7 +56,7 @@ pub fn heard(missing: &Missing, pages: u64) -> Result<Vec<Range<u64>>, NoSuchPag
 /// # Errors
 ///
 /// Fails, and has nothing sent, if the guest does not have them all.
-pub fn add(missing: &Missing, outbound: &SendState) -> Result<(), NoSuchPage> {
+pub(crate) fn add(missing: &Missing, outbound: &SendState) -> Result<(), NoSuchPage> {
     let ram = &outbound.ram;
     if ram.regions().iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE) {
         let runs = heard(missing, ram.pages())?;

@@ -24,7 +24,7 @@ use crate::source::serve::{PostcopySource, Serving};
 use crate::vmm::Vmm;
 
 /// Takes up everything that the journal held when the daemon started.
-pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
+pub(crate) fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
     for entry in unfinished {
         let record = entry.record;
         let role = if record.is_of_source() { RoleView::Source } else { RoleView::Destination };
@@ -36,7 +36,7 @@ pub fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
 
 /// Asks the other host about a guest whose VMM has attached, may only run with the daemon's permission, and names a
 /// migration that the journal does not know.
-pub async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
+pub(crate) async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     let bond = guest.bond.borrow().clone();
     let role = if guest.run_state.get() == RunState::Relinquished {
         RoleView::Source

@@ -21,7 +21,7 @@ pub struct Migrations {
 }
 
 /// An offer that is being looked at.
-pub struct Offered {
+pub(crate) struct Offered {
     offered: Rc<RefCell<HashSet<MigrationId>>>,
     id: MigrationId,
 }

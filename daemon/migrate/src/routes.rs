@@ -15,7 +15,7 @@ use crate::lanes::LaneEnd;
 const MOST_LANES: u16 = memlane_net::config::MAX_LANES as u16;
 
 /// The routes of one migration, with those that cannot be used at present.
-pub struct Routes {
+pub(crate) struct Routes {
     context: Rc<Context>,
     token: Token,
     routes: Vec<Route>,
@@ -25,7 +25,7 @@ pub struct Routes {
 
 /// A port of this host, and the port of the same name there.
 #[derive(Clone)]
-pub struct Route {
+pub(crate) struct Route {
     /// This is the port of this host.
     pub port: PortConfig,
     /// This is the port of the destination.
@@ -34,14 +34,14 @@ pub struct Route {
 
 impl Route {
     /// Returns how many lanes are opened on the route.
-    pub fn lanes(&self) -> u16 {
+    pub(crate) fn lanes(&self) -> u16 {
         self.port.lanes.min(self.there.lanes).clamp(1, MOST_LANES)
     }
 }
 
 impl Routes {
     /// Makes routes to the ports that the destination offers, for lanes that say `token`.
-    pub fn new(context: Rc<Context>, token: Token, theirs: &[Port]) -> Self {
+    pub(crate) fn new(context: Rc<Context>, token: Token, theirs: &[Port]) -> Self {
         let route = |ours: &PortConfig| {
             let there = theirs.iter().find(|port| port.name == ours.name)?.clone();
             Some(Route { port: ours.clone(), there })
@@ -51,13 +51,16 @@ impl Routes {
     }
 
     /// Returns the routes, one for each pair of ports.
-    pub fn all(&self) -> &[Route] {
+    pub(crate) fn all(&self) -> &[Route] {
         &self.routes
     }
 
     /// Opens a lane on a route. The opening goes on by itself, and the returned future is done when it has ended.
     /// Returns `None` if this migration has had all the lanes that can be told apart.
-    pub fn open(&self, route: &Route) -> Option<impl Future<Output = Result<LaneEnd, OpenError>> + use<>> {
+    pub(crate) fn open(
+        &self,
+        route: &Route,
+    ) -> Option<impl Future<Output = Result<LaneEnd, OpenError>> + use<>> {
         let number = self.next.get();
         self.next.set(number.checked_add(1)?);
         let purpose = Purpose::Lane { token: self.token, lane: number };
@@ -69,7 +72,7 @@ impl Routes {
     /// # Errors
     ///
     /// Fails if the destination cannot be reached, or refuses the lane.
-    pub async fn open_faults(&self, route: &Route) -> Result<LaneEnd, OpenError> {
+    pub(crate) async fn open_faults(&self, route: &Route) -> Result<LaneEnd, OpenError> {
         let number = self.next.replace(self.next.get() + 1);
         self.connect(route, Purpose::Faults { token: self.token }, number).await
     }

@@ -12,7 +12,7 @@ const BETWEEN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 
 /// The answers, so far, of a host that was asked.
 #[derive(Default)]
-pub struct Silence {
+pub(crate) struct Silence {
     /// This is when the next line is due, and how long after it the one after that.
     next: Cell<Option<(Instant, Duration)>>,
     why: RefCell<String>,
@@ -20,7 +20,7 @@ pub struct Silence {
 
 impl Silence {
     /// Notes that the other host did not answer, and logs it if a line is due.
-    pub fn goes_on(&self, entry: &Entry, why: impl ToString) {
+    pub(crate) fn goes_on(&self, entry: &Entry, why: impl ToString) {
         let why = why.to_string();
         if self.due(Instant::now()) {
             info!(guest = %entry.guest, peer = %entry.peer, why, "cannot reach the other host about a guest; trying on");
@@ -29,7 +29,7 @@ impl Silence {
     }
 
     /// Notes that the other host answered.
-    pub fn broken(&self, entry: &Entry, message: Message) {
+    pub(crate) fn broken(&self, entry: &Entry, message: Message) {
         if message == Message::Unknown {
             return self.goes_on(entry, "it knows nothing of this migration: memlanectl resolve");
         }
@@ -38,7 +38,7 @@ impl Silence {
     }
 
     /// Returns what is waited for, in words for operators.
-    pub fn words(&self, entry: &Entry) -> String {
+    pub(crate) fn words(&self, entry: &Entry) -> String {
         let why = self.why.borrow();
         let why = if why.is_empty() { String::new() } else { format!(" ({why})") };
         format!("{} to say what has become of the guest{why}", entry.peer)

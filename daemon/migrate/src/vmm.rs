@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use crate::handle::Returned;
 
 /// The VMM, as far as it can be reached.
-pub enum Vmm {
+pub(crate) enum Vmm {
     /// The VMM is attached.
     Attached(Rc<Guest>),
     /// The connection to the VMM is lost, but it lives, and will attach again.
@@ -22,7 +22,7 @@ pub enum Vmm {
 }
 
 /// An event of a VMM.
-pub enum VmmNews {
+pub(crate) enum VmmNews {
     /// The connection to the VMM is lost.
     Lost(Rc<Process>),
     /// The VMM attached again.
@@ -32,7 +32,7 @@ pub enum VmmNews {
 }
 
 /// Waits for what happens next to a VMM. `returns` brings VMMs that have attached again.
-pub async fn news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
+pub(crate) async fn news(vmm: &Vmm, returns: &mut mpsc::Receiver<Returned>) -> VmmNews {
     /// A process that ends closes its connections a little earlier.
     const ENDING: Duration = Duration::from_millis(200);
     match vmm {

@@ -88,12 +88,12 @@ mod watch {
     use tracing::warn;
 
     /// Returns the future with a watch over its polls.
-    pub fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
+    pub(super) fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
         Watched { name, future: Some(Box::pin(future)) }
     }
 
     /// A future whose polls, and whose end, are measured.
-    pub struct Watched<F> {
+    pub(super) struct Watched<F> {
         name: &'static str,
         /// This is `None` once the future is done.
         future: Option<Pin<Box<F>>>,

@@ -11,11 +11,11 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 /// The body of a request may have at most this many bytes, unless it brings a guest file.
-pub const MAX_BODY_BYTES: usize = 64 << 10;
+pub(super) const MAX_BODY_BYTES: usize = 64 << 10;
 /// A body that brings a guest file may have at most this many bytes. JSON may write each byte of the file as `\u001f`.
-pub const MAX_LAUNCH_BYTES: usize = MAX_BODY_BYTES + 6 * MAX_DEFINITION_BYTES;
+pub(super) const MAX_LAUNCH_BYTES: usize = MAX_BODY_BYTES + 6 * MAX_DEFINITION_BYTES;
 /// A request must arrive within this time.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A type that the body of a request may have.
 pub(super) trait Content: DeserializeOwned {

@@ -13,46 +13,46 @@ use tokio::time::{Instant, Sleep, sleep};
 
 /// The API serves at most this many connections at once. Another one replaces the connection that has been idle for
 /// longest, or waits if all are busy.
-pub const MAX_CONNECTIONS: usize = 128;
+pub(super) const MAX_CONNECTIONS: usize = 128;
 /// A client must read what is written to it within this time, or its connection is closed.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The state of a connection.
-pub struct Line {
+pub(super) struct Line {
     /// The connection has been idle since this time; `None` while a request is being worked on or followed.
     idle: Cell<Option<Instant>>,
     hang_up: Notify,
 }
 
 /// A request over a connection, which is busy until this is dropped.
-pub struct Busy(Rc<Line>);
+pub(super) struct Busy(Rc<Line>);
 
 impl Line {
     /// Makes the state of a new connection, which is idle.
-    pub fn new() -> Rc<Self> {
+    pub(super) fn new() -> Rc<Self> {
         Rc::new(Self { idle: Cell::new(Some(Instant::now())), hang_up: Notify::new() })
     }
 
     /// Makes the connection busy. HTTP/1.1 has one request at a time.
-    pub fn busy(self: &Rc<Self>) -> Busy {
+    pub(super) fn busy(self: &Rc<Self>) -> Busy {
         self.idle.set(None);
         Busy(self.clone())
     }
 
     /// Returns since when the connection has been idle; `None` while it is busy.
-    pub fn idle_since(&self) -> Option<Instant> {
+    pub(super) fn idle_since(&self) -> Option<Instant> {
         self.idle.get()
     }
 
     /// Asks the connection to end, to make room for another.
-    pub fn hang_up(&self) {
+    pub(super) fn hang_up(&self) {
         // A connection that is about to end must not be chosen again.
         self.idle.set(None);
         self.hang_up.notify_one();
     }
 
     /// Waits until the connection is asked to end.
-    pub async fn hung_up(&self) {
+    pub(super) async fn hung_up(&self) {
         self.hang_up.notified().await;
     }
 }
@@ -65,7 +65,7 @@ impl Drop for Busy {
 
 /// A stream with a time limit on writes: the other side must read all that is written within that time. To read a few
 /// bytes now and then is not enough.
-pub struct Impatient<S> {
+pub(super) struct Impatient<S> {
     stream: S,
     patience: Duration,
     /// This timer runs from the first write that had to wait until all is written.
@@ -74,7 +74,7 @@ pub struct Impatient<S> {
 
 impl<S> Impatient<S> {
     /// Wraps a stream with this time limit.
-    pub fn new(stream: S, patience: Duration) -> Self {
+    pub(super) fn new(stream: S, patience: Duration) -> Self {
         Self { stream, patience, waiting: None }
     }
 

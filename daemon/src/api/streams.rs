@@ -10,18 +10,18 @@ use super::Caller;
 use super::line::{Busy, MAX_CONNECTIONS};
 
 /// At most this many streams may be open.
-pub const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;
+pub(super) const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;
 /// At most this many streams of one user may be open.
-pub const MAX_STREAMS_OF_USER: usize = MAX_STREAMS / 2;
+pub(super) const MAX_STREAMS_OF_USER: usize = MAX_STREAMS / 2;
 
 /// The number of open streams of each user.
 #[derive(Default)]
-pub struct Streams {
+pub(super) struct Streams {
     open: RefCell<HashMap<Option<u32>, usize>>,
 }
 
 /// One open stream. It counts until it is dropped.
-pub struct Stream {
+pub(super) struct Stream {
     streams: Rc<Streams>,
     user: Option<u32>,
     _busy: Busy,
@@ -33,7 +33,7 @@ impl Streams {
     /// # Errors
     ///
     /// Fails if too many streams are open.
-    pub fn open(self: &Rc<Self>, caller: &Caller, busy: Busy) -> Result<Stream, ApiError> {
+    pub(super) fn open(self: &Rc<Self>, caller: &Caller, busy: Busy) -> Result<Stream, ApiError> {
         let (mut open, user) = (self.open.borrow_mut(), caller.uid);
         let (all, of_user) = (open.values().sum::<usize>(), open.get(&user).copied().unwrap_or(0));
         if all >= MAX_STREAMS || of_user >= MAX_STREAMS_OF_USER {

@@ -2,41 +2,41 @@
 
 use metrics::Unit;
 
-pub const GUESTS: &str = "memlane_guests";
-pub const MIGRATIONS_ACTIVE: &str = "memlane_migrations_active";
-pub const MIGRATIONS: &str = "memlane_migrations_total";
-pub const REFUSALS: &str = "memlane_preflight_refusals_total";
-pub const BYTES_SENT: &str = "memlane_bytes_sent_total";
-pub const BYTES_RECEIVED: &str = "memlane_bytes_received_total";
-pub const ZERO_COPY_BYTES: &str = "memlane_zero_copy_bytes_total";
-pub const COPIED_BYTES: &str = "memlane_copied_bytes_total";
-pub const UNCOMPRESSED_BYTES: &str = "memlane_uncompressed_bytes_total";
-pub const COMPRESSED_BYTES: &str = "memlane_compressed_bytes_total";
-pub const BANDWIDTH: &str = "memlane_bandwidth_bytes_per_second";
-pub const LANES_LOST: &str = "memlane_lanes_lost_total";
-pub const LANES_REOPENED: &str = "memlane_lanes_reopened_total";
-pub const PAGES_SENT: &str = "memlane_pages_sent_total";
-pub const DIRTY_PAGES: &str = "memlane_dirty_pages_total";
-pub const ROUND: &str = "memlane_round_seconds";
-pub const TRACKING_START: &str = "memlane_tracking_start_seconds";
-pub const DOWNTIME: &str = "memlane_downtime_seconds";
-pub const DOWNTIME_PREDICTED: &str = "memlane_downtime_predicted_seconds";
-pub const DOWNTIME_ERROR: &str = "memlane_downtime_prediction_error_seconds";
-pub const STUN_SWITCH: &str = "memlane_stun_switch_seconds";
-pub const STUN_SECONDS: &str = "memlane_stun_seconds_total";
-pub const STUN_RELEASED: &str = "memlane_stun_released_pages_total";
-pub const MISSING_PAGES: &str = "memlane_postcopy_missing_pages";
-pub const FAULTS: &str = "memlane_postcopy_faults_total";
-pub const FETCHED_PAGES: &str = "memlane_postcopy_pages_total";
-pub const FAULT: &str = "memlane_postcopy_fault_seconds";
-pub const FAULT_ASK: &str = "memlane_postcopy_fault_ask_seconds";
-pub const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds";
-pub const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
-pub const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
-pub const ANNOUNCEMENTS: &str = "memlane_announcements_total";
+pub(super) const GUESTS: &str = "memlane_guests";
+pub(super) const MIGRATIONS_ACTIVE: &str = "memlane_migrations_active";
+pub(super) const MIGRATIONS: &str = "memlane_migrations_total";
+pub(super) const REFUSALS: &str = "memlane_preflight_refusals_total";
+pub(super) const BYTES_SENT: &str = "memlane_bytes_sent_total";
+pub(super) const BYTES_RECEIVED: &str = "memlane_bytes_received_total";
+pub(super) const ZERO_COPY_BYTES: &str = "memlane_zero_copy_bytes_total";
+pub(super) const COPIED_BYTES: &str = "memlane_copied_bytes_total";
+pub(super) const UNCOMPRESSED_BYTES: &str = "memlane_uncompressed_bytes_total";
+pub(super) const COMPRESSED_BYTES: &str = "memlane_compressed_bytes_total";
+pub(super) const BANDWIDTH: &str = "memlane_bandwidth_bytes_per_second";
+pub(super) const LANES_LOST: &str = "memlane_lanes_lost_total";
+pub(super) const LANES_REOPENED: &str = "memlane_lanes_reopened_total";
+pub(super) const PAGES_SENT: &str = "memlane_pages_sent_total";
+pub(super) const DIRTY_PAGES: &str = "memlane_dirty_pages_total";
+pub(super) const ROUND: &str = "memlane_round_seconds";
+pub(super) const TRACKING_START: &str = "memlane_tracking_start_seconds";
+pub(super) const DOWNTIME: &str = "memlane_downtime_seconds";
+pub(super) const DOWNTIME_PREDICTED: &str = "memlane_downtime_predicted_seconds";
+pub(super) const DOWNTIME_ERROR: &str = "memlane_downtime_prediction_error_seconds";
+pub(super) const STUN_SWITCH: &str = "memlane_stun_switch_seconds";
+pub(super) const STUN_SECONDS: &str = "memlane_stun_seconds_total";
+pub(super) const STUN_RELEASED: &str = "memlane_stun_released_pages_total";
+pub(super) const MISSING_PAGES: &str = "memlane_postcopy_missing_pages";
+pub(super) const FAULTS: &str = "memlane_postcopy_faults_total";
+pub(super) const FETCHED_PAGES: &str = "memlane_postcopy_pages_total";
+pub(super) const FAULT: &str = "memlane_postcopy_fault_seconds";
+pub(super) const FAULT_ASK: &str = "memlane_postcopy_fault_ask_seconds";
+pub(super) const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds";
+pub(super) const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
+pub(super) const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
+pub(super) const ANNOUNCEMENTS: &str = "memlane_announcements_total";
 
 /// The kind of a metric.
-pub enum Kind {
+pub(super) enum Kind {
     /// The value only grows.
     Counter,
     /// The value goes up and down.
@@ -47,7 +47,7 @@ pub enum Kind {
 
 impl Kind {
     /// Returns the name that Prometheus gives the kind.
-    pub fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
@@ -57,24 +57,25 @@ impl Kind {
 }
 
 /// These buckets, in seconds, are for pauses, for steps within a pause, and for the start of tracking.
-pub const SHORT: &[f64] = &[
+pub(super) const SHORT: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0, 2.5, 10.0,
 ];
 /// These buckets, in seconds, are for rounds of up to a terabyte on a slow network.
-pub const LONG: &[f64] =
+pub(super) const LONG: &[f64] =
     &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0];
 /// These buckets, in seconds, are for a page on its way over a network. Their ratios are about equal (the series E6 of
 /// IEC 60063), so that a quantile is exact within a fifth.
-pub const WIRE: &[f64] = &[
+pub(super) const WIRE: &[f64] = &[
     0.000_01, 0.000_015, 0.000_022, 0.000_033, 0.000_047, 0.000_068, 0.0001, 0.000_15, 0.000_22, 0.000_33,
     0.000_47, 0.000_68, 0.001, 0.0015, 0.0022, 0.0033, 0.0047, 0.0068, 0.01, 0.015, 0.022, 0.033, 0.047,
     0.068, 0.1, 0.22, 0.47, 1.0, 2.2, 4.7, 10.0,
 ];
 /// These buckets, in seconds, are for writes to disk.
-pub const DISK: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
+pub(super) const DISK: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
 /// This table lists the name, kind, unit and help text of all metrics.
-pub const ALL: [(&str, Kind, Unit, &str); 32] = [
+pub(super) const ALL: [(&str, Kind, Unit, &str); 32] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (

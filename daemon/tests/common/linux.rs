@@ -13,7 +13,7 @@ use super::{LIMITS, LONG, Stage, Tap, send_signal};
 const BOOT: Duration = Duration::from_secs(180);
 
 /// A Linux guest and its client.
-pub struct Linux {
+pub(crate) struct Linux {
     /// What it is made of.
     pub guest: LinuxGuest,
     /// The client's connection, since the guest booted last.
@@ -24,7 +24,7 @@ pub struct Linux {
 
 impl Stage {
     /// As [`Stage::new`], for guests in QEMU.
-    pub fn for_linux(test: &str, lab: LabOptions) -> Option<Self> {
+    pub(crate) fn for_linux(test: &str, lab: LabOptions) -> Option<Self> {
         let lab = LabOptions { switch: true, ..lab };
         let options =
             RigOptions { lab, tables: LIMITS.into(), may_start_guests: true, ..RigOptions::default() };
@@ -32,14 +32,14 @@ impl Stage {
     }
 
     /// As [`Stage::tapped`], for guests in QEMU.
-    pub fn tapped_for_linux(test: &str) -> Option<(Self, Tap)> {
+    pub(crate) fn tapped_for_linux(test: &str) -> Option<(Self, Tap)> {
         let mut stage = Self::for_linux(test, LabOptions::default())?;
         let tap = Tap::install(&mut stage);
         Some((stage, tap))
     }
 
     /// A Linux guest, 256 MiB with 32 MiB in use, changed by `change`, that runs on host A.
-    pub fn linux(&self, change: impl FnOnce(&mut LinuxGuest)) -> Linux {
+    pub(crate) fn linux(&self, change: impl FnOnce(&mut LinuxGuest)) -> Linux {
         let kernel = Kernel::obtain().unwrap();
         let directory = self.rig.lab().host(HostId::A).directory();
         let initramfs = Initramfs::build(&directory.join("initramfs"), &kernel).unwrap();
@@ -55,14 +55,14 @@ impl Stage {
     }
 
     /// Starts the guest of a guest file.
-    pub fn launch(&self, id: HostId, file: &str) -> CtlOutput {
+    pub(crate) fn launch(&self, id: HostId, file: &str) -> CtlOutput {
         let answer = self.rig.ctl(id, &["launch", file]).unwrap();
         assert_eq!(answer.code, 0, "{}", answer.text);
         answer
     }
 
     /// Orders guest `name` to move from host `from` to the other, and waits for the end.
-    pub fn migrate_from(&self, from: HostId, name: &str, more: &[&str]) -> CtlOutput {
+    pub(crate) fn migrate_from(&self, from: HostId, name: &str, more: &[&str]) -> CtlOutput {
         let to = if from == HostId::A { "host-b" } else { "host-a" };
         let mut words = vec!["migrate", name, to, "--downtime-limit", "60s", "--min-bandwidth", "1mbit"];
         words.extend(more);
@@ -70,19 +70,19 @@ impl Stage {
     }
 
     /// The process of a guest's QEMU.
-    pub fn qemu(&self, id: HostId, name: &str) -> u32 {
+    pub(crate) fn qemu(&self, id: HostId, name: &str) -> u32 {
         let guest = self.rig.guest(id, name).unwrap().unwrap_or_else(|| panic!("{name} is not there"));
         guest["pid"].as_u64().unwrap() as u32
     }
 
     /// Kills a guest's QEMU, and waits until its daemon has noticed.
-    pub fn kill_qemu(&self, id: HostId, name: &str) {
+    pub(crate) fn kill_qemu(&self, id: HostId, name: &str) {
         send_signal(self.qemu(id, name), Signal::KILL);
         self.wait_for_absence(id, name);
     }
 
     /// Waits until a host's daemon knows no guest of this name.
-    pub fn wait_for_absence(&self, id: HostId, name: &str) {
+    pub(crate) fn wait_for_absence(&self, id: HostId, name: &str) {
         let absent = || self.rig.guest(id, name).unwrap().is_none().then_some(());
         memlane_lab::wait_for("a guest's end", LONG, absent).unwrap();
     }
@@ -92,7 +92,7 @@ impl Linux {
     /// The guest answers on the connection that it has had all the time, goes on with its work, and has found all
     /// its memory as it ought to be.
     #[track_caller]
-    pub fn assert_runs(&mut self) {
+    pub(crate) fn assert_runs(&mut self) {
         let now = self.session.hear(LONG).unwrap();
         assert_eq!(now.failures, 0, "the guest found its memory changed: {now:?}");
         assert_eq!(now.boot_id, self.seen.boot_id, "the guest has booted again");
@@ -105,20 +105,20 @@ impl Linux {
     }
 
     /// Has the guest check all of its memory.
-    pub fn assert_whole(&self, stage: &Stage) {
+    pub(crate) fn assert_whole(&self, stage: &Stage) {
         let checked = GuestCounters::ask(stage.rig.lab().lan(), self.guest.address, "check").unwrap();
         assert_eq!(checked.failures, 0, "{checked:?}");
     }
 
     /// The guest moves from host `from` to the other, whole.
     #[track_caller]
-    pub fn assert_moves(&mut self, stage: &Stage, from: HostId) -> Value {
+    pub(crate) fn assert_moves(&mut self, stage: &Stage, from: HostId) -> Value {
         self.assert_moves_with(stage, from, &["--verify"])
     }
 
     /// The same, as `more` wants it.
     #[track_caller]
-    pub fn assert_moves_with(&mut self, stage: &Stage, from: HostId, more: &[&str]) -> Value {
+    pub(crate) fn assert_moves_with(&mut self, stage: &Stage, from: HostId, more: &[&str]) -> Value {
         let answer = stage.migrate_from(from, &self.guest.name, more);
         assert_eq!(answer.code, 0, "{}", answer.text);
         self.assert_runs();
@@ -128,7 +128,7 @@ impl Linux {
     }
 
     /// The guest has booted again: its client has to connect anew.
-    pub fn assert_booted_again(&mut self, stage: &Stage) {
+    pub(crate) fn assert_booted_again(&mut self, stage: &Stage) {
         let before = self.seen.boot_id.clone();
         let opened = memlane_lab::wait_for("the guest to boot again", BOOT, || {
             let session = ClientSession::open(stage.rig.lab().lan(), self.guest.address, BOOT).ok()?;

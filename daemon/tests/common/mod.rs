@@ -18,40 +18,40 @@ use memlane_lab::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-pub use linux::Linux;
-pub use peer::{
+pub(crate) use linux::Linux;
+pub(crate) use peer::{
     Lane, Peer, announce, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours, welcome,
 };
-pub use tap::Tap;
+pub(crate) use tap::Tap;
 
 /// What most guests are made of: small, and busy enough to dirty pages in every round.
-pub const GUEST: &str = "--ram 64MiB --working-set 8MiB --rate 2000 --vcpus 1";
+pub(crate) const GUEST: &str = "--ram 64MiB --working-set 8MiB --rate 2000 --vcpus 1";
 /// Longest wait for anything, on a machine that is busy with other things.
-pub const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// A peer that says nothing for so long is gone: short, since several tests wait for it.
-pub const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
+pub(crate) const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
 
 /// What a daemon logs whose control thread was kept from its work (`memlane_net::task`).
 const STOOD_STILL: &str = "the control thread stood still";
 
 /// Two hosts with a daemon each. Only one test has its stage at a time.
-pub struct Stage {
+pub(crate) struct Stage {
     pub rig: Rig,
     _alone: MutexGuard<'static, ()>,
 }
 
 /// `memlanectl` at work.
-pub struct Order(Child);
+pub(crate) struct Order(Child);
 
 impl Stage {
     /// `None`, with a line that says why, where something that it needs is missing.
-    pub fn new(test: &str, lab: LabOptions) -> Option<Self> {
+    pub(crate) fn new(test: &str, lab: LabOptions) -> Option<Self> {
         let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
         Self::with(test, Requirement::LAB_WITH_KVM, options)
     }
 
     /// `None`, with a line that says why, where something of `requirements` is missing.
-    pub fn with(test: &str, requirements: &[Requirement], options: RigOptions) -> Option<Self> {
+    pub(crate) fn with(test: &str, requirements: &[Requirement], options: RigOptions) -> Option<Self> {
         static PROGRAMS: OnceLock<Programs> = OnceLock::new();
         static ALONE: Mutex<()> = Mutex::new(());
         if skip(test, requirements) {
@@ -64,36 +64,36 @@ impl Stage {
     }
 
     /// As [`Stage::new`] with one port, and with a tap on the control connections.
-    pub fn tapped(test: &str, lab: LabOptions) -> Option<(Self, Tap)> {
+    pub(crate) fn tapped(test: &str, lab: LabOptions) -> Option<(Self, Tap)> {
         let mut stage = Self::new(test, lab)?;
         let tap = Tap::install(&mut stage);
         Some((stage, tap))
     }
 
     /// A guest that runs on host A.
-    pub fn guest(&mut self, name: &str) -> LabVmm {
+    pub(crate) fn guest(&mut self, name: &str) -> LabVmm {
         self.rig.start_vmm(HostId::A, name, &words(GUEST)).unwrap()
     }
 
     /// A VMM on host B that waits for a guest like [`Stage::guest`].
-    pub fn receiver(&mut self, name: &str) -> LabVmm {
+    pub(crate) fn receiver(&mut self, name: &str) -> LabVmm {
         self.rig.start_vmm(HostId::B, name, &words(&format!("{GUEST} --incoming"))).unwrap()
     }
 
     /// Orders guest `name` to move to host B, and waits for the end.
-    pub fn migrate(&self, name: &str, more: &[&str]) -> CtlOutput {
+    pub(crate) fn migrate(&self, name: &str, more: &[&str]) -> CtlOutput {
         self.rig.ctl(HostId::A, &order(name, more)).unwrap()
     }
 
     /// Orders guest `name` to move to host B.
-    pub fn begin(&self, name: &str, more: &[&str]) -> Order {
+    pub(crate) fn begin(&self, name: &str, more: &[&str]) -> Order {
         let mut command = self.rig.ctl_command(HostId::A, &["--json"]);
         command.args(order(name, more)).stdin(Stdio::null());
         Order(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
     /// Waits until a daemon's latest migration of guest `name` is as wanted.
-    pub fn wait_until(
+    pub(crate) fn wait_until(
         &self,
         id: HostId,
         name: &str,
@@ -106,7 +106,7 @@ impl Stage {
     }
 
     /// Waits until the latest migration of guest `name` has ended on both hosts.
-    pub fn wait_for_end(&self, name: &str) {
+    pub(crate) fn wait_for_end(&self, name: &str) {
         for id in [HostId::A, HostId::B] {
             self.wait_until(id, name, "the end of a migration", |migration| migration.outcome.is_some());
         }
@@ -119,7 +119,7 @@ impl Stage {
     }
 
     /// Waits until a daemon says that guest `name` is `standing`.
-    pub fn wait_for_standing(&self, id: HostId, name: &str, standing: &str) {
+    pub(crate) fn wait_for_standing(&self, id: HostId, name: &str, standing: &str) {
         let guests = || self.rig.ctl(id, &["guests"]).ok().map(|answer| answer.text).unwrap_or_default();
         let found = wait_for("a guest's standing", LONG, || {
             let guests: serde_json::Value = serde_json::from_str(guests().lines().next()?).ok()?;
@@ -130,14 +130,14 @@ impl Stage {
     }
 
     /// The guest does its work on host A as if nothing had happened.
-    pub fn assert_runs_on(&self, name: &str, vmm: &mut LabVmm) {
+    pub(crate) fn assert_runs_on(&self, name: &str, vmm: &mut LabVmm) {
         self.wait_for_standing(HostId::A, name, "running");
         assert_runs(vmm);
     }
 
     /// Guest `name` moves to the VMM that waits for it, whole. Where an attempt has failed before,
     /// this shows too that its memory is tracked no more: a VMM that tracks refuses to begin to.
-    pub fn assert_moves(&self, name: &str, there: &mut LabVmm) {
+    pub(crate) fn assert_moves(&self, name: &str, there: &mut LabVmm) {
         self.wait_for_standing(HostId::A, name, "running");
         self.wait_for_standing(HostId::B, name, "incoming");
         let answer = self.migrate(name, &["--verify"]);
@@ -147,7 +147,7 @@ impl Stage {
     }
 
     /// Both a dry run and an order are refused, and both say `why`.
-    pub fn assert_refused(&self, name: &str, more: &[&str], why: &[&str]) {
+    pub(crate) fn assert_refused(&self, name: &str, more: &[&str], why: &[&str]) {
         for command in ["check", "migrate"] {
             let mut words = order(name, more);
             words[0] = command;
@@ -160,7 +160,7 @@ impl Stage {
     }
 
     /// Changes a host's configuration, and starts its daemon with it.
-    pub fn reconfigure(&mut self, id: HostId, change: impl FnOnce(String) -> String) {
+    pub(crate) fn reconfigure(&mut self, id: HostId, change: impl FnOnce(String) -> String) {
         let file = self.rig.config_file(id);
         let before = std::fs::read_to_string(&file).unwrap();
         let after = change(before.clone());
@@ -170,12 +170,12 @@ impl Stage {
     }
 
     /// Everything that a host's daemon has logged.
-    pub fn log(&mut self, id: HostId) -> String {
+    pub(crate) fn log(&mut self, id: HostId) -> String {
         std::fs::read_to_string(self.rig.daemon(id).log()).unwrap()
     }
 
     /// Waits until a host's daemon has logged `text`.
-    pub fn wait_for_log(&mut self, id: HostId, text: &str) {
+    pub(crate) fn wait_for_log(&mut self, id: HostId, text: &str) {
         let found = wait_for("a line in the log", LONG, || self.log(id).contains(text).then_some(()));
         found.unwrap_or_else(|error| panic!("{error}: {text:?} is not in {}", self.log(id)));
     }
@@ -197,7 +197,7 @@ impl Drop for Stage {
 
 impl Order {
     /// Waits for its end.
-    pub fn end(self) -> CtlOutput {
+    pub(crate) fn end(self) -> CtlOutput {
         let output = self.0.wait_with_output().unwrap();
         let stdout = String::from_utf8_lossy(&output.stdout);
         let json = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
@@ -206,7 +206,7 @@ impl Order {
     }
 
     /// Ends it with exit code `code`; what it says has all of `why`.
-    pub fn expect(self, code: i32, why: &[&str]) -> CtlOutput {
+    pub(crate) fn expect(self, code: i32, why: &[&str]) -> CtlOutput {
         let answer = self.end();
         assert_eq!(answer.code, code, "{}", answer.text);
         for why in why {
@@ -216,13 +216,13 @@ impl Order {
     }
 
     /// Sends a signal to `memlanectl`.
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         send_signal(self.0.id(), signal);
     }
 }
 
 /// The guest makes progress, and its memory is what it ought to be.
-pub fn assert_runs(vmm: &mut LabVmm) {
+pub(crate) fn assert_runs(vmm: &mut LabVmm) {
     let before = vmm.stats().unwrap();
     assert_eq!(before["standing"], "running", "{before}");
     wait_for("the guest to go on", LONG, || (vmm.stats().unwrap()["steps"] != before["steps"]).then_some(()))
@@ -232,13 +232,13 @@ pub fn assert_runs(vmm: &mut LabVmm) {
 }
 
 /// Waits until a process has ended by itself.
-pub fn wait_for_exit(process: &mut LabProcess) {
+pub(crate) fn wait_for_exit(process: &mut LabProcess) {
     let ended = process.wait_timeout(LONG).unwrap();
     assert!(ended.is_some(), "{} has not ended: {}", process.name(), process.log_tail());
 }
 
 /// Sends a signal to a process of the rig; one that is to stop has stopped when this returns.
-pub fn signal(process: &LabProcess, signal: Signal) {
+pub(crate) fn signal(process: &LabProcess, signal: Signal) {
     send_signal(process.pid(), signal);
     if signal == Signal::STOP {
         wait_for("a process to stop", LONG, || has_stopped(process.pid()).then_some(())).unwrap();
@@ -260,7 +260,7 @@ fn send_signal(pid: u32, signal: Signal) {
 }
 
 /// Arguments from a line.
-pub fn words(line: &str) -> Vec<String> {
+pub(crate) fn words(line: &str) -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
 }
 

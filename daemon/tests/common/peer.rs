@@ -19,25 +19,25 @@ use super::{LONG, Stage, Tap};
 static OFFERED: AtomicU64 = AtomicU64::new(0);
 
 /// The identity of the migration that we have offered last.
-pub fn ours() -> MigrationId {
+pub(crate) fn ours() -> MigrationId {
     let number = OFFERED.load(Ordering::Relaxed).to_le_bytes();
     std::array::from_fn(|index| if index < 8 { 0xaa } else { number[index - 8] })
 }
 
 /// A control connection after its greeting, held by a test in place of a daemon. Pings are
 /// answered until [`Peer::fall_silent`].
-pub struct Peer {
+pub(crate) struct Peer {
     pub stream: TcpStream,
     messages: mpsc::Receiver<Control>,
     silent: Arc<AtomicBool>,
 }
 
 /// A lane's connection after its greeting, held by a test in place of a daemon.
-pub struct Lane(pub TcpStream);
+pub(crate) struct Lane(pub TcpStream);
 
 impl Peer {
     /// Calls host B as host A's daemon would.
-    pub fn call(stage: &Stage) -> Self {
+    pub(crate) fn call(stage: &Stage) -> Self {
         let mut stream = connect(stage, CONTROL_PORT);
         let answer = greet(&mut stream, &hello(host_a(), Purpose::Control)).unwrap();
         assert!(matches!(answer, Answer::Welcome { .. }), "{answer:?}");
@@ -48,7 +48,7 @@ impl Peer {
     }
 
     /// Over a connection whose greeting is done.
-    pub fn over(stream: TcpStream) -> Self {
+    pub(crate) fn over(stream: TcpStream) -> Self {
         let (sender, messages) = mpsc::channel();
         let silent = Arc::new(AtomicBool::new(false));
         let (mut reading, quiet) = (stream.try_clone().unwrap(), silent.clone());
@@ -71,27 +71,27 @@ impl Peer {
     }
 
     /// Says something.
-    pub fn send(&mut self, message: &Control) {
+    pub(crate) fn send(&mut self, message: &Control) {
         self.stream.write_all(&message.encode()).unwrap();
     }
 
     /// The next message that is no ping.
-    pub fn receive(&self) -> Control {
+    pub(crate) fn receive(&self) -> Control {
         self.messages.recv_timeout(LONG).expect("the daemon has something to say")
     }
 
     /// The next message that is no ping; `None` if the daemon hangs up first.
-    pub fn hear(&self) -> Option<Control> {
+    pub(crate) fn hear(&self) -> Option<Control> {
         self.messages.recv_timeout(LONG).ok()
     }
 
     /// Answers no more pings.
-    pub fn fall_silent(&self) {
+    pub(crate) fn fall_silent(&self) {
         self.silent.store(true, Ordering::Relaxed);
     }
 
     /// Waits until the daemon has closed the connection.
-    pub fn wait_for_hang_up(&self) {
+    pub(crate) fn wait_for_hang_up(&self) {
         loop {
             match self.messages.recv_timeout(LONG) {
                 Ok(_) => {}
@@ -104,7 +104,7 @@ impl Peer {
 
 impl Lane {
     /// Waits until the daemon has closed the connection.
-    pub fn wait_for_hang_up(mut self) {
+    pub(crate) fn wait_for_hang_up(mut self) {
         self.0.set_read_timeout(Some(LONG)).unwrap();
         let mut bytes = [0; 4096];
         loop {
@@ -122,18 +122,18 @@ impl Lane {
 }
 
 /// The name that host B knows host A by.
-pub fn host_a() -> Label {
+pub(crate) fn host_a() -> Label {
     "host-a".parse().unwrap()
 }
 
 /// A greeting in our own versions.
-pub fn hello(host: Label, purpose: Purpose) -> Hello {
+pub(crate) fn hello(host: Label, purpose: Purpose) -> Hello {
     let (oldest, newest) = VERSIONS;
     Hello { oldest, newest, host, purpose }
 }
 
 /// Connects from host A to the control port of host B, or, for [`LANE_PORT`], to its first port.
-pub fn connect(stage: &Stage, port: u16) -> TcpStream {
+pub(crate) fn connect(stage: &Stage, port: u16) -> TcpStream {
     let host = stage.rig.lab().host(HostId::B);
     let control = SocketAddr::new(IpAddr::V4(host.control_address()), port);
     let address = if port == LANE_PORT { lane_address(stage) } else { control };
@@ -147,7 +147,7 @@ pub fn connect(stage: &Stage, port: u16) -> TcpStream {
 }
 
 /// Has host B know where lanes of host A come from.
-pub fn announce(stage: &Stage) {
+pub(crate) fn announce(stage: &Stage) {
     let mut peer = Peer::call(stage);
     let (migration, nanoseconds, reason) = ([0xbb; 16], 0, String::new());
     // Answered at once, after that was heard: nothing is known of it.
@@ -156,13 +156,13 @@ pub fn announce(stage: &Stage) {
 }
 
 /// Where lanes to host B connect, on its first port.
-pub fn lane_address(stage: &Stage) -> SocketAddr {
+pub(crate) fn lane_address(stage: &Stage) -> SocketAddr {
     let port = &stage.rig.lab().host(HostId::B).ports()[0];
     SocketAddr::new(IpAddr::V4(port.address), LANE_PORT)
 }
 
 /// Says hello, and reads the answer.
-pub fn greet(stream: &mut TcpStream, hello: &Hello) -> io::Result<Answer> {
+pub(crate) fn greet(stream: &mut TcpStream, hello: &Hello) -> io::Result<Answer> {
     stream.write_all(&hello.encode())?;
     let mut bytes = read(stream, ANSWER_BYTES)?;
     let text = Answer::text_bytes(&bytes).map_err(io::Error::other)?;
@@ -171,7 +171,7 @@ pub fn greet(stream: &mut TcpStream, hello: &Hello) -> io::Result<Answer> {
 }
 
 /// Reads a hello, and welcomes whoever said it.
-pub fn welcome(stream: &mut TcpStream) -> io::Result<Hello> {
+pub(crate) fn welcome(stream: &mut TcpStream) -> io::Result<Hello> {
     let hello = Hello::decode(&read(stream, HELLO_BYTES)?).map_err(io::Error::other)?;
     stream.write_all(&Answer::Welcome { version: VERSIONS.1 }.encode())?;
     Ok(hello)
@@ -189,7 +189,7 @@ fn read(stream: &mut TcpStream, count: usize) -> io::Result<Vec<u8>> {
 }
 
 /// The offer that host A's daemon makes, to be made by hand.
-pub fn captured(stage: &mut Stage) -> Offer {
+pub(crate) fn captured(stage: &mut Stage) -> Offer {
     let tap = Tap::install(stage);
     stage.wait_for_standing(HostId::A, "web1", "running");
     stage.wait_for_standing(HostId::B, "web1", "incoming");
@@ -203,7 +203,7 @@ pub fn captured(stage: &mut Stage) -> Offer {
 }
 
 /// Offers the guest to host B, in a migration of its own; host B accepts.
-pub fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
+pub(crate) fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
     let mut peer = Peer::call(stage);
     OFFERED.fetch_add(1, Ordering::Relaxed);
     peer.send(&Control::Offer(Offer { migration: ours(), ..offer.clone() }));
@@ -214,7 +214,7 @@ pub fn offered(stage: &Stage, offer: &Offer) -> (Peer, Accept) {
 }
 
 /// Opens a lane to host B.
-pub fn lane(stage: &Stage, accept: &Accept, number: u16) -> Lane {
+pub(crate) fn lane(stage: &Stage, accept: &Accept, number: u16) -> Lane {
     let mut stream = connect(stage, LANE_PORT);
     let hello = hello(host_a(), Purpose::Lane { token: accept.token, lane: number });
     let answer = greet(&mut stream, &hello).unwrap();
@@ -224,7 +224,7 @@ pub fn lane(stage: &Stage, accept: &Accept, number: u16) -> Lane {
 
 impl Stage {
     /// Waits until host B has given up the last migration of guest `web1`, for the reason `why`.
-    pub fn wait_for_end_of_ours(&mut self, why: &str) {
+    pub(crate) fn wait_for_end_of_ours(&mut self, why: &str) {
         let ended = self.wait_until(HostId::B, "web1", "the end", |migration| migration.outcome.is_some());
         let reason = ended.reason.clone().unwrap_or_default();
         assert!(reason.contains(why), "{why:?} is not why it ended: {ended:?}");

@@ -17,7 +17,7 @@ use super::{LONG, Stage};
 /// Where host A finds host B, and host B host A: both on host B, at either end of the tap.
 const PORTS: [u16; 2] = [7500, 7501];
 
-pub struct Tap(Arc<Shared>);
+pub(crate) struct Tap(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
@@ -43,7 +43,7 @@ struct Rule {
 impl Tap {
     /// Puts a tap between the daemons and starts them anew. A daemon takes calls only from where
     /// it knows its peer, so each knows the other at the tap.
-    pub fn install(stage: &mut Stage) -> Self {
+    pub(crate) fn install(stage: &mut Stage) -> Self {
         let shared = Arc::new(Shared::default());
         let [a, b] = [HostId::A, HostId::B].map(|id| stage.rig.lab().host(id).control_address());
         for (from, port, to) in [(HostId::A, PORTS[0], b), (HostId::B, PORTS[1], a)] {
@@ -63,27 +63,27 @@ impl Tap {
     }
 
     /// Lets the daemons talk without a tap again; starts them anew.
-    pub fn remove(self, stage: &mut Stage) {
+    pub(crate) fn remove(self, stage: &mut Stage) {
         for (id, direct, tapped) in peers(stage) {
             stage.reconfigure(id, |text| text.replace(&tapped, &direct));
         }
     }
 
     /// Holds back what host `from` says, from the first message on that `matches`.
-    pub fn hold(&self, from: HostId, matches: impl Fn(&Control) -> bool + Send + 'static) {
+    pub(crate) fn hold(&self, from: HostId, matches: impl Fn(&Control) -> bool + Send + 'static) {
         self.0.lock().rule = Some(Rule { from, matches: Box::new(matches) });
     }
 
     /// Waits until a message is held back.
     #[track_caller]
-    pub fn wait(&self) {
+    pub(crate) fn wait(&self) {
         let waited = self.0.changed.wait_timeout_while(self.0.lock(), LONG, |state| state.held.is_empty());
         let (state, _) = waited.unwrap();
         assert!(!state.held.is_empty(), "nothing that is to be held back was said");
     }
 
     /// Lets go of what is held back, in its order, and of all that follows.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         let mut state = self.0.lock();
         state.rule = None;
         for (stream, bytes) in state.held.drain(..) {
@@ -94,7 +94,7 @@ impl Tap {
     }
 
     /// Loses what is held back, as a network does, and lets pass all that follows.
-    pub fn lose(&self) {
+    pub(crate) fn lose(&self) {
         let mut state = self.0.lock();
         state.rule = None;
         state.held.clear();
@@ -102,7 +102,7 @@ impl Tap {
     }
 
     /// The last offer that passed.
-    pub fn offer(&self) -> Option<Offer> {
+    pub(crate) fn offer(&self) -> Option<Offer> {
         self.0.lock().offer.clone()
     }
 }

@@ -9,7 +9,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 /// Listens at `path` for one client, which it connects to the monitor at `qmp`; in the greeting it changes the version.
-pub fn older_monitor(path: &Path, qmp: &Path, version: [u32; 3]) {
+pub(crate) fn older_monitor(path: &Path, qmp: &Path, version: [u32; 3]) {
     let listener = UnixListener::bind(path).unwrap();
     let qmp = UnixStream::connect(qmp).unwrap();
     thread::spawn(move || -> io::Result<()> {
@@ -33,7 +33,7 @@ pub fn older_monitor(path: &Path, qmp: &Path, version: [u32; 3]) {
 
 /// Listens at `path` as a vhost-user back end for as many devices as connect: one that can do nothing, and answers
 /// what it is asked for (QEMU's `docs/interop/vhost-user.rst`).
-pub fn vhost_user(path: &Path) {
+pub(crate) fn vhost_user(path: &Path) {
     let listener = UnixListener::bind(path).unwrap();
     thread::spawn(move || {
         while let Ok((device, _)) = listener.accept() {

@@ -12,25 +12,25 @@ use serde_json::{Value, json};
 use crate::common::{LIMITS, Stage, words};
 
 /// What every guest has, of a machine type and a processor that all QEMUs from 7.2 on know by these names.
-pub const SMALL: &str =
+pub(crate) const SMALL: &str =
     "-accel tcg -nodefaults -no-user-config -display none -machine pc-q35-7.2 -cpu Nehalem";
 /// A user without any rights.
-pub const NOBODY: u32 = 65534;
+pub(crate) const NOBODY: u32 = 65534;
 /// Runs the program that follows as [`NOBODY`], and still ends with whoever started it.
-pub const AS_NOBODY: &[&str] =
+pub(crate) const AS_NOBODY: &[&str] =
     &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig=KILL"];
 
 const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
 
 /// Two hosts with a daemon each; `None` where something is missing.
-pub fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<Stage> {
+pub(crate) fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<Stage> {
     let lab = LabOptions { bridge: true, ..LabOptions::default() };
     let (keys, tables) = (keys.to_owned(), LIMITS.to_owned());
     Stage::with(test, NEEDS, RigOptions { lab, keys, tables, may_start_guests, ..RigOptions::default() })
 }
 
 /// A QEMU with two monitors: one for the daemon, and one for the test.
-pub struct Qemu {
+pub(crate) struct Qemu {
     _process: LabProcess,
     pub qmp: PathBuf,
     ours: PathBuf,
@@ -38,7 +38,7 @@ pub struct Qemu {
 
 impl Qemu {
     /// Starts one as docs/qemu.md says: with the shim, and its RAM in a file.
-    pub fn start(host: &LabHost, name: &str, arguments: &str) -> Self {
+    pub(crate) fn start(host: &LabHost, name: &str, arguments: &str) -> Self {
         let arguments = format!("{} {arguments}", ram(host, name, 64));
         let mut command = host.command(host.qemu());
         command.env("LD_PRELOAD", shim());
@@ -47,12 +47,12 @@ impl Qemu {
     }
 
     /// Starts one without the shim, and with only the RAM that is among its `arguments`.
-    pub fn start_bare(host: &LabHost, name: &str, arguments: &str) -> Self {
+    pub(crate) fn start_bare(host: &LabHost, name: &str, arguments: &str) -> Self {
         Self::spawn(host, name, host.command(host.qemu()), arguments)
     }
 
     /// Starts one without the shim, as [`NOBODY`].
-    pub fn start_as_nobody(host: &LabHost, name: &str) -> Self {
+    pub(crate) fn start_as_nobody(host: &LabHost, name: &str) -> Self {
         open_to_nobody(host);
         let mut command = host.command(AS_NOBODY[0]);
         command.args(&AS_NOBODY[1..]).arg(host.qemu());
@@ -77,28 +77,28 @@ impl Qemu {
     }
 
     /// Runs a command of the monitor.
-    pub fn run(&self, command: &str) -> Value {
+    pub(crate) fn run(&self, command: &str) -> Value {
         self.run_with(command, json!({}))
     }
 
     /// Runs a command of the monitor, with arguments.
-    pub fn run_with(&self, command: &str, arguments: Value) -> Value {
+    pub(crate) fn run_with(&self, command: &str, arguments: Value) -> Value {
         Monitor::connect(&self.ours).unwrap().execute(command, arguments).unwrap()
     }
 
     /// Has the daemon of a host take it.
-    pub fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> CtlOutput {
+    pub(crate) fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> CtlOutput {
         attach(stage, id, name, &self.qmp, more)
     }
 
     /// Its guest runs.
-    pub fn assert_runs(&self) {
+    pub(crate) fn assert_runs(&self) {
         assert_eq!(self.run("query-status")["status"], "running");
     }
 }
 
 /// RAM in a file that the daemon can see.
-pub fn ram(host: &LabHost, name: &str, mib: u32) -> String {
+pub(crate) fn ram(host: &LabHost, name: &str, mib: u32) -> String {
     let file = ram_file(host, name);
     format!(
         "-m {mib}M -object memory-backend-file,id=memlane-ram,share=on,size={mib}M,mem-path={file} \
@@ -107,19 +107,19 @@ pub fn ram(host: &LabHost, name: &str, mib: u32) -> String {
 }
 
 /// Where a guest's RAM may lie.
-pub fn ram_file(host: &LabHost, name: &str) -> String {
+pub(crate) fn ram_file(host: &LabHost, name: &str) -> String {
     host.memory_directory().join(format!("{name}.by-hand")).display().to_string()
 }
 
 /// Has the daemon of a host take the QEMU whose monitor is there.
-pub fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) -> CtlOutput {
+pub(crate) fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[&str]) -> CtlOutput {
     let mut words = vec!["attach", "--name", name, "--qmp", qmp.to_str().unwrap()];
     words.extend(more);
     stage.rig.ctl(id, &words).unwrap()
 }
 
 /// Writes a guest file; `more` are further keys and tables of it.
-pub fn guest_file(host: &LabHost, name: &str, arguments: &str, more: &str) -> String {
+pub(crate) fn guest_file(host: &LabHost, name: &str, arguments: &str, more: &str) -> String {
     let arguments = serde_json::Value::from(words(&format!("{SMALL} {arguments}")));
     let qemu = match more.starts_with("qemu = ") {
         true => String::new(),
@@ -133,7 +133,7 @@ pub fn guest_file(host: &LabHost, name: &str, arguments: &str, more: &str) -> St
 
 /// An answer that is a refusal, and says all of `why`.
 #[track_caller]
-pub fn assert_says_no(answer: &CtlOutput, why: &[&str]) {
+pub(crate) fn assert_says_no(answer: &CtlOutput, why: &[&str]) {
     assert_eq!(answer.code, 3, "{}", answer.text);
     for why in why {
         assert!(answer.text.contains(why), "{why:?} is not said: {}", answer.text);
@@ -142,7 +142,7 @@ pub fn assert_says_no(answer: &CtlOutput, why: &[&str]) {
 
 /// Guest `web1`, whose move was refused before, moves to host B.
 #[track_caller]
-pub fn assert_moves(stage: &Stage) {
+pub(crate) fn assert_moves(stage: &Stage) {
     stage.wait_for_standing(HostId::A, "web1", "running");
     let answer = stage.migrate("web1", &["--verify"]);
     assert_eq!(answer.code, 0, "{}", answer.text);
@@ -151,7 +151,7 @@ pub fn assert_moves(stage: &Stage) {
 }
 
 /// Lets [`NOBODY`] make files where programs of this host make theirs. Labs are for root only otherwise.
-pub fn open_to_nobody(host: &LabHost) {
+pub(crate) fn open_to_nobody(host: &LabHost) {
     for directory in [host.directory(), host.memory_directory()] {
         let parent = directory.parent().unwrap();
         fs::set_permissions(parent, Permissions::from_mode(0o711)).unwrap();
@@ -160,6 +160,6 @@ pub fn open_to_nobody(host: &LabHost) {
 }
 
 /// The shim, which is built beside the daemon.
-pub fn shim() -> PathBuf {
+pub(crate) fn shim() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_memlaned")).with_file_name("libmemlane_shim.so")
 }

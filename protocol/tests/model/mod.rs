@@ -5,13 +5,13 @@ use std::fmt;
 use std::hash::BuildHasherDefault;
 use std::rc::Rc;
 
-pub mod world;
+pub(crate) mod world;
 
 use world::{Step, World};
 
 /// What a check that found nothing wrong went through.
 #[derive(Debug)]
-pub struct Explored {
+pub(crate) struct Explored {
     pub states: usize,
     pub steps: usize,
     /// Good ends: everything at rest, and the guest running at this host,
@@ -23,7 +23,7 @@ pub struct Explored {
 
 /// What is wrong, and the shortest way there.
 #[derive(Debug)]
-pub struct Violation {
+pub(crate) struct Violation {
     what: String,
     stuck: bool,
     trace: Vec<Step>,
@@ -32,12 +32,12 @@ pub struct Violation {
 
 impl Violation {
     /// Two owners, or one that should not be.
-    pub fn is_unsafe(&self) -> bool {
+    pub(crate) fn is_unsafe(&self) -> bool {
         !self.stuck
     }
 
     /// A state from which no good end can be reached, even if nothing fails any more.
-    pub fn is_stuck(&self) -> bool {
+    pub(crate) fn is_stuck(&self) -> bool {
         self.stuck
     }
 }
@@ -65,7 +65,7 @@ impl fmt::Display for Violation {
 }
 
 /// Explores everything that can follow from `start`.
-pub fn check(start: World) -> Result<Explored, Box<Violation>> {
+pub(crate) fn check(start: World) -> Result<Explored, Box<Violation>> {
     let mut known: HashMap<Rc<World>, u32, BuildHasherDefault<Fold>> = HashMap::default();
     let mut worlds = vec![Rc::new(start)];
     known.insert(worlds[0].clone(), 0);

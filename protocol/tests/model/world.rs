@@ -12,18 +12,18 @@ mod vmms;
 
 use host::{Host, Role, Vmm};
 use memory::{Fetch, Memory};
-pub use steps::Step;
-pub use trouble::{Budget, Fault};
+pub(crate) use steps::Step;
+pub(crate) use trouble::{Budget, Fault};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Side {
+pub(crate) enum Side {
     Source,
     Destination,
 }
 
 /// A state of everything.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct World {
+pub(crate) struct World {
     source: Host,
     destination: Host,
     budget: Budget,
@@ -48,7 +48,7 @@ pub struct World {
 
 impl World {
     /// A guest at the source, an incoming VMM at the destination, and an order to move.
-    pub fn new(budget: Budget, fault: Fault) -> Self {
+    pub(crate) fn new(budget: Budget, fault: Fault) -> Self {
         let mut world = Self {
             source: Host::new(Vmm::Running),
             destination: Host::new(Vmm::Incoming),
@@ -72,7 +72,7 @@ impl World {
     }
 
     /// What must never be.
-    pub fn violation(&self) -> Option<String> {
+    pub(crate) fn violation(&self) -> Option<String> {
         let (source, destination) = (self.source.vmm, self.destination.vmm);
         let wrong = match (source, destination) {
             (Vmm::Running, Vmm::Running) => "both hosts run the guest",
@@ -88,7 +88,7 @@ impl World {
 
     /// If everything has come to rest well: where the guest runs, or nowhere because its VMM
     /// ended while it had the guest, or runs what is no guest any more.
-    pub fn good_end(&self) -> Option<Option<Side>> {
+    pub(crate) fn good_end(&self) -> Option<Option<Side>> {
         if self.source.burned || self.destination.burned {
             return self.end_of_survivor();
         }

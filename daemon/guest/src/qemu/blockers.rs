@@ -13,14 +13,14 @@ use crate::{Blocker, DriverError};
 const OLDEST_LINUX: (u32, u32) = (6, 7);
 
 /// A shim is waited for this long: after a start of the daemon it connects within a few seconds.
-pub const CONNECTING: Duration = Duration::from_secs(6);
+pub(super) const CONNECTING: Duration = Duration::from_secs(6);
 
 /// Finds all blockers of the guest of this QEMU, and what to do about them.
 ///
 /// # Errors
 ///
 /// Fails if QEMU does not answer.
-pub async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Blocker>, DriverError> {
+pub(super) async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     found.extend(kernel(&rustix::system::uname().release().to_string_lossy()));
     found.extend(status(&qmp.status().await?));

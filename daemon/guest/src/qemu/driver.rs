@@ -42,7 +42,7 @@ const CHANNEL: &str = "memlane";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A QEMU and the guest in it.
-pub struct Qemu {
+pub(super) struct Qemu {
     qmp: Rc<Qmp>,
     guest: QemuGuest,
     ram: Arc<GuestRam>,
@@ -66,7 +66,7 @@ pub struct Qemu {
 
 impl Qemu {
     /// Drives the QEMU at the other end of `qmp`, whose guest has been looked at.
-    pub fn new(
+    pub(super) fn new(
         qmp: Qmp,
         facts: Facts,
         process: Rc<Process>,

@@ -29,7 +29,7 @@ const OLDEST: [u32; 3] = [7, 2, 0];
 const STATE_VERSION: u16 = 1;
 
 /// A guest in QEMU.
-pub struct Facts {
+pub(super) struct Facts {
     /// This is the guest's shape.
     pub shape: GuestShape,
     /// This is what the shape has no room for.
@@ -43,7 +43,7 @@ pub struct Facts {
 /// # Errors
 ///
 /// Fails if QEMU does not answer, is too old, or if its memory cannot be shared.
-pub async fn inspect(
+pub(super) async fn inspect(
     qmp: &Qmp,
     name: &Label,
     definition: Option<&Definition>,

@@ -31,7 +31,7 @@ const ENDING: Duration = Duration::from_secs(20);
 const TAIL_BYTES: u64 = 1000;
 
 /// A QEMU whose monitor can be connected to.
-pub struct Started {
+pub(super) struct Started {
     /// QEMU's output goes to this file.
     pub log: PathBuf,
     /// This is the process itself, or the one that waits for systemd's unit to end. It must be collected when it ends.
@@ -41,7 +41,7 @@ pub struct Started {
 
 impl Started {
     /// Ends a QEMU that was started in vain, and removes what it leaves behind.
-    pub async fn end(mut self, record: Record) {
+    pub(super) async fn end(mut self, record: Record) {
         let end = move || {
             if let Some(unit) = &self.unit {
                 let mut stop = manager("systemctl");
@@ -59,7 +59,7 @@ impl Started {
 
 /// Waits for a process that has ended, or is about to, for at most 20 seconds. It must be called on a thread that has
 /// nothing else to do.
-pub fn collect(child: &mut Child) -> Option<ExitStatus> {
+pub(super) fn collect(child: &mut Child) -> Option<ExitStatus> {
     let until = Instant::now() + ENDING;
     loop {
         match child.try_wait() {
@@ -83,7 +83,7 @@ pub fn collect(child: &mut Child) -> Option<ExitStatus> {
 /// # Errors
 ///
 /// Fails if something that QEMU needs is not on this host, if it ends, or if its monitor does not answer in time.
-pub async fn start(
+pub(super) async fn start(
     settings: &QemuSettings,
     definition: &Definition,
     record: &Record,
@@ -155,12 +155,12 @@ fn lacking(words: &str) -> Option<Lacking> {
 }
 
 /// Returns the path of the log of the QEMU that has its monitor at `qmp`.
-pub fn log_of(qmp: &Path) -> PathBuf {
+pub(super) fn log_of(qmp: &Path) -> PathBuf {
     qmp.with_file_name("qemu.log")
 }
 
 /// Returns the last lines of QEMU's log.
-pub async fn tail(log: &Path) -> String {
+pub(super) async fn tail(log: &Path) -> String {
     let log = log.to_owned();
     task::aside(move || read_tail(&log)).await
 }

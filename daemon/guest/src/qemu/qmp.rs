@@ -64,7 +64,7 @@ pub enum ConnectError {
 }
 
 /// A connection to a QEMU that listens to this daemon.
-pub struct Qmp {
+pub(super) struct Qmp {
     writer: OwnedWriteHalf,
     /// One command at a time.
     commands: Mutex<Commands>,
@@ -98,12 +98,12 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if no QEMU listens at `path`, or if it does not greet in time.
-    pub async fn connect(path: &Path) -> Result<Self, ConnectError> {
+    pub(super) async fn connect(path: &Path) -> Result<Self, ConnectError> {
         Self::connect_within(path, PATIENCE).await
     }
 
     /// Connects as [`Self::connect`] does, to a QEMU that may take up to `patience` for its first answer.
-    pub async fn connect_within(path: &Path, patience: Duration) -> Result<Self, ConnectError> {
+    pub(super) async fn connect_within(path: &Path, patience: Duration) -> Result<Self, ConnectError> {
         let refused =
             |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::explain(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
@@ -139,17 +139,17 @@ impl Qmp {
     }
 
     /// Returns the number of QEMU's process, which is the one that made the socket.
-    pub fn pid(&self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         self.pid
     }
 
     /// Returns the user id of QEMU's process.
-    pub fn user(&self) -> u32 {
+    pub(super) fn user(&self) -> u32 {
         self.user
     }
 
     /// Returns QEMU's version: major, minor, micro.
-    pub fn version(&self) -> [u32; 3] {
+    pub(super) fn version(&self) -> [u32; 3] {
         self.version
     }
 
@@ -158,7 +158,11 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub async fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, DriverError> {
+    pub(super) async fn execute(
+        &self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<Value, DriverError> {
         self.run(command, arguments, &[], PATIENCE).await
     }
 
@@ -167,7 +171,7 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
+    pub(super) async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
         self.run("getfd", json!({ "fdname": name }), &[descriptor], PATIENCE).await.map(drop)
     }
 
@@ -176,7 +180,7 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub async fn human(&self, line: &'static str) -> Result<String, DriverError> {
+    pub(super) async fn human(&self, line: &'static str) -> Result<String, DriverError> {
         let answer = self.execute("human-monitor-command", json!({ "command-line": line })).await?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
@@ -186,7 +190,7 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub async fn status(&self) -> Result<String, DriverError> {
+    pub(super) async fn status(&self) -> Result<String, DriverError> {
         let status = self.execute("query-status", json!({})).await?;
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
     }
@@ -196,13 +200,13 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub async fn migration(&self) -> Result<String, DriverError> {
+    pub(super) async fn migration(&self) -> Result<String, DriverError> {
         let migration = self.execute("query-migrate", json!({})).await?;
         Ok(migration["status"].as_str().unwrap_or_default().to_owned())
     }
 
     /// Forgets the events so far, before a migration is begun.
-    pub fn expect_migration(&self) {
+    pub(super) fn expect_migration(&self) {
         self.news.migration.send_replace(String::new());
     }
 
@@ -211,7 +215,7 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, or if no such event comes within `patience`.
-    pub async fn migration_reaches(
+    pub(super) async fn migration_reaches(
         &self,
         states: &[&str],
         request: &'static str,
@@ -230,23 +234,23 @@ impl Qmp {
     }
 
     /// Returns when the last vCPU stood still, as QEMU saw it, in Unix time.
-    pub fn stopped(&self) -> Option<Duration> {
+    pub(super) fn stopped(&self) -> Option<Duration> {
         self.news.stopped.get()
     }
 
     /// Returns when the vCPUs were let go last, as QEMU saw it, in Unix time.
-    pub fn resumed(&self) -> Option<Duration> {
+    pub(super) fn resumed(&self) -> Option<Duration> {
         self.news.resumed.get()
     }
 
     /// Returns once the connection is lost.
-    pub async fn gone(&self) {
+    pub(super) async fn gone(&self) {
         // The reading task sets it last.
         let _ = self.news.gone.subscribe().wait_for(|gone| *gone).await;
     }
 
     /// Ends the connection, which does not affect QEMU.
-    pub fn hang_up(&self) {
+    pub(super) fn hang_up(&self) {
         memlane_lane::socket::hang_up(self.writer.as_ref());
         self.news.gone.send_replace(true);
     }
@@ -304,12 +308,12 @@ impl Qmp {
 }
 
 /// Returns the items of a list that a command returned, or none if it is no list.
-pub fn items(list: &Value) -> &[Value] {
+pub(super) fn items(list: &Value) -> &[Value] {
     list.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
 /// Tells whether QEMU migrates by its own means, by the state that [`Qmp::migration`] returns.
-pub fn is_migrating(state: &str) -> bool {
+pub(super) fn is_migrating(state: &str) -> bool {
     !matches!(state, "" | "none" | "completed" | "failed" | "cancelled")
 }
 

@@ -16,7 +16,7 @@ const NEITHER: [&str; 3] = ["multifd", "return-path", "postcopy-ram"];
 const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "late-block-activate"];
 
 /// These are the settings that QEMU had before.
-pub struct Settings {
+pub(super) struct Settings {
     /// These are the capabilities as `migrate-set-capabilities` takes them.
     capabilities: Vec<Value>,
     /// These are the parameters as `migrate-set-parameters` takes them.
@@ -39,7 +39,7 @@ impl Settings {
     /// # Errors
     ///
     /// Fails if QEMU does not answer.
-    pub async fn read(qmp: &Qmp) -> Result<Self, DriverError> {
+    pub(super) async fn read(qmp: &Qmp) -> Result<Self, DriverError> {
         let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
         let parameters = qmp.execute("query-migrate-parameters", json!({})).await?;
         Ok(Self::from_answers(&capabilities, &parameters))
@@ -51,7 +51,7 @@ impl Settings {
     /// # Errors
     ///
     /// Fails if QEMU does not answer.
-    pub async fn restore_lost(qmp: &Qmp) -> Result<(), DriverError> {
+    pub(super) async fn restore_lost(qmp: &Qmp) -> Result<(), DriverError> {
         let capabilities = qmp.execute("query-migrate-capabilities", json!({})).await?;
         if is_on(&capabilities, "x-ignore-shared") { Self::default().restore(qmp).await } else { Ok(()) }
     }
@@ -78,7 +78,7 @@ impl Settings {
     /// # Errors
     ///
     /// Fails if QEMU does not answer.
-    pub async fn restore(self, qmp: &Qmp) -> Result<(), DriverError> {
+    pub(super) async fn restore(self, qmp: &Qmp) -> Result<(), DriverError> {
         // First and by itself: it must not fail with anything else.
         set_capabilities(qmp, switches(&NOT_AFTERWARDS, false).collect()).await?;
         qmp.execute("migrate-set-parameters", self.parameters).await?;
@@ -91,7 +91,7 @@ impl Settings {
 /// # Errors
 ///
 /// Fails if QEMU does not answer.
-pub async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
+pub(super) async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
     // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
     let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
     prepare(qmp, &SOURCE, most).await
@@ -102,7 +102,7 @@ pub async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
 /// # Errors
 ///
 /// Fails if QEMU does not answer.
-pub async fn prepare_destination(qmp: &Qmp) -> Result<(), DriverError> {
+pub(super) async fn prepare_destination(qmp: &Qmp) -> Result<(), DriverError> {
     // It is announced when it runs here, not before.
     prepare(qmp, &DESTINATION, json!({ "announce-rounds": 0 })).await
 }

@@ -30,7 +30,7 @@ pub struct StateError {
 
 /// Holds what is remembered, and the directory in which it lies. The files are read once, and written by threads beside
 /// the control thread, which asks what is remembered far more often than it changes that.
-pub struct StateDirectory {
+pub(super) struct StateDirectory {
     directory: PathBuf,
     records: RefCell<BTreeMap<String, Record>>,
     /// This lock lets one file be written at a time, so that the last file of a name has what was remembered last.
@@ -39,7 +39,7 @@ pub struct StateDirectory {
 
 /// A QEMU that the daemon keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
+pub(super) struct Record {
     /// This is the name of the guest.
     pub name: String,
     /// This is QEMU's process, from when the daemon takes its guest in.
@@ -71,7 +71,7 @@ pub struct Record {
 
 /// A [`Bond`] in the form in which it is written down.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Bound {
+pub(super) struct Bound {
     migration: String,
     peer: String,
     fetching: bool,
@@ -79,7 +79,7 @@ pub struct Bound {
 
 impl Bound {
     /// Returns what was written down, or `None` if that makes no sense.
-    pub fn bond(&self) -> Option<Bond> {
+    pub(super) fn bond(&self) -> Option<Bond> {
         let (migration, peer) = (memlane_api::ids::decode(&self.migration)?, self.peer.parse().ok()?);
         Some(Bond { migration, peer, fetching: self.fetching })
     }
@@ -94,7 +94,7 @@ impl From<&Bond> for Bound {
 
 impl Record {
     /// Makes the record of a QEMU that is started from a guest file.
-    pub fn launched(definition: &Definition, incoming: bool, guests: &GuestsConfig) -> Self {
+    pub(super) fn launched(definition: &Definition, incoming: bool, guests: &GuestsConfig) -> Self {
         let Paths { memory, qmp } = paths(guests, &definition.name);
         Self {
             name: definition.name.to_string(),
@@ -111,7 +111,7 @@ impl Record {
     }
 
     /// Makes the record of a QEMU that others started.
-    pub fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
+    pub(super) fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
         let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
         let (bond, definition, files) = (None, None, Vec::new());
@@ -119,12 +119,12 @@ impl Record {
     }
 
     /// Returns the identity of QEMU's process.
-    pub fn identity(&self) -> VmmIdentity {
+    pub(super) fn identity(&self) -> VmmIdentity {
         VmmIdentity { pid: self.pid, started: self.started }
     }
 
     /// Removes what the QEMU that has ended left behind.
-    pub fn remove_files(&self) {
+    pub(super) fn remove_files(&self) {
         for file in &self.files {
             match std::fs::remove_file(file) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -138,30 +138,30 @@ impl Record {
 
 impl StateDirectory {
     /// Makes a state directory beside the journal. Nothing is remembered before it is [loaded](Self::load).
-    pub fn beside(journal: &Path) -> Self {
+    pub(super) fn beside(journal: &Path) -> Self {
         let (records, writing) = Default::default();
         Self { directory: journal.join("guests"), records, writing }
     }
 
     /// Reads everything that was remembered. A file that cannot be read is left out, and logged.
-    pub async fn load(&self) {
+    pub(super) async fn load(&self) {
         let directory = self.directory.clone();
         let records = task::aside(move || all(&directory)).await;
         self.records.borrow_mut().extend(records.into_iter().map(|record| (record.name.clone(), record)));
     }
 
     /// Returns everything that is remembered.
-    pub fn all(&self) -> Vec<Record> {
+    pub(super) fn all(&self) -> Vec<Record> {
         self.records.borrow().values().cloned().collect()
     }
 
     /// Returns what is remembered of the guest of this name.
-    pub fn read(&self, name: &str) -> Option<Record> {
+    pub(super) fn read(&self, name: &str) -> Option<Record> {
         self.records.borrow().get(name).cloned()
     }
 
     /// Notes that the guest which was awaited has arrived and runs. From then on the operator decides about it.
-    pub fn note_arrival(self: &Rc<Self>, name: &str) {
+    pub(super) fn note_arrival(self: &Rc<Self>, name: &str) {
         let arrived = self.change(name, |record| {
             (record.incoming, record.launched_for_migration, record.migrating) = (false, false, false);
             record.bond = None;
@@ -174,7 +174,7 @@ impl StateDirectory {
 
     /// Notes that QEMU migrates, or does not any more, because this daemon has told it to. Any other migration of
     /// QEMU's own is the operator's.
-    pub async fn note_migration(&self, name: &str, migrating: bool) {
+    pub(super) async fn note_migration(&self, name: &str, migrating: bool) {
         let noted = self.change(name, |record| {
             record.migrating = migrating;
             record.bond = record.bond.take().filter(|_| migrating);
@@ -189,7 +189,7 @@ impl StateDirectory {
     /// # Errors
     ///
     /// Fails if the record cannot be written.
-    pub async fn bind(&self, name: &str, bond: &Bond) -> Result<(), StateError> {
+    pub(super) async fn bind(&self, name: &str, bond: &Bond) -> Result<(), StateError> {
         let Some(record) = self.read(name) else {
             let source = io::Error::other("nothing is remembered of it");
             return Err(StateError { guest: name.to_owned(), path: self.path(name), source });
@@ -217,7 +217,7 @@ impl StateDirectory {
     /// # Errors
     ///
     /// Fails if it cannot be written.
-    pub async fn write(&self, record: &Record) -> Result<(), StateError> {
+    pub(super) async fn write(&self, record: &Record) -> Result<(), StateError> {
         let before = self.records.borrow_mut().insert(record.name.clone(), record.clone());
         let saved = self.save(&record.name).await;
         if saved.is_err() {
@@ -231,7 +231,7 @@ impl StateDirectory {
     }
 
     /// Forgets the record of this name.
-    pub async fn remove(&self, name: &str) {
+    pub(super) async fn remove(&self, name: &str) {
         self.records.borrow_mut().remove(name);
         if let Err(error) = self.save(name).await {
             warn!(guest = name, %error, "cannot forget a guest in QEMU");
@@ -298,7 +298,7 @@ fn read(path: &Path) -> Option<Record> {
 }
 
 /// Returns the paths at which the QEMU of a launched guest keeps what the daemon must reach.
-pub fn paths(guests: &GuestsConfig, name: &Label) -> Paths {
+pub(super) fn paths(guests: &GuestsConfig, name: &Label) -> Paths {
     let memory = guests.memory.join(format!("{name}.ram"));
     Paths { memory, qmp: guests.directory.join(name.as_str()).join("qmp.sock") }
 }

@@ -19,7 +19,7 @@ const THREADS: u64 = 4;
 /// XXH3-64 of every page that is data. Holes count as zeros and stay holes.
 ///
 /// The guest may write meanwhile: the print of a page that is being written may be of any mixture.
-pub struct Fingerprints(Vec<Extent>);
+pub(super) struct Fingerprints(Vec<Extent>);
 
 /// A run of data, with a print of each of its pages.
 struct Extent {
@@ -33,7 +33,7 @@ impl Fingerprints {
     /// # Errors
     ///
     /// Fails if the memory cannot be read.
-    pub async fn take(ram: Arc<GuestRam>) -> Result<Self, DriverError> {
+    pub(super) async fn take(ram: Arc<GuestRam>) -> Result<Self, DriverError> {
         let look = move || in_shares(&ram, &|pages| look_at(&ram, pages));
         let shares = task::aside(look).await;
         Ok(Self(shares.map_err(failed)?.into_iter().flatten().collect()))
@@ -44,7 +44,7 @@ impl Fingerprints {
     /// # Errors
     ///
     /// Fails if the memory cannot be read.
-    pub async fn compare(self, ram: Arc<GuestRam>, into: &PageSet) -> Result<Harvest, DriverError> {
+    pub(super) async fn compare(self, ram: Arc<GuestRam>, into: &PageSet) -> Result<Harvest, DriverError> {
         let compare = move || {
             let changed = PageSet::new(ram.pages());
             let holes = AtomicBool::new(false);

@@ -48,7 +48,7 @@ pub struct PostcopyIncoming {
 
 /// The way in which a page comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub(crate) enum By {
     /// An access waited for the page, and it was requested.
     Fault,
     /// The page came in the stream of all missing pages.
@@ -187,7 +187,7 @@ impl PostcopyIncoming {
     ///
     /// Fails if the frame holds a part of a huge page, if missing pages are not all known yet, if the memory is
     /// [broken](Self::broken), or if the kernel cannot place a page.
-    pub fn place(&self, runs: &[Run], payload: &[u8], by: By) -> io::Result<()> {
+    pub(crate) fn place(&self, runs: &[Run], payload: &[u8], by: By) -> io::Result<()> {
         if runs.is_empty() {
             return Ok(()); // The frame is a keepalive of the source.
         }

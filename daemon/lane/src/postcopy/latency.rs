@@ -10,7 +10,7 @@ const BUCKETS: usize = 64 * FINE as usize;
 
 /// Times by how often they were seen.
 #[derive(Debug)]
-pub struct Latencies {
+pub(super) struct Latencies {
     counts: Box<[AtomicU64]>,
     longest: AtomicU64,
 }
@@ -24,7 +24,7 @@ impl Default for Latencies {
 
 impl Latencies {
     /// Adds one.
-    pub fn add(&self, time: Duration) {
+    pub(super) fn add(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.counts[bucket(nanoseconds)].fetch_add(1, Ordering::Relaxed);
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
@@ -32,7 +32,7 @@ impl Latencies {
 
     /// What this share of all times did not exceed, 3 % at the most above the truth; zero if there
     /// are none.
-    pub fn quantile(&self, share: f64) -> Duration {
+    pub(super) fn quantile(&self, share: f64) -> Duration {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
         let total: u64 = counts.iter().sum();
         let mut left = (total as f64 * share).ceil() as u64;
@@ -46,7 +46,7 @@ impl Latencies {
     }
 
     /// The longest of all.
-    pub fn longest(&self) -> Duration {
+    pub(super) fn longest(&self) -> Duration {
         Duration::from_nanos(self.longest.load(Ordering::Relaxed))
     }
 }

@@ -8,7 +8,7 @@ use memlane_protocol::window::hold;
 
 /// The number of pages that are left to claim, about, and how fast all lanes together deliver them.
 #[derive(Default)]
-pub struct Backlog {
+pub(crate) struct Backlog {
     pages: AtomicU64,
     /// All lanes together deliver this many bytes per second; 0 while it is not measured.
     bytes_per_second: AtomicU64,
@@ -16,20 +16,20 @@ pub struct Backlog {
 
 impl Backlog {
     /// Sets how many pages are left to claim now, and how fast lanes deliver them.
-    pub fn set(&self, pages: u64, bytes_per_second: u64) {
+    pub(crate) fn set(&self, pages: u64, bytes_per_second: u64) {
         self.pages.store(pages, Ordering::Relaxed);
         self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
     }
 
     /// Notes that a lane has claimed so many pages.
-    pub fn claimed(&self, pages: u64) {
+    pub(crate) fn claimed(&self, pages: u64) {
         let fewer = |left: u64| Some(left.saturating_sub(pages));
         // The closure always returns a value, so the update cannot fail.
         let _ = self.pages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer);
     }
 
     /// Returns how much each lane may have in its window, as the time that the lane needs to deliver it.
-    pub fn lane_share(&self) -> Duration {
+    pub(crate) fn lane_share(&self) -> Duration {
         let bytes = self.pages.load(Ordering::Relaxed).saturating_mul(PAGE_SIZE);
         hold(bytes, self.bytes_per_second.load(Ordering::Relaxed))
     }

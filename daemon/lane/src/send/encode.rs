@@ -15,7 +15,7 @@ use crate::checksum::checksum;
 /// in order.
 ///
 /// Each call begins one claim, and the caller must report its end to [`SendState::settle`].
-pub fn claim_frame(send_state: &SendState, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
+pub(crate) fn claim_frame(send_state: &SendState, cursor: &mut u64, most_bytes: u64, runs: &mut Vec<Run>) {
     runs.clear();
     send_state.claims.fetch_add(1, Ordering::SeqCst);
     if send_state.is_quiesced() {
@@ -89,7 +89,7 @@ fn classify(send_state: &SendState, pages: Range<u64>, runs: &mut Vec<Run>) {
 }
 
 /// Writes the frame's header and table to `head`, with a checksum if the guest is paused. Returns the bytes of payload.
-pub fn encode_frame(send_state: &SendState, sequence: u64, runs: &[Run], head: &mut Vec<u8>) -> u64 {
+pub(crate) fn encode_frame(send_state: &SendState, sequence: u64, runs: &[Run], head: &mut Vec<u8>) -> u64 {
     let checksum = send_state.paused.load(Ordering::Acquire).then(|| checksum(&send_state.ram, runs));
     encode_head(head, sequence, runs, checksum)
 }
@@ -108,7 +108,7 @@ fn classify_with_holes(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
 }
 
 /// Splits `pages` into runs with data and runs of zeros.
-pub fn classify_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
+pub(crate) fn classify_zeros(ram: &GuestRam, pages: Range<u64>, runs: &mut Vec<Run>) {
     // If this fails, the pages are mapped one by one as they are read.
     let _ = ram.populate_read(pages.clone());
     for slice in ram.slices(pages) {

@@ -8,10 +8,10 @@ use memlane_protocol::liveness::{Condition, Liveness, TcpInfo};
 use crate::socket::tcp_info;
 
 /// The kernel is asked about the connection this often.
-pub const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The health of one connection.
-pub struct ConnectionHealth {
+pub(super) struct ConnectionHealth {
     liveness: Liveness,
     begun: Instant,
     looked: Duration,
@@ -19,23 +19,23 @@ pub struct ConnectionHealth {
 }
 
 impl ConnectionHealth {
-    pub fn new(socket: impl AsFd) -> Self {
+    pub(super) fn new(socket: impl AsFd) -> Self {
         let round_trip = tcp_info(socket).map(|info| shortest_round_trip(&info)).unwrap_or_default();
         Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
     }
 
     /// Returns the time since the connection was first checked.
-    pub fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.begun.elapsed()
     }
 
     /// Returns the shortest recent round trip; zero while it is unknown.
-    pub fn round_trip(&self) -> Duration {
+    pub(super) fn round_trip(&self) -> Duration {
         self.round_trip
     }
 
     /// Returns the condition of the connection, if it is time to check it again.
-    pub fn check(&mut self, socket: impl AsFd) -> Option<Condition> {
+    pub(super) fn check(&mut self, socket: impl AsFd) -> Option<Condition> {
         let now = self.now();
         if now - self.looked < CHECK_INTERVAL {
             return None;

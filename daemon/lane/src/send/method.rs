@@ -14,7 +14,7 @@ const WORTH_BYTES: u64 = 32 << 10;
 
 /// The method by which a frame is handed to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SendMethod {
+pub(super) enum SendMethod {
     /// The kernel copies the frame.
     Copy,
     /// The kernel sends the pages themselves, and says later when it is done with them and whether it copied them.
@@ -25,7 +25,7 @@ pub enum SendMethod {
 
 /// The results of trials with the methods to send.
 #[derive(Debug)]
-pub struct MethodTrials {
+pub(super) struct MethodTrials {
     trial_frames_left: u32,
     bytes_to_next_trial: u64,
     works: bool,
@@ -34,7 +34,7 @@ pub struct MethodTrials {
 
 impl MethodTrials {
     /// Makes the trials of a lane. `splices` says whether the lane has a pipe.
-    pub fn new(splices: bool) -> Self {
+    pub(super) fn new(splices: bool) -> Self {
         Self {
             trial_frames_left: TRIAL_FRAMES,
             bytes_to_next_trial: BYTES_BETWEEN_TRIALS,
@@ -44,7 +44,7 @@ impl MethodTrials {
     }
 
     /// Chooses the method for the next frame, which has so many bytes.
-    pub fn choose(&mut self, bytes: u64) -> SendMethod {
+    pub(super) fn choose(&mut self, bytes: u64) -> SendMethod {
         if bytes < WORTH_BYTES {
             return SendMethod::Copy;
         }
@@ -63,7 +63,7 @@ impl MethodTrials {
     }
 
     /// Learns whether the kernel copied a frame of a zero-copy send.
-    pub fn learn(&mut self, copied: bool) {
+    pub(super) fn learn(&mut self, copied: bool) {
         self.works = !copied;
         if copied {
             self.trial_frames_left = 0;
@@ -71,7 +71,7 @@ impl MethodTrials {
     }
 
     /// Excludes a method that the kernel does not support on this connection.
-    pub fn rule_out(&mut self, method: SendMethod) {
+    pub(super) fn rule_out(&mut self, method: SendMethod) {
         match method {
             SendMethod::Copy => {}
             SendMethod::ZeroCopy => {

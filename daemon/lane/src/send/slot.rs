@@ -6,7 +6,7 @@ use crate::message::Message;
 use crate::send::method::SendMethod;
 
 /// One frame, from its claim to its acknowledgement.
-pub struct Slot {
+pub(super) struct Slot {
     pub sequence: u64,
     pub runs: Vec<Run>,
     pub head: Vec<u8>,
@@ -21,7 +21,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             sequence: 0,
             runs: Vec::with_capacity(MAX_RUNS),

@@ -17,7 +17,7 @@ use crate::message::Message;
 const PIPE_BYTES: usize = 1 << 20;
 
 /// A pipe that memory goes through on its way into a socket.
-pub struct Splicer {
+pub(super) struct Splicer {
     into: OwnedFd,
     out_of: OwnedFd,
     /// The pipe contains this many bytes.
@@ -26,7 +26,7 @@ pub struct Splicer {
 
 /// The progress of sending a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub(super) enum Progress {
     /// All of the message is handed over.
     Done,
     /// The socket is full, and the rest must wait until it has room.
@@ -36,7 +36,7 @@ pub enum Progress {
 }
 
 impl Splicer {
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let (out_of, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // An account with very many lanes only gets small ones more, which take more system calls than they save.
         fcntl_setpipe_size(&into, PIPE_BYTES)?;
@@ -50,7 +50,7 @@ impl Splicer {
     ///
     /// What the message points to must be there to be read until this returns, and the body be memory that
     /// may be written while it is sent.
-    pub unsafe fn send(
+    pub(super) unsafe fn send(
         &mut self,
         socket: impl AsFd,
         message: &mut Message,

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 /// The wakers of all lanes of a migration. Lanes come and go.
 #[derive(Default)]
-pub struct Wakers {
+pub(crate) struct Wakers {
     wakers: Mutex<Vec<Weak<Waker>>>,
     taken: AtomicU64,
 }
@@ -29,7 +29,7 @@ impl Wakers {
     /// # Errors
     ///
     /// Fails if the kernel refuses an eventfd.
-    pub fn take(&self) -> io::Result<Arc<Waker>> {
+    pub(crate) fn take(&self) -> io::Result<Arc<Waker>> {
         let eventfd = eventfd(0, EventfdFlags::CLOEXEC)?;
         let before = self.taken.fetch_add(1, Ordering::Relaxed);
         let waker = Arc::new(Waker {
@@ -45,22 +45,22 @@ impl Wakers {
     }
 
     /// Returns the number of lanes.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.wakers().len()
     }
 
     /// Returns how many bytes per second all lanes deliver together, as far as they know.
-    pub fn bytes_per_second(&self) -> u64 {
+    pub(crate) fn bytes_per_second(&self) -> u64 {
         self.wakers().iter().map(|waker| waker.bytes_per_second.load(Ordering::Relaxed)).sum()
     }
 
     /// Wakes all lanes.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         self.wakers().iter().for_each(|waker| waker.wake());
     }
 
     /// Returns whether a lane other than the one of `own` is well, as far as that lane knows.
-    pub fn others_are_well(&self, own: &Waker) -> bool {
+    pub(crate) fn others_are_well(&self, own: &Waker) -> bool {
         let well =
             |waker: &Arc<Waker>| !std::ptr::eq(&**waker, own) && !waker.doubtful.load(Ordering::Relaxed);
         self.wakers().iter().any(well)

@@ -35,7 +35,7 @@ const REPORT: Duration = Duration::from_millis(200);
 
 /// What is missing cannot be fetched.
 #[derive(Debug, thiserror::Error)]
-pub enum FetchError {
+pub(super) enum FetchError {
     /// The VMM does not hand over the descriptors from which its memory can be found.
     #[error("cannot have the guest's accesses wait: {0}")]
     Memory(DriverError),
@@ -63,7 +63,7 @@ pub enum FetchError {
 }
 
 /// A guest whose memory is not all here.
-pub struct Fetching {
+pub(super) struct Fetching {
     context: Rc<Context>,
     guest: Rc<Guest>,
     placing: Arc<PostcopyIncoming>,
@@ -79,7 +79,7 @@ pub struct Fetching {
 }
 
 /// The source's connection, with its lanes.
-pub struct FetchSession {
+pub(super) struct FetchSession {
     link: Link,
     arriving: mpsc::Receiver<ArrivedLane>,
     lanes: Lanes,
@@ -91,7 +91,7 @@ pub struct FetchSession {
 
 impl Fetching {
     /// Makes the guest's memory such that accesses to missing pages wait. Nothing is missing yet.
-    pub async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, FetchError> {
+    pub(super) async fn open(context: Rc<Context>, guest: Rc<Guest>) -> Result<Self, FetchError> {
         guest.stop_prefault().await;
         let memory = guest.driver.open_memory(true).await;
         let memory = memory.map_err(FetchError::Memory)?;
@@ -119,12 +119,12 @@ impl Fetching {
     }
 
     /// Returns the pages that are missing.
-    pub fn placing(&self) -> &Arc<PostcopyIncoming> {
+    pub(super) fn placing(&self) -> &Arc<PostcopyIncoming> {
         &self.placing
     }
 
     /// Takes the source's offer to serve over `link`, in place of any session before.
-    pub async fn accept(&mut self, mut link: Link, peer: &Label, migration: MigrationId) {
+    pub(super) async fn accept(&mut self, mut link: Link, peer: &Label, migration: MigrationId) {
         self.session = None;
         let token = ids::random();
         let arriving = self.context.rendezvous.await_lanes(token, peer.clone(), MOST_LANES);
@@ -150,7 +150,7 @@ impl Fetching {
     /// # Errors
     ///
     /// Fails if all missing pages were known already, if the guest does not have these, or if they cannot be dropped.
-    pub async fn add(&self, missing: Missing) -> Result<(), FetchError> {
+    pub(super) async fn add(&self, missing: Missing) -> Result<(), FetchError> {
         if self.placing.is_known() {
             return Err(FetchError::AllKnown);
         }
@@ -164,7 +164,7 @@ impl Fetching {
     }
 
     /// Notes that all missing pages are known, so that they may come.
-    pub async fn all_known(&mut self) {
+    pub(super) async fn all_known(&mut self) {
         self.placing.all_known();
         self.faults.wake();
         if let Some(session) = &mut self.session
@@ -181,14 +181,14 @@ impl Fetching {
     /// # Errors
     ///
     /// Fails if a page is there that should be missing.
-    pub fn verify_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
+    pub(super) fn verify_holes(&self) -> impl Future<Output = Result<(), FetchError>> + use<> {
         let placing = self.placing.clone();
         let looking = tokio::task::spawn_blocking(move || placing.verify_holes());
         async move { looking.await.expect("looking does not panic").map_err(FetchError::NotAHole) }
     }
 
     /// Notes that the guest runs from now on.
-    pub fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 
@@ -197,7 +197,7 @@ impl Fetching {
     /// # Errors
     ///
     /// Fails when memory turns out not to be right.
-    pub async fn completes(&mut self) -> Result<(), FetchError> {
+    pub(super) async fn completes(&mut self) -> Result<(), FetchError> {
         loop {
             tokio::select! {
                 () = self.bell.notified() => {
@@ -236,13 +236,13 @@ impl Fetching {
     }
 
     /// Returns how the fetching goes.
-    pub fn progress(&self) -> FetchReport {
+    pub(super) fn progress(&self) -> FetchReport {
         let nanoseconds = self.since.map_or(0, |since| since.elapsed().as_nanos() as u64);
         FetchReport { nanoseconds, ..self.placing.report() }
     }
 
     /// Returns what is waited for, in words, or `None` while pages can come.
-    pub fn waits_for(&self) -> Option<&'static str> {
+    pub(super) fn waits_for(&self) -> Option<&'static str> {
         match &self.session {
             None => Some("the source host, from which missing pages are fetched"),
             Some(_) if !self.faults.is_connected() => {
@@ -253,7 +253,7 @@ impl Fetching {
     }
 
     /// Shows the lanes in the progress.
-    pub fn show(&mut self, progress: &mut crate::progress::Progress) {
+    pub(super) fn show(&mut self, progress: &mut crate::progress::Progress) {
         if let Some(session) = &mut self.session {
             session.lanes.measure(false);
             session.lanes.show(progress);
@@ -266,7 +266,7 @@ impl Fetching {
     /// # Errors
     ///
     /// Fails if the kernel refuses. Accesses then go on waiting: letting go of them would have them find zeros.
-    pub async fn poison(self) -> io::Result<u64> {
+    pub(super) async fn poison(self) -> io::Result<u64> {
         self.guest.incomplete.set(true);
         let placing = self.placing.clone();
         let poison = move || placing.poison().and_then(|pages| placing.end().map(|()| pages));
@@ -278,7 +278,7 @@ impl Fetching {
     }
 
     /// Makes the VMM's memory as any other, for the next guest, because no guest comes after all.
-    pub async fn withdraw(self) {
+    pub(super) async fn withdraw(self) {
         if let Err(error) = let_go(&self.placing).await {
             warn!(guest = %self.guest.shape.name, %error, "cannot let go of a VMM's memory; it must be started anew");
         }
@@ -286,7 +286,7 @@ impl Fetching {
 
     /// Makes the guest's memory as any other, because nothing is missing any more. Returns how it went, and the session
     /// of the source, which takes the end of that for a loss until it has heard.
-    pub async fn end(mut self) -> (FetchReport, Option<FetchSession>) {
+    pub(super) async fn end(mut self) -> (FetchReport, Option<FetchSession>) {
         let report = self.progress();
         self.count();
         if let Err(error) = let_go(&self.placing).await {

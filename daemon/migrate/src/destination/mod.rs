@@ -38,7 +38,7 @@ const MOST_LANES: usize = 256;
 const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
 
 /// Answers an offer, and takes the guest if it can come.
-pub async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer) {
+pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer) {
     let name = offer.shape.name.clone();
     let Some(offered) = context.take_offer(offer.migration) else {
         warn!(guest = %name, %peer, "refused an offer that names a migration which is known here");
@@ -424,7 +424,7 @@ async fn completes(fetching: &mut Option<Fetching>) -> Result<(), FetchError> {
 }
 
 /// Notes that a guest has begun to run on this host.
-pub fn arrived(context: &Context, guest: &Guest) {
+pub(crate) fn arrived(context: &Context, guest: &Guest) {
     guest.launched_for_migration.set(false);
     context.qemu.note_arrival(&guest.shape.name);
 }

@@ -17,7 +17,7 @@ use crate::progress::{Iteration as IterationView, Phase as PhaseView};
 
 /// The guest cannot be received.
 #[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
+pub(super) enum ReceiveError {
     /// The source named missing pages before it offered to serve them.
     #[error("the source says what is missing before it offers to serve it")]
     NotServed,

@@ -11,7 +11,7 @@ use super::Effects;
 /// By a deadline the pause must have come to the commit, or it ends. What is begun then cannot be taken back: until the
 /// journal has answered, it is unknown which host owns the guest.
 #[derive(Clone, Copy, Debug)]
-pub struct Deadline {
+pub(crate) struct Deadline {
     /// This is the moment.
     pub at: Instant,
     /// The deadline comes from this downtime limit.
@@ -20,7 +20,7 @@ pub struct Deadline {
 
 impl Deadline {
     /// Returns why the pause is ended, for the operator.
-    pub fn reason(&self) -> String {
+    pub(crate) fn reason(&self) -> String {
         format!(
             "the pause was about to exceed the downtime limit of {:.0?}, so it was ended; try again, or raise the \
              limit",

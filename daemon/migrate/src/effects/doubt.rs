@@ -31,13 +31,13 @@ impl Effects {
     }
 
     /// Does the same for a VMM that had attached before its migration was taken up.
-    pub fn told_at_once(&mut self) -> Option<Event> {
+    pub(crate) fn told_at_once(&mut self) -> Option<Event> {
         let guest = self.guest()?.clone();
         self.told_by(&guest)
     }
 
     /// Notes what the operator has decided.
-    pub fn note_resolution(&mut self, resolution: Resolution) -> Event {
+    pub(crate) fn note_resolution(&mut self, resolution: Resolution) -> Event {
         self.reason = None;
         self.blame(match resolution {
             Resolution::RunHere => "the operator had the guest run here",
@@ -47,13 +47,13 @@ impl Effects {
     }
 
     /// Returns what the VMM is to remember of this migration.
-    pub fn bond(&self) -> Bond {
+    pub(crate) fn bond(&self) -> Bond {
         let Entry { migration, peer, fetching, .. } = &self.entry;
         Bond { migration: *migration, peer: peer.clone(), fetching: *fetching }
     }
 
     /// Shows whether the guest is in doubt, and what is waited for.
-    pub fn show_doubt(&self, machine: &impl Machine) {
+    pub(crate) fn show_doubt(&self, machine: &impl Machine) {
         let in_doubt = machine.can_resolve() && self.link.is_none();
         self.handle.resolvable.set(in_doubt);
         let waits_for = match &self.vmm {

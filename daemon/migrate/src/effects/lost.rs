@@ -14,7 +14,7 @@ use crate::vmm::Vmm;
 /// A VMM that lives may take this long to attach again, before it is ended by force.
 const RETURN: Duration = Duration::from_secs(10);
 /// This is the reason for which a guest that was prepared to fetch is given back.
-pub const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
+pub(crate) const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
      is not known any more; it was given back";
 
 /// The VMM of a guest that can never be whole could not be ended.
@@ -101,12 +101,12 @@ impl Effects {
     }
 
     /// Tells whether a VMM that lives must be told to end.
-    pub fn owes_discard(&self) -> bool {
+    pub(crate) fn owes_discard(&self) -> bool {
         self.unanswered == Some(Action::Discard) && matches!(self.vmm, Vmm::Away(_)) && self.entry.fetching
     }
 
     /// Returns when the wait for a VMM that hangs ends.
-    pub fn patience_ends(&self) -> Option<Instant> {
+    pub(crate) fn patience_ends(&self) -> Option<Instant> {
         // One that was prepared to fetch is not told anything: it is to say how it stands.
         let asked = self.unanswered.is_some() || self.entry.record == Record::Prepared;
         let waits =
@@ -115,7 +115,7 @@ impl Effects {
     }
 
     /// Does to a VMM that does not come back what it cannot be told.
-    pub fn lose_patience(&mut self) -> Option<Event> {
+    pub(crate) fn lose_patience(&mut self) -> Option<Event> {
         if self.unanswered == Some(Action::Resume) {
             self.unanswered = None;
             return Some(self.end_lost());

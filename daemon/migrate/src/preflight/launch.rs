@@ -20,7 +20,7 @@ const STORAGE: Duration = Duration::from_secs(5);
 /// # Errors
 ///
 /// Returns the reasons for which the guest cannot come.
-pub async fn launch_incoming(
+pub(super) async fn launch_incoming(
     context: &Rc<Context>,
     peer: &Label,
     offer: &Offer,

@@ -22,7 +22,11 @@ use crate::context::Context;
 /// # Errors
 ///
 /// Returns everything that prevents the guest from coming.
-pub async fn receive(context: &Rc<Context>, peer: &Label, offer: &Offer) -> Result<Claim, Vec<Refusal>> {
+pub(crate) async fn receive(
+    context: &Rc<Context>,
+    peer: &Label,
+    offer: &Offer,
+) -> Result<Claim, Vec<Refusal>> {
     let name = &offer.shape.name;
     let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
     let guest = match context.guests.get(name) {
@@ -68,7 +72,7 @@ fn busy<T>(name: &Label) -> Result<T, Vec<Refusal>> {
 }
 
 /// Frees a guest that does not come after all, and ends its VMM if it was started for that only.
-pub async fn release(guest: Claim) {
+pub(crate) async fn release(guest: Claim) {
     if !guest.launched_for_migration.get() {
         guest.driver.stand_down().await;
     } else if let Err(error) = guest.driver.discard().await {

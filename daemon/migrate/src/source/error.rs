@@ -9,7 +9,7 @@ use crate::effects::Deadline;
 
 /// Copying or the switchover ended without success. The guest runs on at the source.
 #[derive(Debug, thiserror::Error)]
-pub enum CopyError {
+pub(super) enum CopyError {
     /// The VMM failed.
     #[error(transparent)]
     Driver(#[from] DriverError),

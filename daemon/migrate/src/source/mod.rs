@@ -8,7 +8,7 @@ mod error;
 mod first_iteration;
 mod postcopy;
 mod precopy;
-pub mod serve;
+pub(crate) mod serve;
 mod stun;
 mod switchover;
 mod transfer;
@@ -56,7 +56,7 @@ pub struct MigrateParameters {
 }
 
 /// Moves the claimed guest as planned, to the end.
-pub async fn run(
+pub(crate) async fn run(
     context: Rc<Context>,
     claim: Claim,
     entry: Entry,

@@ -24,7 +24,7 @@ use crate::progress::{Forecast as ForecastView, Iteration as IterationView, Phas
 use crate::routes::Route;
 
 /// The stage in which the guest runs and is copied.
-pub struct Precopy {
+pub(super) struct Precopy {
     pub(super) transfer: Rc<Transfer>,
     /// If this is true, digests are compared in the pause.
     verify: bool,
@@ -48,7 +48,7 @@ pub struct Precopy {
 
 impl Precopy {
     /// Prepares to copy. `round_trip` is that between the ports.
-    pub fn new(transfer: Rc<Transfer>, policy: Policy, verify: bool, round_trip: Duration) -> Self {
+    pub(super) fn new(transfer: Rc<Transfer>, policy: Policy, verify: bool, round_trip: Duration) -> Self {
         let predictor = transfer.context.predictor(&transfer.guest.shape.machine.vmm);
         let told_missing = Arc::new(PageSet::new(transfer.guest.ram.pages()));
         Self {
@@ -71,7 +71,7 @@ impl Precopy {
     /// # Errors
     ///
     /// Fails if the guest cannot be copied, or was given up on. It then runs on.
-    pub async fn run(self, reconnector: LaneReconnector) -> Result<Switchover, CopyError> {
+    pub(super) async fn run(self, reconnector: LaneReconnector) -> Result<Switchover, CopyError> {
         tokio::select! {
             result = self.iterate() => result,
             never = self.keep_measuring() => never,

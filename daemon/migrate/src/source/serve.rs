@@ -34,7 +34,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 
 /// Memory cannot be served, or not any more.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// The connection for control failed.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -60,7 +60,7 @@ pub enum ServeError {
 
 /// This says what is served, and to which host.
 #[derive(Clone)]
-pub struct PostcopySource {
+pub(crate) struct PostcopySource {
     /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
     /// This is the migration.
@@ -72,7 +72,7 @@ pub struct PostcopySource {
 }
 
 /// Serves until it is dropped.
-pub struct Serving(JoinHandle<()>);
+pub(crate) struct Serving(JoinHandle<()>);
 
 /// One connection for control, and its lanes.
 struct ServeSession {
@@ -91,13 +91,13 @@ impl Serving {
     /// # Errors
     ///
     /// Fails if the first session cannot be opened.
-    pub async fn begin(server: PostcopySource) -> Result<Self, ServeError> {
+    pub(crate) async fn begin(server: PostcopySource) -> Result<Self, ServeError> {
         let session = server.open().await?;
         Ok(Self(task::spawn("server of missing pages", server.serve(Some(session)))))
     }
 
     /// Serves as soon as the destination can be reached.
-    pub fn again(server: PostcopySource) -> Self {
+    pub(crate) fn again(server: PostcopySource) -> Self {
         Self(task::spawn("server of missing pages", server.serve(None)))
     }
 }

@@ -20,7 +20,7 @@ use crate::handle::unix_seconds;
 use crate::progress::Phase;
 
 /// The stage in which the guest is paused and what is left of it is sent.
-pub struct Switchover {
+pub(super) struct Switchover {
     pub(super) transfer: Rc<Transfer>,
     /// The pause may take this long, without what comparing takes.
     pub(super) downtime_limit: Duration,
@@ -37,7 +37,7 @@ pub struct Switchover {
 }
 
 /// A guest that is paused here, and of which the destination has all that it needs to run it.
-pub struct Paused {
+pub(super) struct Paused {
     /// The guest stopped at this moment.
     pub at: Instant,
     /// From then on it took this long until its state was saved.
@@ -52,7 +52,7 @@ pub struct Paused {
 
 /// These times of a pause are what the destination measured.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct RemoteTimes {
+pub(super) struct RemoteTimes {
     /// Loading the VMM's state took this long.
     pub load: Duration,
     /// Letting the vCPUs run took this long.
@@ -65,7 +65,7 @@ impl Switchover {
     /// # Errors
     ///
     /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
-    pub async fn run(self) -> Result<Paused, CopyError> {
+    pub(super) async fn run(self) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
         transfer.handle.update(|progress| {
             progress.phase = Phase::SwitchingOver;
@@ -157,18 +157,18 @@ impl Switchover {
 
 impl Paused {
     /// Returns when the commit must have begun to be written, or the guest is kept.
-    pub fn deadline(&self) -> Deadline {
+    pub(super) fn deadline(&self) -> Deadline {
         deadline(self.at + self.verify_time, self.downtime_limit, self.forecast.as_ref())
     }
 
     /// Ends serving.
-    pub fn end_serving(&mut self) {
+    pub(super) fn end_serving(&mut self) {
         self.serving = None;
     }
 
     /// Learns from a pause of this length, of which this host's journal took `journal`. Returns what was measured, and
     /// what had been expected.
-    pub fn learn(
+    pub(super) fn learn(
         &self,
         downtime: Duration,
         journal: Duration,

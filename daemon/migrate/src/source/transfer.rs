@@ -22,14 +22,14 @@ use crate::observer::Measurement;
 use crate::progress::Stun;
 
 /// If a ring of the bell is missed, that is noticed after this time.
-pub const LOOK: Duration = Duration::from_millis(20);
+pub(super) const LOOK: Duration = Duration::from_millis(20);
 /// An answer of the destination may take this long, besides its work.
 const ANSWER: Duration = Duration::from_secs(30);
 /// This many answers of the destination may wait to be dealt with.
 const ANSWERS_WAITING: usize = 16;
 
 /// The transfer of one guest.
-pub struct Transfer {
+pub(super) struct Transfer {
     /// This is the context that every migration of this host works with.
     pub context: Rc<Context>,
     /// This is the guest.
@@ -58,7 +58,7 @@ pub struct Transfer {
 impl Transfer {
     /// Makes a transfer without lanes, which may compress if `compress`. Returns it with the sender that takes the
     /// destination's answers.
-    pub fn new(
+    pub(super) fn new(
         context: Rc<Context>,
         guest: Rc<Guest>,
         handle: Rc<MigrationHandle>,
@@ -94,7 +94,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails if the VMM does not answer. What it has found may then be lost.
-    pub async fn harvest(&self) -> Result<u64, CopyError> {
+    pub(super) async fn harvest(&self) -> Result<u64, CopyError> {
         let found = self.guest.harvest(&self.outbound.dirty).await?;
         if found.holes {
             self.outbound.sparse.store(true, Ordering::Release);
@@ -104,7 +104,7 @@ impl Transfer {
     }
 
     /// Notes that the destination has dealt with one message about holes.
-    pub fn holes_made(&self) {
+    pub(super) fn holes_made(&self) {
         self.holes_made.set(self.holes_made.get() + 1);
         self.bell.notify_one();
     }
@@ -114,7 +114,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails if the connection is lost.
-    pub async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
+    pub(super) async fn send_holes(&self, holes: &mut Vec<Range<u64>>) -> Result<(), CopyError> {
         let pages: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
         if pages == 0 {
             return Ok(());
@@ -133,7 +133,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails if the destination does not answer in time.
-    pub async fn until_holes_are_made(&self) -> Result<(), CopyError> {
+    pub(super) async fn until_holes_are_made(&self) -> Result<(), CopyError> {
         let until = Instant::now() + self.patience();
         while self.holes_made.get() < self.holes_sent.get() {
             self.wait_for_lanes().await?;
@@ -145,7 +145,7 @@ impl Transfer {
     }
 
     /// Returns how long to wait for the destination when it may have to go through all of memory.
-    pub fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         /// A host goes through memory at no less than this many bytes per second.
         const SLOWEST: u64 = 128 << 20;
         ANSWER + Duration::from_secs(self.guest.shape.ram_bytes() / SLOWEST)
@@ -156,7 +156,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails if none comes in time.
-    pub async fn answer(&self) -> Result<Control, CopyError> {
+    pub(super) async fn answer(&self) -> Result<Control, CopyError> {
         let mut answers = self.answers.lock().await;
         match tokio::time::timeout(self.patience(), answers.recv()).await {
             Ok(answer) => answer.ok_or(CopyError::Link(LinkError::Closed)),
@@ -169,7 +169,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails as [`Transfer::wait_for_lanes`] does.
-    pub async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
+    pub(super) async fn until_all_acknowledged(&self) -> Result<(), CopyError> {
         while !self.outbound.all_acknowledged() {
             self.wait_for_lanes().await?;
         }
@@ -181,7 +181,7 @@ impl Transfer {
     /// # Errors
     ///
     /// Fails if no lane is left, or if the guest's memory is not there any more.
-    pub async fn wait_for_lanes(&self) -> Result<(), CopyError> {
+    pub(super) async fn wait_for_lanes(&self) -> Result<(), CopyError> {
         let _ = tokio::time::timeout(LOOK, self.bell.notified()).await;
         self.outbound.ram.intact().map_err(CopyError::Memory)?;
         for lane in self.outbound.orphaned_lanes() {
@@ -196,7 +196,7 @@ impl Transfer {
 
     /// Ends sending. No lane reads the guest's memory after the returned future is done. The guest's writes are not
     /// held up any more.
-    pub fn stop(&self) -> impl Future<Output = ()> + use<> {
+    pub(super) fn stop(&self) -> impl Future<Output = ()> + use<> {
         self.guest.let_writes_go();
         let closed = self.lanes.borrow().close();
         self.outbound.paused.store(false, Ordering::Release);
@@ -204,7 +204,7 @@ impl Transfer {
     }
 
     /// Brings up to date what everyone sees of the lanes and of a stun.
-    pub fn show(&self) {
+    pub(super) fn show(&self) {
         self.lanes.borrow_mut().measure(true);
         self.show_stun();
         self.handle.update(|progress| {

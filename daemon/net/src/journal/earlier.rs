@@ -10,7 +10,7 @@ use super::error::Fault;
 use super::format::excerpt;
 
 /// Reads a whole file.
-pub fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
+pub(super) fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
     let damaged = |offset: usize, found: String| Fault::Damaged { offset: offset as u64, found };
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let mut entries = BTreeMap::new();

@@ -50,7 +50,7 @@ impl Entry {
 
 /// An [`Entry`] as text, or the note that a migration is to be forgotten.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Line {
+pub(super) struct Line {
     migration: String,
     guest: String,
     peer: String,
@@ -68,7 +68,7 @@ pub struct Line {
 
 /// The effect of a line on what is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(super) enum Change {
     /// This entry is the newest of its migration.
     Set(Entry),
     /// The migration is over.
@@ -77,7 +77,7 @@ pub enum Change {
 
 /// A line of the journal makes no sense.
 #[derive(Debug, thiserror::Error)]
-pub enum LineError {
+pub(super) enum LineError {
     /// The field `migration` holds no identity of a migration.
     #[error("`{}` names no migration", .0.escape_debug())]
     Migration(String),
@@ -92,7 +92,7 @@ pub enum LineError {
 impl Line {
     /// Makes a line which says that `record` is the newest of the migration, or with `None` that the migration is over.
     /// The value of `entry.record` does not matter.
-    pub fn new(entry: &Entry, record: Option<Record>) -> Self {
+    pub(super) fn new(entry: &Entry, record: Option<Record>) -> Self {
         Self {
             migration: ids::encode(&entry.migration),
             guest: entry.guest.to_string(),
@@ -110,7 +110,7 @@ impl Line {
     /// # Errors
     ///
     /// Fails if a field of the line does not hold what its name says.
-    pub fn change(&self) -> Result<Change, LineError> {
+    pub(super) fn change(&self) -> Result<Change, LineError> {
         let migration =
             ids::decode(&self.migration).ok_or_else(|| LineError::Migration(self.migration.clone()))?;
         let (guest, peer) = (self.guest.parse()?, self.peer.parse()?);

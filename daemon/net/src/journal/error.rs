@@ -86,7 +86,7 @@ pub enum JournalError {
 
 /// A file of the journal cannot be read.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(super) enum Fault {
     /// The file is damaged.
     Damaged {
         /// The damage is at this byte, counted from the file's beginning.

@@ -15,22 +15,22 @@ use super::entry::{Change, Entry, Key, Line};
 use super::error::Fault;
 
 /// A slot has this many bytes, which disks write whole or not at all.
-pub const SLOT: usize = 512;
+pub(super) const SLOT: usize = 512;
 /// Files are written in this format.
-pub const FORMAT: u64 = 2;
+pub(super) const FORMAT: u64 = 2;
 /// Every slot begins with this text.
-pub const BEGINNING: &str = "{\"sum\":\"";
+pub(super) const BEGINNING: &str = "{\"sum\":\"";
 /// The sum has this many digits.
 const DIGITS: usize = 8;
 /// The sum covers the slot's bytes from this one on.
 const SUMMED: usize = BEGINNING.len() + DIGITS;
 
 /// Each journal has an identity, by which it is told apart from others.
-pub type JournalId = MigrationId;
+pub(super) type JournalId = MigrationId;
 
 /// A journal as it is found in a file.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Contents {
+pub(super) struct Contents {
     /// This is the journal's identity.
     pub id: JournalId,
     /// This is the number of the header's slot.
@@ -67,7 +67,7 @@ struct Slot {
 }
 
 /// Returns the file of the journal `id`, whose header has the number `first`, with `entries` and free slots after them.
-pub fn file<'a>(
+pub(super) fn file<'a>(
     id: &JournalId,
     first: u64,
     slots: u64,
@@ -95,7 +95,7 @@ pub fn file<'a>(
 }
 
 /// Returns the file beside the journal, one slot long, which says that there is a journal, and which one.
-pub fn identity(id: &JournalId) -> Vec<u8> {
+pub(super) fn identity(id: &JournalId) -> Vec<u8> {
     slot(id, &Identity { memlane: "journal-identity".to_owned(), journal: ids::encode(id) })
 }
 
@@ -104,7 +104,7 @@ pub fn identity(id: &JournalId) -> Vec<u8> {
 /// # Errors
 ///
 /// Fails if these bytes are anything else.
-pub fn read_identity(bytes: &[u8]) -> Result<JournalId, Fault> {
+pub(super) fn read_identity(bytes: &[u8]) -> Result<JournalId, Fault> {
     let read: Option<Identity> = serde_json::from_slice(bytes).ok();
     let read = read.filter(|read| read.memlane == "journal-identity" && bytes.len() == SLOT);
     let id = read.and_then(|read| ids::decode(&read.journal)).filter(|id| is_summed(id, bytes));
@@ -112,12 +112,12 @@ pub fn read_identity(bytes: &[u8]) -> Result<JournalId, Fault> {
 }
 
 /// Returns the bytes of a slot with a record.
-pub fn record(id: &JournalId, sequence: u64, line: Line) -> Vec<u8> {
+pub(super) fn record(id: &JournalId, sequence: u64, line: Line) -> Vec<u8> {
     slot(id, &Slot { sequence, entry: Some(line) })
 }
 
 /// Returns the bytes of a free slot.
-pub fn free(id: &JournalId, sequence: u64) -> Vec<u8> {
+pub(super) fn free(id: &JournalId, sequence: u64) -> Vec<u8> {
     slot(id, &Slot { sequence, entry: None })
 }
 
@@ -149,7 +149,7 @@ fn is_summed(id: &JournalId, slot: &[u8]) -> bool {
 /// # Errors
 ///
 /// Fails if any byte of it is not as it was written, or if the format is a later one.
-pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
+pub(super) fn read(bytes: &[u8]) -> Result<Contents, Fault> {
     let Some(first) = bytes.get(..SLOT) else {
         let found = format!("the file ends here, within its header of {SLOT} bytes");
         return Err(damaged(bytes.len(), found));
@@ -231,7 +231,7 @@ fn damaged(offset: usize, found: String) -> Fault {
 }
 
 /// Returns the first bytes as text without control characters.
-pub fn excerpt(bytes: &[u8]) -> String {
+pub(super) fn excerpt(bytes: &[u8]) -> String {
     const SHOWN: usize = 320;
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]);
     format!("`{}`", text.trim_end().escape_debug())

@@ -21,9 +21,9 @@ use super::format::{self, Contents, JournalId, SLOT};
 use crate::private;
 
 /// This file holds the records.
-pub const FILE: &str = "handover.jsonl";
+pub(super) const FILE: &str = "handover.jsonl";
 /// This file says that there is a journal, and which one. It is written once the journal is durable.
-pub const IDENTITY: &str = "handover.id";
+pub(super) const IDENTITY: &str = "handover.id";
 /// The daemon that uses the journal holds a lock on this file.
 const LOCK: &str = "lock";
 /// The lock of a daemon that is gone is waited for this long.
@@ -32,13 +32,13 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const SLOTS: u64 = 256;
 
 /// These are the entries that are durable, as all threads see them.
-pub type Entries = Arc<Mutex<BTreeMap<Key, Entry>>>;
+pub(super) type Entries = Arc<Mutex<BTreeMap<Key, Entry>>>;
 
 /// This is called with the time that it took to make a record durable.
-pub type Synced = Box<dyn Fn(Duration) + Send>;
+pub(super) type Synced = Box<dyn Fn(Duration) + Send>;
 
 /// A disk takes the records.
-pub trait Disk: Send {
+pub(super) trait Disk: Send {
     /// Writes all of `bytes` at the offset `at`, in bytes.
     fn write(&self, bytes: &[u8], at: u64) -> io::Result<()>;
     /// Makes durable what was written.
@@ -56,7 +56,7 @@ impl Disk for File {
 }
 
 /// An open journal.
-pub struct Store {
+pub(super) struct Store {
     pub(super) path: PathBuf,
     pub(super) file: Box<dyn Disk>,
     id: JournalId,
@@ -81,7 +81,7 @@ impl Store {
     /// # Errors
     ///
     /// Fails if another daemon uses it, if it cannot be read or written, or if what is in its files does not add up.
-    pub fn open(directory: &Path, synced: Synced) -> Result<Self, JournalError> {
+    pub(super) fn open(directory: &Path, synced: Synced) -> Result<Self, JournalError> {
         private::directory(directory).map_err(failed("make the directory", directory))?;
         let lock = lock(directory)?;
         let (path, identity_path) = (directory.join(FILE), directory.join(IDENTITY));
@@ -146,7 +146,7 @@ impl Store {
     /// # Errors
     ///
     /// Fails if the disk is full or broken. A restarted daemon then does not find the record.
-    pub fn append(&mut self, entry: &Entry, record: Option<Record>) -> Result<(), JournalError> {
+    pub(super) fn append(&mut self, entry: &Entry, record: Option<Record>) -> Result<(), JournalError> {
         if self.taken == self.slots {
             self.rewrite().map_err(failed("make room in the journal", &self.path))?;
             self.settle().unwrap_or_else(|failure| self.give_up(&failure));
@@ -169,13 +169,13 @@ impl Store {
     }
 
     /// Tells whether most of the file is of migrations that are over, and there is much of it.
-    pub fn is_untidy(&self) -> bool {
+    pub(super) fn is_untidy(&self) -> bool {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner).len() as u64;
         self.taken >= self.tidy_at && entries * 4 <= self.taken
     }
 
     /// Writes the file anew without what is over. If that fails, the old file is used until it is full.
-    pub fn tidy_up(&mut self) {
+    pub(super) fn tidy_up(&mut self) {
         if self.tidy() {
             self.settle().unwrap_or_else(|failure| self.give_up(&failure));
         }

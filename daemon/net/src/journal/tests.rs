@@ -13,7 +13,7 @@ use super::format::SLOT;
 use super::store::{Disk, FILE, IDENTITY};
 use super::*;
 
-pub fn entry(number: u8, record: Record) -> Entry {
+pub(super) fn entry(number: u8, record: Record) -> Entry {
     let label = |name: &str| name.parse().unwrap();
     let vmm = VmmIdentity { pid: 4711, started: 1 << 40 };
     let (guest, peer) = (label("web1"), label("host-b"));

@@ -24,15 +24,15 @@ use super::LinkError;
 const ROUND_TRIPS: usize = 8;
 /// This many bytes of messages are read ahead of the task that deals with them: post-copy of a guest of 256 GiB begins
 /// with that many.
-pub const READ_AHEAD_BYTES: usize = 8 << 20;
+pub(super) const READ_AHEAD_BYTES: usize = 8 << 20;
 /// The other side may take this long to take a message: it may be busy with the one before.
 const TAKING: Duration = Duration::from_secs(30);
 
 /// A message on its way out, and the channel that reports that it is written.
-pub type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
+pub(super) type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 
 /// A message that was read, or the reason why there are no more.
-pub struct Received {
+pub(super) struct Received {
     /// This is the message.
     pub message: Result<Control, LinkError>,
     /// This is the room that it takes until it is dealt with.
@@ -40,7 +40,7 @@ pub struct Received {
 }
 
 /// The state that the tasks of a link share.
-pub struct Shared {
+pub(super) struct Shared {
     /// A ping and a pong may be due. A later one takes the place of one that is not written yet.
     ping: Cell<Option<u64>>,
     pong: Cell<Option<u64>>,
@@ -77,7 +77,7 @@ impl Default for Shared {
 
 impl Shared {
     /// Returns the shortest round trip of the last pings, once there was one.
-    pub fn round_trip(&self) -> Option<Duration> {
+    pub(super) fn round_trip(&self) -> Option<Duration> {
         self.round_trips.borrow().iter().min().copied()
     }
 
@@ -121,7 +121,7 @@ impl Shared {
 }
 
 /// Writes messages, each whole and in the order in which they come, and the pings and pongs that are due ahead of them.
-pub async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
+pub(super) async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
     loop {
         let (bytes, written) = match shared.take_due() {
             Some(due) => (due.encode(), None),
@@ -145,7 +145,11 @@ pub async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc
 }
 
 /// Reads messages, deals with pings, and passes on the rest until the connection ends.
-pub async fn read(stream: Rc<TcpStream>, shared: Rc<Shared>, messages: mpsc::UnboundedSender<Received>) {
+pub(super) async fn read(
+    stream: Rc<TcpStream>,
+    shared: Rc<Shared>,
+    messages: mpsc::UnboundedSender<Received>,
+) {
     loop {
         let (message, bytes) = match read_message(&stream, &shared).await {
             Ok(read) => read,
@@ -178,7 +182,7 @@ pub async fn read(stream: Rc<TcpStream>, shared: Rc<Shared>, messages: mpsc::Unb
 }
 
 /// Sends pings, and ends the link when nothing has been heard for `silence`.
-pub async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration) {
+pub(super) async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration) {
     let pause = (silence / 5).min(Duration::from_secs(1));
     for number in 0.. {
         shared.ping.set(Some(number));
@@ -206,7 +210,11 @@ async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, u
 /// # Errors
 ///
 /// Fails if the connection ends or breaks before they have come.
-pub async fn read_exactly(stream: &TcpStream, count: usize, heard: impl Fn()) -> Result<Vec<u8>, LinkError> {
+pub(super) async fn read_exactly(
+    stream: &TcpStream,
+    count: usize,
+    heard: impl Fn(),
+) -> Result<Vec<u8>, LinkError> {
     let mut buffer = vec![0; count];
     let mut filled = 0;
     while filled < count {

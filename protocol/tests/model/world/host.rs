@@ -3,7 +3,7 @@
 use memlane_protocol::handover::{Action, Destination, Event, Message, Phase, Record, Source};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Vmm {
+pub(super) enum Vmm {
     /// At the destination: waits for pages and state.
     Incoming,
     /// At the destination: has the state, waits for the word.
@@ -18,13 +18,13 @@ pub enum Vmm {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Role {
+pub(super) enum Role {
     Source(Source),
     Destination(Destination),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Host {
+pub(super) struct Host {
     pub up: bool,
     /// The daemon's role, or `None` if the daemon is down or does not know the migration.
     pub role: Option<Role>,
@@ -45,28 +45,28 @@ pub struct Host {
 }
 
 impl Role {
-    pub fn on(&mut self, event: Event) -> Vec<Action> {
+    pub(super) fn on(&mut self, event: Event) -> Vec<Action> {
         match self {
             Self::Source(source) => source.on(event),
             Self::Destination(destination) => destination.on(event),
         }
     }
 
-    pub fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> Phase {
         match self {
             Self::Source(source) => source.phase(),
             Self::Destination(destination) => destination.phase(),
         }
     }
 
-    pub fn can_resolve(&self) -> bool {
+    pub(super) fn can_resolve(&self) -> bool {
         match self {
             Self::Source(source) => source.can_resolve(),
             Self::Destination(destination) => destination.can_resolve(),
         }
     }
 
-    pub fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         match self {
             Self::Source(source) => source.is_over(),
             Self::Destination(destination) => destination.is_over(),
@@ -75,7 +75,7 @@ impl Role {
 }
 
 impl Host {
-    pub fn new(vmm: Vmm) -> Self {
+    pub(super) fn new(vmm: Vmm) -> Self {
         Self {
             up: true,
             role: None,
@@ -91,21 +91,21 @@ impl Host {
         }
     }
 
-    pub fn phase(&self) -> Option<Phase> {
+    pub(super) fn phase(&self) -> Option<Phase> {
         self.role.map(|role| role.phase())
     }
 
-    pub fn at_rest(&self) -> bool {
+    pub(super) fn at_rest(&self) -> bool {
         self.is_quiet() && self.role.is_none_or(|role| role.is_over()) && self.journal.is_none()
     }
 
     /// Whether nothing happens here unless another host does something.
-    pub fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiet(&self) -> bool {
         self.up && self.writes.is_empty() && self.commands.is_empty() && self.inbox.is_empty()
     }
 
     /// Whether this host's VMM neither runs the guest nor ever will, whatever becomes of the daemon.
-    pub fn has_nothing(&self) -> bool {
+    pub(super) fn has_nothing(&self) -> bool {
         match self.vmm {
             Vmm::Ended | Vmm::Discarded => true,
             Vmm::Incoming => self.role.is_none_or(|role| role.is_over()),
@@ -114,19 +114,19 @@ impl Host {
     }
 
     /// Other contents that a damaged journal may have.
-    pub fn damages(&self) -> impl Iterator<Item = Option<Record>> {
+    pub(super) fn damages(&self) -> impl Iterator<Item = Option<Record>> {
         let before = RECORDS.into_iter().filter(|record| self.past & record_bit(*record) != 0).map(Some);
         before.chain([None]).filter(|found| *found != self.journal)
     }
 
-    pub fn hear(&mut self, event: Event) {
+    pub(super) fn hear(&mut self, event: Event) {
         if self.up {
             self.inbox.push(event);
         }
     }
 }
 /// In the order of their bits in [`Host::arriving`].
-pub const MESSAGES: [Message; 14] = [
+pub(super) const MESSAGES: [Message; 14] = [
     Message::Offer,
     Message::Accept,
     Message::Refuse,
@@ -155,12 +155,12 @@ const RECORDS: [Record; 9] = [
     Record::Declined,
 ];
 
-pub fn record_bit(record: Record) -> u16 {
+pub(super) fn record_bit(record: Record) -> u16 {
     let index = RECORDS.iter().position(|&known| known == record);
     1 << index.expect("every record is listed")
 }
 
-pub fn bit(message: Message) -> u16 {
+pub(super) fn bit(message: Message) -> u16 {
     let index = MESSAGES.iter().position(|&known| known == message);
     1 << index.expect("every message is listed")
 }

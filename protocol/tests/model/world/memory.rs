@@ -8,7 +8,7 @@ use super::{Side, World};
 
 /// What the destination's VMM has of the guest's memory, which it knows without its daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Memory {
+pub(super) enum Memory {
     Whole,
     /// Part of it is at the source.
     Missing,
@@ -18,7 +18,7 @@ pub enum Memory {
 
 /// Where the guest's memory is, and what was said about that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Fetch {
+pub(super) struct Fetch {
     pub memory: Memory,
     /// The source's daemon lets the destination fetch.
     pub served: bool,
@@ -34,7 +34,7 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             memory: Memory::Whole,
             served: false,
@@ -50,7 +50,7 @@ impl Fetch {
 
 impl World {
     /// What must never be, about memory.
-    pub fn memory_violation(&self) -> Option<&'static str> {
+    pub(crate) fn memory_violation(&self) -> Option<&'static str> {
         let Fetch { memory, given_up_at_source, completed_at_source, lost_at_destination, .. } = self.fetch;
         let needed = self.destination.vmm == Vmm::Running && memory == Memory::Missing && !given_up_at_source;
         match self.fetch.false_report {
@@ -66,24 +66,24 @@ impl World {
         }
     }
 
-    pub fn lacks_pages(&self) -> bool {
+    pub(crate) fn lacks_pages(&self) -> bool {
         self.fetch.memory == Memory::Missing
     }
 
     /// Whether the destination's daemon knows that the guest can never be whole there.
-    pub fn is_hopeless(&self) -> bool {
+    pub(crate) fn is_hopeless(&self) -> bool {
         self.fetch.memory == Memory::Hopeless
     }
 
     /// Whether the destination can get the last page now.
-    pub fn can_fetch(&self) -> bool {
+    pub(crate) fn can_fetch(&self) -> bool {
         self.fetch.served
             && self.source.up
             && self.destination.phase() == Some(Phase::Fetching)
             && (self.destination.vmm, self.fetch.memory) == (Vmm::Running, Memory::Missing)
     }
 
-    pub fn fetch_the_rest(&mut self) {
+    pub(crate) fn fetch_the_rest(&mut self) {
         if self.fault != Fault::CompleteTooEarly {
             self.fetch.memory = Memory::Whole;
         }
@@ -91,7 +91,7 @@ impl World {
     }
 
     /// The source's daemon is told to serve.
-    pub fn serve(&mut self) {
+    pub(crate) fn serve(&mut self) {
         match self.fault {
             Fault::ServesNotAfterCrash if self.budget.crashes == 0 => {}
             Fault::ServesWhatIsDropped if self.fetch.dropped => {}
@@ -104,13 +104,13 @@ impl World {
     }
 
     /// The source's VMM or daemon is gone: while one of them is there, so is the memory.
-    pub fn lose_memory(&mut self) {
+    pub(crate) fn lose_memory(&mut self) {
         self.fetch.served &= self.source.up;
         self.fetch.dropped |= !self.source.up && self.source.vmm == Vmm::Ended;
     }
 
     /// An operator no longer waits for the other host.
-    pub fn give_up(&mut self, at: Side) {
+    pub(crate) fn give_up(&mut self, at: Side) {
         self.budget.abandon = false;
         match at {
             Side::Source => self.fetch.given_up_at_source = true,
@@ -120,7 +120,7 @@ impl World {
     }
 
     /// From here on whoever touches what is missing fails, with or without a daemon.
-    pub fn give_up_missing(&mut self) {
+    pub(crate) fn give_up_missing(&mut self) {
         self.fetch.given_up_at_destination = true;
         if self.fetch.memory == Memory::Missing && self.fault != Fault::GivesUpWithoutTrace {
             self.fetch.memory = Memory::Hopeless;
@@ -128,7 +128,7 @@ impl World {
     }
 
     /// What the destination's daemon says of a guest that runs, or ran before: `again`.
-    pub fn resumed(&self, again: bool) -> Event {
+    pub(crate) fn resumed(&self, again: bool) -> Event {
         match (self.fetch.memory, self.fault) {
             (Memory::Whole, Fault::ForgetsComplete) if again => Event::Abandoned,
             (Memory::Missing, Fault::ForgetsMissing) if again => Event::Resumed,
@@ -139,7 +139,7 @@ impl World {
         }
     }
 
-    pub fn report(&mut self, at: Side, outcome: Outcome) {
+    pub(crate) fn report(&mut self, at: Side, outcome: Outcome) {
         // An operator or a damaged journal let the guest run after the source's VMM, or its claim on it, was gone.
         let nothing_to_fetch = (self.run_by_order || self.damaged) && self.source.has_nothing();
         let fetch = &mut self.fetch;

@@ -8,7 +8,7 @@ use super::{Side, World, other};
 
 /// One thing that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Step {
+pub(crate) enum Step {
     /// A message arrives, and may arrive again.
     Deliver {
         to: Side,
@@ -73,7 +73,7 @@ pub enum Step {
 
 impl Step {
     /// Whether it needs no further trouble to happen.
-    pub fn is_fair(self) -> bool {
+    pub(crate) fn is_fair(self) -> bool {
         match self {
             Self::LoseAll
             | Self::Crash(_)
@@ -92,7 +92,7 @@ impl Step {
 
 impl World {
     /// Everything that can happen next, and what comes of it.
-    pub fn steps(&self) -> Vec<(Step, Self)> {
+    pub(crate) fn steps(&self) -> Vec<(Step, Self)> {
         let mut steps = Vec::new();
         for side in [Side::Source, Side::Destination] {
             self.host_steps(side, &mut steps);

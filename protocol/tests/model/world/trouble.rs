@@ -5,7 +5,7 @@ use memlane_protocol::handover::Record;
 /// How much may go wrong on one path. Loss, doubling and reordering of messages and lost
 /// connections are not counted: they may always happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Budget {
+pub(crate) struct Budget {
     /// A daemon crashes.
     pub crashes: u8,
     /// A VMM ends, loses its connection, or cannot load or resume.
@@ -31,7 +31,7 @@ pub struct Budget {
 
 /// What a cheating daemon or VMM does wrong, all the time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Fault {
+pub(crate) enum Fault {
     None,
     /// Says that this record is durable when it is not.
     NotDurable(Record),

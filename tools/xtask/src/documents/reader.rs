@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 /// One page: a Markdown file of the sources.
-pub struct Page {
+pub(super) struct Page {
     /// Its file, from the root of the sources.
     pub name: String,
     /// What it says.
@@ -13,7 +13,7 @@ pub struct Page {
 
 /// A command in a page.
 #[derive(Debug, PartialEq)]
-pub struct Command {
+pub(super) struct Command {
     /// Page and line.
     pub place: String,
     /// The program and its arguments.
@@ -23,12 +23,12 @@ pub struct Command {
 }
 
 /// The root of the sources, from the folder of either program.
-pub fn root() -> &'static Path {
+pub(super) fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// All pages: those in the root of the sources, and those in `docs/`.
-pub fn pages() -> Vec<Page> {
+pub(super) fn pages() -> Vec<Page> {
     let folders = [root().to_owned(), root().join("docs")];
     let files = folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of the sources"));
     let files = files.map(|entry| entry.expect("an entry of a folder").path());
@@ -43,13 +43,13 @@ pub fn pages() -> Vec<Page> {
 }
 
 /// All commands of `program`, such as `cargo xtask`, in all pages.
-pub fn commands(program: &str) -> Vec<Command> {
+pub(super) fn commands(program: &str) -> Vec<Command> {
     pages().iter().flat_map(|page| page.commands(program)).collect()
 }
 
 impl Page {
     /// The commands of `program`: in blocks of code, without comments, and in sentences.
-    pub fn commands(&self, program: &str) -> Vec<Command> {
+    pub(super) fn commands(&self, program: &str) -> Vec<Command> {
         let in_blocks = self.code().into_iter().flat_map(|(line, code)| {
             let code = code.split(" #").next().unwrap_or_default();
             let parts = code.split([';', '|', '>', '&']).map(str::to_owned).collect::<Vec<_>>();
@@ -71,7 +71,7 @@ impl Page {
     }
 
     /// The lines of blocks of code with their numbers. A line that goes on in the next one is one with that.
-    pub fn code(&self) -> Vec<(usize, String)> {
+    pub(super) fn code(&self) -> Vec<(usize, String)> {
         let mut code: Vec<(usize, String)> = Vec::new();
         let mut goes_on = false;
         for (number, line, kind) in self.lines() {
@@ -91,7 +91,7 @@ impl Page {
     }
 
     /// The pieces of code in sentences and tables, with their lines.
-    pub fn spans(&self) -> Vec<(usize, &str)> {
+    pub(super) fn spans(&self) -> Vec<(usize, &str)> {
         let mut spans = Vec::new();
         let prose = self.lines().into_iter().filter(|(_, _, kind)| *kind == Kind::Prose);
         for (number, line, _) in prose {
@@ -101,7 +101,7 @@ impl Page {
     }
 
     /// Lines with their numbers, and whether they are code.
-    pub fn lines(&self) -> Vec<(usize, &str, Kind)> {
+    pub(super) fn lines(&self) -> Vec<(usize, &str, Kind)> {
         let mut fenced = false;
         let kind = |line: &str| {
             if line.trim_start().starts_with("```") {
@@ -117,7 +117,7 @@ impl Page {
 
 /// What a line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Sentences, tables and headings.
     Prose,
     /// A line of a block of code, fenced or indented by four spaces.

@@ -9,7 +9,7 @@ use memlane_protocol::wire::frame::{Content, Run};
 use super::invalid;
 
 /// A part of a frame that is placed in one call.
-pub enum Piece {
+pub(super) enum Piece {
     /// The piece is whole pages, all of them with contents.
     Data(Range<u64>),
     /// The piece is whole pages of zeros.
@@ -35,7 +35,7 @@ struct Open {
 /// # Errors
 ///
 /// Fails if the frame holds a part of a huge page.
-pub fn assemble(memory: &VmmMapping, runs: &[Run]) -> io::Result<Vec<Piece>> {
+pub(super) fn assemble(memory: &VmmMapping, runs: &[Run]) -> io::Result<Vec<Piece>> {
     let torn = || invalid("a frame holds a part of a huge page");
     let mut pieces = Vec::with_capacity(runs.len());
     let mut open: Option<Open> = None;

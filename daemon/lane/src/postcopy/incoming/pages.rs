@@ -18,7 +18,7 @@ use memlane_protocol::PageSet;
 /// written to it.
 ///
 /// States change under the lock. System calls that take long are made without it.
-pub struct Pages {
+pub(super) struct Pages {
     missing: PageSet,
     placing: PageSet,
     /// Accesses wait for these pages.
@@ -29,7 +29,7 @@ pub struct Pages {
 
 /// The action that an access needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(super) enum Access {
     /// The page is not missing: it is a hole, or was placed before the access was read.
     Present,
     /// The page must be requested.
@@ -42,30 +42,30 @@ pub enum Access {
 
 impl Pages {
     /// Makes the states of a guest with so many pages, of which none is missing.
-    pub fn new(pages: u64) -> Self {
+    pub(super) fn new(pages: u64) -> Self {
         let set = || PageSet::new(pages);
         Self { missing: set(), placing: set(), awaited: set(), waiting: Mutex::default() }
     }
 
     /// Makes these pages missing.
-    pub fn add(&self, pages: Range<u64>) {
+    pub(super) fn add(&self, pages: Range<u64>) {
         let _states = self.lock();
         self.missing.insert_range(pages);
     }
 
     /// Returns the pages that are missing and not being placed. Other threads may remove pages meanwhile.
-    pub fn missing(&self) -> &PageSet {
+    pub(super) fn missing(&self) -> &PageSet {
         &self.missing
     }
 
     /// Returns whether this page is missing and no thread has begun to place it. Takes the lock, so the result is exact.
-    pub fn is_missing(&self, page: u64) -> bool {
+    pub(super) fn is_missing(&self, page: u64) -> bool {
         let _states = self.lock();
         self.missing.contains(page)
     }
 
     /// Returns all pages that are not placed yet, including those that are being placed: that may fail.
-    pub fn unplaced(&self) -> PageSet {
+    pub(super) fn unplaced(&self) -> PageSet {
         let _states = self.lock();
         let all = PageSet::new(self.missing.pages());
         self.missing.runs().chain(self.placing.runs()).for_each(|run| {
@@ -75,7 +75,7 @@ impl Pages {
     }
 
     /// Claims the first run of missing pages within `pages`, which the caller then places.
-    pub fn claim(&self, pages: Range<u64>) -> Option<Range<u64>> {
+    pub(super) fn claim(&self, pages: Range<u64>) -> Option<Range<u64>> {
         let _states = self.lock();
         let run = self.missing.next_run_within(pages)?;
         self.placing.insert_range(run.clone());
@@ -84,7 +84,7 @@ impl Pages {
     }
 
     /// Notes that [claimed](Self::claim) pages are placed. Returns how long each access waited for them.
-    pub fn placed(&self, pages: Range<u64>) -> Vec<Duration> {
+    pub(super) fn placed(&self, pages: Range<u64>) -> Vec<Duration> {
         let mut waiting = self.lock();
         self.placing.remove_range(pages.clone());
         self.answer(&mut waiting, &pages)
@@ -92,7 +92,7 @@ impl Pages {
 
     /// Makes [claimed](Self::claim) pages missing again that could not be placed. Accesses to them are forgotten: the
     /// caller wakes them, and the kernel then reports them again.
-    pub fn give_back(&self, pages: Range<u64>) {
+    pub(super) fn give_back(&self, pages: Range<u64>) {
         let mut waiting = self.lock();
         self.missing.insert_range(pages.clone());
         self.placing.remove_range(pages.clone());
@@ -101,7 +101,7 @@ impl Pages {
 
     /// Leaves pages as holes. Returns how many of them were missing and are holes from now on, and claims those that an
     /// access waits for, which the caller then places.
-    pub fn leave(&self, pages: Range<u64>) -> (u64, Vec<Range<u64>>) {
+    pub(super) fn leave(&self, pages: Range<u64>) -> (u64, Vec<Range<u64>>) {
         let _states = self.lock();
         let (mut left, mut waited_for) = (0, Vec::new());
         let mut rest = pages;
@@ -120,7 +120,7 @@ impl Pages {
     }
 
     /// Notes that an access waits for `unit`, which is one page of the region's own size.
-    pub fn access(&self, unit: &Range<u64>) -> Access {
+    pub(super) fn access(&self, unit: &Range<u64>) -> Access {
         let mut waiting = self.lock();
         let missing = self.missing.contains(unit.start);
         if !missing && !self.placing.contains(unit.start) {
@@ -134,7 +134,7 @@ impl Pages {
     }
 
     /// Returns the pages that accesses wait for, each once.
-    pub fn awaited(&self) -> Vec<u64> {
+    pub(super) fn awaited(&self) -> Vec<u64> {
         self.lock().keys().copied().collect()
     }
 
