@@ -1,4 +1,6 @@
 //! Durations, rates and sizes as people write them: `300ms`, `250mbit`, `4GiB`.
+//!
+//! Each is shown in the largest unit that leaves at most three decimals (`1.5GiB`), or none with `{:#}` (`1536MiB`).
 
 use std::fmt;
 use std::str::FromStr;
@@ -91,19 +93,19 @@ impl FromStr for Size {
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanoseconds = u64::try_from(self.0.as_nanos()).unwrap_or(u64::MAX);
-        f.pad(&display(nanoseconds, &SPANS))
+        f.pad(&display(nanoseconds, &SPANS, f.alternate()))
     }
 }
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&display(self.0, &RATES))
+        f.pad(&display(self.0, &RATES, f.alternate()))
     }
 }
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&display(self.0, &SIZES))
+        f.pad(&display(self.0, &SIZES, f.alternate()))
     }
 }
 
@@ -121,15 +123,16 @@ fn parse(text: &str, units: &[(&str, f64)]) -> Option<u64> {
     (value <= (1u64 << 53) as f64).then_some(value as u64)
 }
 
-/// Formats a value in the largest unit that leaves at most three decimals.
-fn display(value: u64, units: &[(&str, f64)]) -> String {
+/// Formats a value in the largest unit that leaves at most three decimals, or none if `whole`.
+fn display(value: u64, units: &[(&str, f64)], whole: bool) -> String {
     let smallest = units[units.len() - 1];
+    let parts = if whole { 1.0 } else { 1000.0 };
     let (name, scale) = units
         .iter()
         .copied()
         .find(|(_, scale)| {
-            let thousandths = value as f64 / scale * 1000.0;
-            thousandths >= 1000.0 && thousandths.fract() == 0.0
+            let shown = value as f64 / scale * parts;
+            shown >= parts && shown.fract() == 0.0
         })
         .unwrap_or(smallest);
     format!("{}{name}", value as f64 / scale)
@@ -174,6 +177,11 @@ mod tests {
         assert_eq!(Rate(250_000_000).to_string(), "250mbit");
         assert_eq!(Size(1 << 30).to_string(), "1GiB");
         assert_eq!(Size(0).to_string(), "0B");
+        assert_eq!(
+            (format!("{:#}", Size(3 << 29)), Size(3 << 29).to_string()),
+            ("1536MiB".into(), "1.5GiB".into())
+        );
+        assert_eq!(format!("{:#}", Rate(2_500_000_000)), "2500mbit");
     }
 
     proptest! {
@@ -188,6 +196,7 @@ mod tests {
         fn what_is_shown_is_read_again(value in 0u64..1 << 50) {
             prop_assert_eq!(Rate(value).to_string().parse(), Ok(Rate(value)));
             prop_assert_eq!(Size(value).to_string().parse(), Ok(Size(value)));
+            prop_assert_eq!(format!("{:#}", Size(value)).parse(), Ok(Size(value)));
             let span = Span(Duration::from_micros(value / 1000));
             prop_assert_eq!(span.to_string().parse(), Ok(span));
         }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
+use memlane_api::units::{BadUnit, Size};
 use memlane_kvm::attach::{self, Ended, Vmm};
 use memlane_kvm::compat::Feature;
 use memlane_kvm::ram::Backing;
@@ -240,19 +241,15 @@ impl Flags {
     }
 }
 
-/// Parses a number of bytes: digits and an optional unit, such as `256MiB`.
+/// Parses a number of bytes, such as `256MiB`. Memlane's units may also be cut short, to `256M`, or left out.
 fn bytes(text: &str) -> Result<u64, String> {
-    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-    let shift = match &text[digits..] {
-        "" | "B" => 0,
-        "KiB" | "K" => 10,
-        "MiB" | "M" => 20,
-        "GiB" | "G" => 30,
-        "TiB" | "T" => 40,
-        unit => return Err(format!("unknown unit {unit:?}; use KiB, MiB, GiB or TiB")),
+    let rest_of_unit = match text.chars().last() {
+        Some('0'..='9') => "B",
+        Some('K' | 'M' | 'G' | 'T') => "iB",
+        _ => "",
     };
-    let number: u64 = text[..digits].parse().map_err(|_| "a number of bytes is needed, such as 256MiB")?;
-    number.checked_mul(1 << shift).ok_or_else(|| "this number of bytes does not fit into 64 bits".into())
+    let Size(bytes) = format!("{text}{rest_of_unit}").parse().map_err(|error: BadUnit| error.to_string())?;
+    Ok(bytes)
 }
 
 fn backing(text: &str) -> Result<Backing, String> {
@@ -287,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_may_lack_a_unit_and_have_no_fractions() {
+    fn sizes_may_lack_a_unit_or_a_part_of_it() {
         for (text, expected) in [
             ("4096", 4096),
             ("0", 0),
@@ -298,10 +295,13 @@ mod tests {
             ("256MiB", 256 << 20),
             ("2G", 2 << 30),
             ("24TiB", 24 << 40),
+            ("1T", 1 << 40),
+            ("1.5GiB", 3 << 29),
+            ("1 gib", 1 << 30),
         ] {
             assert_eq!(bytes(text), Ok(expected), "{text}");
         }
-        for wrong in ["", "MiB", "1.5GiB", "-1", "1 GiB", "1gib", "1GB", "99999999999999TiB"] {
+        for wrong in ["", "MiB", "M", "-1", "1GB", "0x10", "99999999999999TiB"] {
             assert!(bytes(wrong).is_err(), "{wrong}");
         }
     }

@@ -12,7 +12,7 @@ const MAX_VALUE_POWER: u8 = 64;
 
 /// Times by how often they were seen.
 #[derive(Debug)]
-pub struct Latencies {
+pub(crate) struct Latencies {
     nanoseconds: AtomicHistogram,
     longest: AtomicU64,
 }
@@ -27,7 +27,7 @@ impl Default for Latencies {
 
 impl Latencies {
     /// Adds one.
-    pub fn add(&self, time: Duration) {
+    pub(crate) fn add(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.nanoseconds.increment(nanoseconds).expect("all of 64 bits have a bucket");
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);
@@ -39,13 +39,13 @@ impl Latencies {
     /// # Panics
     ///
     /// If the share is not from 0 to 1.
-    pub fn quantile(&self, share: f64) -> Duration {
+    pub(crate) fn quantile(&self, share: f64) -> Duration {
         let bucket = self.nanoseconds.load().quantile_bucket(share).expect("a share is from 0 to 1");
         bucket.map_or(Duration::ZERO, |bucket| Duration::from_nanos(bucket.end()).min(self.longest()))
     }
 
     /// The longest of all.
-    pub fn longest(&self) -> Duration {
+    pub(crate) fn longest(&self) -> Duration {
         Duration::from_nanos(self.longest.load(Ordering::Relaxed))
     }
 }
