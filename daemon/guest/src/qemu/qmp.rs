@@ -386,3 +386,82 @@ impl News {
         let _ = sender.send(answer.outcome);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 1}}}}"#;
+
+    /// Connects to a monitor that says `greeting`, and one of `answers` after each command, with the number of the
+    /// command in the place of `ID`; then it ends. Returns what `ask` does with the connection.
+    fn with_monitor<T>(
+        greeting: &'static str,
+        answers: &'static [&'static str],
+        ask: impl AsyncFnOnce(Result<Qmp, ConnectError>) -> T,
+    ) -> T {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let monitor = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut commands = std::io::BufReader::new(stream.try_clone().unwrap()).lines();
+            write!(stream, "{greeting}\r\n").unwrap();
+            for answer in answers {
+                let Some(Ok(command)) = commands.next() else { break };
+                let id = serde_json::from_str::<Value>(&command).unwrap()["id"].to_string();
+                write!(stream, "{}\r\n", answer.replace("ID", &id)).unwrap();
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let asked =
+            tokio::task::LocalSet::new().block_on(&runtime, async { ask(Qmp::connect(&path).await).await });
+        monitor.join().unwrap();
+        asked
+    }
+
+    #[test]
+    fn events_come_at_any_time_and_answers_are_told_apart() {
+        const ANSWERS: &[&str] = &[
+            r#"{"return": {}, "id": ID}"#,
+            concat!(
+                r#"{"return": {"status": "late"}, "id": 0}"#,
+                "\r\n",
+                r#"{"event": "STOP", "timestamp": {"seconds": 7, "microseconds": 250000}}"#,
+                "\r\n",
+                r#"{"event": "MIGRATION", "data": {"status": "setup"}, "timestamp": {"seconds": 8, "microseconds": 0}}"#,
+                "\r\n",
+                r#"{"return": {"status": "paused"}, "id": ID}"#,
+            ),
+            r#"{"error": {"class": "GenericError", "desc": "no \u001bthing"}, "id": ID}"#,
+        ];
+        with_monitor(GREETING, ANSWERS, async |qmp| {
+            let qmp = qmp.unwrap();
+            assert_eq!((qmp.version(), qmp.pid()), ([7, 2, 1], std::process::id()));
+            assert_eq!(qmp.status().await.unwrap(), "paused");
+            assert_eq!(qmp.stopped(), Some(Duration::from_millis(7250)));
+            assert_eq!(qmp.migration_reaches(&["setup"], "migrate", PATIENCE).await.unwrap(), "setup");
+            let refusal = qmp.execute("fly", json!({})).await.unwrap_err();
+            assert!(
+                matches!(&refusal, DriverError::Failed { request: "fly", reason } if reason == "no \u{fffd}thing")
+            );
+            qmp.gone().await;
+            assert!(matches!(qmp.status().await, Err(DriverError::Gone)));
+        });
+    }
+
+    #[test]
+    fn what_is_no_monitor_is_told() {
+        for (greeting, why) in [
+            ("QEMU 10.0.2 monitor - type 'help' for more information", "which is not JSON"),
+            (r#"{"QMP": {}}"#, "no version of QEMU"),
+            (GREETING, DriverError::Gone.to_string().as_str()),
+        ] {
+            let error = with_monitor(greeting, &[], async |qmp| qmp.err()).expect("no monitor").to_string();
+            assert!(error.contains("no QMP monitor") && error.contains(why), "{error}");
+        }
+    }
+}
