@@ -3,9 +3,10 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -59,7 +60,7 @@ fn send_all(
             gap = (gap + GAP_STEP).min(LONGEST_GAP);
         }
         for mac in macs {
-            match rustix::net::send(&socket, &frame(mac), rustix::net::SendFlags::empty()) {
+            match socket.send(&frame(mac)) {
                 Ok(_) => sent(),
                 Err(error) => warn!(guest, %error, "cannot send an announcement"),
             }
@@ -87,25 +88,19 @@ pub fn frame(mac: &[u8; 6]) -> [u8; 60] {
 }
 
 /// Opens a packet socket that is bound to the bridge, which needs `CAP_NET_RAW`.
-fn open(bridge: &str) -> io::Result<OwnedFd> {
-    let name = std::ffi::CString::new(bridge)?;
-    // SAFETY: the name ends in NUL.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a plain system call; its result is checked before it is owned.
-    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just opened, and and owned only here.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: an address of zeros is a valid one to fill in.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = ETH_P_RARP.to_be();
-    address.sll_ifindex = index as i32;
+fn open(bridge: &str) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+    let index = rustix::net::netdevice::name_to_index(&socket, bridge)?;
+    // Neither socket2 nor rustix has addresses of packet sockets.
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: ETH_P_RARP.to_be(),
+        sll_ifindex: index as i32,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
     let length = size_of::<libc::sockaddr_ll>() as u32;
     // SAFETY: the address is of the length given.
     match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
