@@ -219,10 +219,10 @@ fn log_file(log: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(log)
 }
 
-/// Returns once QEMU answers. One of its threads greets long before: QEMU then takes its RAM and makes the devices,
-/// which may last long, and may fail.
+/// Returns once QEMU answers. It takes its RAM before it greets, or after that, and makes its devices before it answers:
+/// each may last long, and may fail.
 async fn answers(qmp: &Path) {
-    while Qmp::connect_within(qmp, PATIENCE).await.is_err() {
+    while Qmp::connect_within(qmp, (PATIENCE, PATIENCE)).await.is_err() {
         tokio::time::sleep(LOOK).await;
     }
 }

@@ -99,11 +99,14 @@ impl Qmp {
     ///
     /// Fails if no QEMU listens at `path`, or if it does not greet in time.
     pub(super) async fn connect(path: &Path) -> Result<Self, ConnectError> {
-        Self::connect_within(path, PATIENCE).await
+        Self::connect_within(path, (GREETING, PATIENCE)).await
     }
 
-    /// Connects as [`Self::connect`] does, to a QEMU that may take up to `patience` for its first answer.
-    pub(super) async fn connect_within(path: &Path, patience: Duration) -> Result<Self, ConnectError> {
+    /// Connects as [`Self::connect`] does, to a QEMU that may take so long for its greeting, and for its first answer.
+    pub(super) async fn connect_within(
+        path: &Path,
+        (greeting, patience): (Duration, Duration),
+    ) -> Result<Self, ConnectError> {
         let refused =
             |source| ConnectError::Connect { path: path.to_owned(), source: descriptors::explain(source) };
         let stranger = |why: &str| ConnectError::NotQmp { path: path.to_owned(), why: why.to_owned() };
@@ -112,7 +115,7 @@ impl Qmp {
         let (reader, writer) = stream.into_split();
         let mut messages = Messages { reader, decoder: Decoder::default(), buffer: vec![0; READ_BYTES] };
         let silent = |_| ConnectError::Silent(path.to_owned());
-        let first = tokio::time::timeout(GREETING, messages.next()).await.map_err(silent)?;
+        let first = tokio::time::timeout(greeting, messages.next()).await.map_err(silent)?;
         let first = first.map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => stranger(&error.to_string()),
             _ => refused(error),

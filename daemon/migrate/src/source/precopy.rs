@@ -228,7 +228,6 @@ impl Precopy {
     ///
     /// An iteration that has nothing to claim ends when nothing is on its way either: it would otherwise be over in no
     /// time, and show nothing about how fast pages are written and sent.
-    /// and tell nothing about how fast pages are written and sent.
     async fn until_all_claimed(&self) -> Result<(), CopyError> {
         let dirty = &self.transfer.outbound.dirty;
         if dirty.is_empty() {
