@@ -9,6 +9,7 @@ use memlane_api::types::Phase;
 use memlane_lab::{DaemonUser, HostId, LabOptions, LabVmm, Rate, Requirement, RigOptions, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
+use rustix::process::Signal;
 
 fn stage(test: &str, daemon_user: DaemonUser, lab: LabOptions) -> Option<Stage> {
     let options = RigOptions { lab, tables: LIMITS.into(), daemon_user, ..RigOptions::default() };
@@ -73,6 +74,32 @@ fn a_guest_that_was_prepared_to_fetch_is_given_back() {
             here.quit().unwrap();
         }
     }
+}
+
+/// The same of a VMM that hangs, so that it cannot say how it stands, and cannot be ended: its guest does not wait for it.
+#[test]
+fn a_guest_is_given_back_though_its_vmm_hangs() {
+    let test = "a_guest_is_given_back_though_its_vmm_hangs";
+    let user = DaemonUser::UnitWithout("CAP_KILL");
+    let Some(mut stage) = stage(test, user, LabOptions::default()) else { return };
+    let tap = Tap::install(&mut stage);
+    let (mut here, mut there) = pair(&mut stage);
+    tap.hold(
+        HostId::A,
+        |message| matches!(message, Control::Handover { message, .. } if *message == Message::Commit),
+    );
+    let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
+    tap.wait();
+    stage.rig.stop_daemon(HostId::B).unwrap();
+    common::signal(there.process(), Signal::STOP);
+    tap.lose();
+    stage.rig.start_daemon(HostId::B).unwrap();
+    order.expect(4, &[]);
+    stage.assert_runs_on("web1", &mut here);
+    stage.wait_for_log(HostId::B, "not permitted");
+    // It is told to discard what it has loaded as soon as it can hear that.
+    common::signal(there.process(), Signal::CONT);
+    wait_for_exit(there.process());
 }
 
 /// A guest that ran without all of its memory when its daemon ended can only hang: its VMM is ended, or, where that

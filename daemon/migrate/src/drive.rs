@@ -105,7 +105,10 @@ async fn run<R: Role>(
                 Some(event) => break event,
                 None => match role.next_event(&mut session).await {
                     Some(event) => break event,
-                    None => role.show(&mut session),
+                    None => {
+                        role.show(&mut session);
+                        session.effects.show_doubt(&session.machine);
+                    }
                 },
             }
         };

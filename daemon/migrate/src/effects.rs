@@ -144,6 +144,7 @@ impl Effects {
                     guest.end_stun();
                 }
                 self.vmm = Vmm::Away(process);
+                self.unanswered_since = Instant::now();
                 Some(Event::Failed)
             }
             VmmNews::Ended => {
@@ -152,7 +153,7 @@ impl Effects {
                 Some(self.ended())
             }
             VmmNews::Back(Returned { guest, claim }) => {
-                self.claim = claim;
+                self.claim = claim.filter(|_| !self.handle.is_over());
                 info!(guest = %self.entry.guest, "the VMM is back");
                 let told = self.told_by(&guest);
                 self.vmm = Vmm::Attached(guest);

@@ -56,6 +56,8 @@ impl Effects {
             Ok(()) => "its VMM was ended".to_owned(),
             Err(failure) => failure.to_string(),
         };
+        // That it was to be given back does not hold any more.
+        self.reason = None;
         self.blame(format!(
             "the daemon ended while the guest ran here without all of its memory, and what was missing is not \
              known any more; {ended}"
@@ -108,7 +110,8 @@ impl Effects {
     /// Returns when the wait for a VMM that hangs ends.
     pub(crate) fn patience_ends(&self) -> Option<Instant> {
         // One that was prepared to fetch is not told anything: it is to say how it stands.
-        let asked = self.unanswered.is_some() || self.entry.record == Record::Prepared;
+        let prepared = self.entry.record == Record::Prepared && !self.told_to_run;
+        let asked = self.unanswered.is_some() || prepared;
         let waits =
             self.lost.is_none() && self.cannot_be_whole() && matches!(self.vmm, Vmm::Away(_)) && asked;
         waits.then(|| self.unanswered_since + RETURN)
@@ -120,10 +123,11 @@ impl Effects {
             self.unanswered = None;
             return Some(self.end_lost());
         }
-        // It never ran, and this side is done with it. Should it come back after all, it is told to end.
-        let _ = self.end_by_force();
+        // By the journal it never ran, and this side is done with it. Should it come back after all, it is told to end.
+        let ended = self.end_by_force();
         self.unanswered_since = Instant::now();
-        None
+        // A VMM that hangs and cannot be ended is as good as gone: its guest must not wait for it.
+        (ended.is_err() && self.unanswered.is_none()).then_some(Event::VmmGone)
     }
 
     /// Tells whether the memory that the guest would have here is known not to be right, which then is the reason.

@@ -72,11 +72,13 @@ impl Precopy {
     ///
     /// Fails if the guest cannot be copied, or was given up on. It then runs on.
     pub(super) async fn run(self, reconnector: LaneReconnector) -> Result<Switchover, CopyError> {
-        tokio::select! {
+        let ended = tokio::select! {
             result = self.iterate() => result,
             never = self.keep_measuring() => never,
             never = self.keep_lanes_open(reconnector) => never,
-        }?;
+        };
+        self.show();
+        ended?;
         Ok(Switchover {
             transfer: self.transfer,
             downtime_limit: self.policy.downtime_limit,
