@@ -90,7 +90,10 @@ impl QemuPair<'_> {
     pub fn by_daemons(&mut self, rig: &Rig, guest: &str, arguments: &[&str]) -> Result<QemuMove> {
         let destination = rig.lab().host(HostId::B).name();
         let limit = format!("{}ms", DOWNTIME_LIMIT.as_millis());
-        let order = [&["migrate", guest, destination, "--downtime-limit", &limit], arguments].concat();
+        let mut order = [&["migrate", guest, destination], arguments].concat();
+        if !arguments.contains(&"--downtime-limit") {
+            order.extend(["--downtime-limit", &limit]);
+        }
         self.measure(|migration| {
             std::thread::scope(|scope| {
                 let order = scope.spawn(|| rig.ctl(HostId::A, &order));

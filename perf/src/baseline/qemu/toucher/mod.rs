@@ -117,7 +117,11 @@ impl Toucher {
         let mut migration =
             QemuPair { source: &mut source.monitor, destination: &mut destination.monitor, meter };
         let moved = match mover {
-            PostcopyMover::Daemons => migration.by_daemons(rig, NAME, &["--postcopy", "now"])?,
+            // How long it stands still is not measured here.
+            PostcopyMover::Daemons => {
+                let order = ["--postcopy", "now", "--downtime-limit", "5s"];
+                migration.by_daemons(rig, NAME, &order)?
+            }
             PostcopyMover::Qemu => {
                 migration.by_qemu(QemuMethod::Postcopy, lab.host(HostId::B).ports()[0].address)?
             }
