@@ -237,7 +237,7 @@ impl Transfer {
 /// Returns the error of having no lanes, after a moment: a destination that gives up closes its lanes before it says
 /// why.
 async fn no_lanes() -> CopyError {
-    const LAST_WORDS: Duration = Duration::from_secs(1);
+    const LAST_WORDS: Duration = Duration::from_millis(200);
     tokio::time::sleep(LAST_WORDS).await;
     CopyError::NoLanes
 }
