@@ -42,6 +42,14 @@ fn pair(stage: &mut Stage) -> (LabVmm, LabVmm) {
     (here, there)
 }
 
+/// Orders web1 to move by post-copy, and returns when the source has given it up and the destination does not know.
+fn begin_to_commit(stage: &Stage, tap: &Tap) -> common::Order {
+    tap.hold(HostId::A, |message| matches!(message, Control::Handover { message: Message::Commit, .. }));
+    let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
+    tap.wait();
+    order
+}
+
 /// A destination that was prepared to fetch, and whose daemon ended before the guest ran there, gives it back,
 /// whether or not it may kill the VMM, and whatever comes first: the commit or the VMM's end.
 #[test]
@@ -53,12 +61,7 @@ fn a_guest_that_was_prepared_to_fetch_is_given_back() {
         let tap = Tap::install(&mut stage);
         for round in 0..3 {
             let (mut here, mut there) = pair(&mut stage);
-            tap.hold(
-                HostId::A,
-                |message| matches!(message, Control::Handover { message, .. } if *message == Message::Commit),
-            );
-            let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
-            tap.wait();
+            let order = begin_to_commit(&stage, &tap);
             stage.rig.stop_daemon(HostId::B).unwrap();
             // The commit is sent once more within a second: before the daemon is there, or after.
             tap.lose();
@@ -84,12 +87,7 @@ fn a_guest_is_given_back_though_its_vmm_hangs() {
     let Some(mut stage) = stage(test, user, LabOptions::default()) else { return };
     let tap = Tap::install(&mut stage);
     let (mut here, mut there) = pair(&mut stage);
-    tap.hold(
-        HostId::A,
-        |message| matches!(message, Control::Handover { message, .. } if *message == Message::Commit),
-    );
-    let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
-    tap.wait();
+    let order = begin_to_commit(&stage, &tap);
     stage.rig.stop_daemon(HostId::B).unwrap();
     common::signal(there.process(), Signal::STOP);
     tap.lose();

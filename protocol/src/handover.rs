@@ -102,6 +102,8 @@
 //!   source continues from where the guest was paused, as after a crash of a host that is restored from a snapshot. (A
 //!   source that has received `Fetching` knows better, and takes the guest for lost.) The daemon's journal cannot lose
 //!   its last record without being noticed; only an older copy of it, put in its place by somebody, can do this.
+//! - The same copy, with a VMM that runs the guest but hangs for 10 s and cannot be ended, gives the guest two owners.
+//!   The daemon reports such a VMM as gone if it was prepared to fetch, so that the source's guest does not wait for it.
 //!
 //! # Post-copy
 //!

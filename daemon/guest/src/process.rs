@@ -26,7 +26,7 @@ enum Watch {
     Ended,
     /// This pidfd becomes readable when the process ends.
     By(AsyncFd<OwnedFd>),
-    /// The kernel has refused the pidfd for now, so that the process must be taken for alive.
+    /// The kernel refuses a pidfd, so that the process must be taken for alive until a later attempt gets one.
     Blind,
 }
 

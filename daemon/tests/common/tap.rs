@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use memlane_lab::HostId;
 use memlane_net::config::CONTROL_PORT;
+use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, HEADER_BYTES, Offer, decode_header};
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, HELLO_BYTES};
 
@@ -38,6 +39,18 @@ struct State {
 struct Rule {
     from: HostId,
     matches: Box<dyn Fn(&Control) -> bool + Send>,
+    /// The migrations that were offered since the rule was made.
+    offered: Vec<MigrationId>,
+}
+
+impl Rule {
+    /// Tells whether this message is the first to be held. The last words of a migration before may be late, because
+    /// they are said again until they are answered: they are not what the test waits for.
+    fn begins_at(&self, message: &Control) -> bool {
+        let late =
+            matches!(message, Control::Handover { migration, .. } if !self.offered.contains(migration));
+        !late && (self.matches)(message)
+    }
 }
 
 impl Tap {
@@ -69,9 +82,10 @@ impl Tap {
         }
     }
 
-    /// Holds back what host `from` says, from the first message on that `matches`.
+    /// Holds back what host `from` says, from the first message on that `matches`. A word of the handover counts only
+    /// if its migration is offered after this call.
     pub(crate) fn hold(&self, from: HostId, matches: impl Fn(&Control) -> bool + Send + 'static) {
-        self.0.lock().rule = Some(Rule { from, matches: Box::new(matches) });
+        self.0.lock().rule = Some(Rule { from, matches: Box::new(matches), offered: Vec::new() });
     }
 
     /// Waits until a message is held back.
@@ -129,10 +143,13 @@ impl Shared {
         let mut state = self.lock();
         if let Control::Offer(offer) = message {
             state.offer = Some(offer.clone());
+            if let Some(rule) = &mut state.rule {
+                rule.offered.push(offer.migration);
+            }
         }
         let ping = matches!(message, Control::Ping(_) | Control::Pong(_));
         let rule = state.rule.as_ref().filter(|rule| rule.from == from && !ping);
-        if rule.is_some_and(|rule| !state.held.is_empty() || (rule.matches)(message)) {
+        if rule.is_some_and(|rule| !state.held.is_empty() || rule.begins_at(message)) {
             state.held.push((to.clone(), bytes));
             self.changed.notify_all();
             return Ok(());

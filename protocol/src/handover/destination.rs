@@ -75,7 +75,8 @@ impl Destination {
     /// The daemon says what the VMM reports: [`Event::Owned`] if it runs the guest, [`Event::Waits`] if it does not,
     /// [`Event::VmmGone`] if it has ended. If the guest cannot be started here because it is not known which of its
     /// pages are missing, the daemon says [`Event::ResumeFailed`] first. A guest that was only prepared is then given
-    /// back as soon as the VMM has said that it waits, or has ended.
+    /// back as soon as the VMM has said that it waits, or has ended. [`Event::VmmGone`] also stands for a VMM that was
+    /// prepared to fetch, does not answer for 10 s and cannot be ended.
     ///
     /// The daemon also calls this, with `None`, for a VMM that has loaded a guest of a migration that the journal does
     /// not know. It does not do so for a VMM that runs its guest: that is simply a guest of this host.
