@@ -82,11 +82,12 @@ fn every_tracker_gives_way_to_stun() {
 fn huge_pages_are_stunned_whole() {
     let test = "huge_pages_are_stunned_whole";
     let Some(mut stage) = Stage::new(test, ports(2, SLOW_PORTS)) else { return };
-    let _pages = match HugePages::reserve(256) {
+    let _pages = match HugePages::reserve(128) {
         Ok(pages) => pages,
         Err(error) => return say_skipped(test, &format!("{error:#}")),
     };
-    assert_moves_stunned(&mut stage, &format!("{GUEST} --backing huge --tracker log"), "5s");
+    let guest = "--ram 128MiB --working-set 96MiB --flat-out --vcpus 2 --backing huge --tracker log";
+    assert_moves_stunned(&mut stage, guest, "2s");
 }
 
 #[test]

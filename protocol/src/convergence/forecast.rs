@@ -11,6 +11,9 @@ const ROUND_TRIPS: u32 = 3;
 const WINDOW: usize = 16;
 /// The smallest margin, because no two pauses are alike.
 const MARGIN_FLOOR: Duration = Duration::from_millis(3);
+/// The part of the transfer's time that the margin is at least: one in this many. The bandwidth is measured over a few
+/// acknowledgements of large frames, which on a slow port says no more than this about the seconds that follow.
+const TRANSFER_MARGIN: u32 = 20;
 /// The errors in seconds that are assumed before any was measured. They give a margin of 20 ms.
 const ASSUMED_ERRORS: [f64; 2] = [-0.010, 0.010];
 /// The largest error in seconds that is learnt. A larger one is an accident, and counts as this one.
@@ -47,7 +50,8 @@ pub struct Forecast {
     pub resume: Duration,
     /// The time to compare digests.
     pub verify: Duration,
-    /// The margin for the error that past forecasts had. It is not part of the [`total`](Self::total).
+    /// The margin for the error that past forecasts had, and that the bandwidth has: at least a twentieth of the transfer.
+    /// It is not part of the [`total`](Self::total).
     pub margin: Duration,
 }
 
@@ -121,15 +125,16 @@ impl Predictor {
 
     /// Returns the pause if `remaining_bytes` were left to send.
     pub fn forecast(&self, remaining_bytes: u64, now: &Conditions) -> Forecast {
+        let transfer = transfer(remaining_bytes, now.bandwidth);
         Forecast {
-            transfer: transfer(remaining_bytes, now.bandwidth),
+            transfer,
             round_trips: now.round_trip.saturating_mul(ROUND_TRIPS),
             save: self.save.expected,
             load: self.load.expected,
             journal: self.journal.expected,
             resume: self.resume.expected,
             verify: now.verify,
-            margin: self.margin(),
+            margin: self.margin().max(transfer / TRANSFER_MARGIN),
         }
     }
 
@@ -147,7 +152,7 @@ impl Predictor {
         self.errors.push_back(error.clamp(-WORST_ERROR, WORST_ERROR));
     }
 
-    /// Returns the margin that forecasts have at present.
+    /// Returns the margin for the errors of past forecasts.
     pub fn margin(&self) -> Duration {
         let count = self.errors.len() as f64;
         let mean = self.errors.iter().sum::<f64>() / count;

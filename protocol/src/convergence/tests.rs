@@ -213,6 +213,16 @@ fn a_predictor_learns_terms_and_margin() {
     assert!((55 * MS..65 * MS).contains(&predictor.margin()), "{:?}", predictor.margin());
 }
 
+/// On a slow port a pause near its limit once took 2.02 s where 1.97 s was forecast, and the migration failed.
+#[test]
+fn the_margin_grows_with_the_transfer() {
+    let predictor = Predictor::new();
+    let now = conditions(25e6);
+    let margin = |bytes| predictor.forecast(bytes, &now).margin;
+    assert_eq!(margin(5_000_000), 20 * MS, "200 ms of transfer");
+    assert_eq!(margin(50_000_000), 100 * MS, "2 s of transfer");
+}
+
 fn ways() -> impl Strategy<Value = Converge> {
     prop_oneof![Just(Converge::None), Just(Converge::Stun), Just(Converge::Postcopy), Just(Converge::Auto)]
 }

@@ -228,12 +228,16 @@ fn replay(stepper: &mut Stepper, steps: u64, part: &mut [u64]) {
     // Only the last write to each slot counts: go backwards until every slot has had one.
     let end = stepper.jump_to(steps);
     let mut back = end.clone();
-    let mut written = vec![false; part.len()];
+    // Bits rather than bytes: most steps only look here, and it stays in the cache.
+    let mut written = vec![0_u64; part.len().div_ceil(64)];
     let mut left = part.len();
     while left > 0 && back.done() > begin {
         let step = back.back();
-        if !std::mem::replace(&mut written[place(&step)], true) {
-            part[place(&step)] = step.value;
+        let place = place(&step);
+        let bit = 1 << (place % 64);
+        if written[place / 64] & bit == 0 {
+            written[place / 64] |= bit;
+            part[place] = step.value;
             left -= 1;
         }
     }
