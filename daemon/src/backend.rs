@@ -142,7 +142,7 @@ impl Backend for HostBackend {
         info!(guest = %handle.guest, migration = id, %caller, "ordered to cancel a migration");
         if !handle.cancellable.get() {
             let progress = handle.progress.borrow();
-            let why = match (progress.role, progress.outcome) {
+            let why = match (progress.role, progress.status.outcome) {
                 (_, Some(outcome)) => format!("it has ended: {outcome}"),
                 (Role::Destination, None) => "it must be cancelled at the source".to_owned(),
                 (Role::Source, None) => "the guest has been handed over already".to_owned(),
@@ -158,7 +158,7 @@ impl Backend for HostBackend {
         let handle = self.find(id)?;
         info!(guest = %handle.guest, migration = id, %caller, "ordered to abandon the missing memory of a guest");
         if !handle.abandonable.get() {
-            let why = match handle.progress.borrow().outcome {
+            let why = match handle.progress.borrow().status.outcome {
                 Some(outcome) => format!("it has ended: {outcome}"),
                 None => "the guest does not run in post-copy".to_owned(),
             };
@@ -174,7 +174,7 @@ impl Backend for HostBackend {
         let Resolve { action, other_host_is_off } = resolve;
         if !handle.resolvable.get() || handle.resolutions.try_send(action.into()).is_err() {
             let progress = handle.progress.borrow();
-            let why = match (progress.outcome, progress.phase, &progress.waits_for) {
+            let why = match (progress.status.outcome, progress.status.phase, &progress.status.waits_for) {
                 (Some(outcome), ..) => format!("it has ended: {outcome}"),
                 (None, Phase::Fetching, _) => {
                     "the guest runs and fetches its memory; `memlanectl abandon` gives that up".to_owned()

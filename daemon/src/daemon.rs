@@ -129,7 +129,7 @@ async fn cancel_migrations(host: &Host) {
     });
     let ended = async {
         for handle in &migrations {
-            let _ = handle.progress.subscribe().wait_for(|progress| progress.outcome.is_some()).await;
+            let _ = handle.progress.subscribe().wait_for(|progress| progress.status.outcome.is_some()).await;
         }
     };
     if tokio::time::timeout(FAREWELL, ended).await.is_err() {

@@ -63,7 +63,7 @@ pub async fn upkeep() {
 /// Sets the gauges: the number of guests, and what the migrations under way do on these ports.
 pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<Item = &'n str>) {
     gauge!(GUESTS).set(guests as f64);
-    let active = || migrations.iter().filter(|progress| progress.outcome.is_none());
+    let active = || migrations.iter().filter(|progress| progress.status.outcome.is_none());
     gauge!(MIGRATIONS_ACTIVE).set(active().count() as f64);
     let missing = active().filter(|progress| progress.role == Role::Destination);
     let missing: u64 = missing

@@ -13,6 +13,16 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         guest,
         host,
         role,
+        started_at_unix_seconds,
+        total_seconds,
+        status,
+        ram,
+        pause,
+        lanes,
+        stun,
+        postcopy,
+    } = progress.clone();
+    let progress::MigrationStatus {
         phase,
         outcome: ended,
         reason,
@@ -20,15 +30,9 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         in_doubt_since_unix_seconds,
         waits_for,
         decision,
-        started_at_unix_seconds,
-        total_seconds,
-        downtime_limit_seconds,
-        downtime_seconds,
-        stopped_at_seconds,
-        resumed_at_seconds,
-        downtime_predicted_seconds,
-        forecast,
-        digest_verified,
+    } = status;
+    let progress::RamStats {
+        tracking_start_seconds,
         pages_total,
         pages_remaining,
         bytes_sent,
@@ -39,14 +43,19 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         hole_pages,
         bandwidth_bytes_per_second,
         iterations,
-        lanes,
-        stun,
-        postcopy,
-        tracking_start_seconds,
+    } = ram;
+    let progress::PauseStats {
+        downtime_limit_seconds,
+        downtime_predicted_seconds,
+        forecast,
+        downtime_seconds,
+        stopped_at_seconds,
+        resumed_at_seconds,
+        digest_verified,
         vmm_state_bytes,
         save_seconds,
         load_seconds,
-    } = progress.clone();
+    } = pause;
     types::Migration {
         id,
         guest,

@@ -345,7 +345,7 @@ impl Effects {
     /// Notes that the guest runs here, and since when, if its VMM reported that.
     fn note_running(&self, since: Option<Duration>) {
         let since = since.map_or_else(unix_seconds, |since| since.as_secs_f64());
-        self.handle.update(|progress| progress.resumed_at_seconds = Some(since));
+        self.handle.update(|progress| progress.pause.resumed_at_seconds = Some(since));
     }
 
     /// Remembers to tell the VMM again when it is back. Only whether it relinquished the guest is not worth waiting

@@ -13,7 +13,7 @@ use memlane_protocol::wire::attach::{MigrationId, RunState};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::observer::{Measurement, Observer};
-use crate::progress::{Outcome, Phase, Progress, Role};
+use crate::progress::{MigrationStatus, Outcome, Phase, Progress, Role};
 
 /// A migration as everyone else on this host sees it.
 pub struct MigrationHandle {
@@ -98,7 +98,7 @@ impl MigrationHandle {
         progress.role = role;
         progress.started_at_unix_seconds = unix_seconds();
         let source = if role == Role::Source { here } else { peer };
-        progress.guest_runs_at = Some(source.to_string());
+        progress.status.guest_runs_at = Some(source.to_string());
         let handle = Self {
             id: *id,
             guest: guest.clone(),
@@ -158,11 +158,14 @@ impl MigrationHandle {
         self.abandonable.set(false);
         self.resolvable.set(false);
         self.update(|progress| {
-            progress.phase = Phase::Ended;
-            (progress.in_doubt_since_unix_seconds, progress.waits_for) = (None, None);
-            progress.reason = reason;
-            progress.guest_runs_at = guest_runs_at;
-            progress.outcome = Some(outcome);
+            progress.status = MigrationStatus {
+                phase: Phase::Ended,
+                outcome: Some(outcome),
+                reason,
+                guest_runs_at,
+                decision: progress.status.decision.take(),
+                ..MigrationStatus::default()
+            };
         });
     }
 
@@ -173,7 +176,7 @@ impl MigrationHandle {
 
     /// Tells whether it has ended, as far as the operator is concerned.
     pub fn is_over(&self) -> bool {
-        self.progress.borrow().outcome.is_some()
+        self.progress.borrow().status.outcome.is_some()
     }
 }
 

@@ -268,7 +268,8 @@ impl Lanes {
         self.totals().zero_pages
     }
 
-    fn totals(&self) -> Totals {
+    /// Returns what all lanes have done so far, together with those that were in their place before.
+    pub(crate) fn totals(&self) -> Totals {
         self.lanes.iter().map(Lane::totals).fold(Totals::default(), Totals::add)
     }
 
@@ -284,13 +285,13 @@ impl Lanes {
         }
     }
 
-    /// Shows the lanes in the progress.
-    pub(crate) fn show(&self, progress: &mut Progress) {
-        progress.bytes_sent = self.wire_bytes();
-        progress.pages_sent = self.data_pages();
-        progress.zero_pages = self.zero_pages();
-        let Totals { uncompressed_bytes, compressed_bytes, .. } = self.totals();
-        (progress.uncompressed_bytes, progress.compressed_bytes) = (uncompressed_bytes, compressed_bytes);
+    /// Shows the lanes in the progress, and what was sent over them and, by other lanes, `before` them.
+    pub(crate) fn show(&self, progress: &mut Progress, before: Totals) {
+        let sent = before + self.totals();
+        let ram = &mut progress.ram;
+        (ram.bytes_sent, ram.pages_sent, ram.zero_pages) =
+            (sent.wire_bytes, sent.data_pages, sent.zero_pages);
+        (ram.uncompressed_bytes, ram.compressed_bytes) = (sent.uncompressed_bytes, sent.compressed_bytes);
         progress.lanes = self.lanes.iter().map(Lane::view).collect();
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use memlane_protocol::wire::control::FetchReport;
 
 /// A migration that is under way or has ended.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
     /// This is the migration's identity, which is the same on both hosts.
     pub id: String,
@@ -15,6 +15,27 @@ pub struct Progress {
     pub host: String,
     /// This is the side of it that this daemon does.
     pub role: Role,
+    /// The order was taken at this time, in seconds since 1970-01-01T00:00:00Z.
+    pub started_at_unix_seconds: f64,
+    /// This is the time from the order to the end, or until now.
+    pub total_seconds: f64,
+    /// This is what it does and waits for, and how it ended.
+    pub status: MigrationStatus,
+    /// This is what was sent of the guest's memory, and what is left.
+    pub ram: RamStats,
+    /// This is the guest's pause, as it is expected and as it was.
+    pub pause: PauseStats,
+    /// These are the lanes, on all ports.
+    pub lanes: Vec<Lane>,
+    /// This is how the guest's writes were slowed. It is `None` if they never were.
+    pub stun: Option<Stun>,
+    /// This is how the guest runs at the destination without all of its memory. It is `None` if it never did.
+    pub postcopy: Option<Postcopy>,
+}
+
+/// What a migration does and waits for, and how it ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MigrationStatus {
     /// This is being done now.
     pub phase: Phase,
     /// This is how it ended. It is `None` while it is under way.
@@ -31,26 +52,13 @@ pub struct Progress {
     pub waits_for: Option<String>,
     /// This is the last decision on how to go on, and the figures that it was made from.
     pub decision: Option<String>,
-    /// The order was taken at this time, in seconds since 1970-01-01T00:00:00Z.
-    pub started_at_unix_seconds: f64,
-    /// This is the time from the order to the end, or until now.
-    pub total_seconds: f64,
-    /// The pause may take this long.
-    pub downtime_limit_seconds: f64,
-    /// This is the time from the guest's last instruction at the source to its first at the destination, as measured
-    /// between the daemons.
-    pub downtime_seconds: Option<f64>,
-    /// The guest's last vCPU stopped at the source at this time, as its VMM tells it, in seconds since
-    /// 1970-01-01T00:00:00Z by the source's clock.
-    pub stopped_at_seconds: Option<f64>,
-    /// The guest ran again at the destination at this time, as its VMM tells it, by the destination's clock.
-    pub resumed_at_seconds: Option<f64>,
-    /// The pause would take this long now, or was expected to take this long when it began.
-    pub downtime_predicted_seconds: Option<f64>,
-    /// These are the terms of that prediction.
-    pub forecast: Option<Forecast>,
-    /// This tells whether digests of all RAM were equal at both ends. It is `None` where they were not compared.
-    pub digest_verified: Option<bool>,
+}
+
+/// What a migration has sent of the guest's memory, and what is left.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RamStats {
+    /// It took this long to begin to track the guest's writes.
+    pub tracking_start_seconds: Option<f64>,
     /// The guest has this many pages.
     pub pages_total: u64,
     /// This many pages are yet to be sent in this iteration.
@@ -72,14 +80,27 @@ pub struct Progress {
     pub bandwidth_bytes_per_second: f64,
     /// These are the iterations so far. The last one may be under way.
     pub iterations: Vec<Iteration>,
-    /// These are the lanes, on all ports.
-    pub lanes: Vec<Lane>,
-    /// This is how the guest's writes were slowed. It is `None` if they never were.
-    pub stun: Option<Stun>,
-    /// This is how the guest runs at the destination without all of its memory. It is `None` if it never did.
-    pub postcopy: Option<Postcopy>,
-    /// It took this long to begin to track the guest's writes.
-    pub tracking_start_seconds: Option<f64>,
+}
+
+/// The pause of a guest, as it is expected and as it was.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PauseStats {
+    /// The pause may take this long.
+    pub downtime_limit_seconds: f64,
+    /// The pause would take this long now, or was expected to take this long when it began.
+    pub downtime_predicted_seconds: Option<f64>,
+    /// These are the terms of that prediction.
+    pub forecast: Option<Forecast>,
+    /// This is the time from the guest's last instruction at the source to its first at the destination, as measured
+    /// between the daemons.
+    pub downtime_seconds: Option<f64>,
+    /// The guest's last vCPU stopped at the source at this time, as its VMM tells it, in seconds since
+    /// 1970-01-01T00:00:00Z by the source's clock.
+    pub stopped_at_seconds: Option<f64>,
+    /// The guest ran again at the destination at this time, as its VMM tells it, by the destination's clock.
+    pub resumed_at_seconds: Option<f64>,
+    /// This tells whether digests of all RAM were equal at both ends. It is `None` where they were not compared.
+    pub digest_verified: Option<bool>,
     /// The VMM's state has this many bytes, without RAM.
     pub vmm_state_bytes: Option<u64>,
     /// The VMM took this long to save its state.
@@ -248,45 +269,7 @@ pub enum LaneState {
 impl Progress {
     /// Makes the progress of a migration of which nothing is done yet.
     pub fn new(id: impl Into<String>, guest: impl Into<String>, host: impl Into<String>) -> Self {
-        Self {
-            id: id.into(),
-            guest: guest.into(),
-            host: host.into(),
-            role: Role::default(),
-            phase: Phase::default(),
-            outcome: None,
-            reason: None,
-            guest_runs_at: None,
-            in_doubt_since_unix_seconds: None,
-            waits_for: None,
-            decision: None,
-            started_at_unix_seconds: 0.0,
-            total_seconds: 0.0,
-            downtime_limit_seconds: 0.0,
-            downtime_seconds: None,
-            stopped_at_seconds: None,
-            resumed_at_seconds: None,
-            downtime_predicted_seconds: None,
-            forecast: None,
-            digest_verified: None,
-            pages_total: 0,
-            pages_remaining: 0,
-            bytes_sent: 0,
-            uncompressed_bytes: 0,
-            compressed_bytes: 0,
-            pages_sent: 0,
-            zero_pages: 0,
-            hole_pages: 0,
-            bandwidth_bytes_per_second: 0.0,
-            iterations: Vec::new(),
-            lanes: Vec::new(),
-            stun: None,
-            postcopy: None,
-            tracking_start_seconds: None,
-            vmm_state_bytes: None,
-            save_seconds: None,
-            load_seconds: None,
-        }
+        Self { id: id.into(), guest: guest.into(), host: host.into(), ..Self::default() }
     }
 }
 

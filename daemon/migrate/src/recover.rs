@@ -85,9 +85,9 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
     let (handle, arrivals) = MigrationHandle::new(&entry, context.name(), role, context.observer.clone());
     handle.cancellable.set(false);
     handle.update(|progress| {
-        progress.phase = Phase::Committing;
+        progress.status.phase = Phase::Committing;
         // What was known before is not known any more.
-        progress.guest_runs_at = None;
+        progress.status.guest_runs_at = None;
     });
     context.migrations.add(handle.clone());
     let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
@@ -190,8 +190,8 @@ fn begin_to_serve(effects: &Effects) -> Option<Serving> {
     let guest = effects.guest()?;
     let (context, handle) = (effects.context.clone(), effects.handle.clone());
     handle.update(|progress| {
-        progress.phase = Phase::Fetching;
-        progress.guest_runs_at = Some(handle.peer.to_string());
+        progress.status.phase = Phase::Fetching;
+        progress.status.guest_runs_at = Some(handle.peer.to_string());
     });
     info!(guest = %handle.guest, "serving a guest that runs at the destination without all of its memory");
     // It is not known any more whether pages are holes.

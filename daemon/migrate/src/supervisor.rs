@@ -125,8 +125,8 @@ impl Supervisor {
         let (handle, arrivals) =
             MigrationHandle::new(&entry, context.name(), Role::Source, context.observer.clone());
         handle.update(|progress| {
-            progress.pages_total = guest.shape.pages();
-            progress.downtime_limit_seconds = order.parameters.policy.downtime_limit.as_secs_f64();
+            progress.ram.pages_total = guest.shape.pages();
+            progress.pause.downtime_limit_seconds = order.parameters.policy.downtime_limit.as_secs_f64();
         });
         context.migrations.add(handle.clone());
         let to_handle = (handle.clone(), arrivals);

@@ -17,7 +17,9 @@ fn source(rates: &[f64]) -> Progress {
 
 /// One that has ended.
 fn ended() -> Progress {
-    Progress { outcome: Some(Outcome::Lost), postcopy: destination(1000).postcopy, ..source(&[7.0]) }
+    let mut progress = Progress { postcopy: destination(1000).postcopy, ..source(&[7.0]) };
+    progress.status.outcome = Some(Outcome::Lost);
+    progress
 }
 
 /// One whose guest misses so many pages here.

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use memlane_api::ids;
 use memlane_guest::{DriverError, Guest};
 use memlane_kvm::userfault::{self, Userfault, UserfaultError};
-use memlane_lane::ReceiveState;
 use memlane_lane::postcopy::{Faults, PostcopyIncoming};
+use memlane_lane::{ReceiveState, Totals};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
 use memlane_net::task;
@@ -27,6 +27,7 @@ use crate::context::Context;
 use crate::lanes::{self, LaneEnd, Lanes};
 use crate::missing::{NoSuchPage, heard, tell};
 use crate::observer::Measurement;
+use crate::progress::Progress;
 
 /// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
@@ -253,10 +254,10 @@ impl Fetching {
     }
 
     /// Shows the lanes in the progress.
-    pub(super) fn show(&mut self, progress: &mut crate::progress::Progress) {
+    pub(super) fn show(&mut self, progress: &mut Progress) {
         if let Some(session) = &mut self.session {
             session.lanes.measure(false);
-            session.lanes.show(progress);
+            session.lanes.show(progress, Totals::default());
         }
     }
 

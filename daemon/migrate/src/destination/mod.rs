@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use memlane_api::ids;
 use memlane_guest::Guest;
-use memlane_lane::ReceiveState;
+use memlane_lane::{ReceiveState, Totals};
 use memlane_net::journal::Entry;
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
@@ -81,8 +81,8 @@ pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer
     let (handle, mut arrivals) =
         MigrationHandle::new(&entry, context.name(), RoleView::Destination, context.observer.clone());
     handle.update(|progress| {
-        progress.pages_total = guest.shape.pages();
-        progress.phase = PhaseView::Copying;
+        progress.ram.pages_total = guest.shape.pages();
+        progress.status.phase = PhaseView::Copying;
     });
     context.migrations.add(handle.clone());
     drop(offered);
@@ -201,13 +201,13 @@ impl Role for DestinationRole {
             (fetching.progress(), fetching.waits_for())
         });
         self.handle.update(|progress| {
-            if progress.outcome.is_some() {
+            if progress.status.outcome.is_some() {
                 return;
             }
-            progress.phase = phase;
+            progress.status.phase = phase;
             if let Some((report, waits_for)) = fetched {
-                progress.guest_runs_at = Some(here);
-                progress.pages_remaining = report.remaining_pages;
+                progress.status.guest_runs_at = Some(here);
+                progress.ram.pages_remaining = report.remaining_pages;
                 let postcopy = progress.postcopy.get_or_insert_default();
                 postcopy.report(&report);
                 postcopy.waits_for = waits_for.map(str::to_owned);
@@ -305,7 +305,7 @@ impl DestinationRole {
         self.handle.update(|progress| match (&mut self.fetching, &self.fetched) {
             (Some(fetching), _) => fetching.show(progress),
             (None, Some(_)) => {}
-            (None, None) => self.lanes.show(progress),
+            (None, None) => self.lanes.show(progress, Totals::default()),
         });
     }
 
@@ -341,7 +341,7 @@ impl DestinationRole {
         (report, self.fetched) = fetching.end().await;
         info!(guest = %self.handle.guest, ?report, "all of the guest's memory is here");
         self.handle.update(|progress| {
-            progress.pages_remaining = 0;
+            progress.ram.pages_remaining = 0;
             let postcopy = progress.postcopy.get_or_insert_default();
             postcopy.report(&report);
             postcopy.waits_for = None;

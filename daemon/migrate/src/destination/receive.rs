@@ -70,10 +70,10 @@ impl DestinationRole {
         match message {
             Control::Iteration { number, pages } => {
                 self.handle.update(|progress| {
-                    progress.iterations.push(IterationView { number, pages, ..IterationView::default() });
+                    progress.ram.iterations.push(IterationView { number, pages, ..IterationView::default() });
                     // A source that counts forever must not fill this host's memory.
-                    if progress.iterations.len() > 1000 {
-                        progress.iterations.remove(0);
+                    if progress.ram.iterations.len() > 1000 {
+                        progress.ram.iterations.remove(0);
                     }
                 });
             }
@@ -132,7 +132,10 @@ impl DestinationRole {
             return Err(ReceiveError::NoSuchHole { hole: hole.clone(), pages });
         }
         let count: u64 = holes.iter().map(|hole| hole.end - hole.start).sum();
-        self.handle.update(|progress| progress.hole_pages = progress.hole_pages.saturating_add(count));
+        self.handle.update(|progress| {
+            let holes = &mut progress.ram.hole_pages;
+            *holes = holes.saturating_add(count);
+        });
         let punching = move || holes.into_iter().try_for_each(|hole| ram.punch(hole));
         let punched = tokio::task::spawn_blocking(punching).await.expect("punching does not panic");
         punched.map_err(ReceiveError::Hole)
@@ -164,9 +167,9 @@ impl DestinationRole {
         self.guest.run_state.set(RunState::Loaded);
         session.effects.times.load = took;
         self.handle.update(|progress| {
-            progress.phase = PhaseView::SwitchingOver;
-            progress.vmm_state_bytes = Some(self.state.len() as u64);
-            progress.load_seconds = Some(took.as_secs_f64());
+            progress.status.phase = PhaseView::SwitchingOver;
+            progress.pause.vmm_state_bytes = Some(self.state.len() as u64);
+            progress.pause.load_seconds = Some(took.as_secs_f64());
         });
         self.state = Vec::new();
         Ok(Event::Loaded)

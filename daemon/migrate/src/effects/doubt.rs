@@ -64,17 +64,18 @@ impl Effects {
             _ => None,
         };
         let seen = self.handle.progress.borrow();
-        let same = seen.waits_for == waits_for && seen.in_doubt_since_unix_seconds.is_some() == in_doubt;
-        if same || seen.outcome.is_some() {
+        let status = &seen.status;
+        let same = status.waits_for == waits_for && status.in_doubt_since_unix_seconds.is_some() == in_doubt;
+        if same || status.outcome.is_some() {
             return;
         }
         drop(seen);
         self.handle.update(|progress| {
-            let since = progress.in_doubt_since_unix_seconds.unwrap_or_else(unix_seconds);
-            progress.in_doubt_since_unix_seconds = in_doubt.then_some(since);
-            progress.waits_for = waits_for;
+            let since = progress.status.in_doubt_since_unix_seconds.unwrap_or_else(unix_seconds);
+            progress.status.in_doubt_since_unix_seconds = in_doubt.then_some(since);
+            progress.status.waits_for = waits_for;
             if in_doubt {
-                progress.guest_runs_at = None;
+                progress.status.guest_runs_at = None;
             }
         });
     }

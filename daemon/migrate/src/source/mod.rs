@@ -211,8 +211,8 @@ impl Role for SourceRole {
             _ => return,
         };
         self.handle.update(|progress| {
-            if progress.outcome.is_none() {
-                progress.phase = phase;
+            if progress.status.outcome.is_none() {
+                progress.status.phase = phase;
             }
         });
     }
@@ -328,9 +328,9 @@ impl SourceRole {
         }
         let peer = self.handle.peer.to_string();
         self.handle.update(|progress| {
-            progress.downtime_seconds = Some(downtime.as_secs_f64());
-            progress.load_seconds = Some(self.remote_times.load.as_secs_f64());
-            progress.guest_runs_at = Some(peer);
+            progress.pause.downtime_seconds = Some(downtime.as_secs_f64());
+            progress.pause.load_seconds = Some(self.remote_times.load.as_secs_f64());
+            progress.status.guest_runs_at = Some(peer);
         });
     }
 
@@ -350,7 +350,7 @@ impl SourceRole {
         };
         info!(guest = %self.handle.guest, %outcome, reason, "migration ended");
         self.handle.update(|progress| {
-            progress.pages_remaining = 0;
+            progress.ram.pages_remaining = 0;
             if let Some(postcopy) = &mut progress.postcopy {
                 postcopy.waits_for = None;
             }

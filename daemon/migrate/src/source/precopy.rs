@@ -132,7 +132,7 @@ impl Precopy {
         let pages = if number == 1 { transfer.guest.ram.pages() } else { transfer.outbound.dirty.count() };
         transfer.link.send(&Control::Iteration { number, pages }).await?;
         transfer.handle.update(|progress| {
-            progress.iterations.push(IterationView { number, pages, ..IterationView::default() });
+            progress.ram.iterations.push(IterationView { number, pages, ..IterationView::default() });
         });
         if number == 1 {
             self.first_iteration().await?;
@@ -149,7 +149,7 @@ impl Precopy {
         let measured = Measurement::Iteration { took: duration, dirtied_pages };
         transfer.context.observer.measured(measured);
         transfer.handle.update(|progress| {
-            let shown = progress.iterations.last_mut().expect("pushed when the iteration began");
+            let shown = progress.ram.iterations.last_mut().expect("pushed when the iteration began");
             let pages = if number == 1 { sent } else { pages };
             let seconds = duration.as_secs_f64();
             *shown = IterationView { number, pages, bytes, seconds, dirtied_pages, harvest_seconds };
@@ -193,9 +193,9 @@ impl Precopy {
     fn note(&self, verdict: &Verdict) {
         self.forecast.set(Some(verdict.forecast));
         self.transfer.handle.update(|progress| {
-            progress.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
-            progress.forecast = Some(view(&verdict.forecast));
-            progress.decision = Some(verdict.to_string());
+            progress.pause.downtime_predicted_seconds = Some(verdict.forecast.total().as_secs_f64());
+            progress.pause.forecast = Some(view(&verdict.forecast));
+            progress.status.decision = Some(verdict.to_string());
         });
         let figures = &verdict.figures;
         info!(
@@ -212,15 +212,15 @@ impl Precopy {
 
     async fn start_tracking(&self) -> Result<(), CopyError> {
         let transfer = &self.transfer;
-        transfer.handle.update(|progress| progress.phase = Phase::Preparing);
+        transfer.handle.update(|progress| progress.status.phase = Phase::Preparing);
         let started = Instant::now();
         transfer.guest.tracked.set(true);
         transfer.guest.driver.start_tracking().await?;
         let took = started.elapsed();
         transfer.context.observer.measured(Measurement::TrackingStarted(took));
         transfer.handle.update(|progress| {
-            progress.tracking_start_seconds = Some(took.as_secs_f64());
-            progress.phase = Phase::Copying;
+            progress.ram.tracking_start_seconds = Some(took.as_secs_f64());
+            progress.status.phase = Phase::Copying;
         });
         Ok(())
     }
@@ -288,7 +288,7 @@ impl Precopy {
     fn show(&self) {
         self.transfer.show();
         let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
-        self.transfer.handle.update(|progress| progress.bandwidth_bytes_per_second = bandwidth);
+        self.transfer.handle.update(|progress| progress.ram.bandwidth_bytes_per_second = bandwidth);
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
-use memlane_lane::SendState;
+use memlane_lane::{SendState, Totals};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::task;
 use memlane_protocol::wire::control::Control;
@@ -23,6 +23,7 @@ use crate::lane_reconnect::LaneReconnector;
 use crate::lanes::{self, LaneEnd, Lanes};
 use crate::missing::{self, NoSuchPage};
 use crate::preflight::{self, Findings};
+use crate::progress::RamStats;
 use crate::routes::{Route, Routes};
 
 /// The destination's answer to the offer to serve may take this long: its VMM has to be asked.
@@ -110,8 +111,7 @@ impl Drop for Serving {
 
 impl PostcopySource {
     async fn serve(self, mut first: Option<ServeSession>) {
-        let base = self.handle.progress.borrow().clone();
-        let mut before = (base.bytes_sent, base.pages_sent, base.zero_pages);
+        let mut before = sent(&self.handle.progress.borrow().ram);
         let mut told = String::new();
         loop {
             let opened = match first.take() {
@@ -123,10 +123,7 @@ impl PostcopySource {
                     told.clear();
                     self.waits_for(None);
                     let error = self.serve_over(&mut session, before).await;
-                    let lanes = &session.lanes;
-                    before.0 += lanes.wire_bytes();
-                    before.1 += lanes.data_pages();
-                    before.2 += lanes.zero_pages();
+                    before = before + session.lanes.totals();
                     session.lanes.close().await;
                     error
                 }
@@ -190,7 +187,7 @@ impl PostcopySource {
     }
 
     /// Serves until the session is lost. Returns why it was.
-    async fn serve_over(&self, session: &mut ServeSession, before: (u64, u64, u64)) -> ServeError {
+    async fn serve_over(&self, session: &mut ServeSession, before: Totals) -> ServeError {
         let silence = self.context.limits().silence;
         loop {
             let lanes = &session.lanes;
@@ -240,7 +237,7 @@ impl PostcopySource {
             }
             Control::Fetched(report) => {
                 self.handle.update(|progress| {
-                    progress.pages_remaining = report.remaining_pages;
+                    progress.ram.pages_remaining = report.remaining_pages;
                     progress.postcopy.get_or_insert_default().report(&report);
                 });
                 Ok(())
@@ -252,21 +249,25 @@ impl PostcopySource {
         }
     }
 
-    fn show(&self, session: &mut ServeSession, (sent, pages, zeros): (u64, u64, u64)) {
+    fn show(&self, session: &mut ServeSession, before: Totals) {
         session.lanes.measure(true);
-        self.handle.update(|progress| {
-            // These lanes compress nothing.
-            let compressed = (progress.uncompressed_bytes, progress.compressed_bytes);
-            session.lanes.show(progress);
-            (progress.uncompressed_bytes, progress.compressed_bytes) = compressed;
-            progress.bytes_sent += sent;
-            progress.pages_sent += pages;
-            progress.zero_pages += zeros;
-        });
+        self.handle.update(|progress| session.lanes.show(progress, before));
     }
 
     fn waits_for(&self, what: Option<String>) {
         self.handle.update(|progress| progress.postcopy.get_or_insert_default().waits_for = what);
+    }
+}
+
+/// Returns what was sent of a guest so far.
+fn sent(ram: &RamStats) -> Totals {
+    Totals {
+        wire_bytes: ram.bytes_sent,
+        data_pages: ram.pages_sent,
+        zero_pages: ram.zero_pages,
+        uncompressed_bytes: ram.uncompressed_bytes,
+        compressed_bytes: ram.compressed_bytes,
+        ..Totals::default()
     }
 }
 

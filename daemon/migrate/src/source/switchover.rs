@@ -68,15 +68,15 @@ impl Switchover {
     pub(super) async fn run(self) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
         transfer.handle.update(|progress| {
-            progress.phase = Phase::SwitchingOver;
-            progress.guest_runs_at = None;
+            progress.status.phase = Phase::SwitchingOver;
+            progress.status.guest_runs_at = None;
         });
         let asked = Instant::now();
         let pausing = async { Ok(transfer.guest.pause(self.longest_pause()).await?) };
         let at = self.in_time(asked, pausing).await?;
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
-        transfer.handle.update(|progress| progress.stopped_at_seconds = Some(stopped_at));
+        transfer.handle.update(|progress| progress.pause.stopped_at_seconds = Some(stopped_at));
         let saved = self.in_time(at, self.send_last_pages()).await?;
         let save_time = pause_time + saved.took;
         let mut verify_time = Duration::ZERO;
@@ -139,8 +139,8 @@ impl Switchover {
     async fn send_state(&self, saved: &SavedState) -> Result<(), CopyError> {
         let total = saved.bytes.len() as u64;
         self.transfer.handle.update(|progress| {
-            progress.vmm_state_bytes = Some(total);
-            progress.save_seconds = Some(saved.took.as_secs_f64());
+            progress.pause.vmm_state_bytes = Some(total);
+            progress.pause.save_seconds = Some(saved.took.as_secs_f64());
         });
         let mut offset = 0;
         loop {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memlane_guest::{Guest, StunReport};
-use memlane_lane::SendState;
+use memlane_lane::{SendState, Totals};
 use memlane_net::link::{LinkError, LinkSender};
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
 use tokio::sync::{Mutex, Notify, mpsc};
@@ -120,7 +120,7 @@ impl Transfer {
             return Ok(());
         }
         self.context.observer.measured(Measurement::Holes { pages });
-        self.handle.update(|progress| progress.hole_pages += pages);
+        self.handle.update(|progress| progress.ram.hole_pages += pages);
         for ranges in std::mem::take(holes).chunks(MAX_RANGES) {
             self.link.send(&Control::Holes(ranges.to_vec())).await?;
             self.holes_sent.set(self.holes_sent.get() + 1);
@@ -208,11 +208,11 @@ impl Transfer {
         self.lanes.borrow_mut().measure(true);
         self.show_stun();
         self.handle.update(|progress| {
-            self.lanes.borrow().show(progress);
-            progress.pages_remaining = match progress.iterations.as_slice() {
+            self.lanes.borrow().show(progress, Totals::default());
+            let ram = &mut progress.ram;
+            ram.pages_remaining = match ram.iterations.as_slice() {
                 [first] if first.seconds == 0.0 => {
-                    let done = progress.pages_sent + progress.zero_pages + progress.hole_pages;
-                    progress.pages_total.saturating_sub(done)
+                    ram.pages_total.saturating_sub(ram.pages_sent + ram.zero_pages + ram.hole_pages)
                 }
                 _ => self.outbound.dirty.count() + self.outbound.in_flight.count(),
             };

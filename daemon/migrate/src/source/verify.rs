@@ -38,7 +38,7 @@ impl Switchover {
         }
         let here = digesting.await.expect("digesting does not panic").map_err(CopyError::Memory)?;
         let difference = difference(&self.transfer.guest.ram, &here, &there);
-        self.transfer.handle.update(|progress| progress.digest_verified = Some(difference.is_none()));
+        self.transfer.handle.update(|progress| progress.pause.digest_verified = Some(difference.is_none()));
         match difference {
             Some(difference) => Err(CopyError::Unequal(difference)),
             None => Ok(()),
