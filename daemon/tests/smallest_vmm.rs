@@ -3,22 +3,13 @@
 
 mod common;
 
-use std::process::Command;
-
 use common::{LONG, Stage, wait_for_exit};
 use memlane_lab::{HostId, LabOptions, LabProcess, wait_for};
-
-/// Builds the example, unless it is up to date.
-fn build() {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--locked", "--package", "memlane-kvm", "--example", "smallest_vmm"]);
-    assert!(cargo.status().unwrap().success(), "the example cannot be built");
-}
 
 /// Starts the example on a host, and waits until its daemon knows it.
 fn start(stage: &Stage, id: HostId, log: &str, incoming: bool) -> LabProcess {
     let host = stage.rig.lab().host(id);
-    // Beside `deps`, where the programs of tests lie.
+    // The stage has built it with the programs. It lies beside `deps`, where the programs of tests lie.
     let here = std::env::current_exe().unwrap();
     let program = here.ancestors().nth(2).unwrap().join("examples/smallest_vmm");
     let mut command = host.command(program);
@@ -47,7 +38,6 @@ fn wait_for_laps(vmm: &mut LabProcess, least: u64) -> u64 {
 fn the_example_of_a_vmm_moves_there_and_back() {
     let test = "the_example_of_a_vmm_moves_there_and_back";
     let Some(stage) = Stage::new(test, LabOptions::default()) else { return };
-    build();
     let mut here = start(&stage, HostId::A, "here", false);
     let before = wait_for_laps(&mut here, 3);
 

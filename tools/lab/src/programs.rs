@@ -12,7 +12,8 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Builds `memlaned`, `memlanectl`, `memlane-vmm` and the shim with cargo, unless they are up to date.
+    /// Builds `memlaned`, `memlanectl`, `memlane-vmm` and the shim with cargo, unless they are up to date; for tests also
+    /// the example of a VMM.
     ///
     /// # Errors
     ///
@@ -24,6 +25,10 @@ impl Programs {
         }
         if release {
             command.arg("--release");
+        } else {
+            // To build an example, cargo counts in the features that tests need. The programs are then those that
+            // `cargo test` has built already; otherwise nearly everything is built a second time.
+            command.args(["--lib", "--bins", "--package", "memlane-kvm", "--example", "smallest_vmm"]);
         }
         ensure!(command.status().context("running cargo build")?.success(), "cargo build failed");
         let directory = target_directory().join(if release { "release" } else { "debug" });
