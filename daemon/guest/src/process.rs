@@ -3,6 +3,7 @@
 use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use memlane_net::journal::VmmIdentity;
@@ -102,10 +103,26 @@ impl Process {
     /// that has ended and was not collected yet does not run.
     pub fn lives(identity: VmmIdentity) -> bool {
         identity.pid != 0
-            && match look(identity.pid) {
-                Ok((state, started)) => started == identity.started && !matches!(state, 'Z' | 'X'),
-                Err(error) => error.kind() != io::ErrorKind::NotFound,
+            && match Stat::read(format!("/proc/{}/stat", identity.pid)) {
+                Ok(stat) => stat.started == identity.started && !stat.ended,
+                Err(error) => !is_gone(&error),
             }
+    }
+
+    /// Tells whether the process that was written down has ended or is about to: all of its threads have begun to exit.
+    /// Such a process has closed its connections, or does so next, and may take a while to give its memory back.
+    pub fn exits(identity: VmmIdentity) -> bool {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", identity.pid)) else {
+            return !Self::lives(identity);
+        };
+        let exits = |thread: io::Result<std::fs::DirEntry>| match thread {
+            Ok(thread) => match Stat::read(thread.path().join("stat")) {
+                Ok(stat) => stat.exits,
+                Err(error) => is_gone(&error),
+            },
+            Err(error) => is_gone(&error),
+        };
+        threads.into_iter().all(exits) || !Self::lives(identity)
     }
 
     /// Returns the identity of the process.
@@ -160,8 +177,7 @@ fn find(identity: VmmIdentity) -> Watch {
         Ok(started) if started == identity.started => watch,
         // Its number belongs to another process by now, or to none.
         Ok(_) => Watch::Ended,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Watch::Ended,
-        Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Watch::Ended,
+        Err(error) if is_gone(&error) => Watch::Ended,
         Err(_) => Watch::Blind,
     }
 }
@@ -182,20 +198,45 @@ fn has_ended(pidfd: &AsyncFd<OwnedFd>) -> bool {
     poll(&mut ready, Some(&Timespec::default())).is_ok_and(|found| found != 0)
 }
 
-/// Returns when a process started, in clock ticks since the host booted: field 22 of `/proc/PID/stat`.
+/// Returns when a process started, in clock ticks since the host booted.
 fn started(pid: u32) -> io::Result<u64> {
-    look(pid).map(|(_, started)| started)
+    Stat::read(format!("/proc/{pid}/stat")).map(|stat| stat.started)
 }
 
-/// Returns the state of a process, and when it started: fields 3 and 22 of `/proc/PID/stat`.
-fn look(pid: u32) -> io::Result<(char, u64)> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
-    // The program's name, field 2, may hold anything, and ends with the last parenthesis.
-    let rest = stat.iter().rposition(|byte| *byte == b')').and_then(|end| stat.get(end + 2..));
-    let rest = std::str::from_utf8(rest.unwrap_or_default()).unwrap_or_default();
-    let state = rest.chars().next();
-    let started = rest.split(' ').nth(19).and_then(|field| field.parse().ok());
-    state.zip(started).ok_or_else(|| io::ErrorKind::InvalidData.into())
+/// Tells whether there was nothing to read in `/proc` because the process or thread is gone.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+}
+
+/// What a file `stat` in `/proc` tells about a process or a thread.
+struct Stat {
+    /// It has ended with all of its threads, and was not collected yet.
+    ended: bool,
+    /// The kernel has begun to end it, and none of its code runs any more.
+    exits: bool,
+    /// When it started, in clock ticks since the host booted.
+    started: u64,
+}
+
+impl Stat {
+    fn read(path: impl AsRef<Path>) -> io::Result<Self> {
+        /// `PF_EXITING` of the kernel's `include/linux/sched.h`.
+        const EXITING: u64 = 4;
+        let stat = std::fs::read(path)?;
+        // The program's name, field 2, may hold anything, and ends with the last parenthesis.
+        let rest = stat.iter().rposition(|byte| *byte == b')').and_then(|end| stat.get(end + 2..));
+        let rest = std::str::from_utf8(rest.unwrap_or_default()).unwrap_or_default();
+        let fields: Vec<&str> = rest.split(' ').collect();
+        // Numbered from 1, as proc(5) does.
+        let number = |field: usize| fields.get(field - 3).and_then(|field| field.parse::<u64>().ok());
+        let read = || {
+            let (state, flags, threads, started) = (*fields.first()?, number(9)?, number(20)?, number(22)?);
+            // The first thread may end before the others, and is a zombie then.
+            let ended = matches!(state, "Z" | "X") && threads <= 1;
+            Some(Self { ended, exits: flags & EXITING != 0, started })
+        };
+        read().ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
 }
 
 #[cfg(test)]
@@ -216,15 +257,38 @@ mod tests {
             assert!(tokio::time::timeout(soon, again.ended()).await.is_err());
             let other = VmmIdentity { started: 1, ..process.identity() };
             assert!(Process::lives(process.identity()) && !Process::lives(other));
+            assert!(!Process::exits(process.identity()) && Process::exits(other));
             Process::remembered(other).ended().await;
             child.kill().unwrap();
             process.ended().await;
             again.ended().await;
             assert!(!Process::lives(process.identity()), "it has not been collected");
+            assert!(Process::exits(process.identity()));
             child.wait().unwrap();
             Process::running(child.id()).unwrap().ended().await;
             again.kill().unwrap();
         });
+    }
+
+    #[test]
+    fn a_process_lives_as_long_as_one_of_its_threads() {
+        let test = "a_process_lives_as_long_as_one_of_its_threads";
+        // The first thread ends, the second one lives on.
+        let program = "import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).pthread_exit(None)";
+        let Ok(mut child) = Command::new("python3").args(["-c", program]).spawn() else {
+            return memlane_lab::say_skipped(test, "python3 is not installed");
+        };
+        let stat = || std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        while !stat().contains(") Z ") {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let identity = VmmIdentity { pid: child.id(), started: started(child.id()).unwrap() };
+        assert!(Process::lives(identity) && !Process::exits(identity));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!Process::lives(identity) && Process::exits(identity));
     }
 
     #[test]

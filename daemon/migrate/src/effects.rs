@@ -33,6 +33,9 @@ use crate::vmm::{Vmm, VmmNews};
 pub(crate) use deadline::Deadline;
 pub(crate) use lost::NEVER_WHOLE;
 
+/// This is the reason for which a migration fails whose VMM has ended.
+const VMM_GONE: &str = "the guest's VMM is gone";
+
 /// One side of a migration acts through this: on the guest here, the journal, and the other host.
 pub(crate) struct Effects {
     /// This is the context that every migration of this host works with.
@@ -138,8 +141,14 @@ impl Effects {
         }
         match news {
             VmmNews::Lost(process) => {
-                info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
-                self.blame("the connection to the guest's VMM was lost");
+                // The kernel may take a while to end a process that was killed.
+                if Process::exits(process.identity()) {
+                    info!(guest = %self.entry.guest, "the VMM is about to end");
+                    self.blame(VMM_GONE);
+                } else {
+                    info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
+                    self.blame("the connection to the guest's VMM was lost");
+                }
                 if let Vmm::Attached(guest) = &self.vmm {
                     guest.end_stun();
                 }
@@ -148,7 +157,7 @@ impl Effects {
                 Some(Event::Failed)
             }
             VmmNews::Ended => {
-                self.blame("the guest's VMM is gone");
+                self.blame(VMM_GONE);
                 self.vmm = Vmm::Ended;
                 Some(self.ended())
             }
