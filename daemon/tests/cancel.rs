@@ -20,7 +20,7 @@ fn cancelled_in_each_round() {
     let mut guest = stage.rig.start_vmm(HostId::A, "web1", &words(&busy)).unwrap();
     let mut there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{busy} --incoming"))).unwrap();
     for round in 1..=3 {
-        let order = stage.begin("web1", &["--downtime-limit", "100ms"]);
+        let order = stage.begin("web1", &["--downtime-limit", "300ms"]);
         stage.wait_until(HostId::A, "web1", "the round", |migration| {
             migration.outcome.is_none() && migration.rounds.len() >= round
         });

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{LONG, Stage, assert_runs, wait_for_exit, words};
+use memlane_api::types::Stun;
 use memlane_lab::{HostId, HugePages, LabOptions, Rate, say_skipped, wait_for};
 use serde_json::Value;
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 const PORT: u64 = 100_000_000;
 /// More of it is dirty than the ports carry in a limit of 1 or 2 seconds.
 const GUEST: &str = "--ram 128MiB --working-set 96MiB --flat-out --vcpus 2";
-/// The same for a limit of 50 milliseconds.
+/// The same for a limit of 300 milliseconds, which a pause with nothing left to send keeps on a busy machine too.
 const SMALL_GUEST: &str = "--ram 64MiB --working-set 48MiB --flat-out --vcpus 2";
 const STUN: [&str; 6] = ["--converge", "stun", "--max-stun", "99", "--downtime-limit", "1s"];
 
@@ -47,10 +48,12 @@ fn assert_stunned(migration: &Value) {
 /// Orders the guest to move, and returns when its writes have been held up for a while.
 fn begin_stunned(stage: &Stage, name: &str) -> common::Order {
     let mut more = STUN;
-    more[5] = "50ms";
+    more[5] = "300ms";
     let order = stage.begin(name, &more);
+    // How long it took to begin is known when it has begun.
+    let is_held = |stun: &Stun| stun.seconds > 0.2 && stun.switch_seconds > 0.0;
     stage.wait_until(HostId::A, name, "a stun", |migration| {
-        migration.outcome.is_none() && migration.stun.as_ref().is_some_and(|stun| stun.seconds > 0.2)
+        migration.outcome.is_none() && migration.stun.as_ref().is_some_and(is_held)
     });
     order
 }
