@@ -9,7 +9,7 @@ use std::time::Duration;
 use memlane_guest::attach_socket;
 use memlane_kvm::ram::install_sigbus_handler;
 use memlane_net::journal::{Journal, JournalError};
-use memlane_net::{port, task};
+use memlane_net::{port, resident, task};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -63,6 +63,11 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     metrics::install();
     config.ports.iter().for_each(|port| metrics::port(port.name.as_str()));
     install_sigbus_handler().map_err(DaemonError::Signals)?;
+    if let Err(error) = resident::keep_program() {
+        let remedy =
+            "on a host that is short of memory pauses may take longer; raise LimitMEMLOCK or ulimit -l";
+        warn!(%error, "cannot keep the program in memory: {remedy}");
+    }
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let (journal, unfinished) = Journal::open(&config.journal, metrics::journal_synced).await?;

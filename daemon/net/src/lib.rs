@@ -8,7 +8,8 @@
 //! - [`announce`] tells the switches of a network where a guest is.
 //! - [`journal`] remembers what must survive a crash, and [`private`] makes files that others cannot read.
 //! - [`unix_socket`] deals with the sockets that local programs connect to.
-//! - [`task`] runs and watches the tasks of the control thread, and [`log_limiter`] keeps a crowd from filling the log.
+//! - [`task`] runs and watches the tasks of the control thread, [`resident`] keeps their code in memory, and
+//!   [`log_limiter`] keeps a crowd from filling the log.
 
 pub mod announce;
 pub mod config;
@@ -17,5 +18,6 @@ pub mod link;
 pub mod log_limiter;
 pub mod port;
 pub mod private;
+pub mod resident;
 pub mod task;
 pub mod unix_socket;

@@ -130,11 +130,12 @@ mod watch {
         at: Instant,
         delayed: Duration,
         computed: Duration,
+        faults: u64,
     }
 
     impl Started {
         fn now() -> Self {
-            Self { at: Instant::now(), delayed: delayed(), computed: computed() }
+            Self { at: Instant::now(), delayed: delayed(), computed: computed(), faults: major_faults() }
         }
 
         fn end(self, task: &'static str) {
@@ -149,7 +150,13 @@ mod watch {
             let most = if busy { Duration::from_millis(super::LONGEST_WHERE_BUSY_MS) } else { longest };
             if blocked > most {
                 let millis = blocked.as_millis();
-                warn!(?took, ?computed, "the control thread stood still for {millis} ms in {task}");
+                let major_faults = major_faults() - self.faults;
+                warn!(
+                    ?took,
+                    ?computed,
+                    major_faults,
+                    "the control thread stood still for {millis} ms in {task}"
+                );
             }
         }
     }
@@ -206,6 +213,17 @@ mod watch {
         let length = STATISTICS.with(read).unwrap_or(0);
         let delay = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').nth(1));
         Duration::from_nanos(delay.and_then(|delay| delay.parse().ok()).unwrap_or(0))
+    }
+
+    /// Returns how often this thread has waited for a disk to touch memory, in all (getrusage(2)).
+    fn major_faults() -> u64 {
+        // SAFETY: any bytes are a `rusage`, and the kernel writes no more than one.
+        let usage = unsafe {
+            let mut usage: libc::rusage = std::mem::zeroed();
+            libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
+            usage
+        };
+        usage.ru_majflt.try_into().unwrap_or(0)
     }
 
     /// Returns how long this thread has had a processor in all.
