@@ -49,7 +49,8 @@ impl Stage {
         change(&mut guest);
         let file = self.rig.prepare_linux(&guest).unwrap();
         self.launch(HostId::A, file.to_str().unwrap());
-        let session = ClientSession::open(self.rig.lab().lan(), guest.address, BOOT).unwrap();
+        let session = ClientSession::open(self.rig.lab().lan(), guest.address, BOOT);
+        let session = session.unwrap_or_else(|error| panic!("{error:#}: {}", last_words(&guest)));
         let seen = session.hear(LONG).unwrap();
         Linux { guest, session, seen }
     }
@@ -135,7 +136,15 @@ impl Linux {
             let seen = session.hear(LONG).ok()?;
             (seen.boot_id != before).then_some((session, seen))
         });
-        (self.session, self.seen) = opened.unwrap();
+        (self.session, self.seen) =
+            opened.unwrap_or_else(|error| panic!("{error:#}: {}", last_words(&self.guest)));
         self.assert_runs();
     }
+}
+
+/// The end of what a guest has printed.
+fn last_words(guest: &LinuxGuest) -> String {
+    let printed = std::fs::read(&guest.console).unwrap_or_default();
+    let end = &printed[printed.len().saturating_sub(3000)..];
+    format!("the guest's console ends with\n{}", String::from_utf8_lossy(end))
 }
