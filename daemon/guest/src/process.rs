@@ -281,9 +281,8 @@ ctypes.CDLL(None).pthread_exit(None)";
             return memlane_lab::say_skipped(test, "python3 is not installed");
         };
         let stat = || std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
-        while !stat().contains(") Z ") {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let ended = || stat().contains(") Z ").then_some(());
+        memlane_lab::wait_for("the end of the first thread", Duration::from_secs(60), ended).unwrap();
         let identity = VmmIdentity { pid: child.id(), started: started(child.id()).unwrap() };
         assert!(Process::lives(identity) && !Process::exits(identity));
         child.kill().unwrap();

@@ -17,6 +17,7 @@ use memlane_lane::postcopy::PostcopyIncoming;
 use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
 use memlane_net::link::Link;
+use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Message, Record};
 use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::Control;
@@ -142,7 +143,9 @@ impl Effects {
         match news {
             VmmNews::Lost(process) => {
                 // The kernel may take a while to end a process that was killed.
-                if Process::exits(process.identity()) {
+                let identity = process.identity();
+                // A VMM may have as many threads as it likes.
+                if task::aside(move || Process::exits(identity)).await {
                     info!(guest = %self.entry.guest, "the VMM is about to end");
                     self.blame(VMM_GONE);
                 } else {
