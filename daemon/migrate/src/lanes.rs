@@ -255,17 +255,8 @@ impl Lanes {
 
     /// Returns how many pages have travelled so far, as bytes or as descriptors.
     pub(crate) fn pages(&self) -> u64 {
-        self.data_pages() + self.zero_pages()
-    }
-
-    /// Returns how many pages have travelled so far with their contents.
-    pub(crate) fn data_pages(&self) -> u64 {
-        self.totals().data_pages
-    }
-
-    /// Returns how many pages have travelled so far as descriptors.
-    pub(crate) fn zero_pages(&self) -> u64 {
-        self.totals().zero_pages
+        let Totals { data_pages, zero_pages, .. } = self.totals();
+        data_pages + zero_pages
     }
 
     /// Returns what all lanes have done so far, together with those that were in their place before.

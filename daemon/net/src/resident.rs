@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use rustix::mm::mlock;
 
-/// Reads the whole program and its libraries into memory, and has the kernel keep them there. Returns how many bytes
-/// that are.
+/// Reads the whole program and its libraries into memory, and has the kernel keep them there. Returns their size in
+/// bytes.
 ///
 /// # Errors
 ///
