@@ -64,6 +64,9 @@ fn every_tracker_on_any_ports_vcpus_and_pages() {
         let mut rig = rig(ports);
         for (tracker, vcpus, backing) in combinations(backings) {
             let gap = if vcpus == 2 { "--gap" } else { "" };
+            if let (Ok(huge), "huge") = (&huge, backing) {
+                huge.wait_until_free().unwrap();
+            }
             move_and_compare(
                 &mut rig,
                 &format!(
