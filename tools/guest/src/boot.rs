@@ -51,19 +51,6 @@ fn load(file: &Path) -> io::Result<()> {
 /// Gives `eth0` its address and brings it up.
 pub(crate) fn bring_up(address: Ipv4Addr, prefix: u8) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what} of eth0: {error}");
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .map_err(|error| failed("opening a socket for the address", error.into()))?;
-    let set = |request: libc::Ioctl, value: libc::__c_anonymous_ifr_ifru| {
-        let mut order = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: value };
-        for (to, from) in order.ifr_name.iter_mut().zip(INTERFACE) {
-            *to = *from as libc::c_char;
-        }
-        // SAFETY: these requests only read the structure, which netdevice(7) asks for.
-        match unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw const order) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
     let up = libc::__c_anonymous_ifr_ifru { ifru_flags: (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short };
     let mask = Ipv4Addr::from_bits(u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0));
 
@@ -71,6 +58,25 @@ pub(crate) fn bring_up(address: Ipv4Addr, prefix: u8) -> Result<(), String> {
     set(libc::SIOCSIFADDR, internet(address)).map_err(|error| failed("setting the address", error))?;
     set(libc::SIOCSIFNETMASK, internet(mask)).map_err(|error| failed("setting the netmask", error))?;
     set(libc::SIOCSIFFLAGS, up).map_err(|error| failed("setting the flags", error))
+}
+
+/// Takes `eth0` down.
+fn take_down() -> io::Result<()> {
+    set(libc::SIOCSIFFLAGS, libc::__c_anonymous_ifr_ifru { ifru_flags: 0 })
+}
+
+/// Changes a setting of `eth0` (netdevice(7)).
+fn set(request: libc::Ioctl, value: libc::__c_anonymous_ifr_ifru) -> io::Result<()> {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let mut order = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: value };
+    for (to, from) in order.ifr_name.iter_mut().zip(INTERFACE) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: these requests only read the structure, which netdevice(7) asks for.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw const order) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn wait_for_interface() -> Result<(), String> {
@@ -110,6 +116,11 @@ pub(crate) fn power_off() -> ! {
 }
 
 fn end(command: RebootCommand) -> ! {
+    // As every distribution does. The kernel marks the device's queues as broken, and virtio-net, where a packet comes at
+    // that moment, waits for ever in its poll for such a queue to take something (virtnet_poll_cleantx, Linux 6.1.192).
+    if let Err(error) = take_down() {
+        println!("memlane-init: cannot take eth0 down: {error}");
+    }
     let Err(error) = rustix::system::reboot(command) else { unreachable!("the machine is gone") };
     println!("memlane-init: cannot end the machine: {error}");
     loop {

@@ -11,8 +11,8 @@ use crate::qemu;
 use crate::size::Size;
 
 /// The kernel's parameters. A boot on an emulated processor takes seconds, so everything that is not needed is left
-/// out.
-const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on \
+/// out. Warnings are printed (level 4), so that a kernel that hangs says where.
+const KERNEL_PARAMETERS: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr random.trust_cpu=on \
                                  tsc=reliable no_timer_check cryptomgr.notests audit=0";
 
 /// The executor of the guest's instructions.
