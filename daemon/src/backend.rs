@@ -27,7 +27,7 @@ use tracing::info;
 
 use crate::api::{Backend, Caller};
 use crate::host::Host;
-use crate::{metrics, views};
+use crate::{keys, metrics, views};
 
 /// The backend that answers for the host.
 pub(crate) struct HostBackend(pub Rc<Host>);
@@ -44,7 +44,8 @@ impl Backend for HostBackend {
             uptime_seconds: host.started.elapsed().as_secs_f64(),
             guests: host.guests.count(),
             migrations: host.context().migrations.active(),
-            insecure: true,
+            insecure: host.protection.credentials().is_none(),
+            certificate_expires_seconds: keys::expiry(host),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             kvm,
         }
@@ -201,6 +202,7 @@ impl Backend for HostBackend {
         let migrations = self.0.context().migrations.all();
         let migrations: Vec<_> = migrations.iter().map(|handle| handle.progress.borrow().clone()).collect();
         let ports = self.0.config.ports.iter().map(|port| port.name.as_str());
+        metrics::encryption(keys::expiry(&self.0));
         metrics::now(self.0.guests.count(), &migrations, ports);
         task::aside(metrics::render).await
     }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
-use memlane_net::link::{Link, LinkError, answer_greeting};
+use memlane_net::link::{Greeted, Link, LinkError, answer_greeting};
 use memlane_net::port::{ConnectionLimiter, ConnectionSlot};
 use memlane_net::task;
 use memlane_protocol::wire::control::Control;
@@ -54,11 +54,11 @@ async fn serve_connection(
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
     let judge = |hello: &Hello| admit(host, hello, remote);
-    let Some(hello) = answer_greeting(&stream, judge).await? else { return Ok(()) };
+    let Greeted { hello, channel } = answer_greeting(&stream, &host.protection, judge).await?;
     if hello.purpose == Purpose::Probe {
         return Ok(());
     }
-    let mut link = Link::over(stream, host.config.limits.silence);
+    let mut link = Link::over(channel, host.config.limits.silence);
     let first = async {
         let mut first = link.receive().await?;
         if let Control::LanesFrom(addresses) = first {

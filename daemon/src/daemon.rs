@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use memlane_guest::attach_socket;
 use memlane_kvm::ram::install_sigbus_handler;
+use memlane_net::channel::Protection;
 use memlane_net::journal::{Journal, JournalError};
 use memlane_net::{port, resident, task};
+use memlane_tls::CredentialsError;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -17,7 +19,7 @@ use crate::api::server;
 use crate::backend::HostBackend;
 use crate::config::Config;
 use crate::host::Host;
-use crate::{control, metrics, systemd};
+use crate::{control, keys, metrics, systemd};
 
 /// When the daemon ends it waits at most this long for migrations to be cancelled.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -28,6 +30,9 @@ pub enum DaemonError {
     /// The journal is missing, damaged, or belongs to another host.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The keys of this host cannot be used.
+    #[error(transparent)]
+    Keys(#[from] CredentialsError),
     /// The API's socket cannot be opened.
     #[error(transparent)]
     Api(#[from] server::ServerError),
@@ -69,9 +74,11 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         warn!(%error, "cannot keep the program in memory: {remedy}");
     }
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
+    let hang_up = signal(SignalKind::hangup()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
+    let protection = Protection::new(config.credentials()?);
     let (journal, unfinished) = Journal::open(&config.journal, metrics::journal_synced).await?;
-    let host = Host::new(config, journal);
+    let host = Host::new(config, protection, journal);
     host.qemu.load().await;
     // Unfinished migrations are registered before the API can ask about them.
     host.migrate.recover(unfinished);
@@ -81,9 +88,9 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     task::spawn("service watchdog", systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
     info!(host = %name, peers, ports, version = env!("CARGO_PKG_VERSION"), "ready");
-    warn!(
-        "the traffic between daemons, which includes the memory of guests, is not encrypted (insecure = true)"
-    );
+    keys::report(&host);
+    task::spawn("watch over the keys", keys::watch(host.clone()));
+    task::spawn("reloading of keys", keys::reload_on(hang_up, host.clone()));
     systemd::ready(&format!("{name}: {ports} ports, {peers} peers"));
     tokio::select! {
         _ = terminate.recv() => {}

@@ -9,6 +9,7 @@ use memlane_guest::config::QemuSettings;
 use memlane_guest::shim::Shims;
 use memlane_guest::{Guests, qemu};
 use memlane_migrate::{Context, Settings, Supervisor};
+use memlane_net::channel::Protection;
 use memlane_net::journal::Journal;
 
 use crate::config::Config;
@@ -18,6 +19,8 @@ use crate::metrics::Metrics;
 pub(crate) struct Host {
     /// The configuration.
     pub config: Config,
+    /// The protection of connections to other hosts.
+    pub protection: Protection,
     /// The guests that are attached.
     pub guests: Rc<Guests>,
     /// The connections of shims in VMMs that are not linked with Memlane.
@@ -32,7 +35,7 @@ pub(crate) struct Host {
 
 impl Host {
     /// Makes a host without guests.
-    pub(crate) fn new(config: Config, journal: Journal) -> Rc<Self> {
+    pub(crate) fn new(config: Config, protection: Protection, journal: Journal) -> Rc<Self> {
         let (guests, shims) = (Rc::<Guests>::default(), Rc::<Shims>::default());
         let qemu = QemuSettings {
             guests: config.guests.clone(),
@@ -48,11 +51,12 @@ impl Host {
             peers: config.peers.clone(),
             networks: config.networks.clone(),
             limits: config.limits.clone(),
+            protection: protection.clone(),
         };
         let observers = (Rc::new(Metrics) as _, Arc::new(Metrics) as _);
         let context = Context::new(settings, journal, guests.clone(), qemu.clone(), observers);
         let migrate = Supervisor::new(context);
-        Rc::new(Self { config, guests, shims, qemu, migrate, started: Instant::now() })
+        Rc::new(Self { config, protection, guests, shims, qemu, migrate, started: Instant::now() })
     }
 
     /// Returns the context that all migrations of this host share.

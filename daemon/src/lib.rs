@@ -12,6 +12,7 @@ pub mod config;
 mod control;
 pub mod daemon;
 mod host;
+mod keys;
 pub mod log;
 pub mod metrics;
 mod systemd;

@@ -45,6 +45,10 @@ fn main() -> ExitCode {
         }
     };
     if arguments.check_config {
+        if let Err(error) = config.credentials() {
+            eprintln!("memlaned: {error}");
+            return ExitCode::from(2);
+        }
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
     }

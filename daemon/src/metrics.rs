@@ -60,6 +60,13 @@ pub async fn upkeep() {
     }
 }
 
+/// Sets the gauges of encryption: when the certificate of this host expires, in seconds since 1970 (UTC), or `None` if
+/// nothing is encrypted.
+pub fn encryption(expires: Option<f64>) {
+    gauge!(INSECURE).set(if expires.is_some() { 0.0 } else { 1.0 });
+    gauge!(CERTIFICATE_EXPIRES).set(expires.unwrap_or(0.0));
+}
+
 /// Sets the gauges: the number of guests, and what the migrations under way do on these ports.
 pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<Item = &'n str>) {
     gauge!(GUESTS).set(guests as f64);

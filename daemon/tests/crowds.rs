@@ -28,7 +28,7 @@ const SOON: Duration = Duration::from_secs(3);
 #[test]
 fn silent_connections_do_not_keep_a_migration_from_its_ports() {
     let test = "silent_connections_do_not_keep_a_migration_from_its_ports";
-    let Some(mut stage) = Stage::new(test, LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure(test, LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     common::announce(&stage);
@@ -78,7 +78,9 @@ fn silent_connections_do_not_keep_a_migration_from_its_ports() {
 
 #[test]
 fn who_says_nothing_is_hung_up_on() {
-    let Some(stage) = Stage::new("who_says_nothing_is_hung_up_on", LabOptions::default()) else { return };
+    let Some(stage) = Stage::insecure("who_says_nothing_is_hung_up_on", LabOptions::default()) else {
+        return;
+    };
     for port in [CONTROL_PORT, LANE_PORT] {
         let mut stream = connect(&stage, port);
         let began = Instant::now();
@@ -110,7 +112,9 @@ fn lives(lane: &mut Lane) -> bool {
 
 #[test]
 fn a_token_alone_opens_no_lane() {
-    let Some(mut stage) = Stage::new("a_token_alone_opens_no_lane", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure("a_token_alone_opens_no_lane", LabOptions::default()) else {
+        return;
+    };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let offer = captured(&mut stage);
@@ -176,7 +180,8 @@ fn attach(stage: &Stage, shape: GuestShape, memory: &OwnedFd) -> (OwnedFd, ToVmm
 
 #[test]
 fn a_sparse_giant_leaves_room_for_others() {
-    let Some(mut stage) = Stage::new("a_sparse_giant_leaves_room_for_others", LabOptions::default()) else {
+    let Some(mut stage) = Stage::insecure("a_sparse_giant_leaves_room_for_others", LabOptions::default())
+    else {
         return;
     };
     let mut guest = stage.guest("web1");

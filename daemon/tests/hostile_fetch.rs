@@ -27,7 +27,9 @@ fn missing(first: u64, word: u64) -> Control {
 
 #[test]
 fn a_source_that_serves_badly() {
-    let Some(mut stage) = Stage::new("a_source_that_serves_badly", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure("a_source_that_serves_badly", LabOptions::default()) else {
+        return;
+    };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let offer = captured(&mut stage);

@@ -26,7 +26,7 @@ const FAKE_PORTS: [u16; 2] = [7600, 7601];
 
 #[test]
 fn versions_and_names() {
-    let Some(mut stage) = Stage::new("versions_and_names", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure("versions_and_names", LabOptions::default()) else { return };
     let answer_to = |port: u16, change: &dyn Fn(&mut memlane_protocol::wire::hello::Hello)| {
         let mut hello = hello(host_a(), if port == CONTROL_PORT { Purpose::Control } else { Purpose::Probe });
         change(&mut hello);
@@ -78,7 +78,9 @@ fn versions_and_names() {
 
 #[test]
 fn nonsense_on_the_control_port() {
-    let Some(mut stage) = Stage::new("nonsense_on_the_control_port", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure("nonsense_on_the_control_port", LabOptions::default()) else {
+        return;
+    };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
 
@@ -189,7 +191,7 @@ fn nonsense_on_the_control_port() {
 
 #[test]
 fn nonsense_on_a_lane() {
-    let Some(mut stage) = Stage::new("nonsense_on_a_lane", LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure("nonsense_on_a_lane", LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let offer = captured(&mut stage);
@@ -310,7 +312,7 @@ enum Trick {
 #[test]
 fn a_destination_that_breaks_the_protocol() {
     let test = "a_destination_that_breaks_the_protocol";
-    let Some(mut stage) = Stage::new(test, LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure(test, LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let b = stage.rig.lab().host(HostId::B).control_address();
     let (real, fake) = (format!("control = \"{b}\""), format!("control = \"{b}:{}\"", FAKE_PORTS[0]));
@@ -434,7 +436,7 @@ impl FakeDestination {
 #[test]
 fn an_offer_that_names_a_known_migration_is_refused() {
     let test = "an_offer_that_names_a_known_migration_is_refused";
-    let Some(mut stage) = Stage::new(test, LabOptions::default()) else { return };
+    let Some(mut stage) = Stage::insecure(test, LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let offer = captured(&mut stage);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_protocol::wire::WireError;
+use memlane_tls::TlsError;
 
 /// The reason why a lane ended.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,9 @@ pub enum LaneError {
     /// The other end sent bytes that no lane sends.
     #[error("the other end broke the protocol: {0}")]
     Protocol(#[from] WireError),
+    /// What came does not open, or cannot be sealed.
+    #[error(transparent)]
+    Tls(TlsError),
     /// The payload of a compressed frame is not an LZ4 block, or is a block that is larger than the frame's pages.
     #[error("the other end broke the protocol: a frame cannot be decompressed: {0}")]
     Compressed(#[from] lz4_flex::block::DecompressError),
@@ -40,6 +44,15 @@ pub enum LaneError {
         /// The number that the other end sent.
         found: u64,
     },
+}
+
+impl From<TlsError> for LaneError {
+    fn from(error: TlsError) -> Self {
+        match error {
+            TlsError::Closed => Self::HungUp,
+            error => Self::Tls(error),
+        }
+    }
 }
 
 impl LaneError {

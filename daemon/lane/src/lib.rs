@@ -17,6 +17,7 @@ mod ring;
 mod send;
 pub mod socket;
 mod stats;
+mod transport;
 
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ pub use error::LaneError;
 pub use receive::{LaneReceiver, ReceiveState};
 pub use send::{LaneSender, SendState, Waker};
 pub use stats::{LaneStats, Totals};
+pub use transport::Transport;
 
 /// A bell tells the control plane that the state of the lanes has changed. Threads of lanes call it, so it must not
 /// block.

@@ -92,6 +92,38 @@ impl Message {
         self.point();
     }
 
+    /// Copies the next bytes of the message to `place`, and steps over them. There must be as many.
+    pub(crate) fn copy_to(&mut self, place: &mut [u8]) {
+        let mut rest = place;
+        while let Some((to, count)) = self.next_piece(rest.len()) {
+            let (now, later) = rest.split_at_mut(count);
+            // SAFETY: the piece is there to be read, as those who fill a message ensure. A guest or a device may write
+            // there meanwhile: the bytes are copied once, as they are, and not looked at.
+            unsafe { ptr::copy_nonoverlapping(to, now.as_mut_ptr(), count) };
+            rest = later;
+            self.advance(count);
+        }
+    }
+
+    /// Copies as many of `bytes` to the message as it has room for, steps over them, and returns how many they were.
+    pub(crate) fn copy_from(&mut self, bytes: &[u8]) -> usize {
+        let mut rest = bytes;
+        while let Some((to, count)) = self.next_piece(rest.len()) {
+            let (now, later) = rest.split_at(count);
+            // SAFETY: the piece is there to be written, as those who fill a message to receive ensure.
+            unsafe { ptr::copy_nonoverlapping(now.as_ptr(), to, count) };
+            rest = later;
+            self.advance(count);
+        }
+        bytes.len() - rest.len()
+    }
+
+    /// Returns where the next piece is, and how many of `most` bytes fit into it.
+    fn next_piece(&self, most: usize) -> Option<(*mut u8, usize)> {
+        let piece = self.rest().first()?;
+        Some((piece.iov_base.cast(), piece.iov_len.min(most))).filter(|(_, count)| *count > 0)
+    }
+
     /// Sends all of the message, and waits whenever the socket has no room.
     ///
     /// # Errors

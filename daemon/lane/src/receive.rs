@@ -14,6 +14,7 @@ use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{
     ACK_BYTES, Ack, Content, FRAME_HEADER_BYTES, Frame, MAX_RUNS, RUN_BYTES, Run, contents_bytes,
 };
+use memlane_tls::{Records, sealed_bytes};
 
 use crate::checksum::{check, check_paused, checksum};
 use crate::compress::grown;
@@ -21,12 +22,15 @@ use crate::message::Message;
 use crate::postcopy::{By, PostcopyIncoming};
 use crate::ring::{InFlight, Ring};
 use crate::socket::set_low_water;
+use crate::transport::Transport;
 use crate::{LaneError, LaneStats};
 
 /// A read of a long message wakes the thread when this many bytes have come.
 const WORTH_WAKING: usize = 256 << 10;
 /// A message of at least this many bytes is long in this sense.
 const WORTH_WAITING: usize = 64 << 10;
+/// An encrypted lane receives up to this many bytes at once.
+const RECEIVED_AT_ONCE: usize = WORTH_WAKING + (64 << 10);
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before reading from it.
 const POLL_FIRST: u16 = 1;
 
@@ -49,6 +53,8 @@ pub struct LaneReceiver {
     receive_state: Arc<ReceiveState>,
     stats: Arc<LaneStats>,
     socket: Arc<OwnedFd>,
+    /// These open the frames, and seal the acknowledgements, of a lane that is encrypted.
+    records: Option<Box<Records>>,
     head: Box<[u8]>,
     table: Box<[u8]>,
     message: Box<Message>,
@@ -64,11 +70,13 @@ pub struct LaneReceiver {
     /// The kernel wakes the thread when this many bytes have come (`SO_RCVLOWAT`).
     low_water: usize,
     ack: Box<[u8]>,
+    /// The first so many bytes of `ack` are being sent.
+    ack_bytes: usize,
     acking: bool,
 }
 
 impl LaneReceiver {
-    /// Makes the receiver of a lane over `socket`. The caller makes it on the thread that runs it.
+    /// Makes the receiver of a lane over `transport`. The caller makes it on the thread that runs it.
     ///
     /// # Errors
     ///
@@ -76,8 +84,11 @@ impl LaneReceiver {
     pub fn new(
         receive_state: Arc<ReceiveState>,
         stats: Arc<LaneStats>,
-        socket: Arc<OwnedFd>,
+        Transport { socket, mut records }: Transport,
     ) -> Result<Self, LaneError> {
+        if let Some(records) = &mut records {
+            records.make_room(RECEIVED_AT_ONCE);
+        }
         Ok(Self {
             staging: Vec::new(),
             block: Vec::new(),
@@ -85,6 +96,7 @@ impl LaneReceiver {
             receive_state,
             stats,
             socket,
+            records,
             ring: Ring::new(8).map_err(LaneError::io("set up io_uring"))?,
             head: vec![0; FRAME_HEADER_BYTES].into(),
             table: vec![0; MAX_RUNS * RUN_BYTES].into(),
@@ -92,7 +104,8 @@ impl LaneReceiver {
             runs: Vec::with_capacity(MAX_RUNS),
             sequence: 0,
             low_water: 1,
-            ack: vec![0; ACK_BYTES].into(),
+            ack: vec![0; sealed_bytes(ACK_BYTES)].into(),
+            ack_bytes: 0,
             acking: false,
         })
     }
@@ -226,6 +239,44 @@ impl LaneReceiver {
     /// Reads until the message is full. For a long message the kernel wakes this thread only when many bytes have come,
     /// or no more fit into the socket's buffer: each time costs as much as to read 64 KiB.
     fn read_all(&mut self) -> Result<(), LaneError> {
+        match self.records {
+            Some(_) => self.read_sealed(),
+            None => self.read_plain(),
+        }
+    }
+
+    /// Receives records beside the message, and opens them into it.
+    fn read_sealed(&mut self) -> Result<(), LaneError> {
+        while self.message.remaining() > 0 {
+            let records = self.records.as_mut().expect("the lane is encrypted");
+            let data = records.data()?;
+            if !data.is_empty() {
+                let count = self.message.copy_from(data);
+                records.consume(count);
+                continue;
+            }
+            // At least as many bytes are to come as are left of the message, beside those that have come sealed.
+            let left = self.message.remaining().saturating_sub(records.unopened_bytes());
+            self.wake_at(if left < WORTH_WAITING { 1 } else { left.min(WORTH_WAKING) });
+            let fd = types::Fd(self.socket.as_raw_fd());
+            let room = self.records.as_mut().expect("the lane is encrypted").room();
+            let entry =
+                opcode::Recv::new(fd, room.as_mut_ptr(), room.len() as u32).ioprio(POLL_FIRST).build();
+            // SAFETY: the room is on the heap, and nothing else touches it until the operation completes, below or in
+            // `drop`.
+            unsafe { self.ring.push(&entry.user_data(READ)) }.map_err(LaneError::io("receive pages"))?;
+            match self.wait_for(READ)? {
+                0 => return Err(LaneError::HungUp),
+                count => {
+                    self.records.iter_mut().for_each(|records| records.received(count as usize));
+                    LaneStats::add(&self.stats.wire_bytes, count.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_plain(&mut self) -> Result<(), LaneError> {
         while self.message.remaining() > 0 {
             let left = self.message.remaining();
             // Headers and tables are read as they come, without two more system calls for each.
@@ -258,10 +309,17 @@ impl LaneReceiver {
         if self.acking {
             self.wait_for(ACK)?;
         }
-        self.ack.copy_from_slice(&Ack { sequence: self.sequence }.encode());
+        let ack = Ack { sequence: self.sequence }.encode();
+        self.ack_bytes = match &mut self.records {
+            Some(records) => records.seal(ACK_BYTES, &mut self.ack, |place| place.copy_from_slice(&ack))?,
+            None => {
+                self.ack[..ACK_BYTES].copy_from_slice(&ack);
+                ACK_BYTES
+            }
+        };
         let fd = types::Fd(self.socket.as_raw_fd());
         let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
-        let entry = opcode::Send::new(fd, self.ack.as_ptr(), ACK_BYTES as u32).flags(flags).build();
+        let entry = opcode::Send::new(fd, self.ack.as_ptr(), self.ack_bytes as u32).flags(flags).build();
         // SAFETY: the acknowledgement is boxed, and neither written again nor dropped until this
         // send completes.
         unsafe { self.ring.push(&entry.user_data(ACK)) }.map_err(LaneError::io("acknowledge"))?;
@@ -277,7 +335,7 @@ impl LaneReceiver {
             while let Some(completion) = self.ring.completed() {
                 if completion.operation == ACK {
                     let count = completion.result.map_err(LaneError::io("acknowledge"))?;
-                    if count as usize != ACK_BYTES {
+                    if count as usize != self.ack_bytes {
                         return Err(LaneError::HungUp);
                     }
                     self.acking = false;
@@ -297,7 +355,10 @@ impl LaneReceiver {
 
     fn count(&self, frame: &Frame) {
         let bytes = FRAME_HEADER_BYTES as u64 + (frame.runs * RUN_BYTES) as u64 + frame.payload_bytes;
-        LaneStats::add(&self.stats.wire_bytes, bytes);
+        // What is encrypted is longer, and was counted as it came.
+        if self.records.is_none() {
+            LaneStats::add(&self.stats.wire_bytes, bytes);
+        }
         let contents = contents_bytes(&self.runs);
         LaneStats::add(&self.stats.acked_bytes, frame.payload_bytes);
         LaneStats::add(&self.stats.data_pages, contents / PAGE_SIZE);
@@ -320,7 +381,7 @@ impl Drop for LaneReceiver {
             let message = mem::replace(&mut self.message, Message::new());
             let heads = (mem::take(&mut self.head), mem::take(&mut self.table), mem::take(&mut self.ack));
             let contents = (mem::take(&mut self.staging), mem::take(&mut self.block));
-            mem::forget((self.receive_state.clone(), message, heads, contents));
+            mem::forget((self.receive_state.clone(), message, heads, contents, self.records.take()));
         }
     }
 }

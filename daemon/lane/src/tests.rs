@@ -1,19 +1,22 @@
 //! What a source may believe of its lanes, with real sockets and without.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use memlane_keys::{Authority, CA, CERTIFICATE, KEY, Validity};
 use memlane_kvm::ram::{Backing, GuestRam};
 use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{
-    Content, FRAME_HEADER_BYTES, RUN_BYTES, Run, contents_bytes, encode_compressed_head,
+    Content, FRAME_HEADER_BYTES, PageRequest, RUN_BYTES, Run, contents_bytes, encode_compressed_head,
 };
+use memlane_tls::{Credentials, KeyFiles, MAX_RECORD_BYTES, PeerAuthority, Records, Step};
 use proptest::prelude::*;
 
+use crate::postcopy::PageServer;
 use crate::send::encode::claim_frame;
 use crate::*;
 
@@ -125,7 +128,7 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let send = |number: u16, socket: Arc<OwnedFd>| {
         let (send_state, lane) = (send_state.clone(), (send_state.take_waker().unwrap(), number));
         std::thread::spawn(move || {
-            LaneSender::new(send_state, Arc::default(), socket, lane, LONG).unwrap().run()
+            LaneSender::new(send_state, Arc::default(), Transport::plain(socket), lane, LONG).unwrap().run()
         })
     };
     send_state.dirty.insert_range(0..PAGES);
@@ -140,7 +143,7 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
     let (near, far) = connection();
     let near = Arc::new(near);
     let receiver = std::thread::spawn(move || {
-        LaneReceiver::new(receive_state, Arc::default(), Arc::new(far)).unwrap().run()
+        LaneReceiver::new(receive_state, Arc::default(), Transport::plain(Arc::new(far))).unwrap().run()
     });
     let sender = send(4, near.clone());
     until(|| send_state.dirty.is_empty());
@@ -161,15 +164,26 @@ fn a_lost_lane_leaves_its_pages_to_the_others() {
 
 /// Sends what is dirty over one lane and waits until it is there.
 fn carry(send_state: &Arc<SendState>, there: &Arc<GuestRam>) -> (Arc<LaneStats>, Arc<LaneStats>) {
+    carry_with(send_state, there, (None, None))
+}
+
+/// Sends what is dirty over one lane, which these records encrypt, and waits until it is there.
+fn carry_with(
+    send_state: &Arc<SendState>,
+    there: &Arc<GuestRam>,
+    (sealing, opening): (Option<Box<Records>>, Option<Box<Records>>),
+) -> (Arc<LaneStats>, Arc<LaneStats>) {
     let (near, far) = connection();
     let near = Arc::new(near);
+    let transport = Transport { socket: near.clone(), records: sealing };
+    let end = Transport { socket: Arc::new(far), records: opening };
     let (sent, received) = (Arc::<LaneStats>::default(), Arc::<LaneStats>::default());
     let lane = (send_state.take_waker().unwrap(), 0);
     std::thread::scope(|scope| {
         let receive_state = Arc::new(ReceiveState { ram: there.clone(), postcopy: None });
-        scope.spawn(|| LaneReceiver::new(receive_state, received.clone(), Arc::new(far)).unwrap().run());
+        scope.spawn(|| LaneReceiver::new(receive_state, received.clone(), end).unwrap().run());
         scope.spawn(|| {
-            LaneSender::new(send_state.clone(), sent.clone(), near.clone(), lane, LONG).unwrap().run()
+            LaneSender::new(send_state.clone(), sent.clone(), transport, lane, LONG).unwrap().run()
         });
         until(|| send_state.all_acknowledged());
         crate::socket::hang_up(&*near);
@@ -180,6 +194,12 @@ fn carry(send_state: &Arc<SendState>, there: &Arc<GuestRam>) -> (Arc<LaneStats>,
 /// What is there already is received in place, and what is not beside it, in one frame.
 #[test]
 fn every_page_arrives_whatever_was_there_before() {
+    for encrypted in [false, true] {
+        every_page_arrives(encrypted);
+    }
+}
+
+fn every_page_arrives(encrypted: bool) {
     let (here, there) = (ram(), ram());
     // Longer and shorter than what is mapped in one go, and a single one.
     for touched in [10..11, 100..105, 200..260, 1000..1500] {
@@ -191,11 +211,70 @@ fn every_page_arrives_whatever_was_there_before() {
         send_state.dirty.insert_range(0..PAGES);
         // So that there are runs of several lengths.
         (5..PAGES).step_by(190).for_each(|page| _ = send_state.dirty.remove_range(page..page + 3));
-        carry(&send_state, &there);
+        let records = encrypted.then(records).unzip();
+        let (sent, _) = carry_with(&send_state, &there, records);
+        let wire = sent.wire_bytes.load(Ordering::Relaxed) - sent.acked_bytes.load(Ordering::Relaxed);
+        let records = PAGES * PAGE_SIZE / MAX_RECORD_BYTES as u64;
+        assert_eq!(wire > records * 22 * 9 / 10, encrypted, "{wire} bytes beside the pages");
         for page in (0..PAGES).filter(|page| !(5..8).contains(&(page % 190))) {
             assert_eq!(first_word(&there, page), page + round * PAGES, "page {page}");
         }
     }
+}
+
+/// The two ends of an encrypted connection.
+fn records() -> (Box<Records>, Box<Records>) {
+    let (directory, authority) = (tempfile::tempdir().unwrap(), Authority::new("test").unwrap());
+    let load = |host: &str, peer: &str| {
+        let keys = directory.path().join(host);
+        authority.issue_to(&keys, host, Validity::days(1)).unwrap();
+        let files = KeyFiles { certificate: keys.join(CERTIFICATE), key: keys.join(KEY), ca: keys.join(CA) };
+        let peer = PeerAuthority { name: peer.parse().unwrap(), ca: None };
+        Credentials::load(&files, &host.parse().unwrap(), &[peer]).unwrap()
+    };
+    let (a, b) = (load("a", "b"), load("b", "a"));
+    let (mut near, mut far) = (a.connect(&"b".parse().unwrap()).unwrap().unwrap(), b.accept().unwrap());
+    while (near.step().unwrap(), far.step().unwrap()) != (Step::Done, Step::Done) {
+        far.received(&near.outgoing()).unwrap();
+        near.received(&far.outgoing()).unwrap();
+    }
+    let tickets = far.outgoing();
+    let (mut near, far) = (near.finish().unwrap().records, far.finish().unwrap().records);
+    near.append(&tickets);
+    (near, far)
+}
+
+/// Requests may come in one read with the answer to the greeting, and then lie in the records already.
+#[test]
+fn requests_that_came_along_are_answered() {
+    let (here, (near, far)) = (ram(), connection());
+    fill(&here);
+    let (mut asking, mut answering) = records();
+    answering.append(&asking.sealed(&PageRequest::Page(3).encode()).unwrap());
+    let transport = Transport { socket: Arc::new(near), records: Some(answering) };
+    let send_state = Arc::new(SendState::of_paused_guest(here, silent()));
+    let server = PageServer::new(send_state, Arc::default(), transport, LONG).unwrap();
+    let served = std::thread::spawn(move || server.run());
+    let mut stream = TcpStream::from(far);
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    let mut frame = Vec::new();
+    while frame.len() < FRAME_HEADER_BYTES + RUN_BYTES + PAGE_SIZE as usize {
+        let count = stream.read(asking.room()).unwrap();
+        assert!(count > 0, "the server has ended");
+        asking.received(count);
+        loop {
+            let data = asking.data().unwrap();
+            let count = data.len();
+            frame.extend_from_slice(data);
+            asking.consume(count);
+            if count == 0 {
+                break;
+            }
+        }
+    }
+    assert_eq!(frame[FRAME_HEADER_BYTES + RUN_BYTES..][..8], 4u64.to_ne_bytes());
+    drop(stream);
+    assert!(matches!(served.join().unwrap(), LaneError::HungUp | LaneError::Io { .. }));
 }
 
 fn allocated_pages(ram: &GuestRam) -> u64 {
@@ -253,7 +332,7 @@ fn received(there: &Arc<GuestRam>, frame: &[u8]) -> LaneError {
     let (near, far) = connection();
     TcpStream::from(near).write_all(frame).unwrap();
     let receive_state = Arc::new(ReceiveState { ram: there.clone(), postcopy: None });
-    LaneReceiver::new(receive_state, Arc::default(), Arc::new(far)).unwrap().run()
+    LaneReceiver::new(receive_state, Arc::default(), Transport::plain(Arc::new(far))).unwrap().run()
 }
 
 #[test]

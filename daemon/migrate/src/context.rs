@@ -9,10 +9,11 @@ use std::sync::Arc;
 use memlane_guest::config::NetworkConfig;
 use memlane_guest::{Guests, qemu};
 use memlane_lane::postcopy::FaultObserver;
+use memlane_net::channel::Protection;
 use memlane_net::config::{PeerConfig, PortConfig};
 use memlane_net::journal::Journal;
 use memlane_net::link::{Link, LinkError};
-use memlane_net::port::{Rendezvous, Traffic, holds};
+use memlane_net::port::{Caller, Rendezvous, Traffic, holds};
 use memlane_net::task;
 use memlane_protocol::convergence::Predictor;
 use memlane_protocol::wire::Label;
@@ -40,6 +41,8 @@ pub struct Settings {
     pub networks: Vec<NetworkConfig>,
     /// These limits bound migrations.
     pub limits: Limits,
+    /// Connections to other hosts are protected like this.
+    pub protection: Protection,
 }
 
 /// Every migration of this host works with this context.
@@ -75,7 +78,7 @@ impl Context {
         qemu: Rc<qemu::Supervisor>,
         (observer, faults): (Rc<dyn Observer>, Arc<dyn FaultObserver>),
     ) -> Rc<Self> {
-        let rendezvous = Rc::new(Rendezvous::with(&settings.peers));
+        let rendezvous = Rc::new(Rendezvous::with(&settings.peers, settings.protection.clone()));
         let (migrations, traffic, predictors) = Default::default();
         Rc::new(Self {
             settings,
@@ -114,10 +117,18 @@ impl Context {
     /// Fails if the peer cannot be reached, or refuses the connection.
     pub async fn connect(&self, peer: &Label) -> Result<Option<Link>, LinkError> {
         let Some(peer) = self.peer(peer) else { return Ok(None) };
-        let link = Link::connect(peer.control, self.name(), self.limits().silence).await?;
+        let credentials = self.settings.protection.credentials();
+        let silence = self.limits().silence;
+        let link = Link::connect(peer, self.name(), credentials.as_deref(), silence).await?;
         let addresses = self.settings.ports.iter().map(|port| port.address).take(MAX_PORTS).collect();
         link.send(&Control::LanesFrom(addresses)).await?;
         Ok(Some(link))
+    }
+
+    /// Returns who this host is, for connections to the ports of a peer.
+    pub(crate) fn caller(&self, peer: &Label) -> Caller {
+        let (host, credentials) = (self.name().clone(), self.settings.protection.credentials());
+        Caller { host, peer: peer.clone(), credentials }
     }
 
     /// Takes note of an offer, until the returned value is dropped. Returns `None` if a migration of this identity with

@@ -11,9 +11,12 @@ use std::time::{Duration, Instant};
 
 use memlane_lane::postcopy::PageServer;
 use memlane_lane::socket::hang_up;
-use memlane_lane::{Bell, LaneError, LaneReceiver, LaneSender, LaneStats, ReceiveState, SendState, Totals};
+use memlane_lane::{
+    Bell, LaneError, LaneReceiver, LaneSender, LaneStats, ReceiveState, SendState, Totals, Transport,
+};
 use memlane_net::port::Traffic;
 use memlane_protocol::wire::Label;
+use memlane_tls::Records;
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
@@ -71,6 +74,8 @@ pub(crate) struct LaneEnd {
     pub remote: SocketAddr,
     /// This is the connected socket.
     pub socket: OwnedFd,
+    /// This seals and opens what flows there. It is `None` if the lane is not encrypted.
+    pub records: Option<Box<Records>>,
 }
 
 /// Returns a bell that lanes ring, and its other end, where it is heard.
@@ -95,12 +100,12 @@ impl Lanes {
     /// Starts a lane that sends from `outbound`.
     pub(crate) fn send(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let (outbound, number, waker) = (outbound.clone(), end.number, outbound.take_waker());
-        self.start(end, false, move |stats, socket| {
+        self.start(end, false, move |stats, transport| {
             let waker = match waker {
                 Ok(waker) => waker,
                 Err(source) => return LaneError::Io { doing: "make an eventfd", source },
             };
-            match LaneSender::new(outbound, stats, socket, (waker, number), silence) {
+            match LaneSender::new(outbound, stats, transport, (waker, number), silence) {
                 Ok(sender) => sender.run(),
                 Err(error) => error,
             }
@@ -113,7 +118,7 @@ impl Lanes {
             return;
         }
         let inbound = inbound.clone();
-        self.start(end, false, move |stats, socket| match LaneReceiver::new(inbound, stats, socket) {
+        self.start(end, false, move |stats, transport| match LaneReceiver::new(inbound, stats, transport) {
             Ok(receiver) => receiver.run(),
             Err(error) => error,
         });
@@ -122,9 +127,11 @@ impl Lanes {
     /// Starts a lane that sends, from `outbound`, the pages that a guest at the destination waits for.
     pub(crate) fn answer(&mut self, end: LaneEnd, outbound: &Arc<SendState>, silence: Duration) {
         let outbound = outbound.clone();
-        self.start(end, true, move |stats, socket| match PageServer::new(outbound, stats, socket, silence) {
-            Ok(answerer) => answerer.run(),
-            Err(error) => error,
+        self.start(end, true, move |stats, transport| {
+            match PageServer::new(outbound, stats, transport, silence) {
+                Ok(answerer) => answerer.run(),
+                Err(error) => error,
+            }
         });
     }
 
@@ -132,17 +139,17 @@ impl Lanes {
         &mut self,
         end: LaneEnd,
         answers: bool,
-        work: impl FnOnce(Arc<LaneStats>, Arc<OwnedFd>) -> LaneError + Send + 'static,
+        work: impl FnOnce(Arc<LaneStats>, Transport) -> LaneError + Send + 'static,
     ) {
-        let LaneEnd { port, number, local, remote, socket } = end;
+        let LaneEnd { port, number, local, remote, socket, records } = end;
         let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
-        let (thread_socket, thread_stats) = (socket.clone(), stats.clone());
+        let (transport, thread_stats) = (Transport { socket: socket.clone(), records }, stats.clone());
         let ending = Ending { stats: stats.clone(), running: self.running.clone() };
         let name = format!("lane-{port}-{number}");
         let port_name = port.clone();
         self.running.send_modify(|running| *running += 1);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            let error = work(thread_stats, thread_socket);
+            let error = work(thread_stats, transport);
             let lost = !matches!(error, LaneError::HungUp);
             ending.stats.lost.store(lost, Ordering::Release);
             // Before the log, which may be slow: a paused guest may wait for this.
@@ -407,12 +414,12 @@ mod tests {
         .unwrap();
         let port = "p0".parse().unwrap();
         let (local, remote) = ("here".to_owned(), "[::1]:1".parse().unwrap());
-        (LaneEnd { port, number, local, remote, socket }, peer)
+        (LaneEnd { port, number, local, remote, socket, records: None }, peer)
     }
 
     /// Works until it is hung up on.
-    fn until_hung_up(_: Arc<LaneStats>, socket: Arc<OwnedFd>) -> LaneError {
-        let _ = rustix::io::read(&*socket, &mut [0; 1]);
+    fn until_hung_up(_: Arc<LaneStats>, transport: Transport) -> LaneError {
+        let _ = rustix::io::read(&*transport.socket, &mut [0; 1]);
         LaneError::HungUp
     }
 

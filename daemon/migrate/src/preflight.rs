@@ -10,9 +10,10 @@ use std::time::Duration;
 use memlane_api::units::Rate;
 use memlane_guest::Guest;
 use memlane_net::config::PortConfig;
-use memlane_net::link::Link;
-use memlane_net::port;
+use memlane_net::link::{Link, LinkError};
+use memlane_net::port::{self, OpenError};
 use memlane_net::task;
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, RefusalKind};
 use memlane_protocol::wire::hello::{Purpose, Token};
@@ -91,13 +92,13 @@ pub(crate) async fn send(
         qemu: guest.driver.qemu().cloned().map(Box::new),
     };
     let (link, token, ports) = ask(context, peer, offer, findings).await?;
-    let pairs = try_ports(context, &ports, findings).await;
+    let pairs = try_ports(context, peer, &ports, findings).await;
     judge_bandwidth(&pairs, request.min_bandwidth, findings).await;
     if findings.refused() || request.check_only {
         return None;
     }
     let round_trip = pairs.iter().map(|pair| pair.round_trip).min().unwrap_or_default();
-    let routes = Routes::new(context.clone(), token, &ports);
+    let routes = Routes::new(context.clone(), peer.clone(), token, &ports);
     let lanes = open_lanes(&routes, &pairs, findings).await;
     (!findings.refused()).then_some(Plan { link, lanes, routes, round_trip })
 }
@@ -150,6 +151,17 @@ fn estimate(guest: &Guest) -> Estimate {
     }
 }
 
+const LOOK_AT_KEYS: &str = "compare what `memlanectl keys show` says on both hosts";
+
+/// Says what to do about a destination that cannot be talked to, unless the error itself says it.
+fn remedy(error: &LinkError) -> Option<&'static str> {
+    match error {
+        LinkError::Encryption { .. } | LinkError::Tls(_) => Some(LOOK_AT_KEYS),
+        LinkError::Refused { .. } => None,
+        _ => Some("see that memlaned runs there and that its control address can be reached from here"),
+    }
+}
+
 /// Offers the guest to the destination.
 async fn ask(
     context: &Rc<Context>,
@@ -157,7 +169,6 @@ async fn ask(
     offer: Offer,
     findings: &mut Findings,
 ) -> Option<(Link, Token, Vec<Port>)> {
-    let unreachable = "see that memlaned runs there and that its control address can be reached from here";
     let mut link = match context.connect(peer).await {
         Ok(Some(link)) => link,
         Ok(None) => {
@@ -165,7 +176,7 @@ async fn ask(
             return None;
         }
         Err(error) => {
-            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), remedy(&error));
             return None;
         }
     };
@@ -190,7 +201,7 @@ async fn ask(
             None
         }
         Ok(Err(error)) => {
-            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), Some(unreachable));
+            findings.add(Severity::Refused, "host", format!("{peer}: {error}"), remedy(&error));
             None
         }
         Err(_) => {
@@ -202,7 +213,12 @@ async fn ask(
 }
 
 /// Connects each port of this host to the port of the same name there.
-pub(crate) async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: &mut Findings) -> Vec<Pair> {
+pub(crate) async fn try_ports(
+    context: &Rc<Context>,
+    peer: &Label,
+    theirs: &[Port],
+    findings: &mut Findings,
+) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let probes: Vec<_> = context
         .settings
@@ -210,10 +226,10 @@ pub(crate) async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: 
         .iter()
         .map(|ours| {
             let there = theirs.iter().find(|port| port.name == ours.name).cloned();
-            let (ours, name) = (ours.clone(), context.name().clone());
+            let (ours, caller) = (ours.clone(), context.caller(peer));
             tokio::task::spawn_blocking(move || {
                 let opened =
-                    there.as_ref().map(|there| port::open(&ours, there.address, &name, Purpose::Probe));
+                    there.as_ref().map(|there| port::open(&ours, there.address, &caller, Purpose::Probe));
                 (ours, there, opened)
             })
         })
@@ -233,12 +249,12 @@ pub(crate) async fn try_ports(context: &Rc<Context>, theirs: &[Port], findings: 
             }
             (Some(there), Some(Err(error))) => {
                 check.peer_port = there.name.to_string();
-                findings.add(
-                    Severity::Warning,
-                    what,
-                    error.to_string(),
-                    Some("look at the cabling, the address and the firewall"),
-                );
+                let remedy = match error {
+                    OpenError::Failed { .. } => Some("look at the cabling, the address and the firewall"),
+                    OpenError::Encryption { .. } => Some(LOOK_AT_KEYS),
+                    OpenError::Refused { .. } => None,
+                };
+                findings.add(Severity::Warning, what, error.to_string(), remedy);
             }
             _ => {
                 let detail = "the destination has no port of this name".to_owned();

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use memlane_net::config::PortConfig;
 use memlane_net::port::{self, OpenError};
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::Port;
 use memlane_protocol::wire::hello::{Purpose, Token};
 
@@ -17,6 +18,8 @@ const MOST_LANES: u16 = memlane_net::config::MAX_LANES as u16;
 /// The routes of one migration, with those that cannot be used at present.
 pub(crate) struct Routes {
     context: Rc<Context>,
+    /// The routes lead to this host.
+    peer: Label,
     token: Token,
     routes: Vec<Route>,
     /// This is the number of the next lane: no two of a migration have the same.
@@ -40,14 +43,14 @@ impl Route {
 }
 
 impl Routes {
-    /// Makes routes to the ports that the destination offers, for lanes that say `token`.
-    pub(crate) fn new(context: Rc<Context>, token: Token, theirs: &[Port]) -> Self {
+    /// Makes routes to the ports that `peer`, the destination, offers, for lanes that say `token`.
+    pub(crate) fn new(context: Rc<Context>, peer: Label, token: Token, theirs: &[Port]) -> Self {
         let route = |ours: &PortConfig| {
             let there = theirs.iter().find(|port| port.name == ours.name)?.clone();
             Some(Route { port: ours.clone(), there })
         };
         let routes = context.settings.ports.iter().filter_map(route).collect();
-        Self { context, token, routes, next: Cell::new(0) }
+        Self { context, peer, token, routes, next: Cell::new(0) }
     }
 
     /// Returns the routes, one for each pair of ports.
@@ -83,11 +86,12 @@ impl Routes {
         purpose: Purpose,
         number: u16,
     ) -> impl Future<Output = Result<LaneEnd, OpenError>> + use<> {
-        let (ours, remote, name) = (route.port.clone(), route.there.address, self.context.name().clone());
+        let (ours, remote) = (route.port.clone(), route.there.address);
+        let caller = self.context.caller(&self.peer);
         let opening = tokio::task::spawn_blocking(move || {
-            let opened = port::open(&ours, remote, &name, purpose)?;
-            let (local, socket) = (opened.local.to_string(), opened.socket);
-            Ok(LaneEnd { port: ours.name, number, local, remote, socket })
+            let opened = port::open(&ours, remote, &caller, purpose)?;
+            let (local, socket, records) = (opened.local.to_string(), opened.socket, opened.records);
+            Ok(LaneEnd { port: ours.name, number, local, remote, socket, records })
         });
         async move { opening.await.expect("opening a lane does not panic") }
     }

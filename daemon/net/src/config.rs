@@ -1,6 +1,7 @@
 //! This module holds what the configuration says of this host's ports and of its peers.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use memlane_api::units::Rate;
 use memlane_protocol::wire::Label;
@@ -38,4 +39,7 @@ pub struct PeerConfig {
     pub control: SocketAddr,
     /// If this is true, guests that the peer sends may bring a guest file, from which this daemon starts their QEMU.
     pub may_start_guests: bool,
+    /// This file has the certificates of the authorities that sign the peer's certificate. With `None` these are those of
+    /// the whole fleet.
+    pub ca: Option<PathBuf>,
 }

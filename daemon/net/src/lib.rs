@@ -2,7 +2,7 @@
 //!
 //! The crate is the only user of tokio-uring besides the program itself. It knows nothing of guests or migrations.
 //!
-//! - [`link`] is the control connection to another daemon.
+//! - [`channel`] is an encrypted connection to another host, and [`link`] the control connection to its daemon.
 //! - [`port`] opens lanes from the host's ports, and takes in those that arrive there.
 //! - [`config`] holds what the configuration says of ports and peers.
 //! - [`announce`] tells the switches of a network where a guest is.
@@ -12,6 +12,7 @@
 //!   [`log_limiter`] keeps a crowd from filling the log.
 
 pub mod announce;
+pub mod channel;
 pub mod config;
 pub mod journal;
 pub mod link;

@@ -8,7 +8,7 @@ mod traffic;
 
 use std::fmt;
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -19,11 +19,14 @@ use memlane_protocol::wire::hello::{
     ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Purpose, VERSIONS, common_version,
 };
 use memlane_protocol::wire::{Label, WireError};
+use memlane_tls::{Credentials, TlsError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_uring::net::TcpStream;
 
-use self::traffic::{Outgoing, Received, Shared, read_exactly};
+use self::traffic::{Outgoing, Received, Shared};
+use crate::channel::{Channel, Protection, read_some};
+use crate::config::PeerConfig;
 use crate::task;
 
 /// Connecting may take this long, and again the answer to a greeting.
@@ -47,12 +50,28 @@ pub enum LinkError {
         /// This is what the kernel said.
         source: io::Error,
     },
+    /// The two hosts do not accept each other's certificates, or cannot agree how to encrypt.
+    #[error("cannot make an encrypted connection to {address}: {source}")]
+    Encryption {
+        /// This is the address of the other host.
+        address: SocketAddr,
+        /// This is what went wrong.
+        source: TlsError,
+    },
     /// The other side refused the connection.
     #[error("{address} refuses the connection: {reason}")]
     Refused {
         /// This is the address of the host that refused.
         address: SocketAddr,
         /// This is the reason in its own words.
+        reason: String,
+    },
+    /// This host has refused the connection.
+    #[error("refused {host}: {reason}")]
+    TurnedAway {
+        /// This is the host that the caller says it is.
+        host: Label,
+        /// This is the reason, as the caller was told.
         reason: String,
     },
     /// The other side closed the connection.
@@ -70,6 +89,15 @@ pub enum LinkError {
     /// The connection broke.
     #[error("the control connection broke: {0}")]
     Io(#[from] io::Error),
+    /// The connection cannot be encrypted, or not any longer.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The other side encrypts, and this host does not.
+    #[error(
+        "the other host encrypts, and this one is configured as insecure; give this host keys (`memlanectl keys`), and \
+         take insecure = true out of its configuration"
+    )]
+    EncryptedThere,
     /// The other side does not keep to the protocol.
     #[error("the other host broke the protocol: {0}")]
     Protocol(#[from] WireError),
@@ -85,7 +113,7 @@ pub enum LinkError {
 
 /// One end of a control connection. Dropping it closes the connection.
 pub struct Link {
-    stream: Rc<TcpStream>,
+    channel: Rc<Channel>,
     sender: LinkSender,
     messages: mpsc::UnboundedReceiver<Received>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
@@ -100,42 +128,59 @@ pub struct LinkSender {
 }
 
 impl Link {
-    /// Connects to a peer and agrees on the version of the protocol. `silence` is how long the link then waits for a
-    /// sign of life before it ends.
+    /// Connects this host, `host`, to a peer and agrees on the version of the protocol. Without `credentials` the
+    /// connection is not encrypted. `silence` is how long the link then waits for a sign of life before it ends.
     ///
     /// # Errors
     ///
     /// Fails if the peer cannot be reached, does not answer in time, or refuses the connection.
-    pub async fn connect(address: SocketAddr, host: &Label, silence: Duration) -> Result<Self, LinkError> {
+    pub async fn connect(
+        peer: &PeerConfig,
+        host: &Label,
+        credentials: Option<&Credentials>,
+        silence: Duration,
+    ) -> Result<Self, LinkError> {
+        let address = peer.control;
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
         let refused = |source| LinkError::Connect { address, source: explain(source) };
         let stream = timeout(GREETING, TcpStream::connect(address)).await.map_err(late);
         let stream = stream.and_then(|stream| stream).map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
+        let stream = Rc::new(stream);
+        let channel = timeout(GREETING, Channel::connect(stream.clone(), &peer.name, credentials)).await;
+        let channel = match channel.unwrap_or_else(|_| Err(given_up(&stream, GREETING))) {
+            Err(LinkError::Tls(source)) => return Err(LinkError::Encryption { address, source }),
+            Err(LinkError::Io(source)) => return Err(refused(source)),
+            Err(LinkError::Closed) => return Err(refused(io::ErrorKind::ConnectionReset.into())),
+            channel => channel?,
+        };
         let (oldest, newest) = VERSIONS;
         let hello = Hello { oldest, newest, host: host.clone(), purpose: Purpose::Control };
-        match timeout(GREETING, greet(&stream, &hello)).await {
-            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(Rc::new(stream), silence)),
+        match timeout(GREETING, greet(&channel, &hello)).await {
+            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(channel, silence)),
             Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
             // A daemon that ends just now is as good as none; so is one to which this host is a stranger.
             Ok(Err(LinkError::Io(source))) => Err(refused(source)),
             Ok(Err(LinkError::Closed)) => Err(refused(io::ErrorKind::ConnectionReset.into())),
+            // A host that refuses a certificate says so only now: its own part of the handshake was done before.
+            Ok(Err(LinkError::Tls(source))) => Err(LinkError::Encryption { address, source }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(given_up(&stream, GREETING)),
         }
     }
 
     /// Makes a link of a connection whose greeting is done.
-    pub fn over(stream: Rc<TcpStream>, silence: Duration) -> Self {
+    pub fn over(channel: Channel, silence: Duration) -> Self {
+        let channel = Rc::new(channel);
         let shared = Rc::new(Shared::default());
         let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
         let (sender, messages) = mpsc::unbounded_channel();
         let tasks = vec![
-            task::spawn("link writer", traffic::write(stream.clone(), shared.clone(), to_write)),
-            task::spawn("link reader", traffic::read(stream.clone(), shared.clone(), sender)),
-            task::spawn("link watcher", traffic::watch(stream.clone(), shared.clone(), silence)),
+            task::spawn("link writer", traffic::write(channel.clone(), shared.clone(), to_write)),
+            task::spawn("link reader", traffic::read(channel.clone(), shared.clone(), sender)),
+            task::spawn("link watcher", traffic::watch(channel.clone(), shared.clone(), silence)),
         ];
-        Self { stream, sender: LinkSender { outgoing, shared }, messages, tasks }
+        Self { channel, sender: LinkSender { outgoing, shared }, messages, tasks }
     }
 
     /// Returns the next message that is no ping.
@@ -176,7 +221,7 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         // Ends the reader's pending read; it then lets go of the stream by itself.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.channel.shut_down();
         self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
@@ -202,42 +247,66 @@ impl LinkSender {
     }
 }
 
-/// Answers the greeting of a host that has connected. `judge` decides whether the connection may go on, and the other
-/// host is told the text of its refusal. Returns the greeting, or `None` if it was refused.
+/// A connection of another host whose greeting was accepted.
+pub struct Greeted {
+    /// This is the greeting.
+    pub hello: Hello,
+    /// This is the connection.
+    pub channel: Channel,
+}
+
+/// Answers the greeting of a host that has connected. The host must be who it says it is, if `protection` asks for that.
+/// `judge` decides whether the connection may go on, and the other host is told the text of its refusal.
 ///
 /// # Errors
 ///
-/// Fails if the greeting does not come in time, is not understood, or if the connection breaks.
+/// Fails if the connection is refused or cannot be encrypted, if the greeting does not come in time or is not
+/// understood, and if the connection breaks.
 pub async fn answer_greeting<R: fmt::Display>(
-    stream: &TcpStream,
+    stream: &Rc<TcpStream>,
+    protection: &Protection,
     judge: impl FnOnce(&Hello) -> Result<(), R>,
-) -> Result<Option<Hello>, LinkError> {
+) -> Result<Greeted, LinkError> {
+    let credentials = protection.credentials();
     let greeting = async {
-        let hello = within(HELLO, read_exactly(stream, HELLO_BYTES, || ())).await;
-        let hello = Hello::decode(&hello.unwrap_or_else(|| Err(given_up(stream, HELLO)))?)?;
-        let ours = VERSIONS;
-        let answer = match (common_version(ours, (hello.oldest, hello.newest)), judge(&hello)) {
-            (None, _) => Answer::Refused {
-                reason: format!(
-                    "this host speaks versions {} to {} of the protocol and {} speaks {} to {}; \
-                     upgrade the older one",
-                    ours.0, ours.1, hello.host, hello.oldest, hello.newest
-                ),
+        let silent = || Err(given_up(stream, HELLO));
+        let first = within(HELLO, read_some(stream)).await.unwrap_or_else(silent)?;
+        let channel = Channel::accept(stream.clone(), first, credentials.as_deref()).await?;
+        let hello = within(HELLO, channel.read_exactly(HELLO_BYTES, || ())).await;
+        let hello = Hello::decode(&hello.unwrap_or_else(silent)?)?;
+        let known = channel.check_host(&hello.host, credentials.is_some());
+        let answer = match known.and_then(|()| versions_fit(&hello)) {
+            Ok(version) => match judge(&hello) {
+                Ok(()) => Answer::Welcome { version },
+                Err(refusal) => Answer::Refused { reason: refusal.to_string() },
             },
-            (_, Err(refusal)) => Answer::Refused { reason: refusal.to_string() },
-            (Some(version), Ok(())) => Answer::Welcome { version },
+            Err(reason) => Answer::Refused { reason },
         };
-        stream.write_all(answer.encode()).await.0?;
-        Ok(matches!(answer, Answer::Welcome { .. }).then_some(hello))
+        channel.write_all(answer.encode()).await?;
+        match answer {
+            Answer::Welcome { .. } => Ok(Greeted { hello, channel }),
+            Answer::Refused { reason } => Err(LinkError::TurnedAway { host: hello.host, reason }),
+        }
     };
     let answered = timeout(GREETING, greeting).await;
     answered.unwrap_or_else(|_| Err(given_up(stream, GREETING)))
 }
 
+/// Returns the version of the protocol that both hosts speak, or tells which host to upgrade.
+fn versions_fit(hello: &Hello) -> Result<u16, String> {
+    let ours = VERSIONS;
+    common_version(ours, (hello.oldest, hello.newest)).ok_or_else(|| {
+        format!(
+            "this host speaks versions {} to {} of the protocol and {} speaks {} to {}; upgrade the older one",
+            ours.0, ours.1, hello.host, hello.oldest, hello.newest
+        )
+    })
+}
+
 /// Ends a connection whose greeting took too long: a read that is under way would otherwise keep it open for as long as
 /// the other side says nothing.
 fn given_up(stream: &TcpStream, waited: Duration) -> LinkError {
-    let _ = stream.shutdown(Shutdown::Both);
+    let _ = stream.shutdown(std::net::Shutdown::Both);
     LinkError::Silent(waited)
 }
 
@@ -252,10 +321,10 @@ async fn within<T>(limit: Duration, coming: impl Future<Output = T>) -> Option<T
     timeout(LOOK, coming).await.ok()
 }
 
-async fn greet(stream: &TcpStream, hello: &Hello) -> Result<Answer, LinkError> {
-    stream.write_all(hello.encode()).await.0?;
-    let mut bytes = read_exactly(stream, ANSWER_BYTES, || ()).await?;
-    bytes.extend(read_exactly(stream, Answer::text_bytes(&bytes)?, || ()).await?);
+async fn greet(channel: &Channel, hello: &Hello) -> Result<Answer, LinkError> {
+    channel.write_all(hello.encode()).await?;
+    let mut bytes = channel.read_exactly(ANSWER_BYTES, || ()).await?;
+    bytes.extend(channel.read_exactly(Answer::text_bytes(&bytes)?, || ()).await?);
     Ok(Answer::decode(&bytes)?)
 }
 

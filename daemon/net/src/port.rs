@@ -6,18 +6,22 @@ mod rendezvous;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_kvm::descriptors::{explain, is_exhaustion};
+use memlane_lane::socket::tcp_info;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, VERSIONS};
+use memlane_tls::{Credentials, Records};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio_uring::net::TcpListener;
 
 use self::congestion::Congestion;
+use crate::channel::{read_until, shake_blocking};
 use crate::config::PortConfig;
 
 pub use connection_limiter::{ConnectionLimiter, ConnectionSlot};
@@ -80,6 +84,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 pub struct Opened {
     /// This is the connected socket.
     pub socket: OwnedFd,
+    /// This seals and opens what flows there. It is `None` if the connection is not encrypted.
+    pub records: Option<Box<Records>>,
     /// This is the address of this end.
     pub local: SocketAddr,
     /// This is the time that the greeting and its answer took.
@@ -103,6 +109,18 @@ pub enum OpenError {
         /// This is what the kernel said.
         source: io::Error,
     },
+    /// The two hosts do not accept each other's certificates, or the connection broke in the handshake.
+    #[error("cannot encrypt a connection from port {port} ({address}) to {remote}: {source}")]
+    Encryption {
+        /// This is the name of the port here.
+        port: Label,
+        /// This is the port's own address.
+        address: IpAddr,
+        /// This is the address that the connection was to go to.
+        remote: SocketAddr,
+        /// This is what went wrong.
+        source: io::Error,
+    },
     /// The other host answered the greeting and refused the connection.
     #[error("{remote} refuses a connection from port {port}: {reason}")]
     Refused {
@@ -115,6 +133,17 @@ pub enum OpenError {
     },
 }
 
+/// Tells who calls, and who is called.
+#[derive(Clone)]
+pub struct Caller {
+    /// This is the name of this host.
+    pub host: Label,
+    /// This is the host that is called.
+    pub peer: Label,
+    /// The connection is protected with these. With `None` it is not encrypted.
+    pub credentials: Option<Arc<Credentials>>,
+}
+
 /// Connects from `port` to `remote` and greets. It blocks the calling thread for a few seconds at the most.
 ///
 /// # Errors
@@ -123,7 +152,7 @@ pub enum OpenError {
 pub fn open(
     port: &PortConfig,
     remote: SocketAddr,
-    host: &Label,
+    caller: &Caller,
     purpose: Purpose,
 ) -> Result<Opened, OpenError> {
     let failed = |doing: &'static str| {
@@ -142,31 +171,76 @@ pub fn open(
     congestion.settle(&socket);
     socket.set_tcp_nodelay(true).map_err(failed("prepare a connection"))?;
     let (oldest, newest) = VERSIONS;
-    let hello = Hello { oldest, newest, host: host.clone(), purpose };
+    let hello = Hello { oldest, newest, host: caller.host.clone(), purpose };
     let mut stream = StdStream::from(socket);
+    stream.set_write_timeout(Some(CONNECT)).map_err(failed("prepare a connection"))?;
+    let (name, address) = (port.name.clone(), port.address);
+    let not_encrypted = |source| OpenError::Encryption { port: name, address, remote, source };
+    let records = caller.credentials.as_deref();
+    let deadline = Instant::now() + CONNECT;
+    let records = records.map(|credentials| shake_blocking(&mut stream, &caller.peer, credentials, deadline));
+    let mut records = records.transpose().map_err(not_encrypted)?;
     let greeted = Instant::now();
-    let answer = greet(&mut stream, &hello).map_err(failed("greet"))?;
-    let round_trip = greeted.elapsed();
+    let answer = greet(&mut stream, &mut records, &hello).map_err(failed("greet"))?;
+    // The answer waits until the other host has looked at the certificate: the kernel knows the round trip better.
+    let measured = tcp_info(&stream).map(|info| Duration::from_micros(info.tcpi_min_rtt.into()));
+    let round_trip = measured.unwrap_or(Duration::MAX).min(greeted.elapsed());
     if let Answer::Refused { reason } = answer {
         return Err(OpenError::Refused { remote, port: port.name.clone(), reason });
     }
+    stream.set_read_timeout(None).map_err(failed("prepare a connection"))?;
+    stream.set_write_timeout(None).map_err(failed("prepare a connection"))?;
     let local = stream.local_addr().map_err(failed("look at a connection"))?;
-    Ok(Opened { socket: stream.into(), local, round_trip })
+    Ok(Opened { socket: stream.into(), records, local, round_trip })
 }
 
-fn greet(stream: &mut StdStream, hello: &Hello) -> io::Result<Answer> {
+fn greet(stream: &mut StdStream, records: &mut Option<Box<Records>>, hello: &Hello) -> io::Result<Answer> {
     let broken = |error| io::Error::new(io::ErrorKind::InvalidData, error);
-    stream.set_read_timeout(Some(CONNECT))?;
-    stream.set_write_timeout(Some(CONNECT))?;
-    stream.write_all(&hello.encode())?;
-    let mut bytes = vec![0; ANSWER_BYTES];
-    stream.read_exact(&mut bytes)?;
-    let text = Answer::text_bytes(&bytes).map_err(broken)?;
-    bytes.resize(ANSWER_BYTES + text, 0);
-    stream.read_exact(&mut bytes[ANSWER_BYTES..])?;
-    stream.set_read_timeout(None)?;
-    stream.set_write_timeout(None)?;
+    let mut bytes = hello.encode();
+    if let Some(records) = records {
+        bytes = records.sealed(&bytes).map_err(io::Error::other)?;
+    }
+    stream.write_all(&bytes)?;
+    let deadline = Instant::now() + CONNECT;
+    let mut read = |count| read_exactly(stream, records, count, deadline);
+    let mut bytes = read(ANSWER_BYTES)?;
+    bytes.extend(read(Answer::text_bytes(&bytes).map_err(broken)?)?);
     Answer::decode(&bytes).map_err(broken)
+}
+
+fn read_exactly(
+    stream: &mut StdStream,
+    records: &mut Option<Box<Records>>,
+    count: usize,
+    deadline: Instant,
+) -> io::Result<Vec<u8>> {
+    let (mut bytes, mut filled) = (vec![0; count], 0);
+    while filled < count {
+        let came = match records {
+            None => {
+                let came = read_until(stream, &mut bytes[filled..], deadline)?;
+                filled += came;
+                came
+            }
+            Some(records) => {
+                let data = records.data().map_err(io::Error::other)?;
+                let now = data.len().min(count - filled);
+                bytes[filled..][..now].copy_from_slice(&data[..now]);
+                records.consume(now);
+                filled += now;
+                if now > 0 {
+                    continue;
+                }
+                let came = read_until(stream, records.room(), deadline)?;
+                records.received(came);
+                came
+            }
+        };
+        if came == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(bytes)
 }
 
 /// Tells whether this host has the address.

@@ -19,16 +19,4 @@ pub enum ConfigError {
     /// The contents of the file are not allowed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file does not allow traffic over plain TCP.
-    #[error(
-        "{}: insecure = {found}: traffic between daemons, guests' memory included, is not encrypted yet. \
-         Where only trusted hosts share the migration networks, write insecure = true; nothing else is allowed",
-        file.display()
-    )]
-    Insecure {
-        /// The file.
-        file: PathBuf,
-        /// The value in the file.
-        found: &'static str,
-    },
 }

@@ -7,6 +7,7 @@ mod error;
 mod tests;
 
 use std::collections::HashMap;
+use std::env;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use memlane_guest::toml_file::{FileError, INTERFACE, NAME, Source, Table, Value,
 use memlane_migrate::config::Limits;
 use memlane_net::config::{CONTROL_PORT, LANE_PORT, MAX_LANES, PeerConfig, PortConfig};
 use memlane_protocol::wire::Label;
+use memlane_tls::{Credentials, CredentialsError, KeyFiles, PeerAuthority};
 
 pub use error::ConfigError;
 
@@ -44,6 +46,8 @@ pub struct Config {
     pub attach: AttachConfig,
     /// Network ports lent to migrations.
     pub ports: Vec<PortConfig>,
+    /// The keys of this host. If it is `None`, the traffic between daemons is not encrypted.
+    pub keys: Option<KeyFiles>,
     /// Hosts that guests may move to and come from.
     pub peers: Vec<PeerConfig>,
     /// Networks that guests are plugged into.
@@ -73,7 +77,8 @@ impl Config {
     /// Fails if the contents are not allowed.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let mut table = Source { file, text }.table()?;
-        insecure(&mut table, file)?;
+        let insecure = or(table.take("insecure"), false, |value| value.boolean())?;
+        let keys = keys(&mut table)?;
         let host = host(&mut table)?;
         let config = Self {
             api_socket: socket(&mut table, "api_socket", "/run/memlane/api.sock")?,
@@ -93,23 +98,56 @@ impl Config {
             networks: networks(&mut table)?,
             limits: limits(&mut table)?,
             guests: guests(&mut table)?,
+            keys: (!insecure).then_some(keys),
             host,
         };
         table.finish()?;
         Ok(config)
     }
+
+    /// Reads the keys of this host and the authorities of its peers. Returns `None` if the traffic between daemons is not
+    /// encrypted.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a file cannot be read, or is not what it should be.
+    pub fn credentials(&self) -> Result<Option<Credentials>, CredentialsError> {
+        let Some(files) = &self.keys else { return Ok(None) };
+        let peers = self.peers.iter();
+        let peers: Vec<_> =
+            peers.map(|peer| PeerAuthority { name: peer.name.clone(), ca: peer.ca.clone() }).collect();
+        Credentials::load(files, &self.host, &peers).map(Some)
+    }
 }
+
+/// The directory of a host's keys, and the names of the files in it.
+const KEYS: &str = "/etc/memlane/keys";
+const CERTIFICATE: &str = "host.pem";
+const KEY: &str = "host.key";
+const CA: &str = "ca.pem";
 
 const PROGRAMS: &str = "a list of paths that begin with /, such as [\"/usr/bin/qemu-system-x86_64\"]";
 const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
 
-fn insecure(table: &mut Table<'_>, file: &Path) -> Result<(), ConfigError> {
-    let found = match table.take("insecure") {
-        None => "(missing)",
-        Some(value) if value.boolean()? => return Ok(()),
-        Some(_) => "false",
+/// Returns the files of this host's keys. systemd hands them over in a directory of its own, if its unit says so
+/// (`LoadCredential=`, systemd.exec(5)).
+fn keys(table: &mut Table<'_>) -> Result<KeyFiles, FileError> {
+    let handed_over = env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let directory = handed_over.filter(|directory| directory.join(KEY).exists());
+    let directory = directory.unwrap_or_else(|| PathBuf::from(KEYS));
+    let default = KeyFiles {
+        certificate: directory.join(CERTIFICATE),
+        key: directory.join(KEY),
+        ca: directory.join(CA),
     };
-    Err(ConfigError::Insecure { file: file.to_owned(), found })
+    let Some(mut table) = table.table("keys")? else { return Ok(default) };
+    let keys = KeyFiles {
+        certificate: or(table.take("certificate"), default.certificate, |value| value.path())?,
+        key: or(table.take("key"), default.key, |value| value.path())?,
+        ca: or(table.take("ca"), default.ca, |value| value.path())?,
+    };
+    table.finish()?;
+    Ok(keys)
 }
 
 fn host(table: &mut Table<'_>) -> Result<Label, FileError> {
@@ -218,6 +256,7 @@ fn peers(table: &mut Table<'_>, host: &Label) -> Result<Vec<PeerConfig>, FileErr
             name: unique(&mut names, &name, name.label()?)?,
             control: unique(&mut addresses, &control, address(&control, Some(CONTROL_PORT))?)?,
             may_start_guests: or(table.take("may_start_guests"), false, |value| value.boolean())?,
+            ca: table.take("ca").map(|value| value.path()).transpose()?,
         };
         if peer.name == *host {
             return Err(name.wrong("the name of another host; this is our own"));

@@ -136,15 +136,23 @@ fn all_keys_are_read() {
 }
 
 #[test]
-fn plain_tcp_must_be_agreed_to() {
-    for (text, found) in [("", "(missing)"), ("insecure = false", "false")] {
-        let message = parse(text).unwrap_err().to_string();
-        assert!(message.contains(FILE) && message.contains(&format!("insecure = {found}")), "{message}");
-        assert!(
-            message.contains("not encrypted yet") && message.contains("write insecure = true"),
-            "{message}"
-        );
+fn without_a_word_about_it_the_keys_of_the_host_are_needed() {
+    let config = parse("host = \"host-a\"").unwrap();
+    let files = config.keys.clone().unwrap();
+    assert_eq!(files.certificate, Path::new("/etc/memlane/keys/host.pem"));
+    assert_eq!(files.key, Path::new("/etc/memlane/keys/host.key"));
+    assert_eq!(files.ca, Path::new("/etc/memlane/keys/ca.pem"));
+    assert!(parse("insecure = false").unwrap().keys.is_some());
+    let config =
+        parse("host = \"host-a\"\n[keys]\ncertificate = \"/nonexistent/a\"\nkey = \"/b\"\nca = \"/c\"")
+            .unwrap();
+    let expected = KeyFiles { certificate: "/nonexistent/a".into(), key: "/b".into(), ca: "/c".into() };
+    assert_eq!(config.keys, Some(expected));
+    let message = config.credentials().err().unwrap().to_string();
+    for part in ["cannot read the certificate /nonexistent/a", "memlanectl keys init", "insecure = true"] {
+        assert!(message.contains(part), "{message}");
     }
+    assert!(ok("").keys.is_none() && ok("").credentials().unwrap().is_none());
     let message = parse("insecure = 1").unwrap_err().to_string();
     assert!(message.contains("insecure = 1 is not allowed; give it true or false"), "{message}");
 }
@@ -323,7 +331,7 @@ fn broken_toml_and_missing_files_are_named() {
 fn the_example_states_the_defaults() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd/memlaned.toml");
     let text = fs::read_to_string(&file).unwrap();
-    assert_eq!(Config::parse(&file, &text).unwrap(), ok(""));
+    assert_eq!(Config::parse(&file, &text).unwrap(), parse("").unwrap());
 
     let uncommented: Vec<&str> = text
         .lines()
@@ -333,7 +341,7 @@ fn the_example_states_the_defaults() {
         })
         .collect();
     let stated = Config::parse(&file, &uncommented.join("\n")).unwrap();
-    let default = ok("");
+    let default = parse("").unwrap();
     assert_eq!(
         Config {
             // What the machine decides, or what there is none of until it is configured.

@@ -33,6 +33,8 @@ pub(super) const FAULT_ASK: &str = "memlane_postcopy_fault_ask_seconds";
 pub(super) const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds";
 pub(super) const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
 pub(super) const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
+pub(super) const INSECURE: &str = "memlane_insecure";
+pub(super) const CERTIFICATE_EXPIRES: &str = "memlane_certificate_expires_timestamp_seconds";
 pub(super) const ANNOUNCEMENTS: &str = "memlane_announcements_total";
 
 /// The kind of a metric.
@@ -75,7 +77,7 @@ pub(super) const DISK: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
 /// This table lists the name, kind, unit and help text of all metrics.
-pub(super) const ALL: [(&str, Kind, Unit, &str); 32] = [
+pub(super) const ALL: [(&str, Kind, Unit, &str); 34] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (
@@ -122,5 +124,12 @@ pub(super) const ALL: [(&str, Kind, Unit, &str); 32] = [
     (FAULT_TRANSFER, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the answer was there."),
     (FAULT_PLACE, Kind::Histogram(WIRE), Unit::Seconds, "Of that, until the page was in place."),
     (JOURNAL_SYNC, Kind::Histogram(DISK), Unit::Seconds, "Time to write the journal to disk."),
+    (INSECURE, Kind::Gauge, Unit::Count, "1 while the traffic between daemons is not encrypted, else 0."),
+    (
+        CERTIFICATE_EXPIRES,
+        Kind::Gauge,
+        Unit::Seconds,
+        "When the certificate of this host expires, as a Unix time; 0 while nothing is encrypted.",
+    ),
     (ANNOUNCEMENTS, Kind::Counter, Unit::Count, "Announcements (RARP) sent for guests that arrived."),
 ];

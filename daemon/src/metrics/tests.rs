@@ -73,6 +73,7 @@ fn parse(text: &str) -> (ByName<'_, &str>, ByName<'_, &str>, ByName<'_, f64>) {
 fn all_names_are_described_and_rendered() {
     let text = rendered(|| {
         port("a");
+        encryption(Some(1.8e9));
         Metrics.measured(Measurement::Refused("memory"));
     });
     let (kinds, helps, samples) = parse(&text);

@@ -5,6 +5,7 @@
 
 mod linux;
 mod peer;
+pub(crate) mod secure;
 mod tap;
 
 use std::process::{Child, Stdio};
@@ -47,6 +48,12 @@ impl Stage {
     /// `None`, with a line that says why, where something that it needs is missing.
     pub(crate) fn new(test: &str, lab: LabOptions) -> Option<Self> {
         let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
+        Self::with(test, Requirement::LAB_WITH_KVM, options)
+    }
+
+    /// As [`Stage::new`], and nothing is encrypted: for tests that speak for a daemon themselves.
+    pub(crate) fn insecure(test: &str, lab: LabOptions) -> Option<Self> {
+        let options = RigOptions { lab, tables: LIMITS.into(), insecure: true, ..RigOptions::default() };
         Self::with(test, Requirement::LAB_WITH_KVM, options)
     }
 

@@ -4,6 +4,7 @@
 //! [`rpc`] how soon they bring a single page; [`memcpy`] is what one core copies into shared [`memory`]. [`qemu`] is
 //! QEMU's own migration.
 
+pub mod cipher;
 pub mod memcpy;
 pub mod memory;
 pub mod qemu;

@@ -36,6 +36,8 @@ pub enum Contender {
     Memcpy,
     /// One core read memory.
     Read,
+    /// One core sealed and opened records.
+    Cipher,
 }
 
 /// One of the things that a scenario measures again and again.
@@ -118,6 +120,7 @@ impl Contender {
             Self::Qemu => "qemu",
             Self::Memcpy => "memcpy",
             Self::Read => "read",
+            Self::Cipher => "cipher",
         }
     }
 
@@ -184,7 +187,11 @@ impl CaseRuns {
     }
 
     /// Returns the medians of one figure of a case by repetition.
-    fn medians(&self, case: &Case, figure: &str) -> Result<BTreeMap<u32, f64>> {
+    ///
+    /// # Errors
+    ///
+    /// As [`CaseRuns::values`].
+    pub fn medians(&self, case: &Case, figure: &str) -> Result<BTreeMap<u32, f64>> {
         let mut values: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
         for (run, value) in self.of(case).zip(self.values(case, figure)?) {
             values.entry(run.repetition).or_default().push(value);

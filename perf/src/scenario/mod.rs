@@ -5,6 +5,7 @@
 mod bulk;
 mod busy;
 mod compressible;
+mod encrypted;
 mod hosts;
 mod line;
 mod lostport;
@@ -28,6 +29,7 @@ use crate::report::{Case, CaseRun, CaseRuns, NamedFigures, ScenarioReport, Trace
 pub use bulk::BulkScenario;
 pub use busy::BusyScenario;
 pub use compressible::CompressibleScenario;
+pub use encrypted::EncryptedScenario;
 pub use hosts::OverSsh;
 pub use lostport::LostPortScenario;
 pub use many::ManyScenario;
@@ -38,6 +40,9 @@ pub use shaped::ShapedScenario;
 pub use sparse::SparseScenario;
 pub use wan::WanScenario;
 pub use zero::ZeroScenario;
+
+/// Ports are slow on purpose in some scenarios.
+const TABLES: &str = "[limits]\nmin_bandwidth = \"1mbit\"\n";
 
 /// One kind of migration, and the figures that it is measured for. The type holds the options of the command line.
 pub trait Scenario {
@@ -79,6 +84,8 @@ pub enum ScenarioCommand {
     Zero(With<ZeroScenario>),
     /// A guest over one port of 1 Gbit/s with compression and without, of memory that LZ4 makes a third of, and of other
     Compressible(With<CompressibleScenario>),
+    /// An idle guest with TLS and without, against raw sockets, the cipher, and QEMU's own migration with TLS
+    Encrypted(With<EncryptedScenario>),
     /// 4 ports of 1 Gbit/s of which one is lost in mid-copy, against the ideal time for those left
     #[command(name = "lostport")]
     LostPort(With<LostPortScenario>),
@@ -156,6 +163,7 @@ impl ScenarioCommand {
             Self::Postcopy(order) => order.carry_out(programs, tell),
             Self::Zero(order) => order.carry_out(programs, tell),
             Self::Compressible(order) => order.carry_out(programs, tell),
+            Self::Encrypted(order) => order.carry_out(programs, tell),
             Self::LostPort(order) => order.carry_out(programs, tell),
             Self::Many(order) => order.carry_out(programs, tell),
             Self::Sparse(order) => order.carry_out(programs, tell),
@@ -228,18 +236,27 @@ impl<S: Scenario + Args> With<S> {
 }
 
 impl Bench {
-    /// Makes two hosts whose daemons accept slow ports, because the ports of some scenarios are slow on purpose. For
+    /// Makes two hosts whose daemons do not encrypt and accept slow ports, because the ports of some scenarios are slow on purpose. For
     /// hosts that exist already, `lab` only says how fast their ports are.
     ///
     /// # Errors
     ///
     /// Those of [`Rig::new`] or [`Rig::over_ssh`].
     pub fn rig(&self, lab: LabOptions) -> Result<Rig> {
-        let tables = "[limits]\nmin_bandwidth = \"1mbit\"\n".to_owned();
+        let tables = TABLES.to_owned();
         if let Some(hosts) = &self.hosts {
-            return Rig::over_ssh(&self.programs, hosts, lab.port_rate, tables);
+            return Rig::over_ssh(&self.programs, hosts, lab.port_rate, tables, true);
         }
-        Rig::new(&self.programs, RigOptions { lab, tables, ..RigOptions::default() })
+        Rig::new(&self.programs, RigOptions { lab, tables, insecure: true, ..RigOptions::default() })
+    }
+
+    /// Makes two hosts as [`Bench::rig`] does, whose daemons encrypt.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Rig::new`].
+    pub fn encrypted_rig(&self, lab: LabOptions) -> Result<Rig> {
+        Rig::new(&self.programs, RigOptions { lab, tables: TABLES.to_owned(), ..RigOptions::default() })
     }
 
     /// Measures each of `cases` once in each repetition. What goes with a case tells `measure` what to do.

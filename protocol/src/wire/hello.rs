@@ -75,6 +75,13 @@ pub enum Answer {
     },
 }
 
+/// Returns whether a connection whose first bytes are these begins with a [`Hello`]. One byte is enough to tell it from
+/// the first message of TLS.
+pub fn is_hello(first: &[u8]) -> bool {
+    let count = first.len().min(MAGIC.len());
+    count > 0 && first[..count] == MAGIC[..count]
+}
+
 /// Returns the newest version that both sides speak, if there is one. Each side is its oldest and newest version.
 pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
     let newest = ours.1.min(theirs.1);

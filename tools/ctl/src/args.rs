@@ -68,6 +68,15 @@ by a user that attach_users in the daemon's configuration names. If something is
 the answer says what. A QEMU that waits (--incoming) needs the arguments of the QEMU that the guest
 comes from, ids included.";
 
+/// The directory of the authority.
+const AUTHORITY: &str = "/etc/memlane/ca";
+
+const KEYS: &str = "\
+Examples:
+  memlanectl keys init                   once, on a machine that only administrators use
+  memlanectl keys issue host-a           for each host; then put the files into /etc/memlane/keys there
+  memlanectl keys show                   what this host has, and until when it is valid";
+
 /// Move running guests to other hosts.
 ///
 /// Talks to memlaned on this host, over its Unix socket: be root or a member of the socket's group.
@@ -185,11 +194,50 @@ pub(crate) enum Command {
         #[arg(long)]
         yes: bool,
     },
+    /// Make and show the keys by which hosts know each other
+    ///
+    /// Works on files, and needs no daemon.
+    #[command(subcommand, after_help = KEYS)]
+    Keys(KeysCommand),
     /// Cancel a migration; the guest stays at its source
     Cancel {
         /// Identity of the migration, its first digits, or name of the guest
         #[arg(value_name = "ID|GUEST")]
         migration: String,
+    },
+}
+
+/// The commands about keys.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a private authority, which signs the certificates of all hosts
+    Init {
+        /// Directory to make it in
+        #[arg(long, value_name = "DIR", default_value = AUTHORITY)]
+        dir: PathBuf,
+        /// Name that its certificate bears
+        #[arg(long, default_value = "Memlane authority")]
+        name: String,
+    },
+    /// Make the key and the certificate of a host
+    Issue {
+        /// Name of the host, as `host` in its configuration and `[[peer]]` in those of others have it
+        host: String,
+        /// Directory of the authority
+        #[arg(long, value_name = "DIR", default_value = AUTHORITY)]
+        dir: PathBuf,
+        /// Directory to make the files in [default: HOST, in the authority's directory]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Days from now until the certificate expires
+        #[arg(long, value_name = "NUMBER", default_value_t = 365, value_parser = clap::value_parser!(u64).range(1..=36_500))]
+        days: u64,
+    },
+    /// Show what certificates say, and until when they are valid
+    Show {
+        /// A file of certificates, or the directory of a host or an authority
+        #[arg(default_value = "/etc/memlane/keys")]
+        path: PathBuf,
     },
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use memlane_api::client::ClientError;
 use memlane_api::json::to_json;
 use memlane_api::types::{ApiError, ErrorBody, ErrorCode, Outcome};
+use memlane_keys::KeysError;
 
 /// The exit codes, as `--help` documents them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub(crate) enum Error {
     Client(ClientError),
     /// The command does not fit what the daemon is doing.
     Command(ErrorCode, String),
+    /// Keys cannot be made or shown.
+    Keys(KeysError),
     /// The user left before the end of the migration.
     Left(String),
 }
@@ -63,7 +66,8 @@ impl Error {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Client(ClientError::Api(error)) => Exit::of_code(error.code),
-            Self::Client(ClientError::Foreign { .. }) | Self::Left(_) => Exit::Other,
+            Self::Keys(KeysError::Name(_)) => Exit::Usage,
+            Self::Client(ClientError::Foreign { .. }) | Self::Keys(_) | Self::Left(_) => Exit::Other,
             Self::Client(_) => Exit::Unreachable,
             Self::Command(code, _) => Exit::of_code(*code),
         }
@@ -74,10 +78,17 @@ impl Error {
         let code = match self {
             Self::Client(ClientError::Api(error)) => error.code,
             Self::Command(code, _) => *code,
+            Self::Keys(KeysError::Name(_)) => ErrorCode::Invalid,
             _ => ErrorCode::Unavailable,
         };
         let body = ErrorBody { error: ApiError::new(code, self.to_string()) };
         to_json(&body)
+    }
+}
+
+impl From<KeysError> for Error {
+    fn from(error: KeysError) -> Self {
+        Self::Keys(error)
     }
 }
 
@@ -91,6 +102,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Client(error) => error.fmt(f),
+            Self::Keys(error) => error.fmt(f),
             Self::Command(_, message) | Self::Left(message) => f.write_str(message),
         }
     }

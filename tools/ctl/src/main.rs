@@ -5,6 +5,7 @@
 mod args;
 mod exit;
 mod guests;
+mod keys;
 mod orders;
 mod progress;
 mod show;
@@ -73,6 +74,7 @@ async fn run(args: &Args) -> Result<Exit, Error> {
             let resolve = Resolve { action, other_host_is_off: *other_host_is_off };
             return orders::resolve(&client, guest, resolve, *yes, args.json).await;
         }
+        Command::Keys(command) => keys::run(command, args.json)?,
         Command::Cancel { migration } => return orders::cancel(&client, migration, args.json).await,
     }
     Ok(Exit::Completed)

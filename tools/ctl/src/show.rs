@@ -1,6 +1,7 @@
 //! Tables and messages on the terminal.
 
 use std::io::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use memlane_api::json::to_json;
 use memlane_api::types::{CheckReport, GuestInfo, Migration, PeerInfo, PortInfo, Postcopy, Severity, Status};
@@ -25,6 +26,16 @@ pub(crate) fn json(value: &impl Serialize) {
     line(&to_json(value));
 }
 
+fn encryption(status: &Status) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    match status.certificate_expires_seconds.map(|expires| (expires - now) / 86_400.0) {
+        _ if status.insecure => "NONE: plain TCP between hosts (insecure = true)".to_owned(),
+        Some(days) if days <= 0.0 => "TLS 1.3; this host's certificate has EXPIRED".to_owned(),
+        Some(days) => format!("TLS 1.3; this host's certificate is valid for {days:.0} more days"),
+        None => "on".to_owned(),
+    }
+}
+
 /// Describes the daemon, its peers, and the migrations under way.
 pub(crate) fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migration]) -> String {
     let [oldest, newest] = status.protocol_versions;
@@ -33,7 +44,7 @@ pub(crate) fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migratio
         ("daemon", format!("memlaned {}, up for {}", status.version, units::seconds(status.uptime_seconds))),
         ("protocol", format!("version {versions}")),
         ("kernel", format!("{}, {}", status.kernel, if status.kvm { "with KVM" } else { "no KVM" })),
-        ("encryption", if status.insecure { "none: plain TCP between hosts" } else { "on" }.to_owned()),
+        ("encryption", encryption(status)),
         ("guests", status.guests.to_string()),
         ("peers", if peers.is_empty() { "none configured".to_owned() } else { names(peers) }),
         ("migrations", format!("{} under way", status.migrations)),

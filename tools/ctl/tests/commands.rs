@@ -51,7 +51,7 @@ fn status_ports_and_guests_are_shown() {
     let daemon = Daemon::start();
     let (code, out, _) = run(&daemon, "status");
     assert_eq!(code, 0);
-    for part in ["host-a\n", "none: plain TCP", "host-b (10.0.0.2:7410)", "web0 → host-b: copying"] {
+    for part in ["host-a\n", "NONE: plain TCP", "host-b (10.0.0.2:7410)", "web0 → host-b: copying"] {
         assert!(out.contains(part), "{part}\n{out}");
     }
     let (_, out, _) = run(&daemon, "ports");
@@ -62,6 +62,36 @@ fn status_ports_and_guests_are_shown() {
     assert_eq!(json(&run(&daemon, "--json status").1)["host"], "host-a");
     assert_eq!(json(&run(&daemon, "ports --json").1)[0]["name"], "a");
     assert_eq!(json(&run(&daemon, "guests --json").1)[0]["standing"], "running");
+}
+
+/// No daemon is needed for it.
+#[test]
+fn keys_are_made_and_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let keys = |line: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_memlanectl"));
+        command.current_dir(directory.path()).arg("--socket").arg("/nonexistent").arg("keys");
+        of_output(command.args(line.split(' ')).output().unwrap())
+    };
+    let (code, _, err) = keys("issue host-a --dir ca");
+    assert!(code == 1 && err.contains("memlanectl keys init"), "{code} {err}");
+    let (code, out, err) = keys("init --dir ca");
+    assert!(code == 0 && out.contains("memlanectl keys issue HOST --dir ca"), "{out}{err}");
+    let (code, _, err) = keys("init --dir ca");
+    assert!(code == 1 && err.contains("is there already; nothing was changed"), "{code} {err}");
+    let (code, out, err) = keys("issue host-a --dir ca --days 30");
+    assert!(code == 0 && out.contains("ca/host-a") && out.contains("30 days"), "{out}{err}");
+    assert_eq!(keys("issue host_/a --dir ca").0, 2);
+    let (code, out, err) = keys("show ca/host-a");
+    assert_eq!((code, err.as_str()), (0, ""));
+    for part in ["the certificate of host-a", "more days", "Memlane authority", "SHA-256"] {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    let shown = json(&keys("show ca/host-a --json").1);
+    assert_eq!((&shown[0]["hosts"][0], &shown[0]["signed_by_ca"]), (&"host-a".into(), &true.into()));
+    let made = json(&keys("issue host-b --dir ca --out b --json").1);
+    assert_eq!((&made["directory"], &made["certificates"][0]["hosts"][0]), (&"b".into(), &"host-b".into()));
+    assert_eq!(keys("show nowhere").0, 1);
 }
 
 /// Others follow as many migrations as there may be followed: this one is asked about now and then.

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::io::{self, BufRead, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -100,7 +100,8 @@ impl Agent {
 
     fn write(&self, order: &Value) -> Result<Value> {
         let path = Path::new(text(order, "path")?);
-        fs::write(path, text(order, "text")?).with_context(|| format!("writing {}", path.display()))?;
+        let secret = order["secret"] == true;
+        write(path, text(order, "text")?, secret).with_context(|| format!("writing {}", path.display()))?;
         Ok(Value::Null)
     }
 
@@ -147,6 +148,13 @@ impl Agent {
         }
         Ok(Value::Null)
     }
+}
+
+/// Writes a file; one that is secret can be read by its owner alone.
+pub(crate) fn write(path: &Path, text: &str, secret: bool) -> io::Result<()> {
+    let mode = if secret { 0o600 } else { 0o644 };
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+    file.write_all(text.as_bytes())
 }
 
 impl Drop for Agent {

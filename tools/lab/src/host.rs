@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
+use crate::agent::write;
 use crate::namespace::Namespace;
 use crate::network::{self, Bridge};
 use crate::process::LabProcess;
@@ -162,9 +163,24 @@ impl LabHost {
     ///
     /// If that fails.
     pub fn write(&self, path: &Path, text: &str) -> Result<()> {
+        self.write_as(path, text, false)
+    }
+
+    /// Writes a file on this host that its owner alone can read.
+    ///
+    /// # Errors
+    ///
+    /// If that fails.
+    pub fn write_secret(&self, path: &Path, text: &str) -> Result<()> {
+        self.write_as(path, text, true)
+    }
+
+    fn write_as(&self, path: &Path, text: &str, secret: bool) -> Result<()> {
         match self.remote() {
-            None => std::fs::write(path, text).with_context(|| format!("writing {}", path.display())),
-            Some(remote) => remote.ask("write", json!({ "path": path, "text": text })).map(drop),
+            None => write(path, text, secret).with_context(|| format!("writing {}", path.display())),
+            Some(remote) => {
+                remote.ask("write", json!({ "path": path, "text": text, "secret": secret })).map(drop)
+            }
         }
     }
 

@@ -33,13 +33,21 @@ impl DaemonUser {
         }
         ensure!(!host.is_remote(), "daemons on hosts reached over ssh run as the user who logs in there");
         for directory in [host.directory(), host.memory_directory()] {
-            std::os::unix::fs::chown(directory, Some(UID), Some(UID))
-                .with_context(|| format!("giving {} to the daemon's user", directory.display()))?;
+            self.give(host, directory)?;
         }
         // Nobody else is to look into the lab, but whoever knows the way may pass.
         let lab = host.directory().parent().context("a host's directory that lies in none")?;
         std::fs::set_permissions(lab, std::os::unix::fs::PermissionsExt::from_mode(0o711))
             .with_context(|| format!("letting the daemon's user through {}", lab.display()))
+    }
+
+    /// Gives a file or a directory of a host to the user.
+    pub(crate) fn give(&self, host: &LabHost, path: &Path) -> Result<()> {
+        if *self == Self::Root || host.is_remote() {
+            return Ok(());
+        }
+        std::os::unix::fs::chown(path, Some(UID), Some(UID))
+            .with_context(|| format!("giving {} to the daemon's user", path.display()))
     }
 
     /// Returns the words of a command that runs `program` as this user.

@@ -22,6 +22,9 @@ pub struct Status {
     pub migrations: usize,
     /// This is true while the traffic between daemons is not encrypted.
     pub insecure: bool,
+    /// The certificate of this host expires at this time, in seconds since 1970 (UTC); `null` while `insecure` is true.
+    #[serde(default)]
+    pub certificate_expires_seconds: Option<f64>,
     /// This is the release of the running kernel.
     pub kernel: String,
     /// This is true if the host offers KVM.

@@ -13,7 +13,7 @@ use memlane_protocol::wire::WireError;
 use memlane_protocol::wire::frame::{FRAME_HEADER_BYTES, Frame, PageRequest, RUN_BYTES, Run};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::RecvFlags;
 use tracing::warn;
 
 use super::observer::FaultStage;
@@ -22,6 +22,7 @@ use crate::checksum::check_paused;
 use crate::postcopy::incoming::{By, PostcopyIncoming};
 use crate::priority;
 use crate::socket::{hang_up, prioritize};
+use crate::transport::Transport;
 
 /// One read takes at most this many bytes of answers.
 const RECEIVED_AT_ONCE: usize = 64 << 10;
@@ -36,7 +37,7 @@ pub struct Faults {
 struct Shared {
     incoming: Arc<PostcopyIncoming>,
     /// This connection is to replace the one before.
-    fresh: Mutex<Option<OwnedFd>>,
+    fresh: Mutex<Option<Transport>>,
     /// This eventfd is written when there is a connection, when all missing pages are known, and at the end.
     bell: OwnedFd,
     state: Mutex<State>,
@@ -72,10 +73,13 @@ impl Faults {
     }
 
     /// Uses this connection from now on, and requests all pages again that accesses wait for.
-    pub fn connect(&self, socket: OwnedFd) {
-        prioritize(&socket);
+    pub fn connect(&self, mut transport: Transport) {
+        if let Some(records) = &mut transport.records {
+            records.make_room(RECEIVED_AT_ONCE);
+        }
+        prioritize(&*transport.socket);
         lock(&self.shared.state).connected = true;
-        lock(&self.shared.fresh).replace(socket);
+        lock(&self.shared.fresh).replace(transport);
         self.wake();
     }
 
@@ -111,7 +115,7 @@ struct FaultHandler {
 
 /// The connection to the source.
 struct Connection {
-    socket: OwnedFd,
+    transport: Transport,
     /// This is the part of the next frame that has come.
     received: Vec<u8>,
     heard: Instant,
@@ -151,14 +155,14 @@ impl FaultHandler {
         if rung {
             let _ = rustix::io::read(&self.shared.bell, &mut [0u8; 8]);
             let fresh = lock(&self.shared.fresh).take();
-            if let Some(socket) = fresh {
+            if let Some(transport) = fresh {
                 self.hang_up();
                 lock(&self.shared.state).connected = true;
                 let now = Instant::now();
                 let received = Vec::new();
                 let asked_for = HashMap::new();
                 self.connection = Some(Connection {
-                    socket,
+                    transport,
                     received,
                     heard: now,
                     asked: now,
@@ -189,7 +193,11 @@ impl FaultHandler {
             PollFd::from_borrowed_fd(userfault, PollFlags::IN),
             PollFd::new(&self.shared.bell, PollFlags::IN),
         ];
-        ready.extend(self.connection.iter().map(|connection| PollFd::new(&connection.socket, PollFlags::IN)));
+        ready.extend(
+            self.connection
+                .iter()
+                .map(|connection| PollFd::new(&*connection.transport.socket, PollFlags::IN)),
+        );
         let heartbeat = Timespec::try_from(HEARTBEAT).unwrap_or_default();
         rustix::io::retry_on_intr(|| poll(&mut ready, Some(&heartbeat)))?;
         let is_ready = |index: usize| ready.get(index).is_some_and(|fd| !fd.revents().is_empty());
@@ -237,14 +245,8 @@ impl FaultHandler {
             return Ok(());
         }
         connection.asked = Instant::now();
-        let lost = |error: Errno| Ended::Connection(LaneError::io("request pages")(error.into()));
         // A source that does not even read these few bytes is taken for dead.
-        let sent =
-            rustix::net::send(&connection.socket, &requests, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        match sent.map_err(lost)? {
-            count if count == requests.len() => {}
-            _ => return Err(lost(Errno::AGAIN)),
-        }
+        connection.transport.send_now(&requests).map_err(Ended::Connection)?;
         if !pages.is_empty() {
             incoming.observer().took(FaultStage::Request, seen.elapsed());
         }
@@ -256,13 +258,9 @@ impl FaultHandler {
     /// Reads answers, and places the pages of complete ones.
     fn take_answers(&mut self) -> Result<(), Ended> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        match rustix::net::recv(&connection.socket, &mut self.buffer[..], RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return Err(Ended::Connection(LaneError::HungUp)),
-            Ok((count, _)) => connection.received.extend_from_slice(&self.buffer[..count]),
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
-            Err(error) => {
-                return Err(Ended::Connection(LaneError::io("receive requested pages")(error.into())));
-            }
+        let Connection { transport, received, .. } = connection;
+        if !transport.receive(received, &mut self.buffer, RecvFlags::DONTWAIT).map_err(Ended::Connection)? {
+            return Ok(());
         }
         connection.heard = Instant::now();
         let mut runs = Vec::new();
@@ -286,7 +284,7 @@ impl FaultHandler {
 
     fn hang_up(&mut self) {
         if let Some(connection) = self.connection.take() {
-            hang_up(&connection.socket);
+            hang_up(&*connection.transport.socket);
         }
         lock(&self.shared.state).connected = lock(&self.shared.fresh).is_some();
     }

@@ -1,7 +1,6 @@
 //! Post-copy at the source: answers the destination's page requests, ahead of all other pages.
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +8,6 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::frame::{
     Content, FRAME_HEADER_BYTES, MAX_RUNS, PAGE_REQUEST_BYTES, PageRequest, RUN_BYTES, Run,
 };
-use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
@@ -17,6 +15,7 @@ use crate::message::Message;
 use crate::priority;
 use crate::send::encode::{classify_zeros, encode_frame};
 use crate::socket::prioritize;
+use crate::transport::{Sealed, Transport};
 use crate::{LaneError, LaneStats, SendState};
 
 /// One read takes at most this many page requests.
@@ -26,7 +25,9 @@ const AT_ONCE: usize = 64;
 pub struct PageServer {
     send_state: Arc<SendState>,
     stats: Arc<LaneStats>,
-    socket: Arc<OwnedFd>,
+    transport: Transport,
+    /// Answers of an encrypted lane are sealed here.
+    sealed: Sealed,
     sequence: u64,
     runs: Vec<Run>,
     head: Vec<u8>,
@@ -37,7 +38,7 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Makes the page server of the lane over `socket`. The destination sends requests or keepalives all the time, so a
+    /// Makes the page server of the lane over `transport`. The destination sends requests or keepalives all the time, so a
     /// connection on which nothing comes for `silence` is given up.
     ///
     /// # Errors
@@ -46,17 +47,19 @@ impl PageServer {
     pub fn new(
         send_state: Arc<SendState>,
         stats: Arc<LaneStats>,
-        socket: Arc<OwnedFd>,
+        transport: Transport,
         silence: Duration,
     ) -> Result<Self, LaneError> {
-        prioritize(&*socket);
-        set_socket_timeout(&*socket, Timeout::Recv, Some(silence))
-            .and_then(|()| set_socket_timeout(&*socket, Timeout::Send, Some(silence)))
+        prioritize(&*transport.socket);
+        let socket = &*transport.socket;
+        set_socket_timeout(socket, Timeout::Recv, Some(silence))
+            .and_then(|()| set_socket_timeout(socket, Timeout::Send, Some(silence)))
             .map_err(|error| LaneError::io("prepare the lane for faults")(error.into()))?;
         Ok(Self {
             send_state,
             stats,
-            socket,
+            transport,
+            sealed: Sealed::new(),
             sequence: 0,
             runs: Vec::with_capacity(MAX_RUNS),
             head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),
@@ -78,13 +81,8 @@ impl PageServer {
 
     fn turn(&mut self) -> Result<(), LaneError> {
         let mut bytes = [0; AT_ONCE * PAGE_REQUEST_BYTES];
-        let room = AT_ONCE * PAGE_REQUEST_BYTES - self.requests.len();
-        match rustix::net::recv(&*self.socket, &mut bytes[..room], RecvFlags::empty()) {
-            Ok((0, _)) => return Err(LaneError::HungUp),
-            Ok((count, _)) => self.requests.extend_from_slice(&bytes[..count]),
-            Err(Errno::INTR) => return Ok(()),
-            Err(Errno::AGAIN) => return Err(LaneError::Silent(self.silence)),
-            Err(error) => return Err(LaneError::io("read page requests")(error.into())),
+        if !self.transport.receive(&mut self.requests, &mut bytes, RecvFlags::empty())? {
+            return Err(LaneError::Silent(self.silence));
         }
         let whole = self.requests.len() / PAGE_REQUEST_BYTES * PAGE_REQUEST_BYTES;
         for at in (0..whole).step_by(PAGE_REQUEST_BYTES) {
@@ -108,10 +106,10 @@ impl PageServer {
         self.sequence += 1;
         let payload = encode_frame(&self.send_state, self.sequence, &self.runs, &mut self.head);
         self.message.fill(&mut self.head, &self.send_state.ram, &self.runs);
-        LaneStats::add(&self.stats.wire_bytes, self.message.remaining() as u64);
         // Up to here the memory held the guest's data. If it is cut off from here on, the checksum does not fit.
         self.send_state.ram.intact().map_err(LaneError::Memory)?;
-        self.message.send_all(&*self.socket).map_err(LaneError::io("send a requested page"))?;
+        let bytes = self.transport.send_all(&mut self.message, &mut self.sealed)?;
+        LaneStats::add(&self.stats.wire_bytes, bytes);
         LaneStats::add(&self.stats.data_pages, payload / PAGE_SIZE);
         Ok(())
     }

@@ -10,7 +10,7 @@ use memlane_protocol::window::Flow;
 use memlane_protocol::wire::frame::{ACK_BYTES, Ack, Content};
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 
-use super::{ACKS, LaneSender};
+use super::{ACKS, Encryption, LaneSender};
 use crate::ring::Completion;
 use crate::{LaneError, LaneStats};
 
@@ -19,9 +19,23 @@ impl LaneSender {
     pub(super) fn take_acks(&mut self, completion: Completion) -> Result<(), LaneError> {
         match completion.result {
             Ok(0) => return Err(LaneError::HungUp),
-            Ok(count) => self.acks_filled += count as usize,
+            Ok(count) => self.open_acks(count as usize)?,
             Err(error) => return Err(LaneError::io("read acknowledgements")(error)),
         }
+        loop {
+            self.take_whole_acks()?;
+            // More may have come than there is room for at once.
+            if !self.copy_acks()? {
+                break;
+            }
+        }
+        self.retire();
+        self.update_window();
+        self.listen_for_acks()
+    }
+
+    /// Takes the acknowledgements that have come whole.
+    fn take_whole_acks(&mut self) -> Result<(), LaneError> {
         let whole = self.acks_filled / ACK_BYTES * ACK_BYTES;
         for bytes in self.acks[..whole].chunks_exact(ACK_BYTES) {
             let found = Ack::decode(bytes)?.sequence;
@@ -33,9 +47,31 @@ impl LaneSender {
         }
         self.acks.copy_within(whole..self.acks_filled, 0);
         self.acks_filled -= whole;
-        self.retire();
-        self.update_window();
-        self.listen_for_acks()
+        Ok(())
+    }
+
+    /// Notes that so many bytes have come, and opens them if need be.
+    fn open_acks(&mut self, count: usize) -> Result<(), LaneError> {
+        match &mut self.encryption {
+            None => self.acks_filled += count,
+            Some(Encryption { records, .. }) => {
+                records.received(count);
+                self.copy_acks()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves acknowledgements that were opened to where they are read. Returns whether there were any.
+    fn copy_acks(&mut self) -> Result<bool, LaneError> {
+        let Some(Encryption { records, .. }) = &mut self.encryption else { return Ok(false) };
+        let free = &mut self.acks[self.acks_filled..];
+        let data = records.data()?;
+        let count = data.len().min(free.len());
+        free[..count].copy_from_slice(&data[..count]);
+        records.consume(count);
+        self.acks_filled += count;
+        Ok(count > 0)
     }
 
     /// Tells the window's limit how the lane does, and asks the kernel for a send buffer that fits it.
@@ -91,10 +127,13 @@ impl LaneSender {
     }
 
     pub(super) fn listen_for_acks(&mut self) -> Result<(), LaneError> {
-        let free = &mut self.acks[self.acks_filled..];
+        let free = match &mut self.encryption {
+            Some(encryption) => encryption.records.room(),
+            None => &mut self.acks[self.acks_filled..],
+        };
         let fd = types::Fd(self.socket.as_raw_fd());
         let entry = opcode::Recv::new(fd, free.as_mut_ptr(), free.len() as u32).build();
-        // SAFETY: the buffer is boxed, this part of it is not touched until the operation
+        // SAFETY: either buffer is boxed, this part of it is not touched until the operation
         // completes, and `drop` keeps it until then.
         unsafe { self.ring.push(&entry.user_data(ACKS)) }.map_err(LaneError::io("read acknowledgements"))
     }

@@ -51,7 +51,7 @@ impl LaneSender {
         slot.contents_bytes = contents_bytes(&slot.runs);
         if !self.encode_compressed(&mut slot) {
             slot.payload_bytes = encode_frame(&self.send_state, slot.sequence, &slot.runs, &mut slot.head);
-            slot.method = if self.send_state.devices_may_write() {
+            slot.method = if self.encryption.is_some() || self.send_state.devices_may_write() {
                 SendMethod::Copy
             } else {
                 self.trials.choose(slot.payload_bytes)

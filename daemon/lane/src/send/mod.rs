@@ -26,6 +26,7 @@ use io_uring::{opcode, types};
 use memlane_protocol::liveness::Condition;
 use memlane_protocol::window::Window;
 use memlane_protocol::wire::frame::ACK_BYTES;
+use memlane_tls::Records;
 
 use self::health::{CHECK_INTERVAL, ConnectionHealth};
 use self::method::MethodTrials;
@@ -34,6 +35,7 @@ use self::splice::Splicer;
 use crate::compress::Compressor;
 use crate::ring::{InFlight, Ring};
 use crate::socket::reset;
+use crate::transport::{Sealed, Transport};
 use crate::{LaneError, LaneStats};
 
 pub use state::SendState;
@@ -67,6 +69,8 @@ pub struct LaneSender {
     splicer: Option<Splicer>,
     /// The compressor is `None` if the order or the other end does not allow compression.
     compressor: Option<Compressor>,
+    /// These seal the frames, and open the acknowledgements, of a lane that is encrypted.
+    encryption: Option<Encryption>,
     cursor: u64,
     /// The newest frame has this number.
     sequence: u64,
@@ -96,8 +100,15 @@ pub struct LaneSender {
     last_ack: Instant,
 }
 
+/// What an encrypted lane seals and opens with.
+struct Encryption {
+    records: Box<Records>,
+    /// This part of the newest frame is being sent.
+    sealed: Sealed,
+}
+
 impl LaneSender {
-    /// Makes the sender of a lane over `socket`, which `waker` wakes and both ends know as `number`. The caller makes it
+    /// Makes the sender of a lane over `transport`, which `waker` wakes and both ends know as `number`. The caller makes it
     /// on the thread that runs it. A destination that acknowledges nothing for `silence` is given up.
     ///
     /// # Errors
@@ -106,7 +117,7 @@ impl LaneSender {
     pub fn new(
         send_state: Arc<SendState>,
         stats: Arc<LaneStats>,
-        socket: Arc<OwnedFd>,
+        Transport { socket, records }: Transport,
         (waker, number): (Arc<Waker>, u16),
         silence: Duration,
     ) -> Result<Self, LaneError> {
@@ -115,7 +126,9 @@ impl LaneSender {
         let health = ConnectionHealth::new(&*socket);
         let limit = Window::new(health.round_trip());
         let compress = send_state.compress;
-        let splicer = Splicer::new().ok();
+        // What is sealed is a copy already.
+        let splicer = if records.is_none() { Splicer::new().ok() } else { None };
+        let encryption = records.map(|records| Encryption { records, sealed: Sealed::new() });
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: send_state.ram.whole(first..first + 1).start,
@@ -129,6 +142,7 @@ impl LaneSender {
             trials: MethodTrials::new(splicer.is_some()),
             splicer,
             compressor: compress.then(Compressor::new).flatten(),
+            encryption,
             sequence: 0,
             acknowledged: 0,
             window: VecDeque::new(),
@@ -234,7 +248,7 @@ impl Drop for LaneSender {
                 compressor.leak();
             }
             let buffers = (mem::take(&mut self.acks), mem::take(&mut self.wake_value));
-            mem::forget((self.send_state.clone(), buffers));
+            mem::forget((self.send_state.clone(), buffers, self.encryption.take()));
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Handing frames to the kernel: by copying, by zero-copy sends, or through a pipe.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use io_uring::{opcode, types};
 
 use super::method::SendMethod;
 use super::splice::Progress;
-use super::{FRAMES, LaneSender};
+use super::{Encryption, FRAMES, LaneSender};
 use crate::ring::Completion;
 use crate::{LaneError, LaneStats};
 
@@ -26,6 +26,17 @@ impl LaneSender {
         const REPORT_USAGE: u16 = 1 << 3;
         let fd = types::Fd(self.socket.as_raw_fd());
         let slot = self.window.back_mut().expect("the frame being sent stays in the window");
+        if let Some(Encryption { records, sealed }) = &mut self.encryption {
+            if sealed.is_empty() {
+                LaneStats::add(&self.stats.wire_bytes, sealed.fill(records, &mut slot.message)?);
+                // Memory that is cut off reads as zeros, which must not be sent for the guest's data.
+                self.send_state.ram.intact().map_err(LaneError::Memory)?;
+            }
+            let entry = sealed.send(self.socket.as_fd()).user_data(FRAMES + slot.sequence);
+            // SAFETY: the sealed bytes lie on the heap, and are left alone until the send is complete. When the lane
+            // ends earlier, `drop` waits for that, or gives up the memory for good.
+            return unsafe { self.ring.push(&entry) }.map_err(LaneError::io("submit a frame"));
+        }
         let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
         let message = slot.message.as_ptr();
         let entry = if slot.method == SendMethod::ZeroCopy {
@@ -82,14 +93,18 @@ impl LaneSender {
         match completion.result {
             // The socket has room again.
             Ok(_) if slot.method == SendMethod::Splice => {}
-            Ok(count) => slot.message.advance(count as usize),
+            Ok(count) => match &mut self.encryption {
+                Some(encryption) => encryption.sealed.advance(count as usize),
+                None => slot.message.advance(count as usize),
+            },
             Err(error) if slot.method == SendMethod::ZeroCopy && cannot_zero_copy(&error) => {
                 self.trials.rule_out(SendMethod::ZeroCopy);
                 slot.method = SendMethod::Copy;
             }
             Err(error) => return Err(LaneError::io("send pages")(error)),
         }
-        if slot.message.remaining() > 0 || slot.method == SendMethod::Splice {
+        let is_sealed = self.encryption.as_ref().is_some_and(|encryption| !encryption.sealed.is_empty());
+        if slot.message.remaining() > 0 || is_sealed || slot.method == SendMethod::Splice {
             return self.hand_over_newest();
         }
         self.handed_over();

@@ -13,7 +13,7 @@ use memlane_api::ids;
 use memlane_guest::{DriverError, Guest};
 use memlane_kvm::userfault::{self, Userfault, UserfaultError};
 use memlane_lane::postcopy::{Faults, PostcopyIncoming};
-use memlane_lane::{ReceiveState, Totals};
+use memlane_lane::{ReceiveState, Totals, Transport};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
 use memlane_net::task;
@@ -332,19 +332,19 @@ async fn happens(session: &mut Option<FetchSession>, faults: &Faults) -> Result<
             }
             other => Err(LinkError::Unexpected { expected: "nothing but lanes", found: other.name() }),
         },
-        Some(ArrivedLane { port, kind, socket, remote }) = session.arriving.recv() => {
+        Some(ArrivedLane { port, kind, socket, records, remote }) = session.arriving.recv() => {
             match kind {
                 LaneKind::Faults if session.asks && faults.is_connected() => {
                     warn!(%port, %remote, "refused a second lane for faults while the first one lives");
                 }
                 LaneKind::Faults => {
                     session.asks = true;
-                    faults.connect(socket);
+                    faults.connect(Transport { socket: Arc::new(socket), records });
                 }
                 // More than that are dropped, and so closed.
                 LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
                 LaneKind::Pages(number) => {
-                    let end = LaneEnd { port, number, local: String::new(), remote, socket };
+                    let end = LaneEnd { port, number, local: String::new(), remote, socket, records };
                     session.lanes.receive(end, &session.inbound);
                 }
             }

@@ -222,9 +222,11 @@ impl Role for DestinationRole {
 
 impl DestinationRole {
     fn start(&mut self, session: &Session<Destination>, lane: ArrivedLane) {
-        let ArrivedLane { port, kind: LaneKind::Pages(number), socket, remote } = lane else { return };
+        let ArrivedLane { port, kind: LaneKind::Pages(number), socket, records, remote } = lane else {
+            return;
+        };
         let local = session.effects.context.port_address(&port);
-        self.lanes.receive(LaneEnd { port, number, local, remote, socket }, &self.inbound);
+        self.lanes.receive(LaneEnd { port, number, local, remote, socket, records }, &self.inbound);
     }
 
     async fn hear(

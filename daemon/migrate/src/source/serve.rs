@@ -158,9 +158,9 @@ impl PostcopySource {
             }
         };
         let mut findings = Findings::default();
-        let mut pairs = preflight::try_ports(context, &accept.ports, &mut findings).await;
+        let mut pairs = preflight::try_ports(context, peer, &accept.ports, &mut findings).await;
         pairs.sort_by_key(|pair| pair.round_trip);
-        let routes = Routes::new(context.clone(), accept.token, &accept.ports);
+        let routes = Routes::new(context.clone(), peer.clone(), accept.token, &accept.ports);
         let faults = open_faults(&routes, &pairs).await;
         let ends = preflight::open_lanes(&routes, &pairs, &mut findings).await;
         let Some(faults) = faults.filter(|_| !ends.is_empty()) else {

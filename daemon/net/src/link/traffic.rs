@@ -7,7 +7,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
-use std::net::Shutdown;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,10 +14,9 @@ use std::time::{Duration, Instant};
 use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
-use tokio_uring::buf::BoundedBuf;
-use tokio_uring::net::TcpStream;
 
 use super::LinkError;
+use crate::channel::Channel;
 
 /// The round trips of this many pings are remembered.
 const ROUND_TRIPS: usize = 8;
@@ -113,15 +111,15 @@ impl Shared {
     }
 
     /// Ends the connection from this side.
-    fn end(&self, stream: &TcpStream, why: LinkError) {
+    fn end(&self, channel: &Channel, why: LinkError) {
         self.verdict.set(Some(why));
         // Ends the read that is under way, whose task tells why.
-        let _ = stream.shutdown(Shutdown::Both);
+        channel.shut_down();
     }
 }
 
 /// Writes messages, each whole and in the order in which they come, and the pings and pongs that are due ahead of them.
-pub(super) async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
+pub(super) async fn write(channel: Rc<Channel>, shared: Rc<Shared>, mut outgoing: mpsc::Receiver<Outgoing>) {
     loop {
         let (bytes, written) = match shared.take_due() {
             Some(due) => (due.encode(), None),
@@ -134,8 +132,8 @@ pub(super) async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoin
                 },
             },
         };
-        let Ok((result, _)) = timeout(TAKING, stream.write_all(bytes)).await else {
-            return shared.end(&stream, LinkError::Stuck(TAKING));
+        let Ok(result) = timeout(TAKING, channel.write_all(bytes)).await else {
+            return shared.end(&channel, LinkError::Stuck(TAKING));
         };
         if let Some(written) = written {
             // The task that sent it may have given up waiting.
@@ -146,12 +144,12 @@ pub(super) async fn write(stream: Rc<TcpStream>, shared: Rc<Shared>, mut outgoin
 
 /// Reads messages, deals with pings, and passes on the rest until the connection ends.
 pub(super) async fn read(
-    stream: Rc<TcpStream>,
+    channel: Rc<Channel>,
     shared: Rc<Shared>,
     messages: mpsc::UnboundedSender<Received>,
 ) {
     loop {
-        let (message, bytes) = match read_message(&stream, &shared).await {
+        let (message, bytes) = match read_message(&channel, &shared).await {
             Ok(read) => read,
             Err(error) => {
                 let error = shared.verdict.take().unwrap_or(error);
@@ -182,7 +180,7 @@ pub(super) async fn read(
 }
 
 /// Sends pings, and ends the link when nothing has been heard for `silence`.
-pub(super) async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Duration) {
+pub(super) async fn watch(channel: Rc<Channel>, shared: Rc<Shared>, silence: Duration) {
     let pause = (silence / 5).min(Duration::from_secs(1));
     for number in 0.. {
         shared.ping.set(Some(number));
@@ -192,39 +190,15 @@ pub(super) async fn watch(stream: Rc<TcpStream>, shared: Rc<Shared>, silence: Du
         // A task that could not listen has heard nothing: what came meanwhile is read first.
         let listened = !shared.held_up.get() && slept.elapsed() < 2 * pause;
         if listened && shared.last_heard.get().elapsed() > silence {
-            return shared.end(&stream, LinkError::Silent(silence));
+            return shared.end(&channel, LinkError::Silent(silence));
         }
     }
 }
 
 /// Reads the next message. Returns it and its length in bytes.
-async fn read_message(stream: &TcpStream, shared: &Shared) -> Result<(Control, usize), LinkError> {
+async fn read_message(channel: &Channel, shared: &Shared) -> Result<(Control, usize), LinkError> {
     let heard = || shared.last_heard.set(Instant::now());
-    let (kind, bytes) = decode_header(&read_exactly(stream, HEADER_BYTES, heard).await?)?;
-    let message = Control::decode(kind, &read_exactly(stream, bytes, heard).await?)?;
+    let (kind, bytes) = decode_header(&channel.read_exactly(HEADER_BYTES, heard).await?)?;
+    let message = Control::decode(kind, &channel.read_exactly(bytes, heard).await?)?;
     Ok((message, HEADER_BYTES + bytes))
-}
-
-/// Reads `count` bytes. `heard` is called for each part of them that comes, as a sign of life.
-///
-/// # Errors
-///
-/// Fails if the connection ends or breaks before they have come.
-pub(super) async fn read_exactly(
-    stream: &TcpStream,
-    count: usize,
-    heard: impl Fn(),
-) -> Result<Vec<u8>, LinkError> {
-    let mut buffer = vec![0; count];
-    let mut filled = 0;
-    while filled < count {
-        let (result, slice) = stream.read(buffer.slice(filled..)).await;
-        buffer = slice.into_inner();
-        match result? {
-            0 => return Err(LinkError::Closed),
-            read => filled += read,
-        }
-        heard();
-    }
-    Ok(buffer)
 }

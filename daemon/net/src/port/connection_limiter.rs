@@ -83,7 +83,7 @@ impl ConnectionLimiter {
     /// Logs, now and then, that a connection has ended before it was of any use.
     pub fn came_to_nothing(&self, address: IpAddr, error: &LinkError) {
         if let Some(left_out) = self.told.borrow_mut().say((address, error.to_string())) {
-            info!(%address, %error, left_out, "a control connection came to nothing");
+            info!(%address, %error, left_out, "a connection came to nothing");
         }
     }
 }

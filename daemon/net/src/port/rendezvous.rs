@@ -9,13 +9,15 @@ use std::time::Duration;
 
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::{Hello, Purpose, Token};
+use memlane_tls::Records;
 use tokio::sync::mpsc;
 use tokio_uring::net::{TcpListener, TcpStream};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::connection_limiter::ConnectionLimiter;
+use crate::channel::Protection;
 use crate::config::PeerConfig;
-use crate::link::{LinkError, answer_greeting};
+use crate::link::{Greeted, LinkError, answer_greeting};
 use crate::task;
 
 /// A lane that a source has opened to this host.
@@ -26,6 +28,8 @@ pub struct ArrivedLane {
     pub kind: LaneKind,
     /// This is the connected socket.
     pub socket: OwnedFd,
+    /// This seals and opens the bytes of the lane. It is `None` if the lane is not encrypted.
+    pub records: Option<Box<Records>>,
     /// This is the source's address.
     pub remote: SocketAddr,
 }
@@ -42,6 +46,7 @@ pub enum LaneKind {
 /// Knows which migrations await lanes, and from which addresses lanes may come.
 pub struct Rendezvous {
     limiter: Rc<ConnectionLimiter>,
+    protection: Protection,
     /// These are the addresses of the peers' daemons.
     daemons: Vec<IpAddr>,
     /// Each peer has said that its lanes come from these addresses.
@@ -81,11 +86,11 @@ enum LaneRefusal {
 }
 
 impl Rendezvous {
-    /// Makes a rendezvous for lanes of these peers.
-    pub fn with(peers: &[PeerConfig]) -> Self {
+    /// Makes a rendezvous for lanes of these peers, which are protected so.
+    pub fn with(peers: &[PeerConfig], protection: Protection) -> Self {
         let daemons = peers.iter().map(|peer| peer.control.ip().to_canonical()).collect();
         let (limiter, lanes, awaited) = Default::default();
-        Self { limiter, daemons, lanes, awaited }
+        Self { limiter, protection, daemons, lanes, awaited }
     }
 
     /// Notes the addresses that a peer says its lanes come from, in place of those that it said before.
@@ -149,8 +154,8 @@ pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous
                 let (port, rendezvous, stream) = (port.clone(), rendezvous.clone(), Rc::new(stream));
                 let slot = rendezvous.limiter.enter(remote.ip().to_canonical(), &stream);
                 task::spawn("lane connection", async move {
-                    if let Err(error) = take_in(&stream, remote, port.clone(), &rendezvous).await {
-                        debug!(%port, %remote, %error, "a connection to this port came to nothing");
+                    if let Err(error) = take_in(&stream, remote, port, &rendezvous).await {
+                        rendezvous.limiter.came_to_nothing(remote.ip().to_canonical(), &error);
                     }
                     drop(slot);
                 });
@@ -165,30 +170,32 @@ pub async fn serve(listener: TcpListener, port: Label, rendezvous: Rc<Rendezvous
 }
 
 async fn take_in(
-    stream: &TcpStream,
+    stream: &Rc<TcpStream>,
     remote: SocketAddr,
     port: Label,
     rendezvous: &Rendezvous,
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
     let from = remote.ip().to_canonical();
-    let hello = answer_greeting(stream, |hello| match hello.purpose {
+    let greeted = answer_greeting(stream, &rendezvous.protection, |hello| match hello.purpose {
         Purpose::Probe => Ok(()),
         Purpose::Lane { token, lane } => rendezvous.admit(hello, &token, Some(lane), from),
         Purpose::Faults { token } => rendezvous.admit(hello, &token, None, from),
         Purpose::Control => Err(LaneRefusal::Control),
     });
-    let (token, kind) = match hello.await? {
-        Some(Hello { purpose: Purpose::Lane { token, lane }, .. }) => (token, LaneKind::Pages(lane)),
-        Some(Hello { purpose: Purpose::Faults { token }, .. }) => (token, LaneKind::Faults),
-        _ => return Ok(()),
+    let Greeted { hello, channel } = greeted.await?;
+    let (token, kind) = match hello.purpose {
+        Purpose::Lane { token, lane } => (token, LaneKind::Pages(lane)),
+        Purpose::Faults { token } => (token, LaneKind::Faults),
+        Purpose::Probe | Purpose::Control => return Ok(()),
     };
     if let Some(migration) = rendezvous.sender(&token) {
         // SAFETY: the stream is open here, and its descriptor is duplicated before it closes.
         let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
         let socket = fd.try_clone_to_owned()?;
         // More lanes than were agreed upon are dropped, and so closed.
-        let _ = migration.try_send(ArrivedLane { port, kind, socket, remote });
+        let records = channel.into_records()?;
+        let _ = migration.try_send(ArrivedLane { port, kind, socket, records, remote });
     }
     Ok(())
 }
@@ -208,8 +215,9 @@ mod tests {
             name: "host-a".parse().unwrap(),
             control: (daemon, 7410).into(),
             may_start_guests: false,
+            ca: None,
         };
-        let rendezvous = Rendezvous::with(&[peer]);
+        let rendezvous = Rendezvous::with(&[peer], Protection::default());
         assert!(rendezvous.knows(daemon) && !rendezvous.knows(a));
         rendezvous.note_addresses("host-a".parse().unwrap(), vec![a]);
         rendezvous.note_addresses("host-b".parse().unwrap(), vec![b]);

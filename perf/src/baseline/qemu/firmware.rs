@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use memlane_lab::{HostId, Lab, wait_for};
 
 use super::machine::{QemuSetup, Removed, RunningQemu, compare};
-use super::{QemuMethod, QemuMove, QemuPair, files};
+use super::{QemuMethod, QemuMove, QemuPair, files, tls};
 use crate::baseline::memory::{MemoryState, warm_up};
 use crate::cpu::Meter;
 
@@ -38,6 +38,7 @@ impl Firmware {
         let host = lab.host(HostId::A);
         let memory = host.memory_directory().join("firmware");
         files::fill(host, &memory, bytes)?;
+        tls::write_keys(lab)?;
         Ok(Self { memory, bytes })
     }
 
@@ -55,7 +56,11 @@ impl Firmware {
         let machine = |id, memory, prealloc| {
             let host = lab.host(id);
             let machine = QemuSetup { memory, bytes: self.bytes, prealloc, incoming: id == HostId::B };
-            RunningQemu::start(host, "firmware", machine.command(host))
+            let mut command = machine.command(host);
+            if let QemuMethod::MultifdTls(_) = way {
+                command.args(["-object", &tls::object(host, id == HostId::B)]);
+            }
+            RunningQemu::start(host, "firmware", command)
         };
         let mut source = machine(HostId::A, &self.memory, true).context("starting the source's QEMU")?;
         await_quiet(lab, &source)?;

@@ -8,6 +8,7 @@ pub mod files;
 pub mod firmware;
 mod machine;
 mod migration;
+mod tls;
 pub mod toucher;
 
 use std::fmt;
@@ -32,6 +33,8 @@ pub enum QemuMethod {
     Plain,
     /// Pre-copy over so many more connections.
     Multifd(u8),
+    /// Pre-copy over so many more connections, all of them encrypted.
+    MultifdTls(u8),
     /// Post-copy at once, with a connection of its own for the pages that the guest waits for.
     Postcopy,
 }
@@ -57,10 +60,14 @@ impl QemuMethod {
                 // What fits into the limit QEMU sends in the pause, and on a fast link that may be all there is.
                 parameters["downtime-limit"] = Value::from(1);
             }
-            Self::Multifd(channels) => {
+            Self::Multifd(channels) | Self::MultifdTls(channels) => {
                 capabilities.push(capability("multifd"));
                 parameters["multifd-channels"] = Value::from(channels);
             }
+        }
+        if let Self::MultifdTls(_) = self {
+            parameters["tls-creds"] = Value::from(tls::OBJECT);
+            parameters["tls-hostname"] = Value::from(tls::DESTINATION);
         }
         monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
         monitor.execute("migrate-set-parameters", parameters).map(drop)
@@ -72,6 +79,7 @@ impl fmt::Display for QemuMethod {
         match self {
             Self::Plain => f.pad("plain"),
             Self::Multifd(channels) => f.pad(&format!("multifd{channels}")),
+            Self::MultifdTls(channels) => f.pad(&format!("multifd{channels} TLS")),
             Self::Postcopy => f.pad("postcopy"),
         }
     }

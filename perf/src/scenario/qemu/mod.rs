@@ -91,7 +91,8 @@ impl Scenario for QemuScenario {
         };
         // The ports may be slow on purpose.
         let tables = "[limits]\nmin_bandwidth = \"1mbit\"\n".to_owned();
-        let mut rig = Rig::new(&bench.programs, RigOptions { lab, tables, ..RigOptions::default() })?;
+        let mut rig =
+            Rig::new(&bench.programs, RigOptions { lab, tables, insecure: true, ..RigOptions::default() })?;
         let guest = self.guest(&rig)?;
         for host in rig.lab().hosts() {
             host.add_tap(&guest.tap)?;

@@ -10,6 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use memlane_keys::Authority;
 use serde_json::Value;
 
 use crate::host::HostId;
@@ -33,7 +34,6 @@ const START: Duration = Duration::from_secs(60);
 const API_SOCKET: &str = "api.sock";
 
 /// Two hosts with a daemon each.
-#[derive(Debug)]
 pub struct Rig {
     programs: Programs,
     config: DaemonConfig,
@@ -57,6 +57,8 @@ pub struct RigOptions {
     pub tables: String,
     /// Whether each daemon starts QEMU for guests that the other one sends.
     pub may_start_guests: bool,
+    /// Whether the traffic between the daemons is left unencrypted.
+    pub insecure: bool,
     /// The user that both daemons run as.
     pub daemon_user: DaemonUser,
     /// Variables to add to the daemons' environment.
@@ -75,7 +77,7 @@ impl Rig {
     }
 
     /// Reaches hosts that exist already and starts both daemons, with `tables` added to both configurations. `speed` is
-    /// what each port carries, if that is known.
+    /// what each port carries, if that is known. If `insecure` is true, their traffic is not encrypted.
     ///
     /// # Errors
     ///
@@ -85,21 +87,24 @@ impl Rig {
         hosts: &RemoteHosts,
         speed: Option<Rate>,
         tables: String,
+        insecure: bool,
     ) -> Result<Self> {
         let lab = LabOptions { port_rate: speed, ..LabOptions::default() };
         Self::start(
             programs,
             Lab::over_ssh(hosts, programs)?,
-            RigOptions { lab, tables, ..RigOptions::default() },
+            RigOptions { lab, tables, insecure, ..RigOptions::default() },
         )
     }
 
     fn start(programs: &Programs, lab: Lab, options: RigOptions) -> Result<Self> {
-        let RigOptions { lab: of_lab, keys, tables, may_start_guests, daemon_user, environment } = options;
+        let RigOptions { lab: of_lab, keys, tables, may_start_guests, insecure, daemon_user, environment } =
+            options;
+        let authority = if insecure { None } else { Some(Authority::new("lab")?) };
         let port_speed = of_lab.port_rate.map(|rate| format!("{}bit", rate.bits_per_second()));
         let mut rig = Self {
             programs: programs.clone(),
-            config: DaemonConfig { keys, tables, may_start_guests, port_speed },
+            config: DaemonConfig { keys, tables, authority, may_start_guests, port_speed },
             daemon_user,
             environment,
             daemons: [None, None],
@@ -108,6 +113,7 @@ impl Rig {
         };
         for id in [HostId::A, HostId::B] {
             rig.daemon_user.settle(rig.lab.host(id))?;
+            rig.config.write_keys(rig.lab.host(id), &rig.daemon_user)?;
             rig.write_config(id, "")?;
             rig.start_daemon(id)?;
         }

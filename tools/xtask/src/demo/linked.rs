@@ -37,7 +37,13 @@ impl DemoOptions {
             proof = Some(self.prove(rig, at)?);
         }
         drop(vmm);
-        Ok(DemoReport { guest: self.guest_shape(), legs, proof, limit: self.downtime_limit.clone() })
+        Ok(DemoReport {
+            guest: self.guest_shape(),
+            legs,
+            proof,
+            limit: self.downtime_limit.clone(),
+            encrypted: !self.insecure,
+        })
     }
 
     /// Moves the guest from `at` to the other host; returns what was seen, and the VMM in which

@@ -63,7 +63,7 @@ impl DemoOptions {
             "tracker": "pagemap",
             "dirty_rate": guest.rate,
         });
-        Ok(DemoReport { guest, legs, proof, limit: self.downtime_limit.clone() })
+        Ok(DemoReport { guest, legs, proof, limit: self.downtime_limit.clone(), encrypted: !self.insecure })
     }
 
     fn linux_guest(&self, rig: &Rig, accelerator: Accelerator) -> Result<LinuxGuest> {

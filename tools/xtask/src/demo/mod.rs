@@ -47,9 +47,13 @@ pub(crate) fn run(options: &DemoOptions) -> Result<bool> {
         ..LabOptions::default()
     };
     let tables = format!("[limits]\nmin_bandwidth = \"{MIN_BANDWIDTH}\"\n");
-    let mut rig =
-        Rig::new(&programs, RigOptions { lab, tables, may_start_guests: qemu, ..RigOptions::default() })?;
-    options.say(&format!("two hosts, {} each; starting the guest", count(options.ports, "port")));
+    let insecure = options.insecure;
+    let mut rig = Rig::new(
+        &programs,
+        RigOptions { lab, tables, may_start_guests: qemu, insecure, ..RigOptions::default() },
+    )?;
+    let traffic = if insecure { "nothing encrypted" } else { "all traffic encrypted (TLS 1.3)" };
+    options.say(&format!("two hosts, {} each, {traffic}; starting the guest", count(options.ports, "port")));
     let demo = if qemu { options.move_linux_guest(&mut rig) } else { options.move_linked_guest(&mut rig) }?;
     if options.json {
         println!("{}", demo.json());

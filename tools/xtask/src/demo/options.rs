@@ -85,6 +85,9 @@ pub(crate) struct DemoOptions {
     /// Move there and back so many times [default: there, once; 1 for qemu]
     #[arg(long, value_name = "N")]
     pub round_trips: Option<u32>,
+    /// Leave the traffic between the hosts unencrypted, for comparison
+    #[arg(long)]
+    pub insecure: bool,
     /// Compare digests of all memory in every move's pause, and not only in one more move at
     /// the end
     #[arg(long)]

@@ -34,6 +34,8 @@ pub(crate) struct DemoReport {
     pub proof: Option<Value>,
     /// The downtime limit of the orders.
     pub limit: String,
+    /// Whether the traffic between the hosts was encrypted.
+    pub encrypted: bool,
 }
 
 impl DemoMove {
@@ -114,6 +116,7 @@ impl DemoReport {
         guest["ram_bytes"] = json!(self.ram_bytes());
         object["guest"] = guest;
         object["digest_verified"] = json!(self.digest_verified());
+        object["encrypted"] = json!(self.encrypted);
         if self.legs.len() > 1 {
             object["legs"] = self.legs.iter().map(DemoMove::json).collect();
         }
@@ -168,7 +171,9 @@ impl DemoReport {
             return writeln!(text, "  It did not move: {reason}");
         }
         let total = migration["total_seconds"].as_f64().unwrap_or(0.0);
-        writeln!(text, "  moved to {} in {}", migration["host"].as_str().unwrap_or_default(), time(total))?;
+        let encrypted = if self.encrypted { "encrypted (TLS 1.3)" } else { "NOT encrypted" };
+        let host = migration["host"].as_str().unwrap_or_default();
+        writeln!(text, "  moved to {host} in {}, {encrypted}", time(total))?;
         write_rounds(text, migration)?;
         write_lanes(text, migration, total)?;
         writeln!(text)?;
@@ -316,8 +321,13 @@ mod tests {
             readers: None,
             more: Value::Null,
         };
-        let demo =
-            |leg, proof| DemoReport { guest: json!({}), legs: vec![leg], proof, limit: "300ms".into() };
+        let demo = |leg, proof| DemoReport {
+            guest: json!({}),
+            legs: vec![leg],
+            proof,
+            limit: "300ms".into(),
+            encrypted: true,
+        };
         let equal = json!({"outcome": "completed", "digest_verified": true});
         assert!(demo(leg(true), Some(equal.clone())).is_good());
         assert!(!demo(leg(false), Some(equal)).is_good());
@@ -348,6 +358,7 @@ mod tests {
                 legs: vec![leg],
                 proof: None,
                 limit: "300ms".into(),
+                encrypted: true,
             }
         };
         assert!(demo(true, true).is_good());
