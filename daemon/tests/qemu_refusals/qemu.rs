@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use memlane_keys::{CA, CERTIFICATE, KEY};
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions};
 use serde_json::{Value, json};
@@ -150,12 +151,16 @@ pub(crate) fn assert_moves(stage: &Stage) {
     stage.wait_for_end("web1");
 }
 
-/// Lets [`NOBODY`] make files where programs of this host make theirs. Labs are for root only otherwise.
+/// Lets [`NOBODY`] make files where programs of this host make theirs, and read the keys of its daemon. Labs are for root
+/// only otherwise.
 pub(crate) fn open_to_nobody(host: &LabHost) {
     for directory in [host.directory(), host.memory_directory()] {
         let parent = directory.parent().unwrap();
         fs::set_permissions(parent, Permissions::from_mode(0o711)).unwrap();
         std::os::unix::fs::chown(directory, Some(NOBODY), None).unwrap();
+    }
+    for keys in [CA, CERTIFICATE, KEY] {
+        std::os::unix::fs::chown(host.directory().join(keys), Some(NOBODY), None).unwrap();
     }
 }
 
