@@ -10,6 +10,7 @@
 //! one. What is left is what the task has computed, or waited for in the kernel. On a busy host the thread that holds a
 //! kernel lock may have no processor itself, or the disk is busy with reading the program: while this thread has to
 //! wait for a processor again and again, or the kernel tells that many threads do, the limit is [`LONGEST_WHERE_BUSY_MS`].
+//! A poll in whose midst the whole process was stopped (SIGSTOP, a debugger) is not judged.
 
 use std::future::Future;
 use std::ops::Range;
@@ -82,10 +83,20 @@ mod watch {
     use std::future::Future;
     use std::os::unix::fs::FileExt;
     use std::pin::Pin;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, LazyLock};
     use std::task::{Context, Poll};
     use std::time::{Duration, Instant};
 
     use tracing::warn;
+
+    /// This is set when the process goes on after it was stopped.
+    static CONTINUED: LazyLock<Arc<AtomicBool>> = LazyLock::new(|| {
+        let continued = Arc::<AtomicBool>::default();
+        // Without it, a poll in whose midst the process was stopped is taken for a long one.
+        let _ = signal_hook::flag::register(libc::SIGCONT, continued.clone());
+        continued
+    });
 
     /// Returns the future with a watch over its polls.
     pub(super) fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
@@ -135,13 +146,14 @@ mod watch {
 
     impl Started {
         fn now() -> Self {
+            CONTINUED.store(false, Ordering::Relaxed);
             Self { at: Instant::now(), delayed: delayed(), computed: computed(), faults: major_faults() }
         }
 
         fn end(self, task: &'static str) {
             let (took, busy) = (self.at.elapsed(), Busy::look(self.delayed));
             let longest = Duration::from_millis(super::LONGEST_MS);
-            if took <= longest {
+            if took <= longest || CONTINUED.load(Ordering::Relaxed) {
                 return;
             }
             let blocked = took.saturating_sub(delayed().saturating_sub(self.delayed));

@@ -8,7 +8,6 @@ mod peer;
 pub(crate) mod secure;
 mod tap;
 
-use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -33,12 +32,8 @@ pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// A peer that says nothing for so long is gone: short, since several tests wait for it.
 pub(crate) const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
 
-/// Tests that stop a daemon stop it for longer than this, in milliseconds.
-const SHORTEST_STOP: u64 = 1000;
 /// What a daemon logs whose control thread was kept from its work (`memlane_net::task`).
 const STOOD_STILL: &str = "the control thread stood still";
-/// The logs of processes that a test has stopped. One that was stopped in the midst of its work has stood still.
-static STOPPED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Two hosts with a daemon each. Only one test has its stage at a time.
 pub(crate) struct Stage {
@@ -200,21 +195,11 @@ impl Drop for Stage {
             return;
         }
         for host in self.rig.lab().hosts() {
-            let path = host.directory().join("memlaned.log");
-            let log = std::fs::read_to_string(&path).unwrap_or_default();
-            let stopped = STOPPED.lock().unwrap_or_else(PoisonError::into_inner).contains(&path);
-            let excused =
-                |line: &str| stopped && milliseconds(line).is_some_and(|still| still >= SHORTEST_STOP);
-            let still = log.lines().filter(|line| line.contains(STOOD_STILL) && !excused(line));
-            let still: Vec<_> = still.collect();
+            let log = std::fs::read_to_string(host.directory().join("memlaned.log")).unwrap_or_default();
+            let still: Vec<_> = log.lines().filter(|line| line.contains(STOOD_STILL)).collect();
             assert!(still.is_empty(), "on {}:\n{}", host.name(), still.join("\n"));
         }
     }
-}
-
-/// Returns how long a line says that a control thread stood still.
-fn milliseconds(line: &str) -> Option<u64> {
-    line.split_once(STOOD_STILL)?.1.split(' ').find_map(|word| word.parse().ok())
 }
 
 impl Order {
@@ -261,9 +246,6 @@ pub(crate) fn wait_for_exit(process: &mut LabProcess) {
 
 /// Sends a signal to a process of the rig; one that is to stop has stopped when this returns.
 pub(crate) fn signal(process: &LabProcess, signal: Signal) {
-    if signal == Signal::STOP {
-        STOPPED.lock().unwrap_or_else(PoisonError::into_inner).push(process.log().to_owned());
-    }
     send_signal(process.pid(), signal);
     if signal == Signal::STOP {
         wait_for("a process to stop", LONG, || has_stopped(process.pid()).then_some(())).unwrap();
