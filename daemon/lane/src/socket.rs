@@ -1,6 +1,7 @@
 //! Options and state of TCP connections (tcp(7), socket(7)), for lanes and other connections of the daemon.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use socket2::SockRef;
 
@@ -39,6 +40,17 @@ pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
         libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
     };
     (result == 0).then_some(info)
+}
+
+/// Returns the shortest recent round trip of a TCP connection; `None` for a socket of another kind.
+pub fn shortest_round_trip(socket: impl AsFd) -> Option<Duration> {
+    tcp_info(socket).map(|info| shortest_of(&info))
+}
+
+/// Returns the shortest recent round trip.
+pub(crate) fn shortest_of(info: &libc::tcp_info) -> Duration {
+    // Before the first round trip the kernel reports the largest number as the shortest one.
+    Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
 }
 
 /// Shuts a connection down in both directions, so that both sides stop to use it.

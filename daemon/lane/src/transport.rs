@@ -22,9 +22,10 @@ pub struct Transport {
     pub records: Option<Box<Records>>,
 }
 
-/// The sealed part of a message that is being sent.
+/// The sealed part of a message that is being sent. It takes memory when the first part is sealed.
+#[derive(Default)]
 pub(crate) struct Sealed {
-    buffer: Box<[u8]>,
+    buffer: Vec<u8>,
     begin: usize,
     end: usize,
 }
@@ -72,16 +73,11 @@ impl Transport {
 
     /// Adds the data of all records that have come whole to `into`. Returns whether there were any.
     fn open(&mut self, into: &mut Vec<u8>) -> Result<bool, LaneError> {
-        let (Some(records), before) = (&mut self.records, into.len()) else { return Ok(false) };
-        loop {
-            let data = records.data()?;
-            if data.is_empty() {
-                return Ok(into.len() > before);
-            }
-            into.extend_from_slice(data);
-            let taken = data.len();
-            records.consume(taken);
+        let before = into.len();
+        if let Some(records) = &mut self.records {
+            records.read(usize::MAX, into)?;
         }
+        Ok(into.len() > before)
     }
 
     /// Sends these few bytes, unless the socket has no room for all of them.
@@ -123,17 +119,13 @@ impl Transport {
 }
 
 impl Sealed {
-    /// Makes a buffer in which nothing is sealed.
-    pub(crate) fn new() -> Self {
-        Self { buffer: vec![0; sealed_bytes(SEALED_AT_ONCE)].into(), begin: 0, end: 0 }
-    }
-
     /// Seals the next part of a message, after the part before has been sent. Returns how many bytes longer it is now.
     ///
     /// # Errors
     ///
     /// Fails if the keys have sealed as much as they may, and no new ones can be made.
     pub(crate) fn fill(&mut self, records: &mut Records, message: &mut Message) -> Result<u64, LaneError> {
+        self.buffer.resize(sealed_bytes(SEALED_AT_ONCE), 0);
         let count = message.remaining().min(SEALED_AT_ONCE);
         self.begin = 0;
         self.end = records.seal(count, &mut self.buffer, |place| message.copy_to(place))?;

@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::is_hello;
-use memlane_tls::{Credentials, Established, Handshake, IdentityError, Records, Step, TlsError};
+use memlane_tls::{Credentials, Established, Handshake, IdentityError, Records, Step};
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
 
-use crate::link::LinkError;
+use crate::error::LinkError;
 
 /// One read takes at most this many bytes.
 const READ_BYTES: usize = 32 << 10;
@@ -39,13 +39,15 @@ pub struct Channel {
     owner: Owner,
 }
 
-/// Whose certificate came with a connection.
+/// This tells whose certificate came with a connection.
 enum Owner {
-    /// Nobody's: the connection is not encrypted.
-    Unknown,
-    /// This peer's.
+    /// The connection is not encrypted, and need not be.
+    Unasked,
+    /// The connection is not encrypted, and should be.
+    Missing,
+    /// The certificate is that of this peer.
     Peer(Label),
-    /// That of no peer.
+    /// The certificate is that of no peer.
     Stranger(IdentityError),
 }
 
@@ -75,7 +77,7 @@ impl Protection {
 impl Channel {
     /// Makes a channel that is not encrypted.
     pub fn plain(stream: Rc<TcpStream>) -> Self {
-        Self { stream, records: None, ahead: RefCell::default(), owner: Owner::Unknown }
+        Self { stream, records: None, ahead: RefCell::default(), owner: Owner::Unasked }
     }
 
     /// Makes a channel of a connection that this host has made to `peer`.
@@ -89,9 +91,8 @@ impl Channel {
         credentials: Option<&Credentials>,
     ) -> Result<Self, LinkError> {
         let Some(credentials) = credentials else { return Ok(Self::plain(stream)) };
-        let handshake = handshake_with(peer, credentials)?;
-        let established = shake(&stream, handshake, Vec::new()).await?;
-        credentials.check_called(peer, &established.certificates)?;
+        let established = shake(&stream, credentials.connect(peer)?, Vec::new()).await?;
+        credentials.check_called(peer, &established)?;
         Ok(Self::encrypted(stream, established.records, Owner::Peer(peer.clone())))
     }
 
@@ -115,7 +116,7 @@ impl Channel {
             (None, _) => Ok(Self { ahead: RefCell::new(first), ..Self::plain(stream) }),
             // The caller answers it, and so refuses it with words.
             (Some(_), _) if is_hello(&first) => {
-                Ok(Self { ahead: RefCell::new(first), ..Self::plain(stream) })
+                Ok(Self { ahead: RefCell::new(first), owner: Owner::Missing, ..Self::plain(stream) })
             }
             (Some(credentials), _) => {
                 let Established { records, certificates, .. } =
@@ -133,16 +134,15 @@ impl Channel {
         Self { stream, records: Some(RefCell::new(records)), ahead: RefCell::default(), owner }
     }
 
-    /// Checks that the host at the other end is `host`, as its certificate says. `encrypts` tells whether this host
-    /// takes no connections but encrypted ones.
+    /// Checks that the host at the other end is `host`, as its certificate says. An insecure host believes it.
     ///
     /// # Errors
     ///
     /// Fails with the reason, for the operator of the other host.
-    pub fn check_host(&self, host: &Label, encrypts: bool) -> Result<(), String> {
+    pub fn check_host(&self, host: &Label) -> Result<(), String> {
         match &self.owner {
-            Owner::Unknown if !encrypts => Ok(()),
-            Owner::Unknown => Err(format!(
+            Owner::Unasked => Ok(()),
+            Owner::Missing => Err(format!(
                 "{host} did not encrypt the connection, and the called host takes no others; give {host} keys \
                  (`memlanectl keys`), and take insecure = true out of its configuration"
             )),
@@ -183,17 +183,7 @@ impl Channel {
             bytes.extend(ahead.drain(..now));
             return Ok(());
         };
-        let mut records = records.borrow_mut();
-        while bytes.len() < count {
-            let data = records.data()?;
-            let now = data.len().min(count - bytes.len());
-            if now == 0 {
-                break;
-            }
-            bytes.extend_from_slice(&data[..now]);
-            records.consume(now);
-        }
-        Ok(())
+        Ok(records.borrow_mut().read(count - bytes.len(), bytes)?)
     }
 
     /// Writes all of these bytes. The caller must not call it again before it has returned.
@@ -226,12 +216,6 @@ impl Channel {
         }
         Err(LinkError::Unexpected { expected: "nothing until the greeting is answered", found: "data" })
     }
-}
-
-/// Begins the handshake of a connection to `peer`.
-fn handshake_with(peer: &Label, credentials: &Credentials) -> Result<Handshake, TlsError> {
-    // Keys are read again with the same peers, so that it is known always.
-    credentials.connect(peer).unwrap_or(Err(TlsError::Protocol("the host is no peer")))
 }
 
 async fn shake(
@@ -268,7 +252,7 @@ pub(crate) fn shake_blocking(
     credentials: &Credentials,
     deadline: Instant,
 ) -> io::Result<Box<Records>> {
-    let mut handshake = handshake_with(peer, credentials).map_err(io::Error::other)?;
+    let mut handshake = credentials.connect(peer).map_err(io::Error::other)?;
     let mut buffer = vec![0; READ_BYTES];
     loop {
         let step = handshake.step();
@@ -277,15 +261,12 @@ pub(crate) fn shake_blocking(
             Step::Exchange => {
                 sent?;
                 let count = read_until(stream, &mut buffer, deadline)?;
-                if count == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
                 handshake.received(&buffer[..count]).map_err(io::Error::other)?;
             }
             Step::Done => {
                 sent?;
                 let established = handshake.finish().map_err(io::Error::other)?;
-                credentials.check_called(peer, &established.certificates).map_err(io::Error::other)?;
+                credentials.check_called(peer, &established).map_err(io::Error::other)?;
                 return Ok(established.records);
             }
         }
@@ -296,14 +277,17 @@ pub(crate) fn shake_blocking(
 ///
 /// # Errors
 ///
-/// Fails if nothing comes until then, or if the connection breaks.
+/// Fails if nothing comes until then, or if the connection ends or breaks.
 pub(crate) fn read_until(stream: &mut StdStream, buffer: &mut [u8], deadline: Instant) -> io::Result<usize> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
     stream.set_read_timeout(Some(left))?;
-    stream.read(buffer)
+    match stream.read(buffer)? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        count => Ok(count),
+    }
 }
 
 /// Reads what has come, and waits for it if need be.

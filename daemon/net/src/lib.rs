@@ -14,6 +14,7 @@
 pub mod announce;
 pub mod channel;
 pub mod config;
+mod error;
 pub mod journal;
 pub mod link;
 pub mod log_limiter;

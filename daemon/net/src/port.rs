@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memlane_kvm::descriptors::{explain, is_exhaustion};
-use memlane_lane::socket::tcp_info;
+use memlane_lane::socket::shortest_round_trip;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::{ANSWER_BYTES, Answer, Hello, Purpose, VERSIONS};
 use memlane_tls::{Credentials, Records};
@@ -88,7 +88,7 @@ pub struct Opened {
     pub records: Option<Box<Records>>,
     /// This is the address of this end.
     pub local: SocketAddr,
-    /// This is the time that the greeting and its answer took.
+    /// This is the shortest round trip of the connection, as the kernel has measured it.
     pub round_trip: Duration,
 }
 
@@ -183,8 +183,7 @@ pub fn open(
     let greeted = Instant::now();
     let answer = greet(&mut stream, &mut records, &hello).map_err(failed("greet"))?;
     // The answer waits until the other host has looked at the certificate: the kernel knows the round trip better.
-    let measured = tcp_info(&stream).map(|info| Duration::from_micros(info.tcpi_min_rtt.into()));
-    let round_trip = measured.unwrap_or(Duration::MAX).min(greeted.elapsed());
+    let round_trip = shortest_round_trip(&stream).unwrap_or(Duration::MAX).min(greeted.elapsed());
     if let Answer::Refused { reason } = answer {
         return Err(OpenError::Refused { remote, port: port.name.clone(), reason });
     }
@@ -214,33 +213,27 @@ fn read_exactly(
     count: usize,
     deadline: Instant,
 ) -> io::Result<Vec<u8>> {
-    let (mut bytes, mut filled) = (vec![0; count], 0);
-    while filled < count {
-        let came = match records {
-            None => {
-                let came = read_until(stream, &mut bytes[filled..], deadline)?;
-                filled += came;
-                came
-            }
+    let mut bytes = Vec::with_capacity(count);
+    loop {
+        let left = count - bytes.len();
+        if let Some(records) = records {
+            records.read(left, &mut bytes).map_err(io::Error::other)?;
+        }
+        if bytes.len() == count {
+            return Ok(bytes);
+        }
+        match records {
             Some(records) => {
-                let data = records.data().map_err(io::Error::other)?;
-                let now = data.len().min(count - filled);
-                bytes[filled..][..now].copy_from_slice(&data[..now]);
-                records.consume(now);
-                filled += now;
-                if now > 0 {
-                    continue;
-                }
                 let came = read_until(stream, records.room(), deadline)?;
                 records.received(came);
-                came
             }
-        };
-        if came == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+            None => {
+                let mut part = vec![0; left];
+                let came = read_until(stream, &mut part, deadline)?;
+                bytes.extend_from_slice(&part[..came]);
+            }
         }
     }
-    Ok(bytes)
 }
 
 /// Tells whether this host has the address.

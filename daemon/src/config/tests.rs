@@ -139,9 +139,10 @@ fn all_keys_are_read() {
 fn without_a_word_about_it_the_keys_of_the_host_are_needed() {
     let config = parse("host = \"host-a\"").unwrap();
     let files = config.keys.clone().unwrap();
-    assert_eq!(files.certificate, Path::new("/etc/memlane/keys/host.pem"));
-    assert_eq!(files.key, Path::new("/etc/memlane/keys/host.key"));
-    assert_eq!(files.ca, Path::new("/etc/memlane/keys/ca.pem"));
+    // Under the names that `memlanectl keys issue` gives them.
+    let keys = Path::new("/etc/memlane/keys");
+    assert_eq!(files.certificate, keys.join(memlane_keys::CERTIFICATE));
+    assert_eq!((files.key, files.ca), (keys.join(memlane_keys::KEY), keys.join(memlane_keys::CA)));
     assert!(parse("insecure = false").unwrap().keys.is_some());
     let config =
         parse("host = \"host-a\"\n[keys]\ncertificate = \"/nonexistent/a\"\nkey = \"/b\"\nca = \"/c\"")

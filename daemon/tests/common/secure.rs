@@ -45,7 +45,7 @@ impl Secure {
         let files = KeyFiles { certificate: file(CERTIFICATE), key: file(KEY), ca: file(CA) };
         let authority = PeerAuthority { name: peer.clone(), ca: None };
         let credentials = Credentials::load(&files, &owner.parse().unwrap(), &[authority]).unwrap();
-        let mut handshake = credentials.connect(&peer).unwrap().map_err(io::Error::other)?;
+        let mut handshake = credentials.connect(&peer).map_err(io::Error::other)?;
         let mut buffer = [0; 4096];
         while handshake.step().map_err(io::Error::other)? == Step::Exchange {
             stream.write_all(&handshake.outgoing())?;
@@ -92,18 +92,15 @@ impl Secure {
 
     fn read(&mut self, count: usize) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        while bytes.len() < count {
-            let data = self.records.data().map_err(io::Error::other)?;
-            let now = data.len().min(count - bytes.len());
-            bytes.extend_from_slice(&data[..now]);
-            self.records.consume(now);
-            if now == 0 {
-                match self.stream.read(self.records.room())? {
-                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    count => self.records.received(count),
-                }
+        loop {
+            self.records.read(count - bytes.len(), &mut bytes).map_err(io::Error::other)?;
+            if bytes.len() == count {
+                return Ok(bytes);
+            }
+            match self.stream.read(self.records.room())? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                came => self.records.received(came),
             }
         }
-        Ok(bytes)
     }
 }

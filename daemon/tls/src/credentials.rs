@@ -23,7 +23,7 @@ use x509_parser::parse_x509_certificate;
 
 use crate::identity::{self, Authority, IdentityError};
 use crate::verify::ShortChains;
-use crate::{Handshake, TlsError};
+use crate::{Established, Handshake, TlsError};
 
 const AUTHORITY: &str = "the authority's certificate";
 /// A file of certificates or keys is never longer than this.
@@ -170,15 +170,15 @@ impl Credentials {
         self.expires
     }
 
-    /// Begins the handshake of a connection to this peer. Returns `None` if there is no such peer.
+    /// Begins the handshake of a connection to this peer.
     ///
     /// # Errors
     ///
-    /// Fails if the random number generator fails.
-    pub fn connect(&self, peer: &Label) -> Option<Result<Handshake, TlsError>> {
-        let (authority, client) = self.peers.get(peer)?;
-        let connection = UnbufferedClientConnection::new(client.clone(), authority.name.clone());
-        Some(connection.map(Handshake::client).map_err(TlsError::from))
+    /// Fails if there is no such peer, or if the random number generator fails.
+    pub fn connect(&self, peer: &Label) -> Result<Handshake, TlsError> {
+        let (authority, client) = self.peer(peer)?;
+        let connection = UnbufferedClientConnection::new(client.clone(), authority.name.clone())?;
+        Ok(Handshake::client(connection))
     }
 
     /// Begins the handshake of a connection that a host has made to this one.
@@ -190,17 +190,23 @@ impl Credentials {
         Ok(Handshake::server(UnbufferedServerConnection::new(self.server.clone())?))
     }
 
-    /// Checks that the certificate, the first of `chain`, is that of the peer which was called.
+    /// Checks that a connection leads to the peer which was called. A handshake has looked at the certificate already,
+    /// unless it was shortened: then the certificate is looked at here.
     ///
     /// # Errors
     ///
-    /// Fails if it is not, or is not valid now under the authority of that peer.
-    pub fn check_called(&self, peer: &Label, chain: &[CertificateDer<'_>]) -> Result<(), TlsError> {
-        let Some((authority, _)) = self.peers.get(peer) else {
-            return Err(TlsError::Certificate(format!("{peer} is no [[peer]] any more")));
-        };
-        identity::check_called(chain, peer, authority)
+    /// Fails if the certificate is that of another host, or is not valid now under the authority of that peer.
+    pub fn check_called(&self, peer: &Label, established: &Established) -> Result<(), TlsError> {
+        if !established.resumed {
+            return Ok(());
+        }
+        let (authority, _) = self.peer(peer)?;
+        identity::check_called(&established.certificates, peer, authority)
             .map_err(|error| TlsError::Certificate(error.to_string()))
+    }
+
+    fn peer(&self, name: &Label) -> Result<&(Authority, Arc<ClientConfig>), TlsError> {
+        self.peers.get(name).ok_or_else(|| TlsError::NoPeer(name.clone()))
     }
 
     /// Returns the settings for connections to a peer, for a test with rustls at this end.

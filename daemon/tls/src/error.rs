@@ -1,5 +1,6 @@
 //! The reasons why a connection between hosts fails in TLS.
 
+use memlane_protocol::wire::Label;
 use rustls::{AlertDescription, CertificateError, Error};
 
 /// The reason why a handshake failed, or why a record cannot be sealed or opened.
@@ -8,6 +9,9 @@ pub enum TlsError {
     /// This host does not accept the other one's certificate.
     #[error("the certificate of the other host is not accepted: {0}")]
     Certificate(String),
+    /// The host that is to be called is not known.
+    #[error("{0} is no [[peer]] of this host")]
+    NoPeer(Label),
     /// The handshake is not valid.
     #[error("the TLS handshake failed: {0}")]
     Handshake(Error),

@@ -63,8 +63,7 @@ pub(crate) fn peer_of<'a>(
     }
 }
 
-/// Checks that the first certificate of `chain` is that of a host which was called as `peer`, now. A handshake that was
-/// shortened does not look at the certificate again.
+/// Checks that the first certificate of `chain` is that of a host which was called as `peer`, now.
 pub(crate) fn check_called(
     chain: &[CertificateDer<'_>],
     peer: &Label,

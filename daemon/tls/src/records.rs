@@ -188,6 +188,26 @@ impl Records {
         Ok(self.incoming.data())
     }
 
+    /// Moves data that has come to the end of `into`, at most `most` bytes of it. Data that is yet to come is not waited
+    /// for.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`data`](Self::data) does.
+    pub fn read(&mut self, most: usize, into: &mut Vec<u8>) -> Result<(), TlsError> {
+        let end = into.len().saturating_add(most);
+        loop {
+            let left = end - into.len();
+            let data = self.data()?;
+            let count = data.len().min(left);
+            if count == 0 {
+                return Ok(());
+            }
+            into.extend_from_slice(&data[..count]);
+            self.consume(count);
+        }
+    }
+
     /// Steps over data that has been taken.
     pub fn consume(&mut self, count: usize) {
         self.incoming.consume(count);

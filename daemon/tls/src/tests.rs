@@ -92,7 +92,7 @@ fn shake(
 
 /// The records of both ends of a connection from the first host to the second.
 fn connection((a, b): &(Credentials, Credentials)) -> (Box<Records>, Box<Records>) {
-    let caller = a.connect(&label("host-b")).unwrap().unwrap();
+    let caller = a.connect(&label("host-b")).unwrap();
     let (near, far) = shake(caller, b.accept().unwrap());
     let (near, far) = (near.unwrap(), far.unwrap());
     assert_eq!(b.peer_of(&far.certificates), Ok(label("host-a")));
@@ -134,14 +134,14 @@ fn hosts_of_one_authority_know_each_other() {
 #[test]
 fn a_later_handshake_is_shorter_and_knows_the_host_all_the_same() {
     let hosts = two_hosts();
-    let first = hosts.0.connect(&label("host-b")).unwrap().unwrap();
+    let first = hosts.0.connect(&label("host-b")).unwrap();
     let (near, far) = shake(first, hosts.1.accept().unwrap());
     let (mut near, mut far) = (near.unwrap(), far.unwrap());
     assert!(!near.resumed && !far.resumed);
     // The ticket comes with the first data.
     let there = far.records.sealed(b"welcome").unwrap();
     assert_eq!(open(&mut near.records, &there, usize::MAX).unwrap(), b"welcome");
-    let again = hosts.0.connect(&label("host-b")).unwrap().unwrap();
+    let again = hosts.0.connect(&label("host-b")).unwrap();
     let (near, far) = shake(again, hosts.1.accept().unwrap());
     let far = far.unwrap();
     assert!(near.unwrap().resumed && far.resumed);
@@ -184,7 +184,7 @@ proptest! {
     #[test]
     fn bytes_of_anybody_are_refused_and_nothing_more(bytes in vec(any::<u8>(), 0..200)) {
         let (a, b) = two_hosts();
-        for mut handshake in [a.connect(&label("host-b")).unwrap().unwrap(), b.accept().unwrap()] {
+        for mut handshake in [a.connect(&label("host-b")).unwrap(), b.accept().unwrap()] {
             handshake.step().unwrap();
             handshake.received(&bytes).unwrap();
             let _ = handshake.step();
@@ -275,7 +275,7 @@ fn records_and_rustls_understand_each_other() {
 fn refusal(fleet: &Fleet) -> (String, String) {
     let a = fleet.load("host-a", "host-b", None).unwrap();
     let b = fleet.load("host-b", "host-a", None).unwrap();
-    let caller = a.connect(&label("host-b")).unwrap().unwrap();
+    let caller = a.connect(&label("host-b")).unwrap();
     let (near, far) = shake(caller, b.accept().unwrap());
     let text = |result: Result<Established, TlsError>| match result {
         Err(error) => error.to_string(),
@@ -326,7 +326,7 @@ fn a_peer_is_the_name_in_its_certificate_under_its_own_authority() {
     // Another host of an authority that is known.
     let a = fleet.load("host-a", "host-b", Some(&theirs_ca)).unwrap();
     let c = fleet.load("host-c", "host-a", None).unwrap();
-    let (_, far) = shake(c.connect(&label("host-a")).unwrap().unwrap(), a.accept().unwrap());
+    let (_, far) = shake(c.connect(&label("host-a")).unwrap(), a.accept().unwrap());
     let error = a.peer_of(&far.unwrap().certificates).unwrap_err();
     assert_eq!(error, IdentityError::NoPeer("host-c".into()));
 
@@ -334,12 +334,12 @@ fn a_peer_is_the_name_in_its_certificate_under_its_own_authority() {
     let forged = Fleet::new();
     forged.make((&ours, "host-b"), &ours, week());
     let b = forged.load("host-b", "host-a", None).unwrap();
-    let (near, far) = shake(b.connect(&label("host-a")).unwrap().unwrap(), a.accept().unwrap());
+    let (near, far) = shake(b.connect(&label("host-a")).unwrap(), a.accept().unwrap());
     assert!(near.is_ok());
     let error = a.peer_of(&far.unwrap().certificates).unwrap_err();
     assert!(matches!(error, IdentityError::NotValid { .. }), "{error}");
     // And host-a does not accept it as the host that it has called.
-    let (near, _) = shake(a.connect(&label("host-b")).unwrap().unwrap(), b.accept().unwrap());
+    let (near, _) = shake(a.connect(&label("host-b")).unwrap(), b.accept().unwrap());
     assert!(near.err().unwrap().to_string().contains("no authority that is known"));
 
     // The host that was called is another.
@@ -349,10 +349,31 @@ fn a_peer_is_the_name_in_its_certificate_under_its_own_authority() {
     }
     let (a, c) =
         (fleet.load("host-a", "host-b", None).unwrap(), fleet.load("host-c", "host-a", None).unwrap());
-    let (near, _) = shake(a.connect(&label("host-b")).unwrap().unwrap(), c.accept().unwrap());
+    let (near, _) = shake(a.connect(&label("host-b")).unwrap(), c.accept().unwrap());
     let error = near.err().unwrap().to_string();
     assert!(error.contains("host-b") && error.contains("host-c"), "{error}");
-    assert!(c.connect(&label("host-b")).is_none());
+    assert!(matches!(c.connect(&label("host-b")), Err(TlsError::NoPeer(_))));
+}
+
+/// While the file of authorities has both, hosts of the old one and of the new one know each other.
+#[test]
+fn an_authority_is_changed_step_by_step() {
+    let fleet = Fleet::new();
+    let (old, new) = (Authority::new("old").unwrap(), Authority::new("new").unwrap());
+    for (authority, host) in [(&old, "host-a"), (&new, "host-b")] {
+        fleet.make((authority, host), authority, week());
+        let both = [old.certificate(), new.certificate()].concat();
+        fs::write(fleet.files(host).ca, both).unwrap();
+    }
+    let load = |host, peer| fleet.load(host, peer, None).unwrap();
+    connection(&(load("host-a", "host-b"), load("host-b", "host-a")));
+    // Once the old one is out, its hosts are refused.
+    fs::write(fleet.files("host-b").ca, new.certificate()).unwrap();
+    let (near, far) = refusal(&fleet);
+    assert!(
+        near.contains("does not know the authority") && far.contains("no authority that is known"),
+        "{near}; {far}"
+    );
 }
 
 /// A search among many certificates that name each other would take seconds, whoever asks for it.

@@ -59,7 +59,7 @@ impl PageServer {
             send_state,
             stats,
             transport,
-            sealed: Sealed::new(),
+            sealed: Sealed::default(),
             sequence: 0,
             runs: Vec::with_capacity(MAX_RUNS),
             head: Vec::with_capacity(FRAME_HEADER_BYTES + MAX_RUNS * RUN_BYTES),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::liveness::{Condition, Liveness, TcpInfo};
 
-use crate::socket::tcp_info;
+use crate::socket::{shortest_of, shortest_round_trip, tcp_info};
 
 /// The kernel is asked about the connection this often.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(50);
@@ -20,7 +20,7 @@ pub(super) struct ConnectionHealth {
 
 impl ConnectionHealth {
     pub(super) fn new(socket: impl AsFd) -> Self {
-        let round_trip = tcp_info(socket).map(|info| shortest_round_trip(&info)).unwrap_or_default();
+        let round_trip = shortest_round_trip(socket).unwrap_or_default();
         Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
     }
 
@@ -42,7 +42,7 @@ impl ConnectionHealth {
         }
         self.looked = now;
         let info = tcp_info(socket)?;
-        self.round_trip = shortest_round_trip(&info);
+        self.round_trip = shortest_of(&info);
         Some(self.liveness.observe(now, &tcp_state(&info)))
     }
 }
@@ -55,11 +55,6 @@ fn tcp_state(info: &libc::tcp_info) -> TcpInfo {
         round_trip: Duration::from_micros(info.tcpi_rtt.into()),
         variation: Duration::from_micros(info.tcpi_rttvar.into()),
     }
-}
-
-fn shortest_round_trip(info: &libc::tcp_info) -> Duration {
-    // Before the first round trip the kernel reports the largest number as the shortest one.
-    Duration::from_micros(info.tcpi_min_rtt.min(info.tcpi_rtt).into())
 }
 
 #[cfg(test)]

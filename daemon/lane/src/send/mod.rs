@@ -128,7 +128,7 @@ impl LaneSender {
         let compress = send_state.compress;
         // What is sealed is a copy already.
         let splicer = if records.is_none() { Splicer::new().ok() } else { None };
-        let encryption = records.map(|records| Encryption { records, sealed: Sealed::new() });
+        let encryption = records.map(|records| Encryption { records, sealed: Sealed::default() });
         Ok(Self {
             ring: Ring::new(64).map_err(LaneError::io("set up io_uring"))?,
             cursor: send_state.ram.whole(first..first + 1).start,

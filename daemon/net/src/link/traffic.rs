@@ -15,8 +15,8 @@ use memlane_protocol::wire::control::{Control, HEADER_BYTES, decode_header};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::LinkError;
 use crate::channel::Channel;
+use crate::error::LinkError;
 
 /// The round trips of this many pings are remembered.
 const ROUND_TRIPS: usize = 8;
