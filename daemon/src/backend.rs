@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use memlane_api::ids;
@@ -10,16 +9,13 @@ use memlane_api::types::{
     ApiError, Attach, CheckReport, ErrorCode, GuestInfo, Launch, Migration, Order, PeerInfo, PortInfo,
     Resolve, Status,
 };
-use memlane_guest::Guest;
 use memlane_guest::qemu::QemuError;
 use memlane_guest::qemu::definition::{Definition, DefinitionError};
 use memlane_migrate::progress::{Phase, Role};
-use memlane_migrate::{MigrateParameters, MigrationHandle, Order as Orders, OrderError, preflight};
+use memlane_migrate::{MigrationHandle, preflight};
 use memlane_net::config::PortConfig;
 use memlane_net::port::{holds, interface_state};
 use memlane_net::task;
-use memlane_protocol::convergence::{Converge, Policy};
-use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::hello;
 use memlane_protocol::wire::{BadLabel, Label};
 use tokio::sync::watch;
@@ -27,7 +23,7 @@ use tracing::info;
 
 use crate::api::{Backend, Caller};
 use crate::host::Host;
-use crate::{keys, metrics, views};
+use crate::{keys, metrics, orders, retry, views};
 
 /// The backend that answers for the host.
 pub(crate) struct HostBackend(pub Rc<Host>);
@@ -91,7 +87,7 @@ impl Backend for HostBackend {
     }
 
     async fn detach(&self, caller: Caller, name: &str) -> Result<GuestInfo, ApiError> {
-        let guest = self.guest(name)?;
+        let guest = orders::guest(&self.0, name)?;
         info!(guest = name, %caller, "ordered to detach a guest");
         // The guest is described before the daemon forgets it.
         let info = views::guest(&guest, &self.0.qemu);
@@ -112,36 +108,23 @@ impl Backend for HostBackend {
     }
 
     async fn check(&self, order: Order) -> Result<CheckReport, ApiError> {
-        let (guest, peer) = self.parties(&order)?;
-        let findings = self.0.migrate.check(&guest, &peer, self.min_bandwidth(&order)).await;
+        let (guest, peer) = orders::parties(&self.0, &order)?;
+        let findings = self.0.migrate.check(&guest, &peer, orders::min_bandwidth(&self.0, &order)).await;
         Ok(views::check(order.guest, order.host, findings))
     }
 
     async fn migrate(&self, caller: Caller, order: Order) -> Result<Migration, ApiError> {
-        let (guest, peer) = self.parties(&order)?;
-        let migration = ids::random();
-        let id = ids::encode(&migration);
-        info!(guest = %guest.shape.name, %peer, migration = id, %caller, "ordered to move a guest");
-        let orders =
-            Orders { parameters: self.migrate_parameters(&order), min_bandwidth: self.min_bandwidth(&order) };
-        let ordered = self.0.migrate.migrate(&guest, &peer, migration, orders).await;
-        ordered.map(|handle| describe(&handle)).map_err(|error| match error {
-            OrderError::Moving => already_moving(&order),
-            OrderError::Refused(findings) => ApiError::new(ErrorCode::Refused, findings.reasons()),
-            OrderError::VmmLost => {
-                let text = format!(
-                    "the connection to the VMM of guest {} was lost meanwhile; order it again",
-                    order.guest
-                );
-                ApiError::new(ErrorCode::Refused, text)
-            }
-        })
+        info!(guest = order.guest, peer = order.host, %caller, "ordered to move a guest");
+        let handle = orders::begin(&self.0, &order).await?;
+        retry::keep(&self.0, order, handle.clone());
+        Ok(describe(&handle))
     }
 
     fn cancel(&self, caller: Caller, id: &str) -> Result<Migration, ApiError> {
         let handle = self.find(id)?;
         info!(guest = %handle.guest, migration = id, %caller, "ordered to cancel a migration");
-        if !handle.cancellable.get() {
+        let tried_again = handle.is_over() && handle.progress.borrow().retries_left > 0;
+        if !handle.cancellable.get() && !tried_again {
             let progress = handle.progress.borrow();
             let why = match (progress.role, progress.status.outcome) {
                 (_, Some(outcome)) => format!("it has ended: {outcome}"),
@@ -214,76 +197,6 @@ impl HostBackend {
         let unknown = || format!("no migration {id} is known here; see `memlanectl status`");
         found.ok_or_else(|| ApiError::new(ErrorCode::UnknownMigration, unknown()))
     }
-
-    fn guest(&self, name: &str) -> Result<Rc<Guest>, ApiError> {
-        let host = &self.0;
-        name.parse().ok().and_then(|label| host.guests.get(&label)).ok_or_else(|| {
-            let names: Vec<String> =
-                host.guests.all().iter().map(|guest| guest.shape.name.to_string()).collect();
-            let there =
-                if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
-            let text = format!("no guest named {name} is attached to this daemon ({there})");
-            ApiError::new(ErrorCode::UnknownGuest, text)
-        })
-    }
-
-    /// Finds the guest and the host that an order names, and checks that the guest is free to move.
-    fn parties(&self, order: &Order) -> Result<(Rc<Guest>, Label), ApiError> {
-        let host = &self.0;
-        let guest = self.guest(&order.guest)?;
-        let peer = order.host.parse().ok().and_then(|name| host.context().peer(&name)).ok_or_else(|| {
-            let names: Vec<String> = host.config.peers.iter().map(|peer| peer.name.to_string()).collect();
-            let there =
-                if names.is_empty() { "none is".into() } else { format!("there are: {}", names.join(", ")) };
-            let text = format!("{} is no peer of this host ({there}); add it as [[peer]]", order.host);
-            ApiError::new(ErrorCode::UnknownHost, text)
-        })?;
-        if guest.is_moving() {
-            return Err(already_moving(order));
-        }
-        if guest.lost.get() {
-            let text = format!(
-                "guest {} waits for memory that will never come, so that it cannot move; end its VMM (process {})",
-                order.guest,
-                guest.process.identity().pid
-            );
-            return Err(ApiError::new(ErrorCode::Refused, text));
-        }
-        if guest.incomplete.get() {
-            let text = format!("part of guest {}'s memory was given up, so that it cannot move", order.guest);
-            return Err(ApiError::new(ErrorCode::Refused, text));
-        }
-        if guest.run_state.get() != RunState::Running {
-            let text = format!("guest {} does not run here ({:?})", order.guest, guest.run_state.get());
-            return Err(ApiError::new(ErrorCode::Refused, text));
-        }
-        Ok((guest, peer.name.clone()))
-    }
-
-    /// Returns how many bits per second the ports must deliver.
-    fn min_bandwidth(&self, order: &Order) -> u64 {
-        let default = self.0.config.limits.min_bandwidth.0;
-        order.min_bandwidth_bits_per_second.unwrap_or(default)
-    }
-
-    /// Combines an order with the daemon's limits. The API has checked that numbers are in range.
-    fn migrate_parameters(&self, order: &Order) -> MigrateParameters {
-        let limits = &self.0.config.limits;
-        let downtime_limit = order.downtime_limit_seconds.map_or(limits.downtime, Duration::from_secs_f64);
-        let max_iterations = order.max_rounds.unwrap_or(limits.max_iterations);
-        let converge = match (order.converge, limits.converge) {
-            (Some(converge), _) => converge.into(),
-            // The order asks to compare memory, and that is impossible while the guest runs: so no post-copy.
-            (None, Converge::Postcopy) if order.verify => Converge::None,
-            (None, Converge::Auto) if order.verify => Converge::Stun,
-            (None, default) => default,
-        };
-        let postcopy = order.postcopy.map(Into::into);
-        let max_stun_percent = order.max_stun_percent.unwrap_or(limits.max_stun_percent(converge));
-        let policy = Policy { downtime_limit, max_iterations, converge, max_stun_percent, postcopy };
-        let compression = order.compression.map_or(limits.compression, Into::into);
-        MigrateParameters { policy, verify: order.verify, compression }
-    }
 }
 
 /// Asks the kernel whether a port can be used, and for its speed in bits per second.
@@ -310,11 +223,6 @@ fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -
 fn qemu_error(code: ErrorCode, doing: &str, name: &Label, error: QemuError) -> ApiError {
     let code = if matches!(error, QemuError::Moving(_)) { ErrorCode::AlreadyMoving } else { code };
     ApiError::new(code, format!("cannot {doing} guest {name}: {error}"))
-}
-
-fn already_moving(order: &Order) -> ApiError {
-    let text = format!("guest {} is being moved already; see `memlanectl watch`", order.guest);
-    ApiError::new(ErrorCode::AlreadyMoving, text)
 }
 
 /// Describes a migration as it is now.

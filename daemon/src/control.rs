@@ -54,11 +54,11 @@ async fn serve_connection(
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
     let judge = |hello: &Hello| admit(host, hello, remote);
-    let Greeted { hello, channel } = answer_greeting(&stream, &host.protection, judge).await?;
+    let Greeted { hello, version, channel } = answer_greeting(&stream, &host.protection, judge).await?;
     if hello.purpose == Purpose::Probe {
         return Ok(());
     }
-    let mut link = Link::over(channel, host.config.limits.silence);
+    let mut link = Link::over(channel, version, host.config.limits.silence);
     let first = async {
         let mut first = link.receive().await?;
         if let Control::LanesFrom(addresses) = first {
@@ -71,17 +71,20 @@ async fn serve_connection(
     let first = first.unwrap_or(Err(LinkError::Silent(PATIENCE)))?;
     // Questions about a handover are short, and must be answered no matter how many guests are on their way. A link that
     // serves a migration is bounded by that migration's queue.
-    if matches!(first, Control::Offer(_)) && !slot.stay() {
+    if matches!(first, Control::Offer(_) | Control::Resume { .. }) && !slot.stay() {
         return Err(LinkError::Crowd);
     }
     match first {
         Control::Offer(offer) => host.migrate.take_offer(hello.host, link, offer).await,
-        Control::Handover { migration, message, .. } => {
-            if let Some(message) = host.migrate.answer(&hello.host, migration, message).await {
-                let reason = String::new();
+        Control::Handover { migration, message, reason, .. } => {
+            let word = (message, reason);
+            if let Some((message, reason)) = host.migrate.answer(&hello.host, migration, word).await {
                 link.send(&Control::Handover { migration, message, nanoseconds: 0, reason }).await?;
                 link.until_closed().await;
             }
+        }
+        Control::Resume { migration, received } => {
+            host.migrate.resume(&hello.host, &migration, link, received);
         }
         Control::Fetch(migration) => host.migrate.serve(&hello.host, &migration, link),
         other => return Err(LinkError::Unexpected { expected: "an offer", found: other.name() }),

@@ -19,7 +19,7 @@ use crate::api::server;
 use crate::backend::HostBackend;
 use crate::config::Config;
 use crate::host::Host;
-use crate::{control, keys, metrics, systemd};
+use crate::{control, keys, metrics, retry, systemd};
 
 /// When the daemon ends it waits at most this long for migrations to be cancelled.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -84,6 +84,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     host.migrate.recover(unfinished);
     listen(&host).await?;
     host.qemu.resume();
+    retry::resume(&host).await;
     task::spawn("metrics upkeep", metrics::upkeep());
     task::spawn("service watchdog", systemd::watchdog());
     let (name, peers, ports) = (&host.config.host, host.config.peers.len(), host.config.ports.len());
@@ -121,14 +122,14 @@ async fn listen(host: &Rc<Host>) -> Result<(), DaemonError> {
     // These sockets are opened last, so that a program that finds them finds a daemon that is ready.
     let path = config.attach_socket.clone();
     let attach = attach_socket::bind(&path).map_err(|source| DaemonError::Attach { path, source })?;
-    let api = server::bind(&config.api_socket)?;
+    let api = server::bind(&config.api_socket, config.access.socket_mode())?;
     let backend = Rc::new(HostBackend(host.clone()));
     if let Some(address) = config.metrics {
         let listener = tokio::net::TcpListener::bind(address).await.map_err(failed(address, "metrics"))?;
         task::spawn("metrics server", server::serve_metrics(listener, backend.clone()));
     }
     task::spawn("control port", control::serve(control, host.clone()));
-    task::spawn("API server", server::serve(api, backend));
+    task::spawn("API server", server::serve(api, config.access.clone(), backend));
     task::spawn("attach socket", attach_socket::serve(attach, host.attaching()));
     Ok(())
 }

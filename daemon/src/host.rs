@@ -7,7 +7,7 @@ use std::time::Instant;
 use memlane_guest::attach_socket::Attaching;
 use memlane_guest::config::QemuSettings;
 use memlane_guest::shim::Shims;
-use memlane_guest::{Guests, qemu};
+use memlane_guest::{Guests, Users, qemu};
 use memlane_migrate::{Context, Settings, Supervisor};
 use memlane_net::channel::Protection;
 use memlane_net::journal::Journal;
@@ -25,6 +25,8 @@ pub(crate) struct Host {
     pub guests: Rc<Guests>,
     /// The connections of shims in VMMs that are not linked with Memlane.
     pub shims: Rc<Shims>,
+    /// The users that guests of this daemon have.
+    pub guest_users: Rc<Users>,
     /// The supervisor of QEMU guests.
     pub qemu: Rc<qemu::Supervisor>,
     /// The supervisor of migrations.
@@ -43,7 +45,9 @@ impl Host {
             attach_users: config.attach_users.clone(),
             attach_socket: config.attach_socket.clone(),
         };
-        let qemu = qemu::Supervisor::new(qemu, &config.journal, guests.clone(), shims.clone());
+        let guest_users = Users::new(config.guests.users);
+        let parts = (guests.clone(), shims.clone(), guest_users.clone());
+        let qemu = qemu::Supervisor::new(qemu, &config.journal, parts);
         let settings = Settings {
             host: config.host.clone(),
             ports: config.ports.clone(),
@@ -56,7 +60,8 @@ impl Host {
         let observers = (Rc::new(Metrics) as _, Arc::new(Metrics) as _);
         let context = Context::new(settings, journal, guests.clone(), qemu.clone(), observers);
         let migrate = Supervisor::new(context);
-        Rc::new(Self { config, protection, guests, shims, qemu, migrate, started: Instant::now() })
+        let started = Instant::now();
+        Rc::new(Self { config, protection, guests, shims, guest_users, qemu, migrate, started })
     }
 
     /// Returns the context that all migrations of this host share.
@@ -68,6 +73,7 @@ impl Host {
     pub(crate) fn attaching(&self) -> Rc<Attaching> {
         Rc::new(Attaching {
             users: self.config.attach_users.clone(),
+            guest_users: self.guest_users.clone(),
             limits: self.config.attach.clone(),
             guests: self.guests.clone(),
             shims: self.shims.clone(),

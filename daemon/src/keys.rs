@@ -1,5 +1,6 @@
 //! The keys of this host: what is said of them, and how they are read again.
 
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
@@ -66,12 +67,23 @@ pub(crate) async fn reload_on(mut signal: Signal, host: Rc<Host>) {
             Ok(Some(credentials)) => {
                 host.protection.replace(credentials);
                 info!("the keys were read again; new connections use them");
+                if host.config.keys.as_ref().is_some_and(|files| are_handed_over(&files.certificate)) {
+                    warn!(
+                        "systemd has handed over the keys (LoadCredential=), and may do so only when the daemon starts: \
+                         if they were renewed since then, restart the daemon when nothing moves"
+                    );
+                }
                 report(&host);
             }
             Ok(None) => info!("there are no keys to read again (insecure = true)"),
             Err(error) => error!(%error, "the keys were not read again; those before stay in use"),
         }
     }
+}
+
+/// Returns whether a file is one that systemd has handed over.
+fn are_handed_over(file: &Path) -> bool {
+    std::env::var_os("CREDENTIALS_DIRECTORY").is_some_and(|directory| file.starts_with(directory))
 }
 
 /// Returns when the certificate of this host expires, in seconds since 1970 (UTC), or `None` if nothing is encrypted.

@@ -15,5 +15,7 @@ mod host;
 mod keys;
 pub mod log;
 pub mod metrics;
+mod orders;
+mod retry;
 mod systemd;
 mod views;

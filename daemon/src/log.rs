@@ -1,8 +1,31 @@
-//! The log writer, which makes untrusted text harmless: see [`memlane_protocol::wire::plain`].
+//! The log of the daemon: a thread of its own writes it, and untrusted text in it is made harmless (see
+//! [`memlane_protocol::wire::plain`]).
 
 use std::io::{self, Write};
+use std::sync::OnceLock;
 
 use memlane_protocol::wire::plain;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+
+/// So many lines wait to be written. More are lost: what reads the log (a journal, a full disk) stands still, and guests
+/// must not.
+const LINES: usize = 10_000;
+
+static LOST: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Returns a writer of lines to the standard error stream that never waits. What waits to be written when the guard is
+/// dropped is written then, if that takes no longer than a second.
+pub fn to_stderr() -> (NonBlocking, WorkerGuard) {
+    let builder = NonBlockingBuilder::default().buffered_lines_limit(LINES).thread_name("log");
+    let (writer, guard) = builder.finish(PlainLog(io::stderr()));
+    let _ = LOST.set(writer.error_counter());
+    (writer, guard)
+}
+
+/// Returns how many lines of the log were lost, because what reads it was too slow.
+pub fn lost_lines() -> u64 {
+    LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
+}
 
 /// A writer of log lines that turns each write into one line of plain text. Names, paths and reasons come from peers,
 /// VMMs and QEMU. One of them with an end of line in it would look like another line of the daemon's log.
@@ -13,7 +36,8 @@ impl<W: Write> Write for PlainLog<W> {
         let text = String::from_utf8_lossy(bytes);
         let line = text.strip_suffix('\n').unwrap_or(&text);
         let end = if line.len() < text.len() { "\n" } else { "" };
-        self.0.write_all(format!("{}{end}", plain(line)).as_bytes())?;
+        // Where the log cannot be written, nobody can be told, and guests go on. An error here would make the logger panic.
+        let _ = self.0.write_all(format!("{}{end}", plain(line)).as_bytes());
         Ok(bytes.len())
     }
 
@@ -40,6 +64,24 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// What the log is written to is full.
+    struct Full;
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_log_that_is_full_ends_nothing() {
+        assert_eq!(PlainLog(Full).write(b"a line\n").unwrap(), 7);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use memlane_kvm::descriptors;
 use memlaned::config::Config;
-use memlaned::log::PlainLog;
+use memlaned::log;
 use tracing_subscriber::EnvFilter;
 
 /// Moves running KVM guests between hosts.
@@ -28,10 +28,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("MEMLANE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // Under systemd, the journal adds the time.
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| PlainLog(std::io::stderr()))
-        .with_ansi(false);
+    let (writer, written) = log::to_stderr();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.without_time().init()
     } else {
@@ -64,6 +62,7 @@ fn main() -> ExitCode {
                 1
             }
         };
+        drop(written);
         // To end the runtime would wait for every helper thread, no matter how long that takes.
         std::process::exit(code)
     })

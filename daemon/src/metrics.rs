@@ -20,7 +20,7 @@ use memlane_protocol::wire::control::FetchReport;
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-use crate::views;
+use crate::{log, views};
 
 use names::*;
 
@@ -67,8 +67,10 @@ pub fn encryption(expires: Option<f64>) {
     gauge!(CERTIFICATE_EXPIRES).set(expires.unwrap_or(0.0));
 }
 
-/// Sets the gauges: the number of guests, and what the migrations under way do on these ports.
+/// Sets the gauges: the number of guests, and what the migrations under way do on these ports; and how many lines of the
+/// log were lost.
 pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<Item = &'n str>) {
+    counter!(LOG_LINES_LOST).absolute(log::lost_lines());
     gauge!(GUESTS).set(guests as f64);
     let active = || migrations.iter().filter(|progress| progress.status.outcome.is_none());
     gauge!(MIGRATIONS_ACTIVE).set(active().count() as f64);

@@ -15,6 +15,8 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         role,
         started_at_unix_seconds,
         total_seconds,
+        retries_left,
+        retry_of,
         status,
         ram,
         pause,
@@ -56,6 +58,8 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         save_seconds,
         load_seconds,
     } = pause;
+    let in_danger = phase == progress::Phase::Fetching && ended.is_none();
+    let lost_if = in_danger.then(|| what_loses_the_guest(&host));
     types::Migration {
         id,
         guest,
@@ -68,6 +72,8 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         in_doubt_since_unix_seconds,
         waits_for,
         decision,
+        retries_left,
+        retry_of,
         started_at_unix_seconds,
         total_seconds,
         downtime_limit_seconds,
@@ -89,7 +95,7 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         rounds: iterations.into_iter().map(round).collect(),
         lanes: lanes.into_iter().map(lane).collect(),
         stun: stun.map(stun_of),
-        postcopy: postcopy.map(postcopy_of),
+        postcopy: postcopy.map(|postcopy| postcopy_of(postcopy, lost_if)),
         tracking_start_seconds,
         vmm_state_bytes,
         save_seconds,
@@ -235,7 +241,15 @@ fn stun_of(stun: progress::Stun) -> types::Stun {
     types::Stun { seconds, released_pages_per_second, target_pages_per_second, switch_seconds }
 }
 
-fn postcopy_of(postcopy: progress::Postcopy) -> types::Postcopy {
+/// Says what else than the network and the daemons must last until a guest that runs at `destination` is whole.
+fn what_loses_the_guest(destination: &str) -> String {
+    format!(
+        "its VMM at {destination} ends, or {destination} or the host that it left goes down; at the host that it left, its VMM \
+         and the daemon may end one at a time, but not both"
+    )
+}
+
+fn postcopy_of(postcopy: progress::Postcopy, lost_if: Option<String>) -> types::Postcopy {
     let progress::Postcopy {
         faults,
         fault_p50_us,
@@ -257,6 +271,7 @@ fn postcopy_of(postcopy: progress::Postcopy) -> types::Postcopy {
         remaining_pages,
         seconds,
         waits_for,
+        lost_if,
     }
 }
 

@@ -51,8 +51,8 @@ fn pages_of(vmm: &mut LabVmm) -> HashSet<Vec<u8>> {
 }
 
 /// Listens to all that arrives at host B's ports while a guest moves. Returns how many of its pages were seen there,
-/// how much was heard, and whether any header of a frame was seen.
-fn overheard(stage: &mut Stage) -> (usize, usize, bool) {
+/// how much was heard, and how often the first bytes of a frame's header were seen.
+fn overheard(stage: &mut Stage) -> (usize, usize, usize) {
     let mut here = stage.rig.start_vmm(HostId::A, "web1", &words(GUEST)).unwrap();
     let mut there = stage.rig.start_vmm(HostId::B, "web1", &words(&format!("{GUEST} --incoming"))).unwrap();
     let marks = pages_of(&mut here);
@@ -61,17 +61,13 @@ fn overheard(stage: &mut Stage) -> (usize, usize, bool) {
     let capture = host.run_in(|| Capture::open(&interface)).unwrap().unwrap();
     let done = AtomicBool::new(false);
     let heard = std::thread::scope(|scope| {
+        // It looks at what it has heard afterwards, since it would miss what comes meanwhile.
         let listener = scope.spawn(|| {
-            let (mut seen, mut bytes, mut headers) = (HashSet::new(), 0, false);
+            let mut frames = Vec::new();
             while !done.load(Ordering::Relaxed) {
-                let Some(frame) = capture.next(Duration::from_millis(100)).unwrap() else { continue };
-                bytes += frame.bytes.len();
-                headers |= frame.bytes.windows(4).any(|part| part == b"MLFr");
-                seen.extend(
-                    frame.bytes.windows(MARK).filter(|part| marks.contains(*part)).map(<[u8]>::to_vec),
-                );
+                frames.extend(capture.next(Duration::from_millis(100)).unwrap().map(|frame| frame.bytes));
             }
-            (seen.len(), bytes, headers)
+            frames
         });
         let answer = stage.migrate("web1", &["--verify", "--downtime-limit", "20s"]);
         done.store(true, Ordering::Relaxed);
@@ -79,7 +75,12 @@ fn overheard(stage: &mut Stage) -> (usize, usize, bool) {
         listener.join().unwrap()
     });
     common::assert_runs(&mut there);
-    heard
+    let (mut seen, mut headers) = (HashSet::new(), 0);
+    for bytes in &heard {
+        headers += bytes.windows(4).filter(|part| part == b"MLFr").count();
+        seen.extend(bytes.windows(MARK).filter(|part| marks.contains(*part)));
+    }
+    (seen.len(), heard.iter().map(Vec::len).sum(), headers)
 }
 
 const GUEST: &str =
@@ -96,11 +97,16 @@ fn who_sees_the_wire_sees_no_page() {
         let options = RigOptions { lab, tables: LIMITS.into(), insecure, ..RigOptions::default() };
         let Some(mut stage) = Stage::with(test, Requirement::LAB_WITH_KVM, options) else { return };
         let (pages, bytes, headers) = overheard(&mut stage);
-        assert!(bytes > 40 << 20, "only {bytes} bytes were heard");
+        // A listener that is short of processor time may miss some.
+        assert!(bytes > 20 << 20, "only {bytes} bytes were heard");
         if insecure {
-            assert!(pages > 1000 && headers, "the listener hears nothing: {pages} pages");
+            assert!(
+                pages > 1000 && headers > 9,
+                "the listener hears nothing: {pages} pages, {headers} headers"
+            );
         } else {
-            assert!(pages == 0 && !headers, "{pages} pages were seen on the wire");
+            // Of so many random bytes, every hundredth run has such four by chance; three by chance no run has.
+            assert!(pages == 0 && headers < 3, "{pages} pages and {headers} headers were seen on the wire");
         }
     }
 }
@@ -245,6 +251,52 @@ fn control_address(stage: &Stage) -> std::net::SocketAddr {
 fn hang_up(stage: &mut Stage, id: HostId) {
     let process: &mut LabProcess = stage.rig.daemon(id);
     common::signal(process, Signal::HUP);
+}
+
+/// Hosts of two owners: each has its own authority, and takes that of the other for the other's hosts alone.
+#[test]
+fn two_administrations_trust_each_other_for_their_own_hosts_alone() {
+    let test = "two_administrations_trust_each_other_for_their_own_hosts_alone";
+    let Some(mut stage) = Stage::new(test, LabOptions::default()) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let (east, west) = (Authority::new("east").unwrap(), Authority::new("west").unwrap());
+    let sides = [(HostId::A, "host-a", &east, &west), (HostId::B, "host-b", &west, &east)];
+    for (id, name, own, _) in sides {
+        write_keys(&stage, id, (own, name, week()), own);
+        stage.rig.start_daemon(id).unwrap();
+    }
+    stage.wait_for_standing(HostId::A, "web1", "running");
+    refused(
+        &mut stage,
+        ["no authority that is known here has signed it", "does not know the authority that signed"],
+    );
+
+    for (id, _, _, other) in sides {
+        let file = stage.rig.lab().host(id).directory().join("partner-ca.pem");
+        fs::write(&file, other.certificate()).unwrap();
+        let ca = format!("ca = \"{}\"\nmay_start_guests", file.display());
+        stage.reconfigure(id, |text| text.replace("may_start_guests", &ca));
+    }
+    stage.assert_runs_on("web1", &mut guest);
+
+    // The authority of host B's owner signs for no host of the other's, not even at host B.
+    let forged = stage.rig.lab().host(HostId::A).directory().join("forged");
+    west.issue_to(&forged, "host-a", week()).unwrap();
+    for lane in [false, true] {
+        let purpose = if lane { Purpose::Lane { token: [0; 16], lane: 0 } } else { Purpose::Control };
+        let connected = Secure::connect(&stage, &forged, "host-a", lane);
+        let answer = connected.and_then(|mut forger| forger.greet("host-a", purpose));
+        assert!(!matches!(answer, Ok(Answer::Welcome { .. })), "{answer:?}");
+    }
+    stage.wait_for_log(HostId::B, "the certificate names host-a, and is not accepted");
+
+    stage.assert_moves("web1", &mut there);
+    let mut back =
+        stage.rig.start_vmm(HostId::A, "web1", &words(&format!("{} --incoming", common::GUEST))).unwrap();
+    let answer = stage.rig.ctl(HostId::B, &["migrate", "web1", "host-a", "--verify"]).unwrap();
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    common::assert_runs(&mut back);
 }
 
 /// New keys come into use without a restart, and no migration is lost over it.

@@ -335,7 +335,7 @@ fn a_destination_that_breaks_the_protocol() {
         (Trick::ReadyTooEarly, 4, "gave up: enough"),
     ] {
         eprintln!("{trick:?}");
-        let order = stage.begin("web1", &["--downtime-limit", "30s"]);
+        let order = stage.begin("web1", &["--downtime-limit", "30s", "--patience", "0s"]);
         let held = destination.play(trick);
         order.expect(code, &[why]);
         drop(held);
@@ -389,6 +389,8 @@ impl FakeDestination {
                 break (peer, offer);
             }
         };
+        // Of the migration before, which had opened it again.
+        while self.lanes.try_recv().is_ok() {}
         match trick {
             Trick::NoAnswer => {
                 peer.fall_silent();

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use common::{LONG, Stage, Tap, assert_runs, wait_for_exit};
-use memlane_lab::{HostId, LabOptions, LabProcess, LabVmm, wait_for};
+use memlane_lab::{HostId, LabOptions, LabVmm, wait_for};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
 
@@ -91,20 +91,6 @@ fn a_daemon_does_not_start_with_a_journal_that_does_not_add_up() {
     wait_for_exit(guest.process());
 }
 
-/// Starts a host's daemon through a script, which is given the journal's directory.
-fn start_by(stage: &mut Stage, id: HostId, script: &str) -> LabProcess {
-    stage.rig.stop_daemon(id).unwrap();
-    let (host, script) = (stage.rig.lab().host(id), format!("{script}; shift; exec \"$@\""));
-    let mut command = host.command("sh");
-    command.args(["-e", "-c", &script, "sh"]).arg(journal(stage, id));
-    command.arg(env!("CARGO_BIN_EXE_memlaned")).arg("--config").arg(stage.rig.config_file(id));
-    let mut daemon = host.spawn("memlaned-other", command).unwrap();
-    let up = || (!daemon.is_running() || host.listens("api.sock")).then_some(());
-    wait_for("the daemon", LONG, up).unwrap();
-    assert!(daemon.is_running(), "memlaned has ended: {}", daemon.log_tail());
-    daemon
-}
-
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
 }
@@ -116,12 +102,13 @@ fn a_daemon_starts_with_a_full_disk() {
     let Some((mut stage, tap)) = Stage::tapped(test, LabOptions::default()) else { return };
     let (mut guest, mut there) = committed(&mut stage, &tap);
     // Nobody but this daemon sees the mount.
-    let full = r#"cp -a "$1" "$1.kept"
-        mount -t tmpfs -o size=192k,mode=0755 tmpfs "$1"
-        cp -a "$1.kept/." "$1"
-        ! cat /dev/zero > "$1/filled" 2> /dev/null"#;
-    let mut daemon = start_by(&mut stage, HostId::A, full);
-    let file = PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), journal(&stage, HostId::A).display()));
+    let full = r#"cp -a "$1/journal" "$1/kept"
+        mount -t tmpfs -o size=192k,mode=0755 tmpfs "$1/journal"
+        cp -a "$1/kept/." "$1/journal"
+        ! cat /dev/zero > "$1/journal/filled" 2> /dev/null"#;
+    stage.rig.start_daemon_after(HostId::A, full).unwrap();
+    let pid = stage.rig.daemon(HostId::A).pid();
+    let file = PathBuf::from(format!("/proc/{pid}/root{}", journal(&stage, HostId::A).display()));
     let more = fs::write(file.join("more"), [0; 4096]).unwrap_err();
     assert_eq!(more.raw_os_error(), Some(28), "there is room on the disk: {more}");
     stage.wait_for_standing(HostId::B, "web1", "running");
@@ -131,8 +118,7 @@ fn a_daemon_starts_with_a_full_disk() {
         let text = fs::read_to_string(file.join(FILE)).unwrap();
         text.contains("\"record\":null").then_some(())
     })
-    .unwrap_or_else(|error| panic!("{error}: {}", daemon.log_tail()));
-    daemon.kill().unwrap();
+    .unwrap_or_else(|error| panic!("{error}: {}", stage.rig.daemon(HostId::A).log_tail()));
 }
 
 #[test]
@@ -149,9 +135,8 @@ fn nobody_else_may_look_into_the_journal() {
     for umask in ["0000", "0777"] {
         stage.rig.stop_daemon(HostId::A).unwrap();
         fs::remove_dir_all(&directory).unwrap();
-        let mut daemon = start_by(&mut stage, HostId::A, &format!("umask {umask}"));
+        stage.rig.start_daemon_after(HostId::A, &format!("umask {umask}")).unwrap();
         assert_eq!(modes(), only_ours, "umask {umask}");
-        daemon.kill().unwrap();
     }
     fs::set_permissions(&directory, Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(directory.join(FILE), Permissions::from_mode(0o644)).unwrap();

@@ -19,9 +19,17 @@ fn two_slow_ports(test: &str) -> Option<Stage> {
     Stage::new(test, LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() })
 }
 
+/// At this rate a guest takes longer than a host may be silent.
+const VERY_SLOW: u64 = 5_000_000;
+
+fn two_very_slow_ports(test: &str) -> Option<Stage> {
+    let rate = Rate::from_bits_per_second(VERY_SLOW);
+    Stage::new(test, LabOptions { ports: 2, port_rate: Some(rate), ..LabOptions::default() })
+}
+
 #[test]
 fn a_port_that_is_lost_costs_its_share_only() {
-    let Some(mut stage) = two_slow_ports("a_port_that_is_lost_costs_its_share_only") else { return };
+    let Some(mut stage) = two_very_slow_ports("a_port_that_is_lost_costs_its_share_only") else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let order = stage.begin("web1", &["--verify"]);
@@ -49,7 +57,7 @@ fn a_port_that_is_lost_costs_its_share_only() {
 /// Once it drops everything without a word, and once it is down.
 #[test]
 fn a_port_that_returns_carries_its_share_again() {
-    let Some(mut stage) = two_slow_ports("a_port_that_returns_carries_its_share_again") else { return };
+    let Some(mut stage) = two_very_slow_ports("a_port_that_returns_carries_its_share_again") else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
     let order = stage.begin("web1", &["--verify"]);
@@ -111,6 +119,143 @@ fn the_last_port_is_lost() {
     stage.rig.lab().host(HostId::A).port_up(0).unwrap();
     stage.rig.lab().set_port_rate(0, None).unwrap();
     stage.assert_moves("web1", &mut there);
+}
+
+/// Everything between the hosts is cut while a guest is copied: its connection for control, its ports, and both. What had
+/// arrived stays, and the guest moves when the network is back.
+#[test]
+fn the_network_is_lost_for_a_while() {
+    let Some(mut stage) = two_very_slow_ports("the_network_is_lost_for_a_while") else { return };
+    for (control, ports) in [(true, false), (false, true), (true, true)] {
+        eprintln!("control {control}, ports {ports}");
+        let mut guest = stage.guest("web1");
+        let mut there = stage.receiver("web1");
+        let order = stage.begin("web1", &["--verify", "--patience", "5min"]);
+        stage.wait_until(HostId::A, "web1", "some pages sent", |migration| {
+            migration.outcome.is_none() && migration.bytes_sent > 4 << 20
+        });
+        let cut = |silent: bool| {
+            let lab = stage.rig.lab();
+            if control {
+                lab.silence_control(silent).unwrap();
+            }
+            if ports {
+                (0..2).for_each(|port| lab.silence_port(port, silent).unwrap());
+            }
+        };
+        cut(true);
+        for host in [HostId::A, HostId::B].into_iter().filter(|_| control) {
+            let lost = stage.wait_until(host, "web1", "the loss of the other host", |migration| {
+                migration.waits_for.as_ref().is_some_and(|what| what.contains("reached again"))
+            });
+            assert_eq!(lost.outcome, None);
+        }
+        if ports {
+            stage.wait_until(HostId::A, "web1", "the loss of all lanes", |migration| {
+                migration.lanes.iter().all(|lane| lane.state == LaneState::Lost)
+            });
+        }
+        cut(false);
+        if control {
+            stage.wait_until(HostId::A, "web1", "the other host", |migration| migration.waits_for.is_none());
+        }
+        let lab = stage.rig.lab();
+        (0..2).for_each(|port| lab.set_port_rate(port, None).unwrap());
+        let answer = order.expect(0, &[]);
+        let ended = answer.last().unwrap();
+        assert_eq!(ended["digest_verified"], true, "{ended}");
+        assert_eq!(ended["rounds"][0]["round"], 1, "{ended}");
+        common::assert_runs(&mut there);
+        common::wait_for_exit(guest.process());
+        there.quit().unwrap();
+        (0..2).for_each(|port| lab.set_port_rate(port, Some(Rate::from_bits_per_second(VERY_SLOW))).unwrap());
+    }
+}
+
+/// The hosts part for good: the network does not come back, or the daemon there knows nothing of the migration any more.
+#[test]
+fn the_other_host_does_not_come_back() {
+    let Some(mut stage) = two_very_slow_ports("the_other_host_does_not_come_back") else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let begin = |stage: &Stage, patience: &str| {
+        let order = stage.begin("web1", &["--patience", patience]);
+        stage.wait_until(HostId::A, "web1", "some pages sent", |migration| {
+            migration.outcome.is_none() && migration.bytes_sent > 1 << 20
+        });
+        order
+    };
+    let order = begin(&stage, "1s");
+    stage.rig.lab().silence_control(true).unwrap();
+    order.expect(4, &["has not come back within 1s"]);
+    stage.rig.lab().silence_control(false).unwrap();
+    stage.assert_runs_on("web1", &mut guest);
+    stage.wait_until(HostId::B, "web1", "the end", |migration| migration.outcome.is_some());
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+
+    let order = begin(&stage, "5min");
+    stage.rig.stop_daemon(HostId::B).unwrap();
+    stage.rig.start_daemon(HostId::B).unwrap();
+    order.expect(4, &["does not go on", "started anew"]);
+    stage.assert_runs_on("web1", &mut guest);
+
+    // A source that begins anew need not wait until the destination has lost its patience.
+    stage.wait_for_standing(HostId::B, "web1", "incoming");
+    let order = begin(&stage, "5min");
+    stage.rig.stop_daemon(HostId::A).unwrap();
+    order.expect(6, &[]);
+    stage.rig.start_daemon(HostId::A).unwrap();
+    stage.wait_for_standing(HostId::A, "web1", "running");
+    (0..2).for_each(|port| stage.rig.lab().set_port_rate(port, None).unwrap());
+    stage.assert_moves("web1", &mut there);
+}
+
+/// An order that says so is tried again by itself: after the other host was away for longer than the patience, and by a
+/// daemon that was started anew.
+#[test]
+fn an_order_is_tried_again() {
+    let Some(mut stage) = two_slow_ports("an_order_is_tried_again") else { return };
+    let fast = |stage: &Stage, rate: Option<Rate>| {
+        (0..2).for_each(|port| stage.rig.lab().set_port_rate(port, rate).unwrap());
+    };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let order = stage.begin("web1", &["--patience", "0s", "--retry", "50"]);
+    let first =
+        stage.wait_until(HostId::A, "web1", "some pages sent", |migration| migration.bytes_sent > 1 << 20);
+    assert_eq!((first.retries_left, &first.retry_of), (50, &None));
+    stage.rig.stop_daemon(HostId::B).unwrap();
+    let failed = stage
+        .wait_until(HostId::A, "web1", "the end of the first try", |migration| migration.outcome.is_some());
+    assert!(failed.id == first.id && failed.retries_left > 0, "{failed:?}");
+    stage.rig.start_daemon(HostId::B).unwrap();
+    fast(&stage, None);
+    let answer = order.expect(0, &["trying again"]);
+    let ended = answer.last().unwrap();
+    assert_eq!((&ended["outcome"], &ended["retry_of"]), (&"completed".into(), &first.id.into()), "{ended}");
+    common::assert_runs(&mut there);
+    common::wait_for_exit(guest.process());
+    there.quit().unwrap();
+
+    fast(&stage, Some(Rate::from_bits_per_second(50_000_000)));
+    let mut guest = stage.guest("web2");
+    let mut there = stage.receiver("web2");
+    let order = stage.begin("web2", &["--retry", "9"]);
+    stage.wait_until(HostId::A, "web2", "some pages sent", |migration| migration.bytes_sent > 1 << 20);
+    stage.rig.stop_daemon(HostId::A).unwrap();
+    order.expect(6, &[]);
+    fast(&stage, None);
+    stage.rig.start_daemon(HostId::A).unwrap();
+    stage.wait_for_log(HostId::A, "an order is tried again");
+    stage.wait_for_end("web2");
+    common::assert_runs(&mut there);
+    common::wait_for_exit(guest.process());
+    // Nothing is left that a later daemon would try.
+    let orders = stage.rig.config_file(HostId::A).with_file_name("journal").join("orders");
+    memlane_lab::wait_for("the order to be forgotten", LONG, || {
+        (std::fs::read_dir(&orders).unwrap().count() == 0).then_some(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -3,8 +3,11 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{Linux, Stage, Tap};
-use memlane_lab::{HostId, LabOptions};
+use memlane_api::types::Phase;
+use memlane_lab::{HostId, LabOptions, Rate};
 use memlane_protocol::handover::Message;
 use memlane_protocol::wire::control::Control;
 
@@ -139,8 +142,9 @@ fn the_control_connection_is_lost() {
         let order = scene.begin(&point);
         scene.tap.lose();
         let answer = order.end();
-        if point.name == READY.name && answer.code == 0 {
-            // The destination asked again, over a new connection, before the source missed the first.
+        if [COPYING.name, READY.name].contains(&point.name) && answer.code == 0 {
+            // While the guest was copied, the connection was resumed; or the destination asked again, over a new one,
+            // before the source missed the first.
             scene.linux.assert_runs();
             scene.stage.wait_for_absence(HostId::A, "web1");
             scene.linux.assert_moves(&scene.stage, HostId::B);
@@ -149,6 +153,78 @@ fn the_control_connection_is_lost() {
         }
         scene.assert_unharmed();
     }
+}
+
+/// The daemon at the destination is killed while the guest runs there without all of its memory. QEMU may wait for a page
+/// then, and so answer nobody.
+#[test]
+fn the_destination_daemon_is_killed_while_it_fetches() {
+    let test = "the_destination_daemon_is_killed_while_it_fetches";
+    let Some((mut stage, mut linux)) = slow_stage(test) else { return };
+    let name = linux.guest.name.clone();
+    let order = stage.begin(&name, &["--postcopy", "now", "--downtime-limit", "60s"]);
+    for after in [Duration::ZERO, Duration::from_secs(3)] {
+        wait_for_pages(&stage, &name);
+        stage.rig.stop_daemon(HostId::B).unwrap();
+        stage.wait_until(HostId::A, &name, "word of what is waited for", |migration| {
+            migration.postcopy.as_ref().is_some_and(|postcopy| postcopy.waits_for.is_some())
+        });
+        std::thread::sleep(after);
+        stage.rig.start_daemon(HostId::B).unwrap();
+        stage.wait_for_log(HostId::B, "going on to fetch");
+    }
+    stage.rig.lab().set_port_rate(0, None).unwrap();
+    let moved = order.expect(0, &[]).last().unwrap().clone();
+    assert_eq!(moved["postcopy"]["remaining_pages"], 0, "{moved}");
+    linux.assert_runs();
+    linux.assert_whole(&stage);
+    stage.wait_for_absence(HostId::A, &name);
+    linux.assert_moves(&stage, HostId::B);
+}
+
+/// Both daemons are killed then. The destination's cannot learn whether the guest runs before its QEMU has the page that it
+/// waits for, and the source's cannot hear that it runs.
+#[test]
+fn both_daemons_are_killed_while_it_fetches() {
+    let test = "both_daemons_are_killed_while_it_fetches";
+    let Some((mut stage, mut linux)) = slow_stage(test) else { return };
+    let name = linux.guest.name.clone();
+    let order = stage.begin(&name, &["--postcopy", "now", "--downtime-limit", "60s"]);
+    wait_for_pages(&stage, &name);
+    for id in [HostId::B, HostId::A] {
+        stage.rig.stop_daemon(id).unwrap();
+    }
+    order.expect(6, &["memlaned"]);
+    // Long enough for QEMU to come to a page that is missing.
+    std::thread::sleep(Duration::from_secs(5));
+    for id in [HostId::A, HostId::B] {
+        stage.rig.start_daemon(id).unwrap();
+    }
+    stage.wait_for_log(HostId::B, "going on to fetch");
+    stage.wait_for_log(HostId::A, "serving a guest");
+    stage.rig.lab().set_port_rate(0, None).unwrap();
+    stage.wait_for_end(&name);
+    linux.assert_runs();
+    linux.assert_whole(&stage);
+    stage.wait_for_absence(HostId::A, &name);
+    linux.assert_moves(&stage, HostId::B);
+}
+
+/// A guest whose memory takes a while to move.
+fn slow_stage(test: &str) -> Option<(Stage, Linux)> {
+    let port_rate = Some(Rate::from_bits_per_second(50_000_000));
+    let stage = Stage::for_linux(test, LabOptions { port_rate, ..LabOptions::default() })?;
+    let linux = stage.linux(|guest| guest.working_set = "96MiB".parse().unwrap());
+    Some((stage, linux))
+}
+
+/// Waits until the guest runs at the destination, and pages come.
+fn wait_for_pages(stage: &Stage, name: &str) {
+    stage.wait_until(HostId::A, name, "post-copy", |migration| {
+        let postcopy = migration.postcopy.as_ref();
+        migration.phase == Phase::Fetching
+            && postcopy.is_some_and(|postcopy| postcopy.pages_streamed > 100 && postcopy.waits_for.is_none())
+    });
 }
 
 /// A daemon that is started again finds the guests that it had, and they can be moved.

@@ -121,7 +121,7 @@ fn memory_given_back_is_given_back_at_the_destination() {
     let rate = Rate::from_bits_per_second(200_000_000);
     let lab = LabOptions { port_rate: Some(rate), ..LabOptions::default() };
     let Some(stage) = Stage::for_linux(test, lab) else { return };
-    let monitor = stage.rig.lab().host(HostId::A).directory().join("monitor.sock");
+    let monitor = stage.rig.lab().host(HostId::A).open_directory().join("monitor.sock");
     let mut linux = stage.linux(|guest| {
         let chardev = format!("unix:{},server=on,wait=off", monitor.display());
         guest.arguments = ["-device", "virtio-balloon-pci", "-qmp", &chardev].map(str::to_owned).into();

@@ -50,14 +50,44 @@ fn begin_to_commit(stage: &Stage, tap: &Tap) -> common::Order {
     order
 }
 
-/// A destination that was prepared to fetch, and whose daemon ended before the guest ran there, gives it back,
-/// whether or not it may kill the VMM, and whatever comes first: the commit or the VMM's end.
+/// Daemons that find VMMs of before version 4 of the attach protocol, which do not hand over again what they keep.
+fn stage_of_old_vmms(test: &str, daemon_user: DaemonUser, lab: LabOptions) -> Option<Stage> {
+    let environment = vec![("MEMLANE_DEBUG_OLD_VMMS".to_owned(), "1".to_owned())];
+    let options =
+        RigOptions { lab, tables: LIMITS.into(), daemon_user, environment, ..RigOptions::default() };
+    Stage::with(test, Requirement::LAB_WITH_KVM, options)
+}
+
+/// The daemon of a destination that was prepared to fetch ends before the guest runs there. The next one finds what is
+/// missing, and the guest moves.
+#[test]
+fn a_guest_that_was_prepared_to_fetch_moves_all_the_same() {
+    let test = "a_guest_that_was_prepared_to_fetch_moves_all_the_same";
+    let Some(mut stage) = stage(test, DaemonUser::Unit, LabOptions::default()) else { return };
+    let tap = Tap::install(&mut stage);
+    for round in 0..3 {
+        let (mut here, mut there) = pair(&mut stage);
+        let order = begin_to_commit(&stage, &tap);
+        stage.rig.stop_daemon(HostId::B).unwrap();
+        // The commit is sent once more within a second: before the daemon is there, or after.
+        tap.lose();
+        std::thread::sleep(Duration::from_millis(300 * round));
+        stage.rig.start_daemon(HostId::B).unwrap();
+        order.expect(0, &[]);
+        common::assert_runs(&mut there);
+        wait_for_exit(here.process());
+        there.quit().unwrap();
+    }
+}
+
+/// Where the VMM does not let it be found what is missing, the guest is given back, whether or not the daemon may kill
+/// the VMM, and whatever comes first: the commit or the VMM's end.
 #[test]
 fn a_guest_that_was_prepared_to_fetch_is_given_back() {
     for user in [DaemonUser::UnitWithout("CAP_KILL"), DaemonUser::Unit, DaemonUser::Root] {
         eprintln!("{user:?}");
         let test = "a_guest_that_was_prepared_to_fetch_is_given_back";
-        let Some(mut stage) = stage(test, user, LabOptions::default()) else { return };
+        let Some(mut stage) = stage_of_old_vmms(test, user, LabOptions::default()) else { return };
         let tap = Tap::install(&mut stage);
         for round in 0..3 {
             let (mut here, mut there) = pair(&mut stage);
@@ -100,8 +130,8 @@ fn a_guest_is_given_back_though_its_vmm_hangs() {
     wait_for_exit(there.process());
 }
 
-/// A guest that ran without all of its memory when its daemon ended can only hang: its VMM is ended, or, where that
-/// is not permitted, nobody takes it for a guest that runs.
+/// A guest that ran without all of its memory when its daemon ended can only hang, if its VMM does not let it be found
+/// what is missing: the VMM is ended, or, where that is not permitted, nobody takes it for a guest that runs.
 #[test]
 fn a_vmm_that_cannot_be_killed_is_told() {
     for (user, may) in [(DaemonUser::UnitWithout("CAP_KILL"), false), (DaemonUser::Unit, true)] {
@@ -109,7 +139,7 @@ fn a_vmm_that_cannot_be_killed_is_told() {
         let test = "a_vmm_that_cannot_be_killed_is_told";
         let slow = Some(Rate::from_bits_per_second(50_000_000));
         let lab = LabOptions { port_rate: slow, ..LabOptions::default() };
-        let Some(mut stage) = stage(test, user, lab) else { return };
+        let Some(mut stage) = stage_of_old_vmms(test, user, lab) else { return };
         let (mut here, mut there) = pair(&mut stage);
         let order = stage.begin("web1", &["--postcopy", "now", "--downtime-limit", "10s"]);
         stage.wait_until(HostId::A, "web1", "post-copy", |migration| {

@@ -134,6 +134,17 @@ impl Userfault {
         Ok((Self::from_fd(fd, features)?, false))
     }
 
+    /// Takes a userfaultfd that was set up before, by a process that held another copy of it. Memory that is registered
+    /// with it stays so. A page that a thread waits for, and of which another copy has read, is reported again after
+    /// [`wake`](Self::wake).
+    ///
+    /// # Errors
+    ///
+    /// [`UserfaultError::Kind`] for a descriptor of another kind.
+    pub fn from_fd_set_up(fd: OwnedFd) -> Result<Self, UserfaultError> {
+        Self::nonblocking(fd)
+    }
+
     /// Makes reads return at once: the process that made the descriptor may have meant it to block its reader.
     fn nonblocking(fd: OwnedFd) -> Result<Self, UserfaultError> {
         match rustix::io::ioctl_fionbio(&fd, true) {

@@ -131,6 +131,11 @@
 //! `Lost`, and both hosts report [`Outcome::Lost`]. They do the same when an operator no longer waits for a host that
 //! will not come back ([`Event::Abandoned`]). A source that has given up answers `Fetching` with `Gone`.
 //!
+//! A VMM may be unable to answer its daemon while it waits for a missing page. A restarted destination, which finds
+//! `Running`, cannot learn then whether the guest runs, and so does not say `Fetching`. If it knows what is missing, it says
+//! `Recovering`. The source serves, and takes nothing for granted: with the page that it waits for, the VMM answers, and the
+//! guest either runs (`Fetching`), or has never run and cannot (`Declined`), and the source takes it back.
+//!
 //! # What a VMM must do
 //!
 //! Daemons may crash and come back while VMMs live on, so both VMMs have a part in the protocol:

@@ -22,10 +22,12 @@ const BUDGETS: [Budget; 4] = [
     Budget { crashes: 2, vmm: 1, journal: 0, ..NOTHING },
     Budget { crashes: 0, vmm: 2, journal: 0, cancel: true, ..NOTHING },
 ];
-const POSTCOPY_BUDGETS: [Budget; 3] = [
+const POSTCOPY_BUDGETS: [Budget; 5] = [
     Budget { crashes: 2, vmm: 0, journal: 0, ..POSTCOPY },
     Budget { crashes: 1, vmm: 1, journal: 0, ..POSTCOPY },
     Budget { crashes: 0, vmm: 1, journal: 1, ..POSTCOPY },
+    Budget { crashes: 2, vmm: 0, journal: 0, hangs: true, ..POSTCOPY },
+    Budget { crashes: 1, vmm: 1, journal: 0, hangs: true, ..POSTCOPY },
 ];
 
 /// Damaged journals, hosts that burn, and operators who decide what nobody else can.
@@ -46,6 +48,7 @@ const NOTHING: Budget = Budget {
     journal: 0,
     cancel: false,
     postcopy: false,
+    hangs: false,
     abandon: false,
     damage: 0,
     burn: 0,
@@ -119,6 +122,7 @@ fn a_daemon_that_cheats_is_caught() {
         (Fault::FreesOnPeerLost, fetch_calm, Violation::is_unsafe),
         (Fault::ServesNotAfterCrash, fetch_crash, Violation::is_stuck),
         (Fault::ServesWhatIsDropped, fetch_crash_and_vmm, Violation::is_stuck),
+        (Fault::RecoveringIsFetching, Budget { hangs: true, ..fetch_crash_and_vmm }, Violation::is_unsafe),
         (Fault::BelievesStrangers, Budget { vmm: 1, ..calm }, Violation::is_unsafe),
         (Fault::ResumesOnAGuess, damage, Violation::is_unsafe),
         (Fault::UnknownIsDeclined, damage, Violation::is_unsafe),

@@ -59,7 +59,11 @@ pub enum ClientError {
         error: io::Error,
     },
     /// The socket is not for this user.
-    #[error("may not use {}: {error}. Be root, or a member of the socket's group", socket.display())]
+    #[error(
+        "may not use {}: {error}. Be root, or a member of the socket's group, or of one that [api] in the \
+         configuration names",
+        socket.display()
+    )]
     Denied {
         /// The socket.
         socket: PathBuf,

@@ -42,5 +42,10 @@ mod tests {
             prop_assert!(!json.contains(is_obeyed), "{json:?}");
             prop_assert_eq!(serde_json::from_str::<Vec<String>>(&json).unwrap(), [text]);
         }
+
+        #[test]
+        fn whatever_fraction_is_read_again_as_it_was(fraction in 0.001..60.0) {
+            prop_assert_eq!(serde_json::from_str::<f64>(&to_json(&fraction)).unwrap(), fraction);
+        }
     }
 }

@@ -26,6 +26,7 @@ use super::linked::{Linked, receive, send};
 use super::process::{Process, ProcessError};
 use super::registry::Guests;
 use super::shim::{self, Shims};
+use super::users::Users;
 use crate::config::AttachConfig;
 
 /// A VMM may take this long to introduce itself.
@@ -37,6 +38,8 @@ const OF_CONNECTION: u64 = 2;
 pub struct Attaching {
     /// The VMMs of these user ids may attach guests.
     pub users: Vec<u32>,
+    /// A guest that this daemon starts has one of these users, as whom its QEMU may attach a shim and nothing else.
+    pub guest_users: Rc<Users>,
     /// The VMMs of each user may take this much.
     pub limits: AttachConfig,
     /// Guests are listed here.
@@ -124,6 +127,12 @@ enum AttachRefusal {
     /// The user that the process runs as may not attach guests.
     #[error("user {0} may not attach guests; see attach_users in the configuration")]
     User(u32),
+    /// The user is that of a guest, and the process is not the QEMU that the daemon has started for it.
+    #[error("user {0} is that of a guest, and this process is not the guest's QEMU")]
+    GuestProcess(u32),
+    /// The user is that of a guest, whose QEMU has a shim and is no VMM that attaches.
+    #[error("user {0} is that of a guest that the daemon has started; its QEMU may attach no other")]
+    GuestUser(u32),
     /// The user's processes have taken as much as they may.
     #[error(transparent)]
     Limit(#[from] LimitError),
@@ -198,11 +207,15 @@ async fn attach(
 ) -> Result<(), AttachRefusal> {
     let broken = AttachRefusal::Connection;
     let take = |amount| accounts.take(uid, amount, &attaching.limits);
-    let greeting = match attaching.users.contains(&uid) {
-        true => a_turn(accounts, uid, &attaching.limits).await,
-        false => Err(AttachRefusal::User(uid)),
-    };
     let process = Process::running(pid);
+    let of_guest = attaching.guest_users.contains(uid);
+    let is_guest = |process: &Process| attaching.guest_users.is_guest(uid, process.identity());
+    let greeting = match (of_guest, &process) {
+        (true, Ok(process)) if is_guest(process) => a_turn(accounts, uid, &attaching.limits).await,
+        (true, _) => Err(AttachRefusal::GuestProcess(uid)),
+        (false, _) if attaching.users.contains(&uid) => a_turn(accounts, uid, &attaching.limits).await,
+        (false, _) => Err(AttachRefusal::User(uid)),
+    };
     let socket = watch(socket).map_err(broken)?;
     let introduced = async {
         let _greeting = greeting?;
@@ -211,6 +224,7 @@ async fn attach(
         let received = receive(&socket).await.map_err(broken)?;
         let (packet, descriptors) = received.ok_or(AttachRefusal::HungUp)?;
         match FromVmm::decode(&packet) {
+            Ok(FromVmm::Hello(_)) if of_guest => Err(AttachRefusal::GuestUser(uid)),
             Ok(FromVmm::Hello(hello)) => {
                 introduce(hello, descriptors, &attaching.guests, process, take).await
             }
@@ -244,7 +258,7 @@ async fn attach(
     let Some((hello, ram, process)) = vmm else {
         // Children of VMMs have one too, and come and go: one that is gone already is no news.
         if welcomed.is_ok() {
-            attaching.shims.add(pid, socket, share);
+            attaching.shims.add(pid, version, socket, share);
         }
         return Ok(());
     };
@@ -254,7 +268,7 @@ async fn attach(
     if !ram.is_sealed() {
         info!(guest = %shape.name, "its memory is a file that cannot be sealed: if its VMM cuts it, the guest cannot be moved");
     }
-    let driver = Rc::new(Linked::new(socket, Some(ram.clone())));
+    let driver = Rc::new(Linked::new(socket, version, Some(ram.clone())));
     let guest = Rc::new(Guest::new(shape, ram, driver, Rc::new(process), run_state));
     guest.bond.replace(bond.filter(|_| matches!(run_state, RunState::Relinquished | RunState::Loaded)));
     let of_guest = guest.driver.clone();

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use memlane_api::units::Size;
 use memlane_protocol::wire::Label;
+use memlane_protocol::wire::starter::GuestUsers;
 
 /// The `[attach]` table of the configuration limits what the VMMs of one user may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +37,14 @@ pub struct GuestsConfig {
     pub shim: PathBuf,
     /// A guest file may name these programs. With an empty list no guest is started.
     pub qemu: Vec<PathBuf>,
+    /// Each guest's QEMU runs as one of these users, which no other guest has at the same time.
+    pub users: GuestUsers,
+    /// QEMU is in these groups besides, by their numbers.
+    pub groups: Vec<u32>,
+    /// systemd listens here, and starts a starter for whoever connects.
+    pub starter_socket: PathBuf,
+    /// This is the path of the starter, which a daemon that is root runs where nobody listens at the socket.
+    pub starter: PathBuf,
 }
 
 /// What the configuration says of QEMUs.
@@ -49,6 +58,14 @@ pub struct QemuSettings {
     pub attach_users: Vec<u32>,
     /// Where the shims in VMMs connect.
     pub attach_socket: PathBuf,
+}
+
+/// Finds the number of a user or a group by its name, in the file of the system that lists them.
+pub fn number_of(name: &str, file: &str) -> Option<u32> {
+    let lines = std::fs::read_to_string(file).unwrap_or_default();
+    let fields = lines.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let mut found = fields.filter(|fields| fields.len() > 2 && fields[0] == name);
+    found.next().and_then(|fields| fields[2].parse().ok())
 }
 
 impl Default for AttachConfig {
@@ -65,6 +82,11 @@ impl Default for GuestsConfig {
             memory: "/dev/shm/memlane".into(),
             shim: "/usr/lib/memlane/libmemlane_shim.so".into(),
             qemu: vec!["/usr/bin/qemu-system-x86_64".into()],
+            users: GuestUsers::default(),
+            // Whoever is in it may use /dev/kvm, as udev sets that up.
+            groups: number_of("kvm", "/etc/group").into_iter().collect(),
+            starter_socket: "/run/memlane-guest.sock".into(),
+            starter: "/usr/lib/memlane/memlane-starter".into(),
         }
     }
 }

@@ -99,6 +99,9 @@ pub trait Driver {
     /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the process keeps a
     /// copy of it, so that a vCPU that waits for a missing page goes on waiting if this daemon ends.
     async fn open_memory(&self, keep: bool) -> Result<VmmMemory, DriverError>;
+    /// Finds the guest's memory through the userfaultfd of which the VMM keeps a copy, because an earlier daemon asked it
+    /// to. Pages that were missing then are missing still.
+    async fn reopen_memory(&self) -> Result<VmmMemory, DriverError>;
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;

@@ -23,6 +23,7 @@ pub mod shim;
 mod stun;
 pub mod toml_file;
 mod tracking;
+mod users;
 mod write_faults;
 
 pub use claim::Claim;
@@ -34,4 +35,5 @@ pub use memory::VmmMemory;
 pub use process::{KillError, Process, ProcessError};
 pub use registry::{AttachError, GuestObserver, Guests, Stranger};
 pub use stun::Switch;
+pub use users::{UserError, Users};
 pub use write_faults::Report as StunReport;

@@ -16,7 +16,7 @@ use memlane_kvm::shared::SharedWords;
 use memlane_net::task;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{
-    Bond, FromVmm, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
+    Bond, FromVmm, HANDS_OVER_AGAIN, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
@@ -34,6 +34,8 @@ pub struct Linked {
     /// This lock is held while a request is under way.
     asking: Mutex<()>,
     next_id: Cell<u32>,
+    /// This is the version of the protocol that both sides speak.
+    version: u16,
     /// This is the guest's memory. A shim has none, because it knows of no guest.
     ram: Option<Arc<GuestRam>>,
     harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
@@ -50,8 +52,9 @@ struct Connection {
 type Answer = (Reply, Vec<OwnedFd>);
 
 impl Linked {
-    /// Drives the VMM at the other end of `socket`, whose guest's memory is `ram`.
-    pub fn new(socket: AsyncFd<OwnedFd>, ram: Option<Arc<GuestRam>>) -> Self {
+    /// Drives the VMM at the other end of `socket`, which speaks `version` of the protocol, and whose guest's memory is
+    /// `ram`.
+    pub fn new(socket: AsyncFd<OwnedFd>, version: u16, ram: Option<Arc<GuestRam>>) -> Self {
         let socket = Rc::new(socket);
         let connection = Rc::new(Connection { waiting: RefCell::default(), gone: watch::Sender::new(false) });
         task::spawn("answers of a VMM", read_replies(socket.clone(), connection.clone()));
@@ -59,6 +62,7 @@ impl Linked {
             socket,
             asking: Mutex::new(()),
             next_id: Cell::new(1),
+            version,
             ram,
             harvested: RefCell::default(),
             connection,
@@ -74,8 +78,26 @@ impl Linked {
     ) -> Result<Handles, DriverError> {
         let request = Request::OpenUserfault { keep };
         let lent = device.map(OwnedFd::as_fd);
+        self.ask_for_handles(request, lent.as_slice()).await
+    }
+
+    /// Asks for the userfaultfd that the process keeps, and for the descriptors from which its memory can be found.
+    pub(super) async fn kept_userfault(&self) -> Result<Handles, DriverError> {
+        let request = Request::KeptUserfault;
+        if self.version < HANDS_OVER_AGAIN || is_of_before() {
+            let reason = "it links a memlane-kvm of before version 4 of the attach protocol".into();
+            return Err(DriverError::Failed { request: request.name(), reason });
+        }
+        self.ask_for_handles(request, &[]).await
+    }
+
+    async fn ask_for_handles(
+        &self,
+        request: Request,
+        lent: &[BorrowedFd<'_>],
+    ) -> Result<Handles, DriverError> {
         let name = request.name();
-        let (_, descriptors) = self.ask_with(request, lent.as_slice()).await?;
+        let (_, descriptors) = self.ask_with(request, lent).await?;
         Handles::take(descriptors)
             .map_err(|error| DriverError::Broken { request: name, reason: error.to_string() })
     }
@@ -116,6 +138,12 @@ impl Linked {
             Err(_) => Err(DriverError::Slow { request: name, after: PATIENCE }),
         }
     }
+}
+
+/// Tells, in debug builds only, whether `MEMLANE_DEBUG_OLD_VMMS` is set, so that tests find VMMs that link a library of
+/// before.
+fn is_of_before() -> bool {
+    cfg!(debug_assertions) && std::env::var_os("MEMLANE_DEBUG_OLD_VMMS").is_some()
 }
 
 #[async_trait(?Send)]
@@ -178,6 +206,14 @@ impl Driver for Linked {
         })?;
         // The trackers of such a VMM would not notice.
         let ram = ram.clone();
+        let found = task::aside(move || handles.find(&ram, false)).await;
+        found.map_err(|error| failed(error.to_string()))
+    }
+
+    async fn reopen_memory(&self) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: Request::KeptUserfault.name(), reason };
+        let ram = self.ram.clone().ok_or_else(|| failed("it has no guest".into()))?;
+        let handles = self.kept_userfault().await?;
         let found = task::aside(move || handles.find(&ram, false)).await;
         found.map_err(|error| failed(error.to_string()))
     }

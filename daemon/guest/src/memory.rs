@@ -18,7 +18,8 @@ pub(crate) const DEVICE: &str = "/dev/userfaultfd";
 /// With these descriptors the daemon can track what a VMM writes, hold its writes up, or provide missing pages.
 #[derive(Debug)]
 pub struct VmmMemory {
-    /// This is a userfaultfd of the process, on which nothing was done yet (`UFFDIO_API` is due first).
+    /// This is a userfaultfd of the process. Unless the process had kept it, nothing was done on it yet (`UFFDIO_API` is
+    /// due first).
     pub userfault: OwnedFd,
     /// This is `/proc/PID/pagemap`.
     pub pagemap: File,

@@ -1,8 +1,10 @@
 //! This module follows the process of a VMM: a connection may be lost and made again, and a process ends for good.
 
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -168,6 +170,17 @@ impl Process {
             }
         }
     }
+}
+
+/// Returns those of the `wanted` users as whom processes run that can be seen.
+pub(crate) fn users(wanted: impl Fn(u32) -> bool) -> BTreeSet<u32> {
+    let running = |entry: io::Result<std::fs::DirEntry>| {
+        let entry = entry.ok()?;
+        let user = entry.metadata().ok()?.uid();
+        let runs = wanted(user) && Stat::read(entry.path().join("stat")).is_ok_and(|stat| !stat.ended);
+        runs.then_some(user)
+    };
+    std::fs::read_dir("/proc").into_iter().flatten().filter_map(running).collect()
 }
 
 /// Finds a process that was written down.

@@ -91,6 +91,18 @@ pub enum ShimError {
     },
 }
 
+impl ShimError {
+    /// Says of the shim in process `pid` what its driver says.
+    fn of(pid: u32, error: DriverError) -> Self {
+        match error {
+            DriverError::Failed { reason, .. } => Self::Failed { pid, reason },
+            DriverError::Slow { after, .. } => Self::Slow { pid, after },
+            DriverError::Broken { reason, .. } => Self::Broken { pid, reason },
+            other => Self::Broken { pid, reason: other.to_string() },
+        }
+    }
+}
+
 /// Lists the shims that are connected, by the numbers of their processes.
 #[derive(Default)]
 pub struct Shims {
@@ -99,31 +111,49 @@ pub struct Shims {
 
 impl Shims {
     /// Asks the shim in process `pid` for a userfaultfd of the process, and for the descriptors from which its memory
-    /// can be found. With `keep` the process keeps a copy of the userfaultfd.\n\nThe device that userfaultfds are made
-    /// with is opened here, so that the process needs no rights. Where that fails, the process's own rights decide.
+    /// can be found. With `keep` the process keeps a copy of the userfaultfd.
+    ///
+    /// The device that userfaultfds are made with is opened here, so that the process needs no rights. Where that fails, the process's own rights decide.
     ///
     /// # Errors
     ///
     /// Fails if no shim has connected from the process, if the shim does not answer, or if it may not make a
     /// userfaultfd.
     pub(crate) async fn open_userfault(&self, pid: u32, keep: bool) -> Result<Handles, ShimError> {
-        let shim = self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))?;
+        let shim = self.of(pid)?;
         let device = open_device();
         let answer = timeout(PATIENCE, shim.open_userfault(device.as_ref().ok(), keep)).await;
-        let broken = |reason: String| ShimError::Broken { pid, reason };
+        let answer = match answer {
+            Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+        };
         match (answer, device) {
-            (Ok(Ok(handles)), _) => Ok(handles),
-            (Ok(Err(DriverError::Broken { reason, .. })), _) => Err(broken(reason)),
-            (Ok(Err(DriverError::Failed { reason, .. })), Ok(_)) => Err(ShimError::Failed { pid, reason }),
-            (Ok(Err(DriverError::Failed { reason, .. })), Err(Errno::NOENT | Errno::NXIO | Errno::NODEV)) => {
+            (Err(ShimError::Failed { reason, .. }), Err(Errno::NOENT | Errno::NXIO | Errno::NODEV)) => {
                 Err(ShimError::NoDevice { pid, reason })
             }
-            (Ok(Err(DriverError::Failed { reason, .. })), Err(error)) => {
+            (Err(ShimError::Failed { reason, .. }), Err(error)) => {
                 Err(ShimError::NotPermitted { pid, device: error.into(), reason })
             }
-            (Ok(Err(DriverError::Slow { .. })) | Err(_), _) => Err(ShimError::Slow { pid, after: PATIENCE }),
-            (Ok(Err(other)), _) => Err(broken(other.to_string())),
+            (answer, _) => answer,
         }
+    }
+
+    /// Asks the shim in process `pid` for the userfaultfd that it keeps, and for the descriptors from which its memory can
+    /// be found.
+    ///
+    /// # Errors
+    ///
+    /// Fails if no shim has connected from the process, if it keeps none, or if it does not answer.
+    pub(crate) async fn kept_userfault(&self, pid: u32) -> Result<Handles, ShimError> {
+        let shim = self.of(pid)?;
+        match timeout(PATIENCE, shim.kept_userfault()).await {
+            Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+        }
+    }
+
+    fn of(&self, pid: u32) -> Result<Rc<Linked>, ShimError> {
+        self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))
     }
 
     /// Waits for the shim in process `pid`, at most for `patience`. Returns whether it is there.
@@ -139,14 +169,20 @@ impl Shims {
     }
 
     /// Takes in the shim in process `pid`, which stays until its connection ends, and keeps `share` for as long.
-    pub(super) fn add(self: &Rc<Self>, pid: u32, socket: AsyncFd<OwnedFd>, share: impl Sized + 'static) {
+    pub(super) fn add(
+        self: &Rc<Self>,
+        pid: u32,
+        version: u16,
+        socket: AsyncFd<OwnedFd>,
+        share: impl Sized + 'static,
+    ) {
         // There may have been room only while it was being greeted; it comes again.
         if !self.has_room(pid) {
             return;
         }
         debug!(pid, "a shim connected");
         // Of the guest's pages it knows nothing.
-        let shim = Rc::new(Linked::new(socket, None));
+        let shim = Rc::new(Linked::new(socket, version, None));
         let shims = self.clone();
         let connected = shim.clone();
         task::spawn("watch of a shim", async move {

@@ -129,7 +129,7 @@ impl<'t> Table<'t> {
             Some(key) => Err(FileError::Unknown {
                 file: self.source.file.to_owned(),
                 line: self.source.line(key.span().start),
-                key: self.path(key.get_ref()),
+                key: self.path(&shown(key.get_ref())),
                 known: self.known.join(", "),
             }),
         }
@@ -162,7 +162,7 @@ impl<'t> Value<'t> {
             file: self.source.file.to_owned(),
             line: self.line,
             key: self.key.clone(),
-            found: self.found.chars().take(120).collect(),
+            found: shown(self.found),
             allowed: allowed.to_string(),
         }
     }
@@ -173,7 +173,7 @@ impl<'t> Value<'t> {
             file: self.source.file.to_owned(),
             line: self.line,
             key: self.key.clone(),
-            found: self.found.to_owned(),
+            found: shown(self.found),
             first,
         }
     }
@@ -292,6 +292,12 @@ impl<'t> Value<'t> {
             _ => Err(self.wrong("a table")),
         }
     }
+}
+
+/// Returns as much of a text of the file as a complaint shows.
+fn shown(text: &str) -> String {
+    const SHOWN: usize = 120;
+    text.chars().take(SHOWN).collect()
 }
 
 /// Returns what a value says, or the default where there is no value.

@@ -1,6 +1,5 @@
 //! LZ4 at the sending end: a frame's pages, copied and compressed.
 
-use std::fs::File;
 use std::time::{Duration, Instant};
 
 use lz4_flex::block::{compress_into, get_maximum_output_size};
@@ -9,13 +8,14 @@ use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::compression::{Compression, Load};
 use memlane_protocol::wire::frame::{Content, Run, contents_bytes};
 
+use crate::thread_clock::ThreadClock;
+
 /// One page in this many is sampled to tell whether a frame is worth compressing.
 const SAMPLED: u64 = 16;
 
 /// Compresses the frames of one lane, where that is worth it. Its buffers hold one frame.
 pub(crate) struct Compressor {
     decisions: Compression,
-    clock: ThreadClock,
     /// This is a copy of the pages, because the guest goes on writing the originals.
     contents: Vec<u8>,
     block: Vec<u8>,
@@ -30,12 +30,10 @@ pub(crate) struct Block<'a> {
 }
 
 impl Compressor {
-    /// Makes the compressor of the lane that the calling thread runs. Returns `None` if the kernel does not tell how long
-    /// threads run and wait (`/proc/thread-self/schedstat`).
-    pub(crate) fn new() -> Option<Self> {
-        let clock = ThreadClock::open()?;
-        let (contents, block) = (Vec::new(), Vec::new());
-        Some(Self { decisions: Compression::default(), clock, contents, block })
+    /// Makes a compressor that does not compress before it has [observed](Self::observe) that this is worth it.
+    pub(crate) fn new() -> Self {
+        let (decisions, contents, block) = Default::default();
+        Self { decisions, contents, block }
     }
 
     /// Notes that the lane has nothing to send.
@@ -44,10 +42,15 @@ impl Compressor {
     }
 
     /// Observes how the lane does at `now`, a time since any fixed moment: so many bytes of payload, and of the pages in
-    /// it, are acknowledged.
-    pub(crate) fn observe(&mut self, now: Duration, wire_bytes: u64, contents_bytes: u64) {
+    /// it, are acknowledged. The clock is that of the lane's thread.
+    pub(crate) fn observe(
+        &mut self,
+        now: Duration,
+        clock: &ThreadClock,
+        (wire_bytes, contents_bytes): (u64, u64),
+    ) {
         if self.decisions.is_due(now)
-            && let Some((ran, crowded)) = self.clock.read()
+            && let Some((ran, crowded)) = clock.read()
         {
             self.decisions.observe(now, Load { wire_bytes, contents_bytes, ran, crowded });
         }
@@ -121,25 +124,6 @@ pub(crate) fn grown(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     &mut buffer[..bytes]
 }
 
-/// The scheduler's statistics of the calling thread: `schedstat` of proc(5).
-struct ThreadClock(File);
-
-impl ThreadClock {
-    fn open() -> Option<Self> {
-        let clock = Self(File::open("/proc/thread-self/schedstat").ok()?);
-        clock.read().is_some().then_some(clock)
-    }
-
-    /// Reads for how long the thread has run, and for how long it has waited for a processor.
-    fn read(&self) -> Option<(Duration, Duration)> {
-        let mut bytes = [0; 128];
-        let count = rustix::io::pread(&self.0, &mut bytes, 0).ok()?;
-        let text = std::str::from_utf8(&bytes[..count]).ok()?;
-        let mut times = text.split_whitespace().map_while(|field| field.parse().ok());
-        Some((Duration::from_nanos(times.next()?), Duration::from_nanos(times.next()?)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use memlane_kvm::ram::Backing;
@@ -150,8 +134,7 @@ mod tests {
 
     /// One that a wire of 100 MB/s holds up.
     fn held_up() -> Compressor {
-        let mut compressor =
-            Compressor { clock: ThreadClock(File::open("/dev/null").unwrap()), ..Compressor::new().unwrap() };
+        let mut compressor = Compressor::new();
         let idle = Load { wire_bytes: 0, contents_bytes: 0, ran: Duration::ZERO, crowded: Duration::ZERO };
         for second in 0..2 {
             let load = Load { wire_bytes: second * 100_000_000, ..idle };
@@ -195,17 +178,9 @@ mod tests {
     fn what_has_no_pattern_stays_and_so_does_what_no_wire_holds_up() {
         let runs = [run(0..PAGES, Content::Data)];
         assert!(held_up().compress(&ram(8), &runs).is_none());
-        assert!(Compressor::new().unwrap().compress(&ram(2), &runs).is_none());
+        assert!(Compressor::new().compress(&ram(2), &runs).is_none());
         assert!(held_up().compress(&ram(2), &[run(0..PAGES + 1, Content::Data)]).is_none(), "no such pages");
         assert!(held_up().compress(&ram(2), &[run(0..PAGES, Content::Zero)]).is_none());
-    }
-
-    #[test]
-    fn a_thread_has_run() {
-        let Some(clock) = ThreadClock::open() else { return };
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_millis(20) {}
-        assert!(clock.read().unwrap().0 > Duration::ZERO);
     }
 
     #[test]

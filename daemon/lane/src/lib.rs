@@ -17,6 +17,7 @@ mod ring;
 mod send;
 pub mod socket;
 mod stats;
+mod thread_clock;
 mod transport;
 
 use std::sync::Arc;

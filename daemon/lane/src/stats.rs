@@ -2,6 +2,9 @@
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use memlane_protocol::lane_count::Load;
 
 /// Counters of one lane. Numbers of bytes and pages only grow.
 #[derive(Debug, Default)]
@@ -25,6 +28,13 @@ pub struct LaneStats {
     pub compressed_bytes: AtomicU64,
     /// The shortest recent round trip of the lane's connection, in microseconds; 0 while it is unknown.
     pub round_trip_us: AtomicU64,
+    /// The time for which the lane's thread ran, in microseconds; it is brought up to date now and then.
+    pub ran_us: AtomicU64,
+    /// The time for which that thread waited for a processor, in microseconds.
+    pub crowded_us: AtomicU64,
+    /// The time for which the lane could not send because the receiver did not read, in microseconds
+    /// (`tcpi_rwnd_limited` of tcp(7)).
+    pub receiver_limited_us: AtomicU64,
     /// The lane has ended.
     pub ended: AtomicBool,
     /// The lane has ended because of an error.
@@ -65,6 +75,18 @@ impl LaneStats {
             copied_bytes: now(&self.copied_bytes),
             uncompressed_bytes: now(&self.uncompressed_bytes),
             compressed_bytes: now(&self.compressed_bytes),
+        }
+    }
+
+    /// Reads what tells whether one core is the limit of the lane.
+    pub fn load(&self) -> Load {
+        let time = |counter: &AtomicU64| Duration::from_micros(counter.load(Ordering::Relaxed));
+        Load {
+            lanes: 1,
+            wire_bytes: self.wire_bytes.load(Ordering::Relaxed),
+            ran: time(&self.ran_us),
+            crowded: time(&self.crowded_us),
+            receiver_limited: time(&self.receiver_limited_us),
         }
     }
 

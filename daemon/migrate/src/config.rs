@@ -22,6 +22,8 @@ pub struct Limits {
     pub max_stun: Option<u8>,
     /// This says whether lanes may compress, where the order does not say.
     pub compression: compression::Mode,
+    /// While a guest is copied, the other host may be out of reach for this long, where the order does not say.
+    pub patience: Duration,
     /// A peer or a lane that says nothing for this long is gone.
     pub silence: Duration,
     /// Arriving guests must leave this much memory free on this host.
@@ -37,6 +39,7 @@ impl Default for Limits {
             converge: Converge::None,
             max_stun: None,
             compression: compression::Mode::Auto,
+            patience: Duration::from_secs(30),
             silence: Duration::from_secs(5),
             memory_reserve: Size(256 << 20),
         }

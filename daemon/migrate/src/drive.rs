@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 
 use memlane_api::ids;
 use memlane_net::journal::Entry;
-use memlane_net::link::{Link, LinkError};
-use memlane_protocol::handover::{Action, Event};
+use memlane_net::link::LinkError;
+use memlane_net::resumable::ResumableLink;
+use memlane_protocol::handover::{Action, Event, Phase};
 use memlane_protocol::wire::control::Control;
 use tracing::{Instrument, info_span};
 
-use crate::effects::Effects;
+use crate::effects::{Effects, Reunion, Suspension, refuse_to_resume};
 use crate::machine::Machine;
 use crate::vmm;
 
-/// A message that has not been answered is sent again after this time.
+/// This long after the last event a message that has not been answered is sent again.
 const TICK: Duration = Duration::from_secs(1);
 
 /// A role is what one side of a migration does besides the effects that both have.
@@ -48,6 +49,8 @@ pub(crate) struct Session<M> {
     pub machine: M,
     /// The effects do what was decided.
     pub effects: Effects,
+    /// What is done once in a while is due at this time.
+    next_moment: Instant,
 }
 
 /// An event of any kind that one side of a migration waits for.
@@ -63,7 +66,7 @@ pub(crate) enum News<T> {
     Cancelled,
     /// The operator gives up the guest's missing pages.
     Abandoned,
-    /// A moment has passed in which nothing happened.
+    /// A moment has passed, and the machine has heard of nothing meanwhile.
     Moment,
 }
 
@@ -93,6 +96,8 @@ async fn run<R: Role>(
         for action in left {
             role.begin(&mut session, action).await;
         }
+        // From now on: actions may have taken longer, and what came meanwhile is heard first.
+        session.next_moment = Instant::now() + TICK;
         role.show(&mut session);
         session.effects.show_doubt(&session.machine);
         let event = loop {
@@ -122,18 +127,42 @@ async fn run<R: Role>(
 }
 
 impl<M: Machine> Session<M> {
+    /// Begins the session of a migration.
+    pub(crate) fn new(machine: M, effects: Effects) -> Self {
+        Self { machine, effects, next_moment: Instant::now() + TICK }
+    }
+
     /// Waits for what happens next. `own` is what the side itself waits for. The caller awaits this again and again.
     pub(crate) async fn news<T>(&mut self, own: impl Future<Output = T>) -> News<T> {
         let mut cancelled = self.effects.handle.cancelled.subscribe();
         let mut abandoned = self.effects.handle.abandoned.subscribe();
+        if let Some(event) = self.effects.next.take() {
+            return News::Event(Some(event));
+        }
         let patience_ends = self.effects.patience_ends();
-        let Effects { link, vmm, arrivals, .. } = &mut self.effects;
+        let handle = self.effects.handle.clone();
+        let (is_suspended, patience) = (self.effects.suspension.is_some(), self.effects.patience);
+        let Effects { link, suspension, vmm, arrivals, .. } = &mut self.effects;
         tokio::select! {
             biased;
+            // First, and by the clock: a source that knocks twice a second would put it off for ever.
+            () = until(Some(self.next_moment)) => {
+                self.next_moment = Instant::now() + TICK;
+                News::Moment
+            }
             message = receive(link) => News::Message(message),
             Some(word) = arrivals.words.recv() => {
                 self.effects.reply = Some(word.reply);
+                self.effects.heard(word.message, &word.reason);
                 News::Event(Some(Event::Message(word.message)))
+            }
+            Some((link, received)) = arrivals.resumptions.recv() => {
+                News::Event(self.reunite(Reunion::Connected(link, received)).await)
+            }
+            reunion = ends(suspension, patience) => News::Event(self.reunite(reunion).await),
+            () = handle.make_way.notified(), if is_suspended => {
+                let reason = "the source was lost, and offers the guest anew".to_owned();
+                News::Event(self.reunite(Reunion::Parted(reason)).await)
             }
             own = own => News::Own(own),
             Ok(_) = cancelled.wait_for(|cancelled| *cancelled), if self.machine.can_cancel() => News::Cancelled,
@@ -143,7 +172,6 @@ impl<M: Machine> Session<M> {
             }
             news = vmm::news(vmm, &mut arrivals.returns) => News::Event(self.effects.note_vmm(news).await),
             () = until(patience_ends) => News::Event(self.effects.lose_patience()),
-            () = tokio::time::sleep(TICK) => News::Moment,
         }
     }
 
@@ -159,10 +187,36 @@ impl<M: Machine> Session<M> {
         }
     }
 
-    /// Notes that the migration's own connection is lost, or is of no use any more.
+    /// Notes that the migration's own connection is lost. While the guest is copied, the other host may come back: nothing
+    /// was begun that cannot wait.
+    pub(crate) fn link_lost(&mut self, error: LinkError) -> Option<Event> {
+        if self.machine.phase() == Phase::Copying && self.effects.suspend(&error) {
+            return None;
+        }
+        Some(self.peer_lost(error))
+    }
+
+    /// Deals with what came of the wait for the other host.
+    async fn reunite(&mut self, reunion: Reunion) -> Option<Event> {
+        match reunion {
+            Reunion::Connected(link, _) if self.machine.phase() != Phase::Copying => {
+                refuse_to_resume(link);
+                let waited = self.effects.suspension.is_some();
+                waited.then(|| self.peer_lost("the other host was reached again when it was too late"))
+            }
+            Reunion::Connected(link, received) => match self.effects.resume(link, received).await {
+                Ok(()) => None,
+                Err(reason) => Some(self.peer_lost(reason)),
+            },
+            Reunion::Parted(reason) => Some(self.peer_lost(reason)),
+        }
+    }
+
+    /// Notes that the migration's own connection is lost for good, or is of no use any more.
     pub(crate) fn peer_lost(&mut self, reason: impl ToString) -> Event {
         self.effects.blame(reason);
-        self.effects.link = None;
+        (self.effects.link, self.effects.suspension) = (None, None);
+        self.effects.handle.suspended.set(false);
         Event::PeerLost
     }
 }
@@ -176,9 +230,17 @@ pub(crate) async fn until(deadline: Option<Instant>) {
 }
 
 /// Returns the next message of a link, while there is one.
-async fn receive(link: &mut Option<Link>) -> Result<Control, LinkError> {
+async fn receive(link: &mut Option<ResumableLink>) -> Result<Control, LinkError> {
     match link {
         Some(link) => link.receive().await,
+        None => pending().await,
+    }
+}
+
+/// Returns what comes of the wait for the other host, while there is one.
+async fn ends(suspension: &mut Option<Suspension>, patience: Duration) -> Reunion {
+    match suspension {
+        Some(suspension) => suspension.ends(patience).await,
         None => pending().await,
     }
 }

@@ -4,6 +4,7 @@
 mod deadline;
 mod doubt;
 mod lost;
+mod resume;
 mod words;
 
 use std::cell::Cell;
@@ -16,15 +17,15 @@ use memlane_guest::{Claim, DriverError, Guest, Process};
 use memlane_lane::postcopy::PostcopyIncoming;
 use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
-use memlane_net::link::Link;
+use memlane_net::resumable::ResumableLink;
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Message, Record};
 use memlane_protocol::wire::attach::RunState;
-use memlane_protocol::wire::control::Control;
 use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
 use crate::context::Context;
+use crate::fetch::Fetching;
 use crate::handle::{Arrivals, MigrationHandle, Returned, unix_seconds};
 use crate::machine::Machine;
 use crate::progress::Role;
@@ -32,7 +33,7 @@ use crate::silence::Silence;
 use crate::vmm::{Vmm, VmmNews};
 
 pub(crate) use deadline::Deadline;
-pub(crate) use lost::NEVER_WHOLE;
+pub(crate) use resume::{Reunion, Suspension, refuse_to_resume};
 
 /// This is the reason for which a migration fails whose VMM has ended.
 const VMM_GONE: &str = "the guest's VMM is gone";
@@ -48,13 +49,17 @@ pub(crate) struct Effects {
     /// The claim keeps the guest from taking part in another migration.
     pub claim: Option<Claim>,
     /// This is the migration's own connection, while it lasts.
-    pub link: Option<Link>,
+    pub link: Option<ResumableLink>,
+    /// The migration's own connection is lost, and another one is waited for.
+    pub suspension: Option<Suspension>,
+    /// Another connection is waited for this long.
+    pub patience: Duration,
     /// Through this others on this host see the migration.
     pub handle: Rc<MigrationHandle>,
     /// This brings what others on this host have for the migration.
     pub arrivals: Arrivals,
     /// The answer to the word that is being dealt with goes here, if the word came another way.
-    pub reply: Option<oneshot::Sender<Message>>,
+    pub reply: Option<oneshot::Sender<(Message, String)>>,
     /// This tells the operator why things went as they did.
     pub reason: Option<String>,
     /// If this is true, the VMM was gone before there was a reason.
@@ -63,6 +68,12 @@ pub(crate) struct Effects {
     pub times: Times,
     /// This is what of the guest's memory is missing here.
     pub placing: Option<Arc<PostcopyIncoming>>,
+    /// This is what was fetched when an earlier daemon ended. The role takes it.
+    pub reopened: Option<Fetching>,
+    /// The machine is to hear of this event next.
+    pub next: Option<Event>,
+    /// If this is true, what is missing of the guest could not be found out any more.
+    unknown_pages: bool,
     /// By this time the guest's pause must have come to the commit.
     pub commit_by: Option<Deadline>,
     /// The VMM was told this and has not answered, because its connection was lost.
@@ -99,16 +110,19 @@ impl Effects {
         entry: Entry,
         vmm: Vmm,
         claim: Option<Claim>,
-        (link, (handle, arrivals)): (Option<Link>, (Rc<MigrationHandle>, Arrivals)),
+        (link, (handle, arrivals)): (Option<ResumableLink>, (Rc<MigrationHandle>, Arrivals)),
     ) -> Self {
         // What an earlier daemon told the VMM is not known.
         let told_to_run = entry.record == Record::Running;
+        let patience = context.limits().patience;
         Self {
             context,
             entry,
             vmm,
             claim,
             link,
+            suspension: None,
+            patience,
             handle,
             arrivals,
             reply: None,
@@ -116,6 +130,9 @@ impl Effects {
             gone: false,
             times: Times::default(),
             placing: None,
+            reopened: None,
+            next: None,
+            unknown_pages: false,
             commit_by: None,
             unanswered: None,
             unanswered_since: Instant::now(),
@@ -167,6 +184,7 @@ impl Effects {
             VmmNews::Back(Returned { guest, claim }) => {
                 self.claim = claim.filter(|_| !self.handle.is_over());
                 info!(guest = %self.entry.guest, "the VMM is back");
+                self.reopen(&guest).await;
                 let told = self.told_by(&guest);
                 self.vmm = Vmm::Attached(guest);
                 match self.unanswered.take() {
@@ -313,33 +331,29 @@ impl Effects {
             {
                 warn!(guest = %self.entry.guest, %failure, "cannot stop tracking; the guest may run slower");
             }
-            let event = self.resumed();
-            if let (Event::Resumed, Some(placing), Some(link)) = (event, &self.placing, &self.link) {
-                // All of its memory came before it ran: told ahead of the word that ends it, as ever.
-                let _ = link.send(&Control::Fetched(placing.report())).await;
-            }
-            return Some(event);
+            return Some(self.resumed());
         }
         Some(done)
     }
 
-    /// Returns the event that the guest runs here, with all of its memory or without.
+    /// Returns the event that the guest runs here, with all of its memory or without. If it is not in the journal yet that
+    /// all of it is here, a daemon that is started anew looks for what is missing, and the source must not be done by then.
     fn resumed(&self) -> Event {
-        match &self.placing {
-            Some(placing) if placing.remaining() > 0 => Event::ResumedIncomplete,
-            _ => Event::Resumed,
-        }
+        if self.entry.fetching { Event::ResumedIncomplete } else { Event::Resumed }
     }
 
-    /// Notes that all of the guest's memory is here.
-    pub(crate) async fn whole(&mut self) {
+    /// Notes that all of the guest's memory is here. Returns whether a daemon that is started anew will know it.
+    pub(crate) async fn whole(&mut self) -> bool {
         self.entry.fetching = false;
-        if self.entry.record == Record::Running
-            && let Err(failure) = self.context.journal.write(&self.entry, Record::Running).await
-        {
-            warn!(guest = %self.entry.guest, %failure, "cannot note that a guest has all of its memory; \
-                after a restart before the other host has heard, the daemon takes it for lost");
+        if self.entry.record != Record::Running {
+            return true;
         }
+        let written = self.context.journal.write(&self.entry, Record::Running).await;
+        if let Err(failure) = &written {
+            self.entry.fetching = true;
+            warn!(guest = %self.entry.guest, %failure, "cannot note yet that a guest has all of its memory; trying on");
+        }
+        written.is_ok()
     }
 
     /// Tells the switches that a guest is here, before it can send frames by itself: at the destination, and at a

@@ -10,7 +10,7 @@ use memlane_net::link::Link;
 use memlane_protocol::handover::{Message, Resolution};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::{MigrationId, RunState};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::observer::{Measurement, Observer};
 use crate::progress::{MigrationStatus, Outcome, Phase, Progress, Role};
@@ -29,12 +29,21 @@ pub struct MigrationHandle {
     pub cancelled: watch::Sender<bool>,
     /// This tells whether cancelling would have an effect now.
     pub cancellable: std::cell::Cell<bool>,
+    /// This tells whether another try may end better, if the migration fails.
+    pub may_be_retried: std::cell::Cell<bool>,
     /// This takes words of the handover that came over another connection than the migration's own.
     pub(crate) words: mpsc::Sender<Word>,
     /// This takes the guest, when its VMM attaches again.
     pub(crate) returns: mpsc::Sender<Returned>,
     /// This takes connections over which the source offers to serve what is missing here.
     pub(crate) links: mpsc::Sender<Link>,
+    /// This takes connections over which the source resumes the migration, with the number of messages that it has
+    /// received.
+    pub(crate) resumptions: mpsc::Sender<(Link, u64)>,
+    /// This is true while the two hosts try to reach each other again.
+    pub(crate) suspended: std::cell::Cell<bool>,
+    /// This is notified when a suspended migration makes way for another one.
+    pub(crate) make_way: Notify,
     /// This becomes true when the operator has given up what is missing.
     pub abandoned: watch::Sender<bool>,
     /// This tells whether giving up would have an effect now.
@@ -59,6 +68,8 @@ pub(crate) struct Arrivals {
     pub returns: mpsc::Receiver<Returned>,
     /// This receives what is sent to [`MigrationHandle::links`]. Only a destination listens to it.
     pub links: Option<mpsc::Receiver<Link>>,
+    /// This receives what is sent to [`MigrationHandle::resumptions`].
+    pub resumptions: mpsc::Receiver<(Link, u64)>,
     /// This receives what is sent to [`MigrationHandle::resolutions`].
     pub resolutions: mpsc::Receiver<Resolution>,
 }
@@ -75,8 +86,10 @@ pub(crate) struct Returned {
 pub(crate) struct Word {
     /// This is the word.
     pub message: Message,
-    /// This takes the answer. It is dropped where there is none.
-    pub reply: oneshot::Sender<Message>,
+    /// This is the reason, if the word is bad news.
+    pub reason: String,
+    /// This takes the answer, and the reason for it. It is dropped where there is none.
+    pub reply: oneshot::Sender<(Message, String)>,
 }
 
 impl MigrationHandle {
@@ -92,6 +105,7 @@ impl MigrationHandle {
         let (words, words_arriving) = mpsc::channel(WAITING);
         let (returns, returning) = mpsc::channel(WAITING);
         let (links, linking) = mpsc::channel(WAITING);
+        let (resumptions, resuming) = mpsc::channel(WAITING);
         let (resolutions, resolving) = mpsc::channel(WAITING);
         let destination = if role == Role::Source { peer } else { here };
         let mut progress = Progress::new(ids::encode(id), guest.as_str(), destination.as_str());
@@ -106,9 +120,13 @@ impl MigrationHandle {
             progress: watch::Sender::new(progress),
             cancelled: watch::Sender::new(false),
             cancellable: (role == Role::Source).into(),
+            may_be_retried: true.into(),
             words,
             returns,
             links,
+            resumptions,
+            suspended: false.into(),
+            make_way: Notify::new(),
             abandoned: watch::Sender::new(false),
             abandonable: false.into(),
             resolutions,
@@ -118,8 +136,9 @@ impl MigrationHandle {
             started: Instant::now(),
             observer,
         };
-        let (words, returns, links, resolutions) = (words_arriving, returning, Some(linking), resolving);
-        (Rc::new(handle), Arrivals { words, returns, links, resolutions })
+        let (words, returns, links) = (words_arriving, returning, Some(linking));
+        let (resumptions, resolutions) = (resuming, resolving);
+        (Rc::new(handle), Arrivals { words, returns, links, resumptions, resolutions })
     }
 
     /// Returns why a VMM that attaches is not the one that this migration works with, or `None` if it is that one.

@@ -1,9 +1,7 @@
 //! This module has the lanes of one migration: their threads, and what they have done so far.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Add;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,14 +13,19 @@ use memlane_lane::{
     Bell, LaneError, LaneReceiver, LaneSender, LaneStats, ReceiveState, SendState, Totals, Transport,
 };
 use memlane_net::port::Traffic;
+use memlane_protocol::lane_count::{LaneCount, Load};
 use memlane_protocol::wire::Label;
-use memlane_tls::Records;
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use crate::context::Context;
 use crate::observer::{Measurement, Observer};
-use crate::progress::{Lane as LaneView, LaneState, Progress};
+use crate::progress::Progress;
+
+mod lane;
+
+use lane::Lane;
+pub(crate) use lane::LaneEnd;
 
 /// The lanes of one migration at one end. Dropping them ends their connections.
 ///
@@ -33,49 +36,13 @@ pub(crate) struct Lanes {
     running: watch::Sender<usize>,
     /// Lanes of these numbers are closed for good: no connection may bring them back.
     closed: BTreeSet<u16>,
+    /// How many lanes each port is to have.
+    counts: BTreeMap<Label, LaneCount>,
+    begun: Instant,
     /// The rates were last measured at this moment.
     measured: Instant,
     observer: Rc<dyn Observer>,
     traffic: Rc<Traffic>,
-}
-
-/// A lane's connection and thread.
-struct Lane {
-    port: Label,
-    number: u16,
-    local: String,
-    remote: SocketAddr,
-    socket: Arc<OwnedFd>,
-    stats: Arc<LaneStats>,
-    /// If this is true, the lane carries only pages that an access waits for.
-    answers: bool,
-    /// This is what the lanes did that were in this place before.
-    past: Totals,
-    /// Lanes in this place were lost this many times.
-    losses: u32,
-    /// This many of the losses, with the loss of the lane itself, have been reported to the observer.
-    counted_losses: u32,
-    /// This has been reported to the observer.
-    counted: Totals,
-    /// The lane had carried this many bytes when the rates were last measured.
-    measured_bytes: u64,
-    rate: f64,
-}
-
-/// One end of a lane's connection.
-pub(crate) struct LaneEnd {
-    /// This is the port of this host.
-    pub port: Label,
-    /// This is the number of the lane.
-    pub number: u16,
-    /// This is the address here.
-    pub local: String,
-    /// This is the address there.
-    pub remote: SocketAddr,
-    /// This is the connected socket.
-    pub socket: OwnedFd,
-    /// This seals and opens what flows there. It is `None` if the lane is not encrypted.
-    pub records: Option<Box<Records>>,
 }
 
 /// Returns a bell that lanes ring, and its other end, where it is heard.
@@ -93,8 +60,9 @@ impl Lanes {
 
     /// Makes an empty set of lanes. What they carry is reported to `observer` and added to `traffic`.
     fn telling(observer: Rc<dyn Observer>, traffic: Rc<Traffic>) -> Self {
-        let (lanes, running, closed) = (Vec::new(), watch::Sender::new(0), BTreeSet::new());
-        Self { lanes, running, closed, measured: Instant::now(), observer, traffic }
+        let (lanes, closed, counts) = Default::default();
+        let (running, begun) = (watch::Sender::new(0), Instant::now());
+        Self { lanes, running, closed, counts, begun, measured: begun, observer, traffic }
     }
 
     /// Starts a lane that sends from `outbound`.
@@ -141,12 +109,11 @@ impl Lanes {
         answers: bool,
         work: impl FnOnce(Arc<LaneStats>, Transport) -> LaneError + Send + 'static,
     ) {
-        let LaneEnd { port, number, local, remote, socket, records } = end;
-        let (socket, stats) = (Arc::new(socket), Arc::new(LaneStats::default()));
-        let (transport, thread_stats) = (Transport { socket: socket.clone(), records }, stats.clone());
-        let ending = Ending { stats: stats.clone(), running: self.running.clone() };
+        let (mut lane, transport) = Lane::new(end, answers);
+        let (stats, thread_stats) = (lane.stats.clone(), lane.stats.clone());
+        let ending = Ending { stats, running: self.running.clone() };
+        let (port, number, remote) = (lane.port.clone(), lane.number, lane.remote);
         let name = format!("lane-{port}-{number}");
-        let port_name = port.clone();
         self.running.send_modify(|running| *running += 1);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let error = work(thread_stats, transport);
@@ -155,30 +122,13 @@ impl Lanes {
             // Before the log, which may be slow: a paused guest may wait for this.
             drop(ending);
             match lost {
-                true => warn!(port = %port_name, lane = number, %remote, %error, "lane lost"),
-                false => info!(port = %port_name, lane = number, %remote, "lane closed"),
+                true => warn!(%port, lane = number, %remote, %error, "lane lost"),
+                false => info!(%port, lane = number, %remote, "lane closed"),
             }
         });
         if let Err(error) = thread {
-            warn!(%port, lane = number, %error, "cannot start a thread for a lane");
+            warn!(port = %lane.port, lane = number, %error, "cannot start a thread for a lane");
         }
-        let (past, counted, measured_bytes) = Default::default();
-        let (losses, counted_losses, rate) = (0, 0, 0.0);
-        let mut lane = Lane {
-            port,
-            number,
-            local,
-            remote,
-            socket,
-            stats,
-            answers,
-            past,
-            losses,
-            counted_losses,
-            counted,
-            measured_bytes,
-            rate,
-        };
         match self
             .lanes
             .iter_mut()
@@ -241,6 +191,30 @@ impl Lanes {
     /// Returns how many lanes on `port` have not ended, without those that carry only pages that an access waits for.
     pub(crate) fn running_on(&self, port: &Label) -> usize {
         self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over()).count()
+    }
+
+    /// Tells whether a port, which began with so many lanes, lacks one: it was lost, or one core is the limit of the encrypted
+    /// lanes that there are. The caller asks this again and again, and says whether there is more to send than they have
+    /// sent yet.
+    pub(crate) fn are_too_few(&mut self, port: &Label, began_with: u16, busy: bool) -> bool {
+        let running = self.running_on(port);
+        let load = self.load_of(port);
+        let count = self.counts.entry(port.clone()).or_insert_with(|| LaneCount::new(began_with));
+        match load {
+            Some(load) if busy && count.observe(self.begun.elapsed(), load) => {
+                info!(%port, lanes = count.wanted(), "one core is the limit of this port: it gets a further lane");
+            }
+            Some(_) if busy => {}
+            _ => count.idle(),
+        }
+        running < usize::from(count.wanted())
+    }
+
+    /// Returns what the encrypted lanes of a port have done that have not ended, or `None` if there are none.
+    fn load_of(&self, port: &Label) -> Option<Load> {
+        let lanes = self.lanes.iter().filter(|lane| lane.port == *port && !lane.answers && !lane.is_over());
+        let loads = lanes.filter(|lane| lane.encrypted).map(|lane| lane.stats.load());
+        loads.reduce(Load::add)
     }
 
     /// Returns the longest round trip of lanes that have not ended, as far as they know, or zero if none knows.
@@ -316,81 +290,12 @@ impl Drop for Ending {
     }
 }
 
-impl Lane {
-    fn is_over(&self) -> bool {
-        self.stats.ended.load(Ordering::Acquire)
-    }
-
-    fn is_lost(&self) -> bool {
-        self.is_over() && self.stats.lost.load(Ordering::Acquire)
-    }
-
-    /// Takes the place of a lane that has ended.
-    fn succeed(&mut self, old: &Self) {
-        (self.past, self.counted) = (old.totals(), old.counted);
-        (self.losses, self.counted_losses) = (old.losses + 1, old.counted_losses);
-        self.measured_bytes = old.measured_bytes;
-        info!(port = %self.port, lane = self.number, remote = %self.remote, "the port has a lane again");
-    }
-
-    /// Returns what this lane has done, together with those that were in its place before.
-    fn totals(&self) -> Totals {
-        self.past + self.stats.totals()
-    }
-
-    fn losses(&self) -> u32 {
-        self.losses + u32::from(self.is_lost())
-    }
-
-    fn view(&self) -> LaneView {
-        let state = match (self.is_over(), self.is_lost()) {
-            (false, _) => LaneState::Up,
-            (true, false) => LaneState::Closed,
-            (true, true) => LaneState::Lost,
-        };
-        let totals = self.totals();
-        LaneView {
-            port: self.port.to_string(),
-            lane: self.number,
-            local: self.local.clone(),
-            remote: self.remote.to_string(),
-            bytes: totals.wire_bytes,
-            zero_copy_bytes: totals.zero_copy_bytes,
-            copied_bytes: totals.copied_bytes,
-            bytes_per_second: self.rate,
-            state,
-            losses: self.losses(),
-        }
-    }
-
-    /// Takes note of the bytes of the last `seconds`.
-    fn measure(&mut self, seconds: f64) {
-        let bytes = self.totals().wire_bytes;
-        let before = std::mem::replace(&mut self.measured_bytes, bytes);
-        self.rate = (bytes - before) as f64 / seconds;
-    }
-
-    /// Reports what is new.
-    fn count(&mut self, sending: bool, observer: &dyn Observer, traffic: &Traffic) {
-        let now = self.totals();
-        let fresh = now - std::mem::replace(&mut self.counted, now);
-        let port = &self.port;
-        observer.measured(Measurement::Carried { port, sending, fresh });
-        if !sending {
-            return traffic.add(port, 0, fresh.wire_bytes);
-        }
-        traffic.add(port, fresh.wire_bytes, 0);
-        let losses = self.losses();
-        let lanes = losses - std::mem::replace(&mut self.counted_losses, losses);
-        if lanes > 0 {
-            observer.measured(Measurement::LanesLost { port: &self.port, lanes });
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use super::*;
+    use crate::progress::LaneState;
 
     /// An observer that keeps nothing.
     struct Unwatched;
@@ -440,6 +345,28 @@ mod tests {
         assert!(!lanes.all_ended());
         lanes.close().await;
         assert!(lanes.all_ended());
+    }
+
+    #[tokio::test]
+    async fn a_port_gets_a_further_lane_only_if_it_is_encrypted_and_one_core_is_the_limit() {
+        let port: Label = "p0".parse().unwrap();
+        for (encrypted, share, expected) in [(true, 0.95, true), (true, 0.5, false), (false, 0.95, false)] {
+            let mut lanes = Lanes::telling(Rc::new(Unwatched), Rc::default());
+            assert!(lanes.are_too_few(&port, 1, true), "there is none");
+            let (end, _peer) = lane(0);
+            lanes.start(end, false, until_hung_up);
+            lanes.lanes[0].encrypted = encrypted;
+            assert!(!lanes.are_too_few(&port, 1, true));
+            for _ in 0..4 {
+                // A second passes.
+                lanes.begun -= Duration::from_secs(1);
+                let ran = (share * 1e6) as u64;
+                lanes.lanes[0].stats.ran_us.fetch_add(ran, Ordering::Relaxed);
+                lanes.are_too_few(&port, 1, true);
+            }
+            assert_eq!(lanes.are_too_few(&port, 1, true), expected, "{encrypted} {share}");
+            lanes.close().await;
+        }
     }
 
     #[tokio::test]

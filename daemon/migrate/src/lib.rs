@@ -13,6 +13,7 @@ mod context;
 mod destination;
 mod drive;
 mod effects;
+mod fetch;
 mod handle;
 mod lane_reconnect;
 mod lanes;

@@ -1,11 +1,13 @@
 //! The engine treats the two sides of the handover alike, through this trait.
 
-use memlane_protocol::handover::{Action, Destination, Event, Source};
+use memlane_protocol::handover::{Action, Destination, Event, Phase, Source};
 
 /// One side of the handover, which decides and does nothing.
 pub(crate) trait Machine {
     /// Takes an event. Returns what to do.
     fn on(&mut self, event: Event) -> Vec<Action>;
+    /// Returns how far it is.
+    fn phase(&self) -> Phase;
     /// Tells whether nothing is left to do.
     fn is_over(&self) -> bool;
     /// Tells whether cancelling would have an effect now.
@@ -19,6 +21,10 @@ pub(crate) trait Machine {
 impl Machine for Source {
     fn on(&mut self, event: Event) -> Vec<Action> {
         Source::on(self, event)
+    }
+
+    fn phase(&self) -> Phase {
+        Source::phase(self)
     }
 
     fn is_over(&self) -> bool {
@@ -41,6 +47,10 @@ impl Machine for Source {
 impl Machine for Destination {
     fn on(&mut self, event: Event) -> Vec<Action> {
         Destination::on(self, event)
+    }
+
+    fn phase(&self) -> Phase {
+        Destination::phase(self)
     }
 
     fn is_over(&self) -> bool {

@@ -19,6 +19,10 @@ pub struct Progress {
     pub started_at_unix_seconds: f64,
     /// This is the time from the order to the end, or until now.
     pub total_seconds: f64,
+    /// If it fails, the order is tried again so many times.
+    pub retries_left: u32,
+    /// It is another try of the order of this migration, which failed.
+    pub retry_of: Option<String>,
     /// This is what it does and waits for, and how it ended.
     pub status: MigrationStatus,
     /// This is what was sent of the guest's memory, and what is left.
@@ -225,6 +229,17 @@ pub struct Postcopy {
     pub seconds: f64,
     /// Fetching waits for this. It is `None` while pages can come.
     pub waits_for: Option<String>,
+}
+
+impl Postcopy {
+    /// Notes that the migration is over. If it is `complete`, nothing is missing: the last report may come after the word
+    /// that says so.
+    pub(crate) fn end(&mut self, complete: bool) {
+        self.waits_for = None;
+        if complete {
+            self.remaining_pages = 0;
+        }
+    }
 }
 
 /// One TCP stream of a migration.

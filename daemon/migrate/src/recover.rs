@@ -1,6 +1,5 @@
 //! This module takes up migrations that were in doubt when the daemon went away.
 
-use std::convert::Infallible;
 use std::future::pending;
 use std::marker::PhantomData;
 use std::rc::Rc;
@@ -9,14 +8,17 @@ use memlane_api::ids;
 use memlane_guest::{Guest, Process};
 use memlane_net::journal::Entry;
 use memlane_net::task;
-use memlane_protocol::handover::{Action, Destination, Event, Outcome, Record, Source, WrongRecord};
+use memlane_protocol::handover::{
+    Action, Destination, Event, Outcome, Phase as HandoverPhase, Record, Source, WrongRecord,
+};
 use memlane_protocol::wire::attach::{Bond, RunState};
 use tracing::{error, info, warn};
 
 use crate::context::Context;
 use crate::destination;
+use crate::destination::{Postcopy, PostcopyNews};
 use crate::drive::{News, Role, Session, drive};
-use crate::effects::{Effects, NEVER_WHOLE};
+use crate::effects::Effects;
 use crate::handle::MigrationHandle;
 use crate::machine::Machine;
 use crate::progress::{Outcome as OutcomeView, Phase, Role as RoleView};
@@ -90,8 +92,7 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
         progress.status.guest_runs_at = None;
     });
     context.migrations.add(handle.clone());
-    let lacks_pages = record == Some(Record::Prepared) && entry.fetching;
-    let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
+    let effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
     task::spawn("recovery of a migration", async move {
         let reason = match role {
             RoleView::Source => match Source::recover(record) {
@@ -99,12 +100,6 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
                 Err(error) => give_up(&handle, error),
             },
             RoleView::Destination => match Destination::recover(record) {
-                Ok((mut machine, _)) if lacks_pages => {
-                    // It never ran here, and can never be whole: nothing is left to ask.
-                    effects.blame(NEVER_WHOLE);
-                    let actions = machine.on(Event::ResumeFailed);
-                    settle(effects, machine, actions).await
-                }
                 Ok((machine, actions)) => settle(effects, machine, actions).await,
                 Err(error) => give_up(&handle, error),
             },
@@ -121,9 +116,11 @@ fn give_up(handle: &MigrationHandle, failure: WrongRecord) -> Option<String> {
 }
 
 /// The role in a migration that was taken up after a restart. There is nothing to copy any more: it only settles which
-/// host owns the guest, and serves what is missing elsewhere.
+/// host owns the guest, serves what is missing elsewhere, and fetches what is missing here.
 struct RecoveryRole<M> {
-    /// If this is true, the guest runs at the destination without all of its memory.
+    /// This is present at a destination.
+    postcopy: Option<Postcopy>,
+    /// If this is true, the destination needs the guest's memory that is here.
     serve: bool,
     serving: Option<Serving>,
     machine: PhantomData<M>,
@@ -140,16 +137,42 @@ impl<M: Machine> Role for RecoveryRole<M> {
                 .blame("the VMM that had the guest's memory is gone, and part of it had not been fetched");
             return Some(Event::Abandoned);
         }
-        match session.news(pending::<Infallible>()).await {
-            News::Event(event) => event,
-            News::Abandoned => {
+        match (session.news(next(&mut self.postcopy)).await, &mut self.postcopy) {
+            (News::Event(event), _) => event,
+            (News::Own(PostcopyNews::Link(link)), Some(postcopy)) => {
+                postcopy.served(&mut session.effects, link).await;
+                None
+            }
+            (News::Own(PostcopyNews::Fetched(Ok(()))), Some(postcopy)) => {
+                postcopy.complete(&mut session.effects).await
+            }
+            (News::Own(PostcopyNews::Fetched(Err(error))), _) if session.machine.can_abandon() => {
+                session.effects.blame(error);
+                Some(Event::Abandoned)
+            }
+            (News::Abandoned, Some(postcopy)) => postcopy.abandoned(&mut session.effects).await,
+            (News::Abandoned, None) => {
                 session.effects.blame("abandoned by the operator: the destination is gone for good");
                 Some(Event::Abandoned)
             }
-            News::Moment => Some(session.tick()),
+            (News::Moment, postcopy) => {
+                if postcopy.is_some() {
+                    session.effects.reopen_without_monitor().await;
+                }
+                Some(match session.tick() {
+                    Event::Tick if session.effects.awaits_memory() => Event::MemoryFound,
+                    event => event,
+                })
+            }
             // It has no connection of its own, and cannot be cancelled.
-            News::Message(_) | News::Cancelled => None,
-            News::Own(never) => match never {},
+            (News::Message(_) | News::Cancelled | News::Own(_), _) => None,
+        }
+    }
+
+    fn decided(&mut self, session: &mut Session<M>) {
+        if session.machine.phase() == HandoverPhase::Returning {
+            // The guest has never run there, and is about to run here.
+            (self.serve, self.serving) = (false, None);
         }
     }
 
@@ -158,6 +181,9 @@ impl<M: Machine> Role for RecoveryRole<M> {
             Action::Serve => self.serve = true,
             Action::Report(outcome) => {
                 (self.serve, self.serving) = (false, None);
+                if let (Outcome::Lost, Some(postcopy)) = (outcome, &mut self.postcopy) {
+                    postcopy.poison(&session.effects).await;
+                }
                 report(&mut session.effects, outcome);
             }
             _ => {}
@@ -165,10 +191,21 @@ impl<M: Machine> Role for RecoveryRole<M> {
     }
 
     fn show(&mut self, session: &mut Session<M>) {
-        if self.serve && self.serving.is_none() {
-            self.serving = begin_to_serve(&session.effects);
-        }
+        self.show_source(session);
         session.effects.handle.abandonable.set(session.machine.can_abandon());
+        let Some(postcopy) = &mut self.postcopy else { return };
+        postcopy.take_up(&mut session.effects);
+        if session.machine.phase() == HandoverPhase::Fetching {
+            let here = session.effects.context.name().to_string();
+            session.effects.handle.update(|progress| {
+                if progress.status.outcome.is_none() {
+                    progress.status.phase = Phase::Fetching;
+                    progress.status.guest_runs_at = Some(here);
+                    postcopy.show(progress);
+                    postcopy.show_lanes(progress, |_| ());
+                }
+            });
+        }
     }
 
     fn is_done(&self, session: &Session<M>) -> bool {
@@ -176,24 +213,47 @@ impl<M: Machine> Role for RecoveryRole<M> {
     }
 }
 
+impl<M: Machine> RecoveryRole<M> {
+    /// Serves while the destination needs that, and shows that the guest runs there from when it says so.
+    fn show_source(&mut self, session: &Session<M>) {
+        let phase = session.machine.phase();
+        if self.serve && self.serving.is_none() {
+            self.serving = begin_to_serve(&session.effects);
+        }
+        let handle = &session.effects.handle;
+        let shown = handle.progress.borrow().status.phase;
+        if self.serving.is_some() && phase == HandoverPhase::Fetching && shown != Phase::Fetching {
+            handle.update(|progress| {
+                progress.status.phase = Phase::Fetching;
+                progress.status.guest_runs_at = Some(handle.peer.to_string());
+            });
+        }
+    }
+}
+
+/// Returns the next event of post-copy at a destination.
+async fn next(postcopy: &mut Option<Postcopy>) -> PostcopyNews {
+    match postcopy {
+        Some(postcopy) => postcopy.next().await,
+        None => pending().await,
+    }
+}
+
 /// Settles a migration, which begins with `actions`. Returns why it went as it did.
 async fn settle<M: Machine>(mut effects: Effects, machine: M, actions: Vec<Action>) -> Option<String> {
-    let told = effects.told_at_once();
-    let role = RecoveryRole { serve: false, serving: None, machine: PhantomData };
-    let mut session = drive(role, Session { machine, effects }, actions, told).await;
+    let told = effects.told_at_once().await;
+    let arrives = effects.handle.progress.borrow().role == RoleView::Destination;
+    let postcopy = effects.arrivals.links.take().filter(|_| arrives).map(Postcopy::new);
+    let role = RecoveryRole { postcopy, serve: false, serving: None, machine: PhantomData };
+    let mut session = drive(role, Session::new(machine, effects), actions, told).await;
     session.effects.reason.take()
 }
 
-/// Serves a guest that runs at the destination without all of its memory, as soon as the VMM that
-/// has that memory is here.
+/// Serves memory that the destination does not have all of, as soon as the VMM that has it is here.
 fn begin_to_serve(effects: &Effects) -> Option<Serving> {
     let guest = effects.guest()?;
     let (context, handle) = (effects.context.clone(), effects.handle.clone());
-    handle.update(|progress| {
-        progress.status.phase = Phase::Fetching;
-        progress.status.guest_runs_at = Some(handle.peer.to_string());
-    });
-    info!(guest = %handle.guest, "serving a guest that runs at the destination without all of its memory");
+    info!(guest = %handle.guest, "serving a guest of which the destination does not have all memory");
     // It is not known any more whether pages are holes.
     Some(Serving::again(PostcopySource { context, handle, ram: guest.ram.clone(), sparse: true }))
 }
@@ -204,12 +264,11 @@ fn report(effects: &mut Effects, outcome: Outcome) {
     let role = handle.progress.borrow().role;
     let runs_here = match (role, outcome) {
         (_, Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp) => None,
-        // It is the source's again, which may not have heard of that.
-        (RoleView::Destination, Outcome::TakenBack) => None,
         (RoleView::Source, Outcome::Completed) => Some(false),
         (RoleView::Source, _) => Some(true),
         (RoleView::Destination, Outcome::Completed) => Some(true),
-        (RoleView::Destination, _) => Some(false),
+        // It is the source's, which alone knows whether it still has it.
+        (RoleView::Destination, _) => None,
     };
     if runs_here == Some(true)
         && let Some(guest) = effects.guest()
@@ -229,5 +288,10 @@ fn report(effects: &mut Effects, outcome: Outcome) {
         Outcome::VmmGone if role == RoleView::Destination => OutcomeView::Lost,
         _ => OutcomeView::Failed,
     };
+    handle.update(|progress| {
+        if let Some(postcopy) = &mut progress.postcopy {
+            postcopy.end(outcome == Outcome::Completed);
+        }
+    });
     handle.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));
 }

@@ -36,7 +36,7 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    /// Returns how many lanes are opened on the route.
+    /// Returns how many lanes are opened on the route to begin with.
     pub(crate) fn lanes(&self) -> u16 {
         self.port.lanes.min(self.there.lanes).clamp(1, MOST_LANES)
     }

@@ -13,10 +13,12 @@ use memlane_protocol::handover::{Destination, Message, Record, Source};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::{MigrationId, RunState};
 use memlane_protocol::wire::control::Offer;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::context::Context;
+use crate::effects::refuse_to_resume;
 use crate::handle::{MigrationHandle, Returned, Word};
 use crate::observer::Measurement;
 use crate::preflight::{self, Findings, Request, Severity};
@@ -150,15 +152,34 @@ impl Supervisor {
         let _ = handle.links.try_send(link);
     }
 
-    /// Returns what this host answers to a word of `peer` about a migration, if it answers.
-    pub async fn answer(&self, peer: &Label, migration: MigrationId, message: Message) -> Option<Message> {
+    /// Hands a connection of `peer`, in place of one that is lost, to the migration that it resumes, and tells the peer if
+    /// there is none. The peer has received `received` messages of that migration.
+    pub fn resume(&self, peer: &Label, migration: &MigrationId, link: Link, received: u64) {
+        let handle = self.context.migrations.with(peer, migration).filter(|handle| handle.is_live());
+        let unsent = match handle {
+            Some(handle) => handle.resumptions.try_send((link, received)).err().map(TrySendError::into_inner),
+            None => Some((link, received)),
+        };
+        let Some((link, _)) = unsent else { return };
+        info!(%peer, "a peer would resume a migration that is not under way here any more");
+        refuse_to_resume(link);
+    }
+
+    /// Returns what this host answers to a word of `peer` about a migration, and the reason for that, if it answers. The word
+    /// has a `reason` too if it is bad news.
+    pub async fn answer(
+        &self,
+        peer: &Label,
+        migration: MigrationId,
+        (message, reason): (Message, String),
+    ) -> Option<(Message, String)> {
         let handle = self.context.migrations.with(peer, &migration);
         // It has ended since this daemon was started.
         let ended = handle.as_ref().is_some_and(|handle| !handle.is_live());
         if let Some(handle) = handle.filter(|handle| handle.is_live()) {
             let (reply, answer) = oneshot::channel();
             let asked = async {
-                handle.words.send(Word { message, reply }).await.ok()?;
+                handle.words.send(Word { message, reason, reply }).await.ok()?;
                 answer.await.ok()
             };
             return tokio::time::timeout(PATIENCE, asked).await.ok()?;
@@ -166,18 +187,13 @@ impl Supervisor {
         if self.context.journal.known(peer, &migration).is_some() {
             return None; // it is remembered, and its task will answer when it is asked again
         }
-        match message {
+        let answer = match message {
             // A VMM that this journal should know of, and does not, may be about to say so.
-            Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined
-                if !ended && self.started.elapsed() < RETURNING =>
-            {
-                None
-            }
-            Message::Ready | Message::Fetching | Message::Running | Message::Lost | Message::Declined => {
-                Source::answer_unknown(message)
-            }
-            _ => Destination::answer_unknown(message),
-        }
+            _ if !message.awaits_source() => Destination::answer_unknown(message),
+            _ if !ended && self.started.elapsed() < RETURNING => None,
+            _ => Source::answer_unknown(message),
+        };
+        answer.map(|answer| (answer, "this host knows of no such migration any more".to_owned()))
     }
 
     /// Returns the migration under way that a VMM which attaches belongs to, if one does.

@@ -11,10 +11,12 @@ use std::time::Instant;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::is_hello;
 use memlane_tls::{Credentials, Established, Handshake, IdentityError, Records, Step};
+use tokio::sync::Semaphore;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
 
 use crate::error::LinkError;
+use crate::task;
 
 /// One read takes at most this many bytes.
 const READ_BYTES: usize = 32 << 10;
@@ -23,6 +25,10 @@ const READ_BYTES: usize = 32 << 10;
 const INSUFFICIENT_SECURITY: [u8; 7] = [21, 3, 3, 0, 2, 2, 71];
 /// The type of a record of the handshake protocol: the first byte of a connection that wants to encrypt.
 const HANDSHAKE: u8 = 22;
+
+/// This many handshakes are computed at a time. Any local user of a peer's host can have this host compute, so it is done
+/// beside the control thread, and takes no more than these threads.
+static COMPUTING: Semaphore = Semaphore::const_new(2);
 
 /// How this host protects its connections to others: with these credentials, or not at all.
 #[derive(Clone, Default)]
@@ -106,7 +112,7 @@ impl Channel {
     pub async fn accept(
         stream: Rc<TcpStream>,
         first: Vec<u8>,
-        credentials: Option<&Credentials>,
+        credentials: Option<Arc<Credentials>>,
     ) -> Result<Self, LinkError> {
         match (credentials, first.first()) {
             (None, Some(&HANDSHAKE)) => {
@@ -121,7 +127,7 @@ impl Channel {
             (Some(credentials), _) => {
                 let Established { records, certificates, .. } =
                     shake(&stream, credentials.accept()?, first).await?;
-                let owner = match credentials.peer_of(&certificates) {
+                let owner = match computed(move || credentials.peer_of(&certificates)).await {
                     Ok(peer) => Owner::Peer(peer),
                     Err(error) => Owner::Stranger(error),
                 };
@@ -218,6 +224,12 @@ impl Channel {
     }
 }
 
+/// Does a part of a handshake beside the control thread, when it is its turn.
+async fn computed<T: Send + 'static>(part: impl FnOnce() -> T + Send + 'static) -> T {
+    let _turn = COMPUTING.acquire().await.expect("it is never closed");
+    task::aside(part).await
+}
+
 async fn shake(
     stream: &TcpStream,
     mut handshake: Handshake,
@@ -225,7 +237,8 @@ async fn shake(
 ) -> Result<Established, LinkError> {
     handshake.received(&first)?;
     loop {
-        let step = handshake.step();
+        let step;
+        (step, handshake) = computed(move || (handshake.step(), handshake)).await;
         let outgoing = handshake.outgoing();
         if !outgoing.is_empty() {
             let sent = stream.write_all(outgoing).await.0;

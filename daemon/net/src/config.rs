@@ -24,7 +24,8 @@ pub struct PortConfig {
     pub address: IpAddr,
     /// This is the port's speed in bits per second, where the interface does not tell it.
     pub speed: Option<Rate>,
-    /// A migration opens this many lanes on the port, at most [`MAX_LANES`].
+    /// A migration begins with this many lanes on the port, at most [`MAX_LANES`]. It opens more where they are encrypted,
+    /// and one core is the limit of each.
     pub lanes: u16,
     /// This is the kernel's name of the lanes' congestion control. With `None` the choice depends on the round trip.
     pub congestion_control: Option<String>,

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use memlane_protocol::resumption::ResumptionError;
 use memlane_protocol::wire::{Label, WireError};
 use memlane_tls::TlsError;
 
@@ -72,6 +73,9 @@ pub enum LinkError {
     /// The other side does not keep to the protocol.
     #[error("the other host broke the protocol: {0}")]
     Protocol(#[from] WireError),
+    /// The other side miscounts the messages of a connection that can be resumed.
+    #[error("the other host broke the protocol: {0}")]
+    Resumption(#[from] ResumptionError),
     /// The other side sent something that does not belong here.
     #[error("the other host sent {found} where {expected} was due")]
     Unexpected {
@@ -80,4 +84,11 @@ pub enum LinkError {
         /// This came instead.
         found: &'static str,
     },
+}
+
+impl LinkError {
+    /// Tells whether the network or the other daemon is gone, which another connection may mend.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Self::Closed | Self::Silent(_) | Self::Stuck(_) | Self::Io(_))
+    }
 }

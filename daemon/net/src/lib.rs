@@ -21,5 +21,6 @@ pub mod log_limiter;
 pub mod port;
 pub mod private;
 pub mod resident;
+pub mod resumable;
 pub mod task;
 pub mod unix_socket;

@@ -39,6 +39,7 @@ const WRITE_AHEAD: usize = 16;
 /// One end of a control connection. Dropping it closes the connection.
 pub struct Link {
     channel: Rc<Channel>,
+    version: u16,
     sender: LinkSender,
     messages: mpsc::UnboundedReceiver<Received>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
@@ -82,7 +83,7 @@ impl Link {
         let (oldest, newest) = VERSIONS;
         let hello = Hello { oldest, newest, host: host.clone(), purpose: Purpose::Control };
         match timeout(GREETING, greet(&channel, &hello)).await {
-            Ok(Ok(Answer::Welcome { .. })) => Ok(Self::over(channel, silence)),
+            Ok(Ok(Answer::Welcome { version })) => Ok(Self::over(channel, version, silence)),
             Ok(Ok(Answer::Refused { reason })) => Err(LinkError::Refused { address, reason }),
             // A daemon that ends just now is as good as none; so is one to which this host is a stranger.
             Ok(Err(LinkError::Io(source))) => Err(refused(source)),
@@ -94,8 +95,8 @@ impl Link {
         }
     }
 
-    /// Makes a link of a connection whose greeting is done.
-    pub fn over(channel: Channel, silence: Duration) -> Self {
+    /// Makes a link of a connection whose greeting is done. Both sides speak `version` of the protocol.
+    pub fn over(channel: Channel, version: u16, silence: Duration) -> Self {
         let channel = Rc::new(channel);
         let shared = Rc::new(Shared::default());
         let (outgoing, to_write) = mpsc::channel(WRITE_AHEAD);
@@ -105,7 +106,7 @@ impl Link {
             task::spawn("link reader", traffic::read(channel.clone(), shared.clone(), sender)),
             task::spawn("link watcher", traffic::watch(channel.clone(), shared.clone(), silence)),
         ];
-        Self { channel, sender: LinkSender { outgoing, shared }, messages, tasks }
+        Self { channel, version, sender: LinkSender { outgoing, shared }, messages, tasks }
     }
 
     /// Returns the next message that is no ping.
@@ -114,11 +115,31 @@ impl Link {
     ///
     /// Fails, now and from then on, when the link has ended.
     pub async fn receive(&mut self) -> Result<Control, LinkError> {
+        self.receive_with_length().await.map(|(message, _)| message)
+    }
+
+    /// Returns the next message that is no ping, with its length on the wire in bytes.
+    ///
+    /// # Errors
+    ///
+    /// Fails, now and from then on, when the link has ended.
+    pub(crate) async fn receive_with_length(&mut self) -> Result<(Control, usize), LinkError> {
         match self.messages.recv().await {
             // There is room for another one now.
-            Some(Received { message, .. }) => message,
+            Some(Received { message, bytes, .. }) => message.map(|message| (message, bytes)),
             None => Err(LinkError::Closed),
         }
+    }
+
+    /// Returns the version of the protocol that both sides speak.
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
+    /// Sends a message if there is room for it, and waits for nothing.
+    pub(crate) fn post(&self, message: &Control) {
+        let (written, _) = oneshot::channel();
+        let _ = self.sender.outgoing.try_send((message.encode(), written));
     }
 
     /// Waits, for a few seconds, until the other side closes the connection: the side that closes first may lose its
@@ -158,9 +179,20 @@ impl LinkSender {
     ///
     /// Fails if the link has ended.
     pub async fn send(&self, message: &Control) -> Result<(), LinkError> {
+        self.send_noted(message.encode(), |_| ()).await
+    }
+
+    /// Sends the bytes of a message, and returns when they are written to the socket. From when `note` is called with them
+    /// on, they will be written, unless the link ends.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the link has ended.
+    pub(crate) async fn send_noted(&self, bytes: Vec<u8>, note: impl FnOnce(&[u8])) -> Result<(), LinkError> {
         let (written, done) = oneshot::channel();
-        let closed = |_| LinkError::Closed;
-        self.outgoing.send((message.encode(), written)).await.map_err(closed)?;
+        let room = self.outgoing.reserve().await.map_err(|_| LinkError::Closed)?;
+        note(&bytes);
+        room.send((bytes, written));
         done.await.map_err(|_| LinkError::Closed)??;
         Ok(())
     }
@@ -176,6 +208,8 @@ impl LinkSender {
 pub struct Greeted {
     /// This is the greeting.
     pub hello: Hello,
+    /// This is the version of the protocol that both hosts speak.
+    pub version: u16,
     /// This is the connection.
     pub channel: Channel,
 }
@@ -196,7 +230,7 @@ pub async fn answer_greeting<R: fmt::Display>(
     let greeting = async {
         let silent = || Err(given_up(stream, HELLO));
         let first = within(HELLO, read_some(stream)).await.unwrap_or_else(silent)?;
-        let channel = Channel::accept(stream.clone(), first, credentials.as_deref()).await?;
+        let channel = Channel::accept(stream.clone(), first, credentials).await?;
         let hello = within(HELLO, channel.read_exactly(HELLO_BYTES, || ())).await;
         let hello = Hello::decode(&hello.unwrap_or_else(silent)?)?;
         let known = channel.check_host(&hello.host);
@@ -209,7 +243,7 @@ pub async fn answer_greeting<R: fmt::Display>(
         };
         channel.write_all(answer.encode()).await?;
         match answer {
-            Answer::Welcome { .. } => Ok(Greeted { hello, channel }),
+            Answer::Welcome { version } => Ok(Greeted { hello, version, channel }),
             Answer::Refused { reason } => Err(LinkError::TurnedAway { host: hello.host, reason }),
         }
     };
@@ -254,4 +288,4 @@ async fn greet(channel: &Channel, hello: &Hello) -> Result<Answer, LinkError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

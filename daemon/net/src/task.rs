@@ -10,12 +10,16 @@
 //! one. What is left is what the task has computed, or waited for in the kernel. On a busy host the thread that holds a
 //! kernel lock may have no processor itself, or the disk is busy with reading the program: while this thread has to
 //! wait for a processor again and again, or the kernel tells that many threads do, the limit is [`LONGEST_WHERE_BUSY_MS`].
-//! A poll in whose midst the whole process was stopped (SIGSTOP, a debugger) is not judged.
+//! A poll in whose midst the whole process was stopped (SIGSTOP, a debugger) is not judged. Where this host is a virtual
+//! machine, time that its hypervisor took from a processor does not count either: the guest's kernel books it as neither.
 
 use std::future::Future;
 use std::ops::Range;
 
 use tokio::task::{JoinHandle, JoinSet};
+
+#[cfg(debug_assertions)]
+mod watch;
 
 /// A poll may keep the control thread for this many milliseconds.
 pub const LONGEST_MS: u64 = 20;
@@ -76,175 +80,6 @@ fn watched<F: Future>(_name: &'static str, future: F) -> F {
 #[cfg(debug_assertions)]
 use watch::watched;
 
-#[cfg(debug_assertions)]
-mod watch {
-    use std::cell::Cell;
-    use std::fs::File;
-    use std::future::Future;
-    use std::os::unix::fs::FileExt;
-    use std::pin::Pin;
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::sync::{Arc, LazyLock};
-    use std::task::{Context, Poll};
-    use std::time::{Duration, Instant};
-
-    use tracing::warn;
-
-    /// This is set when the process goes on after it was stopped.
-    static CONTINUED: LazyLock<Arc<AtomicBool>> = LazyLock::new(|| {
-        let continued = Arc::<AtomicBool>::default();
-        // Without it, a poll in whose midst the process was stopped is taken for a long one.
-        let _ = signal_hook::flag::register(libc::SIGCONT, continued.clone());
-        continued
-    });
-
-    /// Returns the future with a watch over its polls.
-    pub(super) fn watched<F: Future>(name: &'static str, future: F) -> Watched<F> {
-        Watched { name, future: Some(Box::pin(future)) }
-    }
-
-    /// A future whose polls, and whose end, are measured.
-    pub(super) struct Watched<F> {
-        name: &'static str,
-        /// This is `None` once the future is done.
-        future: Option<Pin<Box<F>>>,
-    }
-
-    impl<F: Future> Future for Watched<F> {
-        type Output = F::Output;
-
-        fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
-            let started = Started::now();
-            let future = self.future.as_mut().expect("a future that is done is not polled");
-            let polled = future.as_mut().poll(context);
-            if polled.is_ready() {
-                // What it holds may take as long to let go of as it took to get.
-                self.future = None;
-            }
-            started.end(self.name);
-            polled
-        }
-    }
-
-    impl<F> Drop for Watched<F> {
-        fn drop(&mut self) {
-            if let Some(future) = self.future.take() {
-                let started = Started::now();
-                drop(future);
-                started.end(self.name);
-            }
-        }
-    }
-
-    /// The moment at which a poll began.
-    struct Started {
-        at: Instant,
-        delayed: Duration,
-        computed: Duration,
-        faults: u64,
-    }
-
-    impl Started {
-        fn now() -> Self {
-            CONTINUED.store(false, Ordering::Relaxed);
-            Self { at: Instant::now(), delayed: delayed(), computed: computed(), faults: major_faults() }
-        }
-
-        fn end(self, task: &'static str) {
-            let (took, busy) = (self.at.elapsed(), Busy::look(self.delayed));
-            let longest = Duration::from_millis(super::LONGEST_MS);
-            if took <= longest || CONTINUED.load(Ordering::Relaxed) {
-                return;
-            }
-            let blocked = took.saturating_sub(delayed().saturating_sub(self.delayed));
-            let computed = computed().saturating_sub(self.computed);
-            let busy = busy || processors_are_short();
-            let most = if busy { Duration::from_millis(super::LONGEST_WHERE_BUSY_MS) } else { longest };
-            if blocked > most {
-                let millis = blocked.as_millis();
-                let major_faults = major_faults() - self.faults;
-                warn!(
-                    ?took,
-                    ?computed,
-                    major_faults,
-                    "the control thread stood still for {millis} ms in {task}"
-                );
-            }
-        }
-    }
-
-    /// Tells whether this thread has had to wait for a processor lately.
-    #[derive(Clone, Copy)]
-    struct Busy {
-        /// This is when the present second began, and how long the thread had waited in all by then.
-        since: Instant,
-        delayed: Duration,
-        /// This is how long the thread waited in the second before.
-        before: Duration,
-    }
-
-    impl Busy {
-        /// More waiting than this within two seconds is a sign of a busy host.
-        const SIGN: Duration = Duration::from_millis(10);
-
-        fn look(delayed: Duration) -> bool {
-            thread_local! {
-                static LATELY: Cell<Busy> = Cell::new(Busy {
-                    since: Instant::now(),
-                    delayed: Duration::ZERO,
-                    before: Duration::ZERO,
-                });
-            }
-            let mut busy = LATELY.get();
-            let here = delayed.saturating_sub(busy.delayed);
-            let sign = busy.before + here > Self::SIGN;
-            if busy.since.elapsed() > Duration::from_secs(1) {
-                busy = Self { since: Instant::now(), delayed, before: here };
-                LATELY.set(busy);
-            }
-            sign
-        }
-    }
-
-    /// Whether threads of this host have waited for a processor in more than a quarter of the last ten
-    /// seconds, as the kernel counts it (PSI, `Documentation/accounting/psi.rst`); false where it does not.
-    fn processors_are_short() -> bool {
-        const QUARTER: f64 = 25.0;
-        let text = std::fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
-        let average = text.lines().find_map(|line| line.strip_prefix("some avg10=")?.split(' ').next());
-        average.and_then(|average| average.parse::<f64>().ok()).is_some_and(|average| average > QUARTER)
-    }
-
-    /// Returns how long this thread has waited for a processor in all.
-    fn delayed() -> Duration {
-        thread_local! {
-            static STATISTICS: Option<File> = File::open("/proc/thread-self/schedstat").ok();
-        }
-        let mut text = [0; 128];
-        let read = |file: &Option<File>| file.as_ref()?.read_at(&mut text, 0).ok();
-        let length = STATISTICS.with(read).unwrap_or(0);
-        let delay = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.split(' ').nth(1));
-        Duration::from_nanos(delay.and_then(|delay| delay.parse().ok()).unwrap_or(0))
-    }
-
-    /// Returns how often this thread has waited for a disk to touch memory, in all (getrusage(2)).
-    fn major_faults() -> u64 {
-        // SAFETY: any bytes are a `rusage`, and the kernel writes no more than one.
-        let usage = unsafe {
-            let mut usage: libc::rusage = std::mem::zeroed();
-            libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
-            usage
-        };
-        usage.ru_majflt.try_into().unwrap_or(0)
-    }
-
-    /// Returns how long this thread has had a processor in all.
-    fn computed() -> Duration {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        Duration::try_from(time).unwrap_or_default()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io;
@@ -290,6 +125,10 @@ mod tests {
         // Long even for a busy host.
         let log = logged(|| std::thread::sleep(Duration::from_millis(550)));
         assert!(log.contains("the control thread stood still for ") && log.contains("in the task"), "{log}");
+        // What it waited for: the kernel tells at least root.
+        if rustix::process::geteuid().is_root() {
+            assert!(log.contains("nanosleep"), "{log}");
+        }
     }
 
     #[test]

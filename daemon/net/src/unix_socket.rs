@@ -16,13 +16,19 @@ pub struct Peer {
     pub uid: u32,
 }
 
-/// Asks the kernel (`SO_PEERCRED`) which process is at the other end. (The function of rustix has a type for the
-/// process's number that cannot be 0.)
+/// Asks the kernel (`SO_PEERCRED`) which process is at the other end.
 ///
 /// # Errors
 ///
 /// Fails if the socket is of another kind.
 pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
+    let found = credentials(&socket)?;
+    Ok(Peer { pid: found.pid.try_into().unwrap_or(0), uid: found.uid })
+}
+
+/// Returns what the kernel knows of the process at the other end. (The function of rustix has a type for the process's
+/// number that cannot be 0.)
+fn credentials(socket: &impl AsFd) -> io::Result<libc::ucred> {
     let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: the descriptor is open while it is borrowed, and the kernel writes at most `length` bytes, which
@@ -37,10 +43,54 @@ pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
         )
     };
     match done {
-        0 => Ok(Peer { pid: found.pid.try_into().unwrap_or(0), uid: found.uid }),
+        0 => Ok(found),
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Asks the kernel for the groups of the process at the other end when it connected: its own, which decides what files it
+/// makes (`SO_PEERCRED`), and the others that it is in (`SO_PEERGROUPS`). No list of users and groups is consulted, so
+/// a process that was started before its user joined a group is not in that group.
+///
+/// # Errors
+///
+/// Fails if the socket is of another kind.
+pub fn groups_of_peer(socket: impl AsFd) -> io::Result<Vec<u32>> {
+    let own = credentials(&socket)?.gid;
+    let mut groups: Vec<libc::gid_t> = Vec::new();
+    loop {
+        let mut length = size_of_val(groups.as_slice()) as libc::socklen_t;
+        // SAFETY: the descriptor is open while it is borrowed, and the kernel writes at most `length` bytes, which
+        // are those of `groups`.
+        let done = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let found = length as usize / size_of::<libc::gid_t>();
+        match done {
+            0 => {
+                groups.truncate(found);
+                groups.push(own);
+                return Ok(groups);
+            }
+            // There are more, and the kernel has said how many. They never change, so that this happens once.
+            _ => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ERANGE) && found > groups.len() => {
+                    groups.resize(found, 0);
+                }
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// The option that returns the supplementary groups of a peer (`asm-generic/socket.h`, Linux 4.13).
+const SO_PEERGROUPS: libc::c_int = 59;
 
 /// Makes the directory of a socket, and removes a socket that no process listens on any more.
 ///
@@ -89,6 +139,17 @@ mod tests {
         let uid = rustix::process::geteuid().as_raw();
         assert_eq!(peer(&ours).unwrap(), Peer { pid: std::process::id(), uid });
         assert!(peer(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_kernel_knows_the_groups_of_who_connects() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let listed = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap();
+        let mut expected: Vec<u32> = listed.split_whitespace().map(|group| group.parse().unwrap()).collect();
+        expected.push(rustix::process::getegid().as_raw());
+        assert_eq!(groups_of_peer(&ours).unwrap(), expected);
+        assert!(groups_of_peer(std::fs::File::open("/dev/null").unwrap()).is_err());
     }
 
     #[test]

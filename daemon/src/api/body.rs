@@ -1,7 +1,8 @@
-//! Reads the bodies of requests within bounds of size and time, and checks them.
+//! The bodies of requests: they are read within bounds of size and time, and checked.
 
 use std::time::Duration;
 
+use crate::retry;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body;
 use memlane_api::types::{ApiError, Attach, Converge, ErrorCode, Launch, Order, Resolution, Resolve};
@@ -18,7 +19,7 @@ pub(super) const MAX_LAUNCH_BYTES: usize = MAX_BODY_BYTES + 6 * MAX_DEFINITION_B
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A type that the body of a request may have.
-pub(super) trait Content: DeserializeOwned {
+pub trait Content: DeserializeOwned {
     /// The body may have at most this many bytes.
     const MAX_BYTES: usize = MAX_BODY_BYTES;
 
@@ -37,6 +38,12 @@ impl Content for Order {
             }
             Order { max_stun_percent: Some(percent @ 100..), .. } => {
                 Some(format!("max_stun_percent = {percent} is not allowed; give it 0 to 99"))
+            }
+            Order { patience_seconds: Some(patience), .. } if !(0.0..=600.0).contains(patience) => {
+                Some(format!("patience_seconds = {patience} is not allowed; give it 0 to 600"))
+            }
+            Order { retry: Some(retry), .. } if *retry > retry::MOST => {
+                Some(format!("retry = {retry} is not allowed; give it 0 to {}", retry::MOST))
             }
             // Memory of a guest that runs cannot be compared.
             Order { verify: true, postcopy, converge, .. }
@@ -96,7 +103,6 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let slow = |_| ApiError::new(ErrorCode::Slow, "the body of the request did not arrive in time");
-    let invalid = |message: String| ApiError::new(ErrorCode::Invalid, message);
     let whole = Limited::new(body, T::MAX_BYTES).collect();
     let bytes = match timeout(REQUEST_TIMEOUT, whole).await.map_err(slow)? {
         Ok(body) => body.to_bytes(),
@@ -104,9 +110,22 @@ where
             let message = format!("the body of this request may have {} bytes at most", T::MAX_BYTES);
             return Err(ApiError::new(ErrorCode::TooLarge, message));
         }
-        Err(error) => return Err(invalid(format!("cannot read the body of the request: {error}"))),
+        Err(error) => {
+            let message = format!("cannot read the body of the request: {error}");
+            return Err(ApiError::new(ErrorCode::Invalid, message));
+        }
     };
-    let content: T = serde_json::from_slice(&bytes)
+    parse(&bytes)
+}
+
+/// Understands the bytes of a body.
+///
+/// # Errors
+///
+/// Fails with [`ErrorCode::Invalid`] if they are not understood, or have a value that is not allowed.
+pub fn parse<T: Content>(bytes: &[u8]) -> Result<T, ApiError> {
+    let invalid = |message: String| ApiError::new(ErrorCode::Invalid, message);
+    let content: T = serde_json::from_slice(bytes)
         .map_err(|error| invalid(format!("the body of the request is not understood: {error}")))?;
     match content.complaint() {
         None => Ok(content),

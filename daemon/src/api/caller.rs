@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use memlane_net::unix_socket::{Peer, peer};
+use memlane_net::unix_socket::{Peer, groups_of_peer, peer};
 use memlane_protocol::wire::plain;
 use tokio::net::UnixStream;
 
@@ -11,6 +11,8 @@ use tokio::net::UnixStream;
 pub struct Caller {
     /// The user of the process when it connected; `None` if the kernel does not say.
     pub uid: Option<u32>,
+    /// The groups that the process was in when it connected.
+    pub groups: Vec<u32>,
     /// The process that connected; `None` if it is in another PID namespace.
     pub pid: Option<u32>,
     /// The name of its program (`/proc/PID/comm`), after it was [looked up](Self::named). A process may change that name,
@@ -19,10 +21,11 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Identifies the process that made this connection (`SO_PEERCRED`, unix(7)).
+    /// Identifies the process that made this connection (`SO_PEERCRED` and `SO_PEERGROUPS`, unix(7)).
     pub fn of(stream: &UnixStream) -> Self {
         let Ok(Peer { pid, uid }) = peer(stream) else { return Self::default() };
-        Self { uid: Some(uid), pid: (pid != 0).then_some(pid), program: None }
+        let groups = groups_of_peer(stream).unwrap_or_default();
+        Self { uid: Some(uid), groups, pid: (pid != 0).then_some(pid), program: None }
     }
 
     /// Looks up the name of the program, if it still runs.
@@ -54,6 +57,7 @@ mod tests {
         let caller = Caller::of(&here).named().await;
         let (uid, pid) = (rustix::process::getuid().as_raw(), std::process::id());
         assert_eq!((caller.uid, caller.pid), (Some(uid), Some(pid)));
+        assert!(caller.groups.contains(&rustix::process::getegid().as_raw()));
         let name = std::fs::read_to_string("/proc/self/comm").unwrap();
         assert_eq!(caller.to_string(), format!("{} (uid {uid}, pid {pid})", name.trim_end()));
         assert_eq!(Caller::default().to_string(), "a program (uid unknown, pid unknown)");

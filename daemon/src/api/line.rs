@@ -11,6 +11,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::shares::{Holder, Share};
+
 /// The API serves at most this many connections at once. Another one replaces the connection that has been idle for
 /// longest, or waits if all are busy.
 pub(super) const MAX_CONNECTIONS: usize = 128;
@@ -19,6 +21,10 @@ pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The state of a connection.
 pub(super) struct Line {
+    /// The caller at the other end; `None` where everybody may connect.
+    holder: Option<Holder>,
+    /// The connection has been asked to end.
+    leaving: Cell<bool>,
     /// The connection has been idle since this time; `None` while a request is being worked on or followed.
     idle: Cell<Option<Instant>>,
     hang_up: Notify,
@@ -29,8 +35,14 @@ pub(super) struct Busy(Rc<Line>);
 
 impl Line {
     /// Makes the state of a new connection, which is idle.
-    pub(super) fn new() -> Rc<Self> {
-        Rc::new(Self { idle: Cell::new(Some(Instant::now())), hang_up: Notify::new() })
+    pub(super) fn new(holder: Option<Holder>) -> Rc<Self> {
+        let idle = Cell::new(Some(Instant::now()));
+        Rc::new(Self { holder, leaving: Cell::new(false), idle, hang_up: Notify::new() })
+    }
+
+    /// Returns whether the connection counts towards a share. One that is about to end does not.
+    pub(super) fn counts_towards(&self, share: Share) -> bool {
+        !self.leaving.get() && self.holder.is_some_and(|holder| share.counts(holder))
     }
 
     /// Makes the connection busy. HTTP/1.1 has one request at a time.
@@ -39,15 +51,14 @@ impl Line {
         Busy(self.clone())
     }
 
-    /// Returns since when the connection has been idle; `None` while it is busy.
+    /// Returns since when the connection has been idle; `None` while it is busy, or about to end.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        self.idle.get()
+        self.idle.get().filter(|_| !self.leaving.get())
     }
 
     /// Asks the connection to end, to make room for another.
     pub(super) fn hang_up(&self) {
-        // A connection that is about to end must not be chosen again.
-        self.idle.set(None);
+        self.leaving.set(true);
         self.hang_up.notify_one();
     }
 

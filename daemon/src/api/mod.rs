@@ -1,14 +1,19 @@
 //! The daemon's API: HTTP/1.1 and JSON on a Unix socket, described by `openapi.json`.
 //!
-//! [`types`](memlane_api::types) are the bodies, [`routes`] maps paths to calls, [`Backend`] answers the calls, and
-//! [`server`] serves connections.
+//! [`types`](memlane_api::types) are the bodies, and [`body`] reads those of requests. [`routes`] maps paths to calls,
+//! [`Backend`] answers the calls, [`server`] serves connections, and [`access`] decides who may do what.
 
-mod body;
+pub mod access;
+pub mod body;
+mod call;
 mod caller;
+mod connections;
+mod gate;
 mod line;
 pub mod openapi;
 pub mod routes;
 pub mod server;
+mod shares;
 mod streams;
 
 #[cfg(test)]
@@ -20,6 +25,7 @@ use memlane_api::types::{
 };
 use tokio::sync::watch;
 
+pub use access::Role;
 pub use caller::Caller;
 
 /// The backend answers the calls of the API; the daemon's is the host.

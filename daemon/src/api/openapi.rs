@@ -10,7 +10,9 @@ use super::routes;
     info(
         title = "memlaned",
         description = "Moves running guests to other hosts. Served on the Unix socket \
-                       /run/memlane/api.sock. A field that is null is not known (yet).",
+                       /run/memlane/api.sock. A field that is null is not known (yet). Who connects decides what may \
+                       be done: operators may give orders, viewers may only look (GET), and all others are answered \
+                       with 403, whatever they ask.",
     ),
     paths(
         routes::status,

@@ -19,9 +19,12 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::call::Call;
+use super::gate::Gate;
 use super::line::Line;
+use super::shares::Holder;
 use super::streams::{Stream, Streams};
-use super::{Backend, Caller, body};
+use super::{Backend, Caller, Role, body};
 
 /// The description of the API, as it is committed and served. A test compares it with the routes.
 pub const DESCRIPTION: &str = include_str!("openapi.json");
@@ -36,10 +39,14 @@ pub(super) type Answer = hyper::Response<Either<Full<Bytes>, Channel<Bytes>>>;
 pub(super) struct Asked {
     /// The process that asks.
     pub caller: Caller,
+    /// What the process may do.
+    pub role: Role,
     /// The connection of the request.
     pub line: Rc<Line>,
     /// The open streams of events.
     pub streams: Rc<Streams>,
+    /// The gate that let the process in.
+    pub gate: Rc<Gate>,
 }
 
 /// All routes: the method, the path, and the call. `{id}` or `{name}` stands for any one segment.
@@ -62,27 +69,6 @@ pub(super) const ROUTES: [(Method, &str, Call); 17] = [
     (Method::GET, "/v1/openapi.json", Call::OpenApi),
     (Method::GET, "/metrics", Call::Metrics),
 ];
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Call {
-    Status,
-    Ports,
-    Peers,
-    Guests,
-    Launch,
-    Attach,
-    Detach,
-    Check,
-    Migrations,
-    Migrate,
-    Migration,
-    Cancel,
-    Abandon,
-    Resolve,
-    Events,
-    OpenApi,
-    Metrics,
-}
 
 /// Answers one request. Errors are answers too.
 pub(super) async fn answer<B>(
@@ -178,7 +164,8 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let host = &*backend;
-    let Asked { caller, line, streams } = asked;
+    let Asked { caller, role, line, streams, gate } = asked;
+    gate.check(&caller, role, call)?;
     let busy = line.busy();
     match call {
         Call::Status => Ok(status(host).await),
@@ -195,7 +182,7 @@ where
         Call::Cancel => cancel(backend, caller, id.to_owned()).await,
         Call::Abandon => abandon(backend, caller, id.to_owned()).await,
         Call::Resolve => resolve(backend, caller, id.to_owned(), body::read(sent).await?).await,
-        Call::Events => events(host, id, streams.open(&caller, busy)?),
+        Call::Events => events(host, id, streams.open(Holder { role, user: caller.uid }, busy)?),
         Call::OpenApi => Ok(openapi()),
         Call::Metrics => Ok(metrics(host).await),
     }
@@ -230,6 +217,7 @@ fn guests(backend: &dyn Backend) -> Answer {
     post, path = "/v1/guests/launch", tag = "guests", request_body = Launch,
     responses(
         (status = 201, description = "Started", body = GuestInfo),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", description = "Nothing was left behind", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -244,6 +232,7 @@ async fn launch(backend: Rc<dyn Backend>, caller: Caller, launch: Launch) -> Res
     post, path = "/v1/guests/attach", tag = "guests", request_body = Attach,
     responses(
         (status = 201, description = "Attached", body = GuestInfo),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", description = "The QEMU is as it was", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -259,6 +248,7 @@ async fn attach(backend: Rc<dyn Backend>, caller: Caller, attach: Attach) -> Res
     params(("name" = String, Path, description = "Name of the guest")),
     responses(
         (status = 200, description = "Detached; this is the guest as it was", body = GuestInfo),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -273,6 +263,7 @@ async fn detach(backend: Rc<dyn Backend>, caller: Caller, name: String) -> Resul
     post, path = "/v1/check", tag = "migrations", request_body = Order,
     responses(
         (status = 200, description = "What was found; `ok` says whether the order would run", body = CheckReport),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -295,6 +286,7 @@ fn migrations(backend: &dyn Backend) -> Answer {
     post, path = "/v1/migrations", tag = "migrations", request_body = Order,
     responses(
         (status = 201, description = "Begun", body = Migration),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", description = "Refused; the guest runs on", body = ErrorBody),
         (status = "5XX", body = ErrorBody),
     )
@@ -318,7 +310,11 @@ fn migration(backend: &dyn Backend, id: &str) -> Result<Answer, ApiError> {
 #[utoipa::path(
     delete, path = "/v1/migrations/{id}", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
-    responses((status = 202, description = "Asked to end", body = Migration), (status = "4XX", body = ErrorBody))
+    responses(
+        (status = 202, description = "Asked to end", body = Migration),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
+        (status = "4XX", body = ErrorBody),
+    )
 )]
 async fn cancel(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<Answer, ApiError> {
     let migration = to_its_end(async move { backend.cancel(caller.named().await, &id) }).await?;
@@ -331,7 +327,11 @@ async fn cancel(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/abandon", tag = "migrations",
     params(("id" = String, Path, description = "Identity of the migration")),
-    responses((status = 202, description = "Given up", body = Migration), (status = "4XX", body = ErrorBody))
+    responses(
+        (status = 202, description = "Given up", body = Migration),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
+        (status = "4XX", body = ErrorBody),
+    )
 )]
 async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result<Answer, ApiError> {
     let migration = to_its_end(async move { backend.abandon(caller.named().await, &id) }).await?;
@@ -345,6 +345,7 @@ async fn abandon(backend: Rc<dyn Backend>, caller: Caller, id: String) -> Result
     params(("id" = String, Path, description = "Identity of the migration")),
     responses(
         (status = 202, description = "Decided; the daemon carries it out as soon as its journal has it", body = Migration),
+        (status = 403, description = "The caller may look, but not give orders", body = ErrorBody),
         (status = "4XX", description = "Nothing was decided", body = ErrorBody),
     )
 )]

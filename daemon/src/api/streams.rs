@@ -6,24 +6,22 @@ use std::rc::Rc;
 
 use memlane_api::types::{ApiError, ErrorCode};
 
-use super::Caller;
 use super::line::{Busy, MAX_CONNECTIONS};
+use super::shares::{Holder, Share};
 
 /// At most this many streams may be open.
 pub(super) const MAX_STREAMS: usize = MAX_CONNECTIONS * 3 / 4;
-/// At most this many streams of one user may be open.
-pub(super) const MAX_STREAMS_OF_USER: usize = MAX_STREAMS / 2;
 
-/// The number of open streams of each user.
+/// The number of open streams of each user in each role.
 #[derive(Default)]
 pub(super) struct Streams {
-    open: RefCell<HashMap<Option<u32>, usize>>,
+    open: RefCell<HashMap<Holder, usize>>,
 }
 
 /// One open stream. It counts until it is dropped.
 pub(super) struct Stream {
     streams: Rc<Streams>,
-    user: Option<u32>,
+    holder: Holder,
     _busy: Busy,
 }
 
@@ -33,28 +31,37 @@ impl Streams {
     /// # Errors
     ///
     /// Fails if too many streams are open.
-    pub(super) fn open(self: &Rc<Self>, caller: &Caller, busy: Busy) -> Result<Stream, ApiError> {
-        let (mut open, user) = (self.open.borrow_mut(), caller.uid);
-        let (all, of_user) = (open.values().sum::<usize>(), open.get(&user).copied().unwrap_or(0));
-        if all >= MAX_STREAMS || of_user >= MAX_STREAMS_OF_USER {
+    pub(super) fn open(self: &Rc<Self>, holder: Holder, busy: Busy) -> Result<Stream, ApiError> {
+        let mut open = self.open.borrow_mut();
+        let refused = |count: usize, whose: &str| {
             let text = format!(
-                "{all} streams of events are open, {of_user} of them by this user; at most {MAX_STREAMS}, and \
-                 {MAX_STREAMS_OF_USER} of one user, are allowed. Close other streams, or poll GET /v1/migrations/{{id}}"
+                "{count} streams of events are open{whose}, which is all that there may be. Close other streams, or \
+                 poll GET /v1/migrations/{{id}}"
             );
-            return Err(ApiError::new(ErrorCode::Unavailable, text));
+            Err(ApiError::new(ErrorCode::Unavailable, text))
+        };
+        let all = open.values().sum::<usize>();
+        if all >= MAX_STREAMS {
+            return refused(all, "");
         }
-        *open.entry(user).or_default() += 1;
-        Ok(Stream { streams: self.clone(), user, _busy: busy })
+        for share in Share::of(holder) {
+            let held = open.iter().filter(|(other, _)| share.counts(**other)).map(|(_, count)| count).sum();
+            if held >= share.most(MAX_STREAMS) {
+                return refused(held, &format!(" by {}", share.holders()));
+            }
+        }
+        *open.entry(holder).or_default() += 1;
+        Ok(Stream { streams: self.clone(), holder, _busy: busy })
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         let mut open = self.streams.open.borrow_mut();
-        if let Some(count) = open.get_mut(&self.user) {
+        if let Some(count) = open.get_mut(&self.holder) {
             *count -= 1;
             if *count == 0 {
-                open.remove(&self.user);
+                open.remove(&self.holder);
             }
         }
     }

@@ -14,8 +14,8 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
-use super::server;
-use super::{Backend, Caller};
+use super::access::Access;
+use super::{Backend, Caller, Role, routes, server};
 use memlane_api::client::{Client, ClientError};
 use memlane_api::types::*;
 
@@ -124,15 +124,17 @@ fn guest(name: &str, incoming: bool) -> GuestInfo {
     }
 }
 
-/// Runs a test on a thread that serves the API as well.
+/// Runs a test on a thread that serves the API as well, to the user of the test.
 fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Rc<Fake>, Client) -> F) {
+    let access = Access::of_this_process();
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("api.sock");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     LocalSet::new().block_on(&runtime, async {
         let migration = watch::Sender::new(Migration::new("00ff", "web1", "host-b"));
         let fake = Rc::new(Fake { migration, orders: RefCell::default() });
-        memlane_net::task::spawn("API server", server::serve(server::bind(&socket).unwrap(), fake.clone()));
+        let listener = server::bind(&socket, access.socket_mode()).unwrap();
+        memlane_net::task::spawn("API server", server::serve(listener, access, fake.clone()));
         test(fake, Client::new(socket)).await;
     });
 }
@@ -235,6 +237,15 @@ fn errors_are_told_with_their_code_and_status() {
             assert_eq!(allow, if status == 405 { "GET, POST" } else { "" });
         }
     });
+}
+
+/// Looking is what GET does, and nothing else is.
+#[test]
+fn every_route_has_a_role() {
+    for (method, path, call) in &routes::ROUTES {
+        let expected = if *method == Method::GET { Role::Viewer } else { Role::Operator };
+        assert_eq!(call.needs(), expected, "{method} {path}");
+    }
 }
 
 #[test]
@@ -365,15 +376,15 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
     let _context = runtime.enter();
     let stale = directory.path().join("stale");
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
-    let listener = server::bind(&stale).unwrap();
-    let error = server::bind(&stale).unwrap_err().to_string();
+    let listener = server::bind(&stale, 0o660).unwrap();
+    let error = server::bind(&stale, 0o660).unwrap_err().to_string();
     assert!(error.contains("another daemon listens"), "{error}");
     drop(listener);
     let file = directory.path().join("file");
     std::fs::write(&file, "precious").unwrap();
-    let error = server::bind(&file).unwrap_err().to_string();
+    let error = server::bind(&file, 0o660).unwrap_err().to_string();
     assert!(error.contains("is no socket"), "{error}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
-    let error = server::bind(&file.join("below")).unwrap_err().to_string();
+    let error = server::bind(&file.join("below"), 0o660).unwrap_err().to_string();
     assert!(error.contains("cannot open the socket"), "{error}");
 }

@@ -2,6 +2,7 @@
 //! allowed. `systemd/memlaned.toml` explains all keys.
 
 mod error;
+mod parties;
 
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,9 @@ use memlane_net::config::{CONTROL_PORT, LANE_PORT, MAX_LANES, PeerConfig, PortCo
 use memlane_protocol::wire::Label;
 use memlane_tls::{Credentials, CredentialsError, KeyFiles, PeerAuthority};
 
+use crate::api::access::Access;
+use parties::{access, attach_users, guest_groups, guest_users};
+
 pub use error::ConfigError;
 
 /// The configuration of the daemon.
@@ -30,6 +34,8 @@ pub struct Config {
     pub host: Label,
     /// Unix socket of the API.
     pub api_socket: PathBuf,
+    /// Who may use the API, and for what.
+    pub access: Access,
     /// Unix socket where VMMs attach.
     pub attach_socket: PathBuf,
     /// Directory of the journal.
@@ -79,9 +85,11 @@ impl Config {
         let mut table = Source { file, text }.table()?;
         let insecure = or(table.take("insecure"), false, |value| value.boolean())?;
         let keys = keys(&mut table)?;
+        let guests = guests(&mut table)?;
         let host = host(&mut table)?;
         let config = Self {
             api_socket: socket(&mut table, "api_socket", "/run/memlane/api.sock")?,
+            access: access(&mut table)?,
             attach_socket: socket(&mut table, "attach_socket", "/run/memlane/attach.sock")?,
             journal: or(table.take("journal"), PathBuf::from("/var/lib/memlane"), |value| value.path())?,
             metrics: table.take("metrics").map(|value| address(&value, None)).transpose()?,
@@ -91,13 +99,13 @@ impl Config {
             lane_port: or(table.take("lane_port"), LANE_PORT, |value| {
                 value.integer(1..=65535).map(|port| port as u16)
             })?,
-            attach_users: attach_users(&mut table)?,
+            attach_users: attach_users(&mut table, guests.users)?,
             attach: attach(&mut table)?,
             ports: ports(&mut table)?,
             peers: peers(&mut table, &host)?,
             networks: networks(&mut table)?,
             limits: limits(&mut table)?,
-            guests: guests(&mut table)?,
+            guests,
             keys: (!insecure).then_some(keys),
             host,
         };
@@ -127,7 +135,6 @@ const KEY: &str = "host.key";
 const CA: &str = "ca.pem";
 
 const PROGRAMS: &str = "a list of paths that begin with /, such as [\"/usr/bin/qemu-system-x86_64\"]";
-const USERS: &str = "a list of user names of /etc/passwd and numeric user ids, such as [\"root\", 990]";
 
 /// Returns the files of this host's keys. systemd hands them over in a directory of its own, if its unit says so
 /// (`LoadCredential=`, systemd.exec(5)).
@@ -181,15 +188,6 @@ fn address(value: &Value<'_>, default_port: Option<u16>) -> Result<SocketAddr, F
     parsed.filter(|address| address.port() != 0).ok_or_else(|| value.wrong(&allowed))
 }
 
-fn attach_users(table: &mut Table<'_>) -> Result<Vec<u32>, FileError> {
-    let Some(value) = table.take("attach_users") else {
-        let mut users = vec![0, rustix::process::geteuid().as_raw()];
-        users.dedup();
-        return Ok(users);
-    };
-    value.list(USERS)?.iter().map(user_id).collect()
-}
-
 fn attach(table: &mut Table<'_>) -> Result<AttachConfig, FileError> {
     let default = AttachConfig::default();
     let Some(mut table) = table.table("attach")? else { return Ok(default) };
@@ -203,20 +201,6 @@ fn attach(table: &mut Table<'_>) -> Result<AttachConfig, FileError> {
     };
     table.finish()?;
     Ok(attach)
-}
-
-fn user_id(value: &Value<'_>) -> Result<u32, FileError> {
-    if let Some(id) = value.number() {
-        return Ok(id);
-    }
-    let name = value.text(USERS)?;
-    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    users
-        .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .find(|fields| fields.len() > 2 && fields[0] == name)
-        .and_then(|fields| fields[2].parse().ok())
-        .ok_or_else(|| value.wrong(USERS))
 }
 
 fn ports(table: &mut Table<'_>) -> Result<Vec<PortConfig>, FileError> {
@@ -292,6 +276,10 @@ fn guests(table: &mut Table<'_>) -> Result<GuestsConfig, FileError> {
             Some(value) => value.list(PROGRAMS)?.iter().map(Value::path).collect::<Result<_, _>>()?,
             None => default.qemu,
         },
+        users: guest_users(&mut table)?,
+        groups: table.take("groups").map_or(Ok(default.groups), guest_groups)?,
+        starter_socket: socket(&mut table, "starter_socket", "/run/memlane-guest.sock")?,
+        starter: or(table.take("starter"), default.starter, |value| value.path())?,
     };
     table.finish()?;
     Ok(guests)
@@ -317,6 +305,7 @@ fn limits(table: &mut Table<'_>) -> Result<Limits, FileError> {
         compression: or(table.take("compression"), default.compression, |value| {
             value.parse("\"auto\" or \"off\"")
         })?,
+        patience: or(table.take("patience"), default.patience, |value| span(value, 0, 600_000))?,
         silence: or(table.take("silence"), default.silence, |value| span(value, 100, 600_000))?,
         memory_reserve: or(table.take("memory_reserve"), default.memory_reserve, |value| {
             value.parse(Size::ALLOWED)

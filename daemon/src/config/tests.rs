@@ -4,6 +4,7 @@ use memlane_protocol::compression::Mode;
 use memlane_protocol::convergence::Converge;
 
 use super::*;
+use crate::api::access::{Party, PartyId};
 
 const FILE: &str = "/etc/memlane/memlaned.toml";
 
@@ -34,6 +35,13 @@ fn one_key_is_enough() {
     assert_eq!(config.lane_port, 7411);
     assert!(config.attach_users.contains(&0));
     assert!(config.attach_users.contains(&rustix::process::geteuid().as_raw()));
+    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    assert_eq!((config.access.own_user, config.access.own_group), (user, group));
+    assert_eq!(
+        config.access.operators.iter().map(|party| party.id).collect::<Vec<_>>(),
+        [PartyId::Group(group)]
+    );
+    assert!(config.access.viewers.is_empty());
     assert_eq!(config.limits, Limits::default());
     assert_eq!(config.guests, GuestsConfig::default());
     assert!(config.ports.is_empty() && config.peers.is_empty() && config.networks.is_empty());
@@ -70,6 +78,9 @@ fn all_keys_are_read() {
         [[network]]
         name = "lan"
         bridge = "br0"
+        [api]
+        operators = ["root", 1000, "@root"]
+        viewers = ["@990"]
         [attach]
         guests_per_user = 3
         descriptors_per_user = 99
@@ -81,13 +92,18 @@ fn all_keys_are_read() {
         converge = "auto"
         max_stun = 60
         compression = "off"
-        silence = "2s"
+        patience = "90s"
+silence = "2s"
         memory_reserve = "1GiB"
         [guests]
         directory = "/tmp/guests"
         memory = "/dev/hugepages/memlane"
         shim = "/opt/memlane/libmemlane_shim.so"
         qemu = ["/opt/qemu/bin/qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"]
+        users = "2000-2999"
+        groups = [104, "no-such-group"]
+        starter_socket = "/tmp/starter.sock"
+        starter = "/opt/memlane/memlane-starter"
     "#);
     assert_eq!(config.host.as_str(), "host-a");
     assert_eq!(config.metrics, Some("127.0.0.1:9410".parse().unwrap()));
@@ -116,8 +132,17 @@ fn all_keys_are_read() {
             memory: "/dev/hugepages/memlane".into(),
             shim: "/opt/memlane/libmemlane_shim.so".into(),
             qemu: vec!["/opt/qemu/bin/qemu-system-x86_64".into(), "/usr/bin/qemu-system-x86_64".into()],
+            users: "2000-2999".parse().unwrap(),
+            groups: vec![104],
+            starter_socket: "/tmp/starter.sock".into(),
+            starter: "/opt/memlane/memlane-starter".into(),
         }
     );
+    let party = |id, name: &str| Party { id, name: name.to_owned() };
+    let root = [party(PartyId::User(0), "root"), party(PartyId::User(1000), "1000")];
+    assert_eq!(config.access.operators[..2], root);
+    assert_eq!(config.access.operators[2..], [party(PartyId::Group(0), "@root")]);
+    assert_eq!(config.access.viewers, [party(PartyId::Group(990), "@990")]);
     let memory_per_user = Size(2 << 40);
     assert_eq!(config.attach, AttachConfig { guests_per_user: 3, descriptors_per_user: 99, memory_per_user });
     assert_eq!(
@@ -129,6 +154,7 @@ fn all_keys_are_read() {
             converge: Converge::Auto,
             max_stun: Some(60),
             compression: Mode::Off,
+            patience: Duration::from_secs(90),
             silence: Duration::from_secs(2),
             memory_reserve: Size(1 << 30),
         }
@@ -185,7 +211,41 @@ fn every_complaint_names_file_line_key_found_and_allowed() {
             "\"no-such-user\"",
             "/etc/passwd",
         ),
+        (
+            "attach_users = [\n990,\n2100000000]".to_owned(),
+            4,
+            "attach_users",
+            "2100000000",
+            "users other than those of guests that this daemon starts (2100000000-2100065535)",
+        ),
+        (
+            "attach_users = [2500]\n[guests]\nusers = \"2000-2999\"".to_owned(),
+            2,
+            "attach_users",
+            "2500",
+            "2000-2999",
+        ),
+        (
+            "[guests]\nusers = \"0-2999\"".to_owned(),
+            3,
+            "guests.users",
+            "\"0-2999\"",
+            "from 1000 to 2147483647",
+        ),
+        ("[guests]\ngroups = [0]".to_owned(), 3, "guests.groups", "0", "neither root's group"),
         ("attach_users = [-1]".to_owned(), 2, "attach_users", "-1", "user ids"),
+        ("api = 5".to_owned(), 2, "api", "5", "a table"),
+        (
+            "[api]\noperators = \"@root\"".to_owned(),
+            3,
+            "api.operators",
+            "\"@root\"",
+            "a list of users and groups",
+        ),
+        ("[api]\noperators = [\"no-such\"]".to_owned(), 3, "api.operators", "\"no-such\"", "/etc/passwd"),
+        ("[api]\nviewers = [\n\"@no-such\"]".to_owned(), 4, "api.viewers", "\"@no-such\"", "/etc/group"),
+        ("[api]\nviewers = [\"@\"]".to_owned(), 3, "api.viewers", "\"@\"", "groups with @ before them"),
+        ("[api]\nviewers = [-1]".to_owned(), 3, "api.viewers", "-1", "numeric ids"),
         ("port = 5".to_owned(), 2, "port", "5", "[[port]]"),
         ("port = [5]".to_owned(), 2, "port", "5", "a table"),
         (port.replace("10.1.0.1", "eth1"), 4, "port.address", "\"eth1\"", "numeric address"),
@@ -276,6 +336,7 @@ fn an_unknown_key_is_told_which_there_are() {
             "name, address, interface",
         ),
         ("[[peer]]\nname = \"b\"\ncontrol = \"10.0.0.2\"\nkey = 1", 5, "peer.key", "name, control"),
+        ("[api]\nviewer = []", 3, "api.viewer", "operators, viewers"),
         ("[[network]]\nname = \"n\"\nbridge = \"br0\"\nvlan = 5", 5, "network.vlan", "name, bridge"),
     ] {
         let message = complaint(text);
@@ -348,6 +409,7 @@ fn the_example_states_the_defaults() {
             // What the machine decides, or what there is none of until it is configured.
             host: stated.host.clone(),
             attach_users: stated.attach_users.clone(),
+            access: stated.access.clone(),
             metrics: stated.metrics,
             ports: stated.ports.clone(),
             peers: stated.peers.clone(),
@@ -359,6 +421,7 @@ fn the_example_states_the_defaults() {
     );
     assert_eq!((stated.ports.len(), stated.peers.len(), stated.networks.len()), (2, 1, 1));
     assert_eq!(stated.attach_users, [0]);
+    assert_eq!((stated.access.operators.len(), stated.access.viewers.len()), (1, 0));
 }
 
 proptest::proptest! {

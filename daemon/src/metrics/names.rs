@@ -34,6 +34,7 @@ pub(super) const FAULT_TRANSFER: &str = "memlane_postcopy_fault_transfer_seconds
 pub(super) const FAULT_PLACE: &str = "memlane_postcopy_fault_place_seconds";
 pub(super) const JOURNAL_SYNC: &str = "memlane_journal_sync_seconds";
 pub(super) const INSECURE: &str = "memlane_insecure";
+pub(super) const LOG_LINES_LOST: &str = "memlane_log_lines_lost_total";
 pub(super) const CERTIFICATE_EXPIRES: &str = "memlane_certificate_expires_timestamp_seconds";
 pub(super) const ANNOUNCEMENTS: &str = "memlane_announcements_total";
 
@@ -77,7 +78,7 @@ pub(super) const DISK: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
 /// This table lists the name, kind, unit and help text of all metrics.
-pub(super) const ALL: [(&str, Kind, Unit, &str); 34] = [
+pub(super) const ALL: [(&str, Kind, Unit, &str); 35] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (
@@ -132,4 +133,5 @@ pub(super) const ALL: [(&str, Kind, Unit, &str); 34] = [
         "When the certificate of this host expires, as a Unix time; 0 while nothing is encrypted.",
     ),
     (ANNOUNCEMENTS, Kind::Counter, Unit::Count, "Announcements (RARP) sent for guests that arrived."),
+    (LOG_LINES_LOST, Kind::Counter, Unit::Count, "Lines of the log that its reader was too slow for."),
 ];

@@ -3,12 +3,13 @@
 
 #![allow(dead_code, unused_imports, reason = "every test binary uses its own part of it")]
 
+mod activate;
 mod linux;
 mod peer;
 pub(crate) mod secure;
 mod tap;
 
-use std::process::{Child, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use memlane_lab::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
+pub(crate) use activate::activate;
 pub(crate) use linux::Linux;
 pub(crate) use peer::{
     Lane, Peer, announce, captured, connect, greet, hello, host_a, lane, lane_address, offered, ours, welcome,
@@ -30,15 +32,15 @@ pub(crate) const GUEST: &str = "--ram 64MiB --working-set 8MiB --rate 2000 --vcp
 /// Longest wait for anything, on a machine that is busy with other things.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// A peer that says nothing for so long is gone: short, since several tests wait for it.
-pub(crate) const LIMITS: &str = "[limits]\nsilence = \"3s\"\n";
+pub(crate) const LIMITS: &str = "[limits]\nsilence = \"3s\"\npatience = \"3s\"\n";
 
 /// What a daemon logs whose control thread was kept from its work (`memlane_net::task`).
 const STOOD_STILL: &str = "the control thread stood still";
 
-/// Two hosts with a daemon each. Only one test has its stage at a time.
+/// Two hosts with a daemon each. Only one test has its stage at a time, unless it has many.
 pub(crate) struct Stage {
     pub rig: Rig,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 /// `memlanectl` at work.
@@ -59,15 +61,19 @@ impl Stage {
 
     /// `None`, with a line that says why, where something of `requirements` is missing.
     pub(crate) fn with(test: &str, requirements: &[Requirement], options: RigOptions) -> Option<Self> {
-        static PROGRAMS: OnceLock<Programs> = OnceLock::new();
         static ALONE: Mutex<()> = Mutex::new(());
         if skip(test, requirements) {
             return None;
         }
         // A test that failed leaves nothing behind that could disturb the next one.
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let programs = PROGRAMS.get_or_init(|| Programs::build(false).unwrap());
-        Some(Self { rig: Rig::new(programs, options).unwrap(), _alone: alone })
+        Some(Self { rig: Rig::new(programs(), options).unwrap(), _alone: Some(alone) })
+    }
+
+    /// Returns one of many stages of the same test, whose daemons have their default limits.
+    pub(crate) fn beside_others(lab: LabOptions) -> Self {
+        let options = RigOptions { lab, insecure: true, ..RigOptions::default() };
+        Self { rig: Rig::new(programs(), options).unwrap(), _alone: None }
     }
 
     /// As [`Stage::new`] with one port, and with a tap on the control connections.
@@ -107,7 +113,7 @@ impl Stage {
         what: &str,
         is: impl Fn(&Migration) -> bool,
     ) -> Migration {
-        let latest = || self.migrations(id).into_iter().rfind(|migration| migration.guest == name);
+        let latest = || self.migrations(id)?.into_iter().rfind(|migration| migration.guest == name);
         let found = wait_for(what, LONG, || latest().filter(|migration| is(migration)));
         found.unwrap_or_else(|error| panic!("{error}: {:#?}", latest()))
     }
@@ -119,10 +125,11 @@ impl Stage {
         }
     }
 
-    fn migrations(&self, id: HostId) -> Vec<Migration> {
+    /// Returns the migrations that a daemon knows, if it answers.
+    pub(crate) fn migrations(&self, id: HostId) -> Option<Vec<Migration>> {
         let client = Client::new(self.rig.api_socket(id));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(client.migrations()).unwrap_or_default()
+        runtime.block_on(client.migrations()).ok()
     }
 
     /// Waits until a daemon says that guest `name` is `standing`.
@@ -203,9 +210,35 @@ impl Drop for Stage {
 }
 
 impl Order {
+    /// Waits for its end, which comes within `limit`.
+    pub(crate) fn end_within(self, limit: Duration) -> CtlOutput {
+        let pid = self.0.id();
+        // It is read meanwhile: it would wait for a reader of much that it says.
+        let (done, ended) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let output = self.0.wait_with_output().unwrap();
+            let _ = done.send(());
+            output
+        });
+        let late = ended.recv_timeout(limit).is_err();
+        if late {
+            send_signal(pid, Signal::KILL);
+        }
+        let output = reader.join().unwrap();
+        assert!(
+            !late,
+            "an order has not ended within {limit:?}: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        Self::said(output)
+    }
+
     /// Waits for its end.
     pub(crate) fn end(self) -> CtlOutput {
-        let output = self.0.wait_with_output().unwrap();
+        Self::said(self.0.wait_with_output().unwrap())
+    }
+
+    fn said(output: Output) -> CtlOutput {
         let stdout = String::from_utf8_lossy(&output.stdout);
         let json = stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let text = format!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
@@ -226,6 +259,11 @@ impl Order {
     pub(crate) fn signal(&self, signal: Signal) {
         send_signal(self.0.id(), signal);
     }
+}
+
+fn programs() -> &'static Programs {
+    static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+    PROGRAMS.get_or_init(|| Programs::build(false).unwrap())
 }
 
 /// The guest makes progress, and its memory is what it ought to be.

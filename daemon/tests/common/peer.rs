@@ -128,7 +128,8 @@ pub(crate) fn host_a() -> Label {
 
 /// A greeting in our own versions.
 pub(crate) fn hello(host: Label, purpose: Purpose) -> Hello {
-    let (oldest, newest) = VERSIONS;
+    // As an older daemon, which does not resume connections.
+    let (oldest, newest) = (VERSIONS.0, VERSIONS.0);
     Hello { oldest, newest, host, purpose }
 }
 
@@ -173,7 +174,7 @@ pub(crate) fn greet(stream: &mut TcpStream, hello: &Hello) -> io::Result<Answer>
 /// Reads a hello, and welcomes whoever said it.
 pub(crate) fn welcome(stream: &mut TcpStream) -> io::Result<Hello> {
     let hello = Hello::decode(&read(stream, HELLO_BYTES)?).map_err(io::Error::other)?;
-    stream.write_all(&Answer::Welcome { version: VERSIONS.1 }.encode())?;
+    stream.write_all(&Answer::Welcome { version: VERSIONS.0 }.encode())?;
     Ok(hello)
 }
 

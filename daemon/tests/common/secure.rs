@@ -61,7 +61,8 @@ impl Secure {
 
     /// Says hello as `host`, and returns the answer.
     pub(crate) fn greet(&mut self, host: &str, purpose: Purpose) -> io::Result<Answer> {
-        let (oldest, newest) = VERSIONS;
+        // As an older daemon, which does not resume connections.
+        let (oldest, newest) = (VERSIONS.0, VERSIONS.0);
         self.write(&Hello { oldest, newest, host: host.parse().unwrap(), purpose }.encode())?;
         let mut bytes = self.read(ANSWER_BYTES)?;
         bytes.extend(self.read(Answer::text_bytes(&bytes).map_err(io::Error::other)?)?);

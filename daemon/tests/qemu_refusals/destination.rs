@@ -61,7 +61,10 @@ fn what_the_destination_lacks() {
         fs::create_dir(directory).unwrap();
     }
     let disk = disks.join("web1.img");
-    fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let file = fs::File::create(&disk).unwrap();
+    file.set_len(1 << 20).unwrap();
+    // The guest's user is another on each host.
+    file.set_permissions(Permissions::from_mode(0o666)).unwrap();
     let drive = format!("-drive file={},format=raw,if=virtio", disk.display());
     let nic = "[[nic]]\nmac = \"52:54:00:4d:4c:01\"\ntap = \"tap-web1\"\nnetwork = \"lan\"";
     a.add_tap("tap-web1").unwrap();

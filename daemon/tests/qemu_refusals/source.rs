@@ -7,9 +7,10 @@ use std::path::Path;
 use memlane_lab::{HostId, say_skipped};
 
 use crate::common::Stage;
+use crate::common::activate;
 use crate::daemon::{MEMLANED, start_by};
 use crate::impostor;
-use crate::qemu::{AS_NOBODY, NOBODY, Qemu, assert_moves, guest_file, open_to_nobody, ram, shim, stage};
+use crate::qemu::{AS_NOBODY, NOBODY, Qemu, assert_moves, guest_file, open_to_nobody, ram, stage};
 
 /// VFIO devices are refused by the same words, but need hardware: a unit test of `guest::qemu::blockers` is all
 /// that they have.
@@ -98,28 +99,21 @@ fn a_userfaultfd_that_is_not_permitted() {
     let Some(mut stage) = stage(test, true, &keys) else { return };
     let host = stage.rig.lab().host(HostId::A);
     open_to_nobody(host);
-    // Where these have been built is often for one user only.
-    let (memlaned, library) = (host.directory().join("memlaned"), host.directory().join("shim.so"));
-    fs::copy(MEMLANED, &memlaned).unwrap();
-    fs::copy(shim(), &library).unwrap();
     let journal = host.directory().join("journal");
     fs::remove_dir_all(&journal).unwrap();
     let file = guest_file(host, "web1", "", "");
+    let directory = host.directory().to_owned();
     stage.rig.stop_daemon(HostId::A).unwrap();
     // Nobody cannot tell sockets that others have left behind from those of a live daemon.
     for socket in ["api.sock", "attach.sock"] {
-        fs::remove_file(library.with_file_name(socket)).unwrap();
+        fs::remove_file(directory.join(socket)).unwrap();
     }
-    let config = stage.rig.config_file(HostId::A);
-    let text = fs::read_to_string(&config).unwrap();
-    let text = text.replace(shim().canonicalize().unwrap().to_str().unwrap(), library.to_str().unwrap());
-    fs::write(&config, text).unwrap();
-    fs::set_permissions(&config, Permissions::from_mode(0o644)).unwrap();
+    fs::set_permissions(stage.rig.config_file(HostId::A), Permissions::from_mode(0o644)).unwrap();
+    activate(&stage, HostId::A, "2100000000-2100065535");
 
-    let daemon = start_by(&mut stage, HostId::A, AS_NOBODY, &memlaned);
+    let daemon = start_by(&mut stage, HostId::A, AS_NOBODY, Path::new(MEMLANED));
     stage.launch(HostId::A, &file);
     let pid = stage.qemu(HostId::A, "web1");
-    assert_eq!(fs::metadata(format!("/proc/{pid}")).unwrap().uid(), NOBODY);
     stage.assert_refused(
         "web1",
         &[],

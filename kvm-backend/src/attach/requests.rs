@@ -78,6 +78,10 @@ impl Connection<'_> {
             }
             Request::Relinquish(_) | Request::Prepare(_) | Request::Discard => ([0; 2], none),
             Request::OpenUserfault { keep } => ([0; 2], self.open_userfault(descriptors.pop(), keep)?),
+            Request::KeptUserfault => {
+                let kept = self.kept_userfault.as_ref().ok_or("no userfaultfd is kept")?;
+                ([0; 2], with_views(kept.try_clone()?)?)
+            }
         };
         self.lifecycle.done(request);
         self.pause_ends = self.pause_ends.filter(|_| self.lifecycle.must_resume());
@@ -144,12 +148,18 @@ impl Connection<'_> {
             None => userfault::open(),
         };
         let opened = opened.map_err(|error| format!("making a userfaultfd: {error}"))?;
-        let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
-        let (pagemap, maps) = (file("/proc/self/pagemap")?, file("/proc/self/maps")?);
+        let copy = if keep { Some(opened.try_clone()?) } else { None };
+        let descriptors = with_views(opened)?;
         // The kept copy is replaced before the daemon can register memory, which has one userfaultfd at a time.
-        *self.kept_userfault = if keep { Some(opened.try_clone()?) } else { None };
-        Ok(vec![opened, pagemap.into(), maps.into()])
+        *self.kept_userfault = copy;
+        Ok(descriptors)
     }
+}
+
+/// Returns a userfaultfd of this process with the views of its memory, in the order in which they are sent.
+fn with_views(userfault: OwnedFd) -> Result<Vec<OwnedFd>, VmmError> {
+    let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
+    Ok(vec![userfault, file("/proc/self/pagemap")?.into(), file("/proc/self/maps")?.into()])
 }
 
 /// Returns `CLOCK_MONOTONIC` in nanoseconds (clock_gettime(2)).

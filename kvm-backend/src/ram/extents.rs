@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use memlane_protocol::PAGE_SIZE;
 use rustix::fs::SeekFrom;
@@ -10,6 +11,9 @@ use rustix::io::Errno;
 
 use super::GuestRam;
 use super::layout::is_huge;
+
+/// The number of bytes that are read at once of a huge page.
+const READ_BYTES: usize = 256 << 10;
 
 impl GuestRam {
     /// Returns the runs within `pages` that may hold something other than zeros; all of them where the file cannot
@@ -120,6 +124,36 @@ impl GuestRam {
             .transpose()
     }
 
+    /// Returns the runs within `pages` that the files do not hold, as they are now: an access through the mapping would
+    /// allocate them.
+    ///
+    /// The kernel does not tell for huge pages. Those that read as zeros (read(2) allocates nothing) are returned, so
+    /// that some may be held. It costs two system calls for each run, and reads all huge pages.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, or the file was truncated ([`RamFault::Truncated`](super::RamFault)).
+    pub fn holes(&self, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let mut holes: Vec<Range<u64>> = Vec::new();
+        let mut add = |hole: Range<u64>| match holes.last_mut() {
+            Some(last) if last.end == hole.start => last.end = hole.end,
+            _ if hole.is_empty() => {}
+            _ => holes.push(hole),
+        };
+        for (index, mut piece) in self.pieces(pages) {
+            if is_huge(&self.regions[index]) {
+                self.zero_units(index, piece)?.into_iter().for_each(&mut add);
+                continue;
+            }
+            while let Some(data) = self.seek_data(index, &piece)? {
+                add(piece.start..data);
+                piece.start = self.end_of_data(index, data)?.min(piece.end);
+            }
+            add(piece);
+        }
+        Ok(holes)
+    }
+
     /// Makes the next [`data_extents`](Self::data_extents) see the holes that other processes have made up to now.
     pub(crate) fn forget_data_extents(&self) {
         self.extent_cache.remove(&(0..self.pages()));
@@ -140,8 +174,15 @@ impl GuestRam {
             return Ok(Some(piece.start..end.min(piece.end)));
         }
         let Some(first) = self.seek_data(index, &piece)? else { return Ok(None) };
-        let (file, data) = self.file_range(index, &(first..piece.end));
+        let run = first..self.end_of_data(index, first)?;
+        self.extent_cache.insert(run.clone());
+        Ok(Some(first..run.end.min(piece.end)))
+    }
+
+    /// Returns where the data ends that page `first` of region `index` begins, at the region's end at the latest.
+    fn end_of_data(&self, index: usize, first: u64) -> io::Result<u64> {
         let region_end = self.mapped[index].pages.end;
+        let (file, data) = self.file_range(index, &(first..region_end));
         let last = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
             Ok(hole) => first + hole.saturating_sub(data).div_ceil(PAGE_SIZE),
             // What was just found is there no more: a hole was made, or the file was truncated.
@@ -151,9 +192,43 @@ impl GuestRam {
             }
             Err(error) => return Err(error.into()),
         };
-        let run = first..last.clamp(first + 1, region_end);
-        self.extent_cache.insert(run.clone());
-        Ok(Some(first..run.end.min(piece.end)))
+        Ok(last.clamp(first + 1, region_end))
+    }
+
+    /// Returns the huge pages within `pages` of region `index` that read as zeros.
+    fn zero_units(&self, index: usize, pages: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let unit = u64::from(self.regions[index].page_bytes) / PAGE_SIZE;
+        let mut buffer = vec![0; READ_BYTES];
+        let mut zero = Vec::new();
+        let mut rest = self.whole(pages);
+        while !rest.is_empty() {
+            let page = rest.start..rest.start + unit;
+            rest.start = page.end;
+            if self.reads_as_zeros(index, &page, &mut buffer)? {
+                zero.push(page);
+            }
+        }
+        Ok(zero)
+    }
+
+    /// Returns whether the file holds nothing but zeros in `pages` of region `index`.
+    fn reads_as_zeros(&self, index: usize, pages: &Range<u64>, buffer: &mut [u8]) -> io::Result<bool> {
+        let (file, begin) = self.file_range(index, pages);
+        let end = begin + (pages.end - pages.start) * PAGE_SIZE;
+        let mut at = begin;
+        while at < end {
+            let wanted = buffer.len().min((end - at) as usize);
+            let read = file.read_at(&mut buffer[..wanted], at)?;
+            if read == 0 {
+                self.check_length(index)?;
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if buffer[..read].iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            at += read as u64;
+        }
+        Ok(true)
     }
 
     /// Returns the first page of `piece` of region `index` that the file holds as data.

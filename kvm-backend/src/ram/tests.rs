@@ -71,6 +71,21 @@ fn writes_of_the_vmm_set_bits() {
 }
 
 #[test]
+fn what_is_not_held_is_found_however_it_came_about() {
+    let ram = GuestRam::create(&[(0, 8 * PAGE_SIZE), (16 << 20, 4 * PAGE_SIZE)], &Backing::Memfd).unwrap();
+    assert_eq!(ram.holes(0..12).unwrap(), vec![0..12]);
+    ram.populate_write(2..4).unwrap();
+    ram.populate_write(7..9).unwrap();
+    assert_eq!(ram.data_extents(0..12).unwrap(), [2..4, 7..9]);
+    let fds = ram.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap());
+    let other = GuestRam::map(ram.regions().iter().copied().zip(fds).collect()).unwrap();
+    other.punch(3..4).unwrap();
+    assert_eq!(ram.holes(0..12).unwrap(), [0..2, 3..7, 9..12]);
+    assert_eq!(ram.holes(1..8).unwrap(), [1..2, 3..7]);
+    assert!(ram.holes(7..9).unwrap().is_empty() && ram.holes(4..4).unwrap().is_empty());
+}
+
+#[test]
 fn holes_are_found_and_made() {
     let ram = GuestRam::create(&[(0, MIB), (4 * MIB, MIB)], &Backing::Memfd).unwrap();
     assert_eq!(ram.data_extents(0..512).unwrap(), []);

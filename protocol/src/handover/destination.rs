@@ -39,6 +39,9 @@ enum State {
     },
     /// The VMM has been told to run the guest. If it vanishes now, it is not known whether it did.
     Resuming,
+    /// The VMM has been told to run the guest, and does not answer, perhaps because it waits for memory that is still at
+    /// the source.
+    Recovering,
     /// The guest runs, and part of its memory is still at the source.
     Fetching,
     Running,
@@ -168,20 +171,23 @@ impl Destination {
             // The guest never ran. A record that is still on its way to the journal is followed by `Declined`.
             (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone)
             | (Unsure { incomplete: true }, Event::Waits)
-            | (Prepared | Resuming, Event::ResumeFailed)
+            | (Prepared | Resuming | Recovering, Event::ResumeFailed)
             | (Accepting | Receiving | Prepared, Heard(Message::Withdraw)) => {
                 self.decline(Outcome::TakenBack)
             }
             (Prepared, Event::Resolved(Resolution::Discard)) => self.decline(Outcome::GivenUp),
 
-            (Resuming, Event::Resumed) => {
+            (Resuming | Recovering, Event::Resumed) => {
                 self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
             }
             (Running, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
                 self.go(Running, [Action::Send(Message::Running)])
             }
 
-            (Resuming, Event::ResumedIncomplete)
+            (Resuming | Recovering, Event::MemoryFound) => {
+                self.go(Recovering, [Action::Send(Message::Recovering)])
+            }
+            (Resuming | Recovering, Event::ResumedIncomplete)
             | (Fetching, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
                 self.go(Fetching, [Action::Send(Message::Fetching)])
             }
@@ -190,12 +196,16 @@ impl Destination {
             }
 
             // The guest may have run, so the source must not run it; whether all of it was here is not known.
-            (Resuming | Unrecorded { .. }, Event::VmmGone) => {
+            (Resuming | Recovering | Unrecorded { .. }, Event::VmmGone) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)])
             }
             (Resuming, Event::Abandoned)
             | (Fetching, Event::VmmGone | Event::Abandoned | Heard(Message::Gone)) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::Lost)])
+            }
+            // It would hang for ever.
+            (Recovering, Event::Abandoned | Heard(Message::Gone)) => {
+                self.go(Lost, [Action::Send(Message::Lost), Action::Discard, Action::Report(Outcome::Lost)])
             }
             (Lost, Event::Tick | Heard(Message::Commit | Message::Withdraw)) => {
                 self.go(Lost, [Action::Send(Message::Lost)])
@@ -236,7 +246,7 @@ impl Destination {
 
     /// Tells whether an operator may give the guest up with [`Event::Abandoned`].
     pub fn can_abandon(&self) -> bool {
-        self.state == State::Fetching
+        matches!(self.state, State::Fetching | State::Recovering)
     }
 
     /// Tells whether the guest is in doubt, so that [`Event::Resolved`] would have an effect.
@@ -259,7 +269,8 @@ impl Destination {
             | State::Unsure { .. }
             | State::Starting
             | State::Unrecorded { .. }
-            | State::Resuming => Phase::Committing,
+            | State::Resuming
+            | State::Recovering => Phase::Committing,
             State::Fetching => Phase::Fetching,
             State::Running | State::Lost => Phase::Finishing,
             State::Finished => Phase::Completed,

@@ -59,6 +59,9 @@ pub enum Event {
     /// Destination: [`Action::Resume`](super::Action::Resume) was done. The guest runs, and waits where it touches
     /// pages that are not here yet.
     ResumedIncomplete,
+    /// Destination, after a restart: the VMM does not answer [`Action::Resume`](super::Action::Resume), and its memory was
+    /// found, so that missing pages can come. The daemon says this again while that is so.
+    MemoryFound,
     /// Destination, after [`Event::ResumedIncomplete`]: the last missing page is here.
     Complete,
     /// The guest will never have what it still needs from the source.

@@ -20,6 +20,9 @@ pub enum Message {
     /// The guest runs at the destination, and part of its memory is still at the source. The destination repeats
     /// this until that has changed.
     Fetching,
+    /// The destination owns the guest, and part of its memory is still at the source. Whether it runs cannot be learnt: its
+    /// VMM does not answer, perhaps because it waits for that memory. The destination repeats this until it knows.
+    Recovering,
     /// The guest may have run at the destination, and ended or was given up before all of its memory was known to
     /// be there. The destination repeats this until it is answered.
     Lost,
@@ -27,7 +30,7 @@ pub enum Message {
     Declined,
     /// The source has received the answer; the destination may forget the migration.
     Done,
-    /// The source answers `Fetching`: it does not have the guest's memory any more.
+    /// The source answers `Fetching` or `Recovering`: it does not have the guest's memory any more.
     Gone,
     /// The sender has given up the migration. If the sender is the source, it never committed.
     Abort,
@@ -36,4 +39,14 @@ pub enum Message {
     Withdraw,
     /// The destination answers `Withdraw` or `Commit`: it does not know this migration.
     Unknown,
+}
+
+impl Message {
+    /// Tells whether a destination says this of a guest that it was given, and repeats it until a source answers.
+    pub fn awaits_source(self) -> bool {
+        matches!(
+            self,
+            Self::Ready | Self::Running | Self::Recovering | Self::Fetching | Self::Lost | Self::Declined
+        )
+    }
 }

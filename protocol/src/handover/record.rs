@@ -41,7 +41,7 @@ pub struct WrongRecord {
 
 /// A journal holds a word that names no [`Record`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no handover record: the journal is damaged or was written by a later version")]
+#[error("`{}` is no handover record: the journal is damaged or was written by a later version", .0.escape_debug())]
 pub struct UnknownRecord(pub String);
 
 impl Record {

@@ -39,6 +39,11 @@ enum State {
 
     // The destination owns the guest, unless it declines.
     Committed,
+    /// The destination owns the guest, and needs the memory that is here to learn whether it runs there. `committed` tells
+    /// whether `Committed` was durable before.
+    Recovering {
+        committed: bool,
+    },
     /// `TakenBack` is being written. `committed` tells whether `Committed` was durable before.
     TakingBack {
         committed: bool,
@@ -112,7 +117,7 @@ impl Source {
     pub fn answer_unknown(message: Message) -> Option<Message> {
         match message {
             Message::Accept | Message::Ready => Some(Message::Abort),
-            Message::Fetching => Some(Message::Gone),
+            Message::Fetching | Message::Recovering => Some(Message::Gone),
             Message::Running | Message::Lost | Message::Declined => Some(Message::Done),
             _ => None,
         }
@@ -167,12 +172,23 @@ impl Source {
             (Committed, Event::Tick | Heard(Message::Ready)) => {
                 self.go(Committed, [Action::Send(Message::Commit)])
             }
-            (Committed | Asking, Heard(Message::Fetching)) => self.go(Serving, [Action::Serve]),
-            (Committed | Asking | Serving, Heard(Message::Running)) => self.finish(Outcome::Completed),
+            (Committed | Asking | Recovering { .. }, Heard(Message::Fetching)) => {
+                self.go(Serving, [Action::Serve])
+            }
+            // Only with the memory that is here is it found out whether the guest runs there.
+            (before @ (Committed | Asking), Heard(Message::Recovering)) => {
+                self.go(Recovering { committed: before == Committed }, [Action::Serve])
+            }
+            (Committed | Asking | Recovering { .. } | Serving, Heard(Message::Running)) => {
+                self.finish(Outcome::Completed)
+            }
             // A destination that declines what has run there has lost its journal, and the guest with it.
-            (Committed | Asking | Serving, Heard(Message::Lost))
+            (Committed | Asking | Recovering { .. } | Serving, Heard(Message::Lost))
+            | (Recovering { .. }, Event::Abandoned)
             | (Serving, Heard(Message::Declined) | Event::Abandoned) => self.finish(Outcome::Lost),
-            (Committed | Asking, Event::Resolved(Resolution::Discard)) => self.finish(Outcome::GivenUp),
+            (Committed | Asking | Recovering { .. }, Event::Resolved(Resolution::Discard)) => {
+                self.finish(Outcome::GivenUp)
+            }
             (Finishing { outcome, .. }, Event::Journalled(record)) if record == Self::end_of(outcome) => {
                 self.go(Discarding, [Action::Send(Message::Done), Action::Discard, Action::Report(outcome)])
             }
@@ -190,6 +206,13 @@ impl Source {
                 let outcome = if committed { Outcome::TakenBack } else { Outcome::Failed };
                 let silent = false;
                 self.go(Returning { outcome, silent }, [Action::Send(Message::Done), Action::Resume])
+            }
+            (before @ Recovering { committed }, Event::Tick | Heard(Message::Ready)) => {
+                let word = if committed { Message::Commit } else { Message::Withdraw };
+                self.go(before, [Action::Send(word)])
+            }
+            (Recovering { committed }, Heard(Message::Declined) | Event::Resolved(Resolution::RunHere)) => {
+                self.go(TakingBack { committed }, [Action::Journal(Record::TakenBack)])
             }
             // Ask once more; the answer will be the same, and the journal is tried again.
             (TakingBack { committed }, Event::JournalFailed(Record::TakenBack)) => {
@@ -236,7 +259,7 @@ impl Source {
 
     /// Tells whether the guest is in doubt, so that [`Event::Resolved`] would have an effect.
     pub fn can_resolve(&self) -> bool {
-        matches!(self.state, State::Committed | State::Asking)
+        matches!(self.state, State::Committed | State::Asking | State::Recovering { .. })
     }
 
     /// Tells whether nothing is left to do, so that the machine may be dropped.
@@ -250,9 +273,12 @@ impl Source {
             State::Offering => Phase::Offering,
             State::Copying => Phase::Copying,
             State::Leaving | State::Pausing { .. } | State::Paused => Phase::SwitchingOver,
-            State::Relinquishing | State::Committing | State::Unsure | State::Asking | State::Committed => {
-                Phase::Committing
-            }
+            State::Relinquishing
+            | State::Committing
+            | State::Unsure
+            | State::Asking
+            | State::Committed
+            | State::Recovering { .. } => Phase::Committing,
             State::Serving => Phase::Fetching,
             State::Finishing { .. } | State::Discarding => Phase::Finishing,
             State::Gone => Phase::Completed,

@@ -255,6 +255,32 @@ fn fetching() -> Destination {
     destination
 }
 
+/// A VMM that hangs at a missing page may have run the guest, or not: only with the page does it say so.
+#[test]
+fn memory_is_served_before_it_is_known_whether_the_guest_runs() {
+    let (mut destination, _) = Destination::recover(Some(Record::Running)).expect("its record");
+    assert_eq!(destination.on(Event::MemoryFound), [Action::Send(Message::Recovering)]);
+    assert_eq!(destination.on(Event::MemoryFound), [Action::Send(Message::Recovering)]);
+    assert!(destination.phase() == Phase::Committing && destination.can_abandon());
+    let (mut source, _) = Source::recover(Some(Record::Committed)).expect("its record");
+    assert_eq!(source.on(Event::Message(Message::Recovering)), [Action::Serve]);
+    assert_eq!(source.on(Event::Message(Message::Recovering)), []);
+    assert!(source.phase() == Phase::Committing && source.can_resolve() && !source.can_abandon());
+
+    let (mut runs, mut serves) = (destination, source);
+    assert_eq!(runs.on(Event::ResumedIncomplete), [Action::Send(Message::Fetching)]);
+    assert_eq!(serves.on(Event::Message(Message::Fetching)), [Action::Serve]);
+    assert!(serves.phase() == Phase::Fetching && serves.can_abandon());
+
+    let (mut never_ran, mut takes_back) = (destination, source);
+    assert_eq!(never_ran.on(Event::ResumeFailed), [Action::Journal(Record::Declined)]);
+    assert_eq!(takes_back.on(Event::Message(Message::Declined)), [Action::Journal(Record::TakenBack)]);
+
+    let lost = [Action::Send(Message::Lost), Action::Discard, Action::Report(Outcome::Lost)];
+    assert_eq!(destination.on(Event::Message(Message::Gone)), lost, "it would hang for ever");
+    assert_eq!(Source::answer_unknown(Message::Recovering), Some(Message::Gone));
+}
+
 #[test]
 fn the_memory_stays_until_the_last_page_is_there() {
     let (mut source, mut destination) = (serving(), fetching());

@@ -13,8 +13,14 @@ use super::text::{Label, RawLabel};
 ///
 /// Since version 2, digests name their pieces, pieces of zeros have none, and [`frame`](super::frame)s may be
 /// compressed. Since version 3, the calling daemon names the addresses that its lanes come from, and a source that does
-/// not know whether it committed asks the destination to withdraw.
-pub const VERSIONS: (u16, u16) = (3, 3);
+/// not know whether it committed asks the destination to withdraw. Since version 4, a connection that is lost before the
+/// handover begins is [resumed](crate::resumption), and a destination whose VMM does not answer says that it is
+/// [`Recovering`](crate::handover::Message::Recovering).
+pub const VERSIONS: (u16, u16) = (3, 4);
+/// Since this version, control connections are [resumed](crate::resumption).
+pub const RESUMES: u16 = 4;
+/// Since this version, a source understands [`Recovering`](crate::handover::Message::Recovering).
+pub const RECOVERS: u16 = 4;
 /// The length of a [`Hello`] in bytes.
 pub const HELLO_BYTES: usize = size_of::<RawHello>();
 /// The length of an [`Answer`] before its text, in bytes.

@@ -5,6 +5,7 @@
 //! - [`frame`] carries pages on a lane.
 //! - [`attach`] is spoken between the daemon and a VMM on the same host.
 //! - [`machine`] describes a guest, and what a host can run.
+//! - [`starter`] is spoken between the daemon and the program that starts QEMU.
 //!
 //! Integers are little-endian. A decoder takes any bytes and returns a value or a [`WireError`]; nothing that a peer
 //! wrote is used before it is checked.
@@ -17,6 +18,7 @@ pub mod hello;
 pub mod machine;
 mod plain;
 mod reader;
+pub mod starter;
 mod text;
 
 pub use error::WireError;

@@ -60,11 +60,12 @@ impl<'a> Reader<'a> {
         self.list::<u8>(what, count, limit)
     }
 
-    /// Reads text to the end of the message, and makes it [`plain`].
+    /// Reads text to the end of the message, and makes it [`plain`]. A text that becomes longer by that is cut, so that a
+    /// message can carry it on.
     pub(crate) fn text(&mut self, what: &'static str) -> Result<String, WireError> {
         let bytes = self.bytes(what, self.rest.len() as u64, MAX_TEXT_BYTES)?;
         let text = std::str::from_utf8(bytes).map_err(|_| WireError::Text(what))?;
-        Ok(plain(text).into_owned())
+        Ok(cut(&plain(text)).to_owned())
     }
 
     /// Checks that the message ends here.
@@ -89,11 +90,12 @@ pub(crate) fn count<T: TryFrom<usize>>(values: usize, most: T) -> T {
     T::try_from(values).unwrap_or(most)
 }
 
-/// Appends `text`, cut at a character boundary to what a reader accepts.
+/// Appends `text`, cut to what a reader accepts.
 pub(crate) fn put_text(out: &mut Vec<u8>, text: &str) {
-    let mut end = text.len().min(MAX_TEXT_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    out.extend_from_slice(&text.as_bytes()[..end]);
+    out.extend_from_slice(cut(text).as_bytes());
+}
+
+/// Returns the beginning of a text that fits a message, up to a boundary of characters.
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_TEXT_BYTES)]
 }

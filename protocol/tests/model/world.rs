@@ -44,6 +44,8 @@ pub(crate) struct World {
     /// An operator has given up what was at one host.
     given_up: bool,
     fetch: Fetch,
+    /// The destination's VMM answers only once it can have the pages that it lacks.
+    hangs: bool,
 }
 
 impl World {
@@ -64,6 +66,7 @@ impl World {
             run_by_order: false,
             given_up: false,
             fetch: Fetch::new(),
+            hangs: false,
         };
         let (source, actions) = Source::new();
         world.source.role = Some(Role::Source(source));
@@ -113,6 +116,8 @@ impl World {
             (Vmm::Ended, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) => Some(None),
             (Vmm::Discarded, Vmm::Ended) if self.running_recorded => Some(None),
             (Vmm::Discarded, Vmm::Incoming | Vmm::Discarded | Vmm::Ended) if self.given_up => Some(None),
+            // A VMM that would hang for ever is ended.
+            (Vmm::Discarded, Vmm::Discarded) if self.hangs && self.fetch.lost_at_destination => Some(None),
             _ => None,
         }
     }

@@ -32,13 +32,15 @@ Exit codes:
   4  failed: the guest runs on at its source
   5  cancelled: the guest runs on at its source
   6  no daemon answers, or it went away
-  7  lost: the guest was handed over, and its VMM ended, or the rest of its memory will never come";
+  7  lost: the guest was handed over, and its VMM ended, or the rest of its memory will never come
+  8  forbidden: you may not do this here, or not use the daemon at all";
 
 const GUEST_FILE: &str = r#"A guest file:
   name = "web1"
   memory = "2GiB"
   prealloc = false                          # true takes all RAM from the host at the start
   qemu = "/usr/bin/qemu-system-x86_64"      # one that guests.qemu of the daemon's configuration allows
+  user = 2100000012                         # as whom QEMU runs, one of guests.users: its disks are to be his
   arguments = ["-machine", "q35", "-accel", "kvm", "-smp", "2", "-drive", "file=/srv/web1,if=virtio"]
 
   [[nic]]                                   # up to 16, or none
@@ -47,9 +49,9 @@ const GUEST_FILE: &str = r#"A guest file:
   network = "lan"                           # a [[network]] of the daemon's configuration
   vhost = false                             # true lets vhost-net carry its packets
 
-prealloc, qemu and vhost may be left out where they are as above. The daemon adds the name, RAM,
-monitor and NICs, so -m, -name, -mem-path, -machine memory-backend=, -incoming, -daemonize and -S
-are refused among the arguments. Paths are paths on the daemon's host. The tap must exist, belong
+prealloc, qemu and vhost may be left out where they are as above; without user the daemon chooses
+one that is free. The daemon adds the name, RAM, monitor, sandbox and NICs, so -m, -name, -mem-path,
+-machine memory-backend=, -incoming, -daemonize, -runas and -S are refused among the arguments. Paths are paths on the daemon's host. The tap must exist, belong
 to the daemon's user and be joined to its bridge:
   ip tuntap add tap-web1 mode tap user memlane
   ip link set tap-web1 master br0 up
@@ -276,6 +278,13 @@ pub(crate) struct OrderArgs {
     /// (off) [default: the daemon's limits.compression]
     #[arg(long, value_name = "auto|off")]
     pub compression: Option<Mode>,
+    /// Try for so long to reach the other host again if the network is lost while the guest is copied, 0s
+    /// to 10min [default: the daemon's limits.patience]
+    #[arg(long, value_name = "TIME")]
+    pub patience: Option<Span>,
+    /// If the migration fails and the guest runs on here, try again so many times, 0 to 100
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub retry: Option<u32>,
 }
 
 impl OrderArgs {
@@ -292,6 +301,8 @@ impl OrderArgs {
             max_stun_percent: self.max_stun,
             postcopy: self.postcopy.map(Into::into),
             compression: self.compression.map(Into::into),
+            patience_seconds: self.patience.map(|patience| patience.0.as_secs_f64()),
+            retry: self.retry,
         }
     }
 }

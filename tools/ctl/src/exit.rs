@@ -19,6 +19,7 @@ pub(crate) enum Exit {
     Cancelled = 5,
     Unreachable = 6,
     Lost = 7,
+    Forbidden = 8,
 }
 
 /// The reason why a command was not carried out.
@@ -57,6 +58,7 @@ impl Exit {
             | ErrorCode::CannotDetach
             | ErrorCode::TooLate
             | ErrorCode::NotInDoubt => Self::Refused,
+            ErrorCode::Forbidden => Self::Forbidden,
             _ => Self::Other,
         }
     }
@@ -67,6 +69,7 @@ impl Error {
         match self {
             Self::Client(ClientError::Api(error)) => Exit::of_code(error.code),
             Self::Keys(KeysError::Name(_)) => Exit::Usage,
+            Self::Client(ClientError::Denied { .. }) => Exit::Forbidden,
             Self::Client(ClientError::Foreign { .. }) | Self::Keys(_) | Self::Left(_) => Exit::Other,
             Self::Client(_) => Exit::Unreachable,
             Self::Command(code, _) => Exit::of_code(*code),
@@ -77,6 +80,7 @@ impl Error {
     pub(crate) fn to_json(&self) -> String {
         let code = match self {
             Self::Client(ClientError::Api(error)) => error.code,
+            Self::Client(ClientError::Denied { .. }) => ErrorCode::Forbidden,
             Self::Command(code, _) => *code,
             Self::Keys(KeysError::Name(_)) => ErrorCode::Invalid,
             _ => ErrorCode::Unavailable,

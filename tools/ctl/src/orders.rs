@@ -44,7 +44,7 @@ pub(crate) async fn migrate(
     }
     let mut progress = ProgressOutput::of_output(as_json);
     let on_interrupt = OnInterrupt::Cancel { now: interrupted };
-    let ended = follow(client, &migration.id, &mut progress, &mut interrupts, on_interrupt).await;
+    let ended = follow_all(client, &migration.id, &mut progress, &mut interrupts, on_interrupt).await;
     progress.finish();
     let ended = ended?;
     match as_json {
@@ -58,7 +58,8 @@ pub(crate) async fn migrate(
 pub(crate) async fn watch(client: &Client, which: Option<&str>, as_json: bool) -> Result<Exit, Error> {
     let migration = find(client, which).await?;
     let mut progress = if as_json { ProgressOutput::Events } else { ProgressOutput::of_output(false) };
-    let ended = follow(client, &migration.id, &mut progress, &mut interrupts()?, OnInterrupt::Leave).await;
+    let ended =
+        follow_all(client, &migration.id, &mut progress, &mut interrupts()?, OnInterrupt::Leave).await;
     progress.finish();
     let ended = ended?;
     if !as_json {
@@ -154,6 +155,47 @@ enum OnInterrupt {
 /// Starts to listen for Ctrl-C. It is kept until it is looked for.
 fn interrupts() -> Result<Signal, Error> {
     signal(SignalKind::interrupt()).map_err(|error| Error::Left(format!("cannot wait for Ctrl-C: {error}")))
+}
+
+/// Follows a migration to its end, and those that follow it if it fails and is tried again.
+async fn follow_all(
+    client: &Client,
+    id: &str,
+    progress: &mut ProgressOutput,
+    interrupts: &mut Signal,
+    mut on_interrupt: OnInterrupt,
+) -> Result<Migration, Error> {
+    let mut id = id.to_owned();
+    loop {
+        let ended = follow(client, &id, progress, interrupts, on_interrupt).await?;
+        let mut left = if exit_of(&ended) == Exit::Failed { ended.retries_left } else { 0 };
+        if left > 0 {
+            let reason = ended.reason.as_deref().unwrap_or("it failed");
+            progress.say(&format!("{}: {reason}; trying again, {left} more times at most", ended.guest));
+        }
+        let next = loop {
+            if left == 0 {
+                return Ok(ended);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(ASK_AGAIN) => {}
+                _ = interrupts.recv() => match on_interrupt {
+                    OnInterrupt::Leave => return Ok(ended),
+                    OnInterrupt::Cancel { .. } => {
+                        on_interrupt = OnInterrupt::Leave;
+                        ask_to_cancel(client, &id, progress).await?;
+                    }
+                },
+            }
+            let migrations = client.migrations().await?;
+            let next = migrations.into_iter().find(|migration| migration.retry_of.as_ref() == Some(&id));
+            if let Some(next) = next {
+                break next;
+            }
+            left = client.migration(&id).await?.retries_left;
+        };
+        id = next.id;
+    }
 }
 
 async fn follow(

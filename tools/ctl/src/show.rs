@@ -67,9 +67,13 @@ pub(crate) fn status(status: &Status, peers: &[PeerInfo], migrations: &[Migratio
                 "\n      port {port} is lost; the others carry its share, and it is tried again"
             ));
         }
-        if let Some(Postcopy { waits_for: Some(what), remaining_pages, .. }) = &migration.postcopy {
+        if let Some(Postcopy { waits_for, remaining_pages, lost_if, .. }) = &migration.postcopy {
             let missing = units::plural(*remaining_pages, "page");
-            text.push_str(&format!("\n      {missing} missing; waits for {what}"));
+            let waits = waits_for.as_ref().map_or(String::new(), |what| format!("; waits for {what}"));
+            text.push_str(&format!("\n      {missing} missing{waits}"));
+            if let Some(what) = lost_if {
+                text.push_str(&format!("\n      {guest} is lost if {what}"));
+            }
         }
     }
     text

@@ -248,6 +248,9 @@ fn exit_codes_tell_how_it_ended() {
     let (code, out, _) = run(&daemon, "migrate cancelled1 host-b");
     assert_eq!(code, 5);
     assert!(out.contains("the order was cancelled: it runs on at host-a"), "{out}");
+    let (code, out, err) = run(&daemon, "migrate not-yours host-b --json");
+    assert_eq!((code, err.as_str()), (8, "memlanectl: user 1000 may look, but not give orders\n"));
+    assert_eq!(json(&out)["error"]["code"], "forbidden");
     // Its events end without an outcome.
     let (code, _, err) = run(&daemon, "migrate dies1 host-b");
     assert_eq!(code, 6);

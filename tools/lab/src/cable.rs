@@ -7,6 +7,7 @@ mod queue;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -43,8 +44,17 @@ pub struct Loss {
 #[derive(Debug)]
 pub(crate) struct Cable {
     ends: [Arc<Tun>; 2],
+    quality: Arc<Quality>,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What a cable does to packets now.
+#[derive(Debug)]
+struct Quality {
+    delay_nanoseconds: AtomicU64,
+    /// The share of the packets that is lost, as the bits of an `f64`.
+    loss: AtomicU64,
 }
 
 impl Cable {
@@ -55,33 +65,54 @@ impl Cable {
         delay: Duration,
         loss: Option<Loss>,
     ) -> Result<Self> {
-        ensure!(delay <= MAX_DELAY, "a port is delayed by {MAX_DELAY:?} at most, not {delay:?}");
-        if let Some(Loss { share, .. }) = loss {
-            ensure!(
-                (0.0..=1.0).contains(&share),
-                "a port loses a share of 0 to 1 of its packets, not {share}"
-            );
-        }
+        let quality = Quality { delay_nanoseconds: AtomicU64::new(0), loss: AtomicU64::new(0) };
+        quality.set(delay, loss.map_or(0.0, |loss| loss.share))?;
+        let quality = Arc::new(quality);
         let [a, b] = namespaces.map(|namespace| Tun::create(namespace, interface).map(Arc::new));
         let ends = [a?, b?];
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).context("making an eventfd")?);
-        let dice = |direction| loss.map(|Loss { share, seed }| LossDice { share, state: seed ^ direction });
+        let seed = loss.map_or(0, |loss| loss.seed);
+        let dice = |direction| LossDice { state: seed ^ direction };
         let mut forwarder = Forwarder {
             ways: [Direction::new(delay, dice(0)), Direction::new(delay, dice(u64::MAX))],
             ends: ends.clone(),
-            delay,
+            quality: quality.clone(),
             stop: stop.clone(),
         };
         let thread = std::thread::Builder::new()
             .name(format!("cable-{interface}"))
             .spawn(move || forwarder.run())
             .context("starting a thread for a cable")?;
-        Ok(Self { ends, stop, thread: Some(thread) })
+        Ok(Self { ends, quality, stop, thread: Some(thread) })
     }
 
     /// Returns the two ends of the cable, in the order of the namespaces.
     pub(crate) fn ends(&self) -> &[Arc<Tun>; 2] {
         &self.ends
+    }
+
+    /// From now on each packet arrives `delay` after it was sent, and this share of them, from 0 to 1, never does. The
+    /// cable's room was made for the delay that it was laid with.
+    pub(crate) fn set_quality(&self, delay: Duration, loss: f64) -> Result<()> {
+        self.quality.set(delay, loss)
+    }
+}
+
+impl Quality {
+    fn set(&self, delay: Duration, loss: f64) -> Result<()> {
+        ensure!(delay <= MAX_DELAY, "a port is delayed by {MAX_DELAY:?} at most, not {delay:?}");
+        ensure!((0.0..=1.0).contains(&loss), "a port loses a share of 0 to 1 of its packets, not {loss}");
+        self.delay_nanoseconds.store(delay.as_nanos() as u64, Ordering::Relaxed);
+        self.loss.store(loss.to_bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn delay(&self) -> Duration {
+        Duration::from_nanos(self.delay_nanoseconds.load(Ordering::Relaxed))
+    }
+
+    fn loss(&self) -> f64 {
+        f64::from_bits(self.loss.load(Ordering::Relaxed))
     }
 }
 
@@ -100,18 +131,18 @@ struct Forwarder {
     ends: [Arc<Tun>; 2],
     /// The two directions: from the first end to the second, and back.
     ways: [Direction; 2],
-    delay: Duration,
+    quality: Arc<Quality>,
     stop: Arc<OwnedFd>,
 }
 
 /// One direction of a cable.
 struct Direction {
     queue: Queue,
-    dice: Option<LossDice>,
+    dice: LossDice,
 }
 
 impl Direction {
-    fn new(delay: Duration, dice: Option<LossDice>) -> Self {
+    fn new(delay: Duration, dice: LossDice) -> Self {
         let bytes = (delay.as_secs_f64() * MAX_BYTES_PER_SECOND) as usize + LITTLE_BYTES;
         Self { queue: Queue::new(bytes.min(MAX_QUEUE_BYTES)), dice }
     }
@@ -131,14 +162,15 @@ impl Direction {
     }
 
     /// Takes in the packets that were sent; returns false if there may be more.
-    fn take(&mut self, from: &Tun, delay: Duration) -> io::Result<bool> {
+    fn take(&mut self, from: &Tun, quality: &Quality) -> io::Result<bool> {
+        let (delay, loss) = (quality.delay(), quality.loss());
         let mut now = None;
         for _ in 0..AT_ONCE {
             let Some(room) = self.queue.room() else { return Ok(true) };
             match rustix::io::read(from, room) {
                 Ok(0) => return Ok(true),
                 Ok(length) => {
-                    if self.dice.as_mut().is_none_or(|dice| !dice.hit()) {
+                    if !self.dice.hit(loss) {
                         self.queue.push(length, *now.get_or_insert_with(Instant::now) + delay);
                     }
                 }
@@ -166,7 +198,7 @@ impl Forwarder {
     fn turn(&mut self) -> io::Result<bool> {
         let mut idle = true;
         for (from, way) in self.ways.iter_mut().enumerate() {
-            idle &= way.take(&self.ends[from], self.delay)?;
+            idle &= way.take(&self.ends[from], &self.quality)?;
             way.deliver(&self.ends[1 - from], Instant::now())?;
         }
         if idle { self.wait() } else { Ok(true) }
@@ -196,20 +228,19 @@ impl Forwarder {
 /// Decides which packets are lost.
 #[derive(Debug)]
 struct LossDice {
-    share: f64,
     state: u64,
 }
 
 impl LossDice {
-    /// Draws whether a packet is lost, with SplitMix64 by Steele, Lea and Flood: "Fast Splittable Pseudorandom Number
+    /// Draws whether a packet is lost where this share of them is, with SplitMix64 by Steele, Lea and Flood: "Fast Splittable Pseudorandom Number
     /// Generators", 2014.
-    fn hit(&mut self) -> bool {
+    fn hit(&mut self, share: f64) -> bool {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^= mixed >> 31;
-        ((mixed >> 11) as f64) < self.share * (1_u64 << 53) as f64
+        ((mixed >> 11) as f64) < share * (1_u64 << 53) as f64
     }
 }
 
@@ -220,8 +251,8 @@ mod tests {
     #[test]
     fn the_dice_hit_as_often_as_they_should_and_the_same_each_time() {
         let rolls = |share, seed| {
-            let mut dice = LossDice { share, state: seed };
-            (0..100_000).map(|_| dice.hit()).collect::<Vec<_>>()
+            let mut dice = LossDice { state: seed };
+            (0..100_000).map(|_| dice.hit(share)).collect::<Vec<_>>()
         };
         let hits = rolls(0.01, 7).iter().filter(|hit| **hit).count();
         assert!((900..1100).contains(&hits), "{hits}");

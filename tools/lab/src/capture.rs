@@ -7,11 +7,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size_force, set_socket_timeout};
 use rustix::net::{RecvFlags, recv};
 
 /// Largest frame: TCP hands over up to 64 KiB at once to interfaces that are none of hardware.
 const MAX_FRAME_BYTES: usize = 68 << 10;
+/// This many bytes of frames may wait to be looked at.
+const KEPT_BYTES: usize = 64 << 20;
 const ETH_P_ALL: u16 = 0x0003;
 const ETH_P_RARP: u16 = 0x8035;
 
@@ -64,6 +66,8 @@ impl Capture {
         };
         checked(set)?;
 
+        // What comes while the program has no processor is kept.
+        set_socket_recv_buffer_size_force(&socket, KEPT_BYTES)?;
         // SAFETY: an address of zeros is a valid one to fill in.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;

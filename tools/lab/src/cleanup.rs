@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -19,9 +20,31 @@ static PENDING: Mutex<BTreeMap<u64, Action>> = Mutex::new(BTreeMap::new());
 ///
 /// If the handlers cannot be installed.
 pub fn cleanup_on_signal() -> io::Result<()> {
+    on_signals(None)
+}
+
+/// Makes the first of SIGINT, SIGTERM and SIGHUP set the flag that is returned, so that the program can end by itself; another
+/// one does what [`cleanup_on_signal`] does. Call only one of them.
+///
+/// # Errors
+///
+/// If the handlers cannot be installed.
+pub fn flag_on_signal() -> io::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    on_signals(Some(Arc::clone(&flag)))?;
+    Ok(flag)
+}
+
+fn on_signals(first: Option<Arc<AtomicBool>>) -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     std::thread::Builder::new().name("cleanup".into()).spawn(move || {
-        if let Some(signal) = signals.forever().next() {
+        let mut signals = signals.forever();
+        if let Some(flag) = first
+            && signals.next().is_some()
+        {
+            flag.store(true, Ordering::Relaxed);
+        }
+        if let Some(signal) = signals.next() {
             run_all();
             // Returns only for a signal without a default action, which none of these is.
             let _ = signal_hook::low_level::emulate_default_handler(signal);

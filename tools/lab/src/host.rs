@@ -302,6 +302,12 @@ impl LabHost {
         &self.directory
     }
 
+    /// Returns a directory in [`LabHost::directory`] in which everyone may make files and sockets: guests' QEMUs are of users
+    /// of their own. Only a host that the lab made has one.
+    pub fn open_directory(&self) -> PathBuf {
+        self.directory.join("open")
+    }
+
     /// Returns a directory on tmpfs for guests' memory. It is removed with the lab.
     pub fn memory_directory(&self) -> &Path {
         &self.memory_directory
@@ -397,7 +403,12 @@ impl LabHost {
     /// Makes everything that this host sends through port `index` disappear, or lets it pass again. Both ends of the
     /// port stay up.
     pub(crate) fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
-        network::silence(self.made_here()?.name(), &self.ports[index].interface, silent)
+        self.silence(&self.ports[index].interface, silent)
+    }
+
+    /// Does the same for any interface of this host.
+    pub(crate) fn silence(&self, interface: &str, silent: bool) -> Result<()> {
+        network::silence(self.made_here()?.name(), interface, silent)
     }
 
     /// Sets what this host may send through port `index`; `None` lifts the limit. What it receives is up to the

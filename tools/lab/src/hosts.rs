@@ -13,7 +13,7 @@ use crate::programs::Programs;
 use crate::remote::Remote;
 
 /// The programs that a daemon and a VMM need.
-const PROGRAMS: [&str; 3] = ["memlaned", "memlane-vmm", "libmemlane_shim.so"];
+const PROGRAMS: [&str; 4] = ["memlaned", "memlane-vmm", "libmemlane_shim.so", "memlane-starter"];
 
 /// Two hosts that exist already.
 #[derive(Debug, Clone)]

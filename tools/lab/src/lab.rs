@@ -73,8 +73,9 @@ pub struct Lab {
     hosts: [LabHost; 2],
     mtu: u32,
     lan: Option<Lan>,
-    // Their interfaces go when the hosts have let go of them too.
-    _cables: Vec<Cable>,
+    /// The cables of the ports, if they have a delay or a loss. Their interfaces go when the hosts have let go of them too.
+    cables: Vec<Cable>,
+    _control_cable: Option<Cable>,
     // After `hosts`: fields are dropped in order, and a host's open namespace should not outlive its name by long.
     _cleanup: Registration,
 }
@@ -94,6 +95,8 @@ impl Lab {
 
         let id = unique_id();
         let directory = directory(&id)?;
+        // Guests' QEMUs are of other users: they may pass, and not look around.
+        set_mode(&directory, 0o711)?;
         let memory = Path::new(MEMORY).join(format!("{id}-memory"));
         let names = [HostId::A, HostId::B].map(|host| format!("{id}-{}", host.letter()));
         let lan_names = ["switch", "client"].map(|name| format!("{id}-{name}"));
@@ -140,8 +143,7 @@ impl Lab {
             )?),
             false => None,
         };
-        cables.extend(control);
-        Ok(Self { hosts, mtu: options.mtu, lan, _cables: cables, _cleanup: cleanup })
+        Ok(Self { hosts, mtu: options.mtu, lan, cables, _control_cable: control, _cleanup: cleanup })
     }
 
     /// Reaches hosts that exist already, and copies `programs` there. These hosts have only their ports, whose rates
@@ -158,7 +160,7 @@ impl Lab {
             move || drop(std::fs::remove_dir_all(&directory))
         });
         let (hosts, mtu) = hosts.reach(programs, &directory)?;
-        Ok(Self { hosts, mtu, lan: None, _cables: Vec::new(), _cleanup: cleanup })
+        Ok(Self { hosts, mtu, lan: None, cables: Vec::new(), _control_cable: None, _cleanup: cleanup })
     }
 
     /// Returns whether the hosts are reached over ssh.
@@ -208,6 +210,16 @@ impl Lab {
         self.hosts.iter().try_for_each(|host| host.set_port_rate(index, rate))
     }
 
+    /// Makes packets through port `index` take `delay`, one way, and lose a share of them, from 0 to 1.
+    ///
+    /// # Errors
+    ///
+    /// If the lab was made without a delay and a loss of its ports, which may be 0: the kernel's own links have neither.
+    pub fn set_port_quality(&self, index: usize, delay: Duration, loss: f64) -> Result<()> {
+        let cable = self.cables.get(index).context("this port's link can neither delay nor lose packets")?;
+        cable.set_quality(delay, loss)
+    }
+
     /// Makes port `index` silently drop everything in both directions, or carry it again. Neither host notices: links
     /// stay up, and sent data seems to have been sent. The port's rate must not be changed while it is silent.
     ///
@@ -220,6 +232,16 @@ impl Lab {
     /// If there is no such port.
     pub fn silence_port(&self, index: usize, silent: bool) -> Result<()> {
         self.hosts.iter().try_for_each(|host| host.silence_port(index, silent))
+    }
+
+    /// Makes the control link silently drop everything in both directions, or carry it again, as
+    /// [`silence_port`](Self::silence_port) does for a port.
+    ///
+    /// # Errors
+    ///
+    /// If `tc` refuses.
+    pub fn silence_control(&self, silent: bool) -> Result<()> {
+        self.hosts.iter().try_for_each(|host| host.silence(CONTROL_INTERFACE, silent))
     }
 }
 
@@ -276,15 +298,26 @@ fn make_host(
     for directory in [&directory, &memory] {
         std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
     }
+    // As daemons want it.
+    set_mode(&memory, 0o700)?;
     let name = format!("host-{}", id.letter());
     let host =
         LabHost::new(name, namespace, id.address(0), (host_ports, far_ends), bridge, [directory, memory]);
+    let open = host.open_directory();
+    std::fs::create_dir_all(&open).with_context(|| format!("creating {}", open.display()))?;
+    // Not sticky: the QEMU that a guest moves to takes over the paths of the one before, which is another user's.
+    set_mode(&open, 0o777)?;
     if options.port_rate.is_some() {
         for index in 0..ports.len() {
             host.set_port_rate(index, options.port_rate)?;
         }
     }
     Ok(host)
+}
+
+fn set_mode(directory: &Path, mode: u32) -> Result<()> {
+    std::fs::set_permissions(directory, std::os::unix::fs::PermissionsExt::from_mode(mode))
+        .with_context(|| format!("setting who may use {}", directory.display()))
 }
 
 fn remove(names: &[String], directory: &Path, memory: &Path) {

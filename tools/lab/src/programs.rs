@@ -12,15 +12,15 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Builds `memlaned`, `memlanectl`, `memlane-vmm` and the shim with cargo, unless they are up to date; for tests also
-    /// the example of a VMM.
+    /// Builds `memlaned`, `memlanectl`, `memlane-vmm`, the shim and the starter with cargo, unless they are up to date; for
+    /// tests also the example of a VMM.
     ///
     /// # Errors
     ///
     /// If cargo fails.
     pub fn build(release: bool) -> Result<Self> {
         let mut command = cargo_build();
-        for package in ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim"] {
+        for package in ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter"] {
             command.args(["--package", package]);
         }
         if release {

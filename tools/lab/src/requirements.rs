@@ -29,6 +29,8 @@ pub enum Requirement {
     Kernel,
     /// The ssh server [`SSHD`], and the programs that come with it.
     Sshd,
+    /// `systemd-analyze` of systemd, which need not run here.
+    SystemdAnalyze,
 }
 
 impl Requirement {
@@ -102,6 +104,7 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Qemu => qemu::why_not(),
         Requirement::Sshd if Path::new(SSHD).exists() => in_path("ssh", "openssh-client"),
         Requirement::Sshd => Some(format!("there is no {SSHD} (install openssh-server)")),
+        Requirement::SystemdAnalyze => in_path("systemd-analyze", "systemd"),
         Requirement::Kernel if Kernel::present().is_some() => None,
         Requirement::Kernel => {
             Some("no kernel for Linux guests is unpacked (`cargo xtask test` does it)".into())

@@ -9,6 +9,7 @@
 //! The library keeps no copies, unless the daemon wants it to: when the daemon ends, the kernel lifts
 //! whatever protection there was, and the guest runs on. Where pages are missing (post-copy) a copy
 //! of the userfaultfd is kept, so that a thread that waits for them waits on instead of finding zeros.
+//! A daemon that starts anew asks for that copy, and fetches what is still missing.
 //!
 //! `MEMLANE_ATTACH_SOCKET` names the socket. Where it is not set, nothing is done at all.
 //!
@@ -122,6 +123,10 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
                     Err(reason) => socket.send(&wire::failed(id, &reason), None),
                 }
             }
+            Some(FromDaemon::KeptUserfault { id }) if welcomed => match again(kept.as_ref()) {
+                Ok(handles) => socket.send(&wire::done(id), Some(&handles)),
+                Err(reason) => socket.send(&wire::failed(id, &reason), None),
+            },
             Some(FromDaemon::Unknown { id }) if welcomed => {
                 socket.send(&wire::failed(id, "the shim can open a userfaultfd and nothing else"), None)
             }
@@ -141,7 +146,17 @@ fn open(device: Option<OwnedFd>) -> Result<[OwnedFd; 3], String> {
         Some(device) => sys::userfaultfd_of(device.as_fd()),
         None => sys::userfaultfd(),
     };
-    let userfault = userfault.map_err(|error| format!("making a userfaultfd: {error}"))?;
+    with_views(userfault.map_err(|error| format!("making a userfaultfd: {error}"))?)
+}
+
+/// Opens the same three descriptors with the userfaultfd of which a copy is kept.
+fn again(kept: Option<&OwnedFd>) -> Result<[OwnedFd; 3], String> {
+    let kept = kept.ok_or("no userfaultfd is kept")?;
+    with_views(kept.try_clone().map_err(|error| format!("copying a userfaultfd: {error}"))?)
+}
+
+/// Adds the process's `pagemap` and `maps` to a userfaultfd.
+fn with_views(userfault: OwnedFd) -> Result<[OwnedFd; 3], String> {
     let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
     Ok([userfault, file("/proc/self/pagemap")?.into(), file("/proc/self/maps")?.into()])
 }

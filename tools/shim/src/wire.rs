@@ -9,8 +9,8 @@ pub(crate) const MAX_PACKET_BYTES: usize = HEADER_BYTES + MAX_TEXT_BYTES;
 const MAGIC: [u8; 4] = *b"MLAT";
 const HEADER_BYTES: usize = 12;
 const MAX_TEXT_BYTES: usize = 1024;
-/// The version of the protocol that this shim speaks.
-const VERSION: u16 = 3;
+/// The oldest and the newest version of the protocol that this shim speaks.
+const VERSIONS: (u16, u16) = (3, 4);
 
 const DONE: u16 = 2;
 const FAILED: u16 = 3;
@@ -20,6 +20,7 @@ const WELCOME: u16 = 16;
 const FIRST_REQUEST: u16 = 32;
 const OPEN_USERFAULT: u16 = 43;
 const KEEP_USERFAULT: u16 = 44;
+const KEPT_USERFAULT: u16 = 46;
 
 /// A message of the daemon.
 #[derive(Debug, PartialEq, Eq)]
@@ -32,6 +33,11 @@ pub(crate) enum FromDaemon {
         id: u32,
         /// Whether the shim keeps a copy of the userfaultfd open.
         keep: bool,
+    },
+    /// The daemon asks for the userfaultfd again of which the shim keeps a copy.
+    KeptUserfault {
+        /// The number of the request, which the reply repeats.
+        id: u32,
     },
     /// The daemon asks for something that this shim does not know.
     Unknown {
@@ -51,9 +57,13 @@ impl FromDaemon {
         }
         let id = u32::from_le_bytes(id);
         match u16::from_le_bytes([k0, k1]) {
-            WELCOME if *body == VERSION.to_le_bytes() => Some(Self::Welcome),
+            WELCOME => {
+                let version = u16::from_le_bytes(body.try_into().ok()?);
+                (VERSIONS.0..=VERSIONS.1).contains(&version).then_some(Self::Welcome)
+            }
             OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: false }),
             KEEP_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: true }),
+            KEPT_USERFAULT if body.is_empty() => Some(Self::KeptUserfault { id }),
             kind if kind >= FIRST_REQUEST => Some(Self::Unknown { id }),
             _ => None,
         }
@@ -62,7 +72,7 @@ impl FromDaemon {
 
 /// Makes the first packet of a shim, with the oldest and the newest version that it speaks.
 pub(crate) fn shim() -> Vec<u8> {
-    packet(SHIM, 0, &[VERSION.to_le_bytes(), VERSION.to_le_bytes()].concat())
+    packet(SHIM, 0, &[VERSIONS.0.to_le_bytes(), VERSIONS.1.to_le_bytes()].concat())
 }
 
 /// Makes the reply that request `id` was carried out. Its two values mean nothing.
@@ -87,7 +97,7 @@ mod tests {
 
     #[test]
     fn the_daemon_understands_the_shim() {
-        assert_eq!(FromVmm::decode(&shim()), Ok(FromVmm::Shim { oldest: VERSION, newest: VERSION }));
+        assert_eq!(FromVmm::decode(&shim()), Ok(FromVmm::Shim { oldest: VERSIONS.0, newest: VERSIONS.1 }));
         let reply = |id, outcome| Ok(FromVmm::Reply(Reply { id, outcome }));
         assert_eq!(FromVmm::decode(&done(7)), reply(7, Ok([0; 2])));
         assert_eq!(FromVmm::decode(&failed(u32::MAX, "nö")), reply(u32::MAX, Err("nö".into())));
@@ -96,13 +106,17 @@ mod tests {
     #[test]
     fn the_shim_understands_the_daemon() {
         let read = |message: ToVmm| FromDaemon::read(&message.encode());
-        assert_eq!(read(ToVmm::Welcome { version: VERSION }), Some(FromDaemon::Welcome));
-        assert_eq!(read(ToVmm::Welcome { version: VERSION + 1 }), None);
+        for (version, known) in [(VERSIONS.0 - 1, false), (3, true), (4, true), (VERSIONS.1 + 1, false)] {
+            let welcome = known.then_some(FromDaemon::Welcome);
+            assert_eq!(read(ToVmm::Welcome { version }), welcome, "version {version}");
+        }
         let id = 0x0102_0304;
         for keep in [false, true] {
             let open = ToVmm::Request { id, request: Request::OpenUserfault { keep } };
             assert_eq!(read(open), Some(FromDaemon::OpenUserfault { id, keep }));
         }
+        let again = ToVmm::Request { id, request: Request::KeptUserfault };
+        assert_eq!(read(again), Some(FromDaemon::KeptUserfault { id }));
         let other = ToVmm::Request { id, request: Request::Resume };
         assert_eq!(read(other), Some(FromDaemon::Unknown { id }));
         let refused = ToVmm::Refused { reason: "x".repeat(MAX_TEXT_BYTES) }.encode();

@@ -1,12 +1,16 @@
-//! The project's own commands: `cargo xtask demo`, `cargo xtask bench`, `cargo xtask torture` and `cargo xtask test`.
+//! The project's own commands: `cargo xtask demo`, `bench`, `torture`, `soak`, `simulate`, `fuzz` and `test`.
 
 #![forbid(unsafe_code)]
 
 mod bench;
 mod cargo;
+mod common;
 mod demo;
 #[cfg(test)]
 mod documents;
+mod fuzz;
+mod simulate;
+mod soak;
 mod test;
 mod torture;
 
@@ -41,6 +45,23 @@ enum XtaskCommand {
     /// When everything is up again, the VMMs themselves are asked where the guest runs and whether its memory is what it
     /// must be. Needs root.
     Torture(torture::TortureOptions),
+    /// Move a small fleet of guests to and fro for a long time while things go wrong, and prove that nothing is lost
+    ///
+    /// Builds the programs, makes two hosts out of network namespaces, and starts guests that live through the whole run: of
+    /// memlane-vmm, and a Linux in QEMU. They are moved again and again, each time as another order wants it, while daemons
+    /// are killed and restarted, networks fail, and operators change their minds. After each move the guests are asked
+    /// whether they are whole, and the daemons whether they agree. Needs root.
+    Soak(soak::SoakOptions),
+    /// Feed decoders with bytes that are made up as they go, guided by the code that these reach
+    ///
+    /// Runs the targets in fuzz/ with cargo-fuzz and libFuzzer, on the stable toolchain. What reaches new code is kept in
+    /// target/fuzz/found, beside the corpora in fuzz/corpus that cargo xtask test replays.
+    Fuzz(fuzz::FuzzOptions),
+    /// Run whole migrations in virtual time, with everything that can go wrong, and prove that no guest is doubled or lost
+    ///
+    /// Each seed is a run with hosts, a network, VMMs and a guest of its own, all of them simulated; the decisions are
+    /// those of the daemon. A seed that fails is printed with the command that shows it again. Needs no root.
+    Simulate(simulate::SimulateOptions),
     /// Bring what the tests need, check everything, run all tests, and say what was skipped
     ///
     /// As root this installs packages, and unpacks QEMU in each version that is tested and a kernel into cargo's target
@@ -53,6 +74,9 @@ fn main() -> ExitCode {
         XtaskCommand::Demo(options) => demo::run(&options),
         XtaskCommand::Bench(options) => bench::run(&options),
         XtaskCommand::Torture(options) => torture::run(&options),
+        XtaskCommand::Soak(options) => soak::run(&options),
+        XtaskCommand::Fuzz(options) => fuzz::run(&options),
+        XtaskCommand::Simulate(options) => simulate::run(&options),
         XtaskCommand::Test(options) => test::run(&options),
     };
     match done {

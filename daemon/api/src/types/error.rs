@@ -17,6 +17,8 @@ pub struct ApiError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
+    /// The caller may not do this; the message says who may (403).
+    Forbidden,
     /// The path does not exist (404).
     UnknownRoute,
     /// The path exists, but not for this method (405).
@@ -72,6 +74,7 @@ impl ErrorCode {
     pub fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::Forbidden => 403,
             Self::UnknownRoute | Self::UnknownGuest | Self::UnknownHost | Self::UnknownMigration => 404,
             Self::UnknownMethod => 405,
             Self::Slow => 408,

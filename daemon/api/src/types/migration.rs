@@ -36,6 +36,13 @@ pub struct Migration {
     pub waits_for: Option<String>,
     /// This is the last decision on how to go on, with the figures behind it.
     pub decision: Option<String>,
+    /// If the migration fails, the order is tried again so many times. When it has failed and this is not 0, another
+    /// migration follows, which names this one in `retry_of`.
+    #[serde(default)]
+    pub retries_left: u32,
+    /// This migration is another try of an order, after the one of this identity failed.
+    #[serde(default)]
+    pub retry_of: Option<MigrationName>,
     /// The order was accepted at this time, in seconds since 1970-01-01T00:00:00Z.
     pub started_at_unix_seconds: f64,
     /// The migration took this many seconds from the order to its end, or has taken them until now.
@@ -213,6 +220,10 @@ pub struct Postcopy {
     pub seconds: f64,
     /// Post-copy waits for this; `null` while pages can come.
     pub waits_for: Option<String>,
+    /// The guest is lost if this happens before the last page has come; `null` before the guest runs at the destination,
+    /// and when the migration has ended.
+    #[serde(default)]
+    pub lost_if: Option<String>,
 }
 
 /// One TCP stream of a migration.
@@ -270,6 +281,8 @@ impl Migration {
             in_doubt_since_unix_seconds: None,
             waits_for: None,
             decision: None,
+            retries_left: 0,
+            retry_of: None,
             started_at_unix_seconds: 0.0,
             total_seconds: 0.0,
             downtime_limit_seconds: 0.0,

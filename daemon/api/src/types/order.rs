@@ -40,6 +40,15 @@ pub struct Order {
     /// This says whether lanes may compress pages. The default is the daemon's `limits.compression`.
     #[serde(default)]
     pub compression: Option<Compression>,
+    /// While the guest is copied, the hosts try to reach each other again for this long, in seconds, from 0 to 600, if
+    /// their connection or all ports are lost. The default is the daemon's `limits.patience`.
+    #[serde(default)]
+    pub patience_seconds: Option<f64>,
+    /// If the migration fails, and the guest runs on here, the daemon tries the order again so many times, from 0 to 100,
+    /// also after it was started anew. It waits for one second and then ever longer between two tries. A migration that was
+    /// given up because the guest writes too fast is not tried again. The default is 0.
+    #[serde(default)]
+    pub retry: Option<u32>,
 }
 
 /// The treatment of a guest that writes faster than the ports carry.

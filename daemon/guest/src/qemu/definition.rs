@@ -7,8 +7,7 @@
 mod tests;
 
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use memlane_api::units::Size;
@@ -27,6 +26,12 @@ pub const MAX_ARGUMENT: usize = 4 << 10;
 /// the same at both ends.
 pub const BACKEND: &str = "memlane-ram";
 
+/// This is the name of the monitor that the daemon talks to.
+const MONITOR: &str = "memlane-monitor";
+/// QEMU gives up these system calls before the guest runs: those that are obsolete, that gain rights, that start other
+/// programs, and that change its share of the processors. All that the shim does is among those that are left.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
 /// This program is started where a guest file names none.
 const DEFAULT_QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const MIN_MEMORY: u64 = 1 << 20;
@@ -44,6 +49,8 @@ pub struct Definition {
     pub prealloc: bool,
     /// This is the path of the QEMU program.
     pub qemu: PathBuf,
+    /// QEMU runs as this user. Without it the daemon chooses one.
+    pub user: Option<u32>,
     /// These arguments are given to QEMU in addition to what [`Definition::command_line`] adds.
     pub arguments: Vec<String>,
     /// These are the network interfaces, which are announced after a migration.
@@ -65,13 +72,27 @@ pub struct DefinedNic {
     pub vhost: bool,
 }
 
-/// A guest's QEMU keeps at these paths what the daemon must reach.
+/// QEMU's arguments name what it is given besides the guest file's own arguments in this way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Paths {
-    /// This is the file of its RAM.
-    pub memory: PathBuf,
-    /// This is the socket of its monitor.
-    pub qmp: PathBuf,
+pub struct Given {
+    /// This is the path of the file of its RAM (`mem-path`).
+    pub memory: String,
+    /// This is the socket of its monitor, at which it is to listen, as an option of `-chardev socket`.
+    pub monitor: String,
+    /// These are the taps of the NICs, in order, as options of `-netdev tap`.
+    pub taps: Vec<String>,
+}
+
+impl Given {
+    /// QEMU is started with these descriptors, since its user may open none of the files.
+    pub fn by_descriptor(memory: RawFd, monitor: RawFd, taps: impl IntoIterator<Item = RawFd>) -> Self {
+        Self {
+            // QEMU has no option for a descriptor here, but may open the file once more by it.
+            memory: format!("/proc/self/fd/{memory}"),
+            monitor: format!("fd={monitor}"),
+            taps: taps.into_iter().map(|tap| format!("fd={tap}")).collect(),
+        }
+    }
 }
 
 /// A guest cannot be started from a guest file.
@@ -126,6 +147,7 @@ impl Definition {
             memory: memory(&table.need("memory", Size::ALLOWED)?)?,
             prealloc: or(table.take("prealloc"), false, |value| value.boolean())?,
             qemu: or(table.take("qemu"), DEFAULT_QEMU.into(), |value| value.path())?,
+            user: or(table.take("user"), None, |value| value.integer(1000..=i32::MAX as u32).map(Some))?,
             arguments: table.take("arguments").map_or(Ok(Vec::new()), arguments)?,
             nics: nics(&mut table)?,
             text: text.to_owned(),
@@ -153,57 +175,56 @@ impl Definition {
 
     /// Returns all arguments of QEMU, without the program: those of the file, and what makes its RAM shared, its
     /// monitor reachable and its NICs known. `incoming` makes it wait for a guest.
-    pub fn command_line(&self, paths: &Paths, incoming: bool) -> Vec<OsString> {
+    pub fn command_line(&self, given: &Given, incoming: bool) -> Vec<String> {
         let mut line = CommandLine::default();
         line.option("-name", format!("guest={},debug-threads=on", self.name));
         line.option("-m", format!("{}B", self.memory));
-        let mut backend = OsString::from("memory-backend-file");
-        backend.push(format!(",id={BACKEND},share=on,size={},mem-path=", self.memory));
-        backend.push(escaped(&paths.memory));
+        let memory = &given.memory;
+        let mut backend =
+            format!("memory-backend-file,id={BACKEND},share=on,size={},mem-path={memory}", self.memory);
         if self.prealloc {
-            backend.push(",prealloc=on");
+            backend.push_str(",prealloc=on");
         }
         line.option("-object", backend);
         // Options of this name add up, so the machine's type may stand among the file's arguments.
         line.option("-machine", format!("memory-backend={BACKEND}"));
-        let mut monitor = OsString::from("unix:");
-        monitor.push(escaped(&paths.qmp));
-        monitor.push(",server=on,wait=off");
-        line.option("-qmp", monitor);
-        if !self.arguments.iter().any(|argument| names_display(argument)) {
+        let monitor = &given.monitor;
+        line.option("-chardev", format!("socket,id={MONITOR},{monitor},server=on,wait=off"));
+        line.option("-mon", format!("chardev={MONITOR},mode=control"));
+        if !self.has_option("sandbox") {
+            line.option("-sandbox", SANDBOX);
+        }
+        if !["display", "nographic", "vnc", "spice"].iter().any(|name| self.has_option(name)) {
             line.option("-display", "none");
         }
         if incoming {
             line.option("-incoming", "defer");
         }
-        line.0.extend(self.arguments.iter().map(OsString::from));
+        line.0.extend(self.arguments.iter().cloned());
         // Behind the file's devices: the NICs take the slots that those leave free.
-        for (number, nic) in self.nics.iter().enumerate() {
-            let (tap, vhost) = (escaped(Path::new(&nic.tap)), if nic.vhost { "on" } else { "off" });
-            let mut netdev = OsString::from(format!("tap,id=memlane-net{number},ifname="));
-            netdev.push(tap);
-            netdev.push(format!(",script=no,downscript=no,vhost={vhost}"));
-            line.option("-netdev", netdev);
+        for (number, (nic, tap)) in self.nics.iter().zip(&given.taps).enumerate() {
+            // /dev/vhost-net is QEMU's own to open: whoever may use KVM may use it, and the daemon need not.
+            let vhost = if nic.vhost { "on" } else { "off" };
+            line.option("-netdev", format!("tap,id=memlane-net{number},{tap},vhost={vhost}"));
             let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
             line.option("-device", format!("virtio-net-pci,netdev=memlane-net{number},mac={mac}"));
         }
         line.0
     }
-}
 
-#[derive(Default)]
-struct CommandLine(Vec<OsString>);
-
-impl CommandLine {
-    fn option(&mut self, name: &str, value: impl Into<OsString>) {
-        self.0.extend([name.into(), value.into()]);
+    /// Tells whether the file gives QEMU this option.
+    fn has_option(&self, name: &str) -> bool {
+        self.arguments.iter().any(|argument| option(argument) == Some(name))
     }
 }
 
-/// Writes a path as a value among others: a comma within it is doubled.
-fn escaped(path: &Path) -> OsString {
-    let bytes = path.as_os_str().as_bytes();
-    OsString::from_vec(bytes.split(|byte| *byte == b',').collect::<Vec<_>>().join(&b",,"[..]))
+#[derive(Default)]
+struct CommandLine(Vec<String>);
+
+impl CommandLine {
+    fn option(&mut self, name: &str, value: impl Into<String>) {
+        self.0.extend([name.into(), value.into()]);
+    }
 }
 
 fn memory(value: &Value<'_>) -> Result<u64, FileError> {
@@ -248,16 +269,13 @@ fn clash(before: &str, argument: &str) -> Option<&'static str> {
         Some("daemonize") => {
             return Some("the daemon starts QEMU in the background, and watches the process");
         }
+        Some("runas") => return Some("user = NUMBER says as whom QEMU runs"),
         Some("S" | "preconfig") => return Some("a guest that was launched runs at once"),
         _ => {}
     }
     let of_machine = matches!(option(before), Some("machine" | "M"));
     let backend = of_machine && argument.split(',').any(|part| part.starts_with("memory-backend="));
     backend.then_some("the daemon gives the guest its RAM, so that it can be moved")
-}
-
-fn names_display(argument: &str) -> bool {
-    matches!(option(argument), Some("display" | "nographic" | "vnc" | "spice"))
 }
 
 /// Returns the name of an option, which QEMU takes with one dash or two.

@@ -30,9 +30,9 @@ use tracing::warn;
 use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
 use super::settings::{self, Settings};
-use super::state_directory::{Record, StateDirectory, StateError};
+use super::state_directory::{self, Record, StateDirectory, StateError};
 use super::{blockers, launch};
-use crate::shim::Shims;
+use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
 use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
 
@@ -80,7 +80,7 @@ impl Qemu {
             ram,
             process,
             shims: shims.clone(),
-            log: record.definition.as_ref().map(|_| launch::log_of(&record.qmp)),
+            log: record.definition.as_ref().map(|_| state_directory::log_of(&record.qmp)),
             states: states.clone(),
             name: record.name.clone(),
             incoming: Cell::new(record.incoming),
@@ -179,6 +179,20 @@ impl Driver for Qemu {
         self.shims.wait_for(self.qmp.pid(), blockers::CONNECTING).await;
         let handles = self.shims.open_userfault(self.qmp.pid(), keep).await;
         let handles = handles.map_err(|error| failed(error.to_string()))?;
+        let ram = self.ram.clone();
+        let found = task::aside(move || handles.find(&ram, true)).await;
+        found.map_err(|error| failed(error.to_string()))
+    }
+
+    async fn reopen_memory(&self) -> Result<VmmMemory, DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "reopen userfaultfd", reason };
+        self.shims.wait_for(self.qmp.pid(), blockers::CONNECTING).await;
+        let handles = self.shims.kept_userfault(self.qmp.pid()).await;
+        let handles = handles.map_err(|error| match error {
+            ShimError::Slow { after, .. } => DriverError::Slow { request: "reopen userfaultfd", after },
+            ShimError::Broken { .. } => DriverError::Gone,
+            error => failed(error.to_string()),
+        })?;
         let ram = self.ram.clone();
         let found = task::aside(move || handles.find(&ram, true)).await;
         found.map_err(|error| failed(error.to_string()))

@@ -15,10 +15,11 @@ use memlane_protocol::wire::machine::{
     CpuidEntry, GuestShape, MAX_CPUID_ENTRIES, MAX_NICS, MAX_RAM_BYTES, MAX_REGIONS, Machine, Nic, Region,
     TrackerKind,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::QemuError;
-use super::definition::{Definition, unicast_mac};
+use super::definition::{BACKEND, Definition, unicast_mac};
 use super::qmp::{Qmp, items};
 use crate::DriverError;
 use crate::config::NetworkConfig;
@@ -28,6 +29,20 @@ const OLDEST: [u32; 3] = [7, 2, 0];
 /// This is the format of the state: QEMU's own stream, which carries its versions itself.
 const STATE_VERSION: u16 = 1;
 
+/// These are the descriptors of whichever process looks.
+const DESCRIPTORS: &str = "/proc/self/fd";
+
+/// A part of a guest's RAM: a memory back end of QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MemoryPart {
+    /// This is its file.
+    path: PathBuf,
+    /// The file must be this user's. It is `None` of a file that this daemon has made.
+    owner: Option<u32>,
+    /// It has this many bytes.
+    bytes: u64,
+}
+
 /// A guest in QEMU.
 pub(super) struct Facts {
     /// This is the guest's shape.
@@ -36,9 +51,12 @@ pub(super) struct Facts {
     pub qemu: QemuGuest,
     /// This is the guest's memory, mapped into this process too.
     pub ram: Arc<GuestRam>,
+    /// These are the parts of that memory, by which it is found again.
+    pub parts: Vec<MemoryPart>,
 }
 
-/// Asks QEMU for everything that a migration needs to know.
+/// Asks QEMU for everything that a migration needs to know. `own_memory` is the file that this daemon has made for the
+/// guest's RAM, if it has started QEMU.
 ///
 /// # Errors
 ///
@@ -47,13 +65,16 @@ pub(super) async fn inspect(
     qmp: &Qmp,
     name: &Label,
     definition: Option<&Definition>,
+    own_memory: Option<&Path>,
     networks: &[NetworkConfig],
 ) -> Result<Facts, QemuError> {
     let version = qmp.version();
     if version < OLDEST {
         return Err(QemuError::TooOld { found: version, oldest: OLDEST });
     }
-    let (shape_regions, ram) = memory(qmp).await?;
+    let parts = memory(qmp, own_memory).await?;
+    let to_map = parts.clone();
+    let (shape_regions, ram) = task::aside(move || map(to_map)).await?;
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     let cpus = items(&cpus);
@@ -97,11 +118,11 @@ pub(super) async fn inspect(
         regions: shape_regions,
         nics,
     };
-    Ok(Facts { shape, qemu, ram })
+    Ok(Facts { shape, qemu, ram, parts })
 }
 
-/// Maps all RAM of the guest, one region for each memory back end, in order of their names.
-async fn memory(qmp: &Qmp) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
+/// Finds all RAM of the guest, one part for each memory back end, in order of their names.
+async fn memory(qmp: &Qmp, own_memory: Option<&Path>) -> Result<Vec<MemoryPart>, QemuError> {
     let backends = qmp.execute("query-memdev", json!({})).await?;
     let mut backends: Vec<&Value> = items(&backends).iter().collect();
     backends.sort_by_key(|backend| backend["id"].as_str().unwrap_or_default().to_owned());
@@ -124,17 +145,24 @@ async fn memory(qmp: &Qmp) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
             return Err(QemuError::PrivateMemory { id: id.to_owned(), kind, share });
         }
         let path = PathBuf::from(get("mem-path").await?.as_str().unwrap_or_default());
-        parts.push((path, address, bytes));
+        // QEMU was handed a descriptor of it.
+        let (path, owner) = match own_memory.filter(|_| path.starts_with(DESCRIPTORS) && id == BACKEND) {
+            Some(own) => (own.to_owned(), None),
+            None => (path, Some(qmp.user())),
+        };
+        parts.push(MemoryPart { path, owner, bytes });
         address = end;
     }
-    let user = qmp.user();
-    task::aside(move || map(parts, user)).await
+    Ok(parts)
 }
 
-/// Opens and maps memory. Each part is a file, the address at which it is to lie, and its length in bytes.
-fn map(parts: Vec<(PathBuf, u64, u64)>, user: u32) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
-    let parts = parts.into_iter().map(|(path, address, bytes)| {
-        let (file, page_bytes) = open(&path, user)?;
+/// Opens and maps memory, one region for each part, which lies behind the one before.
+pub(super) fn map(parts: Vec<MemoryPart>) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
+    let mut next = 0u64;
+    let parts = parts.into_iter().map(|MemoryPart { path, owner, bytes }| {
+        let address = next;
+        next = next.saturating_add(bytes);
+        let (file, page_bytes) = open(&path, owner)?;
         Ok((Region { address, bytes, page_bytes, offset: 0 }, file))
     });
     let regions = parts.collect::<Result<Vec<_>, QemuError>>()?;
@@ -145,11 +173,16 @@ fn map(parts: Vec<(PathBuf, u64, u64)>, user: u32) -> Result<(Vec<Region>, Arc<G
 }
 
 /// Opens a file that QEMU says is its memory. It must be QEMU's own: a QEMU that was taken over
-/// must not make this daemon write to what belongs to others.
-fn open(path: &Path, user: u32) -> Result<(OwnedFd, u32), QemuError> {
+/// must not make this daemon write to what belongs to others. A file that the daemon has made has no such owner.
+fn open(path: &Path, owner: Option<u32>) -> Result<(OwnedFd, u32), QemuError> {
     use rustix::fs::{Mode, OFlags};
     let failed = |source: std::io::Error| QemuError::MemoryFile { path: path.to_owned(), source };
     let odd = |why: &str| failed(std::io::Error::other(why.to_owned()));
+    if path.starts_with(DESCRIPTORS) {
+        return Err(odd(
+            "it is a descriptor of QEMU's, by which nobody else finds it; give mem-path= a file's name",
+        ));
+    }
     let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
     if metadata.is_dir() {
         return Err(odd("it is a directory, so QEMU's file in it has no name; give mem-path= a file's name"));
@@ -158,7 +191,7 @@ fn open(path: &Path, user: u32) -> Result<(OwnedFd, u32), QemuError> {
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
     let file = std::fs::File::from(file);
     let metadata = file.metadata().map_err(failed)?;
-    if metadata.uid() != user {
+    if owner.is_some_and(|owner| owner != metadata.uid()) {
         return Err(odd("it does not belong to the user that QEMU runs as"));
     }
     let system = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;

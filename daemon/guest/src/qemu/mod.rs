@@ -5,12 +5,15 @@
 //! across the daemon's own end.
 
 mod blockers;
+mod child;
 pub mod definition;
 mod driver;
+mod handed;
 mod inspect;
 mod launch;
 mod qmp;
 mod settings;
+mod starter;
 mod state_directory;
 mod supervisor;
 
@@ -25,10 +28,12 @@ use memlane_protocol::wire::machine::MAX_RAM_BYTES;
 use crate::driver::DriverError;
 use crate::process::ProcessError;
 use crate::registry::AttachError;
+use crate::users::UserError;
 
 use definition::DefinitionError;
 
 pub use qmp::ConnectError;
+pub use starter::StarterError;
 pub use state_directory::StateError;
 pub use supervisor::Supervisor;
 
@@ -137,6 +142,39 @@ pub enum QemuError {
         /// The tap is to be joined to the bridge of this network.
         network: Label,
     },
+    /// A tap that the guest file names cannot be used.
+    #[error("cannot open tap {tap} of guest {guest}: {source}{remedy}")]
+    Tap {
+        /// This is the tap.
+        tap: String,
+        /// The tap belongs to this guest.
+        guest: Label,
+        /// This is what the kernel said.
+        source: io::Error,
+        /// This says what to do about it, and begins with a semicolon.
+        remedy: String,
+    },
+    /// There is no user for the guest.
+    #[error(transparent)]
+    GuestUser(#[from] UserError),
+    /// The starter has started no QEMU.
+    #[error("cannot start QEMU: {0}")]
+    Starter(#[from] StarterError),
+    /// Another process than the QEMU that was started answers at its monitor.
+    #[error(
+        "process {found} (user {user}) answers at the monitor of guest {guest}, in place of process {expected}, which is \
+         its QEMU; end that process"
+    )]
+    Impostor {
+        /// This is the guest.
+        guest: Label,
+        /// This process answers.
+        found: u32,
+        /// This is its user.
+        user: u32,
+        /// This process should.
+        expected: u32,
+    },
     /// The shim is not on this host.
     #[error(
         "the shim {} is not there, without which the guest could not be moved; install it, or name it in \
@@ -155,10 +193,12 @@ pub enum QemuError {
         source: io::Error,
     },
     /// QEMU ended as soon as it had begun.
-    #[error("QEMU did not start: {words}")]
+    #[error("QEMU did not start: {words}{}", remedy(*lacks, *user))]
     Ended {
         /// QEMU said that it lacks this.
         lacks: Option<Lacking>,
+        /// QEMU ran as this user.
+        user: u32,
         /// These are the last lines of its log.
         words: String,
     },
@@ -207,6 +247,18 @@ pub enum Lacking {
     Machine,
     /// QEMU lacks the CPU model.
     Cpu,
+    /// QEMU may not open something.
+    Rights,
+}
+
+fn remedy(lacks: Option<Lacking>, user: u32) -> String {
+    if lacks != Some(Lacking::Rights) {
+        return String::new();
+    }
+    format!(
+        "; it ran as user {user}: give that user what it names (`chown {user} DISK`) and keep it the guest's by user = \
+         {user} in the guest file, or open it to a group of guests.groups in the daemon's configuration (/dev/kvm: kvm)"
+    )
 }
 
 /// Returns everything in which a waiting QEMU differs from the one that its guest comes from.

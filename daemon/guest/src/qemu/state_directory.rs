@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use super::definition::{Definition, Paths};
+use super::definition::Definition;
+use super::inspect::MemoryPart;
 use crate::config::GuestsConfig;
 
 /// A record cannot be written.
@@ -48,6 +49,10 @@ pub(super) struct Record {
     /// This is when that process started, in clock ticks since the host booted.
     #[serde(default)]
     pub started: u64,
+    /// QEMU runs as this user, which is no other guest's, if this daemon started it. It is `None` of a QEMU that others
+    /// started, and of one that an earlier version of the daemon started as its own user.
+    #[serde(default)]
+    pub user: Option<u32>,
     /// This is the path of QEMU's monitor.
     pub qmp: PathBuf,
     /// If this is true, QEMU waits for a guest to arrive, or has one that has not run yet.
@@ -67,6 +72,10 @@ pub(super) struct Record {
     /// These files are removed when QEMU ends, if this daemon started it: its RAM and its monitor's socket.
     #[serde(default)]
     pub files: Vec<PathBuf>,
+    /// These are the parts of the guest's RAM, from when the daemon has looked at it: QEMU cannot be asked while it waits
+    /// for a page of it.
+    #[serde(default)]
+    pub parts: Vec<MemoryPart>,
 }
 
 /// A [`Bond`] in the form in which it is written down.
@@ -100,6 +109,7 @@ impl Record {
             name: definition.name.to_string(),
             pid: 0,
             started: 0,
+            user: None,
             qmp: qmp.clone(),
             incoming,
             migrating: false,
@@ -107,6 +117,7 @@ impl Record {
             bond: None,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
+            parts: Vec::new(),
         }
     }
 
@@ -114,8 +125,26 @@ impl Record {
     pub(super) fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
         let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
-        let (bond, definition, files) = (None, None, Vec::new());
-        Self { name, pid, started, qmp, incoming, migrating, launched_for_migration, bond, definition, files }
+        let (user, bond, definition, files, parts) = (None, None, None, Vec::new(), Vec::new());
+        Self {
+            name,
+            pid,
+            started,
+            user,
+            qmp,
+            incoming,
+            migrating,
+            launched_for_migration,
+            bond,
+            definition,
+            files,
+            parts,
+        }
+    }
+
+    /// Returns the file of the guest's RAM, if this daemon made it.
+    pub(super) fn memory(&self) -> Option<&Path> {
+        self.user.and(self.files.first()).map(PathBuf::as_path)
     }
 
     /// Returns the identity of QEMU's process.
@@ -297,10 +326,24 @@ fn read(path: &Path) -> Option<Record> {
     }
 }
 
-/// Returns the paths at which the QEMU of a launched guest keeps what the daemon must reach.
+/// The daemon makes a guest's files at these paths, and QEMU gets descriptors of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Paths {
+    /// This is the file of its RAM.
+    pub memory: PathBuf,
+    /// This is the socket of its monitor.
+    pub qmp: PathBuf,
+}
+
+/// Returns the paths of the files of a launched guest.
 pub(super) fn paths(guests: &GuestsConfig, name: &Label) -> Paths {
     let memory = guests.memory.join(format!("{name}.ram"));
     Paths { memory, qmp: guests.directory.join(name.as_str()).join("qmp.sock") }
+}
+
+/// Returns the path of the log of the QEMU that has its monitor at `qmp`.
+pub(super) fn log_of(qmp: &Path) -> PathBuf {
+    qmp.with_file_name("qemu.log")
 }
 
 #[cfg(test)]

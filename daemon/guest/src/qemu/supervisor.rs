@@ -8,27 +8,31 @@ use std::process::Child;
 use std::rc::Rc;
 use std::time::Duration;
 
+use memlane_net::journal::VmmIdentity;
 use memlane_net::task;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::RunState;
 use serde_json::json;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use super::child::collect;
 use super::definition::Definition;
 use super::driver::Qemu;
-use super::inspect::inspect;
-use super::launch::{self, Started, collect};
+use super::inspect::{self, inspect};
+use super::launch::{self, Started};
 use super::qmp::{Qmp, is_migrating};
 use super::settings::Settings;
-use super::state_directory::{Record, StateDirectory};
+use super::state_directory::{Paths, Record, StateDirectory, paths};
 use super::{QemuError, RunStateError};
 use crate::config::{GuestsConfig, QemuSettings};
 use crate::driver::DriverError;
 use crate::guest::Guest;
+use crate::memory::VmmMemory;
 use crate::process::Process;
 use crate::registry::Guests;
 use crate::shim::Shims;
+use crate::users::{Lease, UserError, Users};
 
 /// If a QEMU's monitor does not answer, it is tried again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -43,6 +47,9 @@ pub struct Supervisor {
     states: Rc<StateDirectory>,
     /// These QEMUs are kept, by the names of their guests. A sent true ends the keeping of one.
     kept: RefCell<BTreeMap<Label, watch::Sender<bool>>>,
+    users: Rc<Users>,
+    /// These guests have users of their own.
+    leases: RefCell<BTreeMap<Label, Lease>>,
 }
 
 /// Reserves the name of one QEMU's guest, which no other guest can take meanwhile.
@@ -55,14 +62,27 @@ struct NameReservation {
 
 impl Supervisor {
     /// Makes a supervisor whose state lies in `directory`. It keeps no QEMU before [`Supervisor::resume`].
-    pub fn new(settings: QemuSettings, directory: &Path, guests: Rc<Guests>, shims: Rc<Shims>) -> Rc<Self> {
+    pub fn new(
+        settings: QemuSettings,
+        directory: &Path,
+        (guests, shims, users): (Rc<Guests>, Rc<Shims>, Rc<Users>),
+    ) -> Rc<Self> {
         let states = Rc::new(StateDirectory::beside(directory));
-        Rc::new(Self { settings, guests, shims, states, kept: RefCell::default() })
+        let (kept, leases) = Default::default();
+        Rc::new(Self { settings, guests, shims, states, kept, users, leases })
     }
 
     /// Reads which QEMUs were kept before the daemon ended.
     pub async fn load(&self) {
         self.states.load().await;
+        // Before anybody can connect to the attach socket: their shims do.
+        for record in self.states.all() {
+            let (Some(user), Ok(name)) = (record.user, record.name.parse()) else { continue };
+            match self.users.renew(user, record.identity()) {
+                Some(lease) => drop(self.leases.borrow_mut().insert(name, lease)),
+                None => warn!(guest = %name, user, "two guests are said to have one user"),
+            }
+        }
     }
 
     /// Keeps the QEMUs again that were kept before the daemon ended.
@@ -114,7 +134,10 @@ impl Supervisor {
         incoming: bool,
     ) -> Result<Rc<Guest>, QemuError> {
         let reserved = NameReservation::take(self, &name).await?;
-        reserved.keep(Record::attached(name, qmp, incoming)).await
+        let Paths { memory, qmp: own } = paths(&self.settings.guests, &name);
+        // One that this daemon has started, and let go of.
+        let files = if own == qmp { vec![memory, own] } else { Vec::new() };
+        reserved.keep(Record { files, ..Record::attached(name, qmp, incoming) }).await
     }
 
     /// Lets go of a QEMU, whose guest runs on.
@@ -139,6 +162,21 @@ impl Supervisor {
         self.states.read(name.as_str()).map(|record| record.qmp)
     }
 
+    /// Finds the memory of a guest through the userfaultfd that its QEMU has kept, without asking QEMU: it may not answer
+    /// before pages have come. Returns `None` if this daemon does not keep that process, or if its shim is not there.
+    pub async fn kept_memory(&self, name: &Label, process: VmmIdentity) -> Option<VmmMemory> {
+        let record = self.states.read(name.as_str()).filter(|record| record.identity() == process)?;
+        let handles = self.shims.kept_userfault(process.pid).await;
+        let handles =
+            handles.inspect_err(|error| debug!(guest = %name, %error, "no memory of a QEMU yet")).ok()?;
+        let find = move || {
+            let (_, ram) = inspect::map(record.parts).map_err(|error| error.to_string())?;
+            handles.find(&ram, true).map_err(|error| error.to_string())
+        };
+        let found = task::aside(find).await;
+        found.inspect_err(|error| warn!(guest = %name, error, "cannot find the memory of a QEMU")).ok()
+    }
+
     /// Remembers that a guest which has arrived runs here now. Does nothing for a guest that is in no QEMU.
     pub fn note_arrival(&self, name: &Label) {
         self.states.note_arrival(name.as_str());
@@ -147,8 +185,12 @@ impl Supervisor {
     async fn start(self: &Rc<Self>, definition: Definition, record: Record) -> Result<Rc<Guest>, QemuError> {
         definition.permitted_by(&self.settings.guests)?;
         let reserved = NameReservation::take(self, &definition.name).await?;
-        let started = launch::start(&self.settings, &definition, &record).await?;
-        reserved.keep_started(started, record).await
+        let lease = self.users.lease(&definition.name, definition.user).await?;
+        let record = Record { user: Some(lease.user()), ..record };
+        let started = launch::start(&self.settings, &definition, &record, &lease).await?;
+        self.leases.borrow_mut().insert(definition.name, lease);
+        let VmmIdentity { pid, started: since } = started.process.identity();
+        reserved.keep_started(started, Record { pid, started: since, ..record }).await
     }
 
     /// Tells whether a guest of this name is about to leave this host.
@@ -182,12 +224,13 @@ impl NameReservation {
     async fn keep_started(self, started: Started, record: Record) -> Result<Rc<Guest>, QemuError> {
         match self.take_in(&record, true).await {
             Ok((guest, record)) => {
-                info!(guest = %self.name, pid = record.pid, qmp = %record.qmp.display(), "QEMU was started");
+                let (pid, user) = (record.pid, record.user);
+                info!(guest = %self.name, pid, user, qmp = %record.qmp.display(), "QEMU was started");
                 if let Err(error) = self.supervisor.guests.attach(guest.clone()) {
                     started.end(record).await;
                     return Err(error.into());
                 }
-                task::spawn("watch of a QEMU", self.stay(record, Some(guest.clone()), Some(started.child)));
+                task::spawn("watch of a QEMU", self.stay(record, Some(guest.clone()), started.child));
                 Ok(guest)
             }
             Err(error) => {
@@ -210,11 +253,10 @@ impl NameReservation {
     async fn take_in(&self, record: &Record, fresh: bool) -> Result<(Rc<Guest>, Record), QemuError> {
         let supervisor = &self.supervisor;
         let qmp = Qmp::connect(&record.qmp).await?;
-        if !supervisor.settings.attach_users.contains(&qmp.user()) {
-            return Err(QemuError::User { user: qmp.user() });
-        }
-        let (status, migration) = (qmp.status().await?, qmp.migration().await?);
         let process = Rc::new(Process::running(qmp.pid())?);
+        let mut record = record.clone();
+        self.check_user(&mut record, qmp.user(), process.identity())?;
+        let (status, migration) = (qmp.status().await?, qmp.migration().await?);
         let by_itself =
             status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
         if !fresh && !record.migrating && by_itself {
@@ -231,11 +273,12 @@ impl NameReservation {
         let definition =
             record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
         let definition = definition.transpose()?;
-        let facts = inspect(&qmp, &self.name, definition.as_ref(), &supervisor.settings.networks).await?;
-        let mut record = record.clone();
+        let networks = &supervisor.settings.networks;
+        let facts = inspect(&qmp, &self.name, definition.as_ref(), record.memory(), networks).await?;
         // A guest that came, ran, and was stopped later by its operator is promised to no host any more.
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);
+        record.parts = facts.parts.clone();
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
         let run_state = match (status.as_str(), record.incoming) {
             ("inmigrate", _) => RunState::Incoming,
@@ -253,6 +296,33 @@ impl NameReservation {
         guest.launched_for_migration.set(record.launched_for_migration);
         guest.bond.replace(record.bond.as_ref().and_then(|bound| bound.bond()));
         Ok((Rc::new(guest), record))
+    }
+
+    /// Checks that the process at the other end of the monitor may have a guest here.
+    fn check_user(&self, record: &mut Record, user: u32, process: VmmIdentity) -> Result<(), QemuError> {
+        let supervisor = &self.supervisor;
+        if let Some(expected) = record.user {
+            // Nobody else was handed the socket, unless QEMU was taken over.
+            return match (user, process) == (expected, record.identity()) {
+                true => Ok(()),
+                false => Err(QemuError::Impostor {
+                    guest: self.name.clone(),
+                    found: process.pid,
+                    user,
+                    expected: record.pid,
+                }),
+            };
+        }
+        if supervisor.users.contains(user) && !record.files.is_empty() {
+            let lease = supervisor.users.renew(user, process).ok_or(UserError::Taken { user })?;
+            supervisor.leases.borrow_mut().insert(self.name.clone(), lease);
+            record.user = Some(user);
+            return Ok(());
+        }
+        match supervisor.settings.attach_users.contains(&user) {
+            true => Ok(()),
+            false => Err(QemuError::User { user }),
+        }
     }
 
     /// Keeps the connection to a QEMU, whose guest is attached if it is given, until QEMU ends or is let go of.
@@ -280,6 +350,8 @@ impl NameReservation {
                 if let Some(guest) = self.supervisor.guests.get(&self.name) {
                     guest.driver.hang_up();
                 }
+                // Its user is not free before it has ended.
+                let _lease = self.supervisor.leases.borrow_mut().remove(&self.name);
                 drop(self);
                 process.ended().await;
                 return tidy_up(child, record).await;
@@ -323,6 +395,7 @@ impl NameReservation {
 impl Drop for NameReservation {
     fn drop(&mut self) {
         self.supervisor.kept.borrow_mut().remove(&self.name);
+        self.supervisor.leases.borrow_mut().remove(&self.name);
     }
 }
 

@@ -6,12 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use memlane_kvm::packet;
 use memlane_kvm::userfault::{Userfault, WRITE_PROTECT_ASYNC};
 use memlane_protocol::wire::attach::{FromVmm, Reply, Request, ToVmm, VERSIONS};
+use memlane_protocol::wire::starter::GuestUsers;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::*;
 use crate::attach_socket::{self, Attaching};
 use crate::linked::{receive, send};
 use crate::memory::name_of;
+use crate::users::Users;
 
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(10);
@@ -29,7 +31,8 @@ impl Bench {
         let socket = directory.path().join("attach.sock");
         let shims = Rc::<Shims>::default();
         let (guests, limits) = Default::default();
-        let attaching = Rc::new(Attaching { users: users.to_vec(), limits, guests, shims: shims.clone() });
+        let (users, guest_users) = (users.to_vec(), Users::new(GuestUsers::default()));
+        let attaching = Rc::new(Attaching { users, guest_users, limits, guests, shims: shims.clone() });
         let listener = attach_socket::bind(&socket).unwrap();
         memlane_net::task::spawn("attach socket", attach_socket::serve(listener, attaching));
         Self { shims, socket, _directory: directory }
@@ -134,7 +137,7 @@ fn strangers_are_refused() {
         let bench = Bench::new(&[12345]).await;
         bench.refuses(shim(VERSIONS.0, VERSIONS.1), "see attach_users").await;
         let bench = Bench::new(&[rustix::process::geteuid().as_raw()]).await;
-        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 4 to 5").await;
+        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 5 to 6").await;
         // No more than there is room for, except in the place of one of the same process.
         let shims = &bench.shims;
         let socket = || {
@@ -142,7 +145,7 @@ fn strangers_are_refused() {
             let kind = SocketType::SEQPACKET;
             let (here, _) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
             // SAFETY: the descriptor is owned by the value, and never replaced or closed under it.
-            Rc::new(Linked::new(unsafe { AsyncFd::register(here) }.unwrap(), None))
+            Rc::new(Linked::new(unsafe { AsyncFd::register(here) }.unwrap(), VERSIONS.1, None))
         };
         let one = socket();
         let others = (0..MOST as u32).map(|pid| (u32::MAX - pid, one.clone()));

@@ -29,6 +29,8 @@ use crate::postcopy::latency::Latencies;
 /// The state that the lanes of one migration share at the destination while pages are missing there.
 pub struct PostcopyIncoming {
     userfault: Userfault,
+    /// What is done where a huge page is present that should be missing.
+    if_present: IfPresent,
     memory: Arc<VmmMapping>,
     pages: Pages,
     /// So many pages are not placed yet. This is set once all missing pages are known.
@@ -70,6 +72,7 @@ impl PostcopyIncoming {
         let pages = memory.ram().pages();
         let incoming = Self {
             userfault,
+            if_present: IfPresent::Fail,
             pages: Pages::new(pages),
             remaining: AtomicU64::new(0),
             known: AtomicBool::new(false),
@@ -94,6 +97,36 @@ impl PostcopyIncoming {
                 Err(error)
             }
         }
+    }
+
+    /// Makes the state again after a crash of the daemon that had it, from `userfault`, of which the guest's VMM kept a
+    /// copy. All pages that memory does not hold are missing, and known to be. Those among them that are holes at the
+    /// source as well are told to be when they come.
+    ///
+    /// This is right as pages are placed whole, and as nobody else can have allocated one: each access waits.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel does not tell what memory holds, or refuses to register it.
+    pub fn again(
+        userfault: Userfault,
+        memory: Arc<VmmMapping>,
+        bell: Bell,
+        observer: Arc<dyn FaultObserver>,
+    ) -> io::Result<Self> {
+        let mut incoming = Self::new(userfault, memory, bell, observer)?;
+        // The kernel does not tell which huge pages are held. One of zeros that is held was placed before.
+        incoming.if_present = IfPresent::Skip;
+        let all = 0..incoming.pages();
+        for hole in incoming.memory.ram().holes(all.clone())? {
+            incoming.pages.add(hole);
+        }
+        incoming.all_known();
+        // The kernel has reported accesses to a daemon that is no more. It reports them again.
+        for (addresses, _) in incoming.memory.pieces(all) {
+            incoming.userfault.wake(addresses)?;
+        }
+        Ok(incoming)
     }
 
     /// Adds missing pages, extended to whole pages of their regions, and drops their memory here, so that an access to
@@ -205,10 +238,10 @@ impl PostcopyIncoming {
                     rest = left;
                     self.fill(&pages, by, |run| {
                         let before = bytes_of(&(pages.start..run.start));
-                        self.copy(run, &bytes[before..][..bytes_of(run)], IfPresent::Fail)
+                        self.copy(run, &bytes[before..][..bytes_of(run)], self.if_present(run))
                     })?;
                 }
-                Piece::Zero(pages) => self.fill(&pages, by, |run| self.zero(run, IfPresent::Fail))?,
+                Piece::Zero(pages) => self.fill(&pages, by, |run| self.zero(run, self.if_present(run)))?,
                 Piece::Mixed(pages, parts) => {
                     let mut whole = vec![0; bytes_of(&pages)];
                     for part in parts {
@@ -217,7 +250,7 @@ impl PostcopyIncoming {
                         let at = ((part.start - pages.start) * PAGE_SIZE) as usize;
                         whole[at..at + bytes.len()].copy_from_slice(bytes);
                     }
-                    self.fill(&pages, by, |run| self.copy(run, &whole, IfPresent::Fail))?;
+                    self.fill(&pages, by, |run| self.copy(run, &whole, self.if_present(run)))?;
                 }
                 Piece::Hole(pages) => self.leave_hole(&pages)?,
             }
@@ -326,7 +359,7 @@ impl PostcopyIncoming {
             Ok(placed) => (placed, None),
             Err(PlaceError { placed, source }) => (placed, Some(source)),
         };
-        let end = run.start + placed.bytes / PAGE_SIZE;
+        let end = run.start + (placed.bytes + placed.already) / PAGE_SIZE;
         if end > run.start {
             for waited in self.pages.placed(run.start..end) {
                 self.latencies.add(waited);
@@ -378,6 +411,11 @@ impl PostcopyIncoming {
         io::Error::other(reason.as_str())
     }
 
+    /// Returns what is done where one of `pages`, which lie in one region, is present although it should be missing.
+    fn if_present(&self, pages: &Range<u64>) -> IfPresent {
+        if self.unit_bytes(pages) == PAGE_SIZE { IfPresent::Fail } else { self.if_present }
+    }
+
     fn copy(&self, pages: &Range<u64>, bytes: &[u8], if_there: IfPresent) -> Result<Placed, PlaceError> {
         let (addresses, _) = self.memory.pieces(pages.clone()).next().expect("a piece has pages");
         self.userfault.copy(addresses.start, bytes, self.unit_bytes(pages), if_there)
@@ -414,7 +452,7 @@ impl PostcopyIncoming {
         self.subtract_remaining(left);
         let mut waited_for = waited_for.into_iter();
         while let Some(run) = waited_for.next() {
-            if let Err(error) = self.finish(&run, self.zero(&run, IfPresent::Fail), None) {
+            if let Err(error) = self.finish(&run, self.zero(&run, self.if_present(&run)), None) {
                 waited_for.for_each(|run| self.release(run));
                 return Err(error);
             }

@@ -83,12 +83,9 @@ impl LaneSender {
         };
         self.limit.observe(self.health.now(), &flow);
         self.waker.set_bytes_per_second(self.limit.bytes_per_second());
-        if let Some(compressor) = &mut self.compressor {
-            compressor.observe(
-                self.health.now(),
-                self.stats.acked_bytes.load(Ordering::Relaxed),
-                self.delivered_bytes,
-            );
+        if let (Some(compressor), Some(clock)) = (&mut self.compressor, &self.clock) {
+            let acked_bytes = self.stats.acked_bytes.load(Ordering::Relaxed);
+            compressor.observe(self.health.now(), clock, (acked_bytes, self.delivered_bytes));
         }
         let target = self.limit.bytes();
         // An increase by less than a quarter is not worth a system call.

@@ -16,12 +16,14 @@ pub(super) struct ConnectionHealth {
     begun: Instant,
     looked: Duration,
     round_trip: Duration,
+    receiver_limited: Duration,
 }
 
 impl ConnectionHealth {
     pub(super) fn new(socket: impl AsFd) -> Self {
         let round_trip = shortest_round_trip(socket).unwrap_or_default();
-        Self { liveness: Liveness::default(), begun: Instant::now(), looked: Duration::ZERO, round_trip }
+        let (liveness, looked, receiver_limited) = Default::default();
+        Self { liveness, begun: Instant::now(), looked, round_trip, receiver_limited }
     }
 
     /// Returns the time since the connection was first checked.
@@ -34,6 +36,11 @@ impl ConnectionHealth {
         self.round_trip
     }
 
+    /// Returns for how long nothing could be sent because the receiver did not read.
+    pub(super) fn receiver_limited(&self) -> Duration {
+        self.receiver_limited
+    }
+
     /// Returns the condition of the connection, if it is time to check it again.
     pub(super) fn check(&mut self, socket: impl AsFd) -> Option<Condition> {
         let now = self.now();
@@ -43,6 +50,7 @@ impl ConnectionHealth {
         self.looked = now;
         let info = tcp_info(socket)?;
         self.round_trip = shortest_of(&info);
+        self.receiver_limited = Duration::from_micros(info.tcpi_rwnd_limited);
         Some(self.liveness.observe(now, &tcp_state(&info)))
     }
 }

@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
@@ -35,6 +35,7 @@ use self::splice::Splicer;
 use crate::compress::Compressor;
 use crate::ring::{InFlight, Ring};
 use crate::socket::reset;
+use crate::thread_clock::ThreadClock;
 use crate::transport::{Sealed, Transport};
 use crate::{LaneError, LaneStats};
 
@@ -64,10 +65,12 @@ pub struct LaneSender {
     number: u16,
     silence: Duration,
     health: ConnectionHealth,
+    /// The clock of the lane's thread, where something depends on it and the kernel keeps one.
+    clock: Option<ThreadClock>,
     trials: MethodTrials,
     /// The pipe is `None` where the system refused to give one.
     splicer: Option<Splicer>,
-    /// The compressor is `None` if the order or the other end does not allow compression.
+    /// The compressor is `None` if the order does not allow compression, or there is no clock.
     compressor: Option<Compressor>,
     /// These seal the frames, and open the acknowledgements, of a lane that is encrypted.
     encryption: Option<Encryption>,
@@ -126,6 +129,7 @@ impl LaneSender {
         let health = ConnectionHealth::new(&*socket);
         let limit = Window::new(health.round_trip());
         let compress = send_state.compress;
+        let clock = if compress || records.is_some() { ThreadClock::open() } else { None };
         // What is sealed is a copy already.
         let splicer = if records.is_none() { Splicer::new().ok() } else { None };
         let encryption = records.map(|records| Encryption { records, sealed: Sealed::default() });
@@ -141,7 +145,8 @@ impl LaneSender {
             health,
             trials: MethodTrials::new(splicer.is_some()),
             splicer,
-            compressor: compress.then(Compressor::new).flatten(),
+            compressor: (compress && clock.is_some()).then(Compressor::new),
+            clock,
             encryption,
             sequence: 0,
             acknowledged: 0,
@@ -207,13 +212,26 @@ impl LaneSender {
         }
         let Some(condition) = self.health.check(&*self.socket) else { return Ok(()) };
         self.waker.set_doubtful(condition != Condition::Well);
-        self.stats.round_trip_us.store(self.health.round_trip().as_micros() as u64, Ordering::Relaxed);
+        self.measure();
         match condition {
             // If all ports are silent at once, the network may only pause, and no other lane could take over.
             Condition::Silent(silence) if self.send_state.wakers.others_are_well(&self.waker) => {
                 Err(LaneError::Silent(silence))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Brings up to date what the lane knows of its connection and its thread.
+    fn measure(&self) {
+        let store = |counter: &AtomicU64, time: Duration| {
+            counter.store(time.as_micros() as u64, Ordering::Relaxed);
+        };
+        store(&self.stats.round_trip_us, self.health.round_trip());
+        store(&self.stats.receiver_limited_us, self.health.receiver_limited());
+        if let Some((ran, crowded)) = self.clock.as_ref().and_then(ThreadClock::read) {
+            store(&self.stats.ran_us, ran);
+            store(&self.stats.crowded_us, crowded);
         }
     }
 

@@ -1,11 +1,11 @@
 //! The destination is the side that is given the guest.
 
-mod fetch;
+mod postcopy;
 mod receive;
 
-use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use memlane_api::ids;
 use memlane_guest::Guest;
@@ -13,12 +13,13 @@ use memlane_lane::{ReceiveState, Totals};
 use memlane_net::journal::Entry;
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{ArrivedLane, LaneKind};
+use memlane_net::resumable::ResumableLink;
 use memlane_protocol::handover::{Action, Destination, Event, Message, Outcome, Phase, Record};
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::{Accept, Control, Offer, Refusal, RefusalKind};
 use tokio::sync::mpsc;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::context::Context;
 use crate::drive::{News, Role, Session, drive};
@@ -30,12 +31,10 @@ use crate::preflight;
 use crate::progress::{Outcome as OutcomeView, Phase as PhaseView, Role as RoleView};
 use crate::vmm::Vmm;
 
-use fetch::{FetchError, Fetching};
+pub(crate) use postcopy::{Postcopy, PostcopyNews};
 
 /// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
-/// This is the reason when the source has no memory for this guest any more.
-const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
 
 /// Answers an offer, and takes the guest if it can come.
 pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer: Offer) {
@@ -49,6 +48,7 @@ pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer
         link.until_closed().await;
         return;
     };
+    make_way(&context, &peer, &name).await;
     let claim = match preflight::receive(&context, &peer, &offer).await {
         Ok(claim) => claim,
         Err(refusals) => {
@@ -95,16 +95,21 @@ pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer
         lanes,
         inbound,
         arriving,
-        links: arrivals.links.take(),
+        postcopy: Postcopy::new(arrivals.links.take().expect("a new migration listens")),
         state: Vec::new(),
         loaded: false,
-        fetching: None,
-        fetched: None,
     };
-    let to_effects = (Some(link), (handle, arrivals));
+    let to_effects = (Some(ResumableLink::over(link)), (handle, arrivals));
     let effects = Effects::new(context, entry, Vmm::Attached(guest), Some(claim), to_effects);
     // The acceptance has been sent with the ports.
-    drive(role, Session { machine: Destination::new(), effects }, Vec::new(), [Event::Accepted]).await;
+    let session = Session::new(Destination::new(), effects);
+    let mut session = drive(role, session, Vec::new(), [Event::Accepted]).await;
+    let link = session.effects.link.take();
+    drop(session);
+    // What is said last, such as why it failed, is lost if this side closes the connection first.
+    if let Some(mut link) = link {
+        link.until_closed().await;
+    }
 }
 
 struct DestinationRole {
@@ -113,25 +118,17 @@ struct DestinationRole {
     lanes: Lanes,
     inbound: Arc<ReceiveState>,
     arriving: mpsc::Receiver<ArrivedLane>,
-    /// This receives connections over which the source offers to serve what is missing.
-    links: Option<mpsc::Receiver<Link>>,
+    postcopy: Postcopy,
     /// This is the VMM's state, as far as it has come.
     state: Vec<u8>,
     /// If this is true, the VMM was told to load, and has not said that it did not.
     loaded: bool,
-    /// This is present when the source has offered to serve what is missing, so that the guest is to run without all of
-    /// its memory.
-    fetching: Option<Fetching>,
-    /// This is the source's session until the last page came. It is closed when the source has heard of that.
-    fetched: Option<fetch::FetchSession>,
 }
 
 /// The destination itself waits for these events.
 enum Own {
     Lane(ArrivedLane),
-    Link(Link),
-    /// All of the guest's memory is here, or it is not right.
-    Fetched(Result<(), FetchError>),
+    Postcopy(PostcopyNews),
 }
 
 impl Role for DestinationRole {
@@ -141,13 +138,12 @@ impl Role for DestinationRole {
         // Once the state is there, nothing may write to the guest's memory.
         let copying = session.machine.phase() == Phase::Copying && !self.loaded;
         let receiving = copying && self.lanes.running() < MOST_LANES;
-        let Self { arriving, links, fetching, .. } = self;
+        let Self { arriving, postcopy, .. } = self;
         let own = async {
             tokio::select! {
                 biased;
                 Some(lane) = arriving.recv(), if receiving => Own::Lane(lane),
-                Some(link) = next_link(links) => Own::Link(link),
-                whole = completes(fetching) => Own::Fetched(whole),
+                news = postcopy.next() => Own::Postcopy(news),
             }
         };
         match session.news(own).await {
@@ -156,15 +152,17 @@ impl Role for DestinationRole {
                 self.start(session, lane);
                 None
             }
-            News::Own(Own::Link(link)) => {
-                self.fetch_over(session, link).await;
+            News::Own(Own::Postcopy(PostcopyNews::Link(link))) => {
+                self.postcopy.offered(&mut session.effects, link, copying).await;
                 None
             }
-            News::Own(Own::Fetched(Ok(()))) => self.complete(session).await,
-            News::Own(Own::Fetched(Err(error))) => self.fail(session, error),
+            News::Own(Own::Postcopy(PostcopyNews::Fetched(Ok(())))) => {
+                self.postcopy.complete(&mut session.effects).await
+            }
+            News::Own(Own::Postcopy(PostcopyNews::Fetched(Err(error)))) => self.fail(session, error),
             News::Event(event) => event,
             News::Cancelled => None,
-            News::Abandoned => self.abandoned(session).await,
+            News::Abandoned => self.postcopy.abandoned(&mut session.effects).await,
             News::Moment => {
                 self.show_lanes();
                 match self.guest.ram.check() {
@@ -195,22 +193,14 @@ impl Role for DestinationRole {
         };
         self.handle.abandonable.set(session.machine.can_abandon());
         let here = session.effects.context.name().to_string();
-        let fetching = self.fetching.as_mut().filter(|_| phase == PhaseView::Fetching);
-        let fetched = fetching.map(|fetching| {
-            fetching.begin();
-            (fetching.progress(), fetching.waits_for())
-        });
         self.handle.update(|progress| {
             if progress.status.outcome.is_some() {
                 return;
             }
             progress.status.phase = phase;
-            if let Some((report, waits_for)) = fetched {
+            if phase == PhaseView::Fetching {
                 progress.status.guest_runs_at = Some(here);
-                progress.ram.pages_remaining = report.remaining_pages;
-                let postcopy = progress.postcopy.get_or_insert_default();
-                postcopy.report(&report);
-                postcopy.waits_for = waits_for.map(str::to_owned);
+                self.postcopy.show(progress);
             }
         });
     }
@@ -236,17 +226,14 @@ impl DestinationRole {
     ) -> Option<Event> {
         let message = match message {
             Ok(message) => message,
-            Err(error) => return Some(session.peer_lost(error)),
+            Err(error) if self.loaded => return Some(session.peer_lost(error)),
+            Err(error) => return session.link_lost(error),
         };
         match message {
             Control::Handover { migration, message, reason, .. }
                 if migration == session.effects.entry.migration =>
             {
-                match message {
-                    Message::Abort => session.effects.blame(format!("the source gave up: {reason}")),
-                    Message::Gone => session.effects.blame(GONE),
-                    _ => {}
-                }
+                session.effects.heard(message, &reason);
                 Some(Event::Message(message))
             }
             message if session.machine.phase() == Phase::Copying => match self.obey(session, message).await {
@@ -287,10 +274,7 @@ impl DestinationRole {
     /// back, and discarding it would only have it started again.
     async fn abandon(&mut self, session: &mut Session<Destination>) {
         self.lanes.close().await;
-        if let Some(fetching) = self.fetching.take() {
-            (session.effects.placing, session.effects.entry.fetching) = (None, false);
-            fetching.withdraw().await;
-        }
+        self.postcopy.withdraw(&mut session.effects).await;
         if !self.loaded && !self.guest.launched_for_migration.get() && session.effects.guest().is_some() {
             session.effects.vmm = Vmm::Released;
             self.guest.driver.stand_down().await;
@@ -304,87 +288,15 @@ impl DestinationRole {
 
     fn show_lanes(&mut self) {
         self.lanes.measure(false);
-        self.handle.update(|progress| match (&mut self.fetching, &self.fetched) {
-            (Some(fetching), _) => fetching.show(progress),
-            (None, Some(_)) => {}
-            (None, None) => self.lanes.show(progress, Totals::default()),
-        });
-    }
-
-    /// Takes the source's offer to serve what is missing of the guest.
-    async fn fetch_over(&mut self, session: &mut Session<Destination>, mut link: Link) {
-        let may_begin = session.machine.phase() == Phase::Copying && !self.loaded;
-        if self.fetching.is_none() && may_begin {
-            match Fetching::open(session.effects.context.clone(), self.guest.clone()).await {
-                Ok(fetching) => {
-                    session.effects.placing = Some(fetching.placing().clone());
-                    session.effects.entry.fetching = true;
-                    self.fetching = Some(fetching);
-                }
-                Err(error) => {
-                    warn!(guest = %self.handle.guest, %error, "cannot fetch what would be missing");
-                    let refusal = Refusal { what: RefusalKind::Host, reason: error.to_string() };
-                    // The source ends it, and says why.
-                    let _ = link.send(&Control::Refuse(vec![refusal])).await;
-                    link.until_closed().await;
-                    return;
-                }
-            }
-        }
-        if let Some(fetching) = &mut self.fetching {
-            fetching.accept(link, &self.handle.peer, self.handle.id).await;
-        }
-    }
-
-    /// Notes that the last missing page is here.
-    async fn complete(&mut self, session: &mut Session<Destination>) -> Option<Event> {
-        let fetching = self.fetching.take()?;
-        let report;
-        (report, self.fetched) = fetching.end().await;
-        info!(guest = %self.handle.guest, ?report, "all of the guest's memory is here");
         self.handle.update(|progress| {
-            progress.ram.pages_remaining = 0;
-            let postcopy = progress.postcopy.get_or_insert_default();
-            postcopy.report(&report);
-            postcopy.waits_for = None;
+            let lanes = &self.lanes;
+            self.postcopy.show_lanes(progress, |progress| lanes.show(progress, Totals::default()));
         });
-        if let Some(link) = &session.effects.link {
-            // Ahead of the word that ends it. A broken link is noticed by the task that listens to it.
-            let _ = link.send(&Control::Fetched(report)).await;
-        }
-        session.effects.whole().await;
-        Some(Event::Complete)
-    }
-
-    /// Notes that the operator gives up what is missing, if anything is.
-    async fn abandoned(&mut self, session: &mut Session<Destination>) -> Option<Event> {
-        if self.fetching.as_ref().is_some_and(|fetching| fetching.placing().remaining() == 0) {
-            return self.complete(session).await;
-        }
-        session.effects.blame("what was missing of the guest's memory was abandoned by the operator");
-        Some(Event::Abandoned)
-    }
-
-    /// Makes accesses to what is missing fail from now on, because it will never come.
-    async fn poison(&mut self, session: &Session<Destination>) {
-        let Some(fetching) = self.fetching.take() else { return };
-        // Where the VMM is gone, no vCPU can touch what is missing.
-        let Some(guest) = session.effects.guest() else { return };
-        guest.incomplete.set(true);
-        match fetching.poison().await {
-            Ok(pages) => {
-                warn!(guest = %self.handle.guest, pages, "accesses to the guest's missing pages fail from now on")
-            }
-            Err(error) => {
-                session.effects.context.guests.note_lost(&self.handle.guest, guest.process.identity());
-                error!(guest = %self.handle.guest, %error, "cannot have accesses to missing pages fail; they go on waiting");
-            }
-        }
     }
 
     async fn report(&mut self, session: &mut Session<Destination>, outcome: Outcome) {
         self.show_lanes();
-        let (here, there) = (session.effects.context.name().to_string(), self.handle.peer.to_string());
+        let here = session.effects.context.name().to_string();
         let reason = session.effects.reason.take();
         info!(guest = %self.handle.guest, %outcome, reason, "migration ended");
         match outcome {
@@ -399,30 +311,33 @@ impl DestinationRole {
             Outcome::VmmGone => self.handle.end(OutcomeView::Lost, reason, None),
             Outcome::GivenUp => self.handle.end(OutcomeView::Failed, reason, None),
             Outcome::Lost => {
-                self.poison(session).await;
+                self.postcopy.poison(&session.effects).await;
                 let runs_here = session.effects.guest().map(|guest| {
                     guest.run_state.set(RunState::Running);
                     here
                 });
                 self.handle.end(OutcomeView::Lost, reason, runs_here);
             }
-            _ => self.handle.end(OutcomeView::Failed, reason, Some(there)),
+            // Only the source knows whether it still has the guest: its VMM may have ended.
+            _ => self.handle.end(OutcomeView::Failed, reason, None),
         }
     }
 }
 
-async fn next_link(links: &mut Option<mpsc::Receiver<Link>>) -> Option<Link> {
-    match links {
-        Some(links) => links.recv().await,
-        None => None,
-    }
-}
-
-async fn completes(fetching: &mut Option<Fetching>) -> Result<(), FetchError> {
-    match fetching {
-        Some(fetching) => fetching.completes().await,
-        None => pending().await,
-    }
+/// Ends a migration of the same guest whose source was lost: it has begun anew. A moment is waited for that.
+async fn make_way(context: &Context, peer: &Label, guest: &Label) {
+    const MAKING_WAY: Duration = Duration::from_secs(2);
+    let before = context.migrations.all().into_iter().rev().find(|handle| {
+        handle.is_live() && handle.suspended.get() && handle.peer == *peer && handle.guest == *guest
+    });
+    let Some(before) = before else { return };
+    before.make_way.notify_one();
+    let ended = async {
+        while before.is_live() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let _ = tokio::time::timeout(MAKING_WAY, ended).await;
 }
 
 /// Notes that a guest has begun to run on this host.

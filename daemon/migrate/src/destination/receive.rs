@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use memlane_guest::DriverError;
 use memlane_lane::digest::digest_all;
@@ -11,9 +12,12 @@ use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
 
 use super::DestinationRole;
-use super::fetch::FetchError;
 use crate::drive::Session;
+use crate::fetch::FetchError;
 use crate::progress::{Iteration as IterationView, Phase as PhaseView};
+
+/// A source may have this host wait for it this long at most.
+const MOST_PATIENCE: Duration = Duration::from_secs(600);
 
 /// The guest cannot be received.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +81,9 @@ impl DestinationRole {
                     }
                 });
             }
+            Control::Patience { milliseconds } => {
+                session.effects.patience = Duration::from_millis(milliseconds.into()).min(MOST_PATIENCE);
+            }
             Control::LaneLost(lane) => {
                 self.lanes.close_lane(lane).await;
                 self.guest.ram.intact().map_err(ReceiveError::Memory)?;
@@ -103,7 +110,7 @@ impl DestinationRole {
                 }
             }
             Control::Missing(missing) => {
-                let Some(fetching) = &self.fetching else {
+                let Some(fetching) = self.postcopy.fetching() else {
                     return Err(ReceiveError::NotServed);
                 };
                 let last = missing.last;
@@ -148,7 +155,7 @@ impl DestinationRole {
         // All that came is the guest's.
         self.guest.ram.check().map_err(ReceiveError::Memory)?;
         let mut seen = None;
-        if let Some(fetching) = &mut self.fetching {
+        if let Some(fetching) = self.postcopy.fetching() {
             // Device models look at the guest's memory while they load, and wait for what is missing.
             fetching.all_known().await;
             seen = Some(fetching.verify_holes());

@@ -6,6 +6,7 @@ use memlane_protocol::handover::{Event, Record, Resolution};
 use memlane_protocol::wire::attach::{Bond, RunState};
 
 use super::Effects;
+use super::lost::NEVER_WHOLE;
 use crate::handle::unix_seconds;
 use crate::machine::Machine;
 use crate::vmm::Vmm;
@@ -25,14 +26,21 @@ impl Effects {
             {
                 Some(Event::Owned)
             }
+            // Only prepared, and never whole: that comes first.
+            RunState::Loaded if self.unknown_pages && self.entry.record == Record::Prepared => {
+                self.blame(NEVER_WHOLE);
+                self.next = Some(Event::Waits);
+                Some(Event::ResumeFailed)
+            }
             RunState::Relinquished | RunState::Loaded => Some(Event::Waits),
             RunState::Incoming => None,
         }
     }
 
     /// Does the same for a VMM that had attached before its migration was taken up.
-    pub(crate) fn told_at_once(&mut self) -> Option<Event> {
+    pub(crate) async fn told_at_once(&mut self) -> Option<Event> {
         let guest = self.guest()?.clone();
+        self.reopen(&guest).await;
         self.told_by(&guest)
     }
 
@@ -61,7 +69,7 @@ impl Effects {
                 Some(format!("the guest's VMM, process {}, to attach again", process.identity().pid))
             }
             _ if in_doubt => Some(self.silence.words(&self.entry)),
-            _ => None,
+            _ => self.waits_for_peer(),
         };
         let seen = self.handle.progress.borrow();
         let status = &seen.status;

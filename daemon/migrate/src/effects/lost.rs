@@ -1,20 +1,24 @@
-//! This module deals with guests whose missing pages were known only to a daemon that is no more, and with their VMMs.
+//! This module deals with guests that were being fetched when the daemon ended, and with their VMMs. What is missing is
+//! found in memory, if the VMM has kept its userfaultfd; otherwise the guest can never be whole.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use memlane_guest::KillError;
+use memlane_guest::{DriverError, Guest, KillError};
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Record};
 use memlane_protocol::wire::attach::RunState;
-use tracing::{error, warn};
+use tracing::{debug, error, info, warn};
 
 use super::Effects;
+use crate::fetch::{FetchError, Fetching};
+use crate::progress::Role;
 use crate::vmm::Vmm;
 
 /// A VMM that lives may take this long to attach again, before it is ended by force.
 const RETURN: Duration = Duration::from_secs(10);
 /// This is the reason for which a guest that was prepared to fetch is given back.
-pub(crate) const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
+pub(super) const NEVER_WHOLE: &str = "the daemon ended before the guest was started here, and which of its pages are missing \
      is not known any more; it was given back";
 
 /// The VMM of a guest that can never be whole could not be ended.
@@ -29,9 +33,70 @@ enum EndError {
 }
 
 impl Effects {
+    /// Goes on with what an earlier daemon was fetching, if one was, through the userfaultfd that the VMM has kept.
+    pub(super) async fn reopen(&mut self, guest: &Rc<Guest>) {
+        let arrives = self.handle.progress.borrow().role == Role::Destination;
+        if !arrives || !self.entry.fetching || self.placing.is_some() {
+            return;
+        }
+        let name = self.entry.guest.clone();
+        let reopened = match guest.driver.reopen_memory().await {
+            Ok(memory) => Fetching::again(self.context.clone(), name, memory).await,
+            Err(error) => Err(error.into()),
+        };
+        match reopened {
+            Ok(fetching) => {
+                self.take_up(fetching);
+            }
+            // It is asked again when it is back.
+            Err(FetchError::Memory(
+                error @ (DriverError::Gone | DriverError::Unheard | DriverError::Slow { .. }),
+            )) => {
+                warn!(guest = %self.entry.guest, %error, "cannot go on yet to fetch what an earlier daemon was fetching");
+                guest.driver.hang_up();
+            }
+            Err(error) => {
+                warn!(guest = %self.entry.guest, %error, "cannot go on to fetch what an earlier daemon was fetching");
+                self.unknown_pages = true;
+            }
+        }
+    }
+
+    /// Does the same for a QEMU whose monitor does not answer: its main loop may wait for a page that is missing, and would
+    /// wait for ever if its answer was waited for.
+    pub(crate) async fn reopen_without_monitor(&mut self) {
+        let Vmm::Away(process) = &self.vmm else { return };
+        if !self.entry.fetching || self.placing.is_some() {
+            return;
+        }
+        let name = self.entry.guest.clone();
+        let found = self.context.qemu.kept_memory(&name, process.identity()).await;
+        let Some(memory) = found else { return };
+        match Fetching::again(self.context.clone(), name, memory).await {
+            Ok(fetching) => self.take_up(fetching),
+            Err(error) => {
+                debug!(guest = %self.entry.guest, %error, "cannot fetch for a QEMU that does not answer")
+            }
+        }
+    }
+
+    /// Tells whether the VMM was to let the guest run, and does not answer, perhaps because it waits for pages. They can
+    /// come, since its memory was found.
+    pub(crate) fn awaits_memory(&self) -> bool {
+        let away = matches!(self.vmm, Vmm::Away(_));
+        away && self.unanswered == Some(Action::Resume) && self.entry.fetching && self.placing.is_some()
+    }
+
+    fn take_up(&mut self, fetching: Fetching) {
+        let pages = fetching.placing().remaining();
+        info!(guest = %self.entry.guest, pages, "going on to fetch what an earlier daemon was fetching");
+        self.placing = Some(fetching.placing().clone());
+        (self.reopened, self.unknown_pages) = (Some(fetching), false);
+    }
+
     /// Tells whether the guest lacks pages, and only a daemon that is no more knew which.
     pub(super) fn cannot_be_whole(&self) -> bool {
-        self.entry.fetching && self.placing.is_none()
+        self.entry.fetching && self.placing.is_none() && self.unknown_pages
     }
 
     /// Deals with a guest that was perhaps told to run, and can never be whole: it would go on until it waits
@@ -109,20 +174,17 @@ impl Effects {
 
     /// Returns when the wait for a VMM that hangs ends.
     pub(crate) fn patience_ends(&self) -> Option<Instant> {
-        // One that was prepared to fetch is not told anything: it is to say how it stands.
+        // One that was prepared to fetch, and has not run, is given back rather than waited for, and so is one that is not
+        // needed any more. One that was told to run has the only copy, and waits for the pages that it touches.
         let prepared = self.entry.record == Record::Prepared && !self.told_to_run;
-        let asked = self.unanswered.is_some() || prepared;
-        let waits =
-            self.lost.is_none() && self.cannot_be_whole() && matches!(self.vmm, Vmm::Away(_)) && asked;
+        let asked = self.unanswered == Some(Action::Discard) || prepared;
+        let away = matches!(self.vmm, Vmm::Away(_));
+        let waits = self.lost.is_none() && self.entry.fetching && away && asked;
         waits.then(|| self.unanswered_since + RETURN)
     }
 
     /// Does to a VMM that does not come back what it cannot be told.
     pub(crate) fn lose_patience(&mut self) -> Option<Event> {
-        if self.unanswered == Some(Action::Resume) {
-            self.unanswered = None;
-            return Some(self.end_lost());
-        }
         // By the journal it never ran, and this side is done with it. Should it come back after all, it is told to end.
         let ended = self.end_by_force();
         self.unanswered_since = Instant::now();

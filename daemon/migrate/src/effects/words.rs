@@ -7,12 +7,16 @@ use memlane_net::link::LinkError;
 use memlane_net::task;
 use memlane_protocol::handover::{Event, Message};
 use memlane_protocol::wire::control::Control;
+use memlane_protocol::wire::hello::RECOVERS;
 use tokio::sync::oneshot;
 
 use super::Effects;
 use crate::context::Context;
 use crate::handle::Word;
+use crate::progress::Role;
 
+/// A destination says this of what it fetches, when the source has let go of it.
+const GONE: &str = "the source does not have the guest's memory any more, and part of it is missing here";
 /// The answer to a word that is sent over a connection of its own may take this long.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -21,11 +25,13 @@ impl Effects {
     /// over a new one, which then brings the answer.
     pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
         if let Some(reply) = self.reply.take() {
-            let _ = reply.send(message);
+            let _ = reply.send((message, self.reason.clone().unwrap_or_default()));
             return None;
         }
         let word = self.word(message)?;
-        if let Some(link) = &self.link {
+        if let Some(link) = &self.link
+            && self.suspension.is_none()
+        {
             // A broken link is noticed by the task that listens to it. One that takes nothing holds up nothing here:
             // a guest may be paused.
             let _ = tokio::time::timeout(ANSWER, link.send(&word)).await;
@@ -47,11 +53,11 @@ impl Effects {
         let (exchanging, silence) = (self.exchanging.clone(), self.silence.clone());
         task::spawn("word over a connection of its own", async move {
             match ask(&context, &entry, &word).await {
-                Ok(Some(message)) => {
+                Ok(Some((message, reason))) => {
                     silence.broken(&entry, message);
                     // No answer to an answer is waited for.
                     let (reply, _) = oneshot::channel();
-                    let _ = handle.words.send(Word { message, reply }).await;
+                    let _ = handle.words.send(Word { message, reason, reply }).await;
                 }
                 Ok(None) if context.peer(&entry.peer).is_none() => {
                     silence.goes_on(&entry, "no peer of this name is configured; add it as [[peer]]")
@@ -61,6 +67,23 @@ impl Effects {
             }
             exchanging.set(false);
         });
+    }
+
+    /// Notes why a word was said, if it is bad news.
+    pub(crate) fn heard(&mut self, message: Message, reason: &str) {
+        let other = match self.handle.progress.borrow().role {
+            Role::Source => "destination",
+            Role::Destination => "source",
+        };
+        match message {
+            Message::Abort | Message::Declined if reason.is_empty() => {
+                self.blame(format!("the {other} gave up"));
+            }
+            Message::Abort | Message::Declined => self.blame(format!("the {other} gave up: {reason}")),
+            Message::Lost => self.blame(format!("the {other} says that the guest is lost: {reason}")),
+            Message::Gone => self.blame(GONE),
+            _ => {}
+        }
     }
 
     fn word(&self, message: Message) -> Option<Control> {
@@ -81,14 +104,21 @@ impl Effects {
 }
 
 /// Asks the other host, over a connection of its own.
-async fn ask(context: &Context, entry: &Entry, word: &Control) -> Result<Option<Message>, LinkError> {
+async fn ask(
+    context: &Context,
+    entry: &Entry,
+    word: &Control,
+) -> Result<Option<(Message, String)>, LinkError> {
     let Some(mut link) = context.connect(&entry.peer).await? else {
         return Ok(None);
     };
+    if matches!(word, Control::Handover { message: Message::Recovering, .. }) && link.version() < RECOVERS {
+        return Ok(None);
+    }
     link.send(word).await?;
     match tokio::time::timeout(ANSWER, link.receive()).await {
-        Ok(Ok(Control::Handover { migration, message, .. })) if migration == entry.migration => {
-            Ok(Some(message))
+        Ok(Ok(Control::Handover { migration, message, reason, .. })) if migration == entry.migration => {
+            Ok(Some((message, reason)))
         }
         Ok(Err(LinkError::Closed)) | Err(_) | Ok(Ok(_)) => Ok(None),
         Ok(Err(failure)) => Err(failure),

@@ -79,7 +79,7 @@ async fn missing(disks: Vec<String>) -> Vec<Refusal> {
 
 fn refusal(error: QemuError) -> Refusal {
     let (what, remedy) = match &error {
-        QemuError::NoTap { .. } => (RefusalKind::Network, ""),
+        QemuError::NoTap { .. } | QemuError::Tap { .. } => (RefusalKind::Network, ""),
         QemuError::Ended { lacks: Some(Lacking::Machine), .. } => (
             RefusalKind::Machine,
             "; install a newer QEMU there, or give the guest a machine type that both have (-machine)",

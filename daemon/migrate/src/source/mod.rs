@@ -22,6 +22,7 @@ use std::time::Duration;
 use memlane_guest::{Claim, DriverError};
 use memlane_net::journal::Entry;
 use memlane_net::link::LinkError;
+use memlane_net::resumable::ResumableLink;
 use memlane_protocol::compression;
 use memlane_protocol::convergence::Policy;
 use memlane_protocol::handover::{Action, Event, Message, Outcome, Phase, Source};
@@ -53,6 +54,8 @@ pub struct MigrateParameters {
     pub verify: bool,
     /// This tells whether lanes may compress.
     pub compression: compression::Mode,
+    /// While the guest is copied, the other host may be out of reach for this long, and so may all of its ports.
+    pub patience: Duration,
 }
 
 /// Moves the claimed guest as planned, to the end.
@@ -65,9 +68,14 @@ pub(crate) async fn run(
     parameters: MigrateParameters,
 ) {
     let guest = claim.guest().clone();
-    let compress = parameters.compression == compression::Mode::Auto;
+    let link = ResumableLink::over(plan.link);
+    if link.can_resume() {
+        let milliseconds = u32::try_from(parameters.patience.as_millis()).unwrap_or(u32::MAX);
+        // A broken link is noticed by the task that listens to it.
+        let _ = link.send(&Control::Patience { milliseconds }).await;
+    }
     let (transfer, answers) =
-        Transfer::new(context.clone(), guest.clone(), handle.clone(), plan.link.sender(), compress);
+        Transfer::new(context.clone(), guest.clone(), handle.clone(), link.sender(), &parameters);
     for end in plan.lanes {
         transfer.lanes.borrow_mut().send(end, &transfer.outbound, context.limits().silence);
     }
@@ -83,15 +91,11 @@ pub(crate) async fn run(
         downtime: None,
     };
     let (machine, _offer) = Source::new();
-    let effects = Effects::new(
-        context,
-        entry,
-        Vmm::Attached(guest),
-        Some(claim),
-        (Some(plan.link), (handle, arrivals)),
-    );
+    let to_effects = (Some(link), (handle, arrivals));
+    let mut effects = Effects::new(context, entry, Vmm::Attached(guest), Some(claim), to_effects);
+    effects.patience = parameters.patience;
     // The preflight has offered the guest and heard the acceptance.
-    drive(role, Session { machine, effects }, Vec::new(), [Event::Message(Message::Accept)]).await;
+    drive(role, Session::new(machine, effects), Vec::new(), [Event::Message(Message::Accept)]).await;
 }
 
 /// A stage works while messages are listened to.
@@ -194,8 +198,11 @@ impl Role for SourceRole {
                 }
             }
             // It is served since before the guest was handed over.
-            Action::Serve => {
+            Action::Serve if session.machine.phase() == Phase::Fetching => {
                 info!(guest = %self.handle.guest, "the guest runs at the destination, without all of its memory")
+            }
+            Action::Serve => {
+                info!(guest = %self.handle.guest, "the guest's VMM at the destination waits for memory that is here")
             }
             Action::Report(outcome) => self.report(session, outcome),
             _ => unreachable!("these are effects"),
@@ -244,6 +251,7 @@ impl SourceRole {
             }
             Err(error) => {
                 warn!(guest = %self.handle.guest, %error, "the migration fails");
+                self.handle.may_be_retried.set(!matches!(error, CopyError::GaveUp(_)));
                 match error {
                     CopyError::Driver(DriverError::Gone | DriverError::Unheard) => {
                         session.effects.note_gone()
@@ -259,7 +267,7 @@ impl SourceRole {
     fn hear(&mut self, session: &mut Session<Source>, message: Result<Control, LinkError>) -> Option<Event> {
         let message = match message {
             Ok(message) => message,
-            Err(error) => return Some(session.peer_lost(error)),
+            Err(error) => return session.link_lost(error),
         };
         match message {
             Control::Handover { migration, message, nanoseconds, reason }
@@ -271,15 +279,7 @@ impl SourceRole {
                     Message::Running | Message::Fetching if self.downtime.is_none() => {
                         self.remote_times.resume = time
                     }
-                    Message::Lost => {
-                        session
-                            .effects
-                            .blame(format!("the destination says that the guest is lost: {reason}"));
-                    }
-                    Message::Abort | Message::Declined => {
-                        session.effects.blame(format!("the destination gave up: {reason}"));
-                    }
-                    _ => {}
+                    _ => session.effects.heard(message, &reason),
                 }
                 Some(Event::Message(message))
             }
@@ -352,7 +352,7 @@ impl SourceRole {
         self.handle.update(|progress| {
             progress.ram.pages_remaining = 0;
             if let Some(postcopy) = &mut progress.postcopy {
-                postcopy.waits_for = None;
+                postcopy.end(outcome == Outcome::Completed);
             }
         });
         self.handle.end(view, reason, runs_at);

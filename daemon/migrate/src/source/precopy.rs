@@ -113,6 +113,8 @@ impl Precopy {
         for number in 1.. {
             match self.iteration(number).await? {
                 Decision::Continue => {}
+                // The next round begins when the other host is there again: the pause needs it.
+                Decision::SwitchOver | Decision::Postcopy { .. } if transfer.link.is_suspended() => {}
                 Decision::Stun { pages_per_second, .. } => self.stun(pages_per_second).await?,
                 Decision::SwitchOver => return Ok(()),
                 Decision::Postcopy { .. } => return self.open_postcopy(true).await,
@@ -246,8 +248,9 @@ impl Precopy {
         let transfer = &self.transfer;
         let silence = transfer.context.limits().silence;
         let is_missing = |route: &Route| {
-            let running = transfer.lanes.borrow().running_on(&route.port.name);
-            !transfer.outbound.is_quiesced() && running < usize::from(route.lanes())
+            let busy = !transfer.outbound.dirty.is_empty();
+            let too_few = transfer.lanes.borrow_mut().are_too_few(&route.port.name, route.lanes(), busy);
+            too_few && !transfer.outbound.is_quiesced()
         };
         loop {
             let end = reconnector.next(is_missing).await;

@@ -10,10 +10,13 @@ use std::time::{Duration, Instant};
 
 use memlane_guest::{Guest, StunReport};
 use memlane_lane::{SendState, Totals};
-use memlane_net::link::{LinkError, LinkSender};
+use memlane_net::link::LinkError;
+use memlane_net::resumable::ResumableSender;
+use memlane_protocol::compression;
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
 use tokio::sync::{Mutex, Notify, mpsc};
 
+use super::MigrateParameters;
 use super::error::CopyError;
 use crate::context::Context;
 use crate::handle::MigrationHandle;
@@ -41,7 +44,11 @@ pub(super) struct Transfer {
     /// These are the lanes.
     pub lanes: RefCell<Lanes>,
     /// This sends to the destination.
-    pub link: LinkSender,
+    pub link: ResumableSender,
+    /// There may be no lane for this long while the guest runs.
+    patience: Duration,
+    /// There is no lane since this moment.
+    without_lanes: Cell<Option<Instant>>,
     bell: Arc<Notify>,
     /// This receives what the destination says besides words of the handover.
     answers: Mutex<mpsc::Receiver<Control>>,
@@ -56,18 +63,17 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    /// Makes a transfer without lanes, which may compress if `compress`. Returns it with the sender that takes the
-    /// destination's answers.
+    /// Makes a transfer without lanes. Returns it with the sender that takes the destination's answers.
     pub(super) fn new(
         context: Rc<Context>,
         guest: Rc<Guest>,
         handle: Rc<MigrationHandle>,
-        link: LinkSender,
-        compress: bool,
+        link: ResumableSender,
+        parameters: &MigrateParameters,
     ) -> (Rc<Self>, mpsc::Sender<Control>) {
         let (bell, ring) = lanes::bell();
         let mut outbound = SendState::new(guest.ram.clone(), ring);
-        outbound.compress = compress;
+        outbound.compress = parameters.compression == compression::Mode::Auto;
         let (answers, arriving) = mpsc::channel(ANSWERS_WAITING);
         let lanes = Lanes::new(&context).into();
         let (holes_sent, holes_made, lanes_lost, stunned) = Default::default();
@@ -78,6 +84,8 @@ impl Transfer {
             outbound: Arc::new(outbound),
             lanes,
             link,
+            patience: parameters.patience,
+            without_lanes: Cell::default(),
             bell,
             answers: Mutex::new(arriving),
             holes_sent,
@@ -191,7 +199,15 @@ impl Transfer {
                 self.link.send(&Control::LaneLost(lane)).await?;
             }
         }
-        if self.lanes.borrow().all_ended() { Err(no_lanes().await) } else { Ok(()) }
+        if !self.lanes.borrow().all_ended() {
+            self.without_lanes.set(None);
+            return Ok(());
+        }
+        // They are opened again, unless they are to come to an end or the guest is paused.
+        let since = self.without_lanes.get().unwrap_or_else(Instant::now);
+        self.without_lanes.set(Some(since));
+        let may_come = !self.outbound.is_quiesced() && !self.outbound.paused.load(Ordering::Acquire);
+        if may_come && since.elapsed() < self.patience { Ok(()) } else { Err(no_lanes().await) }
     }
 
     /// Ends sending. No lane reads the guest's memory after the returned future is done. The guest's writes are not

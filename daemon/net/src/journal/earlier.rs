@@ -9,8 +9,15 @@ use super::entry::{Change, Entry, Key, Line};
 use super::error::Fault;
 use super::format::excerpt;
 
-/// Reads a whole file.
-pub(super) fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
+/// No line is longer: the longest entry takes about 350 bytes.
+const MAX_LINE_BYTES: usize = 512;
+
+/// Reads the bytes of a whole file in the format before there were sums.
+///
+/// # Errors
+///
+/// Fails if anything in it does not add up.
+pub fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
     let damaged = |offset: usize, found: String| Fault::Damaged { offset: offset as u64, found };
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let mut entries = BTreeMap::new();
@@ -18,6 +25,10 @@ pub(super) fn read(bytes: &[u8]) -> Result<BTreeMap<Key, Entry>, Fault> {
     for text in bytes[..end].split_inclusive(|byte| *byte == b'\n') {
         if !text.ends_with(b"\n") {
             return Err(damaged(at, format!("this line has no end: {}", excerpt(text))));
+        }
+        // Complaints about a line repeat what stands in it.
+        if text.len() > MAX_LINE_BYTES {
+            return Err(damaged(at, format!("this line is longer than an entry can be: {}", excerpt(text))));
         }
         let line: Line = serde_json::from_slice(text)
             .map_err(|error| damaged(at, format!("this is no journal entry ({error}): {}", excerpt(text))))?;

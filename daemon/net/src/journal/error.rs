@@ -84,10 +84,11 @@ pub enum JournalError {
     },
 }
 
-/// A file of the journal cannot be read.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+/// The bytes of a journal cannot be believed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
     /// The file is damaged.
+    #[error("it is damaged at byte {offset}: {found}")]
     Damaged {
         /// The damage is at this byte, counted from the file's beginning.
         offset: u64,
@@ -95,5 +96,6 @@ pub(super) enum Fault {
         found: String,
     },
     /// The file has this format, which is a later one.
+    #[error("it has format {0}, which is a later one")]
     Later(u64),
 }

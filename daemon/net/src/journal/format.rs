@@ -29,9 +29,9 @@ const SUMMED: usize = BEGINNING.len() + DIGITS;
 pub(super) type JournalId = MigrationId;
 
 /// A journal as it is found in a file.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Contents {
-    /// This is the journal's identity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// This is the journal's identity, by which it is told apart from others.
     pub id: JournalId,
     /// This is the number of the header's slot.
     pub first: u64,
@@ -66,6 +66,17 @@ struct Slot {
     entry: Option<Line>,
 }
 
+impl Contents {
+    /// Returns the bytes of a file that says the same, in which only the slots of migrations that are not over are taken.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there are fewer slots than the header and all entries need.
+    pub fn file(&self) -> Vec<u8> {
+        file(&self.id, self.first, self.slots, self.entries.values())
+    }
+}
+
 /// Returns the file of the journal `id`, whose header has the number `first`, with `entries` and free slots after them.
 pub(super) fn file<'a>(
     id: &JournalId,
@@ -90,7 +101,7 @@ pub(super) fn file<'a>(
             None => free(id, sequence),
         });
     }
-    debug_assert!(entries.next().is_none(), "there are slots for all entries");
+    assert!(entries.next().is_none(), "there are slots for all entries");
     bytes
 }
 
@@ -144,12 +155,12 @@ fn is_summed(id: &JournalId, slot: &[u8]) -> bool {
     slot.starts_with(BEGINNING.as_bytes()) && slot[BEGINNING.len()..SUMMED] == *sum(id, slot).as_bytes()
 }
 
-/// Reads a whole file.
+/// Reads the bytes of a whole file.
 ///
 /// # Errors
 ///
 /// Fails if any byte of it is not as it was written, or if the format is a later one.
-pub(super) fn read(bytes: &[u8]) -> Result<Contents, Fault> {
+pub fn read(bytes: &[u8]) -> Result<Contents, Fault> {
     let Some(first) = bytes.get(..SLOT) else {
         let found = format!("the file ends here, within its header of {SLOT} bytes");
         return Err(damaged(bytes.len(), found));

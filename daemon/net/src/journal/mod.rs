@@ -29,6 +29,9 @@
 //! the old one, and put in its place with its directory synced. While the disk is full, the old one does.
 //! All of this is the work of a thread of its own, in the order in which it was asked for, and goes on when no task waits
 //! for it any more.
+//!
+//! [`read`] takes the bytes of a file apart, and [`read_earlier`] those of a file that an earlier version wrote. They change
+//! nothing.
 
 mod earlier;
 mod entry;
@@ -47,9 +50,14 @@ use memlane_protocol::wire::attach::MigrationId;
 use tokio::sync::oneshot;
 use tracing::error;
 
+pub use earlier::read as read_earlier;
 pub use entry::{Entry, Key, VmmIdentity};
-pub use error::JournalError;
+pub use error::{Fault, JournalError};
+pub use format::{Contents, read};
 use store::{Entries, Store};
+
+/// The log is written within this time where it can be.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// The journal of this host.
 pub struct Journal {
@@ -163,7 +171,13 @@ fn keep(mut store: Store, queue: &mpsc::Receiver<Request>) {
 /// Ends the daemon: whether a record was written is not known, so nothing may be done on the strength of it.
 fn give_up() -> ! {
     error!("the thread that writes the journal has ended");
-    std::process::abort();
+    abort()
+}
+
+/// Ends the daemon. The log, which a thread of its own writes, has time to tell why; nobody gets an answer meanwhile.
+fn abort() -> ! {
+    std::thread::sleep(LAST_WORDS);
+    std::process::abort()
 }
 
 #[cfg(test)]

@@ -108,12 +108,8 @@ impl Store {
         };
 
         let written = |file: File| -> Box<dyn Disk> { Box::new(file) };
+        let file = if unwritten { private::put(&path, &contents.file()) } else { private::open(&path) };
         let Contents { id, first, slots, taken, entries } = contents;
-        let file = if unwritten {
-            private::put(&path, &format::file(&id, first, slots, entries.values()))
-        } else {
-            private::open(&path)
-        };
         let file = file.map(written).map_err(failed("write the journal", &path))?;
         let entries = Arc::new(Mutex::new(entries));
         let mut store =
@@ -221,7 +217,7 @@ impl Store {
     /// finds out.
     fn give_up(&self, failure: &io::Error) -> ! {
         error!(path = %self.path.display(), %failure, "cannot tell what the journal holds after a failed write");
-        std::process::abort();
+        super::abort()
     }
 }
 

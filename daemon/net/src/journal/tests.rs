@@ -397,10 +397,13 @@ fn an_earlier_versions_journal_is_read_once() {
         (COMMITTED.replace("01", "zz"), 0),
         (format!("\0{}", &COMMITTED[1..]), 1),
         (String::new(), 0),
+        after(&COMMITTED.replace("0101", &"0101".repeat(1000)), end),
+        after(&COMMITTED.replace("4711", &format!("\"{}\"", "4711".repeat(1000))), end),
     ] {
         fs::write(&path, &text).unwrap();
         let error = found(directory.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("is damaged at byte {offset}:")), "{text:?}: {error}");
+        assert!(error.len() < 1000, "{error}");
         assert_eq!(fs::read(&path).unwrap(), text.as_bytes(), "it is left as it is");
         assert!(!identity.exists());
     }

@@ -7,13 +7,13 @@ use super::*;
 const SILENCE: Duration = Duration::from_millis(500);
 
 /// Makes both ends of a link.
-async fn pair() -> (Link, Link) {
+pub(crate) async fn pair() -> (Link, Link) {
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = listener.local_addr().unwrap();
     let (here, there) = tokio::join!(TcpStream::connect(address), listener.accept());
     (
-        Link::over(Channel::plain(here.unwrap().into()), SILENCE),
-        Link::over(Channel::plain(there.unwrap().0.into()), SILENCE),
+        Link::over(Channel::plain(here.unwrap().into()), VERSIONS.1, SILENCE),
+        Link::over(Channel::plain(there.unwrap().0.into()), VERSIONS.1, SILENCE),
     )
 }
 
@@ -75,7 +75,7 @@ fn a_side_that_says_nothing_is_silent() {
         let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         let address = listener.local_addr().unwrap();
         let (here, there) = tokio::join!(TcpStream::connect(address), listener.accept());
-        let mut here = Link::over(Channel::plain(here.unwrap().into()), SILENCE);
+        let mut here = Link::over(Channel::plain(here.unwrap().into()), VERSIONS.1, SILENCE);
         let since = std::time::Instant::now();
         assert!(matches!(here.receive().await, Err(LinkError::Silent(_))));
         assert!((SILENCE..4 * SILENCE).contains(&since.elapsed()), "{:?}", since.elapsed());

@@ -33,6 +33,8 @@ pub(super) type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 pub(super) struct Received {
     /// This is the message.
     pub message: Result<Control, LinkError>,
+    /// This is its length on the wire.
+    pub bytes: usize,
     /// This is the room that it takes until it is dealt with.
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -153,7 +155,7 @@ pub(super) async fn read(
             Ok(read) => read,
             Err(error) => {
                 let error = shared.verdict.take().unwrap_or(error);
-                let _ = messages.send(Received { message: Err(error), _room: None });
+                let _ = messages.send(Received { message: Err(error), bytes: 0, _room: None });
                 return;
             }
         };
@@ -171,7 +173,7 @@ pub(super) async fn read(
             }
             message => {
                 let room = shared.room_for(bytes).await;
-                if messages.send(Received { message: Ok(message), _room: room }).is_err() {
+                if messages.send(Received { message: Ok(message), bytes, _room: room }).is_err() {
                     return;
                 }
             }

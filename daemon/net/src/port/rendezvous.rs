@@ -183,7 +183,7 @@ async fn take_in(
         Purpose::Faults { token } => rendezvous.admit(hello, &token, None, from),
         Purpose::Control => Err(LaneRefusal::Control),
     });
-    let Greeted { hello, channel } = greeted.await?;
+    let Greeted { hello, channel, .. } = greeted.await?;
     let (token, kind) = match hello.purpose {
         Purpose::Lane { token, lane } => (token, LaneKind::Pages(lane)),
         Purpose::Faults { token } => (token, LaneKind::Faults),

@@ -61,13 +61,25 @@ fn a_userfaultfd_is_handed_over_and_kept() {
         let read = move || unsafe { ram.slices(0..1).next().unwrap().ptr.read_volatile() };
         let reader = std::thread::spawn(read);
         wait_for(userfault.as_fd());
+        assert_eq!(userfault.read(|_| {}).unwrap(), 1);
         drop((userfault, daemon));
         let (daemon, _) = bench.welcome();
         if run_state == RunState::Running {
             std::thread::sleep(Duration::from_millis(5));
             assert!(!reader.is_finished());
+            let (reply, mut descriptors) = daemon.ask_with(Request::KeptUserfault, &[]);
+            assert_eq!((reply, descriptors.len()), (Ok([0; 2]), 3));
+            let userfault = Userfault::from_fd_set_up(descriptors.swap_remove(0)).unwrap();
+            // The access was reported to the daemon before, and is reported once more.
+            userfault.wake(page..page + PAGE_SIZE).unwrap();
+            wait_for(userfault.as_fd());
+            assert!(!reader.is_finished());
             let (reply, descriptors) = daemon.ask_with(Request::OpenUserfault { keep: false }, &[]);
             assert_eq!((reply, descriptors.len()), (Ok([0; 2]), 3));
+            drop(userfault);
+        } else {
+            let (reply, _) = daemon.ask_with(Request::KeptUserfault, &[]);
+            assert_eq!(reply, Err("no userfaultfd is kept".to_owned()));
         }
         assert_eq!(reader.join().unwrap(), 0);
     }

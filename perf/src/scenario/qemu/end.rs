@@ -1,11 +1,11 @@
 //! A QEMU with the Linux guest at one end of a move.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use memlane_guest::qemu::definition::{BACKEND, Definition, Paths};
+use memlane_guest::qemu::definition::{BACKEND, Definition, Given};
 use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{HostId, LabHost, LabProcess, Rig, wait_for};
@@ -38,7 +38,9 @@ impl QemuEnd {
         id: HostId,
     ) -> Result<Self> {
         let host = rig.lab().host(id);
-        let socket = host.directory().join("harness.qmp");
+        let socket = host.open_directory().join("harness.qmp");
+        // Of a QEMU before this one, which may have been another user's.
+        remove(&socket)?;
         let monitor = format!("unix:{},server=on,wait=off", socket.display());
         let mut guest = guest.clone();
         guest.arguments.extend(["-qmp".to_owned(), monitor]);
@@ -70,7 +72,7 @@ impl QemuEnd {
     pub(super) fn quit(mut self, rig: &Rig, guest: &LinuxGuest, id: HostId) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             process.kill()?;
-            return remove(&paths(rig.lab().host(id), guest).memory);
+            return remove(&memory(rig.lab().host(id), guest));
         }
         // Says nothing where the QEMU of a guest that has left is gone already.
         let _ = self.monitor.execute("quit", json!({}));
@@ -95,13 +97,18 @@ fn launch(rig: &Rig, guest: &LinuxGuest, id: HostId, incoming: bool) -> Result<u
 
 /// Starts a QEMU as a daemon would, without the shim.
 fn spawn(host: &LabHost, guest: &LinuxGuest, anonymous: bool, incoming: bool) -> Result<LabProcess> {
-    let paths = paths(host, guest);
-    remove(&paths.memory)?;
+    let memory = memory(host, guest);
+    remove(&memory)?;
+    let given = Given {
+        memory: memory.display().to_string(),
+        monitor: format!("path={}", host.directory().join("qmp").display()),
+        taps: vec![format!("ifname={},script=no,downscript=no", guest.tap)],
+    };
     let definition = Definition::parse(Path::new("the guest file"), &guest.file())?;
     let mut command = host.command(host.qemu());
-    for argument in definition.command_line(&paths, incoming) {
-        let is_memory = argument.to_string_lossy().starts_with("memory-backend-file,");
-        command.arg(if anonymous && is_memory { anonymous_memory(guest).into() } else { argument });
+    for argument in definition.command_line(&given, incoming) {
+        let is_memory = argument.starts_with("memory-backend-file,");
+        command.arg(if anonymous && is_memory { anonymous_memory(guest) } else { argument });
     }
     host.spawn("qemu", command)
 }
@@ -112,11 +119,8 @@ fn anonymous_memory(guest: &LinuxGuest) -> String {
     format!("memory-backend-ram,id={BACKEND},size={},prealloc={prealloc}", guest.ram.bytes())
 }
 
-fn paths(host: &LabHost, guest: &LinuxGuest) -> Paths {
-    Paths {
-        memory: host.memory_directory().join(format!("{}.baseline", guest.name)),
-        qmp: host.directory().join("qmp"),
-    }
+fn memory(host: &LabHost, guest: &LinuxGuest) -> PathBuf {
+    host.memory_directory().join(format!("{}.baseline", guest.name))
 }
 
 fn remove(file: &Path) -> Result<()> {

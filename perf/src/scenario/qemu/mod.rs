@@ -94,6 +94,7 @@ impl Scenario for QemuScenario {
         let mut rig =
             Rig::new(&bench.programs, RigOptions { lab, tables, insecure: true, ..RigOptions::default() })?;
         let guest = self.guest(&rig)?;
+        guest.make_console()?;
         for host in rig.lab().hosts() {
             host.add_tap(&guest.tap)?;
         }

@@ -165,6 +165,7 @@ impl ToVmm {
             kind::DISCARD => Request::Discard,
             kind::OPEN_USERFAULT => Request::OpenUserfault { keep: false },
             kind::KEEP_USERFAULT => Request::OpenUserfault { keep: true },
+            kind::KEPT_USERFAULT => Request::KeptUserfault,
             other => return Err(WireError::Unknown { what: "request to a VMM", found: other.into() }),
         };
         reader.end()?;
@@ -189,6 +190,7 @@ impl Request {
             Self::Discard => kind::DISCARD,
             Self::OpenUserfault { keep: false } => kind::OPEN_USERFAULT,
             Self::OpenUserfault { keep: true } => kind::KEEP_USERFAULT,
+            Self::KeptUserfault => kind::KEPT_USERFAULT,
         }
     }
 }
@@ -225,6 +227,7 @@ mod kind {
     pub(super) const OPEN_USERFAULT: u16 = 43;
     pub(super) const KEEP_USERFAULT: u16 = 44;
     pub(super) const THROTTLE: u16 = 45;
+    pub(super) const KEPT_USERFAULT: u16 = 46;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

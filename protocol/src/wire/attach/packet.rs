@@ -8,8 +8,11 @@ use crate::wire::machine::GuestShape;
 ///
 /// Since version 2, the set of harvested pages has a second level of summary (see
 /// [`PageSet::words_needed`](crate::PageSet::words_needed)). Since version 3, a VMM that waits to be told whether its guest
-/// is to run also names the other host ([`Bond`]), and a pause has a limit.
-pub const VERSIONS: (u16, u16) = (3, 3);
+/// is to run also names the other host ([`Bond`]), and a pause has a limit. Since version 4, a VMM can be asked for the
+/// userfaultfd that it keeps ([`Request::KeptUserfault`]).
+pub const VERSIONS: (u16, u16) = (3, 4);
+/// Since this version, a VMM knows [`Request::KeptUserfault`].
+pub const HANDS_OVER_AGAIN: u16 = 4;
 /// The length of the largest packet in bytes.
 pub const MAX_PACKET_BYTES: usize = 32 << 10;
 /// The largest VMM state that may be saved or loaded, in bytes. RAM is not part of it.

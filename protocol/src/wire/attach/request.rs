@@ -64,6 +64,12 @@ pub enum Request {
         /// reads the missing page as zeros.
         keep: bool,
     },
+    /// The VMM hands over the userfaultfd again of which it keeps a copy, because the daemon that had the other has ended
+    /// while pages were missing. It has been set up, and the guest's memory is registered with it.
+    ///
+    /// The reply carries that userfaultfd, `/proc/self/pagemap` and `/proc/self/maps`. Its values are 0 and 0. The request
+    /// fails if the VMM keeps none. It exists since version 4.
+    KeptUserfault,
 }
 
 impl Request {
@@ -83,6 +89,7 @@ impl Request {
             Self::Prepare(_) => "prepare",
             Self::Discard => "discard",
             Self::OpenUserfault { .. } => "open userfaultfd",
+            Self::KeptUserfault => "hand over its userfaultfd again",
         }
     }
 }

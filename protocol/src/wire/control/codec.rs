@@ -126,6 +126,23 @@ impl Control {
                 report.encode(out);
                 kind::FETCHED
             }
+            Self::Patience { milliseconds } => {
+                put(out, &U32::new(*milliseconds));
+                kind::PATIENCE
+            }
+            Self::Received(count) => {
+                put(out, &U64::new(*count));
+                kind::RECEIVED
+            }
+            Self::Resume { migration, received } => {
+                put(out, migration);
+                put(out, &U64::new(*received));
+                kind::RESUME
+            }
+            Self::Resumed(count) => {
+                put(out, &U64::new(*count));
+                kind::RESUMED
+            }
             Self::Handover { migration, message, nanoseconds, reason } => {
                 put(
                     out,
@@ -193,6 +210,13 @@ impl Control {
             kind::MISSING => Self::Missing(Missing::decode(&mut reader)?),
             kind::MISSING_DONE => Self::MissingDone,
             kind::FETCHED => Self::Fetched(FetchReport::decode(&mut reader)?),
+            kind::PATIENCE => Self::Patience { milliseconds: reader.take::<U32>("patience")?.get() },
+            kind::RECEIVED => Self::Received(reader.take::<U64>("count of messages")?.get()),
+            kind::RESUME => Self::Resume {
+                migration: *reader.take("migration to resume")?,
+                received: reader.take::<U64>("count of messages")?.get(),
+            },
+            kind::RESUMED => Self::Resumed(reader.take::<U64>("count of messages")?.get()),
             kind::HANDOVER => {
                 let raw: &RawHandover = reader.take("word of the handover")?;
                 let unknown = WireError::Unknown { what: "word of the handover", found: raw.message.into() };
@@ -248,12 +272,16 @@ mod kind {
     pub(super) const MISSING_DONE: u16 = 17;
     pub(super) const FETCHED: u16 = 18;
     pub(super) const LANES_FROM: u16 = 19;
-    pub(super) const ALL: std::ops::RangeInclusive<u16> = OFFER..=LANES_FROM;
+    pub(super) const PATIENCE: u16 = 20;
+    pub(super) const RECEIVED: u16 = 21;
+    pub(super) const RESUME: u16 = 22;
+    pub(super) const RESUMED: u16 = 23;
+    pub(super) const ALL: std::ops::RangeInclusive<u16> = OFFER..=RESUMED;
 }
 
 /// The messages of the handover and their numbers on the wire. Offer, Accept and Refuse are not among them, because
 /// they carry more and are control messages of their own.
-const WORDS: [(u8, Message); 11] = [
+const WORDS: [(u8, Message); 12] = [
     (1, Message::Ready),
     (2, Message::Commit),
     (3, Message::Running),
@@ -265,6 +293,7 @@ const WORDS: [(u8, Message); 11] = [
     (9, Message::Gone),
     (10, Message::Withdraw),
     (11, Message::Unknown),
+    (12, Message::Recovering),
 ];
 
 fn number_of(message: Message) -> u8 {

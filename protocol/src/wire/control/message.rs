@@ -79,6 +79,25 @@ pub enum Control {
     MissingDone,
     /// The destination reports the progress of fetching.
     Fetched(FetchReport),
+    /// The source says, after the acceptance, how long the two daemons try to reach each other again when their connection
+    /// is lost before the handover begins. Since version 4.
+    Patience {
+        /// The time in milliseconds.
+        milliseconds: u32,
+    },
+    /// Either daemon says how many messages it has received after the acceptance, so that the other need not keep them.
+    /// Pings and messages of this kind do not count. Since version 4.
+    Received(u64),
+    /// The source resumes, first on a new connection, a migration whose connection is lost. Since version 4.
+    Resume {
+        /// The migration.
+        migration: MigrationId,
+        /// The number of messages that it has received after the acceptance.
+        received: u64,
+    },
+    /// The destination goes on with the migration over the new connection, and has received so many messages after the
+    /// acceptance. It sends what the source has not received. Since version 4.
+    Resumed(u64),
     /// Either daemon sends a message of the handover.
     Handover {
         /// The migration. The connection may be a new one.
@@ -114,6 +133,10 @@ impl Control {
             Self::Missing(_) => "missing",
             Self::MissingDone => "missing done",
             Self::Fetched(_) => "fetched",
+            Self::Patience { .. } => "patience",
+            Self::Received(_) => "received",
+            Self::Resume { .. } => "resume",
+            Self::Resumed(_) => "resumed",
             Self::Handover { .. } => "handover",
         }
     }

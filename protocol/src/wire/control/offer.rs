@@ -49,7 +49,7 @@ pub struct Port {
     pub name: Label,
     /// The address at which it listens.
     pub address: SocketAddr,
-    /// The number of lanes that it accepts.
+    /// A migration begins with no more lanes than this.
     pub lanes: u16,
 }
 

@@ -8,6 +8,7 @@ mod control;
 mod frame;
 mod hello;
 mod machine;
+mod starter;
 mod strategies;
 mod text;
 
@@ -22,6 +23,7 @@ use super::frame::{Ack, PageRequest};
 use super::hello::{Answer, Hello};
 use super::machine::GuestShape;
 use super::reader::{Reader, put};
+use super::starter::{self as wire_starter, StartRequest};
 use super::text::RawLabel;
 use super::{Label, WireError};
 
@@ -157,6 +159,7 @@ properties! {
     an_answer: Answer = strategies::answer();
     a_control_message: Control = strategies::control();
     an_acknowledgement: Ack = strategies::ack();
+    a_request_for_a_qemu: StartRequest = strategies::start_request();
     a_page_request: PageRequest = strategies::page_request().prop_map(|(_, request)| request);
 }
 
@@ -244,6 +247,30 @@ impl Codec for ToVmm {
 
     fn heap_bytes(&self) -> usize {
         self.open_text().map_or(0, str::len)
+    }
+}
+
+impl Codec for StartRequest {
+    fn write(&self) -> Vec<u8> {
+        self.encode()
+    }
+
+    fn read(bytes: &[u8]) -> Result<Self, WireError> {
+        let short = |what, needed, found| WireError::Short { what, needed, found };
+        let split = bytes.split_first_chunk::<{ wire_starter::HEADER_BYTES }>();
+        let (header, body) = split.ok_or(short("header", wire_starter::HEADER_BYTES, bytes.len()))?;
+        let length = Self::body_bytes(header)?;
+        match body.len().checked_sub(length) {
+            Some(0) => Self::decode(body),
+            Some(more) => Err(WireError::Trailing(more)),
+            None => Err(short("body", length, body.len())),
+        }
+    }
+
+    fn heap_bytes(&self) -> usize {
+        // The arguments' own bytes; how many there may be is bounded besides.
+        let texts = [&self.program, &self.attach_socket].into_iter().chain(&self.arguments);
+        capacity(&self.groups) + texts.map(Vec::len).sum::<usize>()
     }
 }
 

@@ -16,6 +16,7 @@ use crate::wire::control::{
 use crate::wire::frame::{Ack, Content, MAX_PAYLOAD_BYTES, MAX_RUNS, MAX_ZERO_PAGES, PageRequest, Run};
 use crate::wire::hello::{Answer, Hello, Purpose};
 use crate::wire::machine::{CpuidEntry, GuestShape, MAX_VCPUS, Machine, Nic, Region, TrackerKind};
+use crate::wire::starter::{MAX_DESCRIPTORS, StartRequest};
 
 pub(super) fn label() -> impl Strategy<Value = Label> {
     "[A-Za-z0-9][A-Za-z0-9._-]{0,62}".prop_map(|name| name.parse().unwrap())
@@ -24,6 +25,21 @@ pub(super) fn label() -> impl Strategy<Value = Label> {
 /// Plain text of all alphabets that is not cut.
 pub(super) fn text() -> impl Strategy<Value = String> {
     "[\\PC&&[^\\p{Zl}\\p{Zp}]]{0,120}"
+}
+
+pub(super) fn start_request() -> impl Strategy<Value = StartRequest> {
+    let text = || vec(any::<u8>(), 0..60);
+    let groups = vec(any::<u32>(), 0..5);
+    (any::<u32>(), groups, 0..=MAX_DESCRIPTORS, text(), text(), vec(text(), 0..8)).prop_map(
+        |(user, groups, descriptors, program, attach_socket, arguments)| StartRequest {
+            user,
+            groups,
+            descriptors,
+            program,
+            attach_socket,
+            arguments,
+        },
+    )
 }
 
 pub(super) fn guest_shape() -> impl Strategy<Value = GuestShape> {
@@ -116,6 +132,7 @@ fn request() -> impl Strategy<Value = Request> {
         bond().prop_map(Request::Prepare),
         Just(Request::Discard),
         any::<bool>().prop_map(|keep| Request::OpenUserfault { keep }),
+        Just(Request::KeptUserfault),
     ]
 }
 
@@ -171,6 +188,10 @@ pub(super) fn control() -> impl Strategy<Value = Control> {
             .prop_map(|(word, words, last)| Control::Missing(Missing { first: word * 64, words, last })),
         Just(Control::MissingDone),
         fetch_report().prop_map(Control::Fetched),
+        any::<u32>().prop_map(|milliseconds| Control::Patience { milliseconds }),
+        any::<u64>().prop_map(Control::Received),
+        any::<([u8; 16], u64)>().prop_map(|(migration, received)| Control::Resume { migration, received }),
+        any::<u64>().prop_map(Control::Resumed),
         handover(),
     ]
 }
@@ -259,6 +280,7 @@ fn handover() -> impl Strategy<Value = Control> {
         Message::Gone,
         Message::Withdraw,
         Message::Unknown,
+        Message::Recovering,
     ];
     (any::<[u8; 16]>(), prop::sample::select(words.to_vec()), any::<u64>(), text()).prop_map(
         |(migration, message, nanoseconds, reason)| Control::Handover {

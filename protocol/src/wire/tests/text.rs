@@ -85,6 +85,16 @@ fn long_reasons_arrive_short() {
     assert_eq!(Control::read(&handover(&long).write()), Ok(handover(&cut)));
 }
 
+/// What stands in the place of a character that a terminal would obey takes more bytes than that.
+#[test]
+fn a_text_that_is_made_plain_fits_a_message() {
+    let refused = |reason: String| ToVmm::Refused { reason };
+    let heard = ToVmm::read(&refused("\u{1}".repeat(MAX_TEXT_BYTES)).write());
+    let plain = refused("\u{fffd}".repeat(MAX_TEXT_BYTES / 3));
+    assert_eq!(heard.as_ref(), Ok(&plain));
+    assert_eq!(ToVmm::read(&plain.write()), heard, "another host hears the same");
+}
+
 #[test]
 fn a_text_that_was_not_cut_is_refused() {
     let text = vec![b'x'; MAX_TEXT_BYTES + 1];

@@ -121,6 +121,7 @@ impl World {
         if self.host(to).role.is_some() {
             let heard = match (self.fault, message) {
                 (Fault::FetchingIsRunning, Message::Fetching) => Message::Running,
+                (Fault::RecoveringIsFetching, Message::Recovering) => Message::Fetching,
                 (Fault::UnknownIsDeclined, Message::Unknown) => Message::Declined,
                 _ => message,
             };

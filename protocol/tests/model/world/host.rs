@@ -66,6 +66,13 @@ impl Role {
         }
     }
 
+    pub(super) fn can_abandon(&self) -> bool {
+        match self {
+            Self::Source(source) => source.can_abandon(),
+            Self::Destination(destination) => destination.can_abandon(),
+        }
+    }
+
     pub(super) fn is_over(&self) -> bool {
         match self {
             Self::Source(source) => source.is_over(),
@@ -126,13 +133,14 @@ impl Host {
     }
 }
 /// In the order of their bits in [`Host::arriving`].
-pub(super) const MESSAGES: [Message; 14] = [
+pub(super) const MESSAGES: [Message; 15] = [
     Message::Offer,
     Message::Accept,
     Message::Refuse,
     Message::Ready,
     Message::Commit,
     Message::Running,
+    Message::Recovering,
     Message::Fetching,
     Message::Lost,
     Message::Declined,

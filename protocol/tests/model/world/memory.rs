@@ -75,6 +75,12 @@ impl World {
         self.fetch.memory == Memory::Hopeless
     }
 
+    /// Whether the destination's VMM waits for pages, and answers nothing until they can come.
+    pub(crate) fn waits_for_pages(&self) -> bool {
+        let lives = matches!(self.destination.vmm, Vmm::Loaded | Vmm::Running);
+        self.hangs && lives && self.lacks_pages() && !(self.fetch.served && self.source.up)
+    }
+
     /// Whether the destination can get the last page now.
     pub(crate) fn can_fetch(&self) -> bool {
         self.fetch.served
@@ -147,8 +153,8 @@ impl World {
         let really_lost = self.destination.vmm == Vmm::Ended || given_up || nothing_to_fetch;
         let is_true = match outcome {
             Outcome::Completed => fetch.memory == Memory::Whole,
-            // What has never run there can be given back.
-            Outcome::Lost => really_lost && (at == Side::Source || self.destination_ran),
+            // What has never run there can be given back; but an operator may give up a guest whose VMM does not say so.
+            Outcome::Lost => really_lost && (at == Side::Source || self.destination_ran || self.hangs),
             _ => true,
         };
         if !is_true {

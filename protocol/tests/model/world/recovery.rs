@@ -17,6 +17,9 @@ impl World {
     /// Takes up what the journal holds; without a record, what a VMM says.
     pub(super) fn take_up(&mut self, at: Side, record: Option<Record>) {
         let vmm = self.host(at).vmm;
+        if at == Side::Destination && self.budget.hangs && matches!(vmm, Vmm::Loaded | Vmm::Running) {
+            self.hangs = true;
+        }
         let guesses = self.fault == Fault::ResumesOnAGuess && record != Some(Record::Committed);
         let (role, actions, news) = match at {
             Side::Source => {

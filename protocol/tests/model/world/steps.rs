@@ -120,7 +120,13 @@ impl World {
                 steps.push(Step::Write { at, fails: true });
             }
         }
-        if let Some(command) = host.commands.first() {
+        // A VMM that is not needed any more is ended if it hangs.
+        let hangs = |command: &Action| {
+            *command == Action::Resume && at == Side::Destination && self.waits_for_pages()
+        };
+        if host.commands.first().is_some_and(hangs) {
+            steps.push(Step::Local { at, event: Event::MemoryFound });
+        } else if let Some(command) = host.commands.first() {
             steps.push(Step::Obey { at, fails: false });
             let stands = matches!(host.vmm, Vmm::Loaded | Vmm::Paused | Vmm::Relinquished);
             if self.budget.vmm > 0 && *command == Action::Resume && stands {
@@ -242,7 +248,8 @@ impl World {
         for at in [Side::Source, Side::Destination] {
             // The destination's daemon knows when an order comes too late.
             let in_time = at == Side::Source || self.lacks_pages();
-            if self.budget.abandon && in_time && self.host(at).phase() == Some(Phase::Fetching) {
+            let can_abandon = self.host(at).role.is_some_and(|role| role.can_abandon());
+            if self.budget.abandon && in_time && can_abandon {
                 steps.push(Step::Local { at, event: Event::Abandoned });
             }
         }

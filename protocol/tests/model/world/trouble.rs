@@ -16,6 +16,8 @@ pub(crate) struct Budget {
     pub cancel: bool,
     /// The guest is resumed before all of its memory is there.
     pub postcopy: bool,
+    /// The destination's VMM, which lacks pages when its daemon comes back, answers only once it can have them.
+    pub hangs: bool,
     /// An operator no longer waits for the other host while that guest fetches.
     pub abandon: bool,
     /// A journal is found damaged at a restart: its end, or all of it, is lost.
@@ -67,6 +69,8 @@ pub(crate) enum Fault {
     ServesNotAfterCrash,
     /// or does not say that it has nothing to serve any more.
     ServesWhatIsDropped,
+    /// The source takes it for sure that a guest runs whose VMM hangs.
+    RecoveringIsFetching,
     /// A daemon takes the word of another VMM for that of the one it told.
     BelievesStrangers,
     /// A restarted source resumes a relinquished VMM of which the journal does not say that it was

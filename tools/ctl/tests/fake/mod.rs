@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use memlane_api::client::Client;
 use memlane_api::types::*;
+use memlaned::api::access::Access;
 use memlaned::api::{Backend, Caller, server};
 use tempfile::TempDir;
 use tokio::sync::{Notify, watch};
@@ -46,9 +47,10 @@ impl Daemon {
                 let migrations = RefCell::new(vec![watch::Sender::new(web0)]);
                 let guests = RefCell::new(vec![guest("web1")]);
                 let fake = Fake { guests, migrations, end_preflight: notify, preflight: sender };
-                let listener = server::bind(&socket).unwrap();
+                let access = Access::of_this_process();
+                let listener = server::bind(&socket, access.socket_mode()).unwrap();
                 bound.send(()).unwrap();
-                server::serve(listener, Rc::new(fake)).await;
+                server::serve(listener, access, Rc::new(fake)).await;
             });
         });
         is_bound.recv().unwrap();
@@ -214,6 +216,9 @@ impl Backend for Fake {
     async fn migrate(&self, _: Caller, order: Order) -> Result<Migration, ApiError> {
         match order.guest.as_str() {
             "big1" => return Err(ApiError::new(ErrorCode::Refused, "too little memory at host-b")),
+            "not-yours" => {
+                return Err(ApiError::new(ErrorCode::Forbidden, "user 1000 may look, but not give orders"));
+            }
             "esc1" => {
                 return Err(ApiError::new(ErrorCode::Refused, "cpu: \u{1b}[2J\u{9b}m\u{202e}\nmemory: none"));
             }

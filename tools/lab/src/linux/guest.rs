@@ -3,7 +3,10 @@
 use std::fmt;
 use std::fs;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+
+use anyhow::{Context, Result};
 
 use super::{Initramfs, Kernel};
 use crate::lan::Lan;
@@ -120,6 +123,17 @@ impl LinuxGuest {
             vhost: false,
             arguments: Vec::new(),
         }
+    }
+
+    /// Makes the file that receives what the guest prints, for QEMUs of any user.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made.
+    pub fn make_console(&self) -> Result<()> {
+        fs::File::create(&self.console)
+            .and_then(|file| file.set_permissions(PermissionsExt::from_mode(0o666)))
+            .with_context(|| format!("making the console's file {}", self.console.display()))
     }
 
     /// Returns the hardware address as text.

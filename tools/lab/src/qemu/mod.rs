@@ -12,6 +12,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -127,10 +128,26 @@ pub(crate) fn note_test(test: &str) {
 /// Returns why there is no [`program`]; `None` if there is one.
 pub(crate) fn why_not() -> Option<String> {
     let program = program();
-    (!program.exists()).then(|| match chosen() {
+    if program.exists() {
+        // The shim is loaded from there.
+        return [program, target_directory().join("debug")].iter().find_map(|path| closed(path));
+    }
+    Some(match chosen() {
         Ok(version) => format!("QEMU {} is not unpacked (`cargo xtask test` does it)", version.name),
         Err(_) => format!("there is no {}, which {VARIABLE} names", program.display()),
     })
+}
+
+/// Returns why the users that guests run as cannot reach a path, if they cannot.
+fn closed(path: &Path) -> Option<String> {
+    let path = path.canonicalize().ok()?;
+    let closed = |directory: &&Path| directory.metadata().is_ok_and(|found| found.mode() & 0o001 == 0);
+    let directory = path.ancestors().skip(1).find(closed)?.display();
+    Some(format!(
+        "guests run as users of their own, who cannot pass {directory} to reach {}: `chmod o+x {directory}`, or \
+         have the sources elsewhere",
+        path.display()
+    ))
 }
 
 fn chosen() -> Result<Version, PathBuf> {

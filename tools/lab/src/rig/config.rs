@@ -47,7 +47,8 @@ impl DaemonConfig {
              api_socket = \"{directory}/api.sock\"\nattach_socket = \"{directory}/attach.sock\"\n\
              journal = \"{directory}/journal\"\nmetrics = \"127.0.0.1:9410\"\n{keys}\n\
              [guests]\ndirectory = \"{directory}/guests\"\nmemory = \"{memory}\"\nshim = \"{shim}\"\n\
-             qemu = [\"{qemu}\"]\n\
+             qemu = [\"{qemu}\"]\nstarter = \"{starter}\"\n\
+             starter_socket = \"{directory}/starter.sock\"\n\
              [keys]\ncertificate = \"{directory}/{CERTIFICATE}\"\nkey = \"{directory}/{KEY}\"\n\
              ca = \"{directory}/{CA}\"\n\
              [[peer]]\nname = \"{peer}\"\ncontrol = \"{peer_control}\"\n\
@@ -59,6 +60,7 @@ impl DaemonConfig {
             memory = host.memory_directory().display(),
             shim = host.program(programs, "libmemlane_shim.so").display(),
             qemu = host.qemu().display(),
+            starter = host.program(programs, "memlane-starter").display(),
             may_start_guests = self.may_start_guests,
             peer = peer.name(),
             peer_control = peer.control_address(),

@@ -3,9 +3,10 @@
 mod config;
 mod output;
 
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use memlane_keys::Authority;
 use serde_json::Value;
 
-use crate::host::HostId;
+use crate::host::{HostId, LabHost};
 use crate::hosts::RemoteHosts;
 use crate::lab::{Lab, LabOptions};
 use crate::linux::LinuxGuest;
@@ -157,13 +158,32 @@ impl Rig {
         host.write(&self.config_file(id), &text)
     }
 
+    /// Writes new keys for a host's daemon, which reads them at SIGHUP or at its next start.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be made or written.
+    pub fn renew_keys(&self, id: HostId) -> Result<()> {
+        self.config.write_keys(self.lab.host(id), &self.daemon_user)
+    }
+
     /// Starts a host's daemon. If one runs, it is killed first.
     ///
     /// # Errors
     ///
     /// If it does not come up; the end of its log is in the error.
     pub fn start_daemon(&mut self, id: HostId) -> Result<()> {
-        self.start_daemon_unattended(id)?;
+        self.start_daemon_after(id, "")
+    }
+
+    /// Starts a host's daemon as [`Rig::start_daemon`] does, after the shell has run `script`, for which `$1` is the host's
+    /// directory. Nobody else sees what the script mounts.
+    ///
+    /// # Errors
+    ///
+    /// If the script fails, or the daemon does not come up; the end of its log is in the error.
+    pub fn start_daemon_after(&mut self, id: HostId, script: &str) -> Result<()> {
+        self.spawn_daemon(id, script)?;
         let Self { daemons, lab, .. } = self;
         let host = lab.host(id);
         let daemon = daemons[id as usize].as_mut().expect("it has just been started");
@@ -182,10 +202,14 @@ impl Rig {
     ///
     /// If the program cannot be started.
     pub fn start_daemon_unattended(&mut self, id: HostId) -> Result<()> {
+        self.spawn_daemon(id, "")
+    }
+
+    fn spawn_daemon(&mut self, id: HostId, script: &str) -> Result<()> {
         self.stop_daemon(id)?;
         let (host, file) = (self.lab.host(id), self.config_file(id));
         let words = self.daemon_user.words(&host.program(&self.programs, "memlaned"));
-        let mut command = host.command(&words[0]);
+        let mut command = after(script, host, host.directory(), &words[0]);
         command.args(&words[1..]).arg("--config").arg(file).envs(self.environment.iter().cloned());
         self.daemons[id as usize] = Some(host.spawn("memlaned", command)?);
         Ok(())
@@ -210,7 +234,23 @@ impl Rig {
     ///
     /// If it does not come up; the end of its log is in the error.
     pub fn start_vmm(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<LabVmm> {
-        let mut vmm = self.start_vmm_unattended(id, name, arguments)?;
+        self.start_vmm_after(id, "", name, arguments)
+    }
+
+    /// Starts a VMM as [`Rig::start_vmm`] does, after the shell has run `script`, for which `$1` is the host's directory for
+    /// memory. Nobody else sees what the script mounts.
+    ///
+    /// # Errors
+    ///
+    /// If the script fails, or the VMM does not come up; the end of its log is in the error.
+    pub fn start_vmm_after(
+        &mut self,
+        id: HostId,
+        script: &str,
+        name: &str,
+        arguments: &[String],
+    ) -> Result<LabVmm> {
+        let mut vmm = self.spawn_vmm(id, script, name, arguments)?;
         let attached = wait_for("the guest", START, || {
             let known = self.guest(id, name).is_ok_and(|guest| guest.is_some());
             (known || !vmm.process().is_running()).then_some(())
@@ -226,10 +266,15 @@ impl Rig {
     ///
     /// If the program cannot be started.
     pub fn start_vmm_unattended(&mut self, id: HostId, name: &str, arguments: &[String]) -> Result<LabVmm> {
+        self.spawn_vmm(id, "", name, arguments)
+    }
+
+    fn spawn_vmm(&mut self, id: HostId, script: &str, name: &str, arguments: &[String]) -> Result<LabVmm> {
         self.started += 1;
         let host = self.lab.host(id);
         let control = format!("vmm{}.sock", self.started);
-        let mut command = host.command(host.program(&self.programs, "memlane-vmm"));
+        let program = host.program(&self.programs, "memlane-vmm");
+        let mut command = after(script, host, host.memory_directory(), program.as_os_str());
         command.args(["--name", name]).arg("--attach").arg(host.directory().join("attach.sock"));
         command.arg("--control").arg(host.directory().join(&control)).args(arguments);
         let process = host.spawn(&format!("vmm{}", self.started), command)?;
@@ -246,6 +291,7 @@ impl Rig {
         for host in self.lab.hosts() {
             host.add_tap(&guest.tap)?;
         }
+        guest.make_console()?;
         let file = self.lab.host(HostId::A).directory().join(format!("{}.toml", guest.name));
         std::fs::write(&file, guest.file()).with_context(|| format!("writing {}", file.display()))?;
         Ok(file)
@@ -318,4 +364,14 @@ impl Rig {
         let text = format!("{stdout}{}", String::from_utf8_lossy(&stderr));
         Ok(CtlOutput { code: status.code().context("memlanectl was killed")?, json, text })
     }
+}
+
+/// Returns a command that runs `program` on the host, after the shell has run `script` with this directory as its `$1`.
+fn after(script: &str, host: &LabHost, directory: &Path, program: impl AsRef<OsStr>) -> Command {
+    if script.is_empty() {
+        return host.command(program);
+    }
+    let mut command = host.command("sh");
+    command.args(["-e", "-c", &format!("{script}\nshift\nexec \"$@\""), "sh"]).arg(directory).arg(program);
+    command
 }

@@ -54,7 +54,7 @@ impl Daemon {
         let (greeting, descriptors) = connection.receive().expect("a greeting");
         assert_eq!(
             (greeting, descriptors.len()),
-            (FromVmm::Shim { oldest: VERSIONS.1, newest: VERSIONS.1 }, 0)
+            (FromVmm::Shim { oldest: VERSIONS.0, newest: VERSIONS.1 }, 0)
         );
         connection
     }

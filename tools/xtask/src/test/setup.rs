@@ -8,8 +8,13 @@ use memlane_lab::linux::Kernel;
 use memlane_lab::{Requirement, missing, qemu, why_not};
 
 /// The Debian packages that tests need.
-const PACKAGES: &[(Requirement, &str)] =
-    &[(Requirement::Ip, "iproute2"), (Requirement::Tc, "iproute2"), (Requirement::Sshd, SSHD)];
+const PACKAGES: &[(Requirement, &str)] = &[
+    (Requirement::Ip, "iproute2"),
+    (Requirement::Tc, "iproute2"),
+    (Requirement::Sshd, SSHD),
+    // In a container it starts nothing.
+    (Requirement::SystemdAnalyze, "systemd"),
+];
 const SSHD: &str = "openssh-server";
 
 /// Installs what is missing, if this runs as root. Tests that need it are skipped for other users anyway.

@@ -3,10 +3,10 @@
 
 use std::fmt;
 
-use serde_json::Value;
+use memlane_lab::{GuestHistory, NotedState, Time};
 
 use super::plan::{Blow, Victim};
-use super::record::{GuestHistory, NotedState, Time};
+use crate::common::ask::DaemonFacts;
 
 /// The time in which a VMM may still do what it was told, in nanoseconds: its daemon may have told it just before it
 /// was killed.
@@ -52,15 +52,6 @@ pub(crate) struct VmmFacts {
     pub runs: bool,
     /// The error in the guest's memory, if the memory could be examined and has one.
     pub damage: Option<String>,
-}
-
-/// The answers of a daemon at the end of a round.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct DaemonFacts {
-    /// The guest's latest migration.
-    pub migration: Option<Value>,
-    /// The guest's state, as the daemon reports it.
-    pub standing: Option<String>,
 }
 
 /// A strike that was made.
@@ -221,25 +212,9 @@ impl RoundFacts {
         }
         let incomplete = |at: &Time| self.whole.is_none_or(|whole| *at <= whole + IN_FLIGHT);
         let while_fetching = |victim| self.kills(victim).any(|killed| incomplete(&killed.at));
-        // A VMM that hangs hears what it was told when it goes on, and its daemon may be gone by then.
-        let may_run = |killed: &Struck, since: Time| {
-            killed.at + IN_FLIGHT >= since || self.told_to_run.is_some_and(|told| told <= killed.done)
-        };
-        if let Some(since) = self.ran_there()
-            && self
-                .kills(Victim::DestinationDaemon)
-                .any(|killed| may_run(killed, since) && incomplete(&killed.at))
-        {
-            return Some("the destination's daemon was killed while the guest fetched");
-        }
-        if self.ran_there().is_some()
-            && while_fetching(Victim::SourceVmm)
-            && while_fetching(Victim::SourceDaemon)
-        {
-            return Some("all of the source was killed while the guest fetched");
-        }
-        (source.is_some() && while_fetching(Victim::DestinationDaemon))
-            .then_some("the source's VMM was killed, and the destination's daemon before the guest was whole")
+        let all_of_source = while_fetching(Victim::SourceVmm) && while_fetching(Victim::SourceDaemon);
+        (self.ran_there().is_some() && all_of_source)
+            .then_some("all of the source was killed while the guest fetched")
     }
 
     /// Finds statements of the daemons and of memlanectl that are not true.

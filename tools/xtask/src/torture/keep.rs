@@ -9,6 +9,7 @@ use memlane_lab::Rig;
 use super::judge::RoundVerdict;
 use super::plan::RoundPlan;
 use super::round::RoundOutcome;
+use crate::common::files::copy_if_there;
 
 /// Writes everything about the round to `folder`.
 ///
@@ -39,20 +40,6 @@ pub(crate) fn keep(
         "vmm-destination.log",
     ]) {
         copy_if_there(file, &folder.join(name))?;
-    }
-    Ok(())
-}
-
-/// Copies a file, or a folder of files, if it exists.
-fn copy_if_there(from: &Path, to: &Path) -> Result<()> {
-    if from.is_dir() {
-        fs::create_dir_all(to)?;
-        for entry in fs::read_dir(from)? {
-            let entry = entry?;
-            copy_if_there(&entry.path(), &to.join(entry.file_name()))?;
-        }
-    } else if from.is_file() {
-        fs::copy(from, to)?;
     }
     Ok(())
 }

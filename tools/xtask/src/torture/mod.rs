@@ -1,23 +1,17 @@
 //! `cargo xtask torture`: daemons and VMMs are killed at random moments of migrations.
 //!
-//! - [`plan`] is what a round does, out of the seed and its number by [`dice`].
-//! - [`round`] does it, on two hosts, and gathers what there is to know, out of VMMs and daemons ([`ask`], [`api`])
-//!   and out of [`record`]s. An [`order`] is `memlanectl` at work.
+//! - [`plan`] is what a round does, out of the seed and its number.
+//! - [`round`] does it, on two hosts, and gathers what there is to know, out of VMMs, daemons and records.
 //! - [`judge`] says what the guest's fate is, and what must not be.
 //! - [`run()`] has rounds done side by side, prints a line for each and the [`table`] of all, and keeps what is needed to
 //!   understand those that failed.
 
-mod api;
-mod ask;
-mod dice;
-mod judge;
-mod keep;
+pub(crate) mod judge;
+pub(crate) mod keep;
 mod options;
-mod order;
-mod plan;
-mod record;
+pub(crate) mod plan;
 mod report;
-mod round;
+pub(crate) mod round;
 mod run;
 mod table;
 
@@ -37,7 +31,7 @@ pub(crate) fn run(options: &TortureOptions) -> Result<bool> {
     }
     cleanup_on_signal().context("preparing to clean up")?;
     eprintln!("torture: building the programs");
-    let programs = Programs::build(!options.dev)?;
+    let programs = Programs::build(!options.run.dev)?;
     let run = TortureRun::new(options.clone(), programs);
     let rounds = match options.only {
         Some(round) => round..round + 1,

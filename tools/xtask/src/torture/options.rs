@@ -1,9 +1,8 @@
 //! The options of the rounds.
 
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use clap::{Args, ValueEnum};
+
+use crate::common::options::RunOptions;
 
 /// The options of `cargo xtask torture`.
 #[derive(Args, Clone, Debug)]
@@ -11,9 +10,6 @@ pub(crate) struct TortureOptions {
     /// Number of rounds, each of which moves a guest and has something go wrong
     #[arg(long, default_value_t = 100)]
     pub rounds: u64,
-    /// Number that makes one run like another [default: another one each time, which is printed]
-    #[arg(long)]
-    pub seed: Option<u64>,
     /// Do this round of the seed alone
     #[arg(long, value_name = "ROUND", conflicts_with = "rounds")]
     pub only: Option<u64>,
@@ -26,15 +22,9 @@ pub(crate) struct TortureOptions {
     /// Who the daemons run as: root, the user of memlaned.service with its capabilities, or each in every other round
     #[arg(long, value_enum, default_value = "both")]
     pub user: User,
-    /// Build and run the programs with cargo's dev profile, whose assertions are on
-    #[arg(long)]
-    pub dev: bool,
-    /// Where to keep logs of rounds that fail [default: memlane-torture-SEED in the directory for temporary files]
-    #[arg(long, value_name = "FOLDER")]
-    pub logs: Option<PathBuf>,
-    /// Print one JSON object a line: one for each round, and one for all of them at the end
-    #[arg(long)]
-    pub json: bool,
+    /// The options that it has in common with other commands.
+    #[command(flatten)]
+    pub run: RunOptions,
 }
 
 /// The user that the daemons run as.
@@ -43,12 +33,4 @@ pub(crate) enum User {
     Root,
     Unit,
     Both,
-}
-
-impl TortureOptions {
-    /// Returns the seed. If none was given, the clock chooses it.
-    pub(crate) fn seed(&self) -> u64 {
-        let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs());
-        self.seed.unwrap_or_else(clock)
-    }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memlane_lab::HostId;
 
-use super::dice::Dice;
+use crate::common::dice::Dice;
 
 /// The plan of a round.
 #[derive(Clone, Debug)]

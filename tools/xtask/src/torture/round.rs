@@ -4,19 +4,22 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use memlane_lab::{HostId, LabProcess, LabVmm, Rig, wait_for};
-use rustix::process::{Pid, Signal, kill_process};
+use memlane_lab::{GuestHistory, HostId, LabProcess, LabVmm, NotedState, Rig, time_now, wait_for};
+use rustix::process::Signal;
 
-use super::ask::{START, ask_daemon, await_attached, examine};
-use super::judge::{DaemonFacts, RoundFacts, RoundPhase, Struck, VmmFacts};
-use super::order::MigrateCommand;
+use super::judge::{RoundFacts, RoundPhase, Struck, VmmFacts};
 use super::plan::{Blow, RoundPlan, Strike, StrikeMoment, Victim};
-use super::record::{self, DaemonLog, GuestHistory, NotedState};
+use crate::common::ask::{DaemonFacts, START, ask_daemon, await_attached, examine};
+use crate::common::order::MigrateCommand;
+use crate::common::record::{self, DaemonLog};
+use crate::common::signal::signal;
 
 /// The time from the last strike until everything must be settled. Daemons ask each other every second.
 const SETTLE: Duration = Duration::from_secs(60);
 /// The time between two looks at the VMMs' histories. It is no shorter than the moments that are to be hit need.
 const LOOK: Duration = Duration::from_micros(300);
+/// Longest wait for a VMM's answer, and for a guest to do a step.
+const ANSWER: Duration = Duration::from_secs(20);
 /// The time between two questions to the daemons.
 const ASK: Duration = Duration::from_millis(25);
 
@@ -209,7 +212,7 @@ impl<'a> TortureRound<'a> {
         let phase = RoundPhase::of(&self.history(0), &self.history(1), self.facts.postcopy);
         // Who is gone already is struck no more.
         let Some(process) = self.process(victim) else { return Ok(()) };
-        let at = record::now();
+        let at = time_now();
         let which = usize::from(matches!(victim, Victim::DestinationDaemon | Victim::DestinationVmm));
         let index = Victim::ALL.iter().position(|one| *one == victim).expect("all of them are there");
         match blow {
@@ -227,7 +230,7 @@ impl<'a> TortureRound<'a> {
                 }
             }
         }
-        self.facts.strikes.push(Struck { victim, blow, phase, at, done: record::now() });
+        self.facts.strikes.push(Struck { victim, blow, phase, at, done: time_now() });
         self.last = Instant::now();
         Ok(())
     }
@@ -291,7 +294,8 @@ impl<'a> TortureRound<'a> {
             let vmm = &mut self.vmms[at];
             let ended = !vmm.process().is_running();
             let runs = !ended && history.last() == Some(NotedState::Running);
-            let damage = if runs { examine(vmm).err().map(|error| format!("{error:#}")) } else { None };
+            let damage =
+                if runs { examine(vmm, ANSWER).err().map(|error| format!("{error:#}")) } else { None };
             self.facts.vmms[at] = VmmFacts { history, ended, runs, damage };
         }
         if self.facts.unsettled.is_some() {
@@ -353,8 +357,11 @@ impl<'a> TortureRound<'a> {
             std::thread::sleep(ASK);
         }
         order.give_up();
-        let done =
-            if order.exit == Some(0) { examine(&mut vmm) } else { Err(anyhow::anyhow!("{}", order.text)) };
+        let done = if order.exit == Some(0) {
+            examine(&mut vmm, ANSWER)
+        } else {
+            Err(anyhow::anyhow!("{}", order.text))
+        };
         if let Err(error) = done {
             let code = order.exit;
             self.facts
@@ -362,12 +369,5 @@ impl<'a> TortureRound<'a> {
                 .push(format!("the guest cannot be moved again (exit code {code:?}): {error:#}"));
         }
         Ok(())
-    }
-}
-
-fn signal(process: &LabProcess, signal: Signal) {
-    if let Some(pid) = Pid::from_raw(process.pid() as i32) {
-        // Fails only if it has ended.
-        let _ = kill_process(pid, signal);
     }
 }

@@ -16,7 +16,7 @@ use super::plan::{HostsKind, RoundPlan};
 use super::report::TortureReport;
 use super::round::{RoundOutcome, TortureRound};
 
-/// The log filter: the steps of the handover are logged, and [`record`](super::record) reads them.
+/// The log filter: the steps of the handover are logged, and [`record`](crate::common::record) reads them.
 const LOG: &str = "info,memlane_migrate::effects=debug";
 /// The rate of a port, in bits a second: a guest's memory takes about half a second.
 const PORT_RATE: u64 = 500_000_000;
@@ -39,10 +39,9 @@ pub(crate) struct TortureRun {
 impl TortureRun {
     /// Prepares a run; nothing is started yet.
     pub(crate) fn new(options: TortureOptions, programs: Programs) -> Self {
-        let (seed, kvm) = (options.seed(), why_not(&[Requirement::Kvm]).is_none());
-        let logs = options.logs.clone();
-        let logs = logs.unwrap_or_else(|| std::env::temp_dir().join(format!("memlane-torture-{seed}")));
-        let report = Mutex::new(TortureReport::new(options.json));
+        let (seed, kvm) = (options.run.seed(), why_not(&[Requirement::Kvm]).is_none());
+        let logs = options.run.logs("torture", seed);
+        let report = Mutex::new(TortureReport::new(options.run.json));
         Self { options, programs, seed, kvm, logs, free: Mutex::default(), report, next: AtomicU64::new(0) }
     }
 

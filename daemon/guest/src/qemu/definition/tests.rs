@@ -1,3 +1,4 @@
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
 use memlane_lab::qmp::Monitor;
@@ -5,6 +6,8 @@ use memlane_lab::{Requirement, qemu, say_skipped, skip};
 use proptest::prelude::*;
 use serde_json::json;
 
+use super::super::handed;
+use super::super::state_directory::Paths;
 use super::*;
 
 const FILE: &str = "web1.toml";
@@ -21,12 +24,8 @@ fn complaint(text: &str) -> String {
     }
 }
 
-fn paths(directory: &str) -> Paths {
-    Paths { memory: Path::new(directory).join("ram"), qmp: Path::new(directory).join("qmp.sock") }
-}
-
-fn texts(arguments: Vec<OsString>) -> Vec<String> {
-    arguments.into_iter().map(|argument| argument.into_string().unwrap()).collect()
+fn given() -> Given {
+    Given::by_descriptor(4, 5, [6, 7])
 }
 
 #[test]
@@ -39,6 +38,7 @@ fn two_keys_are_enough() {
             memory: 2 << 30,
             prealloc: false,
             qemu: "/usr/bin/qemu-system-x86_64".into(),
+            user: None,
             arguments: Vec::new(),
             nics: Vec::new(),
             text: MINIMAL.to_owned(),
@@ -54,6 +54,7 @@ fn all_keys_are_read() {
         memory = "64MiB"
         prealloc = true
         qemu = "/opt/qemu"
+        user = 2100000012
         arguments = ["-machine", "q35", "-append", "", "-qmp", "unix:/run/mine,server=on,wait=off"]
         [[nic]]
         mac = "52:54:00:4D:4c:01"
@@ -67,6 +68,7 @@ fn all_keys_are_read() {
     "#;
     let definition = parse(text).unwrap();
     assert_eq!((definition.memory, definition.prealloc), (64 << 20, true));
+    assert_eq!(definition.user, Some(2_100_000_012));
     assert_eq!(definition.arguments.len(), 6);
     let nic = |last, tap: &str, vhost| DefinedNic {
         mac: [0x52, 0x54, 0, 0x4d, 0x4c, last],
@@ -89,9 +91,15 @@ fn all_keys_are_read() {
 fn every_complaint_names_line_key_and_remedy() {
     let nic = "[[nic]]\nmac = \"52:54:00:4d:4c:01\"\ntap = \"tap0\"\nnetwork = \"lan\"\n";
     let mistakes = [
-        ("vcpus = 2".to_owned(), 3, ["unknown key vcpus", "name, memory, prealloc, qemu, arguments, nic"]),
+        (
+            "vcpus = 2".to_owned(),
+            3,
+            ["unknown key vcpus", "name, memory, prealloc, qemu, user, arguments, nic"],
+        ),
         ("prealloc = 1".to_owned(), 3, ["prealloc = 1 ", "true or false"]),
         ("qemu = \"qemu\"".to_owned(), 3, ["qemu = \"qemu\"", "begins with /"]),
+        ("user = 0".to_owned(), 3, ["user = 0 ", "from 1000 to 2147483647"]),
+        ("user = \"web1\"".to_owned(), 3, ["user = \"web1\"", "a whole number"]),
         ("arguments = \"-smp 2\"".to_owned(), 3, ["arguments = \"-smp 2\"", "a list of QEMU's arguments"]),
         ("arguments = [\n\"-smp\",\n2]".to_owned(), 5, ["arguments = 2 ", "a list of QEMU's arguments"]),
         ("arguments = [\"a\\u0000b\"]".to_owned(), 3, ["arguments = ", "without NUL"]),
@@ -139,6 +147,7 @@ fn arguments_that_the_daemon_gives_are_refused_with_the_reason() {
         ("\"-mem-path\", \"/dev/shm\"", "\"-mem-path\"", "guests.memory"),
         ("\"-incoming\", \"defer\"", "\"-incoming\"", "memlanectl launch --incoming"),
         ("\"-daemonize\"", "\"-daemonize\"", "background"),
+        ("\"-runas\", \"nobody\"", "\"-runas\"", "user = "),
         ("\"-S\"", "\"-S\"", "runs at once"),
         ("\"-preconfig\"", "\"-preconfig\"", "runs at once"),
         ("\"-machine\", \"q35,memory-backend=mine\"", "\"q35,memory-backend=mine\"", "its RAM"),
@@ -181,7 +190,7 @@ fn the_command_line_is_complete() {
          network = \"lan\"\nvhost = true"
     );
     let mut definition = parse(&text).unwrap();
-    let line = texts(definition.command_line(&paths("/run/a,b"), false));
+    let line = definition.command_line(&given(), false);
     assert_eq!(
         line,
         [
@@ -190,30 +199,37 @@ fn the_command_line_is_complete() {
             "-m",
             "2147483648B",
             "-object",
-            "memory-backend-file,id=memlane-ram,share=on,size=2147483648,mem-path=/run/a,,b/ram",
+            "memory-backend-file,id=memlane-ram,share=on,size=2147483648,mem-path=/proc/self/fd/4",
             "-machine",
             "memory-backend=memlane-ram",
-            "-qmp",
-            "unix:/run/a,,b/qmp.sock,server=on,wait=off",
+            "-chardev",
+            "socket,id=memlane-monitor,fd=5,server=on,wait=off",
+            "-mon",
+            "chardev=memlane-monitor,mode=control",
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
             "-display",
             "none",
             "-machine",
             "q35",
             "-netdev",
-            "tap,id=memlane-net0,ifname=t,,0,script=no,downscript=no,vhost=on",
+            "tap,id=memlane-net0,fd=6,vhost=on",
             "-device",
             "virtio-net-pci,netdev=memlane-net0,mac=52:54:00:4d:4c:01",
         ]
     );
     definition.prealloc = true;
-    let line = texts(definition.command_line(&paths("/run"), true)).join(" ");
-    assert!(line.contains("mem-path=/run/ram,prealloc=on -machine"), "{line}");
+    let line = definition.command_line(&given(), true).join(" ");
+    assert!(line.contains("mem-path=/proc/self/fd/4,prealloc=on -machine"), "{line}");
     assert!(line.contains("-display none -incoming defer -machine q35"), "{line}");
     for display in ["-display", "--display", "-nographic", "-vnc", "-spice"] {
         definition.arguments = vec![display.to_owned()];
-        let line = texts(definition.command_line(&paths("/run"), false)).join(" ");
+        let line = definition.command_line(&given(), false).join(" ");
         assert!(!line.contains("-display none"), "{line}");
     }
+    definition.arguments = vec!["-sandbox".to_owned(), "on".to_owned()];
+    let line = definition.command_line(&given(), false);
+    assert_eq!(line.iter().filter(|argument| *argument == "-sandbox").count(), 1, "{line:?}");
 }
 
 #[test]
@@ -226,14 +242,15 @@ fn the_real_qemu_takes_it() {
                 arguments = [\"-M\", \"q35,smm=off\", \"-accel\", \"tcg\", \"-nodefaults\"]\n";
     let mut definition = parse(text).unwrap();
     definition.qemu = qemu::program();
-    assert_eq!(Qemu::start(&definition, false, &[]).about(), ("running".to_owned(), definition.memory));
+    let about = |definition: &Definition, incoming, taps| Qemu::start(definition, incoming, taps).about();
+    assert_eq!(about(&definition, false, vec![]), ("running".to_owned(), definition.memory));
     definition.prealloc = true;
-    assert_eq!(Qemu::start(&definition, true, &[]).about(), ("inmigrate".to_owned(), definition.memory));
+    assert_eq!(about(&definition, true, vec![]), ("inmigrate".to_owned(), definition.memory));
 
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/net/tun").exists() {
         return say_skipped(TEST, "NICs need root and /dev/net/tun");
     }
-    // The tap is made in a network namespace of QEMU's own, and ends with it.
+    // The tap is made in a network namespace of its own, and ends with QEMU.
     for vhost in [false, true] {
         if vhost && !Path::new("/dev/vhost-net").exists() {
             return say_skipped(TEST, "vhost=on needs /dev/vhost-net (modprobe vhost_net)");
@@ -241,12 +258,17 @@ fn the_real_qemu_takes_it() {
         let mac = [0x52, 0x54, 0, 0x4d, 0x4c, 1];
         definition.nics =
             vec![DefinedNic { mac, tap: "tap,0".to_owned(), network: "lan".parse().unwrap(), vhost }];
-        let about = Qemu::start(&definition, false, &["unshare", "-n"]).about();
-        assert_eq!(about, ("running".to_owned(), definition.memory));
+        let opened = std::thread::spawn(|| {
+            // SAFETY: a network namespace of its own leaves the thread's memory and descriptors alone.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+            handed::tap_of("tap,0")
+        });
+        let taps = vec![opened.join().unwrap().unwrap()];
+        assert_eq!(about(&definition, false, taps), ("running".to_owned(), definition.memory));
     }
 }
 
-/// A QEMU of a test, in a directory whose name has a comma.
+/// A QEMU of a test.
 struct Qemu {
     process: Child,
     paths: Paths,
@@ -254,17 +276,21 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(definition: &Definition, incoming: bool, under: &[&str]) -> Self {
-        let directory = tempfile::Builder::new().prefix("a,b").tempdir().unwrap();
-        let paths = paths(directory.path().to_str().unwrap());
-        let program = definition.qemu.to_str().unwrap();
-        let line: Vec<&str> = under.iter().copied().chain([program]).collect();
-        let process = Command::new(line[0])
-            .args(&line[1..])
-            .args(definition.command_line(&paths, incoming))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+    fn start(definition: &Definition, incoming: bool, taps: Vec<OwnedFd>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        let paths = Paths { memory: path("ram"), qmp: path("qmp.sock") };
+        let memory = std::fs::File::create_new(&paths.memory).unwrap();
+        let monitor = handed::monitor(&paths.qmp).unwrap();
+        let inherited = |descriptor: &OwnedFd| {
+            rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty()).unwrap();
+            descriptor.as_raw_fd()
+        };
+        let memory = OwnedFd::from(memory);
+        let taps = taps.iter().map(inherited);
+        let given = Given::by_descriptor(inherited(&memory), inherited(&monitor), taps);
+        let line = definition.command_line(&given, incoming);
+        let process = Command::new(&definition.qemu).args(line).stdin(Stdio::null()).spawn().unwrap();
         Self { process, paths, _directory: directory }
     }
 
@@ -330,8 +356,8 @@ proptest! {
         for nic in &definition.nics {
             prop_assert!(nic.mac[0] & 1 == 0 && nic.tap.len() < 16 && !nic.tap.contains('/'));
         }
-        let given = definition.command_line(&paths("/run"), false);
-        prop_assert!(given.iter().filter(|argument| *argument == "-m").count() == 1);
+        let line = definition.command_line(&given(), false);
+        prop_assert!(line.iter().filter(|argument| *argument == "-m").count() == 1);
         prop_assert_eq!(parse(&definition.text).unwrap(), definition);
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of runs may have one")]
 
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use memlane_kvm::ram::{Backing, GuestRam};
@@ -228,6 +229,84 @@ fn what_could_not_be_placed_is_missing_again() {
     assert_eq!((incoming.remaining(), byte(&incoming, 9), byte(&incoming, 19)), (0, 9, 19));
     let report = incoming.report();
     assert_eq!((report.pages_streamed, report.pages_fetched), (10, 10));
+    incoming.end().unwrap();
+}
+
+/// The state of a daemon that has taken the place of the one with `before`.
+fn again(before: PostcopyIncoming) -> PostcopyIncoming {
+    // The VMM's copy.
+    let kept = before.userfault.as_fd().try_clone_to_owned().unwrap();
+    let memory = before.memory.clone();
+    drop(before);
+    let userfault = Userfault::from_fd_set_up(kept).unwrap();
+    PostcopyIncoming::again(userfault, memory, Arc::new(|| ()), Arc::new(Unwatched)).unwrap()
+}
+
+#[test]
+fn another_daemon_finds_what_is_missing_and_who_waits_for_it() {
+    let test = "another_daemon_finds_what_is_missing_and_who_waits_for_it";
+    let Some(before) = incoming(test, &LAYOUT, &Backing::Memfd) else { return };
+    // Pages 0 to 9 came before the guest ran, and page 3 and 203 were written to since.
+    before.memory.ram().write_pages(0..10, &bytes(0..10)).unwrap();
+    before.add_missing(90..210).unwrap();
+    before.all_known();
+    before.place(&[run(200..205, Content::Data)], &bytes(200..205), By::Stream).unwrap();
+    for page in [3, 203] {
+        other_mapping(&before).write_pages(page..page + 1, &[0xee; PAGE_SIZE as usize]).unwrap();
+    }
+    let ram = before.memory.ram().clone();
+    // SAFETY: within page 100, which is mapped as long as `ram` lives.
+    let reader =
+        std::thread::spawn(move || unsafe { ram.slices(100..101).next().unwrap().ptr.read_volatile() });
+    let mut heard = 0;
+    while heard == 0 {
+        heard = before.userfault.read(|_| {}).unwrap();
+    }
+
+    let incoming = again(before);
+    // What was never touched is found to be missing as well.
+    let missing: Vec<_> = incoming.missing().runs().collect();
+    assert_eq!((missing, incoming.remaining()), (vec![10..200, 205..224], 209));
+    incoming.verify_holes().unwrap();
+    let mut awaited = Vec::new();
+    while awaited.is_empty() {
+        incoming.userfault.read(|fault| awaited.extend(incoming.fault(fault.address).unwrap())).unwrap();
+    }
+    assert_eq!(awaited, [100]);
+    let runs = [run(10..90, Content::Hole), run(90..210, Content::Data), run(210..224, Content::Hole)];
+    incoming.place(&runs, &bytes(90..210), By::Stream).unwrap();
+    assert_eq!(reader.join().unwrap(), 100);
+    assert_eq!(incoming.remaining(), 0);
+    let expected = [(3, 0xee), (9, 9), (50, 0), (90, 90), (203, 0xee), (204, 204), (209, 209), (220, 0)];
+    // Holes are made zeros by whoever answers accesses.
+    for (page, found) in expected {
+        if matches!(page, 50 | 220) {
+            incoming.zero(&(page..page + 1), IfPresent::Skip).unwrap();
+        }
+        assert_eq!(byte(&incoming, page), found, "page {page}");
+    }
+    incoming.end().unwrap();
+}
+
+#[test]
+fn another_daemon_leaves_huge_pages_alone_that_are_there() {
+    let test = "another_daemon_leaves_huge_pages_alone_that_are_there";
+    let _pages = match HugePages::reserve(3) {
+        Ok(pages) => pages,
+        Err(error) => return say_skipped(test, &format!("{error:#}")),
+    };
+    let Some(before) = incoming(test, &[(0, 6 << 20)], &Backing::HugeMemfd) else { return };
+    before.add_missing(0..1536).unwrap();
+    before.all_known();
+    before.place(&[run(0..512, Content::Zero)], &[], By::Stream).unwrap();
+    before.place(&[run(512..1024, Content::Data)], &bytes(512..1024), By::Stream).unwrap();
+
+    let incoming = again(before);
+    // The first huge page is there, but looks as if it were not.
+    assert_eq!(incoming.missing().runs().collect::<Vec<_>>(), [0..512, 1024..1536]);
+    incoming.place(&[run(0..1536, Content::Data)], &vec![0xff; 6 << 20], By::Stream).unwrap();
+    assert_eq!([0, 511, 600, 1024].map(|page| byte(&incoming, page)), [0, 0, (600 % 256) as u8, 0xff]);
+    assert_eq!((incoming.remaining(), incoming.broken()), (0, None));
     incoming.end().unwrap();
 }
 
