@@ -133,6 +133,7 @@ impl Observer for Metrics {
                 histogram!(DOWNTIME_PREDICTED).record(predicted);
                 histogram!(DOWNTIME_ERROR).record(actual.abs_diff(predicted));
             }
+            Measurement::BlockIoStalled(stall) => histogram!(IO_STALL).record(stall),
             Measurement::StunBegan(took) => histogram!(STUN_SWITCH).record(took),
             Measurement::Stunned { before, now } => stunned(before, now),
             Measurement::Fetched { before, now } => fetched(before, now),

@@ -43,6 +43,7 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         pages_sent,
         zero_pages,
         hole_pages,
+        longest_io_stall_seconds,
         bandwidth_bytes_per_second,
         iterations,
     } = ram;
@@ -91,6 +92,7 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         pages_sent,
         zero_pages,
         hole_pages,
+        longest_io_stall_seconds,
         bandwidth_bytes_per_second,
         rounds: iterations.into_iter().map(round).collect(),
         lanes: lanes.into_iter().map(lane).collect(),

@@ -94,6 +94,12 @@ pub trait Driver {
     async fn throttle(&self, _pages_per_second: u64) -> Result<Option<ThrottleStats>, DriverError> {
         Ok(None)
     }
+    /// Returns once all block I/O has ended that was under way, if the guest has a disk that bypasses the page cache. Such
+    /// a read is noticed as a write when it begins, and writes to memory until it ends. Returns how long the guest's
+    /// I/O stood still for that, or `None` if there is no such disk.
+    async fn drain(&self) -> Result<Option<Duration>, DriverError> {
+        Ok(None)
+    }
     /// Stops tracking.
     async fn stop_tracking(&self) -> Result<(), DriverError>;
     /// Makes a userfaultfd of the VMM's process, and finds the guest's memory there. With `keep` the process keeps a
@@ -130,6 +136,11 @@ pub trait Driver {
     /// Tells whether saving takes hold of more than memory, such as disks, so that it must begin only when nothing else
     /// is left to do.
     fn saves_last(&self) -> bool {
+        false
+    }
+    /// Tells whether, when tracking began, the guest had a disk that bypasses the page cache: what is noticed as written may
+    /// be read for sending only after [`Driver::drain`].
+    fn reads_directly(&self) -> bool {
         false
     }
     /// Tells whether the VMM waits for a guest, and no program other than this daemon is about to give it one.

@@ -32,6 +32,8 @@ pub struct Guest {
     pub tracked: Cell<bool>,
     /// This is present while the guest's writes are held up.
     pub(crate) stunned: RefCell<Option<Stunned>>,
+    /// This is true while block I/O is waited for, which must not be held up.
+    pub(crate) draining: Cell<bool>,
     /// The guest takes part in this migration.
     pub(crate) migration: Cell<Option<MigrationId>>,
     /// When it attached, the VMM said that the guest waits for the outcome of this migration.
@@ -58,7 +60,8 @@ impl Guest {
         run_state: RunState,
     ) -> Self {
         let (run_state, migration) = (Cell::new(run_state), Cell::default());
-        let (tracked, stunned, bond, launched_for_migration, incomplete, lost, ahead) = Default::default();
+        let (tracked, stunned, draining, bond) = Default::default();
+        let (launched_for_migration, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
             ram,
@@ -67,6 +70,7 @@ impl Guest {
             run_state,
             tracked,
             stunned,
+            draining,
             migration,
             bond,
             launched_for_migration,
@@ -111,6 +115,16 @@ impl Guest {
             Some(tracking) => tracking.harvest(into).await,
             None => self.driver.harvest(into).await,
         }
+    }
+
+    /// Does what [`Driver::drain`] says. What a device writes is not held up meanwhile, though the guest is stunned.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Driver::drain`] does.
+    pub async fn drain(&self) -> Result<Option<Duration>, DriverError> {
+        let _open = self.open_for_drain();
+        self.driver.drain().await
     }
 
     /// Does what [`Driver::stop_tracking`] says, with the tracker that is in use.

@@ -54,6 +54,22 @@ pub struct Switch {
     pub took: Duration,
 }
 
+/// Nothing holds up the writes of a stunned guest while this is there.
+pub(crate) struct Open<'g> {
+    guest: &'g Guest,
+    /// They are held to this rate afterwards, in pages of 4 KiB per second.
+    rate: Option<u64>,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.guest.draining.set(false);
+        if let Some(rate) = self.rate {
+            self.guest.write_faults(|write_faults| write_faults.set_rate(rate));
+        }
+    }
+}
+
 impl Guest {
     /// Holds the guest's writes to so many pages of 4 KiB per second from now on. Pages that it has written before are
     /// added to `into`. Pages of `in_flight` are being sent, as may be those of `into`.\n\nThe guest runs on meanwhile.
@@ -129,6 +145,8 @@ impl Guest {
         let tracking = Tracking::start(memory, Some(pages_per_second)).await?;
         tracking.write_protect_all().await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
+        // What devices write that had begun before has landed when it is compared.
+        self.drain().await?;
         add(into, &unsettled).await;
         // And what is written from here on, by the tracker.
         let changed = before.compare(self.ram.clone(), into).await?;
@@ -142,7 +160,9 @@ impl Guest {
     ///
     /// Fails if the VMM refuses.
     pub async fn set_stun(&self, pages_per_second: u64) -> Result<(), DriverError> {
-        self.write_faults(|write_faults| write_faults.set_rate(pages_per_second));
+        if !self.draining.get() {
+            self.write_faults(|write_faults| write_faults.set_rate(pages_per_second));
+        }
         if let Some(Stunned::Throttled { rate, .. }) = &mut *self.stunned.borrow_mut() {
             *rate = pages_per_second;
         }
@@ -168,6 +188,14 @@ impl Guest {
     /// Lets all writes of a guest that is stunned go, as fast as they come.
     pub fn let_writes_go(&self) {
         self.write_faults(WriteFaultHandler::open);
+    }
+
+    /// Lets all writes of a guest that is stunned go until what this returns is dropped.
+    pub(crate) fn open_for_drain(&self) -> Open<'_> {
+        self.draining.set(true);
+        let rate = self.write_faults(WriteFaultHandler::rate).flatten();
+        self.let_writes_go();
+        Open { guest: self, rate }
     }
 
     /// Ends the stun of a guest whose VMM is out of reach.

@@ -100,6 +100,14 @@ impl WriteFaultHandler {
         self.shared.order(Order::Rate(pages_per_second));
     }
 
+    /// Returns how many pages of 4 KiB are let go per second, if they do not all go.
+    pub(crate) fn rate(&self) -> Option<u64> {
+        match self.shared.account().order {
+            Order::Rate(pages_per_second) => Some(pages_per_second),
+            Order::Open | Order::End => None,
+        }
+    }
+
     /// Lets all go from now on, as soon as they come.
     pub(crate) fn open(&self) {
         self.shared.order(Order::Open);

@@ -60,6 +60,8 @@ pub enum Measurement<'m> {
     },
     /// Tracking of a guest's writes began, which took this long.
     TrackingStarted(Duration),
+    /// Block I/O of a guest stood still for this long, so that pages could be read.
+    BlockIoStalled(Duration),
     /// A guest was paused and runs again.
     Downtime {
         /// It was paused for this long.

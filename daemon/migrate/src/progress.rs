@@ -79,6 +79,9 @@ pub struct RamStats {
     pub zero_pages: u64,
     /// This many pages were sent as holes, without being read.
     pub hole_pages: u64,
+    /// Block I/O of the guest stood still for this long at most, each time that it had to come to an end before pages could
+    /// be read. It is `None` if the guest has no disk that bypasses the page cache.
+    pub longest_io_stall_seconds: Option<f64>,
     /// All lanes together deliver this many bytes of pages per second, as they are before they are compressed, measured
     /// lately.
     pub bandwidth_bytes_per_second: f64,

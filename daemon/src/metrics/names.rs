@@ -22,6 +22,7 @@ pub(super) const TRACKING_START: &str = "memlane_tracking_start_seconds";
 pub(super) const DOWNTIME: &str = "memlane_downtime_seconds";
 pub(super) const DOWNTIME_PREDICTED: &str = "memlane_downtime_predicted_seconds";
 pub(super) const DOWNTIME_ERROR: &str = "memlane_downtime_prediction_error_seconds";
+pub(super) const IO_STALL: &str = "memlane_block_io_stall_seconds";
 pub(super) const STUN_SWITCH: &str = "memlane_stun_switch_seconds";
 pub(super) const STUN_SECONDS: &str = "memlane_stun_seconds_total";
 pub(super) const STUN_RELEASED: &str = "memlane_stun_released_pages_total";
@@ -78,7 +79,7 @@ pub(super) const DISK: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
 /// This table lists the name, kind, unit and help text of all metrics.
-pub(super) const ALL: [(&str, Kind, Unit, &str); 35] = [
+pub(super) const ALL: [(&str, Kind, Unit, &str); 36] = [
     (GUESTS, Kind::Gauge, Unit::Count, "Guests whose VMM is attached."),
     (MIGRATIONS_ACTIVE, Kind::Gauge, Unit::Count, "Migrations under way, in both directions."),
     (
@@ -104,6 +105,12 @@ pub(super) const ALL: [(&str, Kind, Unit, &str); 35] = [
     (DOWNTIME, Kind::Histogram(SHORT), Unit::Seconds, "Downtime: how long guests stood still."),
     (DOWNTIME_PREDICTED, Kind::Histogram(SHORT), Unit::Seconds, "Downtime as predicted at switchover."),
     (DOWNTIME_ERROR, Kind::Histogram(SHORT), Unit::Seconds, "How far downtime and prediction lay apart."),
+    (
+        IO_STALL,
+        Kind::Histogram(SHORT),
+        Unit::Seconds,
+        "How long block I/O of guests stood still so that memory could be read.",
+    ),
     (
         STUN_SWITCH,
         Kind::Histogram(SHORT),

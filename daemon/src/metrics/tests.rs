@@ -119,6 +119,7 @@ fn what_is_recorded_is_rendered() {
         measured(Measurement::Downtime { actual, predicted });
         journal_synced(Duration::from_micros(300));
         (0..5).for_each(|_| Metrics.announced()());
+        measured(Measurement::BlockIoStalled(Duration::from_millis(4)));
         measured(Measurement::StunBegan(Duration::from_millis(30)));
         let report = StunReport { in_force: Duration::from_secs(2), released_pages: 9, target_pages: 9.0 };
         Metrics.measured(Measurement::Stunned { before: &StunReport::default(), now: &report });
@@ -154,6 +155,7 @@ fn what_is_recorded_is_rendered() {
         ("memlane_downtime_prediction_error_seconds_sum", 0.003),
         ("memlane_journal_sync_seconds_count", 1.0),
         ("memlane_announcements_total", 5.0),
+        ("memlane_block_io_stall_seconds_sum", 0.004),
         ("memlane_stun_switch_seconds_sum", 0.03),
         ("memlane_stun_seconds_total", 2.0),
         ("memlane_stun_released_pages_total", 9.0),

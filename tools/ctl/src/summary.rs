@@ -68,6 +68,9 @@ pub(crate) fn of(migration: &Migration) -> String {
     if let Some(downtime) = downtime(migration) {
         row("downtime", downtime);
     }
+    if let Some(stall) = migration.longest_io_stall_seconds {
+        row("disk I/O", format!("stood still for {} at most", units::seconds(stall)));
+    }
     if let Some(postcopy) = &migration.postcopy {
         row("post-copy", fetched(postcopy));
     }

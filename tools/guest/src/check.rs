@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
+use crate::disk;
 use crate::options::BootOptions;
 use crate::pattern::{CheckedRegion, Mismatch, PAGE_BYTES};
 
@@ -18,9 +19,9 @@ const MOST_COMPLAINTS: u64 = 20;
 /// The counters of the threads.
 #[derive(Debug, Default)]
 pub(crate) struct CheckCounters {
-    /// The number of pages that were checked and found as they should be.
+    /// The number of pages, and of pieces of a disk, that were checked and found as they should be.
     pub passes: AtomicU64,
-    /// The number of pages that were checked and found different.
+    /// The number of pages, and of pieces of a disk, that were checked and found different.
     pub failures: AtomicU64,
 }
 
@@ -32,7 +33,7 @@ pub(crate) struct Checkers {
 }
 
 /// An order to check all pages now. Its channel is closed when that is done.
-type Order = mpsc::Sender<()>;
+pub(crate) type Order = mpsc::Sender<()>;
 
 impl Checkers {
     /// Takes memory, writes all of it once, and starts the threads.
@@ -56,6 +57,9 @@ impl Checkers {
             let counters = counters.clone();
             std::thread::spawn(move || check(region, rate, &receiver, &counters));
         }
+        for disk in &options.disks {
+            orders.extend(disk::start(disk, &counters)?);
+        }
         Ok(Self { counters, orders: Mutex::new(orders) })
     }
 
@@ -77,7 +81,7 @@ impl Checkers {
 }
 
 /// Maps memory whose pages exist once they are touched.
-fn map(bytes: u64) -> Result<&'static mut [u64], String> {
+pub(crate) fn map(bytes: u64) -> Result<&'static mut [u64], String> {
     let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at a place of the kernel's choice.
     let address = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes as usize, access, flags) }
@@ -113,6 +117,12 @@ fn check(mut region: CheckedRegion, rate: u64, orders: &mpsc::Receiver<Order>, c
 }
 
 impl CheckCounters {
+    /// Counts what was read from a disk and found as it should be, or different.
+    pub(crate) fn count_read(&self, passed: bool) {
+        let counter = if passed { &self.passes } else { &self.failures };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn count(&self, checked: Result<(), Mismatch>) {
         let Err(Mismatch { page, word, expected, found }) = checked else {
             self.passes.fetch_add(1, Ordering::Relaxed);

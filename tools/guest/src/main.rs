@@ -6,6 +6,7 @@
 
 mod boot;
 mod check;
+mod disk;
 mod options;
 mod pattern;
 mod service;

@@ -6,6 +6,7 @@
 //! | `memlane.memory=512M` | memory that is written and checked, in bytes or with K, M or G | 64M |
 //! | `memlane.checkers=2` | threads that do it | 1 |
 //! | `memlane.rate=2000` | pages that they write a second, all together | 2000 |
+//! | `memlane.disks=vda,vdb` | disks that are read all the time, past the page cache | none |
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -25,6 +26,8 @@ pub(crate) struct BootOptions {
     pub checkers: u64,
     /// The number of pages that all threads together write in a second.
     pub rate: u64,
+    /// The disks that are read all the time.
+    pub disks: Vec<String>,
 }
 
 impl BootOptions {
@@ -38,7 +41,7 @@ impl BootOptions {
     /// Makes parameters for the tests of other modules.
     #[cfg(test)]
     pub(crate) fn for_test(memory_bytes: u64, checkers: u64, rate: u64) -> Self {
-        Self { address: Ipv4Addr::LOCALHOST, prefix: 8, memory_bytes, checkers, rate }
+        Self { address: Ipv4Addr::LOCALHOST, prefix: 8, memory_bytes, checkers, rate, disks: Vec::new() }
     }
 
     fn parse(line: &str) -> Result<Self, String> {
@@ -67,6 +70,7 @@ impl BootOptions {
             memory_bytes: number("memory", 64 << 20)?,
             checkers: number("checkers", 1)?,
             rate: number("rate", 2000)?,
+            disks: value("disks").into_iter().flat_map(|disks| disks.split(',')).map(str::to_owned).collect(),
         };
         if !(1..=256).contains(&options.checkers) {
             return Err(wrong("checkers", "1 to 256"));
@@ -94,7 +98,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_read_among_the_kernels_own_words() {
-        let line = "console=ttyS0 memlane.address=10.78.0.2/24 quiet memlane.memory=3M memlane.checkers=2\n";
+        let line = "console=ttyS0 memlane.address=10.78.0.2/24 quiet memlane.memory=3M memlane.checkers=2 memlane.disks=vda,vdb\n";
         let found = BootOptions::parse(line).unwrap();
         let expected = BootOptions {
             address: Ipv4Addr::new(10, 78, 0, 2),
@@ -102,6 +106,7 @@ mod tests {
             memory_bytes: 3 << 20,
             checkers: 2,
             rate: 2000,
+            disks: vec!["vda".into(), "vdb".into()],
         };
         assert_eq!(found, expected);
     }

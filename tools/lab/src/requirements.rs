@@ -27,6 +27,8 @@ pub enum Requirement {
     Qemu,
     /// A kernel for Linux guests, unpacked already.
     Kernel,
+    /// A kernel with FUSE.
+    Fuse,
     /// The ssh server [`SSHD`], and the programs that come with it.
     Sshd,
     /// `systemd-analyze` of systemd, which need not run here.
@@ -45,6 +47,10 @@ impl Requirement {
 
     /// The requirements of a lab with QEMU guests that run Linux.
     pub const LAB_WITH_LINUX: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu, Self::Kernel];
+
+    /// The requirements of a lab with QEMU guests that run Linux and have a [disk](crate::LateDisk) whose reads end late.
+    pub const LAB_WITH_LATE_DISK: &[Self] =
+        &[Self::Root, Self::Ip, Self::Tc, Self::Qemu, Self::Kernel, Self::Fuse];
 }
 
 /// A requirement that is not met. Its text says what to do.
@@ -102,6 +108,8 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Tc => in_path("tc", "iproute2"),
         Requirement::Kvm => kvm(),
         Requirement::Qemu => qemu::why_not(),
+        Requirement::Fuse if Path::new("/dev/fuse").exists() => None,
+        Requirement::Fuse => Some("there is no /dev/fuse (modprobe fuse)".into()),
         Requirement::Sshd if Path::new(SSHD).exists() => in_path("ssh", "openssh-client"),
         Requirement::Sshd => Some(format!("there is no {SSHD} (install openssh-server)")),
         Requirement::SystemdAnalyze => in_path("systemd-analyze", "systemd"),

@@ -80,6 +80,10 @@ pub struct Migration {
     pub zero_pages: u64,
     /// This many pages were sent as holes, without being read.
     pub hole_pages: u64,
+    /// The guest's block I/O stood still for this many seconds at most, each time that it had to come to an end before
+    /// memory could be read; `null` if no disk of the guest bypasses the page cache.
+    #[serde(default)]
+    pub longest_io_stall_seconds: Option<f64>,
     /// All lanes together deliver this many bytes of pages per second, measured lately and counted before compression.
     pub bandwidth_bytes_per_second: f64,
     /// These are the rounds so far. The last one may be under way.
@@ -300,6 +304,7 @@ impl Migration {
             pages_sent: 0,
             zero_pages: 0,
             hole_pages: 0,
+            longest_io_stall_seconds: None,
             bandwidth_bytes_per_second: 0.0,
             rounds: Vec::new(),
             lanes: Vec::new(),

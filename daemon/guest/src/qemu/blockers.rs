@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::block::{self, BlockNode};
 use super::qmp::{Qmp, items};
 use crate::shim::Shims;
 use crate::{Blocker, DriverError};
@@ -87,30 +88,20 @@ fn bypassing(device: &Value) -> Option<Blocker> {
     Some(Blocker::new("device", detail, Some(remedy)))
 }
 
-/// Finds disks that are read past the page cache: the device writes guest memory when it is done, long after the write
-/// was noticed, and the page may have been sent in between.
+/// Finds disks whose drivers map the guest's memory for a device: it writes there when it likes, and waiting for block
+/// I/O tells nothing about that.
 async fn disks(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
-    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
-    Ok(items(&nodes).iter().filter_map(direct).collect())
+    let nodes = block::nodes(qmp).await?;
+    Ok(nodes.iter().filter(|node| node.maps_memory()).map(mapping).collect())
 }
 
-fn direct(node: &Value) -> Option<Blocker> {
-    let driver = node["drv"].as_str().unwrap_or_default();
-    let bypasses = driver.starts_with("nvme") || driver.starts_with("virtio-blk-");
-    if !bypasses && node["cache"]["direct"] != true {
-        return None;
-    }
-    let name = node["node-name"].as_str().unwrap_or_default();
-    let file = node["file"].as_str().unwrap_or_default();
+fn mapping(node: &BlockNode) -> Blocker {
+    let BlockNode { name, file, driver, .. } = node;
     let detail = format!(
-        "disk {file} (node {name}, {driver}) bypasses the page cache: its device writes guest memory where nobody \
-         sees it"
+        "disk {file} (node {name}, {driver}) maps the guest's memory for its device, which writes there where nobody sees it"
     );
-    let remedy = match bypasses {
-        true => "use another -blockdev driver for it than one that drives the device by itself",
-        false => "use -drive cache=writeback (cache.direct=off in -blockdev)",
-    };
-    Some(Blocker::new("disk", detail, Some(remedy.to_owned())))
+    let remedy = "use another -blockdev driver for it than one that drives the device by itself";
+    Blocker::new("disk", detail, Some(remedy.to_owned()))
 }
 
 /// Finds what QEMU itself says against any migration.
@@ -152,10 +143,10 @@ mod tests {
     }
 
     #[test]
-    fn disks_past_the_page_cache_are_named() {
-        let node = |driver: &str, direct: bool| json!({ "node-name": "n0", "drv": driver, "file": "/srv/a.img", "cache": { "direct": direct } });
-        assert!(direct(&node("file", false)).is_none() && direct(&node("qcow2", false)).is_none());
-        assert!(direct(&node("file", true)).unwrap().remedy.unwrap().contains("cache.direct=off"));
-        assert!(direct(&node("nvme", false)).unwrap().detail.contains("/srv/a.img"));
+    fn disks_that_map_memory_are_named() {
+        let answer = json!({ "node-name": "n0", "drv": "nvme", "file": "nvme://0000:01:00.0/1" });
+        let node = BlockNode::from_answer(&answer);
+        let blocker = mapping(&node);
+        assert!(blocker.detail.contains("nvme://0000:01:00.0/1") && blocker.detail.contains("node n0"));
     }
 }

@@ -55,6 +55,9 @@ pub struct Definition {
     pub arguments: Vec<String>,
     /// These are the network interfaces, which are announced after a migration.
     pub nics: Vec<DefinedNic>,
+    /// This is the machine type of the guest as it runs elsewhere, in place of what the arguments say: a type without a
+    /// version is another machine in each QEMU.
+    pub machine: Option<String>,
     /// This is the text of the file, as it travels with the guest.
     pub text: String,
 }
@@ -150,6 +153,7 @@ impl Definition {
             user: or(table.take("user"), None, |value| value.integer(1000..=i32::MAX as u32).map(Some))?,
             arguments: table.take("arguments").map_or(Ok(Vec::new()), arguments)?,
             nics: nics(&mut table)?,
+            machine: None,
             text: text.to_owned(),
         };
         table.finish()?;
@@ -157,6 +161,16 @@ impl Definition {
             return Err(DefinitionError::TooManyNics { file: file.to_owned(), found: definition.nics.len() });
         }
         Ok(definition)
+    }
+
+    /// Has QEMU make this machine, whatever the arguments say. Does nothing if that is no name of a machine type.
+    #[must_use]
+    pub fn with_machine(mut self, machine: &str) -> Self {
+        let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        let is_name =
+            machine.starts_with(|c: char| c.is_ascii_alphanumeric()) && machine.chars().all(is_part);
+        self.machine = is_name.then(|| machine.to_owned());
+        self
     }
 
     /// Refuses a program that this host's configuration does not let guest files name.
@@ -201,6 +215,10 @@ impl Definition {
             line.option("-incoming", "defer");
         }
         line.0.extend(self.arguments.iter().cloned());
+        if let Some(machine) = &self.machine {
+            // Of two types the last one counts.
+            line.option("-machine", machine);
+        }
         // Behind the file's devices: the NICs take the slots that those leave free.
         for (number, (nic, tap)) in self.nics.iter().zip(&given.taps).enumerate() {
             // /dev/vhost-net is QEMU's own to open: whoever may use KVM may use it, and the daemon need not.

@@ -31,7 +31,7 @@ use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
-use super::{blockers, launch};
+use super::{block, blockers, launch};
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
 use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
@@ -60,6 +60,8 @@ pub(super) struct Qemu {
     /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
+    /// This is true if a disk bypassed the page cache when tracking began.
+    reads_directly: Cell<bool>,
     /// This task reads what QEMU's migration writes.
     state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
 }
@@ -87,6 +89,7 @@ impl Qemu {
             loaded: Cell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
+            reads_directly: Cell::default(),
             state: RefCell::default(),
         }
     }
@@ -150,6 +153,7 @@ impl Driver for Qemu {
         self.states.note_migration(&self.name, true).await;
         self.remember_settings().await?;
         settings::prepare_source(&self.qmp).await?;
+        self.reads_directly.set(block::late(&self.qmp).await?.is_some());
         let tracking = Tracking::start(self.open_memory(false).await?, None).await?;
         *self.tracking.borrow_mut() = Some(Rc::new(tracking));
         Ok(())
@@ -161,6 +165,22 @@ impl Driver for Qemu {
 
     async fn harvest(&self, into: &PageSet) -> Result<Harvest, DriverError> {
         self.tracking("harvest")?.harvest(into).await
+    }
+
+    async fn drain(&self) -> Result<Option<Duration>, DriverError> {
+        // A disk that is gone by now was drained when it went.
+        let Some(node) = block::late(&self.qmp).await? else { return Ok(None) };
+        if !self.reads_directly.get() {
+            let what = "a disk that bypasses the page cache came while the guest was copied, and what it read may have \
+                        been missed";
+            let reason = format!("{what} ({}, node {}); order the move again", node.file, node.name);
+            return Err(DriverError::Failed { request: "drain", reason });
+        }
+        block::drain(&self.qmp).await.map(Some)
+    }
+
+    fn reads_directly(&self) -> bool {
+        self.reads_directly.get()
     }
 
     async fn stop_tracking(&self) -> Result<(), DriverError> {

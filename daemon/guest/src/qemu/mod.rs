@@ -4,6 +4,7 @@
 //! is. From then on a [`Supervisor`] keeps to it, across lost connections and, by what is in its state directory,
 //! across the daemon's own end.
 
+mod block;
 mod blockers;
 mod child;
 pub mod definition;

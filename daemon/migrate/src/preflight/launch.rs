@@ -54,6 +54,7 @@ pub(super) async fn launch_incoming(
     if !disks.is_empty() {
         return Err(disks);
     }
+    let definition = definition.with_machine(&brought.machine);
     context.qemu.launch_incoming(definition).await.map_err(|error| vec![refusal(error)])
 }
 

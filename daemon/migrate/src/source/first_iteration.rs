@@ -18,6 +18,9 @@ const PIECE_PAGES: u64 = (64 << 20) / PAGE_SIZE;
 /// into being at that very moment. It is not all of a large guest at once, since KVM's dirty log has to protect each
 /// page all the same.
 const HOLE_PAGES: u64 = (64 << 30) / PAGE_SIZE;
+/// This many pages are write-protected at once if block I/O has to come to an end before they may be read: so it stands
+/// still seldom.
+const SETTLED_PAGES: u64 = (1 << 30) / PAGE_SIZE;
 /// This many write-protected pages may wait for the lanes.
 const AHEAD_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 
@@ -28,10 +31,11 @@ impl Precopy {
         let transfer = &self.transfer;
         let ram = &transfer.guest.ram;
         let pages = ram.pages();
+        let at_once = if transfer.guest.driver.reads_directly() { SETTLED_PAGES } else { PIECE_PAGES };
         let mut holes = Vec::new();
         let mut first = 0;
         while first < pages {
-            let piece = next_piece(ram, first).await.map_err(CopyError::Memory)?;
+            let piece = next_piece(ram, first, at_once).await.map_err(CopyError::Memory)?;
             let begins = first == 0;
             first = piece.end;
             let data = match transfer.guest.driver.write_protect(piece.clone()).await? {
@@ -40,6 +44,7 @@ impl Precopy {
                 None => data_extents(ram, piece.clone()).await,
             };
             let data = data.map_err(CopyError::Memory)?;
+            transfer.settle().await?;
             let mut fresh = 0;
             let mut hole_from = piece.start;
             for extent in data {
@@ -67,15 +72,15 @@ impl Precopy {
     }
 }
 
-/// Returns the pages from `first` on that are write-protected together: a piece, or many pieces if there is nothing in
-/// them now. That is no promise, as the guest runs: they are looked at once they are protected.
-async fn next_piece(ram: &Arc<GuestRam>, first: u64) -> std::io::Result<Range<u64>> {
+/// Returns the pages from `first` on that are write-protected together: `at_once`, or many times that if there is nothing
+/// in them now. That is no promise, as the guest runs: they are looked at once they are protected.
+async fn next_piece(ram: &Arc<GuestRam>, first: u64, at_once: u64) -> std::io::Result<Range<u64>> {
     let ram = ram.clone();
     let look = move || {
-        let (piece, hole) = (first + PIECE_PAGES, first + HOLE_PAGES);
+        let (piece, hole) = (first + at_once, first + HOLE_PAGES);
         let data = ram.next_data(first..hole)?.unwrap_or(hole);
         // Huge pages are write-protected whole, wherever they begin.
-        Ok(ram.whole(first..(data / PIECE_PAGES * PIECE_PAGES).max(piece).min(ram.pages())))
+        Ok(ram.whole(first..(data / at_once * at_once).max(piece).min(ram.pages())))
     };
     tokio::task::spawn_blocking(look).await.expect("looking does not panic")
 }

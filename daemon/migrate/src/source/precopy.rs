@@ -216,8 +216,7 @@ impl Precopy {
         let transfer = &self.transfer;
         transfer.handle.update(|progress| progress.status.phase = Phase::Preparing);
         let started = Instant::now();
-        transfer.guest.tracked.set(true);
-        transfer.guest.driver.start_tracking().await?;
+        transfer.start_tracking().await?;
         let took = started.elapsed();
         transfer.context.observer.measured(Measurement::TrackingStarted(took));
         transfer.handle.update(|progress| {

@@ -74,6 +74,7 @@ impl Switchover {
         let asked = Instant::now();
         let pausing = async { Ok(transfer.guest.pause(self.longest_pause()).await?) };
         let at = self.in_time(asked, pausing).await?;
+        transfer.note_pause();
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
         transfer.handle.update(|progress| progress.pause.stopped_at_seconds = Some(stopped_at));

@@ -12,6 +12,8 @@ use memlane_guest::{Guest, StunReport};
 use memlane_lane::{SendState, Totals};
 use memlane_net::link::LinkError;
 use memlane_net::resumable::ResumableSender;
+use memlane_net::task;
+use memlane_protocol::PageSet;
 use memlane_protocol::compression;
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
 use tokio::sync::{Mutex, Notify, mpsc};
@@ -60,6 +62,11 @@ pub(super) struct Transfer {
     lanes_lost: RefCell<BTreeSet<u16>>,
     /// This is how a stun went when it was last looked at.
     stunned: Cell<StunReport>,
+    /// Devices may still be writing to these pages, which were reported as written. It is `None` if the guest has no disk
+    /// that bypasses the page cache.
+    unsettled: RefCell<Option<Rc<PageSet>>>,
+    /// This is true once the guest is paused: no block I/O is under way then.
+    at_rest: Cell<bool>,
 }
 
 impl Transfer {
@@ -76,7 +83,7 @@ impl Transfer {
         outbound.compress = parameters.compression == compression::Mode::Auto;
         let (answers, arriving) = mpsc::channel(ANSWERS_WAITING);
         let lanes = Lanes::new(&context).into();
-        let (holes_sent, holes_made, lanes_lost, stunned) = Default::default();
+        let (holes_sent, holes_made, lanes_lost, stunned, unsettled, at_rest) = Default::default();
         let transfer = Self {
             context,
             guest,
@@ -92,8 +99,24 @@ impl Transfer {
             holes_made,
             lanes_lost,
             stunned,
+            unsettled,
+            at_rest,
         };
         (Rc::new(transfer), answers)
+    }
+
+    /// Begins to track the guest's writes.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM refuses or does not answer.
+    pub(super) async fn start_tracking(&self) -> Result<(), CopyError> {
+        self.guest.tracked.set(true);
+        self.guest.driver.start_tracking().await?;
+        if self.guest.driver.reads_directly() {
+            self.unsettled.replace(Some(PageSet::new(self.guest.ram.pages()).into()));
+        }
+        Ok(())
     }
 
     /// Marks the pages as dirty that were written since they were write-protected or last harvested, and has the lanes
@@ -103,12 +126,44 @@ impl Transfer {
     ///
     /// Fails if the VMM does not answer. What it has found may then be lost.
     pub(super) async fn harvest(&self) -> Result<u64, CopyError> {
-        let found = self.guest.harvest(&self.outbound.dirty).await?;
+        let (unsettled, dirty) = (self.unsettled.borrow().clone(), &self.outbound.dirty);
+        let mut found = self.guest.harvest(unsettled.as_deref().unwrap_or(dirty)).await?;
+        self.settle().await?;
+        if let Some(unsettled) = unsettled {
+            found.new = 0;
+            let pass_on = |pages| found.new += unsettled.drain_into(pages, dirty);
+            task::in_pieces(unsettled.pages(), pass_on).await;
+        }
         if found.holes {
             self.outbound.sparse.store(true, Ordering::Release);
         }
         self.outbound.publish();
         Ok(found.new)
+    }
+
+    /// Returns when what has been reported as written, or was write-protected, may be read: a device that had begun to
+    /// write to it by then, behind the page tables, has come to an end.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the VMM does not answer.
+    pub(super) async fn settle(&self) -> Result<(), CopyError> {
+        if self.at_rest.get() {
+            return Ok(());
+        }
+        if let Some(stall) = self.guest.drain().await? {
+            self.context.observer.measured(Measurement::BlockIoStalled(stall));
+            self.handle.update(|progress| {
+                let longest = progress.ram.longest_io_stall_seconds.get_or_insert_default();
+                *longest = longest.max(stall.as_secs_f64());
+            });
+        }
+        Ok(())
+    }
+
+    /// Notes that the guest is paused.
+    pub(super) fn note_pause(&self) {
+        self.at_rest.set(true);
     }
 
     /// Notes that the destination has dealt with one message about holes.

@@ -58,6 +58,8 @@ pub struct LinuxGuest {
     pub address: Ipv4Addr,
     /// The file that receives what the guest prints on its console, on whichever host it runs.
     pub console: PathBuf,
+    /// The names, as Linux gives them, of the disks that the guest reads and checks all the time.
+    pub disks: Vec<String>,
     /// Whether the kernel carries the guest's packets (vhost-net) instead of QEMU.
     pub vhost: bool,
     /// Further arguments for QEMU.
@@ -120,6 +122,7 @@ impl LinuxGuest {
             tap: "tap-web1".into(),
             address: Lan::GUEST,
             console,
+            disks: Vec::new(),
             vhost: false,
             arguments: Vec::new(),
         }
@@ -185,9 +188,11 @@ impl LinuxGuest {
 
     fn command_line(&self) -> String {
         let Self { vcpus, rate, address, .. } = self;
+        let disks = self.disks.join(",");
+        let disks = if disks.is_empty() { disks } else { format!(" memlane.disks={disks}") };
         format!(
             "{KERNEL_PARAMETERS} memlane.address={address}/{prefix} memlane.memory={memory} \
-             memlane.checkers={vcpus} memlane.rate={rate}",
+             memlane.checkers={vcpus} memlane.rate={rate}{disks}",
             prefix = Lan::PREFIX,
             memory = self.working_set.bytes(),
         )

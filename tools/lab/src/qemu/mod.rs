@@ -29,8 +29,12 @@ pub const VARIABLE: &str = "MEMLANE_QEMU";
 pub const TESTS: &str = "MEMLANE_QEMU_TESTS";
 
 /// All versions that are tested, the oldest first. The last one is the default.
-pub const VERSIONS: [Version; 2] =
-    [Version { name: "7.2", suite: "bookworm" }, Version { name: "10.0", suite: "trixie" }];
+pub const VERSIONS: [Version; 3] = [
+    Version { name: "7.2", suite: "bookworm", backported: false },
+    Version { name: "10.0", suite: "trixie", backported: false },
+    // Whichever of them is there: the backports go on.
+    Version { name: "11", suite: "trixie", backported: true },
+];
 
 /// The QEMU that [`prefer`] was told.
 static PREFERRED: OnceLock<OsString> = OnceLock::new();
@@ -41,10 +45,12 @@ const INSTALLED: &str = "/usr/bin/qemu-system-x86_64";
 /// A version of QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
-    /// The version number, as in `7.2`.
+    /// The version number, as in `7.2`, or its beginning.
     pub name: &'static str,
-    /// The name of the Debian release that contains it.
+    /// The name of the Debian release that it was made for.
     suite: &'static str,
+    /// Whether it came later than that release, with its backports.
+    backported: bool,
 }
 
 impl Version {
@@ -65,7 +71,7 @@ impl Version {
     /// If it is not there and cannot be unpacked, or does not start.
     pub fn obtain(self) -> Result<PathBuf> {
         let directory = self.directory();
-        unpack::obtain(self.name, self.suite, &directory)
+        unpack::obtain(self, &directory)
             .with_context(|| format!("QEMU {} cannot be unpacked into {}", self.name, directory.display()))?;
         Ok(self.program())
     }
@@ -169,7 +175,7 @@ mod tests {
     #[test]
     fn a_version_or_a_path_can_be_said() {
         let choose = |said: Option<&str>| super::choose(said.map(Path::new)).map(|version| version.name);
-        assert_eq!(choose(None), Ok("10.0"));
+        assert_eq!(choose(None), Ok("11"));
         assert_eq!(choose(Some("7.2")), Ok("7.2"));
         assert_eq!(choose(Some("/opt/qemu")), Err("/opt/qemu".into()));
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 
+use super::Version;
 use super::archive::DebianArchive;
 use crate::programs::{in_path, run};
 
@@ -24,10 +25,11 @@ const UNFINISHED: &str = ".unpack-";
 /// The programs that unpack it. Each is a Debian package of the same name.
 const TOOLS: [&str; 2] = ["mmdebstrap", "patchelf"];
 
-/// Makes sure that QEMU `version` of a Debian release is in `directory`, and unpacks it there if it is not.
-pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()> {
+/// Makes sure that a version of QEMU is in `directory`, and unpacks it there if it is not.
+pub(super) fn obtain(version: Version, directory: &Path) -> Result<()> {
+    let Version { name, suite, .. } = version;
     let program = directory.join(PROGRAM);
-    if start(&program, version).is_ok() {
+    if start(&program, name).is_ok() {
         return Ok(());
     }
     ensure!(rustix::process::geteuid().is_root(), "that is for root (use sudo)");
@@ -37,17 +39,17 @@ pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()>
     let lock = File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
     flock(&lock, FlockOperation::LockExclusive).context("waiting for others who unpack it")?;
     // Nobody else is at work now, but somebody may have been before.
-    if start(&program, version).is_ok() {
+    if start(&program, name).is_ok() {
         return Ok(());
     }
     sweep(beside)?;
-    eprintln!("unpacking QEMU {version} of Debian's {suite}");
+    eprintln!("unpacking QEMU {name} of Debian's {suite}");
     install_tools()?;
     // Under a name that nobody looks for, so that what is found is whole.
     let unpacked =
         tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(beside).context("making a directory")?;
     let root = unpacked.path().join("root");
-    extract(suite, &root)?;
+    extract(version, &root)?;
     make_own(&root, directory)?;
     // Of another version, or it was moved and does not start any more.
     match fs::remove_dir_all(directory) {
@@ -57,7 +59,7 @@ pub(super) fn obtain(version: &str, suite: &str, directory: &Path) -> Result<()>
         _ => {}
     }
     fs::rename(&root, directory).context("putting QEMU in its place")?;
-    start(&program, version)
+    start(&program, name)
 }
 
 /// Starts the program, and checks that it says that it is that version.
@@ -93,13 +95,20 @@ fn install_tools() -> Result<()> {
     Ok(())
 }
 
-fn extract(suite: &str, root: &Path) -> Result<()> {
+fn extract(Version { suite, backported, .. }: Version, root: &Path) -> Result<()> {
     let mut last = None;
     let path = root.to_str().context("a path that is no UTF-8")?;
+    let include = format!("--include={PACKAGES}");
+    let backports = format!("{suite}-backports");
+    // What is backported is not taken unless that is asked for.
+    let prefer = format!("--aptopt=APT::Default-Release \"{backports}\"");
     for archive in DebianArchive::all()? {
-        let include = format!("--include={PACKAGES}");
-        let source = archive.source(suite);
-        let arguments = ["--quiet", "--variant=extract", &include, suite, path, &source];
+        let sources = [archive.source(suite), archive.source(&backports)];
+        let mut arguments = vec!["--quiet", "--variant=extract", &include, suite, path, &sources[0]];
+        if backported {
+            arguments.insert(2, &prefer);
+            arguments.push(&sources[1]);
+        }
         match run("mmdebstrap", &arguments, Path::new("/")) {
             Ok(_) => return Ok(()),
             Err(error) => last = Some(error),

@@ -41,6 +41,7 @@ fn two_keys_are_enough() {
             user: None,
             arguments: Vec::new(),
             nics: Vec::new(),
+            machine: None,
             text: MINIMAL.to_owned(),
         }
     );
@@ -230,6 +231,23 @@ fn the_command_line_is_complete() {
     definition.arguments = vec!["-sandbox".to_owned(), "on".to_owned()];
     let line = definition.command_line(&given(), false);
     assert_eq!(line.iter().filter(|argument| *argument == "-sandbox").count(), 1, "{line:?}");
+}
+
+#[test]
+fn a_guest_keeps_the_machine_that_it_has() {
+    let line = |machine: &str| {
+        let text = format!("{MINIMAL}arguments = [\"-machine\", \"q35,smm=off\"]\n");
+        parse(&text).unwrap().with_machine(machine).command_line(&given(), true).join(" ")
+    };
+    // Behind the guest file's own word.
+    assert!(
+        line("pc-q35-7.2").contains("-machine q35,smm=off -machine pc-q35-7.2"),
+        "{}",
+        line("pc-q35-7.2")
+    );
+    for odd in ["", "pc,firmware=/etc/shadow", "-incoming", "pc q35"] {
+        assert_eq!(line(odd).matches("-machine").count(), 2, "{odd:?}");
+    }
 }
 
 #[test]

@@ -1,0 +1,101 @@
+//! A guest whose disk is read past the page cache: what it reads lands in its memory after that was noticed as
+//! written.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{LIMITS, Linux, Stage};
+use memlane_lab::{GuestCounters, HostId, LabOptions, LateDisk, Requirement, RigOptions, skip};
+
+/// A read of the disk takes longer than a look at what was written, and shorter than a move.
+const DELAY: Duration = Duration::from_millis(60);
+/// The guest is moved so often, unless the environment says otherwise (`MEMLANE_DIRECT_MOVES`).
+const MOVES: usize = 4;
+/// Without waiting for its disk the guest goes wrong within so many moves.
+const A_FEW: usize = 12;
+/// How QEMU opens a disk, and the guest's device for it.
+const DRIVES: [(&str, &str); 4] = [
+    // It is the file system that bypasses the page cache here.
+    ("cache=writeback,aio=threads", "num-queues=1"),
+    ("cache=none,aio=native", "iothread=io0"),
+    ("cache=none,aio=io_uring", "num-queues=1"),
+    ("cache=directsync,aio=threads", "iothread=io0"),
+];
+
+/// The guest checks everything that it reads, at once and much later.
+#[test]
+fn what_a_guest_reads_directly_moves_with_it() {
+    let moves = std::env::var("MEMLANE_DIRECT_MOVES").map_or(MOVES, |moves| moves.parse().expect("a number"));
+    let Some((stage, late)) = stage("what_a_guest_reads_directly_moves_with_it") else { return };
+    let mut linux = linux(&stage, &late, &DRIVES);
+    let (mut from, mut longest) = (HostId::A, 0f64);
+    for number in 0..moves {
+        let how = if number % 2 == 0 { &["--verify"][..] } else { &["--postcopy", "hybrid"] };
+        let moved = linux.assert_moves_with(&stage, from, how);
+        linux.assert_whole(&stage);
+        longest = longest.max(moved["longest_io_stall_seconds"].as_f64().expect("the disk was waited for"));
+        from = from.other();
+    }
+    println!("{moves} moves, none wrong; I/O stood still for {:.1} ms at most", longest * 1e3);
+}
+
+/// The same guest, moved by daemons that take its disk for another, whose reads the page cache copies: they do not wait
+/// for it. Would it go right, nothing would be tested above.
+#[test]
+fn what_a_guest_reads_directly_is_lost_unless_it_is_waited_for() {
+    let Some((mut stage, late)) = stage("what_a_guest_reads_directly_is_lost_unless_it_is_waited_for") else {
+        return;
+    };
+    let linux = linux(&stage, &late, &DRIVES[..1]);
+    let directory = late.file().parent().unwrap().display().to_string();
+    let deceive = format!("mount -t tmpfs none {directory} && touch {}", late.file().display());
+    let mut from = HostId::A;
+    for number in 1..=A_FEW {
+        stage.rig.start_daemon_after(from, &deceive).unwrap();
+        stage.wait_for_standing(from, &linux.guest.name, "running");
+        let answer = stage.migrate_from(from, &linux.guest.name, &[]);
+        assert_eq!(answer.code, 0, "{}", answer.text);
+        assert!(answer.last().unwrap()["longest_io_stall_seconds"].is_null(), "{}", answer.text);
+        stage.wait_for_end(&linux.guest.name);
+        let checked = GuestCounters::ask(stage.rig.lab().lan(), linux.guest.address, "check").unwrap();
+        if checked.failures > 0 {
+            return println!("wrong after {number} moves: {checked:?}");
+        }
+        // The next guest that it receives has its disk.
+        stage.rig.start_daemon(from).unwrap();
+        from = from.other();
+    }
+    panic!("{A_FEW} moves without waiting for the disk, and nothing went wrong");
+}
+
+fn stage(test: &str) -> Option<(Stage, LateDisk)> {
+    let lab = LabOptions { switch: true, ..LabOptions::default() };
+    if skip(test, Requirement::LAB_WITH_LATE_DISK) {
+        return None;
+    }
+    // Before the daemons, so that they and their QEMUs see it.
+    let late = LateDisk::make("64MiB".parse().unwrap(), DELAY).unwrap();
+    let options = RigOptions { lab, tables: LIMITS.into(), may_start_guests: true, ..RigOptions::default() };
+    Some((Stage::with(test, Requirement::LAB_WITH_LINUX, options)?, late))
+}
+
+/// A guest with the disk as several of its own, opened in different ways.
+fn linux(stage: &Stage, late: &LateDisk, drives: &[(&str, &str)]) -> Linux {
+    let file = late.file().display();
+    let drive = |(number, (drive, device)): (usize, &(&str, &str))| {
+        [
+            "-drive".to_owned(),
+            format!("file={file},if=none,id=d{number},format=raw,readonly=on,{drive}"),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive=d{number},{device}"),
+        ]
+    };
+    stage.linux(|guest| {
+        // What it reads is work enough for it.
+        guest.rate = 500;
+        guest.disks = ["vda", "vdb", "vdc", "vdd"][..drives.len()].iter().map(|&name| name.into()).collect();
+        guest.arguments = ["-object", "iothread,id=io0"].map(str::to_owned).into();
+        guest.arguments.extend(drives.iter().enumerate().flat_map(drive));
+    })
+}
