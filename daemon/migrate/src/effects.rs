@@ -62,6 +62,8 @@ pub(crate) struct Effects {
     pub reply: Option<oneshot::Sender<(Message, String)>>,
     /// This tells the operator why things went as they did.
     pub reason: Option<String>,
+    /// If this is true, an earlier daemon of this host began the migration: that is the reason if there is no better one.
+    pub taken_up: bool,
     /// If this is true, the VMM was gone before there was a reason.
     gone: bool,
     /// This is how long the steps took.
@@ -127,6 +129,7 @@ impl Effects {
             arrivals,
             reply: None,
             reason: None,
+            taken_up: false,
             gone: false,
             times: Times::default(),
             placing: None,
@@ -216,6 +219,14 @@ impl Effects {
     /// of everything that fails meanwhile.
     pub(crate) fn note_gone(&mut self) {
         self.gone |= self.reason.is_none();
+    }
+
+    /// Returns why things went as they did, as far as that is known.
+    pub(crate) fn why(&self) -> Option<String> {
+        let anew = || {
+            format!("the daemon of {} was started anew while the guest was being moved", self.context.name())
+        };
+        self.reason.clone().or_else(|| self.taken_up.then(anew))
     }
 
     /// Keeps the first reason that is given.

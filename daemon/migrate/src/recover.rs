@@ -92,7 +92,8 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
         progress.status.guest_runs_at = None;
     });
     context.migrations.add(handle.clone());
-    let effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
+    let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
+    effects.taken_up = true;
     task::spawn("recovery of a migration", async move {
         let reason = match role {
             RoleView::Source => match Source::recover(record) {
@@ -279,7 +280,7 @@ fn report(effects: &mut Effects, outcome: Outcome) {
         }
         effects.claim = None;
     }
-    let reason = effects.reason.take();
+    let reason = if outcome == Outcome::Completed { effects.reason.take() } else { effects.why() };
     info!(guest = %handle.guest, %outcome, reason, "a migration in doubt is settled");
     let view = match outcome {
         Outcome::Completed => OutcomeView::Completed,

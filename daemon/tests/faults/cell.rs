@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use memlane_api::types::Migration;
+use memlane_api::types::{Migration, Outcome};
 use memlane_lab::{GuestHistory, HostId, LabOptions, NotedState, Rate, Time, time_now, wait_for};
 
 use crate::common::{Stage, Tap, assert_runs, words};
@@ -100,6 +100,10 @@ pub(crate) fn play(fault: Fault, phase: Phase) -> Seen {
     for migration in told.iter().filter(|migration| migration.guest_runs_at.is_some()) {
         let host = if fate == Fate::Source { "host-a" } else { "host-b" };
         assert_eq!(migration.guest_runs_at.as_deref(), Some(host), "{fate:?}: {migration:#?}");
+    }
+    // And says why it did not go well, though it has been started anew since.
+    for migration in told.iter().filter(|migration| migration.outcome != Some(Outcome::Completed)) {
+        assert!(migration.reason.as_ref().is_some_and(|reason| !reason.is_empty()), "why? {migration:#?}");
     }
     Seen { fate, code }
 }

@@ -25,7 +25,7 @@ impl Effects {
     /// over a new one, which then brings the answer.
     pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
         if let Some(reply) = self.reply.take() {
-            let _ = reply.send((message, self.reason.clone().unwrap_or_default()));
+            let _ = reply.send((message, self.why().unwrap_or_default()));
             return None;
         }
         let word = self.word(message)?;
@@ -98,7 +98,7 @@ impl Effects {
             migration: self.entry.migration,
             message,
             nanoseconds: time.as_nanos() as u64,
-            reason: self.reason.clone().unwrap_or_default(),
+            reason: self.why().unwrap_or_default(),
         })
     }
 }
