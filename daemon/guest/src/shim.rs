@@ -29,8 +29,7 @@ pub enum ShimError {
     /// No shim has connected from the process.
     #[error(
         "there is no shim in process {0}: start it with LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so and \
-         MEMLANE_ATTACH_SOCKET set to the attach_socket of this daemon, as a user that attach_users names, \
-         and without -daemonize"
+         MEMLANE_ATTACH_SOCKET set to the attach_socket of this daemon, as a user that attach_users names"
     )]
     Missing(u32),
     /// Neither the daemon nor the process may make a userfaultfd.

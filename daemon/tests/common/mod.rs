@@ -6,6 +6,7 @@
 mod activate;
 mod linux;
 mod peer;
+pub(crate) mod qemu;
 pub(crate) mod secure;
 mod tap;
 

@@ -9,7 +9,8 @@ mod common;
 mod daemon;
 mod destination;
 mod impostor;
-mod qemu;
 mod settings;
 mod source;
 mod taking;
+
+use common::qemu;

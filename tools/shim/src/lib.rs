@@ -27,18 +27,24 @@
 //!   functions of the program. Children that load it too (a script that sets up a tap) make an
 //!   idle connection each, for as long as they run. The variable is not taken out of the
 //!   environment: wrappers such as numactl and scripts would then start their VMM without it.
-//! - A child that is forked and runs no other program has no such thread, as no thread but the
-//!   forking one survives. A VMM that goes to the background by itself (QEMU's `-daemonize`) so
-//!   loses its shim; start it in the foreground, as libvirt and systemd do.
+//! - A child that is forked has no such thread, as no thread but the forking one survives. A VMM that goes to
+//!   the background by itself (QEMU's `-daemonize`) is such a child, so the thread is started anew there. It
+//!   waits for a moment first: most children run another program at once, and their thread has done nothing then.
+//! - The thread opens `pagemap` and `maps` when it starts: a program that becomes another user (`-runas`) may not
+//!   open its own any more.
+//! - The thread keeps the root directory and the working directory that it began with, so that a program
+//!   that leaves them (`chroot`) is still found by a daemon that starts anew.
 
 mod sys;
 mod wire;
 
 use std::fs::File;
+use std::io::Seek;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{catch_unwind, set_hook};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
@@ -52,6 +58,11 @@ const VARIABLE: &str = "MEMLANE_ATTACH_SOCKET";
 const STACK_BYTES: usize = 128 << 10;
 /// The first and the longest wait between two connections.
 const WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// A child that was forked may take this long to run another program.
+const IN_CHILD: Duration = Duration::from_millis(200);
+
+/// The address of the daemon's attach socket, from when the thread is started.
+static ADDRESS: OnceLock<Address> = OnceLock::new();
 
 /// The dynamic linker calls what is listed in this section, before `main`.
 #[used]
@@ -66,25 +77,43 @@ extern "C" fn when_loaded() {
 fn start() {
     let Some(path) = std::env::var_os(VARIABLE) else { return };
     let Some(address) = Address::new(path.as_bytes()) else { return };
+    let _ = ADDRESS.set(address);
     // Of this library's own copy of the standard library: a panic ends the thread without a word.
     set_hook(Box::new(|_| {}));
+    start_thread(Duration::ZERO);
+    sys::when_forked(in_child);
+}
+
+/// The C library calls this in each child that is forked.
+extern "C" fn in_child() {
+    let _ = catch_unwind(|| start_thread(IN_CHILD));
+}
+
+/// Starts the thread, which does nothing for a moment.
+fn start_thread(moment: Duration) {
+    let Some(address) = ADDRESS.get() else { return };
     // Before the thread starts, which inherits the mask: a signal could reach it at once.
     let _blocked = SignalsBlocked::new();
     // Without the thread there is no shim, which the daemon notices.
     let thread = thread::Builder::new().name("memlane-shim".into()).stack_size(STACK_BYTES);
-    let _ = thread.spawn(move || stay_connected(&address));
+    let _ = thread.spawn(move || stay_connected(address, moment));
 }
 
-fn stay_connected(address: &Address) {
+fn stay_connected(address: &Address, moment: Duration) {
+    // Without it the thread follows the program into another root directory, and may not be found again from there.
+    let _ = sys::leave_directories();
     if sys::leave_descriptor_table().is_err() {
         return;
     }
+    // A program that becomes another user may not open them afterwards.
+    let mut views = Views::open();
+    thread::sleep(moment);
     let mut wait = WAIT.0;
     // Not even a panic of this thread closes it.
     let mut kept = ManuallyDrop::new(None);
     loop {
         if let Ok(socket) = Socket::connect(address)
-            && serve(&socket, &mut kept)
+            && serve(&socket, &mut views, &mut kept)
         {
             wait = WAIT.0;
         }
@@ -95,7 +124,7 @@ fn stay_connected(address: &Address) {
 
 /// Serves a connection to its end, and returns whether the daemon had welcomed it. `kept` holds the copy of a
 /// userfaultfd that the daemon has asked for.
-fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
+fn serve(socket: &Socket, views: &mut Result<Views, String>, kept: &mut Option<OwnedFd>) -> bool {
     let mut welcomed = false;
     let mut buffer = [0; wire::MAX_PACKET_BYTES];
     if socket.send(&wire::shim(), None).is_err() {
@@ -109,7 +138,7 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
                 continue;
             }
             Some(FromDaemon::OpenUserfault { id, keep }) if welcomed => {
-                match open(device) {
+                match open(device, views) {
                     Ok(handles) => {
                         // Before the daemon can register anything: memory has one userfaultfd at a time.
                         *kept = None;
@@ -123,7 +152,7 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
                     Err(reason) => socket.send(&wire::failed(id, &reason), None),
                 }
             }
-            Some(FromDaemon::KeptUserfault { id }) if welcomed => match again(kept.as_ref()) {
+            Some(FromDaemon::KeptUserfault { id }) if welcomed => match again(kept.as_ref(), views) {
                 Ok(handles) => socket.send(&wire::done(id), Some(&handles)),
                 Err(reason) => socket.send(&wire::failed(id, &reason), None),
             },
@@ -139,24 +168,47 @@ fn serve(socket: &Socket, kept: &mut Option<OwnedFd>) -> bool {
     welcomed
 }
 
-/// Opens three descriptors: a userfaultfd of this process, made with the daemon's `/dev/userfaultfd` if the daemon lent
+/// The page tables of this process as the kernel shows them.
+struct Views {
+    /// This is `/proc/self/pagemap`.
+    pagemap: File,
+    /// This is `/proc/self/maps`.
+    maps: File,
+}
+
+impl Views {
+    fn open() -> Result<Self, String> {
+        let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
+        Ok(Self { pagemap: file("/proc/self/pagemap")?, maps: file("/proc/self/maps")? })
+    }
+}
+
+/// Returns three descriptors: a userfaultfd of this process, made with the daemon's `/dev/userfaultfd` if the daemon lent
 /// it; the process's `pagemap`; and its `maps`.
-fn open(device: Option<OwnedFd>) -> Result<[OwnedFd; 3], String> {
+fn open(device: Option<OwnedFd>, views: &mut Result<Views, String>) -> Result<[OwnedFd; 3], String> {
     let userfault = match &device {
         Some(device) => sys::userfaultfd_of(device.as_fd()),
         None => sys::userfaultfd(),
     };
-    with_views(userfault.map_err(|error| format!("making a userfaultfd: {error}"))?)
+    with_views(userfault.map_err(|error| format!("making a userfaultfd: {error}"))?, views)
 }
 
-/// Opens the same three descriptors with the userfaultfd of which a copy is kept.
-fn again(kept: Option<&OwnedFd>) -> Result<[OwnedFd; 3], String> {
+/// Returns the same three descriptors with the userfaultfd of which a copy is kept.
+fn again(kept: Option<&OwnedFd>, views: &mut Result<Views, String>) -> Result<[OwnedFd; 3], String> {
     let kept = kept.ok_or("no userfaultfd is kept")?;
-    with_views(kept.try_clone().map_err(|error| format!("copying a userfaultfd: {error}"))?)
+    with_views(kept.try_clone().map_err(|error| format!("copying a userfaultfd: {error}"))?, views)
 }
 
 /// Adds the process's `pagemap` and `maps` to a userfaultfd.
-fn with_views(userfault: OwnedFd) -> Result<[OwnedFd; 3], String> {
-    let file = |path| File::open(path).map_err(|error| format!("opening {path}: {error}"));
-    Ok([userfault, file("/proc/self/pagemap")?.into(), file("/proc/self/maps")?.into()])
+fn with_views(userfault: OwnedFd, views: &mut Result<Views, String>) -> Result<[OwnedFd; 3], String> {
+    if views.is_err() {
+        // There may have been no descriptor to spare.
+        *views = Views::open();
+    }
+    let Views { pagemap, maps } = views.as_mut().map_err(|error| error.clone())?;
+    let failed = |error: std::io::Error| format!("copying /proc/self/maps: {error}");
+    // A daemon before this one has read it to its end.
+    maps.rewind().map_err(failed)?;
+    let copy = |file: &File| file.try_clone().map(OwnedFd::from).map_err(failed);
+    Ok([userfault, copy(pagemap)?, copy(maps)?])
 }

@@ -26,6 +26,10 @@ const SYS_USERFAULTFD: c_long = 323;
 /// The number of `close_range`, which is the same on all architectures.
 const SYS_CLOSE_RANGE: c_long = 436;
 const CLOSE_RANGE_UNSHARE: c_uint = 2;
+const CLONE_FS: c_int = 0x200;
+
+/// A function of `pthread_atfork`.
+type ForkHandler = extern "C" fn();
 
 unsafe extern "C" {
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
@@ -35,6 +39,12 @@ unsafe extern "C" {
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
     fn sigfillset(set: *mut SigSet) -> c_int;
+    fn unshare(flags: c_int) -> c_int;
+    fn pthread_atfork(
+        before: Option<ForkHandler>,
+        in_parent: Option<ForkHandler>,
+        in_child: Option<ForkHandler>,
+    ) -> c_int;
     fn pthread_sigmask(how: c_int, set: *const SigSet, old: *mut SigSet) -> c_int;
 }
 
@@ -46,6 +56,21 @@ pub(crate) fn leave_descriptor_table() -> Result<()> {
         0 => Ok(()),
         _ => Err(Error::last_os_error()),
     }
+}
+
+/// Gives the calling thread a root and a working directory of its own, which are those of the program for now.
+pub(crate) fn leave_directories() -> Result<()> {
+    // SAFETY: this touches no memory, and nothing of other threads.
+    match unsafe { unshare(CLONE_FS) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+/// Has the C library call a function in each child that is forked from now on. Where it cannot, children have no shim.
+pub(crate) fn when_forked(in_child: ForkHandler) {
+    // SAFETY: the function lives as long as the library, which is never unloaded.
+    unsafe { pthread_atfork(None, None, Some(in_child)) };
 }
 
 /// Opens a userfaultfd of this process, with the rights of the process that opened `device` (`/dev/userfaultfd`).

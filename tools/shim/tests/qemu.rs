@@ -2,12 +2,15 @@
 
 mod common;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use common::{Daemon, LONG, Memory, RamFile, Running, preload};
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{Requirement, qemu, say_skipped, skip, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 /// What libvirt forbids its QEMUs.
@@ -51,6 +54,64 @@ fn the_writes_of_a_guest_are_seen() {
     wait_for("a write of the firmware", LONG, || (!memory.written().is_empty()).then_some(())).unwrap();
     monitor.execute("quit", json!({})).unwrap();
     assert!(qemu.0.wait().unwrap().success());
+}
+
+/// As Proxmox starts it: the process that is left is a child's child of the one that was started, and becomes another
+/// user in a directory from which the daemon's socket cannot be seen.
+#[test]
+fn qemu_goes_to_the_background() {
+    let test = "qemu_goes_to_the_background";
+    if skip(test, &[Requirement::Qemu, Requirement::Root]) {
+        return;
+    }
+    let device = match std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => device,
+        Err(error) => return say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}")),
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
+    let (pid_file, jail) = (directory.path().join("pid"), directory.path().join("jail"));
+    std::fs::create_dir(&jail).unwrap();
+    let daemon = Daemon::new(&socket);
+    // For the user that QEMU becomes.
+    for path in [directory.path(), &socket] {
+        std::fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
+    }
+    let ram = RamFile::new(PAGES);
+    let mut command = Command::new(qemu::program());
+    command.args(["-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64M", "-daemonize"]);
+    command.args(["-machine", "pc,memory-backend=ram", "-object"]);
+    command.arg(format!("memory-backend-file,id=ram,size=64M,share=on,mem-path={}", ram.path().display()));
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+    command.arg("-pidfile").arg(&pid_file).args(qemu::change_root(&jail).unwrap());
+    command.args(qemu::run_as("nobody").unwrap());
+    assert!(preload(&mut command, &socket).status().unwrap().success());
+    let pid: u32 = std::fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+    let background = Background(pid);
+    // The one in the foreground was there before.
+    let connection = daemon.welcome_among_others(pid);
+    let mut monitor = Monitor::connect(&monitor).unwrap();
+    let memory = Memory::find(connection.open_userfault(Some(&device)).unwrap(), &ram);
+    let _protection = memory.protect();
+    assert!(memory.written().is_empty());
+    monitor.execute("cont", json!({})).unwrap();
+    wait_for("a write of the firmware", LONG, || (!memory.written().is_empty()).then_some(())).unwrap();
+    // A daemon that starts anew is found from there.
+    drop(connection);
+    drop(daemon.welcome(pid));
+    monitor.execute("quit", json!({})).unwrap();
+    drop(background);
+}
+
+/// A process that is nobody's child; it is ended with the test.
+struct Background(u32);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let pid = Pid::from_raw(self.0 as i32).unwrap();
+        // It may have ended by itself.
+        let _ = kill_process(pid, Signal::KILL);
+    }
 }
 
 /// To become another user, the C library of a program interrupts all of its threads.

@@ -124,6 +124,20 @@ pub fn run_as(user: &str) -> Result<[String; 2]> {
     })
 }
 
+/// Returns the arguments that make the QEMU that labs use change its root directory, once it has started.
+///
+/// # Errors
+///
+/// If it cannot be run.
+pub fn change_root(directory: &Path) -> Result<[String; 2]> {
+    let (program, directory) = (program(), directory.display());
+    let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
+    Ok(match help.contains("-chroot") {
+        true => ["-chroot".into(), directory.to_string()],
+        false => ["-run-with".into(), format!("chroot={directory}")],
+    })
+}
+
 /// Writes into the file that [`TESTS`] names, if it names one, that a test uses QEMU.
 pub(crate) fn note_test(test: &str) {
     let Some(file) = env::var_os(TESTS) else { return };

@@ -44,19 +44,35 @@ impl Daemon {
         connection
     }
 
+    /// Waits for the shim of process `pid`, and welcomes it; those of other processes may come before.
+    pub(crate) fn welcome_among_others(&self, pid: u32) -> Connection {
+        loop {
+            let (connection, found) = self.accept_any();
+            if found == pid {
+                connection.send(&ToVmm::Welcome { version: VERSIONS.1 }, &[]);
+                return connection;
+            }
+        }
+    }
+
     /// Waits for the shim of process `pid`, up to its greeting.
     pub(crate) fn accept(&self, pid: u32) -> Connection {
+        let (connection, found) = self.accept_any();
+        assert_eq!(found, pid);
+        connection
+    }
+
+    fn accept_any(&self) -> (Connection, u32) {
         wait_for(self.listener.as_fd());
         let socket = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).unwrap();
         let peer = rustix::net::sockopt::socket_peercred(&socket).unwrap();
-        assert_eq!(peer.pid.as_raw_nonzero().get() as u32, pid);
         let connection = Connection(socket);
         let (greeting, descriptors) = connection.receive().expect("a greeting");
         assert_eq!(
             (greeting, descriptors.len()),
             (FromVmm::Shim { oldest: VERSIONS.0, newest: VERSIONS.1 }, 0)
         );
-        connection
+        (connection, peer.pid.as_raw_nonzero().get() as u32)
     }
 
     /// Returns whether a shim has connected and was not accepted yet.

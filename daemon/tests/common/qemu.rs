@@ -8,6 +8,7 @@ use std::process::Command;
 use memlane_keys::{CA, CERTIFICATE, KEY};
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::common::{LIMITS, Stage, words};
@@ -87,6 +88,23 @@ impl Qemu {
         Monitor::connect(&self.ours).unwrap().execute(command, arguments).unwrap()
     }
 
+    /// Starts one as [`Qemu::start`] does, which then goes to the background as user [`NOBODY`].
+    pub(crate) fn start_in_background(host: &LabHost, name: &str, arguments: &str) -> Background {
+        let monitor = host.directory().join(format!("{name}.qmp"));
+        let pid_file = host.directory().join(format!("{name}.pid"));
+        let mut command = host.command(host.qemu());
+        command.env("LD_PRELOAD", shim());
+        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+        command.args(words(SMALL)).args(words(&ram(host, name, 64))).args(words(arguments));
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        command.arg("-daemonize").arg("-pidfile").arg(&pid_file);
+        command.args(memlane_lab::qemu::run_as("nobody").unwrap());
+        let ended = command.output().unwrap();
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        let pid = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+        Background { pid, qmp: monitor }
+    }
+
     /// Has the daemon of a host take it.
     pub(crate) fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> CtlOutput {
         attach(stage, id, name, &self.qmp, more)
@@ -95,6 +113,20 @@ impl Qemu {
     /// Its guest runs.
     pub(crate) fn assert_runs(&self) {
         assert_eq!(self.run("query-status")["status"], "running");
+    }
+}
+
+/// A QEMU that is nobody's child. It ends with this.
+pub(crate) struct Background {
+    pid: u32,
+    pub qmp: PathBuf,
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let pid = Pid::from_raw(self.pid as i32).unwrap();
+        // It has ended by itself, if its guest has moved.
+        let _ = kill_process(pid, Signal::KILL);
     }
 }
 
