@@ -35,7 +35,7 @@ pub(crate) fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<St
 pub(crate) struct Qemu {
     _process: LabProcess,
     pub qmp: PathBuf,
-    ours: PathBuf,
+    pub ours: PathBuf,
 }
 
 impl Qemu {

@@ -10,7 +10,7 @@ use crate::common::Stage;
 use crate::common::activate;
 use crate::daemon::{MEMLANED, start_by};
 use crate::impostor;
-use crate::qemu::{AS_NOBODY, NOBODY, Qemu, assert_moves, guest_file, open_to_nobody, ram, stage};
+use crate::qemu::{AS_NOBODY, NOBODY, Qemu, assert_moves, guest_file, open_to_nobody, ram, ram_file, stage};
 
 /// VFIO devices and the disk drivers that map a guest's memory are refused by the same words, but need hardware: unit
 /// tests of `guest::qemu::blockers` are all that they have.
@@ -47,6 +47,15 @@ fn memory_that_others_write_or_nobody_watches() {
         ],
     );
     devices.assert_runs();
+
+    let shared = format!(
+        "-object memory-backend-file,id=shared,share=on,size=1M,mem-path={} -device ivshmem-plain,id=s0,memdev=shared",
+        ram_file(host, "shared-by-others")
+    );
+    let shared = Qemu::start(host, "shared", &shared);
+    take(&stage, &shared, "shared");
+    stage.assert_refused("shared", &[], &["device s0 (ivshmem-plain)", "does not move", "device_del s0"]);
+    shared.assert_runs();
 
     let stopped = Qemu::start(host, "web1", "");
     stopped.run("stop");

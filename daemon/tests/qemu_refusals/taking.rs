@@ -64,6 +64,9 @@ fn a_qemu_that_cannot_be_talked_to() {
     drop(other);
 
     assert_taken(&stage, &qemu);
+    // By its other monitor.
+    let answer = attach(&stage, HostId::A, "other", &qemu.ours, &[]);
+    assert_says_no(&answer, &["is here already, as guest web1", "memlanectl detach web1"]);
     let second = Qemu::start(host, "second", "");
     let taken = ["a guest named web1 is here already", "unique"];
     assert_says_no(&second.attach(&stage, HostId::A, "web1", &[]), &taken);

@@ -56,12 +56,13 @@ fn status(status: &str) -> Option<Blocker> {
     Some(Blocker::new("guest", detail, Some(remedy.to_owned())))
 }
 
-/// Finds devices whose writes to memory are not noticed, because they bypass QEMU's page tables.
+/// Finds devices whose writes to memory are not noticed, because they bypass QEMU's page tables, and devices whose memory
+/// is not the guest's alone.
 async fn devices(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
         let list = qmp.execute("qom-list", json!({ "path": path })).await?;
-        found.extend(items(&list).iter().filter_map(bypassing));
+        found.extend(items(&list).iter().filter_map(refused));
     }
     let networks = qmp.human("info network").await?;
     for kind in ["vhost-user", "vhost-vdpa"] {
@@ -75,15 +76,21 @@ async fn devices(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     Ok(found)
 }
 
-fn bypassing(device: &Value) -> Option<Blocker> {
-    let kind = device["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
-    const PREFIXES: [&str; 6] =
+fn refused(device: &Value) -> Option<Blocker> {
+    const BYPASSING: [&str; 6] =
         ["vfio-", "vhost-user-", "vhost-vdpa-", "vhost-scsi-", "scsi-block", "scsi-generic"];
-    if !PREFIXES.iter().any(|prefix| kind.starts_with(prefix)) {
-        return None;
-    }
+    const SHARING: [&str; 4] = ["ivshmem", "nvdimm", "virtio-pmem", "cxl-type3"];
+    let kind = device["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+    let is_one_of = |kinds: &[&str]| kinds.iter().any(|prefix| kind.starts_with(prefix));
+    let does = match () {
+        () if is_one_of(&BYPASSING) => "writes guest memory where nobody sees it",
+        () if is_one_of(&SHARING) => {
+            "has memory that other programs use too, or that outlives the guest: it does not move"
+        }
+        () => return None,
+    };
     let name = device["name"].as_str().unwrap_or_default();
-    let detail = format!("device {name} ({kind}) writes guest memory where nobody sees it");
+    let detail = format!("device {name} ({kind}) {does}");
     let remedy = format!("remove -device {kind}, or unplug it (device_del {name}) for the time of the move");
     Some(Blocker::new("device", detail, Some(remedy)))
 }
@@ -130,16 +137,16 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_bypass_qemu_are_named() {
+    fn devices_that_bypass_qemu_or_share_memory_are_named() {
         let device = |kind: &str| json!({ "name": "x0", "type": format!("child<{kind}>") });
-        for kind in ["vfio-pci", "vhost-user-fs-pci", "vhost-vdpa-device-pci"] {
-            let blocker = bypassing(&device(kind)).unwrap();
+        for kind in ["vfio-pci", "vhost-user-fs-pci", "vhost-vdpa-device-pci", "ivshmem-plain", "nvdimm"] {
+            let blocker = refused(&device(kind)).unwrap();
             assert!(blocker.remedy.unwrap().contains(&format!("-device {kind}")));
         }
         for kind in ["virtio-net-pci", "vhost-vsock-pci", "virtio-balloon-pci"] {
-            assert!(bypassing(&device(kind)).is_none(), "{kind}");
+            assert!(refused(&device(kind)).is_none(), "{kind}");
         }
-        assert!(bypassing(&json!({ "name": "type", "type": "string" })).is_none());
+        assert!(refused(&json!({ "name": "type", "type": "string" })).is_none());
     }
 
     #[test]

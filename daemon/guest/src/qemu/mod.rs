@@ -44,6 +44,16 @@ pub enum QemuError {
     /// A guest of this name is here.
     #[error("a guest named {0} is here already; names are unique on a host")]
     NameTaken(Label),
+    /// This QEMU is here already.
+    #[error(
+        "QEMU (process {pid}) is here already, as guest {name}; `memlanectl detach {name}` lets go of it"
+    )]
+    Twice {
+        /// This is its process.
+        pid: u32,
+        /// It has this guest.
+        name: Label,
+    },
     /// No guest of this name is in a QEMU here.
     #[error("no guest named {0} in a QEMU is here; see `memlanectl guests`")]
     Unknown(Label),

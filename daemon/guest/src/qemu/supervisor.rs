@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memlane_net::journal::VmmIdentity;
 use memlane_net::task;
@@ -193,6 +193,14 @@ impl Supervisor {
         reserved.keep_started(started, Record { pid, started: since, ..record }).await
     }
 
+    /// Returns the name of the guest in the QEMU that is this process, if it is kept.
+    fn guest_of(&self, process: VmmIdentity) -> Option<Label> {
+        let guests = self.guests.all();
+        let here =
+            guests.iter().find(|guest| guest.driver.qemu().is_some() && guest.process.identity() == process);
+        here.map(|guest| guest.shape.name.clone())
+    }
+
     /// Tells whether a guest of this name is about to leave this host.
     async fn is_leaving(&self, name: &Label) -> bool {
         let Some(guest) = self.guests.get(name) else { return true };
@@ -256,6 +264,9 @@ impl NameReservation {
         let process = Rc::new(Process::running(qmp.pid())?);
         let mut record = record.clone();
         self.check_user(&mut record, qmp.user(), process.identity())?;
+        if let Some(name) = supervisor.guest_of(process.identity()).filter(|_| fresh) {
+            return Err(QemuError::Twice { pid: process.identity().pid, name });
+        }
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
         let by_itself =
             status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
@@ -327,14 +338,14 @@ impl NameReservation {
 
     /// Keeps the connection to a QEMU, whose guest is attached if it is given, until QEMU ends or is let go of.
     async fn stay(mut self, mut record: Record, mut guest: Option<Rc<Guest>>, child: Option<Child>) {
-        let mut told = false;
+        let (mut told, mut lost_since) = (false, None);
         // A guest that was paused when the daemon ended has waited long enough.
         let mut patience = Duration::ZERO;
         loop {
             let process = Process::remembered(record.identity());
             let gone = async {
                 if let Some(guest) = guest.take() {
-                    told = false;
+                    (told, lost_since) = (false, None);
                     guest.driver.gone().await;
                 }
                 // A QEMU that has not been seen since the daemon started may be none any more.
@@ -376,7 +387,8 @@ impl NameReservation {
                     let _ = self.supervisor.guests.attach(again.clone());
                     (guest, record) = (Some(again), new);
                 }
-                Err(error) if !told => {
+                // One that ends has closed its monitor before.
+                Err(error) if !told && lost_since.get_or_insert_with(Instant::now).elapsed() > LEAVING => {
                     told = true;
                     warn!(guest = %self.name, %error, "cannot take up a QEMU again; trying on");
                 }

@@ -66,8 +66,8 @@ pub(crate) struct DemoOptions {
     /// QEMU, with a client that talks to it through a switch
     #[arg(long, value_enum, default_value = "kvm")]
     pub guest: GuestChoice,
-    /// The QEMU of a QEMU guest: the number of one that the tests use (7.2, 10.0), which is unpacked first where it is
-    /// not there yet, or the path of any other [default: 10.0]
+    /// The QEMU of a QEMU guest: the number of one that the tests use (7.2, 10.0, 11), which is unpacked first where it is
+    /// not there yet, or the path of any other [default: 11]
     #[arg(long, value_name = "VERSION|PATH")]
     pub qemu: Option<OsString>,
     /// What executes the instructions of a QEMU guest
