@@ -8,8 +8,10 @@ use std::time::Duration;
 use common::{LIMITS, Linux, Stage};
 use memlane_lab::{GuestCounters, HostId, LabOptions, LateDisk, Requirement, RigOptions, skip};
 
-/// A read of the disk takes longer than a look at what was written, and shorter than a move.
+/// A read of the disk takes longer than a look at what was written.
 const DELAY: Duration = Duration::from_millis(60);
+/// It takes longer than it takes to send a page that was reported.
+const LONG_DELAY: Duration = Duration::from_secs(1);
 /// The guest is moved so often, unless the environment says otherwise (`MEMLANE_DIRECT_MOVES`).
 const MOVES: usize = 4;
 /// Without waiting for its disk the guest goes wrong within so many moves.
@@ -27,7 +29,7 @@ const DRIVES: [(&str, &str); 4] = [
 #[test]
 fn what_a_guest_reads_directly_moves_with_it() {
     let moves = std::env::var("MEMLANE_DIRECT_MOVES").map_or(MOVES, |moves| moves.parse().expect("a number"));
-    let Some((stage, late)) = stage("what_a_guest_reads_directly_moves_with_it") else { return };
+    let Some((stage, late)) = stage("what_a_guest_reads_directly_moves_with_it", DELAY) else { return };
     let mut linux = linux(&stage, &late, &DRIVES);
     let (mut from, mut longest) = (HostId::A, 0f64);
     for number in 0..moves {
@@ -44,9 +46,8 @@ fn what_a_guest_reads_directly_moves_with_it() {
 /// for it. Would it go right, nothing would be tested above.
 #[test]
 fn what_a_guest_reads_directly_is_lost_unless_it_is_waited_for() {
-    let Some((mut stage, late)) = stage("what_a_guest_reads_directly_is_lost_unless_it_is_waited_for") else {
-        return;
-    };
+    let test = "what_a_guest_reads_directly_is_lost_unless_it_is_waited_for";
+    let Some((mut stage, late)) = stage(test, LONG_DELAY) else { return };
     let linux = linux(&stage, &late, &DRIVES[..1]);
     let directory = late.file().parent().unwrap().display().to_string();
     let deceive = format!("mount -t tmpfs none {directory} && touch {}", late.file().display());
@@ -69,13 +70,13 @@ fn what_a_guest_reads_directly_is_lost_unless_it_is_waited_for() {
     panic!("{A_FEW} moves without waiting for the disk, and nothing went wrong");
 }
 
-fn stage(test: &str) -> Option<(Stage, LateDisk)> {
+fn stage(test: &str, delay: Duration) -> Option<(Stage, LateDisk)> {
     let lab = LabOptions { switch: true, ..LabOptions::default() };
     if skip(test, Requirement::LAB_WITH_LATE_DISK) {
         return None;
     }
     // Before the daemons, so that they and their QEMUs see it.
-    let late = LateDisk::make("64MiB".parse().unwrap(), DELAY).unwrap();
+    let late = LateDisk::make("64MiB".parse().unwrap(), delay).unwrap();
     let options = RigOptions { lab, tables: LIMITS.into(), may_start_guests: true, ..RigOptions::default() };
     Some((Stage::with(test, Requirement::LAB_WITH_LINUX, options)?, late))
 }

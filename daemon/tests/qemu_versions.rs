@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use common::{LIMITS, Stage};
 use memlane_lab::qemu::{self, Version};
-use memlane_lab::{HostId, LabOptions, Requirement, RigOptions};
+use memlane_lab::{HostId, LabOptions, Requirement, RigOptions, say_skipped};
 
 /// All versions are used whichever one the tests are run with, so [`Requirement::Qemu`] is not among these.
 const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Kernel];
@@ -16,9 +16,16 @@ const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement:
 /// It is started as a `q35` of the oldest version, which is another machine in each of the newer ones.
 #[test]
 fn linux_moves_to_newer_versions_and_back() {
+    let test = "linux_moves_to_newer_versions_and_back";
+    if let Some(lacking) = qemu::VERSIONS.into_iter().find(|version| !version.program().exists()) {
+        return say_skipped(
+            test,
+            &format!("QEMU {} is not unpacked (`cargo xtask test` does it)", lacking.name),
+        );
+    }
     let lab = LabOptions { switch: true, ..LabOptions::default() };
     let options = RigOptions { lab, tables: LIMITS.into(), may_start_guests: true, ..RigOptions::default() };
-    let Some(mut stage) = Stage::with("linux_moves_to_newer_versions_and_back", NEEDS, options) else {
+    let Some(mut stage) = Stage::with(test, NEEDS, options) else {
         return;
     };
     let [oldest, middle, newest] = qemu::VERSIONS;

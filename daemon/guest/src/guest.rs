@@ -123,7 +123,7 @@ impl Guest {
     ///
     /// Fails as [`Driver::drain`] does.
     pub async fn drain(&self) -> Result<Option<Duration>, DriverError> {
-        let _open = self.open_for_drain();
+        let _open = self.driver.reads_directly().then(|| self.open_for_drain());
         self.driver.drain().await
     }
 

@@ -52,6 +52,8 @@ pub struct Switch {
     pub harvest: Harvest,
     /// The change took this long, and the guest ran on meanwhile.
     pub took: Duration,
+    /// Block I/O stood still for this long, if it had to be waited for.
+    pub stall: Option<Duration>,
 }
 
 /// Nothing holds up the writes of a stunned guest while this is there.
@@ -103,7 +105,7 @@ impl Guest {
         let took = since.elapsed();
         let (rate, report) = (pages_per_second, Report::default());
         self.stunned.replace(Some(Stunned::Throttled { since, rate, report }));
-        Ok(Some(Switch { harvest: self.driver.harvest(into).await?, took }))
+        Ok(Some(Switch { harvest: self.driver.harvest(into).await?, took, stall: None }))
     }
 
     /// Protects memory that KVM tracks: once all of it is protected, no write is missed without KVM.
@@ -119,7 +121,7 @@ impl Guest {
         let harvest = self.driver.harvest(into).await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         self.driver.stop_tracking().await?;
-        Ok(Switch { harvest, took: started.elapsed() })
+        Ok(Switch { harvest, took: started.elapsed(), stall: None })
     }
 
     /// Exchanges one userfaultfd for another, since memory can be protected by one at a time. What is written in
@@ -146,12 +148,12 @@ impl Guest {
         tracking.write_protect_all().await?;
         self.stunned.replace(Some(Stunned::Protected(tracking.into())));
         // What devices write that had begun before has landed when it is compared.
-        self.drain().await?;
+        let stall = self.drain().await?;
         add(into, &unsettled).await;
         // And what is written from here on, by the tracker.
         let changed = before.compare(self.ram.clone(), into).await?;
         let harvest = Harvest { new: told.new + changed.new, holes: told.holes || changed.holes };
-        Ok(Switch { harvest, took: started.elapsed() })
+        Ok(Switch { harvest, took: started.elapsed(), stall })
     }
 
     /// Holds the writes of a guest that is stunned to another rate, in pages of 4 KiB per second.

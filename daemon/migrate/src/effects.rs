@@ -62,7 +62,7 @@ pub(crate) struct Effects {
     pub reply: Option<oneshot::Sender<(Message, String)>>,
     /// This tells the operator why things went as they did.
     pub reason: Option<String>,
-    /// If this is true, an earlier daemon of this host began the migration: that is the reason if there is no better one.
+    /// If this is true, an earlier daemon of this host began the migration, which is the reason if there is no better one.
     pub taken_up: bool,
     /// If this is true, the VMM was gone before there was a reason.
     gone: bool,

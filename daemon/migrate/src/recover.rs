@@ -32,7 +32,7 @@ pub(crate) fn all(context: &Rc<Context>, unfinished: Vec<Entry>) {
         let role = if record.is_of_source() { RoleView::Source } else { RoleView::Destination };
         info!(guest = %entry.guest, peer = %entry.peer, %record, "taking up a migration that was in doubt");
         let vmm = Vmm::Away(Rc::new(Process::remembered(entry.vmm)));
-        take_up(context, vmm, entry, Some(record), role);
+        take_up(context, (vmm, entry), (Some(record), role), true);
     }
 }
 
@@ -54,7 +54,7 @@ pub(crate) async fn unknown(context: Rc<Context>, guest: Rc<Guest>) {
     );
     let entry =
         entry(&guest, bond, if role == RoleView::Source { Record::Leaving } else { Record::Prepared });
-    take_up(&context, Vmm::Attached(guest), entry, None, role);
+    take_up(&context, (Vmm::Attached(guest), entry), (None, role), false);
 }
 
 /// Settles what becomes of a QEMU that was paused and not relinquished, or has loaded a guest and not been prepared:
@@ -69,7 +69,8 @@ async fn unbound(context: &Rc<Context>, guest: Rc<Guest>, role: RoleView) {
     }
     let bond = Bond { migration: ids::random(), peer: context.name().clone(), fetching: false };
     let record = Record::Leaving;
-    take_up(context, Vmm::Attached(guest.clone()), entry(&guest, bond, record), Some(record), role);
+    let entry = entry(&guest, bond, record);
+    take_up(context, (Vmm::Attached(guest), entry), (Some(record), role), false);
 }
 
 fn entry(guest: &Guest, bond: Bond, record: Record) -> Entry {
@@ -78,8 +79,14 @@ fn entry(guest: &Guest, bond: Bond, record: Record) -> Entry {
     Entry { migration, guest: name, peer, vmm, shape, record, fetching }
 }
 
-/// Makes the migration known at once, and works on it in a task of its own.
-fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>, role: RoleView) {
+/// Makes the migration known at once, and works on it in a task of its own. `journalled` says that it was in the journal
+/// when the daemon started.
+fn take_up(
+    context: &Rc<Context>,
+    (vmm, entry): (Vmm, Entry),
+    (record, role): (Option<Record>, RoleView),
+    journalled: bool,
+) {
     let claim = match &vmm {
         Vmm::Attached(guest) => guest.claim(entry.migration),
         _ => None,
@@ -93,7 +100,7 @@ fn take_up(context: &Rc<Context>, vmm: Vmm, entry: Entry, record: Option<Record>
     });
     context.migrations.add(handle.clone());
     let mut effects = Effects::new(context.clone(), entry, vmm, claim, (None, (handle.clone(), arrivals)));
-    effects.taken_up = true;
+    effects.taken_up = journalled;
     task::spawn("recovery of a migration", async move {
         let reason = match role {
             RoleView::Source => match Source::recover(record) {
@@ -246,8 +253,8 @@ async fn settle<M: Machine>(mut effects: Effects, machine: M, actions: Vec<Actio
     let arrives = effects.handle.progress.borrow().role == RoleView::Destination;
     let postcopy = effects.arrivals.links.take().filter(|_| arrives).map(Postcopy::new);
     let role = RecoveryRole { postcopy, serve: false, serving: None, machine: PhantomData };
-    let mut session = drive(role, Session::new(machine, effects), actions, told).await;
-    session.effects.reason.take()
+    let session = drive(role, Session::new(machine, effects), actions, told).await;
+    session.effects.why()
 }
 
 /// Serves memory that the destination does not have all of, as soon as the VMM that has it is here.

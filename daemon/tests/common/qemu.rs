@@ -7,8 +7,9 @@ use std::process::Command;
 
 use memlane_keys::{CA, CERTIFICATE, KEY};
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions};
-use rustix::process::{Pid, Signal, kill_process};
+use memlane_lab::{
+    BackgroundProcess, CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions,
+};
 use serde_json::{Value, json};
 
 use crate::common::{LIMITS, Stage, words};
@@ -101,8 +102,7 @@ impl Qemu {
         command.args(memlane_lab::qemu::run_as("nobody").unwrap());
         let ended = command.output().unwrap();
         assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-        let pid = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
-        Background { pid, qmp: monitor }
+        Background { _process: BackgroundProcess::of_pid_file(&pid_file).unwrap(), qmp: monitor }
     }
 
     /// Has the daemon of a host take it.
@@ -116,18 +116,10 @@ impl Qemu {
     }
 }
 
-/// A QEMU that is nobody's child. It ends with this.
+/// A QEMU that is nobody's child.
 pub(crate) struct Background {
-    pid: u32,
+    _process: BackgroundProcess,
     pub qmp: PathBuf,
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        let pid = Pid::from_raw(self.pid as i32).unwrap();
-        // It has ended by itself, if its guest has moved.
-        let _ = kill_process(pid, Signal::KILL);
-    }
 }
 
 /// RAM in a file that the daemon can see.

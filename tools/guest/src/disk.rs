@@ -98,7 +98,7 @@ fn place(part: usize) -> std::ops::Range<usize> {
     part * WORDS..(part + 1) * WORDS
 }
 
-/// Returns the word that is at `offset` of the disk.
+/// Returns the word that is at `offset` of the disk, as `tools/lab/src/late_disk.rs` has it.
 fn word(offset: u64) -> u64 {
     offset.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

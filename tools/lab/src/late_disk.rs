@@ -32,8 +32,8 @@ pub struct LateDisk {
 }
 
 impl LateDisk {
-    /// Makes a disk that no program can write. Each read of it takes `delay`. Every word of 8 bytes on it is
-    /// [`LateDisk::word`] of its place. Programs of a lab see it if they are started afterwards.
+    /// Makes a disk that no program can write. Each read of it takes `delay`. Every word of 8 bytes on it follows from its
+    /// place, and the guest's program knows how. Programs of a lab see it if they are started afterwards.
     ///
     /// # Errors
     ///
@@ -41,17 +41,17 @@ impl LateDisk {
     pub fn make(size: Size, delay: Duration) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("memlane-late-disk-").tempdir();
         let directory = directory.context("making a directory")?.keep();
+        let mounted = directory.clone();
+        let mounted = Registration::new(move || {
+            // It was never mounted, is gone already, or nothing can be done about it.
+            let _ = unmount(&mounted, UnmountFlags::DETACH);
+            let _ = std::fs::remove_dir(&mounted);
+        });
         let mut config = Config::default();
         // QEMU is another user.
         config.acl = SessionACL::All;
         let session = fuser::spawn_mount(Files { bytes: size.bytes(), delay }, &directory, &config)
             .with_context(|| format!("mounting a FUSE file system at {}", directory.display()))?;
-        let mounted = directory.clone();
-        let mounted = Registration::new(move || {
-            // It is gone already, or nothing can be done about it.
-            let _ = unmount(&mounted, UnmountFlags::DETACH);
-            let _ = std::fs::remove_dir(&mounted);
-        });
         Ok(Self { file: directory.join(NAME), _mounted: mounted, _session: session })
     }
 
@@ -59,11 +59,12 @@ impl LateDisk {
     pub fn file(&self) -> &Path {
         &self.file
     }
+}
 
-    /// Returns the word at `offset`, which is in bytes: the offset times an odd number. No two words are equal.
-    pub fn word(offset: u64) -> u64 {
-        offset.wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    }
+/// Returns the word at `offset`, which is in bytes: the offset times an odd number, as `tools/guest/src/disk.rs` has it. No
+/// two words are equal.
+fn word(offset: u64) -> u64 {
+    offset.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// A directory with one file.
@@ -135,7 +136,7 @@ impl Filesystem for Files {
         std::thread::spawn(move || {
             std::thread::sleep(delay);
             let first = offset / 8 * 8;
-            let words = (first..end).step_by(8).flat_map(|place| LateDisk::word(place).to_le_bytes());
+            let words = (first..end).step_by(8).flat_map(|place| word(place).to_le_bytes());
             let bytes: Vec<u8> = words.skip((offset - first) as usize).collect();
             reply.data(&bytes[..end.saturating_sub(offset) as usize]);
         });

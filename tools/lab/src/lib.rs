@@ -12,6 +12,7 @@
 //! SIGTERM once [`cleanup_on_signal`] was called, and otherwise when the next lab is made.
 
 pub mod agent;
+mod background;
 mod cable;
 mod capture;
 mod child;
@@ -44,6 +45,7 @@ mod user;
 mod vmm;
 mod wait;
 
+pub use background::BackgroundProcess;
 pub use cable::Loss;
 pub use capture::{Capture, EthernetFrame};
 pub use cleanup::{cleanup_on_signal, flag_on_signal};

@@ -29,11 +29,12 @@
 //!   environment: wrappers such as numactl and scripts would then start their VMM without it.
 //! - A child that is forked has no such thread, as no thread but the forking one survives. A VMM that goes to
 //!   the background by itself (QEMU's `-daemonize`) is such a child, so the thread is started anew there. It
-//!   waits for a moment first: most children run another program at once, and their thread has done nothing then.
+//!   waits for a moment before it connects: most children run another program at once, and no daemon hears of them. Until
+//!   then such a child has two threads, and may not enter a user namespace (`unshare`, `setns`).
 //! - The thread opens `pagemap` and `maps` when it starts: a program that becomes another user (`-runas`) may not
 //!   open its own any more.
-//! - The thread keeps the root directory and the working directory that it began with, so that a program
-//!   that leaves them (`chroot`) is still found by a daemon that starts anew.
+//! - The thread keeps the root directory that it began with, so that a program that leaves it (`chroot`) still
+//!   finds a daemon that starts anew. It works in that directory, so as to keep no other file system busy.
 
 mod sys;
 mod wire;
@@ -89,7 +90,7 @@ extern "C" fn in_child() {
     let _ = catch_unwind(|| start_thread(IN_CHILD));
 }
 
-/// Starts the thread, which does nothing for a moment.
+/// Starts the thread, which connects after a moment.
 fn start_thread(moment: Duration) {
     let Some(address) = ADDRESS.get() else { return };
     // Before the thread starts, which inherits the mask: a signal could reach it at once.
@@ -101,11 +102,11 @@ fn start_thread(moment: Duration) {
 
 fn stay_connected(address: &Address, moment: Duration) {
     // Without it the thread follows the program into another root directory, and may not be found again from there.
-    let _ = sys::leave_directories();
+    let _ = sys::leave_directories(address.is_absolute());
     if sys::leave_descriptor_table().is_err() {
         return;
     }
-    // A program that becomes another user may not open them afterwards.
+    // At once: a program that becomes another user may not open them afterwards.
     let mut views = Views::open();
     thread::sleep(moment);
     let mut wait = WAIT.0;
@@ -205,10 +206,18 @@ fn with_views(userfault: OwnedFd, views: &mut Result<Views, String>) -> Result<[
         // There may have been no descriptor to spare.
         *views = Views::open();
     }
-    let Views { pagemap, maps } = views.as_mut().map_err(|error| error.clone())?;
-    let failed = |error: std::io::Error| format!("copying /proc/self/maps: {error}");
-    // A daemon before this one has read it to its end.
-    maps.rewind().map_err(failed)?;
-    let copy = |file: &File| file.try_clone().map(OwnedFd::from).map_err(failed);
-    Ok([userfault, copy(pagemap)?, copy(maps)?])
+    let kept = views.as_mut().map_err(|error| error.clone())?;
+    let failed = |error: std::io::Error| format!("copying what shows the page tables: {error}");
+    let Views { pagemap, maps } = match Views::open() {
+        Ok(fresh) => fresh,
+        Err(_) => {
+            // An earlier daemon has read it to its end.
+            kept.maps.rewind().map_err(failed)?;
+            Views {
+                pagemap: kept.pagemap.try_clone().map_err(failed)?,
+                maps: kept.maps.try_clone().map_err(failed)?,
+            }
+        }
+    };
+    Ok([userfault, pagemap.into(), maps.into()])
 }

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
-use common::{Built, Connection, Daemon, LONG, Memory, RamFile, Running, VARIABLE, preload};
-use memlane_lab::{say_skipped, wait_for};
+use common::{Built, Connection, Daemon, LONG, Memory, RamFile, Running, VARIABLE, device, preload};
+use memlane_lab::wait_for;
 use memlane_protocol::wire::attach::{Request, ToVmm, VERSIONS};
 
 const PAGES: u64 = 600;
@@ -52,17 +52,6 @@ impl Writer {
     fn descriptors(&self) -> BTreeSet<String> {
         let listing = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         listing.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
-    }
-}
-
-/// Opens /dev/userfaultfd, as a daemon does; says that `test` is skipped where it cannot.
-fn device(test: &str) -> Option<File> {
-    match File::options().read(true).write(true).open("/dev/userfaultfd") {
-        Ok(device) => Some(device),
-        Err(error) => {
-            say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}"));
-            None
-        }
     }
 }
 

@@ -7,10 +7,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Daemon, LONG, Memory, RamFile, Running, preload};
+use common::{Daemon, LONG, Memory, RamFile, Running, device, preload};
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{Requirement, qemu, say_skipped, skip, wait_for};
-use rustix::process::{Pid, Signal, kill_process};
+use memlane_lab::{BackgroundProcess, Requirement, qemu, skip, wait_for};
 use serde_json::json;
 
 /// What libvirt forbids its QEMUs.
@@ -29,10 +28,7 @@ fn the_writes_of_a_guest_are_seen() {
     if skip(test, &[Requirement::Qemu]) {
         return;
     }
-    let device = match std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
-        Ok(device) => device,
-        Err(error) => return say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}")),
-    };
+    let Some(device) = device(test) else { return };
     let directory = tempfile::tempdir().unwrap();
     let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
     let daemon = Daemon::new(&socket);
@@ -64,10 +60,7 @@ fn qemu_goes_to_the_background() {
     if skip(test, &[Requirement::Qemu, Requirement::Root]) {
         return;
     }
-    let device = match std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
-        Ok(device) => device,
-        Err(error) => return say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}")),
-    };
+    let Some(device) = device(test) else { return };
     let directory = tempfile::tempdir().unwrap();
     let (socket, monitor) = (directory.path().join("attach.sock"), directory.path().join("qmp.sock"));
     let (pid_file, jail) = (directory.path().join("pid"), directory.path().join("jail"));
@@ -86,10 +79,9 @@ fn qemu_goes_to_the_background() {
     command.arg("-pidfile").arg(&pid_file).args(qemu::change_root(&jail).unwrap());
     command.args(qemu::run_as("nobody").unwrap());
     assert!(preload(&mut command, &socket).status().unwrap().success());
-    let pid: u32 = std::fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
-    let background = Background(pid);
+    let background = BackgroundProcess::of_pid_file(&pid_file).unwrap();
     // The one in the foreground was there before.
-    let connection = daemon.welcome_among_others(pid);
+    let connection = daemon.welcome_among_others(background.pid());
     let mut monitor = Monitor::connect(&monitor).unwrap();
     let memory = Memory::find(connection.open_userfault(Some(&device)).unwrap(), &ram);
     let _protection = memory.protect();
@@ -98,20 +90,8 @@ fn qemu_goes_to_the_background() {
     wait_for("a write of the firmware", LONG, || (!memory.written().is_empty()).then_some(())).unwrap();
     // A daemon that starts anew is found from there.
     drop(connection);
-    drop(daemon.welcome(pid));
+    drop(daemon.welcome(background.pid()));
     monitor.execute("quit", json!({})).unwrap();
-    drop(background);
-}
-
-/// A process that is nobody's child; it is ended with the test.
-struct Background(u32);
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        let pid = Pid::from_raw(self.0 as i32).unwrap();
-        // It may have ended by itself.
-        let _ = kill_process(pid, Signal::KILL);
-    }
 }
 
 /// To become another user, the C library of a program interrupts all of its threads.

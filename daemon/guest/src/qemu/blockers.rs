@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::block::{self, BlockNode};
+use super::block::{self, BlockNode, DiskFiles};
 use super::qmp::{Qmp, items};
 use crate::shim::Shims;
 use crate::{Blocker, DriverError};
@@ -96,10 +96,27 @@ fn refused(device: &Value) -> Option<Blocker> {
 }
 
 /// Finds disks whose drivers map the guest's memory for a device: it writes there when it likes, and waiting for block
-/// I/O tells nothing about that.
+/// I/O tells nothing about that. Of a QEMU that was never tried, all that would have to be waited for are found.
 async fn disks(qmp: &Qmp) -> Result<Vec<Blocker>, DriverError> {
     let nodes = block::nodes(qmp).await?;
-    Ok(nodes.iter().filter(|node| node.maps_memory()).map(mapping).collect())
+    let mut found: Vec<Blocker> = nodes.iter().filter(|node| node.maps_memory()).map(mapping).collect();
+    if qmp.version()[0] > block::NEWEST
+        && let Some(node) = DiskFiles::default().late(qmp).await?
+    {
+        found.push(untried(&node, qmp.version()[0]));
+    }
+    Ok(found)
+}
+
+fn untried(node: &BlockNode, major: u32) -> Blocker {
+    let BlockNode { name, file, .. } = node;
+    let detail = format!(
+        "disk {file} (node {name}) bypasses the page cache, and whether QEMU {major} can be had to wait for its I/O was never \
+         tried (newest: {})",
+        block::NEWEST
+    );
+    let remedy = "use -drive cache=writeback (cache.direct=off in -blockdev), or a newer Memlane".to_owned();
+    Blocker::new("disk", detail, Some(remedy))
 }
 
 fn mapping(node: &BlockNode) -> Blocker {

@@ -27,11 +27,12 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use super::block::{self, DiskFiles};
 use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
-use super::{block, blockers, launch};
+use super::{blockers, launch};
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
 use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
@@ -62,6 +63,7 @@ pub(super) struct Qemu {
     tracking: RefCell<Option<Rc<Tracking>>>,
     /// This is true if a disk bypassed the page cache when tracking began.
     reads_directly: Cell<bool>,
+    disk_files: DiskFiles,
     /// This task reads what QEMU's migration writes.
     state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
 }
@@ -90,6 +92,7 @@ impl Qemu {
             settings: RefCell::default(),
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
+            disk_files: DiskFiles::default(),
             state: RefCell::default(),
         }
     }
@@ -153,7 +156,7 @@ impl Driver for Qemu {
         self.states.note_migration(&self.name, true).await;
         self.remember_settings().await?;
         settings::prepare_source(&self.qmp).await?;
-        self.reads_directly.set(block::late(&self.qmp).await?.is_some());
+        self.reads_directly.set(self.disk_files.late(&self.qmp).await?.is_some());
         let tracking = Tracking::start(self.open_memory(false).await?, None).await?;
         *self.tracking.borrow_mut() = Some(Rc::new(tracking));
         Ok(())
@@ -169,7 +172,7 @@ impl Driver for Qemu {
 
     async fn drain(&self) -> Result<Option<Duration>, DriverError> {
         // A disk that is gone by now was drained when it went.
-        let Some(node) = block::late(&self.qmp).await? else { return Ok(None) };
+        let Some(node) = self.disk_files.late(&self.qmp).await? else { return Ok(None) };
         if !self.reads_directly.get() {
             let what = "a disk that bypasses the page cache came while the guest was copied, and what it read may have \
                         been missed";

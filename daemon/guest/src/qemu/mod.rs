@@ -52,7 +52,7 @@ pub enum QemuError {
         /// This is its process.
         pid: u32,
         /// It has this guest.
-        name: Label,
+        name: String,
     },
     /// No guest of this name is in a QEMU here.
     #[error("no guest named {0} in a QEMU is here; see `memlanectl guests`")]

@@ -194,11 +194,8 @@ impl Supervisor {
     }
 
     /// Returns the name of the guest in the QEMU that is this process, if it is kept.
-    fn guest_of(&self, process: VmmIdentity) -> Option<Label> {
-        let guests = self.guests.all();
-        let here =
-            guests.iter().find(|guest| guest.driver.qemu().is_some() && guest.process.identity() == process);
-        here.map(|guest| guest.shape.name.clone())
+    fn kept_as(&self, process: VmmIdentity) -> Option<String> {
+        self.states.all().into_iter().find(|record| record.identity() == process).map(|record| record.name)
     }
 
     /// Tells whether a guest of this name is about to leave this host.
@@ -264,9 +261,6 @@ impl NameReservation {
         let process = Rc::new(Process::running(qmp.pid())?);
         let mut record = record.clone();
         self.check_user(&mut record, qmp.user(), process.identity())?;
-        if let Some(name) = supervisor.guest_of(process.identity()).filter(|_| fresh) {
-            return Err(QemuError::Twice { pid: process.identity().pid, name });
-        }
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
         let by_itself =
             status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
@@ -299,6 +293,9 @@ impl NameReservation {
             (_, false) if is_migrating(&migration) => RunState::Relinquished,
             _ => RunState::Running,
         };
+        if let Some(name) = supervisor.kept_as(process.identity()).filter(|name| *name != record.name) {
+            return Err(QemuError::Twice { pid: record.pid, name });
+        }
         record.bond = record.bond.filter(|_| matches!(run_state, RunState::Loaded | RunState::Relinquished));
         supervisor.states.write(&record).await?;
         let (shape, ram) = (facts.shape.clone(), facts.ram.clone());

@@ -31,9 +31,10 @@ impl Precopy {
         let transfer = &self.transfer;
         let ram = &transfer.guest.ram;
         let pages = ram.pages();
-        let at_once = if transfer.guest.driver.reads_directly() { SETTLED_PAGES } else { PIECE_PAGES };
+        let reads_directly = transfer.guest.driver.reads_directly();
+        let at_once = if reads_directly { SETTLED_PAGES } else { PIECE_PAGES };
         let mut holes = Vec::new();
-        let mut first = 0;
+        let (mut first, mut settled) = (0, 0);
         while first < pages {
             let piece = next_piece(ram, first, at_once).await.map_err(CopyError::Memory)?;
             let begins = first == 0;
@@ -44,7 +45,11 @@ impl Precopy {
                 None => data_extents(ram, piece.clone()).await,
             };
             let data = data.map_err(CopyError::Memory)?;
-            transfer.settle().await?;
+            // Also without such a disk: one may come, and that is to be noticed before it goes again.
+            if reads_directly || piece.end - settled >= SETTLED_PAGES {
+                transfer.settle().await?;
+                settled = piece.end;
+            }
             let mut fresh = 0;
             let mut hole_from = piece.start;
             for extent in data {

@@ -17,7 +17,7 @@ use tracing::info;
 use super::error::CopyError;
 use super::serve::Serving;
 use super::switchover::Switchover;
-use super::transfer::{LOOK, Transfer};
+use super::transfer::{Harvested, LOOK, Transfer};
 use crate::lane_reconnect::LaneReconnector;
 use crate::observer::Measurement;
 use crate::progress::{Forecast as ForecastView, Iteration as IterationView, Phase};
@@ -141,11 +141,16 @@ impl Precopy {
         }
         self.until_all_claimed().await?;
         self.sample();
+        // Nothing is left to be sent until there is something new.
+        self.sampled.set(None);
         let looked = Instant::now();
-        let dirtied_pages = transfer.harvest().await?;
-        let harvest_seconds = looked.elapsed().as_secs_f64();
-        let duration = started.elapsed();
-        let remaining = transfer.outbound.dirty.count() + transfer.outbound.in_flight.count();
+        let Harvested { new: dirtied_pages, stall } = transfer.harvest().await?;
+        let harvest_seconds = looked.elapsed().saturating_sub(stall).as_secs_f64();
+        let duration = started.elapsed().saturating_sub(stall);
+        // While block I/O was waited for, the guest wrote on.
+        let meanwhile = dirtied_pages as f64 * stall.as_secs_f64() / duration.as_secs_f64().max(1e-6);
+        let remaining =
+            transfer.outbound.dirty.count() + transfer.outbound.in_flight.count() + meanwhile as u64;
         let bytes = transfer.lanes.borrow().wire_bytes() - bytes_before;
         let sent = transfer.lanes.borrow().pages() - pages_before;
         let measured = Measurement::Iteration { took: duration, dirtied_pages };

@@ -20,6 +20,7 @@ impl Precopy {
             .guest
             .stun(&transfer.outbound.dirty, &transfer.outbound.in_flight, pages_per_second)
             .await?;
+        transfer.note_stall(switch.stall);
         if switch.harvest.holes {
             transfer.outbound.sparse.store(true, Ordering::Release);
         }

@@ -111,7 +111,7 @@ impl Switchover {
             saved?
         };
         // What device models wrote while they came to rest and saved themselves.
-        if transfer.harvest().await? > 0 {
+        if transfer.harvest().await?.new > 0 {
             transfer.until_all_acknowledged().await?;
         }
         Ok(saved)

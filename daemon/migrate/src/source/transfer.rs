@@ -33,6 +33,15 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// This many answers of the destination may wait to be dealt with.
 const ANSWERS_WAITING: usize = 16;
 
+/// What a look at the guest's writes has found.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Harvested {
+    /// This many pages are dirty that were not.
+    pub new: u64,
+    /// Block I/O was waited for this long afterwards.
+    pub stall: Duration,
+}
+
 /// The transfer of one guest.
 pub(super) struct Transfer {
     /// This is the context that every migration of this host works with.
@@ -120,15 +129,15 @@ impl Transfer {
     }
 
     /// Marks the pages as dirty that were written since they were write-protected or last harvested, and has the lanes
-    /// send them. Returns how many pages are new.
+    /// send them.
     ///
     /// # Errors
     ///
     /// Fails if the VMM does not answer. What it has found may then be lost.
-    pub(super) async fn harvest(&self) -> Result<u64, CopyError> {
+    pub(super) async fn harvest(&self) -> Result<Harvested, CopyError> {
         let (unsettled, dirty) = (self.unsettled.borrow().clone(), &self.outbound.dirty);
         let mut found = self.guest.harvest(unsettled.as_deref().unwrap_or(dirty)).await?;
-        self.settle().await?;
+        let stall = self.settle().await?;
         if let Some(unsettled) = unsettled {
             found.new = 0;
             let pass_on = |pages| found.new += unsettled.drain_into(pages, dirty);
@@ -138,27 +147,29 @@ impl Transfer {
             self.outbound.sparse.store(true, Ordering::Release);
         }
         self.outbound.publish();
-        Ok(found.new)
+        Ok(Harvested { new: found.new, stall })
     }
 
     /// Returns when what has been reported as written, or was write-protected, may be read: a device that had begun to
-    /// write to it by then, behind the page tables, has come to an end.
+    /// write to it by then, behind the page tables, has come to an end. Returns how long block I/O was waited for.
     ///
     /// # Errors
     ///
     /// Fails if the VMM does not answer.
-    pub(super) async fn settle(&self) -> Result<(), CopyError> {
-        if self.at_rest.get() {
-            return Ok(());
-        }
-        if let Some(stall) = self.guest.drain().await? {
-            self.context.observer.measured(Measurement::BlockIoStalled(stall));
-            self.handle.update(|progress| {
-                let longest = progress.ram.longest_io_stall_seconds.get_or_insert_default();
-                *longest = longest.max(stall.as_secs_f64());
-            });
-        }
-        Ok(())
+    pub(super) async fn settle(&self) -> Result<Duration, CopyError> {
+        let stall = if self.at_rest.get() { None } else { self.guest.drain().await? };
+        self.note_stall(stall);
+        Ok(stall.unwrap_or_default())
+    }
+
+    /// Notes how long block I/O stood still, if it had to be waited for.
+    pub(super) fn note_stall(&self, stall: Option<Duration>) {
+        let Some(stall) = stall else { return };
+        self.context.observer.measured(Measurement::BlockIoStalled(stall));
+        self.handle.update(|progress| {
+            let longest = progress.ram.longest_io_stall_seconds.get_or_insert_default();
+            *longest = longest.max(stall.as_secs_f64());
+        });
     }
 
     /// Notes that the guest is paused.

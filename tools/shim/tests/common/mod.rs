@@ -7,10 +7,13 @@ mod daemon;
 mod memory;
 mod seccomp;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::time::Duration;
+
+use memlane_lab::say_skipped;
 
 pub(crate) use daemon::{Connection, Daemon, Handles};
 pub(crate) use memory::{Memory, RamFile};
@@ -57,6 +60,17 @@ impl Built {
 /// `command` with the shim in it, which looks for the daemon at `socket`.
 pub(crate) fn preload<'a>(command: &'a mut Command, socket: &Path) -> &'a mut Command {
     command.env("LD_PRELOAD", &Built::get().library).env(VARIABLE, socket)
+}
+
+/// Opens /dev/userfaultfd, as a daemon does; says that `test` is skipped where it cannot.
+pub(crate) fn device(test: &str) -> Option<File> {
+    match File::options().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => Some(device),
+        Err(error) => {
+            say_skipped(test, &format!("/dev/userfaultfd cannot be opened: {error}"));
+            None
+        }
+    }
 }
 
 /// A program that is ended with the test.
