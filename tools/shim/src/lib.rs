@@ -33,8 +33,6 @@
 //!   then such a child has two threads, and may not enter a user namespace (`unshare`, `setns`).
 //! - The thread opens `pagemap` and `maps` when it starts: a program that becomes another user (`-runas`) may not
 //!   open its own any more.
-//! - The thread keeps the root directory that it began with, so that a program that leaves it (`chroot`) still
-//!   finds a daemon that starts anew. It works in that directory, so as to keep no other file system busy.
 
 mod sys;
 mod wire;
@@ -101,8 +99,6 @@ fn start_thread(moment: Duration) {
 }
 
 fn stay_connected(address: &Address, moment: Duration) {
-    // Without it the thread follows the program into another root directory, and may not be found again from there.
-    let _ = sys::leave_directories(address.is_absolute());
     if sys::leave_descriptor_table().is_err() {
         return;
     }

@@ -3,7 +3,7 @@
 //! Only functions that every C library of the last decade has: with one that is missing, the
 //! program itself would not start. Newer system calls go by their numbers.
 
-use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
+use std::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{null, null_mut};
@@ -26,7 +26,6 @@ const SYS_USERFAULTFD: c_long = 323;
 /// The number of `close_range`, which is the same on all architectures.
 const SYS_CLOSE_RANGE: c_long = 436;
 const CLOSE_RANGE_UNSHARE: c_uint = 2;
-const CLONE_FS: c_int = 0x200;
 
 /// A function of `pthread_atfork`.
 type ForkHandler = extern "C" fn();
@@ -39,8 +38,6 @@ unsafe extern "C" {
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
     fn sigfillset(set: *mut SigSet) -> c_int;
-    fn unshare(flags: c_int) -> c_int;
-    fn chdir(path: *const c_char) -> c_int;
     fn pthread_atfork(
         before: Option<ForkHandler>,
         in_parent: Option<ForkHandler>,
@@ -56,16 +53,6 @@ pub(crate) fn leave_descriptor_table() -> Result<()> {
     match unsafe { syscall(SYS_CLOSE_RANGE, 0 as c_uint, c_uint::MAX, CLOSE_RANGE_UNSHARE) } {
         0 => Ok(()),
         _ => Err(Error::last_os_error()),
-    }
-}
-
-/// Gives the calling thread a root and a working directory of its own. The root is that of the program, and with `to_root` it is
-/// the working directory, too.
-pub(crate) fn leave_directories(to_root: bool) -> Result<()> {
-    // SAFETY: this touches no memory, and nothing of other threads; the path ends with a zero.
-    match unsafe { unshare(CLONE_FS) == 0 && (!to_root || chdir(c"/".as_ptr()) == 0) } {
-        true => Ok(()),
-        false => Err(Error::last_os_error()),
     }
 }
 
@@ -126,11 +113,6 @@ impl Address {
         let (room, _last_is_zero) = address.path.split_at_mut(107);
         room.get_mut(..path.len())?.copy_from_slice(path);
         (!path.is_empty() && !path.contains(&0)).then_some(address)
-    }
-
-    /// Tells whether the path means the same in every working directory.
-    pub(crate) fn is_absolute(&self) -> bool {
-        self.path[0] == b'/'
     }
 }
 

@@ -115,25 +115,12 @@ pub fn obtain() -> Result<PathBuf> {
 ///
 /// If it cannot be run.
 pub fn run_as(user: &str) -> Result<[String; 2]> {
-    run_with("-runas", "user", user)
-}
-
-/// Returns the arguments that make the QEMU that labs use change its root directory, once it has started.
-///
-/// # Errors
-///
-/// If it cannot be run.
-pub fn change_root(directory: &Path) -> Result<[String; 2]> {
-    run_with("-chroot", "chroot", directory.to_str().context("a path that is no UTF-8")?)
-}
-
-/// Returns an option by its old name, or, where QEMU does not have it any more, what `-run-with` makes of it. 9.1 has both.
-fn run_with(old: &str, key: &str, value: &str) -> Result<[String; 2]> {
     let program = program();
     let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
-    Ok(match help.contains(old) {
-        true => [old.into(), value.into()],
-        false => ["-run-with".into(), format!("{key}={value}")],
+    // 9.1 has both, 10.0 the new one only.
+    Ok(match help.contains("-runas") {
+        true => ["-runas".into(), user.into()],
+        false => ["-run-with".into(), format!("user={user}")],
     })
 }
 
