@@ -1,39 +1,24 @@
 //! The threads that write and check memory.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-
+use crate::counters::{CheckCounters, Order};
 use crate::disk;
+use crate::memory::map;
 use crate::options::BootOptions;
-use crate::pattern::{CheckedRegion, Mismatch, PAGE_BYTES};
+use crate::pattern::{CheckedRegion, PAGE_BYTES};
 
 /// The time between two portions of work. They are small, so that pages become dirty evenly.
 const TICK: Duration = Duration::from_millis(10);
-/// The number of mismatches that are printed. A guest with damaged memory would otherwise fill its console for hours.
-const MOST_COMPLAINTS: u64 = 20;
-
-/// The counters of the threads.
-#[derive(Debug, Default)]
-pub(crate) struct CheckCounters {
-    /// The number of pages, and of pieces of a disk, that were checked and found as they should be.
-    pub passes: AtomicU64,
-    /// The number of pages, and of pieces of a disk, that were checked and found different.
-    pub failures: AtomicU64,
-}
-
 /// All threads that write and check memory.
 #[derive(Debug)]
 pub(crate) struct Checkers {
     counters: Arc<CheckCounters>,
     orders: Mutex<Vec<mpsc::Sender<Order>>>,
 }
-
-/// An order to check all pages now. Its channel is closed when that is done.
-pub(crate) type Order = mpsc::Sender<()>;
 
 impl Checkers {
     /// Takes memory, writes all of it once, and starts the threads.
@@ -80,16 +65,6 @@ impl Checkers {
     }
 }
 
-/// Maps memory whose pages exist once they are touched.
-pub(crate) fn map(bytes: u64) -> Result<&'static mut [u64], String> {
-    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
-    // SAFETY: a new mapping at a place of the kernel's choice.
-    let address = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes as usize, access, flags) }
-        .map_err(|error| format!("taking {bytes} bytes of memory to check: {error}"))?;
-    // SAFETY: the mapping is of this length, zeroed, aligned to a page, ours alone, and never given back.
-    Ok(unsafe { std::slice::from_raw_parts_mut(address.cast(), bytes as usize / size_of::<u64>()) })
-}
-
 fn check(mut region: CheckedRegion, rate: u64, orders: &mpsc::Receiver<Order>, counters: &CheckCounters) {
     let mut due = 0.0;
     let mut last = Instant::now();
@@ -112,26 +87,6 @@ fn check(mut region: CheckedRegion, rate: u64, orders: &mpsc::Receiver<Order>, c
         while due >= 1.0 {
             due -= 1.0;
             region.step().into_iter().for_each(|checked| counters.count(checked));
-        }
-    }
-}
-
-impl CheckCounters {
-    /// Counts what was read from a disk and found as it should be, or different.
-    pub(crate) fn count_read(&self, passed: bool) {
-        let counter = if passed { &self.passes } else { &self.failures };
-        counter.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn count(&self, checked: Result<(), Mismatch>) {
-        let Err(Mismatch { page, word, expected, found }) = checked else {
-            self.passes.fetch_add(1, Ordering::Relaxed);
-            return;
-        };
-        if self.failures.fetch_add(1, Ordering::Relaxed) < MOST_COMPLAINTS {
-            println!(
-                "memlane-init: CHECK FAILED: word {word} of page {page} is {found:#018x}, not {expected:#018x}"
-            );
         }
     }
 }

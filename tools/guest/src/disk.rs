@@ -8,7 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::{Arc, mpsc};
 
-use crate::check::{CheckCounters, Order, map};
+use crate::counters::{CheckCounters, Order};
+use crate::memory::map;
 
 /// This many reads of a disk are under way at once.
 const READERS: u64 = 2;
@@ -60,8 +61,7 @@ impl Reader {
             // Every piece in its turn, by steps that have no divisor in common with powers of 2.
             let block = (turn * READERS + number).wrapping_mul(2_654_435_761) % self.blocks;
             if let Err(error) = self.read(part, block * READ_BYTES as u64) {
-                println!("memlane-init: CHECK FAILED: the disk cannot be read: {error}");
-                self.counters.count_read(false);
+                self.counters.note(Some(format!("the disk cannot be read: {error}")));
             }
             self.check(part);
         }
@@ -85,10 +85,8 @@ impl Reader {
             let found = unsafe { (&raw const self.memory[at]).read_volatile() };
             (found != word(place)).then_some((place, found))
         });
-        if let Some((place, found)) = wrong {
-            println!("memlane-init: CHECK FAILED: byte {place} of the disk was read as {found:#018x}");
-        }
-        self.counters.count_read(wrong.is_none());
+        let text = |(place, found)| format!("byte {place} of the disk was read as {found:#018x}");
+        self.counters.note(wrong.map(text));
     }
 }
 

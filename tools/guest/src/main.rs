@@ -6,7 +6,9 @@
 
 mod boot;
 mod check;
+mod counters;
 mod disk;
+mod memory;
 mod options;
 mod pattern;
 mod service;
