@@ -216,8 +216,8 @@ fn describe() {
         }
     }
     now(0, &[], []);
-    for outcome in [Outcome::Completed, Outcome::Failed, Outcome::Cancelled, Outcome::Refused, Outcome::Lost]
-    {
+    use Outcome::{Cancelled, Completed, Failed, Lost, PoweredOff, Refused};
+    for outcome in [Completed, Failed, Cancelled, Refused, Lost, PoweredOff] {
         counter!(MIGRATIONS, "outcome" => views::outcome(outcome).as_str()).increment(0);
     }
     for kind in ["data", "zero", "hole"] {

@@ -58,6 +58,7 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         vmm_state_bytes,
         save_seconds,
         load_seconds,
+        guest_stays,
     } = pause;
     let in_danger = phase == progress::Phase::Fetching && ended.is_none();
     let lost_if = in_danger.then(|| what_loses_the_guest(&host));
@@ -102,6 +103,7 @@ pub(crate) fn migration(progress: &Progress) -> types::Migration {
         vmm_state_bytes,
         save_seconds,
         load_seconds,
+        guest_stays,
     }
 }
 
@@ -113,6 +115,7 @@ pub(crate) fn outcome(outcome: progress::Outcome) -> types::Outcome {
         progress::Outcome::Cancelled => types::Outcome::Cancelled,
         progress::Outcome::Refused => types::Outcome::Refused,
         progress::Outcome::Lost => types::Outcome::Lost,
+        progress::Outcome::PoweredOff => types::Outcome::PoweredOff,
     }
 }
 

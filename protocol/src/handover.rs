@@ -129,7 +129,8 @@
 //! The guest is lost if its VMM, the memory at the source, or the knowledge of what is missing is gone before the last
 //! page has come: then it is whole at neither host, because the source's copy is out of date. The destination answers
 //! `Lost`, and both hosts report [`Outcome::Lost`]. They do the same when an operator no longer waits for a host that
-//! will not come back ([`Event::Abandoned`]). A source that has given up answers `Fetching` with `Gone`.
+//! will not come back ([`Event::Abandoned`]). A source that has given up answers `Fetching` with `Gone`. A guest that shuts
+//! itself down is not lost: what it lacks it needs no more, and the destination says `Running`, with [`POWERED_OFF`].
 //!
 //! A VMM may be unable to answer its daemon while it waits for a missing page. A restarted destination, which finds
 //! `Running`, cannot learn then whether the guest runs, and so does not say `Fetching`. If it knows what is missing, it says
@@ -174,7 +175,7 @@ mod source;
 pub use action::Action;
 pub use destination::Destination;
 pub use event::{Event, Resolution};
-pub use message::Message;
+pub use message::{Message, POWERED_OFF};
 pub use outcome::{Outcome, Phase};
 pub use record::{Record, UnknownRecord, WrongRecord};
 pub use source::Source;

@@ -57,6 +57,26 @@ pub struct SavedState {
     pub bytes: Vec<u8>,
     /// The VMM took this long to save it.
     pub took: Duration,
+    /// If this is a word, such as `paused`, the guest did not run when the VMM was told to pause it, and stays so.
+    pub stays: Option<String>,
+}
+
+/// What loading a VMM's state has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadedState {
+    /// The VMM took this long to load it.
+    pub took: Duration,
+    /// If this is a word, such as `paused`, the guest did not run at the other host, and resuming it here leaves it so.
+    pub stays: Option<String>,
+}
+
+/// How a VMM came to its end, in its own words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Farewell {
+    /// The guest shut itself down, and the VMM ended with it. The text says what the guest did, such as `powered off`.
+    PoweredOff(&'static str),
+    /// Something else ended the VMM.
+    Other(String),
 }
 
 /// A blocker is something that prevents a guest from being moved.
@@ -111,7 +131,8 @@ pub trait Driver {
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;
-    /// Lets the vCPUs run, if they do not. Returns since when they do, as Unix time, where the VMM tells that.
+    /// Lets the vCPUs run, if they do not and did so before the migration. Returns since when they do, as Unix time, where
+    /// the VMM tells that.
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
     /// Saves everything but RAM. The guest must be paused.
     async fn save(&self) -> Result<SavedState, DriverError>;
@@ -121,8 +142,8 @@ pub trait Driver {
     }
     /// Undoes [`Driver::get_ready`]: no guest comes after all, and nothing was loaded.
     async fn stand_down(&self) {}
-    /// Loads what [`Driver::save`] returned at another host. Returns the time that it took.
-    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError>;
+    /// Loads what [`Driver::save`] returned at another host.
+    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Lets the VMM remember to which migration the guest that it loaded belongs.
@@ -133,6 +154,10 @@ pub trait Driver {
     async fn gone(&self);
     /// Ends the connection. The VMM then follows its own rules.
     fn hang_up(&self);
+    /// Returns what the VMM has said about its end, before the connection to it was lost.
+    fn farewell(&self) -> Option<Farewell> {
+        None
+    }
     /// Tells whether saving takes hold of more than memory, such as disks, so that it must begin only when nothing else
     /// is left to do.
     fn saves_last(&self) -> bool {

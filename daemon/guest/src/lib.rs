@@ -27,7 +27,7 @@ mod users;
 mod write_faults;
 
 pub use claim::Claim;
-pub use driver::{Blocker, Driver, DriverError, SavedState};
+pub use driver::{Blocker, Driver, DriverError, Farewell, LoadedState, SavedState};
 pub use guest::Guest;
 pub use linked::Linked;
 pub use memlane_kvm::dirty::{Harvest, ThrottleStats};

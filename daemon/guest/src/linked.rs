@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
 use super::memory::{DEVICE, Handles, open_device};
-use super::{Driver, DriverError, Harvest, SavedState, ThrottleStats, VmmMemory};
+use super::{Driver, DriverError, Harvest, LoadedState, SavedState, ThrottleStats, VmmMemory};
 
 /// A VMM may take this long for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -234,15 +234,15 @@ impl Driver for Linked {
         let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
         let read = task::aside(move || read_state(fd, bytes)).await;
         let bytes = read.map_err(|error| broken(error.to_string()))?;
-        Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds) })
+        Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds), stays: None })
     }
 
-    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError> {
         let failed = |error: io::Error| DriverError::Failed { request: "load", reason: error.to_string() };
         let file = state_file(state).await.map_err(failed)?;
         let request = Request::Load { bytes: state.len() as u64 };
         let ([nanoseconds, _], _) = self.ask_with(request, &[file.as_fd()]).await?;
-        Ok(Duration::from_nanos(nanoseconds))
+        Ok(LoadedState { took: Duration::from_nanos(nanoseconds), stays: None })
     }
 
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memlane_guest::{Claim, DriverError, Guest, Process};
+use memlane_guest::{Claim, DriverError, Farewell, Guest, Process};
 use memlane_lane::postcopy::PostcopyIncoming;
 use memlane_net::announce::announce;
 use memlane_net::journal::Entry;
@@ -66,6 +66,10 @@ pub(crate) struct Effects {
     pub taken_up: bool,
     /// If this is true, the VMM was gone before there was a reason.
     gone: bool,
+    /// This is how the VMM has said that it ends.
+    farewell: Option<Farewell>,
+    /// If this is true, the guest has shut itself down, and runs nowhere.
+    pub powered_off: bool,
     /// This is how long the steps took.
     pub times: Times,
     /// This is what of the guest's memory is missing here.
@@ -131,6 +135,8 @@ impl Effects {
             reason: None,
             taken_up: false,
             gone: false,
+            farewell: None,
+            powered_off: false,
             times: Times::default(),
             placing: None,
             reopened: None,
@@ -160,6 +166,9 @@ impl Effects {
         if std::mem::take(&mut self.gone) {
             self.reason = None;
         }
+        if let Vmm::Attached(guest) = &self.vmm {
+            self.farewell = guest.driver.farewell();
+        }
         match news {
             VmmNews::Lost(process) => {
                 // The kernel may take a while to end a process that was killed.
@@ -167,7 +176,7 @@ impl Effects {
                 // A VMM may have as many threads as it likes.
                 if task::aside(move || Process::exits(identity)).await {
                     info!(guest = %self.entry.guest, "the VMM is about to end");
-                    self.blame(VMM_GONE);
+                    self.blame(self.last_words());
                 } else {
                     info!(guest = %self.entry.guest, "lost the connection to the VMM, which lives");
                     self.blame("the connection to the guest's VMM was lost");
@@ -180,9 +189,11 @@ impl Effects {
                 Some(Event::Failed)
             }
             VmmNews::Ended => {
-                self.blame(VMM_GONE);
+                self.blame(self.last_words());
                 self.vmm = Vmm::Ended;
-                Some(self.ended())
+                let event = self.ended();
+                self.powered_off |= event == Event::PoweredOff;
+                Some(event)
             }
             VmmNews::Back(Returned { guest, claim }) => {
                 self.claim = claim.filter(|_| !self.handle.is_over());
@@ -195,6 +206,15 @@ impl Effects {
                     None => told,
                 }
             }
+        }
+    }
+
+    /// Returns how the VMM that is gone came to its end.
+    fn last_words(&self) -> String {
+        match &self.farewell {
+            Some(Farewell::PoweredOff(did)) => format!("the guest {did} at {}", self.context.name()),
+            Some(Farewell::Other(how)) => format!("{VMM_GONE}: {how}"),
+            None => VMM_GONE.to_owned(),
         }
     }
 

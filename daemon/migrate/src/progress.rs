@@ -114,6 +114,9 @@ pub struct PauseStats {
     pub save_seconds: Option<f64>,
     /// The destination's VMM took this long to load it.
     pub load_seconds: Option<f64>,
+    /// The guest did not run when it was to be paused, and stays so wherever it ends up. This is the word of its VMM for
+    /// that, such as `paused`.
+    pub guest_stays: Option<String>,
 }
 
 /// The side of a migration that a daemon does.
@@ -161,6 +164,8 @@ pub enum Outcome {
     /// or it ran there without all of its memory, and what was missing will never come. The source's copy is out of
     /// date.
     Lost,
+    /// The guest shut itself down during the migration, and its VMM ended with it. Nothing is lost.
+    PoweredOff,
 }
 
 /// The terms of a predicted downtime; they add up to it.
@@ -318,6 +323,7 @@ impl fmt::Display for Outcome {
             Self::Cancelled => "cancelled",
             Self::Refused => "refused",
             Self::Lost => "lost",
+            Self::PoweredOff => "powered off",
         })
     }
 }

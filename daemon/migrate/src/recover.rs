@@ -271,7 +271,8 @@ fn report(effects: &mut Effects, outcome: Outcome) {
     let (here, there) = (effects.context.name().to_string(), handle.peer.to_string());
     let role = handle.progress.borrow().role;
     let runs_here = match (role, outcome) {
-        (_, Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp) => None,
+        (_, Outcome::VmmGone | Outcome::PoweredOff | Outcome::Lost | Outcome::GivenUp) => None,
+        (_, Outcome::Completed) if effects.powered_off => None,
         (RoleView::Source, Outcome::Completed) => Some(false),
         (RoleView::Source, _) => Some(true),
         (RoleView::Destination, Outcome::Completed) => Some(true),
@@ -290,6 +291,8 @@ fn report(effects: &mut Effects, outcome: Outcome) {
     let reason = if outcome == Outcome::Completed { effects.reason.take() } else { effects.why() };
     info!(guest = %handle.guest, %outcome, reason, "a migration in doubt is settled");
     let view = match outcome {
+        Outcome::PoweredOff => OutcomeView::PoweredOff,
+        Outcome::Completed if effects.powered_off => OutcomeView::PoweredOff,
         Outcome::Completed => OutcomeView::Completed,
         Outcome::Lost => OutcomeView::Lost,
         // Its owner was this host.
@@ -298,7 +301,7 @@ fn report(effects: &mut Effects, outcome: Outcome) {
     };
     handle.update(|progress| {
         if let Some(postcopy) = &mut progress.postcopy {
-            postcopy.end(outcome == Outcome::Completed);
+            postcopy.end(matches!(outcome, Outcome::Completed | Outcome::PoweredOff));
         }
     });
     handle.end(view, reason, runs_here.map(|here_it_is| if here_it_is { here } else { there }));

@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "every test binary uses its own part of it")]
 
 mod activate;
+pub(crate) mod boot_sector;
 mod linux;
 mod peer;
 pub(crate) mod qemu;

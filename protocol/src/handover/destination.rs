@@ -130,7 +130,7 @@ impl Destination {
             (Receiving, Event::Loaded) => self.go(Preparing, [Action::Journal(Record::Prepared)]),
             (
                 Accepting | Receiving,
-                Event::PeerLost | Event::Failed | Event::VmmGone | Heard(Message::Abort),
+                Event::PeerLost | Event::Failed | Event::VmmGone | Event::PoweredOff | Heard(Message::Abort),
             )
             | (Preparing, Event::JournalFailed(Record::Prepared)) => self.go(
                 Discarded,
@@ -161,7 +161,9 @@ impl Destination {
                 self.go(Discarding, [Action::Discard, Action::Report(Outcome::Failed)])
             }
             // Not before the VMM is gone: with no record, a loaded VMM would be in doubt again.
-            (Discarding, Event::Discarded | Event::VmmGone) => self.go(Discarded, [Action::Forget]),
+            (Discarding, Event::Discarded | Event::VmmGone | Event::PoweredOff) => {
+                self.go(Discarded, [Action::Forget])
+            }
             (Starting | Unrecorded { .. }, Event::Journalled(Record::Running)) => {
                 self.go(Resuming, [Action::Resume])
             }
@@ -169,7 +171,7 @@ impl Destination {
             (Starting, Event::JournalFailed(Record::Running)) => self.go(Prepared, []),
 
             // The guest never ran. A record that is still on its way to the journal is followed by `Declined`.
-            (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone)
+            (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone | Event::PoweredOff)
             | (Unsure { incomplete: true }, Event::Waits)
             | (Prepared | Resuming | Recovering, Event::ResumeFailed)
             | (Accepting | Receiving | Prepared, Heard(Message::Withdraw)) => {
@@ -195,6 +197,10 @@ impl Destination {
                 self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::Completed)])
             }
 
+            // What it had not fetched it needs no more.
+            (Resuming | Recovering | Unrecorded { .. } | Fetching, Event::PoweredOff) => {
+                self.go(Running, [Action::Send(Message::Running), Action::Report(Outcome::PoweredOff)])
+            }
             // The guest may have run, so the source must not run it; whether all of it was here is not known.
             (Resuming | Recovering | Unrecorded { .. }, Event::VmmGone) => {
                 self.go(Lost, [Action::Send(Message::Lost), Action::Report(Outcome::VmmGone)])
@@ -229,11 +235,11 @@ impl Destination {
             (Declined { discarded: false, .. }, Heard(Message::Done | Message::Abort)) => {
                 self.go(Declined { discarded: false, heard: true }, [])
             }
-            (Declined { heard: false, .. }, Event::Discarded | Event::VmmGone) => {
+            (Declined { heard: false, .. }, Event::Discarded | Event::VmmGone | Event::PoweredOff) => {
                 self.go(Declined { discarded: true, heard: false }, [])
             }
             (Declined { discarded: true, .. }, Heard(Message::Done | Message::Abort))
-            | (Declined { heard: true, .. }, Event::Discarded | Event::VmmGone) => {
+            | (Declined { heard: true, .. }, Event::Discarded | Event::VmmGone | Event::PoweredOff) => {
                 self.go(Discarded, [Action::Forget])
             }
 

@@ -21,6 +21,8 @@ pub enum Event {
     /// The VMM's process has ended, and all that it said before has been told. A relinquished or incoming VMM that
     /// merely lost its connection is not gone: it attaches again, and receives again what it has not answered.
     VmmGone,
+    /// The same, and the guest had shut itself down before: nobody needs its memory any more.
+    PoweredOff,
     /// The record of [`Action::Journal`](super::Action::Journal) is durable.
     Journalled(Record),
     /// [`Action::Journal`](super::Action::Journal) failed, and a restarted daemon will not find the record either.

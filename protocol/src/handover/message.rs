@@ -41,6 +41,10 @@ pub enum Message {
     Unknown,
 }
 
+/// With this, the reason begins that a destination sends along with [`Message::Running`] if the guest has shut itself down
+/// since it was started there. Its memory is not needed any more then, and it runs nowhere.
+pub const POWERED_OFF: &str = "powered off: ";
+
 impl Message {
     /// Tells whether a destination says this of a guest that it was given, and repeats it until a source answers.
     pub fn awaits_source(self) -> bool {

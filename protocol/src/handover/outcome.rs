@@ -18,6 +18,8 @@ pub enum Outcome {
     /// The VMM that owned the guest ended during the migration, and the guest with it. It ended at the source before
     /// the commit or after taking the guest back, or at the destination while the guest was started.
     VmmGone,
+    /// The guest shut itself down during the migration, and its VMM ended with it. Nothing is lost.
+    PoweredOff,
     /// The guest was passed on, and ended or was given up at the destination before all of its memory was known to be
     /// there. The source's copy is out of date.
     Lost,
@@ -74,6 +76,7 @@ impl fmt::Display for Outcome {
             Self::Failed => "failed: the guest runs at the source",
             Self::TakenBack => "the destination could not start the guest: it runs at the source again",
             Self::VmmGone => "the VMM that owned the guest ended during the migration",
+            Self::PoweredOff => "the guest shut itself down during the migration",
             Self::GivenUp => {
                 "given up by the operator at this host: whether the other runs it is not known here"
             }

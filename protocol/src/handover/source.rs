@@ -144,8 +144,10 @@ impl Source {
             (Relinquishing, Event::Relinquished) => self.go(Committing, [Action::Journal(Record::Committed)]),
 
             // Before the commit every failure is the same failure.
-            (Offering | Copying | Leaving | Pausing { .. } | Paused | Relinquishing, Event::VmmGone)
-            | (Unsure | Asking, Event::VmmGone) => self.vmm_gone(),
+            (
+                Offering | Copying | Leaving | Pausing { .. } | Paused | Relinquishing | Unsure | Asking,
+                Event::VmmGone | Event::PoweredOff,
+            ) => self.vmm_gone(event),
             (Offering | Copying | Leaving | Pausing { .. } | Paused, failure) => match failure {
                 Event::Cancel => self.keep(Outcome::Cancelled),
                 Event::PeerLost | Event::Failed | Heard(Message::Abort | Message::Declined) => {
@@ -223,7 +225,9 @@ impl Source {
 
             // Not before the VMM is gone: with no record of a migration, a relinquished VMM
             // would be in doubt.
-            (Discarding, Event::Discarded | Event::VmmGone) => self.go(Gone, [Action::Forget]),
+            (Discarding, Event::Discarded | Event::VmmGone | Event::PoweredOff) => {
+                self.go(Gone, [Action::Forget])
+            }
 
             (Returning { outcome, silent: false }, Event::Resumed) => {
                 self.go(Kept, [Action::Forget, Action::Report(outcome)])
@@ -235,7 +239,7 @@ impl Source {
             (Stuck { outcome, silent }, Event::Tick) => {
                 self.go(Returning { outcome, silent }, [Action::Resume])
             }
-            (Returning { .. } | Stuck { .. }, Event::VmmGone) => self.vmm_gone(),
+            (Returning { .. } | Stuck { .. }, Event::VmmGone | Event::PoweredOff) => self.vmm_gone(event),
 
             // Decided for good: as if the migration were no longer known.
             (
@@ -300,8 +304,9 @@ impl Source {
     }
 
     /// Ends the migration because the guest's VMM has ended.
-    fn vmm_gone(&mut self) -> Vec<Action> {
-        let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(Outcome::VmmGone)];
+    fn vmm_gone(&mut self, event: Event) -> Vec<Action> {
+        let outcome = if event == Event::PoweredOff { Outcome::PoweredOff } else { Outcome::VmmGone };
+        let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(outcome)];
         self.go(State::Kept, told)
     }
 

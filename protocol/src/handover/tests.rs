@@ -454,3 +454,22 @@ fn a_vmm_that_runs_is_believed_where_the_journal_lags_behind() {
     let (mut source, _) = Source::recover(Some(Record::Committed)).expect("its record");
     assert_eq!(source.on(Event::Owned), [Action::Resume]);
 }
+
+#[test]
+fn a_guest_that_shuts_itself_down_is_not_lost() {
+    for mut source in [source(&TO_PAUSED), Source::recover(None).expect("nothing is a fine record").0] {
+        let told = [Action::Forget, Action::Send(Message::Abort), Action::Report(Outcome::PoweredOff)];
+        assert_eq!(source.on(Event::PoweredOff), told);
+        assert!(source.is_over());
+    }
+    let (resuming, _) = Destination::recover(Some(Record::Running)).expect("its record");
+    for mut destination in [resuming, fetching()] {
+        let told = [Action::Send(Message::Running), Action::Report(Outcome::PoweredOff)];
+        assert_eq!(destination.on(Event::PoweredOff), told);
+        assert_eq!(destination.on(Event::Message(Message::Commit)), told[..1]);
+        assert_eq!(destination.on(Event::Message(Message::Done)), [Action::Forget]);
+    }
+    // What has never run here cannot have shut itself down here.
+    let (mut unsure, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert_eq!(unsure.on(Event::PoweredOff), [Action::Journal(Record::Declined)]);
+}

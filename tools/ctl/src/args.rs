@@ -33,7 +33,8 @@ Exit codes:
   5  cancelled: the guest runs on at its source
   6  no daemon answers, or it went away
   7  lost: the guest was handed over, and its VMM ended, or the rest of its memory will never come
-  8  forbidden: you may not do this here, or not use the daemon at all";
+  8  forbidden: you may not do this here, or not use the daemon at all
+  9  powered off: the guest shut itself down meanwhile, and runs nowhere";
 
 const GUEST_FILE: &str = r#"A guest file:
   name = "web1"

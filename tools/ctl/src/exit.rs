@@ -20,6 +20,7 @@ pub(crate) enum Exit {
     Unreachable = 6,
     Lost = 7,
     Forbidden = 8,
+    PoweredOff = 9,
 }
 
 /// The reason why a command was not carried out.
@@ -43,6 +44,7 @@ impl Exit {
             Outcome::Cancelled => Self::Cancelled,
             Outcome::Refused => Self::Refused,
             Outcome::Lost => Self::Lost,
+            Outcome::PoweredOff => Self::PoweredOff,
         }
     }
 

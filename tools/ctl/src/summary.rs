@@ -101,12 +101,21 @@ pub(crate) fn of(migration: &Migration) -> String {
 fn headline(migration: &Migration) -> String {
     let Migration { guest, host, guest_runs_at, .. } = migration;
     let runs = match guest_runs_at {
-        Some(at) => format!("it runs on at {at}"),
+        Some(at) => match &migration.guest_stays {
+            Some(state) => format!("it is at {at}, and {state} as it was before"),
+            None => format!("it runs on at {at}"),
+        },
         None => "this host does not know where it runs; ask both hosts before you do anything".to_owned(),
     };
     match migration.outcome {
         Some(Outcome::Completed) => {
-            format!("{guest} runs at {}.", guest_runs_at.as_ref().unwrap_or(host))
+            let at = guest_runs_at.as_ref().unwrap_or(host);
+            match &migration.guest_stays {
+                Some(state) => {
+                    format!("{guest} is at {at}, and does not run: it is {state}, as it was before.")
+                }
+                None => format!("{guest} runs at {at}."),
+            }
         }
         Some(Outcome::Cancelled) => format!("{guest} was not moved, the order was cancelled: {runs}."),
         Some(Outcome::Failed) => format!("{guest} was not moved: {runs}."),
@@ -117,6 +126,9 @@ fn headline(migration: &Migration) -> String {
             format!(
                 "{guest} IS LOST: part of its memory never came to {host}, and the source's copy is out of date.{on}"
             )
+        }
+        Some(Outcome::PoweredOff) => {
+            format!("{guest} has powered itself off, and runs nowhere; nothing is lost.")
         }
         Some(Outcome::Refused) => format!("{guest} was not moved, the order was refused: {runs}."),
         None => format!("{guest} is on its way to {host}."),

@@ -75,7 +75,9 @@ impl Tally {
             Outcome::Completed => &mut self.completed,
             Outcome::Refused | Outcome::Cancelled | Outcome::Failed => &mut self.kept,
             Outcome::TakenBack => &mut self.taken_back,
-            Outcome::VmmGone | Outcome::Lost | Outcome::GivenUp => &mut self.source_lost,
+            Outcome::VmmGone | Outcome::PoweredOff | Outcome::Lost | Outcome::GivenUp => {
+                &mut self.source_lost
+            }
         };
         *counter += 1;
     }

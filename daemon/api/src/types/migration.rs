@@ -102,6 +102,9 @@ pub struct Migration {
     pub save_seconds: Option<f64>,
     /// The destination's VMM took this many seconds to load the state.
     pub load_seconds: Option<f64>,
+    /// The guest did not run when it was to be paused, and stays so on whichever host it ends up. This is its VMM's word
+    /// for that, such as `paused` or `shutdown`; `null` if it ran.
+    pub guest_stays: Option<String>,
 }
 
 /// The side of a migration that a daemon is on.
@@ -152,6 +155,8 @@ pub enum Outcome {
     /// or it ran there without all of its memory, and what was missing will never come. The source's copy is out of
     /// date.
     Lost,
+    /// The guest shut itself down during the migration, and its VMM ended with it. Nothing is lost.
+    PoweredOff,
 }
 
 /// The terms of a predicted downtime; they add up to it.
@@ -314,6 +319,7 @@ impl Migration {
             vmm_state_bytes: None,
             save_seconds: None,
             load_seconds: None,
+            guest_stays: None,
         }
     }
 }
@@ -327,6 +333,7 @@ impl Outcome {
             Self::Cancelled => "cancelled",
             Self::Refused => "refused",
             Self::Lost => "lost",
+            Self::PoweredOff => "powered_off",
         }
     }
 }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::block::{self, BlockNode, DiskFiles};
 use super::qmp::{Qmp, items};
+use super::{others, run_state};
 use crate::shim::Shims;
 use crate::{Blocker, DriverError};
 
@@ -24,7 +25,8 @@ pub(super) const CONNECTING: Duration = Duration::from_secs(6);
 pub(super) async fn find(qmp: &Qmp, shims: &Shims) -> Result<Vec<Blocker>, DriverError> {
     let mut found = Vec::new();
     found.extend(kernel(&rustix::system::uname().release().to_string_lossy()));
-    found.extend(status(&qmp.status().await?));
+    found.extend(status(&qmp.status().await?, qmp.version()));
+    found.extend(others::at_work(qmp).await?);
     found.extend(devices(qmp).await?);
     found.extend(disks(qmp).await?);
     found.extend(blocked_reasons(qmp).await?);
@@ -46,14 +48,9 @@ fn kernel(release: &str) -> Option<Blocker> {
     (found < OLDEST_LINUX).then(|| Blocker::new("kernel", detail(), Some(remedy())))
 }
 
-fn status(status: &str) -> Option<Blocker> {
-    let remedy = match status {
-        "running" => return None,
-        "postmigrate" => "QEMU has migrated it by itself; it runs elsewhere, or continue it with `cont`",
-        _ => "continue it with QEMU's `cont`, and order the move again",
-    };
-    let detail = format!("the guest does not run; its status is {status}");
-    Some(Blocker::new("guest", detail, Some(remedy.to_owned())))
+fn status(status: &str, version: [u32; 3]) -> Option<Blocker> {
+    let immovable = run_state::movable(status, version).err()?;
+    Some(Blocker::new("guest", immovable.to_string(), Some(immovable.remedy().to_owned())))
 }
 
 /// Finds devices whose writes to memory are not noticed, because they bypass QEMU's page tables, and devices whose memory

@@ -30,12 +30,13 @@ use tracing::warn;
 use super::block::{self, DiskFiles};
 use super::inspect::Facts;
 use super::qmp::{Qmp, is_migrating};
+use super::run_state;
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
-use super::{blockers, launch};
+use super::{blockers, launch, others};
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
-use crate::{Blocker, Driver, DriverError, Harvest, Process, SavedState, VmmMemory};
+use crate::{Blocker, Driver, DriverError, Farewell, Harvest, LoadedState, Process, SavedState, VmmMemory};
 
 /// QEMU's state travels over the descriptor of this name.
 const CHANNEL: &str = "memlane";
@@ -58,6 +59,10 @@ pub(super) struct Qemu {
     incoming: Cell<bool>,
     /// This is true if a guest has come here and was not told to run yet.
     loaded: Cell<bool>,
+    /// This is true from when QEMU was told to migrate its guest until it was told to run it again.
+    migrates: Cell<bool>,
+    /// The guest stood still before it was paused, or before it was paused at the host that it comes from, and stays so.
+    stays: RefCell<Option<String>>,
     /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -89,6 +94,8 @@ impl Qemu {
             name: record.name.clone(),
             incoming: Cell::new(record.incoming),
             loaded: Cell::default(),
+            migrates: Cell::new(record.migrating),
+            stays: RefCell::new(record.stays.clone()),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
@@ -114,12 +121,13 @@ impl Qemu {
         UnixStream::from_std(ours).map_err(failed)
     }
 
-    /// Ends a migration of QEMU's own that is under way. The guest then runs again.
+    /// Ends a migration of QEMU's own that this daemon has begun. The guest is then as it was before.
     async fn cancel(&self) -> Result<(), DriverError> {
         let until = Instant::now() + PATIENCE;
         let mut asked = false;
         loop {
-            if !is_migrating(&self.qmp.migration().await?) {
+            // It is over before the guest has its state again.
+            if !is_migrating(&self.qmp.migration().await?) && self.qmp.status().await? != "finish-migrate" {
                 return Ok(());
             }
             if Instant::now() > until {
@@ -138,10 +146,38 @@ impl Qemu {
         Ok(())
     }
 
+    /// Checks that QEMU can be told to pause the guest, and has nothing to do for others that the move would spoil.
+    async fn check_unoccupied(&self) -> Result<(), DriverError> {
+        let failed = |reason: String| DriverError::Failed { request: "pause", reason };
+        let status = self.qmp.status().await?;
+        run_state::movable(&status, self.qmp.version()).map_err(|error| failed(error.to_string()))?;
+        match others::at_work(&self.qmp).await?.into_iter().next() {
+            Some(blocker) => {
+                let remedy = blocker.remedy.unwrap_or_default();
+                Err(failed(format!("{}: it has begun while the guest was copied; {remedy}", blocker.detail)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Tells whether the guest, which has this status, is to run: it ran before it was moved, or is not moved after all.
+    async fn is_to_run(&self, status: &str) -> Result<bool, DriverError> {
+        let standing = self.stays.borrow().clone();
+        let wakes_standing = |state: String| run_state::continues_standing(&state, self.qmp.version());
+        let may_run = standing.is_none_or(wakes_standing);
+        if self.incoming.get() {
+            // One that was stopped since it was told to run was stopped by its operator.
+            return Ok(may_run && matches!(status, "paused" | "prelaunch" | "inmigrate"));
+        }
+        // QEMU runs one itself that it was not done with, if it ran before.
+        Ok(may_run && status == "postmigrate" && self.qmp.migration().await? == "completed")
+    }
+
     /// Remembers for QEMU that its guest waits for the outcome of a migration.
     async fn bind(&self, request: &'static str, bond: &Bond) -> Result<(), DriverError> {
         let failed = |error: StateError| DriverError::Failed { request, reason: error.to_string() };
-        self.states.bind(&self.name, bond).await.map_err(failed)
+        let stays = self.stays.borrow().clone();
+        self.states.bind(&self.name, bond, stays).await.map_err(failed)
     }
 
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
@@ -153,9 +189,6 @@ impl Qemu {
 #[async_trait(?Send)]
 impl Driver for Qemu {
     async fn start_tracking(&self) -> Result<(), DriverError> {
-        self.states.note_migration(&self.name, true).await;
-        self.remember_settings().await?;
-        settings::prepare_source(&self.qmp).await?;
         self.reads_directly.set(self.disk_files.late(&self.qmp).await?.is_some());
         let tracking = Tracking::start(self.open_memory(false).await?, None).await?;
         *self.tracking.borrow_mut() = Some(Rc::new(tracking));
@@ -223,8 +256,14 @@ impl Driver for Qemu {
 
     async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
         let asked = Instant::now();
+        self.check_unoccupied().await?;
+        self.states.note_migration(&self.name, true).await;
+        // Not earlier: what others have QEMU do meanwhile is to go as they have set it.
+        self.remember_settings().await?;
+        settings::prepare_source(&self.qmp).await?;
         let channel = self.channel().await?;
         self.qmp.expect_migration();
+        self.migrates.set(true);
         self.qmp.execute("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
         *self.state.borrow_mut() = Some(task::spawn("state of a QEMU", read_state(channel)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
@@ -239,7 +278,7 @@ impl Driver for Qemu {
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
         self.state.borrow_mut().take().inspect(JoinHandle::abort);
-        if !self.incoming.get() {
+        if !self.incoming.get() && self.migrates.get() {
             self.cancel().await?;
         }
         let status = match self.qmp.status().await {
@@ -250,13 +289,10 @@ impl Driver for Qemu {
             status => status?,
         };
         self.loaded.set(false);
-        // A guest that is paused for reasons of its own (it was suspended, its disk is full) is
-        // left to its operator; that it was told to run and then stopped is no failure either.
-        if matches!(status.as_str(), "postmigrate" | "finish-migrate")
-            || self.incoming.get() && matches!(status.as_str(), "paused" | "prelaunch" | "inmigrate")
-        {
+        if self.is_to_run(&status).await? {
             self.qmp.execute("cont", json!({})).await?;
         }
+        self.migrates.set(false);
         let (qmp, settings) = (self.qmp.clone(), self.settings.take().unwrap_or_default());
         if self.incoming.take() {
             task::spawn("tidying a QEMU up", async move {
@@ -286,7 +322,13 @@ impl Driver for Qemu {
         let bytes = tokio::time::timeout(PATIENCE, reading).await.map_err(late)?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
-        Ok(SavedState { bytes, took: started.elapsed() })
+        let stays = run_state::standing_in(&bytes);
+        if stays.is_some() {
+            // A daemon that is started anew could not learn it from QEMU.
+            self.states.note_standing(&self.name, stays.clone()).await;
+        }
+        self.stays.replace(stays.clone());
+        Ok(SavedState { bytes, took: started.elapsed(), stays })
     }
 
     async fn get_ready(&self) -> Result<(), DriverError> {
@@ -301,7 +343,7 @@ impl Driver for Qemu {
         }
     }
 
-    async fn load(&self, state: &[u8]) -> Result<Duration, DriverError> {
+    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError> {
         let started = Instant::now();
         self.states.note_migration(&self.name, true).await;
         // While a guest is awaited this means: do not run it by yourself.
@@ -332,11 +374,13 @@ impl Driver for Qemu {
             Err(error) => return Err(error),
         }
         let status = self.qmp.status().await?;
-        if status != "paused" {
+        let stays = run_state::standing_in(state);
+        if status != "paused" && Some(&status) != stays.as_ref() {
             return Err(broken(format!("its status is {status}")).await);
         }
+        self.stays.replace(stays.clone());
         self.loaded.set(true);
-        Ok(started.elapsed())
+        Ok(LoadedState { took: started.elapsed(), stays })
     }
 
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
@@ -378,6 +422,10 @@ impl Driver for Qemu {
 
     fn hang_up(&self) {
         self.qmp.hang_up();
+    }
+
+    fn farewell(&self) -> Option<Farewell> {
+        self.qmp.farewell()
     }
 
     fn saves_last(&self) -> bool {

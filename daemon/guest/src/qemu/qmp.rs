@@ -19,7 +19,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
-use crate::DriverError;
+use crate::{DriverError, Farewell};
 
 /// Bytes that are read at once.
 const READ_BYTES: usize = 8 << 10;
@@ -89,6 +89,8 @@ struct News {
     /// This is when the guest was last paused, as Unix time.
     stopped: Cell<Option<Duration>>,
     resumed: Cell<Option<Duration>>,
+    /// This is how QEMU said that it comes to its end, or would, had it not been told to stay (`-no-shutdown`).
+    farewell: RefCell<Option<Farewell>>,
     gone: watch::Sender<bool>,
 }
 
@@ -130,6 +132,7 @@ impl Qmp {
             migration: watch::Sender::default(),
             stopped: Cell::default(),
             resumed: Cell::default(),
+            farewell: RefCell::default(),
             gone: watch::Sender::new(false),
         });
         task::spawn("monitor of a QEMU", read(messages, news.clone()));
@@ -244,6 +247,11 @@ impl Qmp {
     /// Returns when the vCPUs were let go last, as QEMU saw it, in Unix time.
     pub(super) fn resumed(&self) -> Option<Duration> {
         self.news.resumed.get()
+    }
+
+    /// Returns how QEMU said that it comes to its end.
+    pub(super) fn farewell(&self) -> Option<Farewell> {
+        self.news.farewell.borrow().clone()
     }
 
     /// Returns once the connection is lost.
@@ -374,6 +382,7 @@ impl News {
         match event.name.as_str() {
             "STOP" => self.stopped.set(event.at),
             "RESUME" => self.resumed.set(event.at),
+            "SHUTDOWN" => drop(self.farewell.replace(Some(farewell(&event.data)))),
             "MIGRATION" => {
                 let status = event.data["status"].as_str().unwrap_or_default();
                 self.migration.send_replace(status.to_owned());
@@ -387,6 +396,19 @@ impl News {
         // Whoever asked may have given up meanwhile.
         let Some((_, sender)) = waiting.take_if(|(id, _)| answer.is_to(*id)) else { return };
         let _ = sender.send(answer.outcome);
+    }
+}
+
+/// Reads the data of the event SHUTDOWN.
+fn farewell(data: &Value) -> Farewell {
+    match (data["guest"] == true, data["reason"].as_str().unwrap_or("an unknown reason")) {
+        (true, "guest-shutdown") => Farewell::PoweredOff("powered off"),
+        // QEMU was told to end then (-no-reboot).
+        (true, "guest-reset") => Farewell::PoweredOff("rebooted, which ends its QEMU,"),
+        (_, "guest-panic") => Farewell::Other("the guest panicked, and its QEMU ended".to_owned()),
+        (_, "host-qmp-quit") => Farewell::Other("QEMU was told to quit by another program".to_owned()),
+        (_, "host-signal") => Farewell::Other("QEMU was ended by a signal".to_owned()),
+        (_, reason) => Farewell::Other(format!("QEMU ended ({reason})")),
     }
 }
 

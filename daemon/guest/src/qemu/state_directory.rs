@@ -67,6 +67,10 @@ pub(super) struct Record {
     /// that, and a host whose file system forgets it has no QEMU any more either.
     #[serde(default)]
     pub bond: Option<Bound>,
+    /// The guest stood still, as this word of QEMU's says, before it was paused for a migration, and is not to be run by
+    /// that.
+    #[serde(default)]
+    pub stays: Option<String>,
     /// This is the guest file, if this daemon started QEMU.
     pub definition: Option<String>,
     /// These files are removed when QEMU ends, if this daemon started it: its RAM and its monitor's socket.
@@ -115,6 +119,7 @@ impl Record {
             migrating: false,
             launched_for_migration: false,
             bond: None,
+            stays: None,
             definition: Some(definition.text.clone()),
             files: vec![memory, qmp],
             parts: Vec::new(),
@@ -125,7 +130,8 @@ impl Record {
     pub(super) fn attached(name: Label, qmp: PathBuf, incoming: bool) -> Self {
         let name = name.to_string();
         let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
-        let (user, bond, definition, files, parts) = (None, None, None, Vec::new(), Vec::new());
+        let (user, bond, stays, definition) = (None, None, None, None);
+        let (files, parts) = (Vec::new(), Vec::new());
         Self {
             name,
             pid,
@@ -136,6 +142,7 @@ impl Record {
             migrating,
             launched_for_migration,
             bond,
+            stays,
             definition,
             files,
             parts,
@@ -213,17 +220,30 @@ impl StateDirectory {
         }
     }
 
-    /// Notes that QEMU's guest waits for the outcome of a migration: from here on nothing else lets it run.
+    /// Notes the state in which the guest stood still before it was paused.
+    pub(super) async fn note_standing(&self, name: &str, stays: Option<String>) {
+        if self.change(name, |record| record.stays = stays) {
+            self.save_or_tell(name).await;
+        }
+    }
+
+    /// Notes that QEMU's guest waits for the outcome of a migration: from here on nothing else lets it run. If it `stays` as
+    /// it was, it does not run even then.
     ///
     /// # Errors
     ///
     /// Fails if the record cannot be written.
-    pub(super) async fn bind(&self, name: &str, bond: &Bond) -> Result<(), StateError> {
+    pub(super) async fn bind(
+        &self,
+        name: &str,
+        bond: &Bond,
+        stays: Option<String>,
+    ) -> Result<(), StateError> {
         let Some(record) = self.read(name) else {
             let source = io::Error::other("nothing is remembered of it");
             return Err(StateError { guest: name.to_owned(), path: self.path(name), source });
         };
-        self.change(name, |record| record.bond = Some(bond.into()));
+        self.change(name, |record| (record.bond, record.stays) = (Some(bond.into()), stays));
         // What else has changed meanwhile stays.
         self.save(name).await.inspect_err(|_| {
             self.change(name, |changed| changed.bond = record.bond);
@@ -370,8 +390,10 @@ mod tests {
             record.pid = 7;
             states.write(&record).await.unwrap();
             let bond = Bond { migration: [7; 16], peer: "host-b".parse().unwrap(), fetching: true };
-            states.bind("web1", &bond).await.unwrap();
-            assert!(states.bind("web2", &bond).await.is_err());
+            let paused = Some("paused".to_owned());
+            states.bind("web1", &bond, paused.clone()).await.unwrap();
+            assert!(states.bind("web2", &bond, None).await.is_err());
+            assert_eq!(states.read("web1").unwrap().stays, paused);
             assert_eq!(states.read("web1").unwrap().bond.and_then(|bound| bound.bond()), Some(bond));
             states.note_arrival("web1");
             assert!(states.read("web1").unwrap().bond.is_none());

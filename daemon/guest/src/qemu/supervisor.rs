@@ -262,8 +262,13 @@ impl NameReservation {
         let mut record = record.clone();
         self.check_user(&mut record, qmp.user(), process.identity())?;
         let (status, migration) = (qmp.status().await?, qmp.migration().await?);
-        let by_itself =
-            status == "postmigrate" || is_migrating(&migration) || record.incoming && status == "paused";
+        if status == "running" {
+            record.stays = None;
+        }
+        // One that stood still before is left so by a migration that came to nothing.
+        let stays_here = record.stays.is_some() && !record.incoming && !record.migrating;
+        let loaded = record.incoming && !matches!(status.as_str(), "inmigrate" | "running");
+        let by_itself = status == "postmigrate" && !stays_here || is_migrating(&migration) || loaded;
         if !fresh && !record.migrating && by_itself {
             return Err(RunStateError::MigratedByOthers.into());
         }
@@ -287,9 +292,9 @@ impl NameReservation {
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
         let run_state = match (status.as_str(), record.incoming) {
             ("inmigrate", _) => RunState::Incoming,
-            ("paused", true) => RunState::Loaded,
+            _ if loaded => RunState::Loaded,
             // A daemon before this one was about to move it.
-            ("postmigrate" | "finish-migrate", _) => RunState::Relinquished,
+            ("postmigrate" | "finish-migrate", _) if !stays_here => RunState::Relinquished,
             (_, false) if is_migrating(&migration) => RunState::Relinquished,
             _ => RunState::Running,
         };

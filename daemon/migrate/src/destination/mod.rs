@@ -309,6 +309,7 @@ impl DestinationRole {
                 self.handle.end(OutcomeView::Completed, None, Some(here));
             }
             Outcome::VmmGone => self.handle.end(OutcomeView::Lost, reason, None),
+            Outcome::PoweredOff => self.handle.end(OutcomeView::PoweredOff, reason, None),
             Outcome::GivenUp => self.handle.end(OutcomeView::Failed, reason, None),
             Outcome::Lost => {
                 self.postcopy.poison(&session.effects).await;

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::time::Duration;
 
-use memlane_guest::DriverError;
+use memlane_guest::{DriverError, LoadedState};
 use memlane_lane::digest::digest_all;
 use memlane_net::link::LinkError;
 use memlane_protocol::handover::{Destination, Event};
@@ -169,7 +169,7 @@ impl DestinationRole {
         if let Err(DriverError::Failed { .. }) = loaded {
             self.loaded = false;
         }
-        let took = loaded?;
+        let LoadedState { took, stays } = loaded?;
         driver.prepare(&session.effects.bond()).await?;
         self.guest.run_state.set(RunState::Loaded);
         session.effects.times.load = took;
@@ -177,6 +177,7 @@ impl DestinationRole {
             progress.status.phase = PhaseView::SwitchingOver;
             progress.pause.vmm_state_bytes = Some(self.state.len() as u64);
             progress.pause.load_seconds = Some(took.as_secs_f64());
+            progress.pause.guest_stays = stays;
         });
         self.state = Vec::new();
         Ok(Event::Loaded)

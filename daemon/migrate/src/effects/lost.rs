@@ -4,7 +4,7 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use memlane_guest::{DriverError, Guest, KillError};
+use memlane_guest::{DriverError, Farewell, Guest, KillError};
 use memlane_net::task;
 use memlane_protocol::handover::{Action, Event, Record};
 use memlane_protocol::wire::attach::RunState;
@@ -224,6 +224,7 @@ impl Effects {
     pub(super) fn ended(&self) -> Event {
         match self.entry.record {
             Record::Running if !self.told_to_run => Event::ResumeFailed,
+            _ if matches!(self.farewell, Some(Farewell::PoweredOff(_))) => Event::PoweredOff,
             _ => Event::VmmGone,
         }
     }

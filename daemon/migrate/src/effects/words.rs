@@ -5,7 +5,7 @@ use std::time::Duration;
 use memlane_net::journal::Entry;
 use memlane_net::link::LinkError;
 use memlane_net::task;
-use memlane_protocol::handover::{Event, Message};
+use memlane_protocol::handover::{Event, Message, POWERED_OFF};
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::wire::hello::RECOVERS;
 use tokio::sync::oneshot;
@@ -25,7 +25,7 @@ impl Effects {
     /// over a new one, which then brings the answer.
     pub(super) async fn send(&mut self, message: Message) -> Option<Event> {
         if let Some(reply) = self.reply.take() {
-            let _ = reply.send((message, self.why().unwrap_or_default()));
+            let _ = reply.send((message, self.reason_of(message)));
             return None;
         }
         let word = self.word(message)?;
@@ -82,6 +82,12 @@ impl Effects {
             Message::Abort | Message::Declined => self.blame(format!("the {other} gave up: {reason}")),
             Message::Lost => self.blame(format!("the {other} says that the guest is lost: {reason}")),
             Message::Gone => self.blame(GONE),
+            Message::Running => {
+                if let Some(how) = reason.strip_prefix(POWERED_OFF) {
+                    self.powered_off = true;
+                    self.reason = Some(how.to_owned());
+                }
+            }
             _ => {}
         }
     }
@@ -98,8 +104,17 @@ impl Effects {
             migration: self.entry.migration,
             message,
             nanoseconds: time.as_nanos() as u64,
-            reason: self.why().unwrap_or_default(),
+            reason: self.reason_of(message),
         })
+    }
+
+    /// Returns what goes with a word as its reason.
+    fn reason_of(&self, message: Message) -> String {
+        let why = self.why().unwrap_or_default();
+        match message {
+            Message::Running if self.powered_off => format!("{POWERED_OFF}{why}"),
+            _ => why,
+        }
     }
 }
 

@@ -279,8 +279,9 @@ impl SourceRole {
                     Message::Running | Message::Fetching if self.downtime.is_none() => {
                         self.remote_times.resume = time
                     }
-                    _ => session.effects.heard(message, &reason),
+                    _ => {}
                 }
+                session.effects.heard(message, &reason);
                 Some(Event::Message(message))
             }
             Control::Fetched(report) => {
@@ -341,6 +342,8 @@ impl SourceRole {
         let (here, there) = (self.transfer.context.name().to_string(), self.handle.peer.to_string());
         let reason = session.effects.reason.take();
         let (view, reason, runs_at) = match outcome {
+            Outcome::PoweredOff => (OutcomeView::PoweredOff, reason, None),
+            Outcome::Completed if session.effects.powered_off => (OutcomeView::PoweredOff, reason, None),
             Outcome::Completed => (OutcomeView::Completed, None, Some(there)),
             Outcome::Refused => (OutcomeView::Refused, reason, Some(here)),
             Outcome::Cancelled => (OutcomeView::Cancelled, reason, Some(here)),
@@ -352,7 +355,7 @@ impl SourceRole {
         self.handle.update(|progress| {
             progress.ram.pages_remaining = 0;
             if let Some(postcopy) = &mut progress.postcopy {
-                postcopy.end(outcome == Outcome::Completed);
+                postcopy.end(matches!(outcome, Outcome::Completed | Outcome::PoweredOff));
             }
         });
         self.handle.end(view, reason, runs_at);

@@ -142,6 +142,7 @@ impl Switchover {
         self.transfer.handle.update(|progress| {
             progress.pause.vmm_state_bytes = Some(total);
             progress.pause.save_seconds = Some(saved.took.as_secs_f64());
+            progress.pause.guest_stays = saved.stays.clone();
         });
         let mut offset = 0;
         loop {

@@ -1,0 +1,7 @@
+//! What moves is the guest of now, not the one that was launched.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod others;
+mod scene;
+mod standing;
