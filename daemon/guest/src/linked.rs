@@ -16,7 +16,7 @@ use memlane_kvm::shared::SharedWords;
 use memlane_net::task;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{
-    Bond, FromVmm, HANDS_OVER_AGAIN, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
+    Bond, FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
@@ -89,6 +89,23 @@ impl Linked {
             return Err(DriverError::Failed { request: request.name(), reason });
         }
         self.ask_for_handles(request, &[]).await
+    }
+
+    /// Asks for the file that the process has mapped at an address.
+    pub(super) async fn mapped_file(&self, address: u64) -> Result<OwnedFd, DriverError> {
+        let request = Request::MappedFile { address };
+        let name = request.name();
+        if self.version < HANDS_OVER_MEMORY {
+            let reason = "it is of before version 5 of the attach protocol; start the VMM anew".into();
+            return Err(DriverError::Failed { request: name, reason });
+        }
+        let (_, descriptors) = self.ask(request).await?;
+        let count = descriptors.len();
+        let [file] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| {
+            let reason = format!("{count} descriptors came instead of 1");
+            DriverError::Broken { request: name, reason }
+        })?;
+        Ok(file)
     }
 
     async fn ask_for_handles(

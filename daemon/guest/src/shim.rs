@@ -151,6 +151,19 @@ impl Shims {
         }
     }
 
+    /// Asks the shim in process `pid` for the file that the process has mapped at an address.
+    ///
+    /// # Errors
+    ///
+    /// Fails if no shim has connected from the process, if the process has no such file, or if it does not answer.
+    pub(crate) async fn mapped_file(&self, pid: u32, address: u64) -> Result<OwnedFd, ShimError> {
+        let shim = self.of(pid)?;
+        match timeout(PATIENCE, shim.mapped_file(address)).await {
+            Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+        }
+    }
+
     fn of(&self, pid: u32) -> Result<Rc<Linked>, ShimError> {
         self.connected.borrow().get(&pid).cloned().ok_or(ShimError::Missing(pid))
     }

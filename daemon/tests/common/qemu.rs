@@ -42,11 +42,15 @@ pub(crate) struct Qemu {
 impl Qemu {
     /// Starts one as docs/qemu.md says: with the shim, and its RAM in a file.
     pub(crate) fn start(host: &LabHost, name: &str, arguments: &str) -> Self {
-        let arguments = format!("{} {arguments}", ram(host, name, 64));
+        Self::start_with_ram(host, name, &format!("{} {arguments}", ram(host, name, 64)))
+    }
+
+    /// Starts one with the shim, and with the RAM that is among its `arguments`.
+    pub(crate) fn start_with_ram(host: &LabHost, name: &str, arguments: &str) -> Self {
         let mut command = host.command(host.qemu());
         command.env("LD_PRELOAD", shim());
         command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
-        Self::spawn(host, name, command, &arguments)
+        Self::spawn(host, name, command, arguments)
     }
 
     /// Starts one without the shim, and with only the RAM that is among its `arguments`.
@@ -102,7 +106,7 @@ impl Qemu {
         command.args(memlane_lab::qemu::run_as("nobody").unwrap());
         let ended = command.output().unwrap();
         assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-        Background { _process: BackgroundProcess::of_pid_file(&pid_file).unwrap(), qmp: monitor }
+        Background::of_pid_file(&pid_file, monitor)
     }
 
     /// Has the daemon of a host take it.
@@ -120,6 +124,13 @@ impl Qemu {
 pub(crate) struct Background {
     _process: BackgroundProcess,
     pub qmp: PathBuf,
+}
+
+impl Background {
+    /// Takes care of the one whose number is in a file.
+    pub(crate) fn of_pid_file(pid_file: &Path, qmp: PathBuf) -> Self {
+        Self { _process: BackgroundProcess::of_pid_file(pid_file).unwrap(), qmp }
+    }
 }
 
 /// RAM in a file that the daemon can see.

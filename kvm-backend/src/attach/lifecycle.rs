@@ -62,7 +62,13 @@ impl Lifecycle {
         match (request, self.run_state) {
             // These requests are about memory, and are in order whichever host owns the guest, even if it is
             // awaited.
-            (Request::StopTracking | Request::OpenUserfault { .. } | Request::KeptUserfault, _) => Ok(()),
+            (
+                Request::StopTracking
+                | Request::OpenUserfault { .. }
+                | Request::KeptUserfault
+                | Request::MappedFile { .. },
+                _,
+            ) => Ok(()),
             (Request::Discard, Running) => Err(Refusal::Owned),
             (Request::Discard, _) => Ok(()),
             (Request::Load { .. }, Incoming) => Ok(()),

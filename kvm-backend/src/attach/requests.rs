@@ -82,6 +82,7 @@ impl Connection<'_> {
                 let kept = self.kept_userfault.as_ref().ok_or("no userfaultfd is kept")?;
                 ([0; 2], with_views(kept.try_clone()?)?)
             }
+            Request::MappedFile { .. } => return Err("its hello has all of its memory".into()),
         };
         self.lifecycle.done(request);
         self.pause_ends = self.pause_ends.filter(|_| self.lifecycle.must_resume());

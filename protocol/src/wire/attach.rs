@@ -6,8 +6,8 @@
 //! daemon went away connects again and says in which [`RunState`] its guest is.
 //!
 //! A VMM that does not know this protocol has a shim in its process. The shim sends [`FromVmm::Shim`] in place of the
-//! hello, and knows only [`Request::OpenUserfault`] and [`Request::KeptUserfault`]. The daemon asks the kernel to which process the shim belongs
-//! (`SO_PEERCRED`).
+//! hello, and knows only [`Request::OpenUserfault`], [`Request::KeptUserfault`] and [`Request::MappedFile`]. The daemon asks the kernel
+//! to which process the shim belongs (`SO_PEERCRED`).
 
 mod bond;
 mod codec;
@@ -16,6 +16,6 @@ mod request;
 
 pub use bond::{Bond, MigrationId};
 pub use packet::{
-    FromVmm, HANDS_OVER_AGAIN, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, RunState, ToVmm, VERSIONS, VmmHello,
+    FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, RunState, ToVmm, VERSIONS, VmmHello,
 };
 pub use request::Request;

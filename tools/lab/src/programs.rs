@@ -12,7 +12,7 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Builds `memlaned`, `memlanectl`, `memlane-vmm`, the shim and the starter with cargo, unless they are up to date; for
+    /// Builds `memlaned`, `memlanectl`, `memlane-vmm`, the shim, the starter and `memlane-qemu` with cargo, unless they are up to date; for
     /// tests also the example of a VMM.
     ///
     /// # Errors
@@ -20,7 +20,7 @@ impl Programs {
     /// If cargo fails.
     pub fn build(release: bool) -> Result<Self> {
         let mut command = cargo_build();
-        for package in ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter"] {
+        for package in ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter", "memlane-qemu"] {
             command.args(["--package", package]);
         }
         if release {

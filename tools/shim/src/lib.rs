@@ -34,6 +34,7 @@
 //! - The thread opens `pagemap` and `maps` when it starts: a program that becomes another user (`-runas`) may not
 //!   open its own any more.
 
+mod mapped;
 mod sys;
 mod wire;
 
@@ -124,7 +125,7 @@ fn stay_connected(address: &Address, moment: Duration) {
 fn serve(socket: &Socket, views: &mut Result<Views, String>, kept: &mut Option<OwnedFd>) -> bool {
     let mut welcomed = false;
     let mut buffer = [0; wire::MAX_PACKET_BYTES];
-    if socket.send(&wire::shim(), None).is_err() {
+    if socket.send(&wire::shim()).is_err() {
         return false;
     }
     // The end of the connection is an empty packet, which is no message.
@@ -139,22 +140,28 @@ fn serve(socket: &Socket, views: &mut Result<Views, String>, kept: &mut Option<O
                     Ok(handles) => {
                         // Before the daemon can register anything: memory has one userfaultfd at a time.
                         *kept = None;
-                        let sent = socket.send(&wire::done(id), Some(&handles));
+                        let sent = socket.send_with(&wire::done(id), &handles);
                         let [userfault, ..] = handles;
                         if keep && sent.is_ok() {
                             *kept = Some(userfault);
                         }
                         sent
                     }
-                    Err(reason) => socket.send(&wire::failed(id, &reason), None),
+                    Err(reason) => socket.send(&wire::failed(id, &reason)),
                 }
             }
             Some(FromDaemon::KeptUserfault { id }) if welcomed => match again(kept.as_ref(), views) {
-                Ok(handles) => socket.send(&wire::done(id), Some(&handles)),
-                Err(reason) => socket.send(&wire::failed(id, &reason), None),
+                Ok(handles) => socket.send_with(&wire::done(id), &handles),
+                Err(reason) => socket.send(&wire::failed(id, &reason)),
             },
+            Some(FromDaemon::MappedFile { id, address }) if welcomed => {
+                match views_now(views).and_then(|views| mapped::file(address, views.maps)) {
+                    Ok(file) => socket.send_with(&wire::done(id), &[file]),
+                    Err(reason) => socket.send(&wire::failed(id, &reason)),
+                }
+            }
             Some(FromDaemon::Unknown { id }) if welcomed => {
-                socket.send(&wire::failed(id, "the shim can open a userfaultfd and nothing else"), None)
+                socket.send(&wire::failed(id, "the shim knows nothing of that"))
             }
             _ => break,
         };
@@ -198,22 +205,23 @@ fn again(kept: Option<&OwnedFd>, views: &mut Result<Views, String>) -> Result<[O
 
 /// Adds the process's `pagemap` and `maps` to a userfaultfd.
 fn with_views(userfault: OwnedFd, views: &mut Result<Views, String>) -> Result<[OwnedFd; 3], String> {
+    let Views { pagemap, maps } = views_now(views)?;
+    Ok([userfault, pagemap.into(), maps.into()])
+}
+
+/// Opens the page tables anew, or returns copies of what was opened when the process could do so still.
+fn views_now(views: &mut Result<Views, String>) -> Result<Views, String> {
     if views.is_err() {
         // There may have been no descriptor to spare.
         *views = Views::open();
     }
     let kept = views.as_mut().map_err(|error| error.clone())?;
     let failed = |error: std::io::Error| format!("copying what shows the page tables: {error}");
-    let Views { pagemap, maps } = match Views::open() {
-        Ok(fresh) => fresh,
-        Err(_) => {
-            // An earlier daemon has read it to its end.
-            kept.maps.rewind().map_err(failed)?;
-            Views {
-                pagemap: kept.pagemap.try_clone().map_err(failed)?,
-                maps: kept.maps.try_clone().map_err(failed)?,
-            }
-        }
-    };
-    Ok([userfault, pagemap.into(), maps.into()])
+    if let Ok(fresh) = Views::open() {
+        return Ok(fresh);
+    }
+    // An earlier daemon has read it to its end.
+    kept.maps.rewind().map_err(failed)?;
+    let pagemap = kept.pagemap.try_clone().map_err(failed)?;
+    Ok(Views { pagemap, maps: kept.maps.try_clone().map_err(failed)? })
 }

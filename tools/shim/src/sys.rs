@@ -26,6 +26,9 @@ const SYS_USERFAULTFD: c_long = 323;
 /// The number of `close_range`, which is the same on all architectures.
 const SYS_CLOSE_RANGE: c_long = 436;
 const CLOSE_RANGE_UNSHARE: c_uint = 2;
+/// The numbers of `pidfd_open` and `pidfd_getfd`, which are the same on all architectures.
+const SYS_PIDFD_OPEN: c_long = 434;
+const SYS_PIDFD_GETFD: c_long = 438;
 
 /// A function of `pthread_atfork`.
 type ForkHandler = extern "C" fn();
@@ -72,6 +75,24 @@ pub(crate) fn userfaultfd_of(device: BorrowedFd<'_>) -> Result<OwnedFd> {
 pub(crate) fn userfaultfd() -> Result<OwnedFd> {
     // SAFETY: the system call takes flags by value, and touches no memory.
     owned(unsafe { syscall(SYS_USERFAULTFD, O_CLOEXEC | O_NONBLOCK) } as c_int)
+}
+
+/// The program's own descriptors, which this thread's table does not have.
+pub(crate) struct ProgramDescriptors(OwnedFd);
+
+impl ProgramDescriptors {
+    /// Gets at the descriptors of this process (Linux 5.3).
+    pub(crate) fn new() -> Result<Self> {
+        // SAFETY: the system call takes numbers, and touches no memory.
+        owned(unsafe { syscall(SYS_PIDFD_OPEN, std::process::id() as c_int, 0 as c_uint) } as c_int).map(Self)
+    }
+
+    /// Copies one of them, with all the rights that the program has by it (Linux 5.6).
+    pub(crate) fn copy(&self, number: RawFd) -> Result<OwnedFd> {
+        let pidfd = self.0.as_raw_fd();
+        // SAFETY: the system call takes numbers, and touches no memory.
+        owned(unsafe { syscall(SYS_PIDFD_GETFD, pidfd, number as c_int, 0 as c_uint) } as c_int)
+    }
 }
 
 /// Keeps all signals from the calling thread until it is dropped. The C library leaves out those
@@ -132,12 +153,24 @@ impl Socket {
     }
 
     /// Sends a packet, and descriptors with it.
-    pub(crate) fn send(&self, packet: &[u8], descriptors: Option<&[OwnedFd; 3]>) -> Result<()> {
-        let mut control = descriptors
-            .map(|three| ControlMessage::new(three.each_ref().map(|descriptor| descriptor.as_raw_fd())));
+    pub(crate) fn send_with<const N: usize>(&self, packet: &[u8], descriptors: &[OwnedFd; N]) -> Result<()> {
+        let numbers = descriptors.each_ref().map(|descriptor| descriptor.as_raw_fd());
+        self.send_packet(packet, Some(&mut ControlMessage::new(numbers)))
+    }
+
+    /// Sends a packet.
+    pub(crate) fn send(&self, packet: &[u8]) -> Result<()> {
+        self.send_packet::<0>(packet, None)
+    }
+
+    fn send_packet<const N: usize>(
+        &self,
+        packet: &[u8],
+        control: Option<&mut ControlMessage<N>>,
+    ) -> Result<()> {
         // sendmsg does not write to the packet.
         let mut part = IoVec { base: packet.as_ptr().cast_mut().cast(), bytes: packet.len() };
-        let message = MsgHdr::new(&mut part, control.as_mut());
+        let message = MsgHdr::new(&mut part, control);
         // SAFETY: the message points to a packet and descriptors that live until the call returns.
         again(|| unsafe { sendmsg(self.0.as_raw_fd(), &message, MSG_NOSIGNAL) })?;
         Ok(())

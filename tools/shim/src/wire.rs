@@ -10,7 +10,7 @@ const MAGIC: [u8; 4] = *b"MLAT";
 const HEADER_BYTES: usize = 12;
 const MAX_TEXT_BYTES: usize = 1024;
 /// The oldest and the newest version of the protocol that this shim speaks.
-const VERSIONS: (u16, u16) = (3, 4);
+const VERSIONS: (u16, u16) = (3, 5);
 
 const DONE: u16 = 2;
 const FAILED: u16 = 3;
@@ -21,6 +21,7 @@ const FIRST_REQUEST: u16 = 32;
 const OPEN_USERFAULT: u16 = 43;
 const KEEP_USERFAULT: u16 = 44;
 const KEPT_USERFAULT: u16 = 46;
+const MAPPED_FILE: u16 = 47;
 
 /// A message of the daemon.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,6 +39,13 @@ pub(crate) enum FromDaemon {
     KeptUserfault {
         /// The number of the request, which the reply repeats.
         id: u32,
+    },
+    /// The daemon asks for the file that is mapped at an address.
+    MappedFile {
+        /// The number of the request, which the reply repeats.
+        id: u32,
+        /// The address.
+        address: u64,
     },
     /// The daemon asks for something that this shim does not know.
     Unknown {
@@ -64,6 +72,9 @@ impl FromDaemon {
             OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: false }),
             KEEP_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: true }),
             KEPT_USERFAULT if body.is_empty() => Some(Self::KeptUserfault { id }),
+            MAPPED_FILE => {
+                Some(Self::MappedFile { id, address: u64::from_le_bytes(body.try_into().ok()?) })
+            }
             kind if kind >= FIRST_REQUEST => Some(Self::Unknown { id }),
             _ => None,
         }
@@ -106,7 +117,7 @@ mod tests {
     #[test]
     fn the_shim_understands_the_daemon() {
         let read = |message: ToVmm| FromDaemon::read(&message.encode());
-        for (version, known) in [(VERSIONS.0 - 1, false), (3, true), (4, true), (VERSIONS.1 + 1, false)] {
+        for (version, known) in [(VERSIONS.0 - 1, false), (3, true), (5, true), (VERSIONS.1 + 1, false)] {
             let welcome = known.then_some(FromDaemon::Welcome);
             assert_eq!(read(ToVmm::Welcome { version }), welcome, "version {version}");
         }
@@ -117,6 +128,8 @@ mod tests {
         }
         let again = ToVmm::Request { id, request: Request::KeptUserfault };
         assert_eq!(read(again), Some(FromDaemon::KeptUserfault { id }));
+        let file = ToVmm::Request { id, request: Request::MappedFile { address: u64::MAX - 1 } };
+        assert_eq!(read(file), Some(FromDaemon::MappedFile { id, address: u64::MAX - 1 }));
         let other = ToVmm::Request { id, request: Request::Resume };
         assert_eq!(read(other), Some(FromDaemon::Unknown { id }));
         let refused = ToVmm::Refused { reason: "x".repeat(MAX_TEXT_BYTES) }.encode();

@@ -1,47 +1,30 @@
-//! This module asks QEMU about itself and its guest, and maps the guest's memory.
+//! This module asks QEMU about itself and its guest.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use memlane_kvm::ram::GuestRam;
 use memlane_net::task;
-use memlane_protocol::PAGE_SIZE;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{MAX_DISKS, MAX_NAME_BYTES, QemuGuest};
 use memlane_protocol::wire::machine::{
-    CpuidEntry, GuestShape, MAX_CPUID_ENTRIES, MAX_NICS, MAX_RAM_BYTES, MAX_REGIONS, Machine, Nic, Region,
-    TrackerKind,
+    CpuidEntry, GuestShape, MAX_CPUID_ENTRIES, MAX_NICS, Machine, Nic, TrackerKind,
 };
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::QemuError;
-use super::definition::{BACKEND, Definition, unicast_mac};
+use super::definition::{Definition, unicast_mac};
 use super::qmp::{Qmp, items};
+use super::ram::{self, MemoryPart};
 use crate::DriverError;
 use crate::config::NetworkConfig;
+use crate::shim::Shims;
 
 /// This driver was written for the `x-ignore-shared` and `fd:` migrations of QEMU from this version on.
 const OLDEST: [u32; 3] = [7, 2, 0];
 /// This is the format of the state: QEMU's own stream, which carries its versions itself.
 const STATE_VERSION: u16 = 1;
-
-/// These are the descriptors of whichever process looks.
-const DESCRIPTORS: &str = "/proc/self/fd";
-
-/// A part of a guest's RAM: a memory back end of QEMU's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct MemoryPart {
-    /// This is its file.
-    path: PathBuf,
-    /// The file must be this user's. It is `None` of a file that this daemon has made.
-    owner: Option<u32>,
-    /// It has this many bytes.
-    bytes: u64,
-}
 
 /// A guest in QEMU.
 pub(super) struct Facts {
@@ -67,14 +50,14 @@ pub(super) async fn inspect(
     definition: Option<&Definition>,
     own_memory: Option<&Path>,
     networks: &[NetworkConfig],
+    shims: &Shims,
 ) -> Result<Facts, QemuError> {
     let version = qmp.version();
     if version < OLDEST {
         return Err(QemuError::TooOld { found: version, oldest: OLDEST });
     }
-    let parts = memory(qmp, own_memory).await?;
-    let to_map = parts.clone();
-    let (shape_regions, ram) = task::aside(move || map(to_map)).await?;
+    let parts = ram::parts(qmp, own_memory).await?;
+    let (shape_regions, ram) = ram::map(&parts, qmp.pid(), shims).await?;
     let kvm = qmp.execute("query-kvm", json!({})).await?["enabled"] == true;
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     let cpus = items(&cpus);
@@ -119,85 +102,6 @@ pub(super) async fn inspect(
         nics,
     };
     Ok(Facts { shape, qemu, ram, parts })
-}
-
-/// Finds all RAM of the guest, one part for each memory back end, in order of their names.
-async fn memory(qmp: &Qmp, own_memory: Option<&Path>) -> Result<Vec<MemoryPart>, QemuError> {
-    let backends = qmp.execute("query-memdev", json!({})).await?;
-    let mut backends: Vec<&Value> = items(&backends).iter().collect();
-    backends.sort_by_key(|backend| backend["id"].as_str().unwrap_or_default().to_owned());
-    if backends.is_empty() || backends.len() > MAX_REGIONS {
-        return Err(QemuError::NoMemory { found: backends.len(), limit: MAX_REGIONS });
-    }
-    let (mut parts, mut address) = (Vec::new(), 0u64);
-    for backend in backends {
-        let id = backend["id"].as_str().unwrap_or_default();
-        let bytes = backend["size"].as_u64().unwrap_or(0);
-        let end = address.checked_add(bytes).filter(|end| *end <= MAX_RAM_BYTES);
-        let end = end.ok_or_else(|| QemuError::TooMuchMemory { id: id.to_owned(), bytes })?;
-        let path = format!("/objects/{id}");
-        let get =
-            |property: &'static str| qmp.execute("qom-get", json!({ "path": path, "property": property }));
-        let kind = get("type").await?;
-        if kind != "memory-backend-file" || backend["share"] != true {
-            let kind = kind.as_str().unwrap_or("unknown").to_owned();
-            let share = backend["share"] == true;
-            return Err(QemuError::PrivateMemory { id: id.to_owned(), kind, share });
-        }
-        let path = PathBuf::from(get("mem-path").await?.as_str().unwrap_or_default());
-        // QEMU was handed a descriptor of it.
-        let (path, owner) = match own_memory.filter(|_| path.starts_with(DESCRIPTORS) && id == BACKEND) {
-            Some(own) => (own.to_owned(), None),
-            None => (path, Some(qmp.user())),
-        };
-        parts.push(MemoryPart { path, owner, bytes });
-        address = end;
-    }
-    Ok(parts)
-}
-
-/// Opens and maps memory, one region for each part, which lies behind the one before.
-pub(super) fn map(parts: Vec<MemoryPart>) -> Result<(Vec<Region>, Arc<GuestRam>), QemuError> {
-    let mut next = 0u64;
-    let parts = parts.into_iter().map(|MemoryPart { path, owner, bytes }| {
-        let address = next;
-        next = next.saturating_add(bytes);
-        let (file, page_bytes) = open(&path, owner)?;
-        Ok((Region { address, bytes, page_bytes, offset: 0 }, file))
-    });
-    let regions = parts.collect::<Result<Vec<_>, QemuError>>()?;
-    let shape = regions.iter().map(|(region, _)| *region).collect();
-    let ram = GuestRam::map(regions)?;
-    ram.mark_as_observer();
-    Ok((shape, Arc::new(ram)))
-}
-
-/// Opens a file that QEMU says is its memory. It must be QEMU's own: a QEMU that was taken over
-/// must not make this daemon write to what belongs to others. A file that the daemon has made has no such owner.
-fn open(path: &Path, owner: Option<u32>) -> Result<(OwnedFd, u32), QemuError> {
-    use rustix::fs::{Mode, OFlags};
-    let failed = |source: std::io::Error| QemuError::MemoryFile { path: path.to_owned(), source };
-    let odd = |why: &str| failed(std::io::Error::other(why.to_owned()));
-    if path.starts_with(DESCRIPTORS) {
-        return Err(odd(
-            "it is a descriptor of QEMU's, by which nobody else finds it; give mem-path= a file's name",
-        ));
-    }
-    let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
-    if metadata.is_dir() {
-        return Err(odd("it is a directory, so QEMU's file in it has no name; give mem-path= a file's name"));
-    }
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
-    let file = std::fs::File::from(file);
-    let metadata = file.metadata().map_err(failed)?;
-    if owner.is_some_and(|owner| owner != metadata.uid()) {
-        return Err(odd("it does not belong to the user that QEMU runs as"));
-    }
-    let system = rustix::fs::fstatfs(&file).map_err(|error| failed(error.into()))?;
-    let huge = system.f_type as i64 == libc::HUGETLBFS_MAGIC;
-    let page_bytes = if huge { system.f_bsize as u32 } else { PAGE_SIZE as u32 };
-    Ok((file.into(), page_bytes))
 }
 
 /// Returns what the vCPU shows to the guest, as leaves of CPUID. They are empty where this QEMU does not tell.

@@ -14,6 +14,7 @@ mod inspect;
 mod launch;
 mod others;
 mod qmp;
+mod ram;
 mod run_state;
 mod settings;
 mod starter;
@@ -90,7 +91,8 @@ pub enum QemuError {
     },
     /// The guest's memory is not behind memory back ends.
     #[error(
-        "QEMU has {found} memory back ends, and 1 to {limit} can be moved; see QEMU's -object memory-backend-file"
+        "QEMU has {found} memory back ends, and 1 to {limit} can be moved; start QEMU by memlane-qemu, which gives it one (see \
+         docs/qemu.md), or with -object memory-backend-file,share=on"
     )]
     NoMemory {
         /// QEMU has this many memory back ends.
@@ -110,17 +112,24 @@ pub enum QemuError {
     },
     /// The guest's memory cannot be shared.
     #[error(
-        "memory {id} of the guest ({kind}{}) cannot be seen by the daemon; start QEMU with -object \
-         memory-backend-file,id=mem,share=on,size=SIZE,mem-path=/dev/shm/NAME -machine memory-backend=mem",
-        if *share { "" } else { ", share=off" }
+        "memory of the guest cannot be moved by the daemon in QEMU {}: {private}; start QEMU once by memlane-qemu, which \
+         makes that memory-backend-file,share=on of the same names and changes nothing else (see docs/qemu.md), or so by \
+         hand: -object memory-backend-file,id=mem,share=on,size=SIZE,mem-path=/dev/shm -machine memory-backend=mem",
+        dotted(version)
     )]
     PrivateMemory {
-        /// This is the name of the back end.
-        id: String,
-        /// This is its type.
-        kind: String,
-        /// This tells whether it is shared.
-        share: bool,
+        /// These are the names and types of the back ends.
+        private: String,
+        /// This is QEMU's version.
+        version: [u32; 3],
+    },
+    /// The guest's memory is not handed over.
+    #[error("cannot get at the guest's memory {}, which has no name that the daemon could open: {source}", path.display())]
+    Handed {
+        /// This is what is known of it.
+        path: PathBuf,
+        /// This is why.
+        source: crate::shim::ShimError,
     },
     /// The guest's memory cannot be opened.
     #[error("cannot use {} as the guest's memory: {source}", path.display())]

@@ -186,7 +186,7 @@ impl Qmp {
     /// # Errors
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
-    pub(super) async fn human(&self, line: &'static str) -> Result<String, DriverError> {
+    pub(super) async fn human(&self, line: &str) -> Result<String, DriverError> {
         let answer = self.execute("human-monitor-command", json!({ "command-line": line })).await?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tracing::warn;
 
 use super::definition::Definition;
-use super::inspect::MemoryPart;
+use super::ram::MemoryPart;
 use crate::config::GuestsConfig;
 
 /// A record cannot be written.

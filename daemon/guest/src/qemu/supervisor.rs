@@ -19,9 +19,10 @@ use tracing::{debug, info, warn};
 use super::child::collect;
 use super::definition::Definition;
 use super::driver::Qemu;
-use super::inspect::{self, inspect};
+use super::inspect::inspect;
 use super::launch::{self, Started};
 use super::qmp::{Qmp, is_migrating};
+use super::ram;
 use super::settings::Settings;
 use super::state_directory::{Paths, Record, StateDirectory, paths};
 use super::{QemuError, RunStateError};
@@ -169,11 +170,11 @@ impl Supervisor {
         let handles = self.shims.kept_userfault(process.pid).await;
         let handles =
             handles.inspect_err(|error| debug!(guest = %name, %error, "no memory of a QEMU yet")).ok()?;
-        let find = move || {
-            let (_, ram) = inspect::map(record.parts).map_err(|error| error.to_string())?;
-            handles.find(&ram, true).map_err(|error| error.to_string())
+        let mapped = ram::map(&record.parts, process.pid, &self.shims).await;
+        let found = match mapped {
+            Ok((_, ram)) => task::aside(move || handles.find(&ram, true).map_err(|error| error.to_string())).await,
+            Err(error) => Err(error.to_string()),
         };
-        let found = task::aside(find).await;
         found.inspect_err(|error| warn!(guest = %name, error, "cannot find the memory of a QEMU")).ok()
     }
 
@@ -284,7 +285,8 @@ impl NameReservation {
             record.definition.as_ref().map(|text| Definition::parse(Path::new("the guest file"), text));
         let definition = definition.transpose()?;
         let networks = &supervisor.settings.networks;
-        let facts = inspect(&qmp, &self.name, definition.as_ref(), record.memory(), networks).await?;
+        let (memory, shims) = (record.memory(), &supervisor.shims);
+        let facts = inspect(&qmp, &self.name, definition.as_ref(), memory, networks, shims).await?;
         // A guest that came, ran, and was stopped later by its operator is promised to no host any more.
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);

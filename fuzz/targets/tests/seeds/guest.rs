@@ -43,6 +43,7 @@ pub(super) fn attach() -> Seeds {
         ("open-userfault", request(Request::OpenUserfault { keep: false })),
         ("keep-userfault", request(Request::OpenUserfault { keep: true })),
         ("kept-userfault", request(Request::KeptUserfault)),
+        ("mapped-file", request(Request::MappedFile { address: 0x7f00_0000_0000 })),
     ])
 }
 

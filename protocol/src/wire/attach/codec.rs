@@ -113,6 +113,7 @@ impl ToVmm {
                     Request::Throttle { pages_per_second } => put(&mut out, &U64::new(*pages_per_second)),
                     Request::Pause { limit_nanoseconds } => put(&mut out, &U64::new(*limit_nanoseconds)),
                     Request::Load { bytes } => put(&mut out, &U64::new(*bytes)),
+                    Request::MappedFile { address } => put(&mut out, &U64::new(*address)),
                     Request::Relinquish(bond) | Request::Prepare(bond) => {
                         put(&mut out, &RawBond::from(bond));
                     }
@@ -166,6 +167,9 @@ impl ToVmm {
             kind::OPEN_USERFAULT => Request::OpenUserfault { keep: false },
             kind::KEEP_USERFAULT => Request::OpenUserfault { keep: true },
             kind::KEPT_USERFAULT => Request::KeptUserfault,
+            kind::MAPPED_FILE => {
+                Request::MappedFile { address: reader.take::<U64>("address of a mapping")?.get() }
+            }
             other => return Err(WireError::Unknown { what: "request to a VMM", found: other.into() }),
         };
         reader.end()?;
@@ -191,6 +195,7 @@ impl Request {
             Self::OpenUserfault { keep: false } => kind::OPEN_USERFAULT,
             Self::OpenUserfault { keep: true } => kind::KEEP_USERFAULT,
             Self::KeptUserfault => kind::KEPT_USERFAULT,
+            Self::MappedFile { .. } => kind::MAPPED_FILE,
         }
     }
 }
@@ -228,6 +233,7 @@ mod kind {
     pub(super) const KEEP_USERFAULT: u16 = 44;
     pub(super) const THROTTLE: u16 = 45;
     pub(super) const KEPT_USERFAULT: u16 = 46;
+    pub(super) const MAPPED_FILE: u16 = 47;
 }
 
 fn put_header(out: &mut Vec<u8>, kind: u16, id: u32) {

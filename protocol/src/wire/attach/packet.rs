@@ -9,10 +9,13 @@ use crate::wire::machine::GuestShape;
 /// Since version 2, the set of harvested pages has a second level of summary (see
 /// [`PageSet::words_needed`](crate::PageSet::words_needed)). Since version 3, a VMM that waits to be told whether its guest
 /// is to run also names the other host ([`Bond`]), and a pause has a limit. Since version 4, a VMM can be asked for the
-/// userfaultfd that it keeps ([`Request::KeptUserfault`]).
-pub const VERSIONS: (u16, u16) = (3, 4);
+/// userfaultfd that it keeps ([`Request::KeptUserfault`]). Since version 5, a shim can be asked for memory that has no name
+/// ([`Request::MappedFile`]).
+pub const VERSIONS: (u16, u16) = (3, 5);
 /// Since this version, a VMM knows [`Request::KeptUserfault`].
 pub const HANDS_OVER_AGAIN: u16 = 4;
+/// Since this version, a shim knows [`Request::MappedFile`].
+pub const HANDS_OVER_MEMORY: u16 = 5;
 /// The length of the largest packet in bytes.
 pub const MAX_PACKET_BYTES: usize = 32 << 10;
 /// The largest VMM state that may be saved or loaded, in bytes. RAM is not part of it.

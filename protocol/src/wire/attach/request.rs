@@ -70,6 +70,15 @@ pub enum Request {
     /// The reply carries that userfaultfd, `/proc/self/pagemap` and `/proc/self/maps`. Its values are 0 and 0. The request
     /// fails if the VMM keeps none. It exists since version 4.
     KeptUserfault,
+    /// A shim hands over the file that the process has mapped at this address: the guest's memory, where that has no name
+    /// by which the daemon could open it.
+    ///
+    /// The reply carries the file, which can be read and written. Its values are 0 and 0. The request fails if no
+    /// descriptor of the process is of that file, and in a VMM, whose hello has its memory. It exists since version 5.
+    MappedFile {
+        /// The address in the process, at which the file is mapped.
+        address: u64,
+    },
 }
 
 impl Request {
@@ -90,6 +99,7 @@ impl Request {
             Self::Discard => "discard",
             Self::OpenUserfault { .. } => "open userfaultfd",
             Self::KeptUserfault => "hand over its userfaultfd again",
+            Self::MappedFile { .. } => "hand over its memory",
         }
     }
 }

@@ -133,6 +133,7 @@ fn request() -> impl Strategy<Value = Request> {
         Just(Request::Discard),
         any::<bool>().prop_map(|keep| Request::OpenUserfault { keep }),
         Just(Request::KeptUserfault),
+        any::<u64>().prop_map(|address| Request::MappedFile { address }),
     ]
 }
 
