@@ -176,7 +176,11 @@ pub trait Driver {
     async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
         Ok(Vec::new())
     }
-    /// Returns the facts about the VMM if it is stock QEMU.
+    /// Looks anew at what the VMM is made of now, if it is stock QEMU.
+    async fn look(&self) -> Result<Option<QemuGuest>, DriverError> {
+        Ok(None)
+    }
+    /// Returns what was known of the VMM when the guest was taken in, if it is stock QEMU.
     fn qemu(&self) -> Option<&QemuGuest> {
         None
     }

@@ -16,7 +16,8 @@ use memlane_kvm::shared::SharedWords;
 use memlane_net::task;
 use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{
-    Bond, FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request, ToVmm,
+    Bond, FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request,
+    ToVmm,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};

@@ -16,7 +16,7 @@ use memlane_net::task;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::attach::MigrationId;
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, RefusalKind};
-use memlane_protocol::wire::hello::{Purpose, Token};
+use memlane_protocol::wire::hello::{NAMES_PARTS, Purpose, Token};
 
 use crate::context::Context;
 use crate::lanes::LaneEnd;
@@ -84,12 +84,19 @@ pub(crate) async fn send(
     if findings.refused() && !request.check_only {
         return None;
     }
+    let qemu = match guest.driver.look().await {
+        Ok(qemu) => qemu,
+        Err(error) => {
+            findings.add(Severity::Refused, "vmm", error.to_string(), Some("look at its log"));
+            return None;
+        }
+    };
     let offer = Offer {
         migration: request.migration,
         check_only: request.check_only,
         data_bytes: findings.estimate.data_bytes,
         shape: guest.shape.clone(),
-        qemu: guest.driver.qemu().cloned().map(Box::new),
+        qemu: qemu.map(Box::new),
     };
     let (link, token, ports) = ask(context, peer, offer, findings).await?;
     let pairs = try_ports(context, peer, &ports, findings).await;
@@ -166,7 +173,7 @@ fn remedy(error: &LinkError) -> Option<&'static str> {
 async fn ask(
     context: &Rc<Context>,
     peer: &memlane_protocol::wire::Label,
-    offer: Offer,
+    mut offer: Offer,
     findings: &mut Findings,
 ) -> Option<(Link, Token, Vec<Port>)> {
     let mut link = match context.connect(peer).await {
@@ -180,6 +187,9 @@ async fn ask(
             return None;
         }
     };
+    if let Some(qemu) = offer.qemu.as_mut().filter(|_| link.version() < NAMES_PARTS) {
+        qemu.parts = Vec::new();
+    }
     let answer = async {
         link.send(&Control::Offer(offer)).await?;
         link.receive().await

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod machine;
 mod others;
 mod scene;
 mod standing;

@@ -16,16 +16,19 @@ fn memory_that_the_daemon_cannot_see() {
     let backend = |kind: &str| format!("-m 64M -object memory-backend-{kind},id=mem,size=64M");
     let used = "-machine memory-backend=mem";
     let (file, directory) = (ram_file(host, "web1"), host.memory_directory().display());
-    let cannot_be_seen =
-        ["cannot be moved", "memlane-qemu", "memory-backend-file,", "share=on,", "mem-path=", "memory-backend=mem"];
+    let cannot_be_seen = [
+        "cannot be moved",
+        "memlane-qemu",
+        "memory-backend-file,",
+        "share=on,",
+        "mem-path=",
+        "memory-backend=mem",
+    ];
     for (arguments, why) in [
         ("-m 64M".to_owned(), &["pc.ram (memory-backend-ram"][..]),
         (format!("{},share=on {used}", backend("ram")), &["mem (memory-backend-ram)"]),
         (format!("{},share=off {used}", backend("memfd")), &["mem (memory-backend-memfd, share=off)"]),
-        (
-            format!("{},mem-path={file} {used}", backend("file")),
-            &["mem (memory-backend-file, share=off)"],
-        ),
+        (format!("{},mem-path={file} {used}", backend("file")), &["mem (memory-backend-file, share=off)"]),
         // As it should be, but the machine does not use it.
         (format!("{},share=on,mem-path={file}", backend("file")), &["pc.ram (memory-backend-ram"]),
     ] {

@@ -16,6 +16,7 @@ mod request;
 
 pub use bond::{Bond, MigrationId};
 pub use packet::{
-    FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, RunState, ToVmm, VERSIONS, VmmHello,
+    FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, RunState, ToVmm,
+    VERSIONS, VmmHello,
 };
 pub use request::Request;

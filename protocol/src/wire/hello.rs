@@ -15,12 +15,14 @@ use super::text::{Label, RawLabel};
 /// compressed. Since version 3, the calling daemon names the addresses that its lanes come from, and a source that does
 /// not know whether it committed asks the destination to withdraw. Since version 4, a connection that is lost before the
 /// handover begins is [resumed](crate::resumption), and a destination whose VMM does not answer says that it is
-/// [`Recovering`](crate::handover::Message::Recovering).
+/// [`Recovering`](crate::handover::Message::Recovering), and an offer says what a guest's QEMU is made of.
 pub const VERSIONS: (u16, u16) = (3, 4);
 /// Since this version, control connections are [resumed](crate::resumption).
 pub const RESUMES: u16 = 4;
 /// Since this version, a source understands [`Recovering`](crate::handover::Message::Recovering).
 pub const RECOVERS: u16 = 4;
+/// Since this version, an offer says what a guest's QEMU is made of ([`QemuGuest::parts`](super::control::QemuGuest::parts)).
+pub const NAMES_PARTS: u16 = 4;
 /// The length of a [`Hello`] in bytes.
 pub const HELLO_BYTES: usize = size_of::<RawHello>();
 /// The length of an [`Answer`] before its text, in bytes.

@@ -20,7 +20,9 @@ impl Programs {
     /// If cargo fails.
     pub fn build(release: bool) -> Result<Self> {
         let mut command = cargo_build();
-        for package in ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter", "memlane-qemu"] {
+        for package in
+            ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter", "memlane-qemu"]
+        {
             command.args(["--package", package]);
         }
         if release {

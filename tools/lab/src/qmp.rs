@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -64,11 +64,26 @@ impl Monitor {
         let stream = connected.and_then(|connected| connected).with_context(|| {
             format!("connecting to {}: if QEMU has ended, its log says why", socket.display())
         })?;
+        Self::over(stream).with_context(|| format!("greeting the monitor at {}", socket.display()))
+    }
+
+    /// Waits for a QEMU that connects its monitor by itself (`-chardev socket,server=off`).
+    ///
+    /// # Errors
+    ///
+    /// If none does so for a minute, or what does is no monitor.
+    pub fn accept(listener: &UnixListener) -> Result<Self> {
+        listener.set_nonblocking(true).context("listening without waiting")?;
+        let (stream, _) = wait_for("a QEMU's monitor", START, || listener.accept().ok())?;
+        stream.set_nonblocking(false).context("waiting for what it says")?;
+        Self::over(stream)
+    }
+
+    fn over(stream: UnixStream) -> Result<Self> {
         let (decoder, commands) = (Decoder::default(), Commands::default());
         let mut monitor = Self { stream, decoder, commands, events: VecDeque::new(), ahead: 0.0 };
         let first = monitor.next(ANSWER)?.context("QEMU's monitor says nothing")?;
-        let greets = matches!(first, Message::Greeting(_));
-        ensure!(greets, "{} is no QMP monitor: it says {first:?}", socket.display());
+        ensure!(matches!(first, Message::Greeting(_)), "this is no QMP monitor: it says {first:?}");
         monitor.execute(NEGOTIATE, json!({}))?;
         Ok(monitor)
     }

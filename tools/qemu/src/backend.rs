@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use crate::host::Host;
-use crate::options::{Properties, Value};
 use crate::size;
 use crate::warning::Warning;
+use memlane_qmp::options::{Properties, Value};
 
 /// This property says by which name the backend's RAM goes into a migration stream.
 pub(crate) const CANONICAL: &str = "x-use-canonical-path-for-ramblock-id";
@@ -97,7 +97,7 @@ mod tests {
 
     use super::*;
     use crate::host::HugePages;
-    use crate::options::Options;
+    use memlane_qmp::options::Options;
 
     fn host() -> Host {
         let hugetlbfs = vec![HugePages { path: "/dev/hugepages".into(), page_bytes: 2 << 20 }];

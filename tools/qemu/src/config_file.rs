@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use crate::options::{Properties, Value};
+use memlane_qmp::options::{Properties, Value};
 
 /// A file of `-readconfig` may have this many bytes; QEMU itself has no limit.
 const MAX_FILE_BYTES: u64 = 4 << 20;

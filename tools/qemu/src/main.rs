@@ -25,7 +25,6 @@ mod emulator;
 mod host;
 mod line;
 mod monitor;
-mod options;
 mod probe;
 mod rewrite;
 mod settings;

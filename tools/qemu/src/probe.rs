@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use crate::line::{Item, items};
-use crate::options::{Options, Properties};
+use memlane_qmp::options::{Options, Properties};
 
 /// The values of these options are texts of the guest's, in which `help` is a word like any other.
 const FREE_TEXT: [&str; 7] = ["append", "fw_cfg", "initrd", "kernel", "name", "smbios", "uuid"];

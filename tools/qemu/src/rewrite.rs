@@ -12,10 +12,10 @@ use serde_json::{Map, Value as Json};
 use crate::backend::{self, CANONICAL, holds_data};
 use crate::host::Host;
 use crate::line::{Item, items};
-use crate::options::{Options, escaped};
 use crate::settings::Settings;
 use crate::size;
 use crate::warning::Warning;
+use memlane_qmp::options::{Options, escaped};
 
 /// A command line that was changed.
 #[derive(Clone, Debug)]

@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::config_file::ConfigFile;
 use crate::line::Item;
 use crate::monitor;
-use crate::options::{Options, Properties};
 use crate::warning::Warning;
+use memlane_qmp::options::{Options, Properties};
 
 /// What is said about the RAM and the name of a guest.
 #[derive(Clone, Debug, Default)]

@@ -16,8 +16,8 @@ const EBADF: i32 = 9;
 /// `/proc/self/maps`.
 pub(crate) fn file(address: u64, maps: File) -> Result<OwnedFd, String> {
     let wanted = inode_at(address, maps)?;
-    let program =
-        ProgramDescriptors::new().map_err(|error| format!("getting at the program's descriptors: {error}"))?;
+    let program = ProgramDescriptors::new()
+        .map_err(|error| format!("getting at the program's descriptors: {error}"))?;
     let mut failure = None;
     for number in numbers() {
         match program.copy(number).map(File::from) {

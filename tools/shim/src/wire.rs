@@ -72,9 +72,7 @@ impl FromDaemon {
             OPEN_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: false }),
             KEEP_USERFAULT if body.is_empty() => Some(Self::OpenUserfault { id, keep: true }),
             KEPT_USERFAULT if body.is_empty() => Some(Self::KeptUserfault { id }),
-            MAPPED_FILE => {
-                Some(Self::MappedFile { id, address: u64::from_le_bytes(body.try_into().ok()?) })
-            }
+            MAPPED_FILE => Some(Self::MappedFile { id, address: u64::from_le_bytes(body.try_into().ok()?) }),
             kind if kind >= FIRST_REQUEST => Some(Self::Unknown { id }),
             _ => None,
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use memlane_kvm::ram::GuestRam;
 use serde_json::{Value, json};
 
 use super::block::{self, BlockNode, DiskFiles};
@@ -123,6 +124,31 @@ fn mapping(node: &BlockNode) -> Blocker {
     );
     let remedy = "use another -blockdev driver for it than one that drives the device by itself";
     Blocker::new("disk", detail, Some(remedy.to_owned()))
+}
+
+/// Finds memory that was plugged in or unplugged since the daemon has mapped it.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer.
+pub(super) async fn memory(qmp: &Qmp, ram: &GuestRam) -> Result<Option<Blocker>, DriverError> {
+    let backends = qmp.execute("query-memdev", json!({})).await?;
+    let mut now: Vec<(&str, u64)> = items(&backends)
+        .iter()
+        .map(|back| (back["id"].as_str().unwrap_or_default(), back["size"].as_u64().unwrap_or(0)))
+        .collect();
+    now.sort_unstable();
+    let known = ram.regions().iter().map(|region| region.bytes);
+    if known.eq(now.iter().map(|(_, bytes)| *bytes)) {
+        return Ok(None);
+    }
+    let names: Vec<&str> = now.iter().map(|(id, _)| *id).collect();
+    let detail = format!(
+        "memory was plugged in or unplugged since the daemon has taken the guest in; it is now {}",
+        names.join(", ")
+    );
+    let remedy = "detach the guest and attach it again (memlanectl detach, memlanectl attach)".to_owned();
+    Ok(Some(Blocker::new("memory", detail, Some(remedy))))
 }
 
 /// Finds what QEMU itself says against any migration.

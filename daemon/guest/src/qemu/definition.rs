@@ -173,6 +173,29 @@ impl Definition {
         self
     }
 
+    /// Gives QEMU these arguments in place of those that the file has, and the file the same.
+    pub(super) fn with_arguments(&self, arguments: Vec<String>) -> Self {
+        let table = |nic: &DefinedNic| {
+            let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let pairs = [("mac", mac), ("tap", nic.tap.clone()), ("network", nic.network.to_string())];
+            let mut table: toml::Table =
+                pairs.into_iter().map(|(key, text)| (key.to_owned(), text.into())).collect();
+            table.insert("vhost".to_owned(), nic.vhost.into());
+            toml::Value::Table(table)
+        };
+        let mut file = toml::Table::new();
+        file.insert("name".to_owned(), self.name.to_string().into());
+        file.insert("memory".to_owned(), format!("{}B", self.memory).into());
+        file.insert("prealloc".to_owned(), self.prealloc.into());
+        file.insert("qemu".to_owned(), self.qemu.display().to_string().into());
+        if let Some(user) = self.user {
+            file.insert("user".to_owned(), i64::from(user).into());
+        }
+        file.insert("arguments".to_owned(), arguments.clone().into());
+        file.insert("nic".to_owned(), self.nics.iter().map(table).collect::<Vec<_>>().into());
+        Self { arguments, text: file.to_string(), ..self.clone() }
+    }
+
     /// Refuses a program that this host's configuration does not let guest files name.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -28,8 +28,11 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::block::{self, DiskFiles};
-use super::inspect::Facts;
+use super::definition::Definition;
+use super::inspect::{self, Facts};
+use super::machine::Parts;
 use super::qmp::{Qmp, is_migrating};
+use super::revision::revise;
 use super::run_state;
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
@@ -47,6 +50,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Qemu {
     qmp: Rc<Qmp>,
     guest: QemuGuest,
+    /// This is the guest file, and what QEMU was made of when it was started from it.
+    started_from: Option<(Definition, Parts)>,
     ram: Arc<GuestRam>,
     process: Rc<Process>,
     shims: Rc<Shims>,
@@ -83,9 +88,13 @@ impl Qemu {
         record: &Record,
     ) -> Self {
         let Facts { qemu, ram, .. } = facts;
+        let definition = record.definition.as_ref();
+        let definition =
+            definition.and_then(|text| Definition::parse(Path::new("the guest file"), text).ok());
         Self {
             qmp: Rc::new(qmp),
             guest: qemu,
+            started_from: definition.zip(record.machine.clone()),
             ram,
             process,
             shims: shims.clone(),
@@ -439,7 +448,25 @@ impl Driver for Qemu {
     }
 
     async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
-        blockers::find(&self.qmp, &self.shims).await
+        let mut found = blockers::find(&self.qmp, &self.shims).await?;
+        found.extend(blockers::memory(&self.qmp, &self.ram).await?);
+        if let Some((definition, then)) = &self.started_from {
+            let now = Parts::look(&self.qmp).await?;
+            found.extend(revise(definition, then, &now).err().unwrap_or_default());
+        }
+        Ok(found)
+    }
+
+    async fn look(&self) -> Result<Option<QemuGuest>, DriverError> {
+        let now = Parts::look(&self.qmp).await?;
+        let mut guest = self.guest.clone();
+        (guest.disks, guest.parts) = (inspect::disks(&self.qmp).await?, now.lines());
+        if let Some((definition, then)) = &self.started_from
+            && let Ok(Some(revised)) = revise(definition, then, &now)
+        {
+            guest.definition = revised.text;
+        }
+        Ok(Some(guest))
     }
 
     fn qemu(&self) -> Option<&QemuGuest> {

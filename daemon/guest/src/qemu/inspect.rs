@@ -83,6 +83,7 @@ pub(super) async fn inspect(
         accelerator: if kvm { "kvm" } else { "tcg" }.to_owned(),
         disks: disks(qmp).await?,
         definition: definition.map(|definition| definition.text.clone()).unwrap_or_default(),
+        parts: Vec::new(),
     };
     let nics = match definition {
         Some(definition) => {
@@ -135,7 +136,7 @@ async fn cpu_features(qmp: &Qmp, cpu: &str) -> Vec<CpuidEntry> {
 }
 
 /// Returns the files and devices of this host that hold disks.
-async fn disks(qmp: &Qmp) -> Result<Vec<String>, DriverError> {
+pub(super) async fn disks(qmp: &Qmp) -> Result<Vec<String>, DriverError> {
     let blocks = qmp.execute("query-block", json!({})).await?;
     let file = |block: &Value| block["inserted"]["image"]["filename"].as_str().map(bounded);
     // What is no path is on some server, which the destination reaches or not.

@@ -12,9 +12,11 @@ mod driver;
 mod handed;
 mod inspect;
 mod launch;
+mod machine;
 mod others;
 mod qmp;
 mod ram;
+mod revision;
 mod run_state;
 mod settings;
 mod starter;
@@ -291,7 +293,7 @@ pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
         ("accelerator", "-accel", &guest.accelerator, &waiting.accelerator),
     ];
     let differing = pairs.into_iter().filter(|(_, _, ours, theirs)| ours != theirs);
-    differing
+    let mut found: Vec<Refusal> = differing
         .map(|(what, option, ours, theirs)| Refusal {
             what: RefusalKind::Machine,
             reason: format!(
@@ -299,7 +301,20 @@ pub fn differences(guest: &QemuGuest, waiting: &QemuGuest) -> Vec<Refusal> {
                  {option} {ours}"
             ),
         })
-        .collect()
+        .collect();
+    // Of a peer that does not say, nothing is known.
+    if found.is_empty() && !guest.parts.is_empty() && !waiting.parts.is_empty() {
+        let differs = |reason: String| Refusal { what: RefusalKind::Machine, reason };
+        found.extend(machine::missing(&guest.parts, &waiting.parts).into_iter().map(|part| {
+            differs(format!(
+                "the guest has {part}, and the QEMU that waits for it has not; start that one with the same"
+            ))
+        }));
+        found.extend(machine::missing(&waiting.parts, &guest.parts).into_iter().map(|part| {
+            differs(format!("the QEMU that waits for the guest has {part}, and the guest has not; start that one without it"))
+        }));
+    }
+    found
 }
 
 fn dotted(version: &[u32; 3]) -> String {

@@ -201,11 +201,10 @@ fn leads_nowhere(path: &Path) -> bool {
 /// Finds the address at which QEMU has mapped a back end: some of the guest's memory that is the back end's, by the guest's
 /// address, and from there QEMU's. `view` is how the guest's memory is made up (`info mtree -f`).
 async fn address_of(qmp: &Qmp, id: &str, view: &str) -> Result<u64, QemuError> {
-    let odd = |why: &str| QemuError::MemoryFile {
-        path: id.into(),
-        source: std::io::Error::other(why.to_owned()),
-    };
-    let (address, offset) = range_in(view, id).ok_or_else(|| odd("no part of the guest's memory is of it"))?;
+    let odd =
+        |why: &str| QemuError::MemoryFile { path: id.into(), source: std::io::Error::other(why.to_owned()) };
+    let (address, offset) =
+        range_in(view, id).ok_or_else(|| odd("no part of the guest's memory is of it"))?;
     let answer = qmp.human(&format!("gpa2hva {address:#x}")).await?;
     let found = host_address_in(&answer, id).and_then(|found| found.checked_sub(offset));
     found.ok_or_else(|| odd("QEMU does not say where it is"))
@@ -263,7 +262,9 @@ fn memory_only(path: &Path, file: OwnedFd) -> Result<OwnedFd, QemuError> {
     let system = fstatfs(&file).map_err(|error| failed(error.into()))?.f_type as i64;
     let is_memory = [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&system);
     if kind != FileType::RegularFile || !is_memory {
-        return Err(failed(std::io::Error::other("QEMU's shim has handed over what is no memory (tmpfs, hugetlbfs)")));
+        return Err(failed(std::io::Error::other(
+            "QEMU's shim has handed over what is no memory (tmpfs, hugetlbfs)",
+        )));
     }
     Ok(file)
 }

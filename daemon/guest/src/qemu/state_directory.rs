@@ -17,6 +17,7 @@ use tokio::sync::Mutex;
 use tracing::warn;
 
 use super::definition::Definition;
+use super::machine::Parts;
 use super::ram::MemoryPart;
 use crate::config::GuestsConfig;
 
@@ -73,6 +74,9 @@ pub(super) struct Record {
     pub stays: Option<String>,
     /// This is the guest file, if this daemon started QEMU.
     pub definition: Option<String>,
+    /// This is what QEMU was made of when it was started from that file.
+    #[serde(default, rename = "then")]
+    pub machine: Option<Parts>,
     /// These files are removed when QEMU ends, if this daemon started it: its RAM and its monitor's socket.
     #[serde(default)]
     pub files: Vec<PathBuf>,
@@ -121,6 +125,7 @@ impl Record {
             bond: None,
             stays: None,
             definition: Some(definition.text.clone()),
+            machine: None,
             files: vec![memory, qmp],
             parts: Vec::new(),
         }
@@ -131,7 +136,7 @@ impl Record {
         let name = name.to_string();
         let (pid, started, migrating, launched_for_migration) = (0, 0, false, false);
         let (user, bond, stays, definition) = (None, None, None, None);
-        let (files, parts) = (Vec::new(), Vec::new());
+        let (machine, files, parts) = (None, Vec::new(), Vec::new());
         Self {
             name,
             pid,
@@ -144,6 +149,7 @@ impl Record {
             bond,
             stays,
             definition,
+            machine,
             files,
             parts,
         }

@@ -21,6 +21,7 @@ use super::definition::Definition;
 use super::driver::Qemu;
 use super::inspect::inspect;
 use super::launch::{self, Started};
+use super::machine::Parts;
 use super::qmp::{Qmp, is_migrating};
 use super::ram;
 use super::settings::Settings;
@@ -172,7 +173,9 @@ impl Supervisor {
             handles.inspect_err(|error| debug!(guest = %name, %error, "no memory of a QEMU yet")).ok()?;
         let mapped = ram::map(&record.parts, process.pid, &self.shims).await;
         let found = match mapped {
-            Ok((_, ram)) => task::aside(move || handles.find(&ram, true).map_err(|error| error.to_string())).await,
+            Ok((_, ram)) => {
+                task::aside(move || handles.find(&ram, true).map_err(|error| error.to_string())).await
+            }
             Err(error) => Err(error.to_string()),
         };
         found.inspect_err(|error| warn!(guest = %name, error, "cannot find the memory of a QEMU")).ok()
@@ -287,6 +290,9 @@ impl NameReservation {
         let networks = &supervisor.settings.networks;
         let (memory, shims) = (record.memory(), &supervisor.shims);
         let facts = inspect(&qmp, &self.name, definition.as_ref(), memory, networks, shims).await?;
+        if fresh && definition.is_some() {
+            record.machine = Some(Parts::look(&qmp).await?);
+        }
         // A guest that came, ran, and was stopped later by its operator is promised to no host any more.
         record.incoming &= status != "running";
         record.migrating &= status != "running" || is_migrating(&migration);

@@ -137,7 +137,7 @@ fn strangers_are_refused() {
         let bench = Bench::new(&[12345]).await;
         bench.refuses(shim(VERSIONS.0, VERSIONS.1), "see attach_users").await;
         let bench = Bench::new(&[rustix::process::geteuid().as_raw()]).await;
-        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 5 to 6").await;
+        bench.refuses(shim(VERSIONS.1 + 1, VERSIONS.1 + 2), "the shim speaks 6 to 7").await;
         // No more than there is room for, except in the place of one of the same process.
         let shims = &bench.shims;
         let socket = || {

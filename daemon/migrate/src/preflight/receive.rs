@@ -87,8 +87,10 @@ async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refus
     for reason in compat::check(&offer.shape, &guest.shape) {
         refusals.push(refusal(RefusalKind::Machine, reason.to_string()));
     }
-    if let (Some(theirs), Some(ours)) = (&offer.qemu, guest.driver.qemu()) {
-        refusals.extend(qemu::differences(theirs, ours));
+    match (&offer.qemu, guest.driver.look().await) {
+        (Some(theirs), Ok(Some(ours))) => refusals.extend(qemu::differences(theirs, &ours)),
+        (Some(_), Err(error)) => refusals.push(refusal(RefusalKind::Receiver, error.to_string())),
+        _ => {}
     }
     if let Err(lost) = guest.ram.check() {
         let reason = format!("{lost}; start the VMM that waits for the guest anew");

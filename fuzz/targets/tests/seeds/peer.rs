@@ -81,6 +81,7 @@ fn qemu_guest() -> QemuGuest {
         accelerator: "kvm".into(),
         disks: vec!["/var/lib/images/web1.qcow2".into(), "/dev/vg/web1".into()],
         definition: "name = \"web1\"\nmemory = \"64MiB\"\n".into(),
+        parts: vec!["device d0 (virtio-blk-pci) on bus pcie.0, addr 01.0".into()],
     }
 }
 

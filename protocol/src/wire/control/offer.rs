@@ -115,6 +115,9 @@ impl RefusalKind {
     }
 }
 
+/// An offer says so that it has a guest in QEMU of which it says what that is made of.
+const WITH_PARTS: u8 = 2;
+
 impl Offer {
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         put(
@@ -122,7 +125,7 @@ impl Offer {
             &RawOffer {
                 migration: self.migration,
                 check_only: self.check_only.into(),
-                qemu: self.qemu.is_some().into(),
+                qemu: self.qemu.as_ref().map_or(0, |qemu| if qemu.parts.is_empty() { 1 } else { WITH_PARTS }),
                 reserved: [0; 6],
                 data_bytes: self.data_bytes.into(),
             },
@@ -140,7 +143,10 @@ impl Offer {
             check_only: raw.check_only != 0,
             data_bytes: raw.data_bytes.get(),
             shape: GuestShape::decode(reader)?,
-            qemu: (raw.qemu != 0).then(|| QemuGuest::decode(reader).map(Box::new)).transpose()?,
+            qemu: match raw.qemu {
+                0 => None,
+                kind => Some(Box::new(QemuGuest::decode(reader, kind == WITH_PARTS)?)),
+            },
         })
     }
 }

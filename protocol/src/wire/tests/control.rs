@@ -8,8 +8,8 @@ use crate::handover::Message;
 use crate::wire::attach::MAX_STATE_BYTES;
 use crate::wire::control::{
     Accept, Control, HEADER_BYTES, MAX_BODY_BYTES, MAX_DEFINITION_BYTES, MAX_DIGESTS, MAX_DISKS,
-    MAX_NAME_BYTES, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES, MAX_WORDS, Missing, Offer,
-    Port, QemuGuest, Refusal, RefusalKind, decode_header,
+    MAX_NAME_BYTES, MAX_PART_BYTES, MAX_PARTS, MAX_PORTS, MAX_RANGES, MAX_REFUSALS, MAX_STATE_CHUNK_BYTES,
+    MAX_WORDS, Missing, Offer, Port, QemuGuest, Refusal, RefusalKind, decode_header,
 };
 use crate::wire::{MAX_TEXT_BYTES, WireError};
 
@@ -68,6 +68,7 @@ fn the_largest_messages_fit_into_a_body() {
         accelerator: name.clone(),
         disks: vec![name; MAX_DISKS],
         definition: "d".repeat(MAX_DEFINITION_BYTES),
+        parts: vec!["p".repeat(MAX_PART_BYTES); MAX_PARTS],
     }));
     for message in [
         Control::LanesFrom(vec![[1, 2, 3, 4].into(); MAX_PORTS]),

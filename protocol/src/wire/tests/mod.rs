@@ -332,8 +332,8 @@ impl Codec for Control {
             Self::LanesFrom(addresses) => capacity(addresses),
             Self::Offer(offer) => {
                 let texts = offer.qemu.iter().flat_map(|qemu| {
-                    let QemuGuest { machine, cpu, accelerator, disks, definition } = &**qemu;
-                    [machine, cpu, accelerator, definition].into_iter().chain(disks)
+                    let QemuGuest { machine, cpu, accelerator, disks, definition, parts } = &**qemu;
+                    [machine, cpu, accelerator, definition].into_iter().chain(disks).chain(parts)
                 });
                 offer.shape.heap_bytes() + texts.map(|text| size_of::<String>() + text.len()).sum::<usize>()
             }

@@ -211,13 +211,14 @@ fn offer() -> impl Strategy<Value = Offer> {
 }
 
 fn qemu_guest() -> impl Strategy<Value = QemuGuest> {
-    (text(), text(), text(), vec(text(), 0..4), text()).prop_map(
-        |(machine, cpu, accelerator, disks, definition)| QemuGuest {
+    (text(), text(), text(), vec(text(), 0..4), text(), vec(text(), 0..4)).prop_map(
+        |(machine, cpu, accelerator, disks, definition, parts)| QemuGuest {
             machine,
             cpu,
             accelerator,
             disks,
             definition,
+            parts,
         },
     )
 }

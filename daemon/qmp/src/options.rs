@@ -6,7 +6,7 @@ use std::fmt;
 use serde_json::{Map, Value as Json};
 
 /// A description of an object or of a setting of QEMU, in whatever syntax it was given.
-pub(crate) trait Properties {
+pub trait Properties {
     /// Returns the value of a property as text. Of several values the last one counts, as it does for QEMU.
     fn get(&self, key: &str) -> Option<String>;
     /// Gives a property this value alone.
@@ -22,7 +22,7 @@ pub(crate) trait Properties {
 
 /// A value that a property is given. JSON tells the kinds apart.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Value<'a> {
+pub enum Value<'a> {
     /// The value is a text.
     Text(&'a str),
     /// The value is on or off.
@@ -31,7 +31,7 @@ pub(crate) enum Value<'a> {
 
 impl Value<'_> {
     /// Returns the value as QEMU reads it where all values are texts.
-    pub(crate) fn text(&self) -> &str {
+    pub fn text(&self) -> &str {
         match self {
             Self::Text(text) => text,
             Self::Switch(true) => "on",
@@ -42,7 +42,7 @@ impl Value<'_> {
 
 /// The value of an option, such as `memory-backend-ram,id=ram0,size=2G`.
 #[derive(Clone, Debug)]
-pub(crate) struct Options(Vec<Part>);
+pub struct Options(Vec<Part>);
 
 /// A part of an option's value that stands between commas.
 #[derive(Clone, Debug)]
@@ -60,7 +60,7 @@ struct Part {
 impl Options {
     /// Reads the value of an option, as `qemu_opts_parse()` of QEMU does. `first` is the key of a first part that names
     /// none.
-    pub(crate) fn parse(text: &str, first: &str) -> Self {
+    pub fn parse(text: &str, first: &str) -> Self {
         let (mut parts, mut rest) = (Vec::new(), text);
         while !rest.is_empty() {
             let name = rest.find(['=', ',']).unwrap_or(rest.len());
@@ -102,7 +102,7 @@ fn until_comma(text: &str) -> (String, usize) {
 }
 
 /// Writes a value so that QEMU does not end it at a comma.
-pub(crate) fn escaped(value: &str) -> String {
+pub fn escaped(value: &str) -> String {
     value.replace(',', ",,")
 }
 
