@@ -2,14 +2,11 @@
 
 mod common;
 
-use std::any::Any;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use common::Stage;
-use common::qemu::{
-    Background, NOBODY, Qemu, assert_moves, assert_says_no, attach, open_to_nobody, shim, stage,
-};
+use common::qemu::{NOBODY, Qemu, assert_moves, assert_says_no, attach, open_to_nobody, stage};
+use common::{Stage, wrapped};
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{HostId, LabHost};
 
@@ -77,75 +74,34 @@ fn memory_that_is_a_memfd() {
 /// What Proxmox VE starts, and how: see tools/qemu/tests/lines.
 #[test]
 fn a_guest_of_proxmox() {
-    wrapped("a_guest_of_proxmox", "proxmox");
+    moves_wrapped("a_guest_of_proxmox", "proxmox");
 }
 
 #[test]
 fn a_guest_of_incus() {
-    wrapped("a_guest_of_incus", "incus");
+    moves_wrapped("a_guest_of_incus", "incus");
 }
 
 #[test]
 fn a_guest_of_nova() {
-    wrapped("a_guest_of_nova", "nova");
+    moves_wrapped("a_guest_of_nova", "nova");
 }
 
 /// The manager's command line starts memlane-qemu in the place of QEMU, and the guest moves.
-fn wrapped(test: &str, line: &str) {
+fn moves_wrapped(test: &str, line: &str) {
     let Some(stage) = stage(test, false, "") else { return };
     let disk = stage.rig.lab().host(HostId::A).directory().join("disk.img");
     fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
     let [a, b] = stage.rig.lab().hosts();
-    let here = start_wrapped(a, line, &disk, &[]);
-    let there = start_wrapped(b, line, &disk, &["-incoming", "defer"]);
+    let here = wrapped::start(a, "web1", line, &disk, &[]);
+    let there = wrapped::start(b, "web1", line, &disk, &["-incoming", "defer"]);
     take_both(&stage, &here.qmp, &there.qmp);
-    if fs::read_to_string(lines(&format!("{line}.txt"))).unwrap().lines().any(|argument| argument == "-S") {
+    if wrapped::arguments(line).iter().any(|argument| argument == "-S") {
         // The manager lets it run when it is there.
         let mut monitor = Monitor::connect(&a.directory().join("web1.qmp")).unwrap();
         monitor.execute("cont", serde_json::json!({})).unwrap();
     }
     assert_moves(&stage);
-}
-
-/// A QEMU that memlane-qemu has become, and the monitor that it was given for the daemon.
-struct Wrapped {
-    _process: Box<dyn Any>,
-    qmp: PathBuf,
-}
-
-fn start_wrapped(host: &LabHost, line: &str, disk: &Path, more: &[&str]) -> Wrapped {
-    let directory = host.directory().to_owned();
-    let fill = |text: &str| {
-        text.replace("{DISK}", disk.to_str().unwrap())
-            .replace("{DIR}", directory.to_str().unwrap())
-            .replace("{NAME}", "web1")
-            .replace("{KVM}", "tcg")
-    };
-    if let Ok(config) = fs::read_to_string(lines(&format!("{line}.conf"))) {
-        fs::write(directory.join(format!("{line}.conf")), fill(&config)).unwrap();
-    }
-    let text = fs::read_to_string(lines(&format!("{line}.txt"))).unwrap();
-    let arguments: Vec<String> =
-        text.lines().filter(|argument| !argument.starts_with('#')).map(fill).collect();
-    let mut command = host.command(shim().with_file_name("memlane-qemu"));
-    command.env("MEMLANE_EMULATOR", host.qemu()).env("MEMLANE_SHIM", shim());
-    command.env("MEMLANE_ATTACH_SOCKET", directory.join("attach.sock"));
-    command.env("MEMLANE_RAM", host.memory_directory()).env("MEMLANE_MONITORS", &directory);
-    command.args(&arguments).args(more);
-    let monitor = directory.join("web1.sock");
-    if !arguments.iter().any(|argument| argument == "-daemonize") {
-        let mut process = host.spawn("web1", command).unwrap();
-        Monitor::connect_while(&directory.join("web1.qmp"), || process.is_running()).unwrap();
-        return Wrapped { _process: Box::new(process), qmp: monitor };
-    }
-    let ended = command.output().unwrap();
-    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-    let background = Background::of_pid_file(&directory.join("web1.pid"), monitor.clone());
-    Wrapped { _process: Box::new(background), qmp: monitor }
-}
-
-fn lines(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/qemu/tests/lines").join(file)
 }
 
 /// Has both daemons take the QEMUs whose monitors are there.

@@ -34,6 +34,8 @@ pub struct Guest {
     pub(crate) stunned: RefCell<Option<Stunned>>,
     /// This is true while block I/O is waited for, which must not be held up.
     pub(crate) draining: Cell<bool>,
+    /// This is true while the guest is only looked at for a check, which ends soon.
+    pub checked: Cell<bool>,
     /// The guest takes part in this migration.
     pub(crate) migration: Cell<Option<MigrationId>>,
     /// When it attached, the VMM said that the guest waits for the outcome of this migration.
@@ -60,7 +62,7 @@ impl Guest {
         run_state: RunState,
     ) -> Self {
         let (run_state, migration) = (Cell::new(run_state), Cell::default());
-        let (tracked, stunned, draining, bond) = Default::default();
+        let (tracked, stunned, draining, checked, bond) = Default::default();
         let (launched_for_migration, incomplete, lost, ahead) = Default::default();
         Self {
             shape,
@@ -71,6 +73,7 @@ impl Guest {
             tracked,
             stunned,
             draining,
+            checked,
             migration,
             bond,
             launched_for_migration,

@@ -10,6 +10,7 @@ mod peer;
 pub(crate) mod qemu;
 pub(crate) mod secure;
 mod tap;
+pub(crate) mod wrapped;
 
 use std::process::{Child, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};

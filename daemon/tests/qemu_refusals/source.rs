@@ -57,11 +57,8 @@ fn memory_that_others_write_or_nobody_watches() {
     stage.assert_refused("shared", &[], &["device s0 (ivshmem-plain)", "does not move", "device_del s0"]);
     shared.assert_runs();
 
-    let stopped = Qemu::start(host, "web1", "");
-    stopped.run("stop");
-    take(&stage, &stopped, "web1");
-    stage.assert_refused("web1", &[], &["its status is paused", "`cont`"]);
-    stopped.run("cont");
+    let movable = Qemu::start(host, "web1", "");
+    take(&stage, &movable, "web1");
     let there = Qemu::start(stage.rig.lab().host(HostId::B), "web1", "-incoming defer");
     let answer = there.attach(&stage, HostId::B, "web1", &["--incoming"]);
     assert_eq!(answer.code, 0, "{}", answer.text);

@@ -168,7 +168,7 @@ fn a_guest_that_qemu_has_moved_by_itself() {
     qemu.run_with("migrate", json!({ "uri": "exec:cat > /dev/null" }));
     let status = || qemu.run("query-status")["status"].as_str().unwrap().to_owned();
     wait_for("the end of QEMU's own migration", LONG, || (status() == "postmigrate").then_some(())).unwrap();
-    stage.assert_refused("web1", &[], &["postmigrate", "QEMU has migrated it by itself"]);
+    stage.assert_refused("web1", &[], &["postmigrate", "QEMU has migrated the guest by itself"]);
     stage.rig.start_daemon(HostId::A).unwrap();
     stage.wait_for_log(HostId::A, "told to migrate by others");
     assert_eq!(status(), "postmigrate");

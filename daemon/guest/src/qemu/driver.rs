@@ -32,7 +32,7 @@ use super::definition::Definition;
 use super::inspect::{self, Facts};
 use super::machine::Parts;
 use super::qmp::{Qmp, is_migrating};
-use super::revision::revise;
+use super::revision::{revise, with_identity};
 use super::run_state;
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
@@ -301,15 +301,15 @@ impl Driver for Qemu {
         if self.is_to_run(&status).await? {
             self.qmp.execute("cont", json!({})).await?;
         }
-        self.migrates.set(false);
-        let (qmp, settings) = (self.qmp.clone(), self.settings.take().unwrap_or_default());
+        let (qmp, settings) = (self.qmp.clone(), self.settings.take());
         if self.incoming.take() {
             task::spawn("tidying a QEMU up", async move {
                 announce(&qmp).await;
-                tidy(&qmp, settings).await;
+                tidy(&qmp, settings.unwrap_or_default()).await;
             });
-        } else {
-            tidy(&qmp, settings).await;
+        } else if self.migrates.replace(false) || settings.is_some() {
+            // What an earlier daemon has set is not known any more.
+            tidy(&qmp, settings.unwrap_or_default()).await;
             self.states.note_migration(&self.name, false).await;
         }
         Ok(self.qmp.resumed())
@@ -461,10 +461,11 @@ impl Driver for Qemu {
         let now = Parts::look(&self.qmp).await?;
         let mut guest = self.guest.clone();
         (guest.disks, guest.parts) = (inspect::disks(&self.qmp).await?, now.lines());
-        if let Some((definition, then)) = &self.started_from
-            && let Ok(Some(revised)) = revise(definition, then, &now)
-        {
-            guest.definition = revised.text;
+        if let Some((definition, then)) = &self.started_from {
+            let revised = revise(definition, then, &now).ok().flatten();
+            let revised = revised.as_ref().unwrap_or(definition);
+            let kept = now.identity.as_ref().and_then(|guid| with_identity(revised, guid));
+            guest.definition = kept.as_ref().unwrap_or(revised).text.clone();
         }
         Ok(Some(guest))
     }

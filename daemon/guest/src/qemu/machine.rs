@@ -40,6 +40,9 @@ pub(super) struct Parts {
     pub modules: Vec<String>,
     /// These are the drives, by their names.
     pub drives: BTreeMap<String, Drive>,
+    /// This is the identity that the guest is shown (`vmgenid`), if it has such a device.
+    #[serde(default)]
+    pub identity: Option<String>,
     /// These are the names of what devices use: block nodes, network back ends and memory back ends.
     pub backends: BTreeSet<String>,
 }
@@ -88,6 +91,11 @@ impl Parts {
         };
         modules.extend(items(&cpus).iter().filter_map(vcpu));
         modules.sort();
+        // QEMU refuses where there is no such device.
+        let identity = match qmp.execute("query-vm-generation-id", json!({})).await {
+            Err(DriverError::Failed { .. }) => None,
+            answer => answer?["guid"].as_str().map(str::to_owned),
+        };
         let blocks = qmp.execute("query-block", json!({})).await?;
         let drives = items(&blocks).iter().filter_map(drive).collect();
         let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
@@ -98,13 +106,16 @@ impl Parts {
         backends.extend(networks(&qmp.human("info network").await?));
         let memory = qmp.execute("query-memdev", json!({})).await?;
         backends.extend(items(&memory).iter().filter_map(|back| Some(back["id"].as_str()?.to_owned())));
-        Ok(Self { devices, modules, drives, backends })
+        Ok(Self { devices, modules, drives, identity, backends })
     }
 
     /// Says what it is made of, one line for each part, in order.
     pub(super) fn lines(&self) -> Vec<String> {
         let mut lines: Vec<String> = self.devices.iter().map(Device::to_string).collect();
         lines.extend(self.modules.iter().cloned());
+        lines.extend(
+            self.identity.iter().map(|guid| format!("generation identity {guid} (-device vmgenid,guid=)")),
+        );
         lines.extend(self.drives.iter().flat_map(|(name, drive)| drive.lines(name)));
         for line in &mut lines {
             *line = plain(line);

@@ -204,7 +204,7 @@ async fn address_of(qmp: &Qmp, id: &str, view: &str) -> Result<u64, QemuError> {
     let odd =
         |why: &str| QemuError::MemoryFile { path: id.into(), source: std::io::Error::other(why.to_owned()) };
     let (address, offset) =
-        range_in(view, id).ok_or_else(|| odd("no part of the guest's memory is of it"))?;
+        range_in(view, id).ok_or_else(|| odd("no part of the guest's memory is of it: it is a device's (ivshmem, nvdimm), whose memory does not move, or of no use; remove it"))?;
     let answer = qmp.human(&format!("gpa2hva {address:#x}")).await?;
     let found = host_address_in(&answer, id).and_then(|found| found.checked_sub(offset));
     found.ok_or_else(|| odd("QEMU does not say where it is"))
@@ -214,11 +214,16 @@ async fn address_of(qmp: &Qmp, id: &str, view: &str) -> Result<u64, QemuError> {
 /// back end.
 fn range_in(view: &str, id: &str) -> Option<(u64, u64)> {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let mut is_guests = false;
     view.lines().find_map(|line| {
+        if let Some(root) = line.trim_start().strip_prefix("Root memory region: ") {
+            // There are views of devices too, and of single back ends.
+            is_guests = matches!(root.trim_end(), "system" | "memory");
+        }
         let (range, rest) = line.trim_start().split_once(" (prio ")?;
         let name = rest.split_once(", ram): ")?.1;
         let mut words = name.split(' ');
-        if !is_name_of(words.next()?, id) {
+        if !is_guests || !is_name_of(words.next()?, id) {
             return None;
         }
         let offset = words.find_map(|word| word.strip_prefix('@')).map_or(Some(0), hex)?;
@@ -280,7 +285,9 @@ fn page_bytes_of(path: &Path, file: &OwnedFd) -> Result<u32, QemuError> {
 mod tests {
     use super::*;
 
-    const VIEW: &str = "FlatView #0\n AS \"memory\", root: system\n Root memory region: system\n\
+    const VIEW: &str = "FlatView #0\n Root memory region: mem1\n\
+        \x20 0000000000000000-000000000fffffff (prio 0, ram): mem1\n\
+        FlatView #1\n AS \"memory\", root: system\n Root memory region: system\n\
         \x20 0000000000000000-00000000000bffff (prio 0, ram): ram-node0\n\
         \x20 00000000000c0000-00000000000dffff (prio 1, rom): pc.rom\n\
         \x20 0000000000100000-0000000003ffffff (prio 0, ram): ram-node0 @0000000000100000 KVM\n\

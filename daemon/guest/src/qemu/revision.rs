@@ -49,6 +49,35 @@ pub(super) fn revise(
     if refused.is_empty() { Ok(Some(definition.with_arguments(arguments))) } else { Err(refused) }
 }
 
+/// Has the receiving QEMU show the guest the identity that it has, where the guest file leaves it to QEMU to choose one.
+pub(super) fn with_identity(definition: &Definition, guid: &str) -> Option<Definition> {
+    let mut arguments = definition.arguments.clone();
+    let mut changed = false;
+    for argument in &mut arguments {
+        if kind_of(argument) != "vmgenid" {
+            continue;
+        }
+        let json = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(argument).ok();
+        let (before, after) = match json {
+            Some(mut json) => {
+                let before = Properties::get(&json, "guid");
+                json.set("guid", Value::Text(guid));
+                (before, serde_json::Value::Object(json).to_string())
+            }
+            None => {
+                let mut options = Options::parse(argument, "driver");
+                let before = options.get("guid");
+                options.set("guid", Value::Text(guid));
+                (before, options.to_string())
+            }
+        };
+        if before.as_deref() == Some("auto") {
+            (*argument, changed) = (after, true);
+        }
+    }
+    changed.then(|| definition.with_arguments(arguments))
+}
+
 struct Revision {
     arguments: Vec<String>,
     refused: Vec<Blocker>,
@@ -295,6 +324,24 @@ mod tests {
         let options = ["bps-read", "iops-write-max", "iops-size", "iops-total"]
             .map(|name| format!("throttling.{name}"));
         assert_eq!(names, options);
+    }
+
+    #[test]
+    fn a_guest_keeps_its_identity() {
+        const GUID: &str = "c773c261-d800-4348-9f5d-167fadd53cf8";
+        let arguments = |device: &str| ["-device", device, "-smp", "2"].map(str::to_owned);
+        for (auto, fixed) in [
+            ("vmgenid,id=g,guid=auto", format!("vmgenid,id=g,guid={GUID}")),
+            (r#"{"driver":"vmgenid","guid":"auto"}"#, format!(r#"{{"driver":"vmgenid","guid":"{GUID}"}}"#)),
+        ] {
+            let given = arguments(auto);
+            let kept = with_identity(&definition(&given.each_ref().map(String::as_str)), GUID).unwrap();
+            assert_eq!(kept.arguments, arguments(&fixed));
+        }
+        assert!(
+            with_identity(&definition(&["-device", "vmgenid,guid=x", "-device", "y,guid=auto"]), GUID)
+                .is_none()
+        );
     }
 
     #[test]

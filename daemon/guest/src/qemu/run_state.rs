@@ -26,7 +26,7 @@ pub(super) enum Immovable {
     Suspended,
     /// A migration that came to nothing has left QEMU so.
     #[error(
-        "QEMU has migrated the guest, or has tried to while it stood still, and migrates it no more in that state"
+        "QEMU has migrated the guest by itself, or has tried to while it stood still, and migrates it no more: its status is postmigrate"
     )]
     Migrated,
     /// Nobody knows what would come of it.

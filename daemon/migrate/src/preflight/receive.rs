@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::time::Duration;
 
 use memlane_guest::{Claim, Guest, qemu};
 use memlane_kvm::compat;
@@ -29,6 +30,7 @@ pub(crate) async fn receive(
 ) -> Result<Claim, Vec<Refusal>> {
     let name = &offer.shape.name;
     let refused = |what, reason: String| Err(vec![Refusal { what, reason }]);
+    until_checked(context, name).await;
     let guest = match context.guests.get(name) {
         Some(guest) if guest.is_moving() => {
             return busy(name);
@@ -47,6 +49,7 @@ pub(crate) async fn receive(
     };
     // Taken before anything else is awaited, so that no second offer can take it too.
     let Some(claim) = guest.claim(offer.migration) else { return busy(name) };
+    guest.checked.set(offer.check_only);
     let mut refusals = judge(context, offer, &guest).await;
     if !matches!(guest.driver.awaits().await, Ok(true)) {
         let reason = format!("the VMM named {name} does not wait for a guest any more; start it anew");
@@ -64,6 +67,19 @@ pub(crate) async fn receive(
     }
     release(claim).await;
     Err(shorten(refusals))
+}
+
+/// Waits until a check of a guest has ended that is under way. It holds the VMM for a moment longer than the other host waits
+/// for the answer.
+async fn until_checked(context: &Context, name: &Label) {
+    const CHECK: Duration = Duration::from_secs(10);
+    let checked = || context.guests.get(name).is_some_and(|guest| guest.is_moving() && guest.checked.get());
+    let ended = async {
+        while checked() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let _ = tokio::time::timeout(CHECK, ended).await;
 }
 
 fn busy<T>(name: &Label) -> Result<T, Vec<Refusal>> {

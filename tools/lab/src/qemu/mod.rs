@@ -124,6 +124,20 @@ pub fn run_as(user: &str) -> Result<[String; 2]> {
     })
 }
 
+/// Returns the arguments that give the QEMU that labs use another root directory, once it has started.
+///
+/// # Errors
+///
+/// If it cannot be run.
+pub fn in_root(root: &Path) -> Result<[String; 2]> {
+    let program = program();
+    let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
+    Ok(match help.contains("-chroot") {
+        true => ["-chroot".into(), root.display().to_string()],
+        false => ["-run-with".into(), format!("chroot={}", root.display())],
+    })
+}
+
 /// Writes into the file that [`TESTS`] names, if it names one, that a test uses QEMU.
 pub(crate) fn note_test(test: &str) {
     let Some(file) = env::var_os(TESTS) else { return };
