@@ -22,6 +22,7 @@ Examples:
   memlanectl abandon web1                        it runs here in post-copy, and the other host is gone for good
   memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host is off and stays off
   memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
+  memlanectl attach --name web1                  a QEMU that others started, by memlane-qemu
   memlanectl attach --qmp /run/web1.qmp --name web1
 
 Exit codes:
@@ -61,8 +62,8 @@ A host that the guest moves to starts its QEMU from the same file if may_start_g
 host is set in its configuration; otherwise give it the file: memlanectl launch web1.toml --incoming"#;
 
 const ATTACH: &str = "\
-The QEMU must have been started with
-  all its RAM in files: -object memory-backend-file,id=ram0,share=on,size=2G,mem-path=/dev/shm/web1
+The QEMU must have been started by memlane-qemu, or with
+  all its RAM in files: -object memory-backend-file,id=ram0,share=on,size=2G,mem-path=/dev/shm
                         -machine memory-backend=ram0
   a QMP socket that no other program is connected to: -qmp unix:/run/web1.qmp,server=on,wait=off
   and, in its environment: LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so
@@ -121,9 +122,9 @@ pub(crate) enum Command {
     /// Attach a QEMU guest that another program started
     #[command(after_long_help = ATTACH)]
     Attach {
-        /// Socket of the QEMU's monitor (QMP)
+        /// Socket of the QEMU's monitor (QMP); default: the one that memlane-qemu has made, /run/memlane-qemu/NAME.sock
         #[arg(long, value_name = "SOCK")]
-        qmp: PathBuf,
+        qmp: Option<PathBuf>,
         /// Name for the guest, here and at the hosts that it moves to
         #[arg(long)]
         name: String,

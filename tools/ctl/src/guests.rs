@@ -29,16 +29,18 @@ pub(crate) async fn launch(
 /// Takes over a guest that another program started.
 pub(crate) async fn attach(
     client: &Client,
-    qmp: &Path,
+    qmp: Option<&Path>,
     name: &str,
     incoming: bool,
     as_json: bool,
 ) -> Result<Exit, Error> {
+    let of_wrapper = || Path::new(MONITORS).join(format!("{name}.sock"));
+    let qmp = qmp.map_or_else(of_wrapper, Path::to_owned);
     let invalid = |why: String| {
         Error::Command(ErrorCode::Invalid, format!("cannot use --qmp {}: {why}", qmp.display()))
     };
     // The daemon has a working directory of its own.
-    let absolute = std::path::absolute(qmp).map_err(|error| invalid(error.to_string()))?;
+    let absolute = std::path::absolute(&qmp).map_err(|error| invalid(error.to_string()))?;
     let qmp = absolute.to_str().ok_or_else(|| invalid("the path is not UTF-8".to_owned()))?;
     let order = Attach { name: name.to_owned(), qmp: qmp.to_owned(), incoming };
     let guest = client.attach(&order).await?;
@@ -53,6 +55,8 @@ pub(crate) async fn detach(client: &Client, name: &str, as_json: bool) -> Result
     Ok(Exit::Completed)
 }
 
+/// memlane-qemu makes the sockets of monitors here.
+const MONITORS: &str = "/run/memlane-qemu";
 const WAITS: &str = "waits to arrive from another host";
 
 fn tell(guest: &GuestInfo, what: &str, as_json: bool) {

@@ -52,7 +52,7 @@ async fn run(args: &Args) -> Result<Exit, Error> {
             return guests::launch(&client, file, *incoming, args.json).await;
         }
         Command::Attach { qmp, name, incoming } => {
-            return guests::attach(&client, qmp, name, *incoming, args.json).await;
+            return guests::attach(&client, qmp.as_deref(), name, *incoming, args.json).await;
         }
         Command::Detach { name } => return guests::detach(&client, name, args.json).await,
         Command::Check(order) => {

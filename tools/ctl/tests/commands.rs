@@ -192,7 +192,9 @@ fn a_qemu_guest_of_others_is_attached_and_let_go() {
     assert_eq!((code, err.as_str()), (3, "memlanectl: there is a guest web1\n"));
     assert_eq!(json(&out)["error"]["code"], "cannot_attach");
     assert_eq!(run(&daemon, "attach --qmp /run/web1.qmp --name ../web1").0, 2);
-    assert_eq!(run(&daemon, "attach --name web1").0, 2);
+    let (code, out, _) = run(&daemon, "attach --name web4");
+    assert_eq!(code, 0);
+    assert!(out.contains("  monitor  /run/memlane-qemu/web4.sock\n"), "{out}");
     for (name, why) in [("web1", "attached by itself"), ("web2", "no guest web2"), ("a/b", "no guest")] {
         let (code, _, err) = run(&daemon, &format!("detach {name}"));
         assert_eq!(code, 3, "{err}");
