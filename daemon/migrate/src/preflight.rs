@@ -3,6 +3,7 @@
 mod findings;
 mod launch;
 mod receive;
+mod room;
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -4,5 +4,6 @@
 mod common;
 mod machine;
 mod others;
+mod room;
 mod scene;
 mod standing;

@@ -4,7 +4,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::time::Duration;
 
 use memlane_lab::qmp::Monitor;
-use memlane_lab::{HostId, LabOptions, Rate, Requirement, RigOptions, wait_for};
+use memlane_lab::{HostId, LabHost, LabOptions, Rate, Requirement, RigOptions, wait_for};
 use serde_json::{Value, json};
 
 use crate::common::qemu::{Qemu, ram_file};
@@ -59,17 +59,8 @@ impl Scene {
         wait_for(status, LONG, has).unwrap();
     }
 
-    /// Fills part of the guest's memory with what takes long to send.
     pub(crate) fn fill(&self) {
-        let path = ram_file(self.stage.rig.lab().host(HostId::A), "web1");
-        let mut file = std::fs::File::options().write(true).open(path).unwrap();
-        file.seek(SeekFrom::Start(32 << 20)).unwrap();
-        let mut state = 1u64;
-        let mut bytes = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as u8
-        };
-        file.write_all(&(0..24 << 20).map(|_| bytes()).collect::<Vec<u8>>()).unwrap();
+        fill(self.stage.rig.lab().host(HostId::A));
     }
 
     /// The guest moves to host B, where it is in this state, and never ran.
@@ -87,4 +78,16 @@ impl Scene {
 /// A port on which what [`Scene::fill`] writes takes some seconds.
 pub(crate) fn slow() -> Option<Rate> {
     Some(Rate::from_bits_per_second(30_000_000))
+}
+
+/// Fills part of the memory of guest `web1` on a host with what takes long to send.
+pub(crate) fn fill(host: &LabHost) {
+    let mut file = std::fs::File::options().write(true).open(ram_file(host, "web1")).unwrap();
+    file.seek(SeekFrom::Start(32 << 20)).unwrap();
+    let mut state = 1u64;
+    let mut bytes = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as u8
+    };
+    file.write_all(&(0..24 << 20).map(|_| bytes()).collect::<Vec<u8>>()).unwrap();
 }

@@ -14,7 +14,7 @@ use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Refusal, RefusalKind};
 use tracing::warn;
 
-use super::launch;
+use super::{launch, room};
 use crate::context::Context;
 
 /// Finds the VMM that waits for an offered guest, and claims its guest for the migration. A guest in QEMU may bring the
@@ -112,11 +112,11 @@ async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refus
         let reason = format!("{lost}; start the VMM that waits for the guest anew");
         refusals.push(refusal(RefusalKind::Memory, reason));
     }
-    let (available, bridges) = (task::aside(available_memory), context.bridges_there());
-    let (available, bridges) = tokio::join!(available, bridges);
-    if let Some(reason) = available.and_then(|available| memory_missing(context, offer, guest, available)) {
-        refusals.push(refusal(RefusalKind::Memory, reason));
-    }
+    let (wanted, reserve) = (memory_wanted(offer, guest), context.limits().memory_reserve.0);
+    let ram = guest.ram.clone();
+    let lacking = task::aside(move || room::lacking(&ram, wanted, reserve));
+    let (lacking, bridges) = tokio::join!(lacking, context.bridges_there());
+    refusals.extend(lacking.map(|lacking| refusal(RefusalKind::Memory, lacking.to_string())));
     for nic in &offer.shape.nics {
         if let Some(reason) = context.network_missing(&nic.network, &bridges) {
             refusals.push(refusal(RefusalKind::Network, reason));
@@ -148,29 +148,10 @@ fn shorten(mut refusals: Vec<Refusal>) -> Vec<Refusal> {
     refusals
 }
 
-/// Returns why this host's memory does not suffice, if it does not.
-fn memory_missing(context: &Context, offer: &Offer, guest: &Guest, available: u64) -> Option<String> {
+/// Returns how many bytes of memory the guest will take here besides those that its VMM holds.
+fn memory_wanted(offer: &Offer, guest: &Guest) -> u64 {
     let held = guest.ram.allocated_bytes().unwrap_or(0);
     // A VMM on huge pages has reserved them; one whose memory is touched holds it.
     let huge = guest.shape.regions.iter().any(|region| u64::from(region.page_bytes) != PAGE_SIZE);
-    let wanted = if huge { 0 } else { offer.data_bytes.saturating_sub(held) };
-    let reserve = context.limits().memory_reserve.0;
-    (wanted > 0 && available < wanted.saturating_add(reserve)).then(|| {
-        let mib = |bytes: u64| bytes >> 20;
-        format!(
-            "the guest needs {} MiB more than its VMM holds, {} MiB are available, and {} MiB of them are to \
-             stay free; free memory there, or lower limits.memory_reserve",
-            mib(wanted),
-            mib(available),
-            mib(reserve)
-        )
-    })
-}
-
-/// Returns how many bytes the kernel thinks can be used without swapping (`MemAvailable`).
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib << 10)
+    if huge { 0 } else { offer.data_bytes.saturating_sub(held) }
 }
