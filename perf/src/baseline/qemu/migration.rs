@@ -170,13 +170,18 @@ impl QemuMove {
     /// Returns the figures that a scenario needs, of a guest with `ram` bytes of memory.
     pub fn figures(&self, ram: u64) -> NamedFigures {
         let sent = self.ram_bytes as f64 / 1e9;
-        NamedFigures::from([
+        let mut figures = NamedFigures::from([
             ("total_seconds", self.seconds),
             ("gbit_per_second", ram as f64 * 8.0 / 1e9 / self.seconds),
             ("downtime_ms", self.downtime * 1e3),
             ("sent_gb", sent),
             ("cpu_seconds", self.used.beyond(&self.idle)),
             ("cpu_seconds_per_gb", self.used.beyond(&self.idle) / sent),
-        ])
+        ]);
+        // A daemon tells how long QEMU itself took to save and to load its state.
+        let told = |key: &str| self.told[key].as_f64();
+        let state = told("save_seconds").zip(told("load_seconds")).map(|(save, load)| (save + load) * 1e3);
+        figures.set_some("qemu_state_ms", state);
+        figures
     }
 }

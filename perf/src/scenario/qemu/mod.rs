@@ -4,7 +4,8 @@
 //! move is of a guest that has just booted, to a QEMU that was started beforehand. What is compared:
 //!
 //! - **total**: from the order to the event RESUME of the destination's QEMU;
-//! - **downtime**: from the event STOP of the source's QEMU to that RESUME, both by QEMU's own account;
+//! - **downtime**: from the event STOP of the source's QEMU to that RESUME, both by QEMU's own account (`downtime_ms`); of
+//!   Memlane's also how much of it QEMU took to save and to load its state (`qemu_state_ms`);
 //! - **bytes**: what went over the ports for RAM, by the daemon's count or by QEMU's;
 //! - **CPU**: user and system time of both QEMUs, of both daemons for Memlane, and of the kernel's threads, less what
 //!   all of these used in the same time before the order, when the guest did the same.
@@ -189,6 +190,7 @@ impl QemuScenario {
             "vcpus": vcpus,
             "accelerator": accelerator,
             "kernel": guest.kernel.release(),
+            "qemu_version": memlane_lab::qemu::version()?,
             "ports": ports,
             "port_bits_per_second": self.port_rate.map(|rate| rate.bits_per_second()),
             "prealloc": self.prealloc,
@@ -220,7 +222,14 @@ impl QemuScenario {
         for (name, values, meaning) in ratios {
             report.ratio(name, values, meaning);
         }
-        report.columns = vec!["total_seconds", "downtime_ms", "sent_gb", "cpu_seconds", "cpu_seconds_per_gb"];
+        report.columns = vec![
+            "total_seconds",
+            "downtime_ms",
+            "qemu_state_ms",
+            "sent_gb",
+            "cpu_seconds",
+            "cpu_seconds_per_gb",
+        ];
         report.notes.extend(broken.iter().map(|(mover, how)| {
             format!("one more move by {} broke the guest and counts for nothing: {how}", mover.case())
         }));

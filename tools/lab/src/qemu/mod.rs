@@ -109,6 +109,18 @@ pub fn obtain() -> Result<PathBuf> {
     chosen().map_or_else(Ok, Version::obtain)
 }
 
+/// Returns the version of the QEMU that labs use, such as `11.1.3`.
+///
+/// # Errors
+///
+/// If it cannot be run, or does not say.
+pub fn version() -> Result<String> {
+    let program = program();
+    let said = run(program.to_str().context("a path that is no UTF-8")?, &["--version"], Path::new("/"))?;
+    let version = said.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
+    version.map(str::to_owned).with_context(|| format!("{} does not say its version", program.display()))
+}
+
 /// Returns the arguments that make the QEMU that labs use become another user, once it has started.
 ///
 /// # Errors
