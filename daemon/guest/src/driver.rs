@@ -128,6 +128,11 @@ pub trait Driver {
     /// Finds the guest's memory through the userfaultfd of which the VMM keeps a copy, because an earlier daemon asked it
     /// to. Pages that were missing then are missing still.
     async fn reopen_memory(&self) -> Result<VmmMemory, DriverError>;
+    /// Prepares the VMM to be paused, so that only that is left for [`Driver::pause`]. The guest runs on meanwhile, and what
+    /// holds up its writes still does.
+    async fn prepare_pause(&self) -> Result<(), DriverError> {
+        Ok(())
+    }
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;

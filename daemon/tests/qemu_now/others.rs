@@ -70,3 +70,36 @@ fn a_save_by_another_program_is_left_alone() {
     assert_eq!(scene.here.run("query-migrate")["status"], "active");
     scene.here.assert_runs();
 }
+
+/// It has ended by then, and the guest is elsewhere, or in a file: here it must not run.
+#[test]
+fn a_guest_that_others_have_moved_away_is_not_run_here() {
+    let Some(scene) = Scene::new("a_guest_that_others_have_moved_away_is_not_run_here", "", slow()) else {
+        return;
+    };
+    scene.fill();
+    let order = scene.stage.begin("web1", &["--compression", "off"]);
+    scene.stage.wait_until(HostId::A, "web1", "copying", |moved| moved.phase == Phase::Copying);
+    let fast = json!({ "max-bandwidth": 1u64 << 40 });
+    scene.here.run_with("migrate-set-parameters", fast);
+    scene.here.run_with("migrate", json!({ "uri": "exec:cat > /dev/null" }));
+    scene.wait_for_status(&scene.here, "postmigrate");
+    scene.stage.rig.ctl(HostId::A, &["cancel", "web1"]).unwrap();
+    order.expect(5, &[]);
+    assert_eq!(scene.here.run("query-status")["status"], "postmigrate");
+}
+
+/// The other host was told what QEMU is made of before that.
+#[test]
+fn a_medium_that_is_changed_while_the_guest_is_copied_ends_the_move() {
+    const DRIVE: &str =
+        "-blockdev driver=null-co,node-name=iso,size=1048576,read-only=on -device ide-cd,drive=iso,id=cd0";
+    let test = "a_medium_that_is_changed_while_the_guest_is_copied_ends_the_move";
+    let Some(scene) = Scene::new(test, DRIVE, slow()) else { return };
+    scene.fill();
+    let order = scene.stage.begin("web1", &["--compression", "off"]);
+    scene.stage.wait_until(HostId::A, "web1", "copying", |moved| moved.phase == Phase::Copying);
+    scene.here.run_with("eject", json!({ "id": "cd0", "force": true }));
+    order.expect(4, &["was changed while the guest was copied", "order the move again"]);
+    scene.here.assert_runs();
+}

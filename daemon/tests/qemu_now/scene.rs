@@ -39,6 +39,16 @@ impl Scene {
         Some(scene)
     }
 
+    /// Starts another QEMU on host A, which waits for the guest to come back.
+    pub(crate) fn wait_at_a(&self) -> Qemu {
+        let a = self.stage.rig.lab().host(HostId::A);
+        let back = Qemu::start(a, "web1", &format!("{} -incoming defer", boot_sector::arguments(a)));
+        let attached =
+            || (back.attach(&self.stage, HostId::A, "web1", &["--incoming"]).code == 0).then_some(());
+        wait_for("the guest's name to be free", LONG, attached).unwrap();
+        back
+    }
+
     /// The guest waits for a key when it has read its sector, which firmware does once.
     fn wait_for_boot(&self) {
         let read = || {

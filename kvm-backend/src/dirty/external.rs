@@ -186,6 +186,8 @@ impl ExternalTracker {
 
     /// Ends tracking: the VMM writes at full speed again. The call does nothing if tracking has ended.
     pub fn stop(&mut self) {
+        // To close it may wait for the kernel: here, and not where the last of this is dropped.
+        self.holes = HoleWatch::Disabled;
         if let Some(userfault) = self.userfault.take() {
             for (addresses, _) in self.memory.pieces(0..self.memory.ram().pages()) {
                 // Closing the last descriptor does the same; this is for copies in other processes.

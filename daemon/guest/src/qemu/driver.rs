@@ -30,7 +30,7 @@ use tracing::warn;
 use super::block::{self, DiskFiles};
 use super::definition::Definition;
 use super::inspect::{self, Facts};
-use super::machine::Parts;
+use super::machine::{self, Parts};
 use super::qmp::{Qmp, is_migrating};
 use super::revision::{revise, with_identity};
 use super::run_state;
@@ -68,6 +68,8 @@ pub(super) struct Qemu {
     migrates: Cell<bool>,
     /// The guest stood still before it was paused, or before it was paused at the host that it comes from, and stays so.
     stays: RefCell<Option<String>>,
+    /// The other host was told that QEMU is made of these parts.
+    told: RefCell<Vec<String>>,
     /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -105,6 +107,7 @@ impl Qemu {
             loaded: Cell::default(),
             migrates: Cell::new(record.migrating),
             stays: RefCell::new(record.stays.clone()),
+            told: RefCell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
@@ -155,17 +158,24 @@ impl Qemu {
         Ok(())
     }
 
-    /// Checks that QEMU can be told to pause the guest, and has nothing to do for others that the move would spoil.
-    async fn check_unoccupied(&self) -> Result<(), DriverError> {
+    /// Checks that QEMU can be told to pause the guest, has nothing to do for others that the move would spoil, and is made
+    /// of what the other host was told. Returns the guest's status.
+    async fn check_unoccupied(&self) -> Result<String, DriverError> {
         let failed = |reason: String| DriverError::Failed { request: "pause", reason };
         let status = self.qmp.status().await?;
         run_state::movable(&status, self.qmp.version()).map_err(|error| failed(error.to_string()))?;
-        match others::at_work(&self.qmp).await?.into_iter().next() {
-            Some(blocker) => {
-                let remedy = blocker.remedy.unwrap_or_default();
-                Err(failed(format!("{}: it has begun while the guest was copied; {remedy}", blocker.detail)))
+        if let Some(blocker) = others::at_work(&self.qmp).await?.into_iter().next() {
+            let (what, remedy) = (blocker.detail, blocker.remedy.unwrap_or_default());
+            return Err(failed(format!("{what}: it has begun while the guest was copied; {remedy}")));
+        }
+        let told = self.told.borrow().clone();
+        let now = Parts::look(&self.qmp).await?.lines();
+        let changed = machine::missing(&told, &now).into_iter().chain(machine::missing(&now, &told)).next();
+        match changed {
+            Some(part) if !told.is_empty() => {
+                Err(failed(format!("{part} was changed while the guest was copied; order the move again")))
             }
-            None => Ok(()),
+            _ => Ok(status),
         }
     }
 
@@ -178,8 +188,11 @@ impl Qemu {
             // One that was stopped since it was told to run was stopped by its operator.
             return Ok(may_run && matches!(status, "paused" | "prelaunch" | "inmigrate"));
         }
-        // QEMU runs one itself that it was not done with, if it ran before.
-        Ok(may_run && status == "postmigrate" && self.qmp.migration().await? == "completed")
+        // QEMU runs one itself that it was not done with, if it ran before; and what others have migrated is elsewhere.
+        Ok(may_run
+            && self.migrates.get()
+            && status == "postmigrate"
+            && self.qmp.migration().await? == "completed")
     }
 
     /// Remembers for QEMU that its guest waits for the outcome of a migration.
@@ -187,6 +200,24 @@ impl Qemu {
         let failed = |error: StateError| DriverError::Failed { request, reason: error.to_string() };
         let stays = self.stays.borrow().clone();
         self.states.bind(&self.name, bond, stays).await.map_err(failed)
+    }
+
+    /// Tells whether the next daemon would believe that this one migrates the guest.
+    fn is_noted(&self) -> bool {
+        self.states.read(&self.name).is_some_and(|record| record.migrating)
+    }
+
+    /// Finds out whether the guest's disks were left to the host that it came from, as it has not run since. A QEMU that is to
+    /// give them up once more aborts then.
+    async fn inactive_disks(&self) -> Result<Option<Blocker>, DriverError> {
+        let stands = self.stays.borrow().is_some() && self.qmp.status().await? != "running";
+        let has_run = self.qmp.resumed().is_some();
+        Ok((stands && !has_run && self.qmp.version() < settings::GIVES_UP_TWICE).then(|| {
+            let detail = "the guest has come here standing still and has not run since, and QEMU before 10.0 ends itself when it is to \
+                          give up the disks of such a guest";
+            let remedy = "let it run once (QEMU's `cont`, then `stop`), or start it in a newer QEMU";
+            Blocker::new("guest", detail.to_owned(), Some(remedy.to_owned()))
+        }))
     }
 
     fn tracking(&self, request: &'static str) -> Result<Rc<Tracking>, DriverError> {
@@ -263,17 +294,29 @@ impl Driver for Qemu {
         found.map_err(|error| failed(error.to_string()))
     }
 
-    async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
-        let asked = Instant::now();
-        self.check_unoccupied().await?;
-        self.states.note_migration(&self.name, true).await;
+    async fn prepare_pause(&self) -> Result<(), DriverError> {
+        let status = self.check_unoccupied().await?;
+        // By now: what QEMU writes of it tells, but a daemon that is started anew may never have read that.
+        let stays = (status != "running").then_some(status);
+        self.stays.replace(stays.clone());
+        self.states.note_pause(&self.name, stays).await;
         // Not earlier: what others have QEMU do meanwhile is to go as they have set it.
         self.remember_settings().await?;
-        settings::prepare_source(&self.qmp).await?;
+        settings::prepare_source(&self.qmp).await
+    }
+
+    async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
+        let asked = Instant::now();
         let channel = self.channel().await?;
         self.qmp.expect_migration();
         self.migrates.set(true);
-        self.qmp.execute("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        let migrate = json!({ "uri": format!("fd:{CHANNEL}") });
+        let begun = self.qmp.execute("migrate", migrate).await;
+        if let Err(DriverError::Failed { .. }) = &begun {
+            // Another program was faster, and its migration is not ours to end.
+            self.migrates.set(false);
+        }
+        begun?;
         *self.state.borrow_mut() = Some(task::spawn("state of a QEMU", read_state(channel)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
@@ -307,7 +350,7 @@ impl Driver for Qemu {
                 announce(&qmp).await;
                 tidy(&qmp, settings.unwrap_or_default()).await;
             });
-        } else if self.migrates.replace(false) || settings.is_some() {
+        } else if self.migrates.replace(false) || settings.is_some() || self.is_noted() {
             // What an earlier daemon has set is not known any more.
             tidy(&qmp, settings.unwrap_or_default()).await;
             self.states.note_migration(&self.name, false).await;
@@ -332,11 +375,18 @@ impl Driver for Qemu {
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let stays = run_state::standing_in(&bytes);
-        if stays.is_some() {
+        let before = self.stays.replace(stays.clone());
+        if before.is_some() && stays.is_none() {
+            // It was continued in the last moment, or its machine type does not tell: better it stands still.
+            self.stays.replace(before);
+            return Err(failed(
+                "QEMU's state does not say that the guest stood still; order the move again".into(),
+            ));
+        }
+        if before != stays {
             // A daemon that is started anew could not learn it from QEMU.
             self.states.note_standing(&self.name, stays.clone()).await;
         }
-        self.stays.replace(stays.clone());
         Ok(SavedState { bytes, took: started.elapsed(), stays })
     }
 
@@ -450,6 +500,7 @@ impl Driver for Qemu {
     async fn blockers(&self) -> Result<Vec<Blocker>, DriverError> {
         let mut found = blockers::find(&self.qmp, &self.shims).await?;
         found.extend(blockers::memory(&self.qmp, &self.ram).await?);
+        found.extend(self.inactive_disks().await?);
         if let Some((definition, then)) = &self.started_from {
             let now = Parts::look(&self.qmp).await?;
             found.extend(revise(definition, then, &now).err().unwrap_or_default());
@@ -461,6 +512,7 @@ impl Driver for Qemu {
         let now = Parts::look(&self.qmp).await?;
         let mut guest = self.guest.clone();
         (guest.disks, guest.parts) = (inspect::disks(&self.qmp).await?, now.lines());
+        self.told.replace(guest.parts.clone());
         if let Some((definition, then)) = &self.started_from {
             let revised = revise(definition, then, &now).ok().flatten();
             let revised = revised.as_ref().unwrap_or(definition);

@@ -106,7 +106,12 @@ impl Parts {
         backends.extend(networks(&qmp.human("info network").await?));
         let memory = qmp.execute("query-memdev", json!({})).await?;
         backends.extend(items(&memory).iter().filter_map(|back| Some(back["id"].as_str()?.to_owned())));
-        Ok(Self { devices, modules, drives, identity, backends })
+        let parts = Self { devices, modules, drives, identity, backends };
+        if parts.devices.len() + parts.modules.len() + 2 * parts.drives.len() >= MAX_PARTS {
+            let reason = format!("it has more than {MAX_PARTS} devices and drives, which cannot be compared");
+            return Err(DriverError::Failed { request: "look at its parts", reason });
+        }
+        Ok(parts)
     }
 
     /// Says what it is made of, one line for each part, in order.
@@ -172,6 +177,9 @@ fn devices(tree: &str) -> Vec<Device> {
     // This is how far the last device is indented, if it is one of ours.
     let mut last = None;
     for line in tree.lines() {
+        if devices.len() > MAX_PARTS {
+            break;
+        }
         let text = line.trim_start();
         let indent = line.len() - text.len();
         if let Some(bus) = text.strip_prefix("bus: ") {
@@ -204,7 +212,12 @@ fn memory_module(module: &Value) -> String {
     let number = |key: &str| data[key].as_u64().unwrap_or(0);
     let kind = module["type"].as_str().unwrap_or_default();
     let id = data["id"].as_str().unwrap_or_default();
-    format!("memory module {id} ({kind}) of {} bytes at {:#x}", number("size"), number("addr"))
+    // Of virtio-mem, what is plugged now is part of its state.
+    let (bytes, address) = match kind {
+        "virtio-mem" => (number("max-size"), number("memaddr")),
+        _ => (number("size"), number("addr")),
+    };
+    format!("memory module {id} ({kind}) of {bytes} bytes at {address:#x}")
 }
 
 /// Describes a vCPU that is there; others could be plugged.

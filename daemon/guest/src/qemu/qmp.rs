@@ -381,8 +381,18 @@ impl News {
         debug!(event = event.name, data = %event.data, "QEMU");
         match event.name.as_str() {
             "STOP" => self.stopped.set(event.at),
-            "RESUME" => self.resumed.set(event.at),
-            "SHUTDOWN" => drop(self.farewell.replace(Some(farewell(&event.data)))),
+            "RESUME" => {
+                self.resumed.set(event.at);
+                self.farewell.take();
+            }
+            "SHUTDOWN" => {
+                let mut said = self.farewell.borrow_mut();
+                // One that has shut itself down, and was kept (-no-shutdown), is ended by somebody else later.
+                if !matches!(*said, Some(Farewell::PoweredOff(_))) {
+                    *said = Some(farewell(&event.data));
+                }
+            }
+            "RESET" => drop(self.farewell.take()),
             "MIGRATION" => {
                 let status = event.data["status"].as_str().unwrap_or_default();
                 self.migration.send_replace(status.to_owned());

@@ -2,6 +2,7 @@
 //! unplugged, inserted, ejected and limited, so that the receiving QEMU is started from what there is. What the file
 //! cannot say is refused by name.
 
+use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 use memlane_qmp::options::{Options, Properties, Value};
 
 use super::definition::Definition;
@@ -35,6 +36,10 @@ pub(super) fn revise(
         let remedy = "unplug it for the time of the move".to_owned();
         revision.refuse(format!("{module} was plugged in since the guest was started"), remedy);
     }
+    for module in missing(&then.modules, &now.modules) {
+        let remedy = "plug in one like it for the time of the move, or start the guest anew".to_owned();
+        revision.refuse(format!("{module} was unplugged since the guest was started"), remedy);
+    }
     for backend in then.backends.difference(&now.backends) {
         revision.drop_backend(backend);
     }
@@ -46,7 +51,21 @@ pub(super) fn revise(
         }
     }
     let Revision { arguments, refused } = revision;
-    if refused.is_empty() { Ok(Some(definition.with_arguments(arguments))) } else { Err(refused) }
+    if !refused.is_empty() {
+        return Err(refused);
+    }
+    let revised = definition.with_arguments(arguments);
+    if revised.text.len() > MAX_DEFINITION_BYTES {
+        let detail = format!(
+            "the guest file would have more than {MAX_DEFINITION_BYTES} bytes with what has changed since the guest was started"
+        );
+        return Err(vec![Blocker::new(
+            "device",
+            detail,
+            Some("change that back for the time of the move".to_owned()),
+        )]);
+    }
+    Ok(Some(revised))
 }
 
 /// Has the receiving QEMU show the guest the identity that it has, where the guest file leaves it to QEMU to choose one.
@@ -71,7 +90,8 @@ pub(super) fn with_identity(definition: &Definition, guid: &str) -> Option<Defin
                 (before, options.to_string())
             }
         };
-        if before.as_deref() == Some("auto") {
+        // QEMU chooses one, too, where none is named.
+        if before.is_none_or(|guid| guid == "auto") {
             (*argument, changed) = (after, true);
         }
     }

@@ -15,6 +15,9 @@ const NEITHER: [&str; 3] = ["multifd", "return-path", "postcopy-ram"];
 /// own means is lost.
 const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "late-block-activate"];
 
+/// From this version on, QEMU gives up disks that it has never taken.
+pub(super) const GIVES_UP_TWICE: [u32; 3] = [10, 0, 0];
+
 /// These are the settings that QEMU had before.
 pub(super) struct Settings {
     /// These are the capabilities as `migrate-set-capabilities` takes them.

@@ -226,6 +226,13 @@ impl StateDirectory {
         }
     }
 
+    /// Notes that this daemon is about to have QEMU migrate its guest, which runs, or stands still in this state.
+    pub(super) async fn note_pause(&self, name: &str, stays: Option<String>) {
+        if self.change(name, |record| (record.migrating, record.stays) = (true, stays)) {
+            self.save_or_tell(name).await;
+        }
+    }
+
     /// Notes the state in which the guest stood still before it was paused.
     pub(super) async fn note_standing(&self, name: &str, stays: Option<String>) {
         if self.change(name, |record| record.stays = stays) {

@@ -82,7 +82,7 @@ impl Effects {
             Message::Abort | Message::Declined => self.blame(format!("the {other} gave up: {reason}")),
             Message::Lost => self.blame(format!("the {other} says that the guest is lost: {reason}")),
             Message::Gone => self.blame(GONE),
-            Message::Running => {
+            Message::Running if other == "destination" => {
                 if let Some(how) = reason.strip_prefix(POWERED_OFF) {
                     self.powered_off = true;
                     self.reason = Some(how.to_owned());

@@ -67,6 +67,7 @@ impl Switchover {
     /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
     pub(super) async fn run(self) -> Result<Paused, CopyError> {
         let (forecast, predictor) = (self.forecast, self.predictor.clone());
+        self.transfer.guest.driver.prepare_pause().await?;
         let asked = Instant::now();
         let paused = self.pause_and_send(asked).await;
         if let (Err(CopyError::Late(_)), Some(forecast)) = (&paused, forecast) {
