@@ -70,6 +70,9 @@ fn share_private(object: &mut dyn Properties) -> Result<bool, Warning> {
     if object.is_on("readonly") || holds_data(Path::new(&path)) {
         return Err(private_data(&what, &path));
     }
+    if !is_memory(Path::new(&path)) {
+        return Err(on_a_disk(&what, &path));
+    }
     object.set("share", Value::Switch(true));
     Ok(true)
 }
@@ -80,6 +83,23 @@ pub(crate) fn private_data(what: &str, path: &str) -> Warning {
         format!("{what} is a private copy of {path}, which has data that the guest would write to"),
         "name a directory or a new file in its place, or share it (share=on)",
     )
+}
+
+/// Returns the warning about a private file whose file system would be given all that the guest writes.
+pub(crate) fn on_a_disk(what: &str, path: &str) -> Warning {
+    Warning::new(
+        format!("{what} lies at {path}, which is no memory: shared, all of it would be written there"),
+        "name a tmpfs or a hugetlbfs in its place",
+    )
+}
+
+/// Tells whether a file lies, or would lie, in a file system of memory.
+pub(crate) fn is_memory(path: &Path) -> bool {
+    /// The numbers of tmpfs and of hugetlbfs, as statfs(2) tells them.
+    const MEMORY: [u64; 2] = [0x0102_1994, 0x9584_58f6];
+    let at = if path.exists() { Some(path) } else { path.parent() };
+    let system = at.and_then(|at| rustix::fs::statfs(at).ok());
+    system.is_some_and(|system| MEMORY.contains(&(system.f_type as u64 & 0xffff_ffff)))
 }
 
 /// Tells whether there is a device, or a file that is not empty. In a directory QEMU makes a new file, without data.
@@ -185,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_private_file_is_shared_if_no_data_is_lost_by_it() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let file = directory.path().join("ram");
         let path = file.to_str().unwrap();
         let new = format!("memory-backend-file,id=a,mem-path={path},align=2M,pmem=off,share=off,size=1G");
@@ -200,6 +220,8 @@ mod tests {
             "{told}"
         );
         assert!(shared("memory-backend-file,id=a,mem-path=/nonexistent,readonly=on").is_err());
+        let told = shared("memory-backend-file,id=a,mem-path=/proc/ram,size=1G").unwrap_err();
+        assert!(told.contains("which is no memory") && told.contains("tmpfs"), "{told}");
     }
 
     #[test]

@@ -124,6 +124,9 @@ fn main_memory(settings: &Settings, host: &mut Host) -> Result<Option<[String; 4
         Some(path) if holds_data(Path::new(path)) => {
             return Err(backend::private_data("the guest's RAM", path));
         }
+        Some(path) if !backend::is_memory(Path::new(path)) => {
+            return Err(backend::on_a_disk("the guest's RAM", path));
+        }
         Some(path) => PathBuf::from(path),
         None => host.ordinary("the guest's RAM", bytes)?,
     };

@@ -184,8 +184,8 @@ fn a_file_and_the_command_line_say_it_together() {
     // The size and the machine are in the file, which need not be changed then.
     fs::write(path, "[machine]\ntype = \"microvm\"\n[memory]\nsize = \"128M\"\n[name]\nguest = \"web1\"\n")
         .unwrap();
-    let rewritten = of(&format!("-mem-path /x -readconfig {path} -name debug-threads=on"));
-    let object = MAIN.replace("/dev/shm", "/x");
+    let rewritten = of(&format!("-mem-path /dev/shm/x -readconfig {path} -name debug-threads=on"));
+    let object = MAIN.replace("/dev/shm", "/dev/shm/x");
     let expected = words(&format!(
         "-readconfig {path} -name debug-threads=on -object memory-backend-file,id=microvm.ram,{object} -machine \
          memory-backend=microvm.ram"
@@ -195,7 +195,7 @@ fn a_file_and_the_command_line_say_it_together() {
 
     // The place of a changed file is counted without what is left out before it.
     fs::write(path, "[object \"d\"]\nqom-type = \"memory-backend-ram\"\nsize = \"64M\"\n").unwrap();
-    let rewritten = of(&format!("-mem-path /x -readconfig {path}"));
+    let rewritten = of(&format!("-mem-path /dev/shm/x -readconfig {path}"));
     assert_eq!(rewritten.files.keys().collect::<Vec<_>>(), [&1]);
     assert_eq!(rewritten.arguments[1], path);
 }
