@@ -145,17 +145,7 @@ impl Predictor {
         self.journal.learn(actual.journal);
         self.resume.learn(actual.resume);
 
-        self.note_error(predicted, actual.downtime);
-    }
-
-    /// Learns from a pause that was ended after `lasted`, because it had come too late for the commit: it would have lasted
-    /// that long at least, and what follows the commit besides.
-    pub fn learn_overrun(&mut self, predicted: &Forecast, lasted: Duration) {
-        self.note_error(predicted, lasted.saturating_add(predicted.after_commit()));
-    }
-
-    fn note_error(&mut self, predicted: &Forecast, downtime: Duration) {
-        let error = downtime.as_secs_f64() - predicted.total().as_secs_f64();
+        let error = actual.downtime.as_secs_f64() - predicted.total().as_secs_f64();
         if self.errors.len() == WINDOW {
             self.errors.pop_front();
         }

@@ -377,16 +377,3 @@ proptest! {
         }
     }
 }
-
-#[test]
-fn a_pause_that_was_ended_teaches_too() {
-    let mut predictor = Predictor::new();
-    let now =
-        Conditions { bandwidth: Some(1e9), round_trip: Duration::from_millis(1), verify: Duration::ZERO };
-    let before = predictor.forecast(0, &now);
-    // It was ended at the limit, although the forecast was far below.
-    predictor.learn_overrun(&before, Duration::from_millis(300));
-    let after = predictor.forecast(0, &now);
-    assert_eq!(after.total(), before.total());
-    assert!(after.margin > Duration::from_millis(200), "{:?}", after.margin);
-}

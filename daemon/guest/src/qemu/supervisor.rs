@@ -276,9 +276,12 @@ impl NameReservation {
         if !fresh && !record.migrating && by_itself {
             return Err(RunStateError::MigratedByOthers.into());
         }
-        // A guest was about to come or to leave, and no more came of it.
-        let prepared = status == "inmigrate" || record.migrating && status == "running";
-        if !fresh && prepared && !is_migrating(&migration) {
+        // A guest was about to come or to leave, and no more came of it. One that is about to leave may stand still.
+        let gave_up = matches!(status.as_str(), "postmigrate" | "finish-migrate");
+        let stayed = record.migrating
+            && !is_migrating(&migration)
+            && (status == "running" || !record.incoming && !gave_up);
+        if !fresh && (stayed || status == "inmigrate" && !is_migrating(&migration)) {
             Settings::restore_lost(&qmp).await?;
         }
         if fresh {
@@ -295,7 +298,7 @@ impl NameReservation {
         }
         // A guest that came, ran, and was stopped later by its operator is promised to no host any more.
         record.incoming &= status != "running";
-        record.migrating &= status != "running" || is_migrating(&migration);
+        record.migrating &= !stayed;
         record.parts = facts.parts.clone();
         (record.pid, record.started) = (process.identity().pid, process.identity().started);
         let run_state = match (status.as_str(), record.incoming) {

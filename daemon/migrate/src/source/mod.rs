@@ -146,9 +146,6 @@ impl Role for SourceRole {
             News::Message(message) => self.hear(session, message),
             News::Own(Ok(result)) => Some(self.stage_ended(session, result)),
             News::Own(Err(deadline)) => {
-                if let Some(paused) = &self.paused {
-                    paused.learn_overrun();
-                }
                 session.effects.blame(deadline.map(|deadline| deadline.reason()).unwrap_or_default());
                 Some(Event::Failed)
             }

@@ -66,22 +66,13 @@ impl Switchover {
     ///
     /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
     pub(super) async fn run(self) -> Result<Paused, CopyError> {
-        let (forecast, predictor) = (self.forecast, self.predictor.clone());
-        self.transfer.guest.driver.prepare_pause().await?;
-        let asked = Instant::now();
-        let paused = self.pause_and_send(asked).await;
-        if let (Err(CopyError::Late(_)), Some(forecast)) = (&paused, forecast) {
-            predictor.borrow_mut().learn_overrun(&forecast, asked.elapsed());
-        }
-        paused
-    }
-
-    async fn pause_and_send(self, asked: Instant) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
+        transfer.guest.driver.prepare_pause().await?;
         transfer.handle.update(|progress| {
             progress.status.phase = Phase::SwitchingOver;
             progress.status.guest_runs_at = None;
         });
+        let asked = Instant::now();
         let pausing = async { Ok(transfer.guest.pause(self.longest_pause()).await?) };
         let at = self.in_time(asked, pausing).await?;
         transfer.note_pause();
@@ -171,14 +162,6 @@ impl Paused {
     /// Returns when the commit must have begun to be written, or the guest is kept.
     pub(super) fn deadline(&self) -> Deadline {
         deadline(self.at + self.verify_time, self.downtime_limit, self.forecast.as_ref())
-    }
-
-    /// Learns that the commit could not begin in time.
-    pub(super) fn learn_overrun(&self) {
-        if let Some(forecast) = &self.forecast {
-            let lasted = self.at.elapsed().saturating_sub(self.verify_time);
-            self.predictor.borrow_mut().learn_overrun(forecast, lasted);
-        }
     }
 
     /// Ends serving.
