@@ -151,7 +151,7 @@ fn whatever_else_a_daemon_says_does_no_harm() {
     let connection = daemon.welcome(writer.pid());
     for descriptors in [&[][..], &[null.as_fd()], &[null.as_fd(); 20]] {
         let (outcome, given) = connection.ask(Request::Resume, descriptors);
-        assert!(outcome.unwrap_err().contains("nothing else") && given.is_empty());
+        assert!(outcome.unwrap_err().contains("knows nothing of that") && given.is_empty());
     }
     // Nonsense, a packet for the other side, one that is too long, a wrong version, and a refusal:
     // the shim hangs up and comes again.
