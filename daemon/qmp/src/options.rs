@@ -160,6 +160,61 @@ impl Properties for Map<String, Json> {
     }
 }
 
+/// The value of an option, in whichever of its two syntaxes it was given.
+#[derive(Clone, Debug)]
+pub enum Written {
+    /// It is given as `key=value` pairs.
+    Pairs(Options),
+    /// It is given as JSON.
+    Json(Map<String, Json>),
+}
+
+impl Written {
+    /// Reads the value of an option. `first` is the key of a first part that names none.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the value begins as JSON does, and is none.
+    pub fn parse(text: &str, first: &str) -> Result<Self, serde_json::Error> {
+        match text.starts_with('{') {
+            true => serde_json::from_str(text).map(Self::Json),
+            false => Ok(Self::Pairs(Options::parse(text, first))),
+        }
+    }
+}
+
+impl Properties for Written {
+    fn get(&self, key: &str) -> Option<String> {
+        match self {
+            Self::Pairs(options) => options.get(key),
+            Self::Json(object) => Properties::get(object, key),
+        }
+    }
+
+    fn set(&mut self, key: &str, value: Value<'_>) {
+        match self {
+            Self::Pairs(options) => options.set(key, value),
+            Self::Json(object) => object.set(key, value),
+        }
+    }
+
+    fn remove(&mut self, key: &str) {
+        match self {
+            Self::Pairs(options) => options.remove(key),
+            Self::Json(object) => Properties::remove(object, key),
+        }
+    }
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pairs(options) => options.fmt(f),
+            Self::Json(object) => f.write_str(&Json::from(object.clone()).to_string()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,6 +252,22 @@ mod tests {
         let mut named = Options::parse("id=x,qom-type=memory-backend-ram", "qom-type");
         named.set("qom-type", Value::Text("memory-backend-file"));
         assert_eq!(named.to_string(), "id=x,qom-type=memory-backend-file");
+    }
+
+    #[test]
+    fn both_syntaxes_are_changed_alike() {
+        for (text, changed) in [
+            ("vmgenid,guid=auto", "vmgenid,guid=x"),
+            (r#"{"driver":"vmgenid","guid":"auto"}"#, r#"{"driver":"vmgenid","guid":"x"}"#),
+        ] {
+            let mut written = Written::parse(text, "driver").unwrap();
+            assert_eq!(written.get("driver").as_deref(), Some("vmgenid"));
+            written.set("guid", Value::Text("x"));
+            assert_eq!(written.to_string(), changed);
+            written.remove("guid");
+            assert_eq!(written.get("guid"), None);
+        }
+        assert!(Written::parse("{", "driver").is_err());
     }
 
     #[test]

@@ -7,15 +7,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value as Json};
-
 use crate::backend::{self, CANONICAL, holds_data};
 use crate::host::Host;
 use crate::line::{Item, items};
 use crate::settings::Settings;
 use crate::size;
 use crate::warning::Warning;
-use memlane_qmp::options::{Options, escaped};
+use memlane_qmp::options::{Written, escaped};
 
 /// A command line that was changed.
 #[derive(Clone, Debug)]
@@ -92,13 +90,9 @@ fn share_objects(
 
 /// Returns the object as it is to be, if that is another than it is.
 fn share_object(text: &str, host: &mut Host) -> Result<Option<String>, Warning> {
-    if text.starts_with('{') {
-        let mut object: Map<String, Json> = serde_json::from_str(text)
-            .map_err(|error| Warning::new(format!("cannot read -object {text} ({error})"), "correct it"))?;
-        return Ok(backend::share(&mut object, host)?.then(|| Json::Object(object).to_string()));
-    }
-    let mut options = Options::parse(text, "qom-type");
-    Ok(backend::share(&mut options, host)?.then(|| options.to_string()))
+    let mut object = Written::parse(text, "qom-type")
+        .map_err(|error| Warning::new(format!("cannot read -object {text} ({error})"), "correct it"))?;
+    Ok(backend::share(&mut object, host)?.then(|| object.to_string()))
 }
 
 /// Returns the arguments that make the RAM of `-m` a shared file, if the guest has such RAM.

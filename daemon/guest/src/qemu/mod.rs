@@ -9,6 +9,7 @@ mod blockers;
 mod child;
 pub mod definition;
 mod driver;
+mod farewell;
 mod handed;
 mod inspect;
 mod launch;

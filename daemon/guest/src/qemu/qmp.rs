@@ -19,6 +19,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
+use super::farewell;
 use crate::{DriverError, Farewell};
 
 /// Bytes that are read at once.
@@ -389,7 +390,7 @@ impl News {
                 let mut said = self.farewell.borrow_mut();
                 // One that has shut itself down, and was kept (-no-shutdown), is ended by somebody else later.
                 if !matches!(*said, Some(Farewell::PoweredOff(_))) {
-                    *said = Some(farewell(&event.data));
+                    *said = Some(farewell::of(&event.data));
                 }
             }
             "RESET" => drop(self.farewell.take()),
@@ -406,19 +407,6 @@ impl News {
         // Whoever asked may have given up meanwhile.
         let Some((_, sender)) = waiting.take_if(|(id, _)| answer.is_to(*id)) else { return };
         let _ = sender.send(answer.outcome);
-    }
-}
-
-/// Reads the data of the event SHUTDOWN.
-fn farewell(data: &Value) -> Farewell {
-    match (data["guest"] == true, data["reason"].as_str().unwrap_or("an unknown reason")) {
-        (true, "guest-shutdown") => Farewell::PoweredOff("powered off"),
-        // QEMU was told to end then (-no-reboot).
-        (true, "guest-reset") => Farewell::PoweredOff("rebooted, which ends its QEMU,"),
-        (_, "guest-panic") => Farewell::Other("the guest panicked, and its QEMU ended".to_owned()),
-        (_, "host-qmp-quit") => Farewell::Other("QEMU was told to quit by another program".to_owned()),
-        (_, "host-signal") => Farewell::Other("QEMU was ended by a signal".to_owned()),
-        (_, reason) => Farewell::Other(format!("QEMU ended ({reason})")),
     }
 }
 

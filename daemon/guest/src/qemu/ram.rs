@@ -68,12 +68,12 @@ pub(super) async fn parts(qmp: &Qmp, own_memory: Option<&Path>) -> Result<Vec<Me
             continue;
         }
         let part = MemoryPart { path, owner: Some(qmp.user()), bytes, address: None };
-        let looked_at = part.clone();
-        if task::aside(move || leads_nowhere(&looked_at.path)).await {
+        let path = part.path.clone();
+        if task::aside(move || leads_nowhere(&path)).await {
             if view.is_none() {
-                view = Some(qmp.human("info mtree -f").await?);
+                view = Some(Arc::<str>::from(qmp.human("info mtree -f").await?));
             }
-            let address = address_of(qmp, &id, view.as_deref().unwrap_or_default()).await?;
+            let address = address_of(qmp, &id, view.clone().unwrap_or_default()).await?;
             let path = if part.path.as_os_str().is_empty() { id.into() } else { part.path };
             parts.push(MemoryPart { path, owner: None, bytes, address: Some(address) });
         } else {
@@ -200,11 +200,18 @@ fn leads_nowhere(path: &Path) -> bool {
 
 /// Finds the address at which QEMU has mapped a back end: some of the guest's memory that is the back end's, by the guest's
 /// address, and from there QEMU's. `view` is how the guest's memory is made up (`info mtree -f`).
-async fn address_of(qmp: &Qmp, id: &str, view: &str) -> Result<u64, QemuError> {
+async fn address_of(qmp: &Qmp, id: &str, view: Arc<str>) -> Result<u64, QemuError> {
     let odd =
         |why: &str| QemuError::MemoryFile { path: id.into(), source: std::io::Error::other(why.to_owned()) };
-    let (address, offset) =
-        range_in(view, id).ok_or_else(|| odd("no part of the guest's memory is of it: it is a device's (ivshmem, nvdimm), whose memory does not move, or of no use; remove it"))?;
+    // A QEMU that was taken over may say as much as a line may have, for each back end.
+    let wanted = id.to_owned();
+    let range = task::aside(move || range_in(&view, &wanted)).await;
+    let (address, offset) = range.ok_or_else(|| {
+        odd(
+            "no part of the guest's memory is of it: it is a device's (ivshmem, nvdimm), whose memory does not move, or of no \
+             use; remove it",
+        )
+    })?;
     let answer = qmp.human(&format!("gpa2hva {address:#x}")).await?;
     let found = host_address_in(&answer, id).and_then(|found| found.checked_sub(offset));
     found.ok_or_else(|| odd("QEMU does not say where it is"))

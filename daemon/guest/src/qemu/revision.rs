@@ -3,7 +3,7 @@
 //! cannot say is refused by name.
 
 use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
-use memlane_qmp::options::{Options, Properties, Value};
+use memlane_qmp::options::{Options, Properties, Value, Written};
 
 use super::definition::Definition;
 use super::machine::{Device, Drive, LIMITS, Parts, missing};
@@ -73,29 +73,17 @@ pub(super) fn with_identity(definition: &Definition, guid: &str) -> Option<Defin
     let mut arguments = definition.arguments.clone();
     let mut changed = false;
     for argument in &mut arguments {
-        if kind_of(argument) != "vmgenid" {
-            continue;
-        }
-        let json = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(argument).ok();
-        let (before, after) = match json {
-            Some(mut json) => {
-                let before = Properties::get(&json, "guid");
-                json.set("guid", Value::Text(guid));
-                (before, serde_json::Value::Object(json).to_string())
-            }
-            None => {
-                let mut options = Options::parse(argument, "driver");
-                let before = options.get("guid");
-                options.set("guid", Value::Text(guid));
-                (before, options.to_string())
-            }
-        };
+        let Ok(mut device) = Written::parse(argument, "driver") else { continue };
         // QEMU chooses one, too, where none is named.
-        if before.is_none_or(|guid| guid == "auto") {
-            (*argument, changed) = (after, true);
+        let chooses = device.get("guid").is_none_or(|guid| guid == "auto");
+        if device.get("driver").as_deref() == Some("vmgenid") && chooses {
+            device.set("guid", Value::Text(guid));
+            (*argument, changed) = (device.to_string(), true);
         }
     }
-    changed.then(|| definition.with_arguments(arguments))
+    let kept = changed.then(|| definition.with_arguments(arguments));
+    // One that is too long to travel is left as it was: the destination refuses the guest by its identity.
+    kept.filter(|kept| kept.text.len() <= MAX_DEFINITION_BYTES)
 }
 
 struct Revision {
@@ -125,7 +113,8 @@ impl Revision {
 
     /// Tells whether a device comes with one that is named in no argument any more.
     fn is_implied(&self, device: &Device) -> bool {
-        device.id.is_empty() && !self.named("-device").any(|(_, text)| kind_of(text) == device.kind)
+        device.id.is_empty()
+            && !self.named("-device").any(|(_, text)| kind_of(text).as_deref() == Some(device.kind.as_str()))
     }
 
     /// Takes out what describes a back end that is gone, whichever option it was given by.
@@ -209,23 +198,14 @@ impl Revision {
     }
 }
 
-/// Returns the id that the value of an option gives, in either syntax.
+/// Returns the id that the value of an option gives.
 fn id_of(text: &str) -> Option<String> {
-    let json = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text).ok();
-    let get = |key: &str| match &json {
-        Some(json) => Properties::get(json, key),
-        None => Options::parse(text, "driver").get(key),
-    };
-    get("id").or_else(|| get("node-name"))
+    let value = Written::parse(text, "driver").ok()?;
+    value.get("id").or_else(|| value.get("node-name"))
 }
 
-fn kind_of(text: &str) -> String {
-    let json = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text).ok();
-    let kind = match &json {
-        Some(json) => Properties::get(json, "driver"),
-        None => Options::parse(text, "driver").get("driver"),
-    };
-    kind.unwrap_or_default()
+fn kind_of(text: &str) -> Option<String> {
+    Written::parse(text, "driver").ok()?.get("driver")
 }
 
 /// Returns the option of `-drive` for a limit that `query-block` calls `key`.

@@ -109,16 +109,20 @@ pub fn obtain() -> Result<PathBuf> {
     chosen().map_or_else(Ok, Version::obtain)
 }
 
+/// Returns what the QEMU that labs use says to an argument.
+fn says(argument: &str) -> Result<String> {
+    run(program().to_str().context("a path that is no UTF-8")?, &[argument], Path::new("/"))
+}
+
 /// Returns the version of the QEMU that labs use, such as `11.1.3`.
 ///
 /// # Errors
 ///
 /// If it cannot be run, or does not say.
 pub fn version() -> Result<String> {
-    let program = program();
-    let said = run(program.to_str().context("a path that is no UTF-8")?, &["--version"], Path::new("/"))?;
+    let said = says("--version")?;
     let version = said.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
-    version.map(str::to_owned).with_context(|| format!("{} does not say its version", program.display()))
+    version.map(str::to_owned).with_context(|| format!("{} does not say its version", program().display()))
 }
 
 /// Returns the arguments that make the QEMU that labs use become another user, once it has started.
@@ -127,8 +131,7 @@ pub fn version() -> Result<String> {
 ///
 /// If it cannot be run.
 pub fn run_as(user: &str) -> Result<[String; 2]> {
-    let program = program();
-    let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
+    let help = says("--help")?;
     // 9.1 has both, 10.0 the new one only.
     Ok(match help.contains("-runas") {
         true => ["-runas".into(), user.into()],
@@ -142,8 +145,7 @@ pub fn run_as(user: &str) -> Result<[String; 2]> {
 ///
 /// If it cannot be run.
 pub fn in_root(root: &Path) -> Result<[String; 2]> {
-    let program = program();
-    let help = run(program.to_str().context("a path that is no UTF-8")?, &["--help"], Path::new("/"))?;
+    let help = says("--help")?;
     Ok(match help.contains("-chroot") {
         true => ["-chroot".into(), root.display().to_string()],
         false => ["-run-with".into(), format!("chroot={}", root.display())],
