@@ -28,8 +28,17 @@ const COPYING: Point =
 const COMPARING: Point =
     Point { name: "comparing", by_source: false, is: |message| matches!(message, Control::Digests { .. }) };
 /// QEMU at the source has written its devices' state, which is not there yet.
-const SWITCHING_OVER: Point =
-    Point { name: "switching over", by_source: true, is: |message| matches!(message, Control::State { .. }) };
+const SWITCHING_OVER: Point = Point {
+    name: "switching over",
+    by_source: true,
+    is: |message| matches!(message, Control::State { bytes, .. } if !bytes.is_empty()),
+};
+/// QEMU at the destination has loaded all of it but the last byte.
+const LOADING: Point = Point {
+    name: "loading",
+    by_source: true,
+    is: |message| matches!(message, Control::State { total, offset, .. } if offset + 1 == *total),
+};
 /// QEMU at the destination has loaded all of it, and the source does not know.
 const READY: Point = Point {
     name: "ready",
@@ -37,7 +46,7 @@ const READY: Point = Point {
     is: |message| matches!(message, Control::Handover { message: Message::Ready, .. }),
 };
 
-const BEFORE_COMMIT: [Point; 5] = [OFFERING, COPYING, COMPARING, SWITCHING_OVER, READY];
+const BEFORE_COMMIT: [Point; 6] = [OFFERING, COPYING, COMPARING, SWITCHING_OVER, LOADING, READY];
 
 /// A guest that is to move, and where it is.
 struct Scene {
@@ -105,7 +114,7 @@ fn the_source_daemon_is_killed() {
 #[test]
 fn the_destination_qemu_is_killed() {
     let Some(mut scene) = Scene::new("the_destination_qemu_is_killed") else { return };
-    for point in [COPYING, COMPARING, SWITCHING_OVER, READY] {
+    for point in [COPYING, COMPARING, SWITCHING_OVER, LOADING, READY] {
         let order = scene.begin(&point);
         scene.stage.kill_qemu(HostId::B, "web1");
         scene.tap.release();
@@ -120,7 +129,7 @@ fn the_source_qemu_is_killed() {
     let test = "the_source_qemu_is_killed";
     let Some((stage, tap)) = Stage::tapped_for_linux(test) else { return };
     let mut scene = Scene { linux: stage.linux(|_| {}), stage, tap };
-    for point in [COPYING, COMPARING, SWITCHING_OVER, READY] {
+    for point in [COPYING, COMPARING, SWITCHING_OVER, LOADING, READY] {
         let order = scene.begin(&point);
         scene.stage.kill_qemu(HostId::A, "web1");
         scene.tap.release();

@@ -10,8 +10,7 @@
 //!                  <---------------------- Accept
 //! copy
 //! journal Leaving
-//! pause, send the last pages               load the state
-//!                                          journal Prepared
+//! pause, send the last pages               load the state, journal Prepared
 //!                  <---------------------- Ready
 //! relinquish the VMM
 //! journal Committed       (the one moment at which ownership changes hands)
@@ -28,8 +27,10 @@
 //! - Until `Committed` is durable, the source owns the guest, and every failure ends with the guest running there.
 //!   A migration without a record, or with `Leaving` alone, was never committed. But this alone does not permit the
 //!   source to resume a VMM that has been relinquished.
-//! - From `Prepared` on, the destination is in doubt. It neither runs the guest nor forgets it. It repeats `Ready`,
-//!   which is also a question, until it receives `Commit` or `Abort`.
+//! - From `Ready` on, the destination is in doubt. It neither runs the guest nor forgets it. It repeats `Ready`,
+//!   which is also a question, until it receives `Commit` or `Abort`. `Prepared` is durable by then. It is written while the
+//!   VMM loads the state: a destination that is restarted meanwhile finds the record and a VMM that has not loaded
+//!   everything, and promises that the guest never ran there.
 //! - From `Committed` on, the source is bound. It repeats `Commit` until it learns what has become of the guest. Only
 //!   `Declined` gives the guest back: it is the destination's durable promise that the guest has never run there and
 //!   never will.
@@ -59,16 +60,17 @@
 //!
 //! destination
 //!
-//! Accepting -> Receiving -> Preparing -> Prepared -> Starting -> Resuming -> Running -> Finished
-//!     |            |            |           |  |        |          |  |        ^
-//!     +------------+------------+     Abort |  |        |          |  v        |
-//!           | any failure          +--------+  +--------+----------+ Fetching -+
+//! Accepting -> Receiving -> Loading (-> Preparing) -> Prepared -> Starting -> Resuming -> Running -> Finished
+//!     |            |           |                         |  |        |          |  |        ^
+//!     +------------+-----------+                   Abort |  |        |          |  v        |
+//!           | any failure          +---------------------+  +--------+----------+ Fetching -+
 //!           v                      v              | it never ran        |
 //!       Discarded <----------- Discarding         v                     v
 //!           ^                                 Declining               Lost -> Finished
 //!           +---------- Declined <---------------+
 //!
 //! restart: Prepared -> Unsure -(the VMM waits)-> Prepared
+//!                             -(it was loading)-> Declining
 //!                             -(the VMM runs)--> Unrecorded -> Resuming
 //! ```
 //!

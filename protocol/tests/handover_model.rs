@@ -127,6 +127,7 @@ fn a_daemon_that_cheats_is_caught() {
         (Fault::ResumesOnAGuess, damage, Violation::is_unsafe),
         (Fault::UnknownIsDeclined, damage, Violation::is_unsafe),
         (Fault::TakesRunningForLoaded, Budget { postcopy: true, ..damage }, Violation::is_unsafe),
+        (Fault::TakesLoadingForLoaded, crash, Violation::is_unsafe),
         (Fault::PromisesWhatIsNotTrue, DOUBT, Violation::is_unsafe),
     ] {
         let violation = check(World::new(budget, fault)).expect_err(&format!("{fault:?} was not caught"));

@@ -11,6 +11,7 @@ use memlane_protocol::wire::attach::Bond;
 use memlane_protocol::wire::control::QemuGuest;
 
 use crate::memory::VmmMemory;
+use crate::state::{StateReader, StateWriter};
 
 /// A VMM did not do as it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -50,11 +51,11 @@ pub enum DriverError {
     Protocol(#[from] WireError),
 }
 
-/// A VMM's state without RAM.
+/// What saving a VMM's state, without RAM, has come to.
 #[derive(Clone, Debug)]
 pub struct SavedState {
-    /// This is the state, as the VMM of the destination reads it.
-    pub bytes: Vec<u8>,
+    /// The state has this many bytes.
+    pub bytes: u64,
     /// The VMM took this long to save it.
     pub took: Duration,
     /// If this is a word, such as `paused`, the guest did not run when the VMM was told to pause it, and stays so.
@@ -64,7 +65,7 @@ pub struct SavedState {
 /// What loading a VMM's state has come to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadedState {
-    /// The VMM took this long to load it.
+    /// The VMM took this long to load it from when the last of it had come.
     pub took: Duration,
     /// If this is a word, such as `paused`, the guest did not run at the other host, and resuming it here leaves it so.
     pub stays: Option<String>,
@@ -129,10 +130,10 @@ pub trait Driver {
     /// to. Pages that were missing then are missing still.
     async fn reopen_memory(&self) -> Result<VmmMemory, DriverError>;
     /// Prepares the VMM to be paused, so that only that is left for [`Driver::pause`]. The guest runs on meanwhile, and what
-    /// holds up its writes still does.
-    async fn prepare_pause(&self) -> Result<(), DriverError> {
-        Ok(())
-    }
+    /// holds up its writes still does. What the VMM writes of its state from then on goes to `state`, as the VMM of the
+    /// destination reads it: all of it is there when [`Driver::save`] returns, and the first of it may be before the guest
+    /// is paused.
+    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError>;
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;
@@ -147,12 +148,11 @@ pub trait Driver {
     }
     /// Undoes [`Driver::get_ready`]: no guest comes after all, and nothing was loaded.
     async fn stand_down(&self) {}
-    /// Loads what [`Driver::save`] returned at another host.
-    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError>;
+    /// Loads what another host's VMM has saved, while it comes, and lets the VMM remember to which migration the guest
+    /// belongs. Where that is refused, nothing was loaded.
+    async fn load(&self, state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
-    /// Lets the VMM remember to which migration the guest that it loaded belongs.
-    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.
     async fn discard(&self) -> Result<(), DriverError>;
     /// Returns once the connection to the VMM is lost.

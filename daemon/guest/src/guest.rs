@@ -30,6 +30,9 @@ pub struct Guest {
     pub run_state: Cell<RunState>,
     /// This is true while the guest's writes are tracked.
     pub tracked: Cell<bool>,
+    /// If this is true, the VMM has written to the guest's memory once while it saved its state: the state must not be loaded
+    /// before it is known what was written.
+    pub saves_into_memory: Cell<bool>,
     /// This is present while the guest's writes are held up.
     pub(crate) stunned: RefCell<Option<Stunned>>,
     /// This is true while block I/O is waited for, which must not be held up.
@@ -63,7 +66,7 @@ impl Guest {
     ) -> Self {
         let (run_state, migration) = (Cell::new(run_state), Cell::default());
         let (tracked, stunned, draining, checked, bond) = Default::default();
-        let (launched_for_migration, incomplete, lost, ahead) = Default::default();
+        let (launched_for_migration, incomplete, lost, ahead, saves_into_memory) = Default::default();
         Self {
             shape,
             ram,
@@ -71,6 +74,7 @@ impl Guest {
             process,
             run_state,
             tracked,
+            saves_into_memory,
             stunned,
             draining,
             checked,

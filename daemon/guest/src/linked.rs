@@ -24,7 +24,9 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
 
 use super::memory::{DEVICE, Handles, open_device};
-use super::{Driver, DriverError, Harvest, LoadedState, SavedState, ThrottleStats, VmmMemory};
+use super::{
+    Driver, DriverError, Harvest, LoadedState, SavedState, StateReader, StateWriter, ThrottleStats, VmmMemory,
+};
 
 /// A VMM may take this long for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ pub struct Linked {
     /// This is the guest's memory. A shim has none, because it knows of no guest.
     ram: Option<Arc<GuestRam>>,
     harvested: RefCell<Option<Rc<PageSet<SharedWords>>>>,
+    /// This takes the VMM's state when it is saved.
+    state: RefCell<Option<StateWriter>>,
     connection: Rc<Connection>,
 }
 
@@ -66,6 +70,7 @@ impl Linked {
             version,
             ram,
             harvested: RefCell::default(),
+            state: RefCell::default(),
             connection,
         }
     }
@@ -236,6 +241,11 @@ impl Driver for Linked {
         found.map_err(|error| failed(error.to_string()))
     }
 
+    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError> {
+        self.state.replace(Some(state));
+        Ok(())
+    }
+
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError> {
         let asked = Instant::now();
         let limit_nanoseconds = limit.as_nanos().try_into().unwrap_or(u64::MAX);
@@ -251,24 +261,25 @@ impl Driver for Linked {
         let ([bytes, nanoseconds], mut descriptors) = self.ask(Request::Save).await?;
         let fd = descriptors.pop().ok_or_else(|| broken("it has no descriptor".into()))?;
         let read = task::aside(move || read_state(fd, bytes)).await;
-        let bytes = read.map_err(|error| broken(error.to_string()))?;
+        let state = read.map_err(|error| broken(error.to_string()))?;
+        if let Some(writer) = self.state.take() {
+            // Whoever does not want it any more has given up.
+            let _ = writer.send(state);
+        }
         Ok(SavedState { bytes, took: Duration::from_nanos(nanoseconds), stays: None })
     }
 
-    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError> {
+    async fn load(&self, mut state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError> {
         let failed = |error: io::Error| DriverError::Failed { request: "load", reason: error.to_string() };
-        let file = state_file(state).await.map_err(failed)?;
-        let request = Request::Load { bytes: state.len() as u64 };
-        let ([nanoseconds, _], _) = self.ask_with(request, &[file.as_fd()]).await?;
-        Ok(LoadedState { took: Duration::from_nanos(nanoseconds), stays: None })
+        let (file, bytes) = state_file(&mut state).await.map_err(failed)?;
+        let whole = Instant::now();
+        self.ask_with(Request::Load { bytes }, &[file.as_fd()]).await?;
+        self.ask(Request::Prepare(bond.clone())).await?;
+        Ok(LoadedState { took: whole.elapsed(), stays: None })
     }
 
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
         self.ask(Request::Relinquish(bond.clone())).await.map(drop)
-    }
-
-    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
-        self.ask(Request::Prepare(bond.clone())).await.map(drop)
     }
 
     async fn discard(&self) -> Result<(), DriverError> {
@@ -367,17 +378,14 @@ fn read_state(fd: OwnedFd, bytes: u64) -> io::Result<Vec<u8>> {
     Ok(state)
 }
 
-async fn state_file(state: &[u8]) -> io::Result<std::fs::File> {
-    /// This many bytes are written without a pause, and a state may have hundreds of times as many.
-    const PIECE_BYTES: usize = 1 << 20;
+/// Writes a state to memory while it comes. Returns the file and its length.
+async fn state_file(state: &mut StateReader) -> io::Result<(std::fs::File, u64)> {
     let fd = rustix::fs::memfd_create("vmm-state", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(fd);
-    for piece in state.chunks(PIECE_BYTES) {
-        file.write_all(piece)?;
-        if piece.len() == PIECE_BYTES {
-            tokio::task::yield_now().await;
-        }
+    while let Some(piece) = state.recv().await {
+        file.write_all(&piece)?;
     }
+    let bytes = file.stream_position()?;
     file.seek(SeekFrom::Start(0))?;
-    Ok(file)
+    Ok((file, bytes))
 }

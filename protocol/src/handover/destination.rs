@@ -17,6 +17,11 @@ enum State {
     // This host may give up by itself.
     Accepting,
     Receiving,
+    /// The VMM loads the state. `Prepared` is being written meanwhile, or is `written`: a daemon that is started anew knows by
+    /// the VMM that it was not ready.
+    Loading {
+        written: bool,
+    },
 
     // This host is in doubt.
     /// `Prepared` is being written. An abort that comes now is ignored, because it comes again in answer to `Ready`.
@@ -25,7 +30,7 @@ enum State {
     /// The daemon was restarted, and the VMM has not said yet whether it runs the guest. Until it does,
     /// nothing is begun or promised that it may belie.
     Unsure {
-        /// The guest cannot be started here, as it is not known which of its pages are missing.
+        /// The guest cannot be started here, as it is not known which of its pages are missing, or its state was not loaded.
         incomplete: bool,
     },
 
@@ -77,7 +82,7 @@ impl Destination {
     ///
     /// The daemon says what the VMM reports: [`Event::Owned`] if it runs the guest, [`Event::Waits`] if it does not,
     /// [`Event::VmmGone`] if it has ended. If the guest cannot be started here because it is not known which of its
-    /// pages are missing, the daemon says [`Event::ResumeFailed`] first. A guest that was only prepared is then given
+    /// pages are missing, or because the VMM has not loaded all of its state, the daemon says [`Event::ResumeFailed`] first. A guest that was only prepared is then given
     /// back as soon as the VMM has said that it waits, or has ended. [`Event::VmmGone`] also stands for a VMM that was
     /// prepared to fetch, does not answer for 10 s and cannot be ended.
     ///
@@ -127,20 +132,35 @@ impl Destination {
                 Discarded,
                 [Action::Send(Message::Refuse), Action::Discard, Action::Report(Outcome::Refused)],
             ),
-            (Receiving, Event::Loaded) => self.go(Preparing, [Action::Journal(Record::Prepared)]),
+            (Receiving, Event::Loading) => {
+                self.go(Loading { written: false }, [Action::Journal(Record::Prepared)])
+            }
+            (Loading { written: false }, Event::Journalled(Record::Prepared)) => {
+                self.go(Loading { written: true }, [])
+            }
+            (Loading { written: false }, Event::Loaded) => self.go(Preparing, []),
             (
                 Accepting | Receiving,
                 Event::PeerLost | Event::Failed | Event::VmmGone | Event::PoweredOff | Heard(Message::Abort),
             )
-            | (Preparing, Event::JournalFailed(Record::Prepared)) => self.go(
+            | (Loading { .. } | Preparing, Event::JournalFailed(Record::Prepared)) => self.go(
                 Discarded,
                 [Action::Send(Message::Abort), Action::Discard, Action::Report(Outcome::Failed)],
             ),
 
+            // `Ready` was not sent, so the source cannot have committed. The record is forgotten when the VMM is gone.
+            (
+                Loading { .. },
+                Event::PeerLost | Event::Failed | Event::VmmGone | Event::PoweredOff | Heard(Message::Abort),
+            ) => self.go(
+                Discarding,
+                [Action::Send(Message::Abort), Action::Discard, Action::Report(Outcome::Failed)],
+            ),
+
             // From here on the source may commit at any moment, so nothing is given up alone.
-            (Preparing, Event::Journalled(Record::Prepared)) | (Prepared, Event::Tick) => {
-                self.go(Prepared, [Action::Send(Message::Ready)])
-            }
+            (Loading { written: true }, Event::Loaded)
+            | (Preparing, Event::Journalled(Record::Prepared))
+            | (Prepared, Event::Tick) => self.go(Prepared, [Action::Send(Message::Ready)]),
             (before @ Unsure { incomplete: false }, Event::Tick) => {
                 self.go(before, [Action::Send(Message::Ready)])
             }
@@ -174,7 +194,7 @@ impl Destination {
             (Preparing | Prepared | Unsure { .. } | Starting, Event::VmmGone | Event::PoweredOff)
             | (Unsure { incomplete: true }, Event::Waits)
             | (Prepared | Resuming | Recovering, Event::ResumeFailed)
-            | (Accepting | Receiving | Prepared, Heard(Message::Withdraw)) => {
+            | (Accepting | Receiving | Loading { .. } | Prepared, Heard(Message::Withdraw)) => {
                 self.decline(Outcome::TakenBack)
             }
             (Prepared, Event::Resolved(Resolution::Discard)) => self.decline(Outcome::GivenUp),
@@ -269,7 +289,7 @@ impl Destination {
     pub fn phase(&self) -> Phase {
         match self.state {
             State::Accepting => Phase::Offering,
-            State::Receiving => Phase::Copying,
+            State::Receiving | State::Loading { .. } => Phase::Copying,
             State::Preparing => Phase::SwitchingOver,
             State::Prepared
             | State::Unsure { .. }

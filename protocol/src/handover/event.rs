@@ -33,7 +33,8 @@ pub enum Event {
     /// paused or loaded. If that is not certain, the event is [`Event::VmmGone`] instead.
     ///
     /// A restarted daemon at the destination also says this at once if the journal says `Prepared` and it is not
-    /// known which pages are missing. The role then waits until the VMM has said whether it runs the guest.
+    /// known which pages are missing, or the VMM has not loaded all of the guest's state. The role then waits until the VMM
+    /// has said whether it runs the guest.
     ResumeFailed,
     /// [`Action::Discard`](super::Action::Discard) was done.
     Discarded,
@@ -55,6 +56,8 @@ pub enum Event {
     Accepted,
     /// Destination: the offer cannot be met.
     Refused,
+    /// Destination: the VMM has begun to load the state.
+    Loading,
     /// Destination: every page has arrived, the digests agree if they were ordered, and the VMM has loaded the state.
     /// In post-copy, every page that was to come beforehand has arrived.
     Loaded,

@@ -30,8 +30,9 @@ fn a_move_that_goes_well() {
     assert_eq!(source.phase(), Phase::SwitchingOver);
     assert_eq!(source.on(Event::Journalled(Record::Leaving)), [Action::Pause]);
     assert_eq!(source.on(Event::Sent), []);
-    assert_eq!(destination.on(Event::Loaded), [Action::Journal(Record::Prepared)]);
-    assert_eq!(destination.on(Event::Journalled(Record::Prepared)), [Action::Send(Message::Ready)]);
+    assert_eq!(destination.on(Event::Loading), [Action::Journal(Record::Prepared)]);
+    assert_eq!(destination.on(Event::Journalled(Record::Prepared)), []);
+    assert_eq!(destination.on(Event::Loaded), [Action::Send(Message::Ready)]);
     assert_eq!(source.on(Event::Message(Message::Ready)), [Action::Relinquish]);
     assert!(source.can_cancel());
     assert_eq!(source.on(Event::Relinquished), [Action::Journal(Record::Committed)]);
@@ -162,6 +163,45 @@ fn a_destination_in_doubt_waits_and_asks() {
 }
 
 #[test]
+fn what_fails_while_the_state_is_loaded_leaves_no_record() {
+    for written in [false, true] {
+        for failure in [Event::Failed, Event::PeerLost, Event::VmmGone, Event::Message(Message::Abort)] {
+            let mut destination = Destination::new();
+            destination.on(Event::Accepted);
+            destination.on(Event::Loading);
+            if written {
+                assert_eq!(destination.on(Event::Journalled(Record::Prepared)), []);
+            }
+            assert_eq!(destination.phase(), Phase::Copying);
+            let done = [Action::Send(Message::Abort), Action::Discard, Action::Report(Outcome::Failed)];
+            assert_eq!(destination.on(failure), done);
+            assert_eq!(
+                destination.on(Event::Discarded),
+                [Action::Forget],
+                "after what is still being written"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_state_may_be_loaded_before_that_is_written_down() {
+    let mut destination = Destination::new();
+    destination.on(Event::Accepted);
+    destination.on(Event::Loading);
+    assert_eq!(destination.on(Event::Loaded), []);
+    assert_eq!(destination.on(Event::Journalled(Record::Prepared)), [Action::Send(Message::Ready)]);
+}
+
+#[test]
+fn a_vmm_that_had_not_loaded_everything_is_not_ready_after_a_restart() {
+    let (mut destination, _) = Destination::recover(Some(Record::Prepared)).expect("its record");
+    assert_eq!(destination.on(Event::ResumeFailed), []);
+    assert_eq!(destination.on(Event::Message(Message::Commit)), []);
+    assert_eq!(destination.on(Event::Waits), [Action::Journal(Record::Declined)]);
+}
+
+#[test]
 fn a_vmm_that_vanishes_while_starting_may_have_run() {
     let (mut destination, _) = Destination::recover(Some(Record::Running)).expect("its record");
     assert_eq!(
@@ -176,11 +216,12 @@ fn a_vmm_that_vanishes_while_starting_may_have_run() {
 fn a_vmm_that_ends_before_it_was_told_to_run_never_ran() {
     let to_starting = [
         Event::Accepted,
+        Event::Loading,
         Event::Loaded,
         Event::Journalled(Record::Prepared),
         Event::Message(Message::Commit),
     ];
-    for length in 2..=to_starting.len() {
+    for length in 3..=to_starting.len() {
         let mut destination = Destination::new();
         for &event in &to_starting[..length] {
             drop(destination.on(event));

@@ -30,6 +30,10 @@ pub(crate) struct World {
     fault: Fault,
     offered: bool,
     captured: bool,
+    /// The destination's VMM was told to load the state.
+    loading: bool,
+    /// The destination's VMM was told to run what it had not loaded.
+    ran_unloaded: bool,
     /// The guest ran on at the source after its state was captured.
     stale: bool,
     destination_ran: bool,
@@ -58,6 +62,8 @@ impl World {
             fault,
             offered: false,
             captured: false,
+            loading: false,
+            ran_unloaded: false,
             stale: false,
             destination_ran: false,
             running_recorded: false,
@@ -78,6 +84,7 @@ impl World {
     pub(crate) fn violation(&self) -> Option<String> {
         let (source, destination) = (self.source.vmm, self.destination.vmm);
         let wrong = match (source, destination) {
+            _ if self.ran_unloaded => "the destination runs what it has not loaded",
             (Vmm::Running, Vmm::Running) => "both hosts run the guest",
             (Vmm::Paused, Vmm::Running) => "the source may resume by itself what the destination runs",
             _ if self.run_by_order => self.memory_violation()?,

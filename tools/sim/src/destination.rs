@@ -74,7 +74,10 @@ impl World {
                 self.work_for(at, session, Work::Drop(missing));
             }
             Control::Refuse(_) => return Some(Told::Failed),
-            Control::State { .. } => self.load(at, session),
+            Control::State { .. } => {
+                self.load(at, session);
+                return Some(Told::Loading);
+            }
             _ => {}
         }
         None

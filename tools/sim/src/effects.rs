@@ -252,6 +252,11 @@ impl World {
                 session.event(Told::Waits);
                 Some(Told::ResumeFailed)
             }
+            // It was loading when the daemon ended, and what it has it must not run.
+            State::Incoming if session.record == Some(Record::Prepared) => {
+                session.event(Told::Waits);
+                Some(Told::ResumeFailed)
+            }
             State::Paused | State::Relinquished | State::Loaded => Some(Told::Waits),
             State::Incoming | State::Ended => None,
         }

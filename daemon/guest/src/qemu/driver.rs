@@ -22,8 +22,9 @@ use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::{Bond, MAX_STATE_BYTES};
 use memlane_protocol::wire::control::QemuGuest;
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
@@ -39,12 +40,17 @@ use super::state_directory::{self, Record, StateDirectory, StateError};
 use super::{blockers, launch};
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
-use crate::{Blocker, Driver, DriverError, Farewell, Harvest, LoadedState, Process, SavedState, VmmMemory};
+use crate::{
+    Blocker, Driver, DriverError, Farewell, Harvest, LoadedState, Process, SavedState, StateReader,
+    StateWriter, VmmMemory,
+};
 
 mod pause;
 
 /// QEMU's state travels over the descriptor of this name.
 const CHANNEL: &str = "memlane";
+/// This much of a state is read from QEMU at once.
+const STATE_PIECE_BYTES: usize = 256 << 10;
 /// A step of QEMU's own migration may take this long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -64,6 +70,8 @@ pub(super) struct Qemu {
     name: String,
     /// This is true if a guest comes here, or has come and not yet run.
     incoming: Cell<bool>,
+    /// This is true if QEMU was told not to run by itself what it is given.
+    held: Cell<bool>,
     /// This is true if a guest has come here and was not told to run yet.
     loaded: Cell<bool>,
     /// This is true from when QEMU was told to migrate its guest until it was told to run it again.
@@ -78,8 +86,16 @@ pub(super) struct Qemu {
     /// This is true if a disk bypassed the page cache when tracking began.
     reads_directly: Cell<bool>,
     disk_files: DiskFiles,
-    /// This task reads what QEMU's migration writes.
-    state: RefCell<Option<JoinHandle<io::Result<Vec<u8>>>>>,
+    /// QEMU is about to write its state at the other end of this, and it is to be passed on to there.
+    outgoing: RefCell<Option<(UnixStream, StateWriter)>>,
+    state: RefCell<Option<Reading>>,
+}
+
+/// A task reads what QEMU's migration writes.
+struct Reading {
+    /// It is told by this that QEMU has written everything.
+    written: oneshot::Sender<()>,
+    task: JoinHandle<io::Result<Vec<u8>>>,
 }
 
 impl Qemu {
@@ -106,6 +122,7 @@ impl Qemu {
             states: states.clone(),
             name: record.name.clone(),
             incoming: Cell::new(record.incoming),
+            held: Cell::default(),
             loaded: Cell::default(),
             migrates: Cell::new(record.migrating),
             stays: RefCell::new(record.stays.clone()),
@@ -114,6 +131,7 @@ impl Qemu {
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
             disk_files: DiskFiles::default(),
+            outgoing: RefCell::default(),
             state: RefCell::default(),
         }
     }
@@ -222,7 +240,7 @@ impl Driver for Qemu {
         found.map_err(|error| failed(error.to_string()))
     }
 
-    async fn prepare_pause(&self) -> Result<(), DriverError> {
+    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError> {
         let status = self.check_unoccupied().await?;
         // By now: what QEMU writes of it tells, but a daemon that is started anew may never have read that.
         let stays = (status != "running").then_some(status);
@@ -230,12 +248,15 @@ impl Driver for Qemu {
         self.states.note_pause(&self.name, stays).await;
         // Not earlier: what others have QEMU do meanwhile is to go as they have set it.
         self.remember_settings().await?;
-        settings::prepare_source(&self.qmp).await
+        settings::prepare_source(&self.qmp).await?;
+        self.outgoing.replace(Some((self.channel().await?, state)));
+        Ok(())
     }
 
     async fn pause(&self, _: Duration) -> Result<Instant, DriverError> {
         let asked = Instant::now();
-        let channel = self.channel().await?;
+        let failed = |reason: String| DriverError::Failed { request: "pause", reason };
+        let outgoing = self.outgoing.take().ok_or_else(|| failed("that was not prepared".into()))?;
         self.qmp.expect_migration();
         self.migrates.set(true);
         let migrate = json!({ "uri": format!("fd:{CHANNEL}") });
@@ -245,19 +266,24 @@ impl Driver for Qemu {
             self.migrates.set(false);
         }
         begun?;
-        *self.state.borrow_mut() = Some(task::spawn("state of a QEMU", read_state(channel)));
+        let (written, everything) = oneshot::channel();
+        let task = task::spawn("state of a QEMU", read_state(outgoing, everything));
+        self.state.replace(Some(Reading { written, task }));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
-            other => {
-                let reason = format!("its own migration is {other}; {}", self.last_words().await);
-                Err(DriverError::Failed { request: "pause", reason })
-            }
+            other => Err(failed(format!("its own migration is {other}; {}", self.last_words().await))),
         }
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
-        self.state.borrow_mut().take().inspect(JoinHandle::abort);
+        if let Some(reading) = self.state.take() {
+            reading.task.abort();
+        }
+        if self.outgoing.take().is_some() {
+            // It was never used. Otherwise it would be replaced by the next one of its name.
+            let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
+        }
         if !self.incoming.get() && self.migrates.get() {
             self.cancel().await?;
         }
@@ -292,14 +318,15 @@ impl Driver for Qemu {
         self.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).await?;
         let states = ["completed", "failed", "cancelled"];
         let state = self.qmp.migration_reaches(&states, "save", PATIENCE).await?;
-        let reading = self.state.borrow_mut().take();
-        let reading = reading.ok_or_else(|| failed("the guest was not paused".into()))?;
+        let Reading { written, task } =
+            self.state.take().ok_or_else(|| failed("the guest was not paused".into()))?;
         if state != "completed" {
-            reading.abort();
+            task.abort();
             return Err(failed(format!("its own migration is {state}; {}", self.last_words().await)));
         }
         let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
-        let bytes = tokio::time::timeout(PATIENCE, reading).await.map_err(late)?;
+        let _ = written.send(());
+        let bytes = tokio::time::timeout(PATIENCE, task).await.map_err(late)?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let stays = run_state::standing_in(&bytes);
@@ -315,7 +342,7 @@ impl Driver for Qemu {
             // A daemon that is started anew could not learn it from QEMU.
             self.states.note_standing(&self.name, stays.clone()).await;
         }
-        Ok(SavedState { bytes, took: started.elapsed(), stays })
+        Ok(SavedState { bytes: bytes.len() as u64, took: started.elapsed(), stays })
     }
 
     async fn get_ready(&self) -> Result<(), DriverError> {
@@ -325,29 +352,48 @@ impl Driver for Qemu {
 
     async fn stand_down(&self) {
         if let Some(settings) = self.settings.take() {
+            if self.held.take() {
+                // QEMU refuses only what it has lost by itself.
+                let _ = self.qmp.execute("cont", json!({})).await;
+                let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
+            }
             tidy(&self.qmp, settings).await;
             self.states.note_migration(&self.name, false).await;
         }
     }
 
-    async fn load(&self, state: &[u8]) -> Result<LoadedState, DriverError> {
-        let started = Instant::now();
-        self.states.note_migration(&self.name, true).await;
+    async fn load(&self, mut state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError> {
+        // What is bound and has not loaded everything is not taken for loaded.
+        self.bind("prepare", bond).await?;
         // While a guest is awaited this means: do not run it by yourself.
+        self.held.set(true);
         self.qmp.execute("stop", json!({})).await?;
         let mut channel = self.channel().await?;
+        // So far it can do without the guest.
+        let Some(mut piece) = state.recv().await else {
+            return Err(DriverError::Failed { request: "load", reason: "the guest does not come".into() });
+        };
         self.qmp.expect_migration();
         self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        let (mut bytes, mut whole) = (Vec::new(), Instant::now());
         let write = async {
-            // A QEMU that does not like what it reads says so below, by its end.
-            let _ = channel.write_all(state).await;
+            loop {
+                // A QEMU that does not like what it reads says so below, by its end.
+                let _ = channel.write_all(&piece).await;
+                bytes.extend(piece);
+                match state.recv().await {
+                    Some(next) => piece = next,
+                    None => break,
+                }
+            }
+            whole = Instant::now();
             let _ = channel.shutdown().await;
-            std::future::pending::<()>().await;
+            self.qmp.migration_reaches(&["completed", "failed"], "load", PATIENCE).await
         };
-        let states = ["completed", "failed"];
+        // How long the other host takes for it is the other host's affair.
         let loaded = tokio::select! {
-            state = self.qmp.migration_reaches(&states, "load", PATIENCE) => state,
-            () = write => unreachable!("it waits for the other"),
+            loaded = write => loaded,
+            ended = self.qmp.migration_reaches(&["failed"], "load", Duration::MAX) => ended,
         };
         // What it has loaded in part it must never run: none of these is a plain failure.
         let broken = async |what: String| {
@@ -361,27 +407,25 @@ impl Driver for Qemu {
             Err(error) => return Err(error),
         }
         let status = self.qmp.status().await?;
-        let stays = run_state::standing_in(state);
+        let stays = run_state::standing_in(&bytes);
         if status != "paused" && Some(&status) != stays.as_ref() {
             return Err(broken(format!("its status is {status}")).await);
         }
-        self.stays.replace(stays.clone());
+        if stays.is_some() {
+            self.stays.replace(stays.clone());
+            self.states.note_standing(&self.name, stays.clone()).await;
+        }
         self.loaded.set(true);
-        Ok(LoadedState { took: started.elapsed(), stays })
+        Ok(LoadedState { took: whole.elapsed(), stays })
     }
 
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
-        match self.qmp.status().await?.as_str() {
-            "postmigrate" => self.bind("relinquish", bond).await,
-            status => {
-                let reason = format!("its status is {status}, not postmigrate");
-                Err(DriverError::Failed { request: "relinquish", reason })
-            }
+        // Its state was saved, and QEMU tells when a guest runs: it need not be asked while the guest waits.
+        if self.qmp.resumed() > self.qmp.stopped() {
+            let reason = "another program has let the guest run again".to_owned();
+            return Err(DriverError::Failed { request: "relinquish", reason });
         }
-    }
-
-    async fn prepare(&self, bond: &Bond) -> Result<(), DriverError> {
-        self.bind("prepare", bond).await
+        self.bind("relinquish", bond).await
     }
 
     async fn discard(&self) -> Result<(), DriverError> {
@@ -471,14 +515,36 @@ async fn tidy(qmp: &Qmp, settings: Settings) {
     }
 }
 
-async fn read_state(channel: UnixStream) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    channel.take(MAX_STATE_BYTES + 1).read_to_end(&mut bytes).await?;
-    if bytes.len() as u64 > MAX_STATE_BYTES {
-        let text = format!("the state of its devices has more than {MAX_STATE_BYTES} bytes");
-        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+/// Reads a state and passes it on. `everything` tells that QEMU has written all of it: it closes its end only a while later.
+/// Returns what the state was.
+async fn read_state(
+    (channel, passed_on): (UnixStream, StateWriter),
+    mut everything: oneshot::Receiver<()>,
+) -> io::Result<Vec<u8>> {
+    let (mut bytes, mut piece, mut is_written) = (Vec::new(), vec![0; STATE_PIECE_BYTES], false);
+    loop {
+        let count = match channel.try_read(&mut piece) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && is_written => return Ok(bytes),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tokio::select! {
+                    readable = channel.readable() => readable?,
+                    _ = &mut everything => is_written = true,
+                }
+                continue;
+            }
+            count => count?,
+        };
+        if count == 0 {
+            return Ok(bytes);
+        }
+        if (bytes.len() + count) as u64 > MAX_STATE_BYTES {
+            let text = format!("the state of its devices has more than {MAX_STATE_BYTES} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        bytes.extend_from_slice(&piece[..count]);
+        // Nobody may want it any more.
+        let _ = passed_on.send(piece[..count].to_vec());
     }
-    Ok(bytes)
 }
 
 /// Returns the instant of a Unix time that has just been.

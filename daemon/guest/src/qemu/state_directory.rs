@@ -256,10 +256,12 @@ impl StateDirectory {
             let source = io::Error::other("nothing is remembered of it");
             return Err(StateError { guest: name.to_owned(), path: self.path(name), source });
         };
-        self.change(name, |record| (record.bond, record.stays) = (Some(bond.into()), stays));
+        self.change(name, |record| {
+            (record.bond, record.stays, record.migrating) = (Some(bond.into()), stays, true);
+        });
         // What else has changed meanwhile stays.
         self.save(name).await.inspect_err(|_| {
-            self.change(name, |changed| changed.bond = record.bond);
+            self.change(name, |changed| (changed.bond, changed.migrating) = (record.bond, record.migrating));
         })
     }
 

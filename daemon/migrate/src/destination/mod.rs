@@ -2,13 +2,14 @@
 
 mod postcopy;
 mod receive;
+mod state;
 
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use memlane_api::ids;
-use memlane_guest::Guest;
+use memlane_guest::{Guest, LoadedState};
 use memlane_lane::{ReceiveState, Totals};
 use memlane_net::journal::Entry;
 use memlane_net::link::{Link, LinkError};
@@ -32,6 +33,8 @@ use crate::progress::{Outcome as OutcomeView, Phase as PhaseView, Role as RoleVi
 use crate::vmm::Vmm;
 
 pub(crate) use postcopy::{Postcopy, PostcopyNews};
+use receive::ReceiveError;
+use state::IncomingState;
 
 /// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
@@ -96,8 +99,7 @@ pub(crate) async fn run(context: Rc<Context>, peer: Label, mut link: Link, offer
         inbound,
         arriving,
         postcopy: Postcopy::new(arrivals.links.take().expect("a new migration listens")),
-        state: Vec::new(),
-        loaded: false,
+        state: IncomingState::default(),
     };
     let to_effects = (Some(ResumableLink::over(link)), (handle, arrivals));
     let effects = Effects::new(context, entry, Vmm::Attached(guest), Some(claim), to_effects);
@@ -120,15 +122,14 @@ struct DestinationRole {
     arriving: mpsc::Receiver<ArrivedLane>,
     postcopy: Postcopy,
     /// This is the VMM's state, as far as it has come.
-    state: Vec<u8>,
-    /// If this is true, the VMM was told to load, and has not said that it did not.
-    loaded: bool,
+    state: IncomingState,
 }
 
 /// The destination itself waits for these events.
 enum Own {
     Lane(ArrivedLane),
     Postcopy(PostcopyNews),
+    Loaded(Result<LoadedState, ReceiveError>),
 }
 
 impl Role for DestinationRole {
@@ -136,14 +137,15 @@ impl Role for DestinationRole {
 
     async fn next_event(&mut self, session: &mut Session<Destination>) -> Option<Event> {
         // Once the state is there, nothing may write to the guest's memory.
-        let copying = session.machine.phase() == Phase::Copying && !self.loaded;
+        let copying = session.machine.phase() == Phase::Copying && !self.state.is_with_memory();
         let receiving = copying && self.lanes.running() < MOST_LANES;
-        let Self { arriving, postcopy, .. } = self;
+        let Self { arriving, postcopy, state, .. } = self;
         let own = async {
             tokio::select! {
                 biased;
                 Some(lane) = arriving.recv(), if receiving => Own::Lane(lane),
                 news = postcopy.next() => Own::Postcopy(news),
+                loaded = state.loaded() => Own::Loaded(loaded),
             }
         };
         match session.news(own).await {
@@ -152,6 +154,7 @@ impl Role for DestinationRole {
                 self.start(session, lane);
                 None
             }
+            News::Own(Own::Loaded(loaded)) => self.note_loaded(session, loaded),
             News::Own(Own::Postcopy(PostcopyNews::Link(link))) => {
                 self.postcopy.offered(&mut session.effects, link, copying).await;
                 None
@@ -176,6 +179,12 @@ impl Role for DestinationRole {
     async fn before(&mut self, session: &mut Session<Destination>, event: Event) {
         if self.gives_up_at(&session.machine, event) {
             self.abandon(session).await;
+        }
+    }
+
+    fn decided(&mut self, session: &mut Session<Destination>) {
+        if session.machine.phase() != Phase::Copying {
+            self.state.stop();
         }
     }
 
@@ -226,7 +235,7 @@ impl DestinationRole {
     ) -> Option<Event> {
         let message = match message {
             Ok(message) => message,
-            Err(error) if self.loaded => return Some(session.peer_lost(error)),
+            Err(error) if self.state.is_loading() => return Some(session.peer_lost(error)),
             Err(error) => return session.link_lost(error),
         };
         match message {
@@ -275,7 +284,9 @@ impl DestinationRole {
     async fn abandon(&mut self, session: &mut Session<Destination>) {
         self.lanes.close().await;
         self.postcopy.withdraw(&mut session.effects).await;
-        if !self.loaded && !self.guest.launched_for_migration.get() && session.effects.guest().is_some() {
+        let has_begun = self.state.is_loading();
+        self.state.stop();
+        if !has_begun && !self.guest.launched_for_migration.get() && session.effects.guest().is_some() {
             session.effects.vmm = Vmm::Released;
             self.guest.driver.stand_down().await;
             let (ram, pages) = (self.guest.ram.clone(), self.guest.ram.pages());

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::time::Duration;
 
-use memlane_guest::{DriverError, LoadedState};
+use memlane_guest::{DriverError, LoadedState, state_pipe};
 use memlane_lane::digest::digest_all;
 use memlane_net::link::LinkError;
 use memlane_protocol::handover::{Destination, Event};
@@ -31,7 +31,7 @@ pub(super) enum ReceiveError {
         /// The part begins at this byte of the state.
         offset: u64,
         /// This byte of the state is due.
-        expected: usize,
+        expected: u64,
     },
     /// The source sent a message that is not due.
     #[error("the source sent `{0}` out of turn")]
@@ -120,13 +120,23 @@ impl DestinationRole {
                 }
             }
             Control::State { total, offset, bytes } => {
-                if offset != self.state.len() as u64 {
-                    return Err(ReceiveError::StateGap { offset, expected: self.state.len() });
+                self.state.take(total, offset, bytes)?;
+                if !self.state.is_expected() {
+                    self.load(session).await;
                 }
-                self.state.extend(bytes);
-                if self.state.len() as u64 == total {
-                    return self.load(session).await.map(Some);
+                if self.state.is_with_memory() {
+                    // No page is on its way any more. That takes a moment, and the rest of the state comes meanwhile.
+                    drop(self.lanes.close());
                 }
+                if self.state.is_whole() {
+                    self.let_go_of_memory().await?;
+                }
+                // A VMM that others started waits for another try if the move fails before the pause has got so far.
+                let before = self.state.is_loading();
+                if self.guest.launched_for_migration.get() || self.state.is_with_memory() {
+                    self.state.pass_on();
+                }
+                return Ok((self.state.is_loading() && !before).then_some(Event::Loading));
             }
             other => return Err(ReceiveError::OutOfTurn(other.name())),
         }
@@ -148,39 +158,59 @@ impl DestinationRole {
         punched.map_err(ReceiveError::Hole)
     }
 
-    /// Loads the state, after the last lane has let go of the guest's memory.
-    async fn load(&mut self, session: &mut Session<Destination>) -> Result<Event, ReceiveError> {
-        self.lanes.close().await;
-        self.show_lanes();
-        // All that came is the guest's.
-        self.guest.ram.check().map_err(ReceiveError::Memory)?;
+    /// Has the VMM load the state while it comes.
+    async fn load(&mut self, session: &Session<Destination>) {
         let mut seen = None;
         if let Some(fetching) = self.postcopy.fetching() {
             // Device models look at the guest's memory while they load, and wait for what is missing.
             fetching.all_known().await;
             seen = Some(fetching.verify_holes());
         }
-        let driver = &self.guest.driver;
-        self.loaded = true;
-        let loaded = driver.load(&self.state).await;
-        if let Some(seen) = seen {
-            seen.await?;
-        }
-        if let Err(DriverError::Failed { .. }) = loaded {
-            self.loaded = false;
-        }
-        let LoadedState { took, stays } = loaded?;
-        driver.prepare(&session.effects.bond()).await?;
-        self.guest.run_state.set(RunState::Loaded);
-        session.effects.times.load = took;
-        self.handle.update(|progress| {
-            progress.status.phase = PhaseView::SwitchingOver;
-            progress.pause.vmm_state_bytes = Some(self.state.len() as u64);
-            progress.pause.load_seconds = Some(took.as_secs_f64());
-            progress.pause.guest_stays = stays;
+        let (writer, reader) = state_pipe();
+        let (guest, bond) = (self.guest.clone(), session.effects.bond());
+        self.state.begin(writer, async move {
+            let loaded = guest.driver.load(reader, &bond).await;
+            if let Some(seen) = seen {
+                seen.await?;
+            }
+            Ok(loaded?)
         });
-        self.state = Vec::new();
-        Ok(Event::Loaded)
+    }
+
+    /// Has the last lane let go of the guest's memory, before the VMM has all of its state.
+    async fn let_go_of_memory(&mut self) -> Result<(), ReceiveError> {
+        self.lanes.close().await;
+        self.show_lanes();
+        // All that came is the guest's.
+        self.guest.ram.check().map_err(ReceiveError::Memory)
+    }
+
+    /// Takes note that the VMM has loaded its state, or has not. Returns the event that this is.
+    pub(super) fn note_loaded(
+        &mut self,
+        session: &mut Session<Destination>,
+        loaded: Result<LoadedState, ReceiveError>,
+    ) -> Option<Event> {
+        match loaded {
+            Ok(LoadedState { took, stays }) => {
+                self.guest.run_state.set(RunState::Loaded);
+                session.effects.times.load = took;
+                self.handle.update(|progress| {
+                    progress.status.phase = PhaseView::SwitchingOver;
+                    progress.pause.vmm_state_bytes = Some(self.state.bytes());
+                    progress.pause.load_seconds = Some(took.as_secs_f64());
+                    progress.pause.guest_stays = stays;
+                });
+                Some(Event::Loaded)
+            }
+            Err(error) => {
+                if let ReceiveError::Driver(DriverError::Failed { .. }) = error {
+                    // Nothing was loaded.
+                    self.state.stop();
+                }
+                self.fail(session, error)
+            }
+        }
     }
 }
 

@@ -11,6 +11,10 @@ use crate::handle::unix_seconds;
 use crate::machine::Machine;
 use crate::vmm::Vmm;
 
+/// This is the reason for which a migration fails in which the daemon ended while the state was loaded.
+const NEVER_LOADED: &str =
+    "the daemon ended while the guest's state was loaded here; what there is of the guest is discarded";
+
 impl Effects {
     /// Returns what a VMM that has attached says about the owner of the guest.
     pub(super) fn told_by(&mut self, guest: &Guest) -> Option<Event> {
@@ -29,6 +33,11 @@ impl Effects {
             // Only prepared, and never whole: that comes first.
             RunState::Loaded if self.unknown_pages && self.entry.record == Record::Prepared => {
                 self.blame(NEVER_WHOLE);
+                self.next = Some(Event::Waits);
+                Some(Event::ResumeFailed)
+            }
+            RunState::Incoming if self.entry.record == Record::Prepared => {
+                self.blame(NEVER_LOADED);
                 self.next = Some(Event::Waits);
                 Some(Event::ResumeFailed)
             }

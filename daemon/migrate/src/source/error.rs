@@ -22,6 +22,12 @@ pub(super) enum CopyError {
     /// Memory could not be looked at.
     #[error("cannot find out what the guest's memory holds: {0}")]
     Memory(std::io::Error),
+    /// Memory was written that the VMM at the destination may have looked at already.
+    #[error(
+        "the VMM wrote to the guest's memory while it saved its state, which no other has done so far; the next order has \
+         its state sent when it is done"
+    )]
+    SavesIntoMemory,
     /// The pause would be too long.
     #[error("{0}")]
     GaveUp(Why),

@@ -9,6 +9,7 @@ mod first_iteration;
 mod postcopy;
 mod precopy;
 pub(crate) mod serve;
+mod state;
 mod stun;
 mod switchover;
 mod transfer;

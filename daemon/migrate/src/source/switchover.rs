@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use memlane_guest::SavedState;
+use memlane_guest::{SavedState, StateWriter};
 use memlane_protocol::PageSet;
 use memlane_protocol::convergence::{Forecast, Measured, Predictor};
-use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
 
 use super::error::CopyError;
 use super::serve::Serving;
+use super::state::StateSender;
 use super::transfer::Transfer;
 use crate::effects::Deadline;
 use crate::handle::unix_seconds;
@@ -66,8 +66,23 @@ impl Switchover {
     ///
     /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
     pub(super) async fn run(self) -> Result<Paused, CopyError> {
+        let (mut state, writer) = StateSender::new(self.transfer.link.clone(), self.sends_state_at_once());
+        let remote = state.pass_on();
+        tokio::select! {
+            paused = self.switch_over(&state, writer) => paused,
+            failed = remote => Err(failed),
+        }
+    }
+
+    /// Tells whether the VMM's state may be loaded at the destination while it is saved here. Otherwise something remains
+    /// to be done then that loading it must not disturb.
+    fn sends_state_at_once(&self) -> bool {
+        !self.verify && self.serving.is_none() && !self.transfer.guest.saves_into_memory.get()
+    }
+
+    async fn switch_over(self, state: &StateSender, writer: StateWriter) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
-        transfer.guest.driver.prepare_pause().await?;
+        transfer.guest.driver.prepare_pause(writer).await?;
         transfer.handle.update(|progress| {
             progress.status.phase = Phase::SwitchingOver;
             progress.status.guest_runs_at = None;
@@ -79,8 +94,9 @@ impl Switchover {
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
         transfer.handle.update(|progress| progress.pause.stopped_at_seconds = Some(stopped_at));
-        let saved = self.in_time(at, self.send_last_pages()).await?;
+        let saved = self.in_time(at, self.send_last_pages(state)).await?;
         let save_time = pause_time + saved.took;
+        self.show_saved(&saved);
         let mut verify_time = Duration::ZERO;
         if self.verify {
             let started = Instant::now();
@@ -89,13 +105,17 @@ impl Switchover {
         }
         // All that was sent was the guest's, and nothing passed for a hole that was cut off.
         transfer.guest.ram.check().map_err(CopyError::Memory)?;
-        self.in_time(at + verify_time, self.send_state(&saved)).await?;
+        let sent = async {
+            state.finish(saved.bytes).await;
+            Ok(())
+        };
+        self.in_time(at + verify_time, sent).await?;
         let Self { downtime_limit, forecast, predictor, serving, .. } = self;
         Ok(Paused { at, save_time, verify_time, downtime_limit, forecast, predictor, serving })
     }
 
     /// Sends what was written since the last look, and saves the VMM's state.
-    async fn send_last_pages(&self) -> Result<SavedState, CopyError> {
+    async fn send_last_pages(&self, state: &StateSender) -> Result<SavedState, CopyError> {
         let transfer = &self.transfer;
         if self.serving.is_some() {
             return self.save_for_postcopy().await;
@@ -104,6 +124,9 @@ impl Switchover {
         transfer.harvest().await?;
         let saved = if transfer.guest.driver.saves_last() {
             transfer.until_all_acknowledged().await?;
+            if self.sends_state_at_once() {
+                state.note_memory();
+            }
             transfer.guest.driver.save().await?
         } else {
             // The VMM saves its state while the lanes send the last pages.
@@ -113,6 +136,10 @@ impl Switchover {
         };
         // What device models wrote while they came to rest and saved themselves.
         if transfer.harvest().await?.new > 0 {
+            if transfer.guest.driver.saves_last() && self.sends_state_at_once() {
+                transfer.guest.saves_into_memory.set(true);
+                return Err(CopyError::SavesIntoMemory);
+            }
             transfer.until_all_acknowledged().await?;
         }
         Ok(saved)
@@ -138,23 +165,12 @@ impl Switchover {
         done.unwrap_or(Err(CopyError::Late(deadline)))
     }
 
-    async fn send_state(&self, saved: &SavedState) -> Result<(), CopyError> {
-        let total = saved.bytes.len() as u64;
+    fn show_saved(&self, saved: &SavedState) {
         self.transfer.handle.update(|progress| {
-            progress.pause.vmm_state_bytes = Some(total);
+            progress.pause.vmm_state_bytes = Some(saved.bytes);
             progress.pause.save_seconds = Some(saved.took.as_secs_f64());
             progress.pause.guest_stays = saved.stays.clone();
         });
-        let mut offset = 0;
-        loop {
-            let end = (offset + MAX_STATE_CHUNK_BYTES).min(saved.bytes.len());
-            let bytes = saved.bytes[offset..end].to_vec();
-            self.transfer.link.send(&Control::State { total, offset: offset as u64, bytes }).await?;
-            offset = end;
-            if offset == saved.bytes.len() {
-                return Ok(());
-            }
-        }
     }
 }
 

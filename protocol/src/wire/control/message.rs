@@ -59,9 +59,11 @@ pub enum Control {
         /// Whether this message is the last one with digests.
         last: bool,
     },
-    /// The source sends the VMM's state, or the next piece of it.
+    /// The source sends the next piece of the VMM's state, as soon as the VMM has written it. An empty piece says that all of
+    /// the guest's memory has arrived, as far as it is known before the VMM has saved its state.
     State {
-        /// The length of the whole state in bytes.
+        /// The length of the whole state in bytes. In all messages but the last one it may be more, as long as the source does
+        /// not know it.
         total: u64,
         /// The offset of this piece in bytes.
         offset: u64,

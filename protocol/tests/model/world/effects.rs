@@ -33,6 +33,7 @@ impl World {
                 if event == Event::PeerLost {
                     self.cheat_on_peer_lost(at);
                 }
+                self.loading |= event == Event::Loading;
                 self.tell(at, event);
             }
             Step::Capture => {

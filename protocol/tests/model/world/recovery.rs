@@ -50,6 +50,9 @@ impl World {
         }
         self.apply(at, actions);
         let prepared = at == Side::Destination && record == Some(Record::Prepared);
+        if prepared && vmm == Vmm::Incoming && self.fault != Fault::TakesLoadingForLoaded {
+            self.tell(at, Event::ResumeFailed);
+        }
         if prepared && self.is_hopeless() && self.fault != Fault::LosesWhatNeverRan {
             self.tell(at, Event::ResumeFailed);
         }

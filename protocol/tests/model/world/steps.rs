@@ -234,6 +234,9 @@ impl World {
                 steps.push(Step::Local { at: Side::Destination, event: Event::Accepted });
                 steps.push(Step::Local { at: Side::Destination, event: Event::Refused });
             }
+            Some(Phase::Copying) if !self.loading => {
+                steps.push(Step::Local { at: Side::Destination, event: Event::Loading });
+            }
             Some(Phase::Copying) if self.captured && destination.vmm == Vmm::Incoming => {
                 steps.push(Step::Load { fails: false });
                 if self.budget.vmm > 0 {

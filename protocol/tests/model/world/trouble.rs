@@ -80,6 +80,8 @@ pub(crate) enum Fault {
     UnknownIsDeclined,
     /// The operator says that the other host is off when it is not.
     PromisesWhatIsNotTrue,
-    /// A restarted destination says of a VMM that runs the guest that it waits for word.
+    /// A restarted destination says of a VMM that runs the guest that it waits for word,
     TakesRunningForLoaded,
+    /// or of a VMM that has not loaded all of the guest.
+    TakesLoadingForLoaded,
 }

@@ -66,6 +66,7 @@ impl World {
                 host.hear(for_the_first_time);
                 self.destination_ran = true;
             }
+            (Action::Resume, Vmm::Incoming) => self.ran_unloaded = true,
             (Action::Resume, vmm) => panic!("a VMM that is {vmm:?} was told to run"),
             _ => {
                 host.vmm = Vmm::Discarded;

@@ -1,0 +1,129 @@
+//! The state of the VMM travels while the VMM still writes it.
+
+use std::future::pending;
+
+use memlane_guest::{StateReader, StateWriter, state_pipe};
+use memlane_net::link::LinkError;
+use memlane_net::resumable::ResumableSender;
+use memlane_protocol::wire::attach::MAX_STATE_BYTES;
+use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
+use tokio::sync::watch;
+
+use super::error::CopyError;
+
+/// Sends the state of a VMM to the destination.
+///
+/// The VMM there loads it while it comes. Without the last byte it cannot come to an end: that byte is sent when everything
+/// else of the guest is there.
+pub(super) struct StateSender {
+    /// This much may be sent by now.
+    release: watch::Sender<Release>,
+    /// This is true when everything is sent.
+    sent: watch::Sender<bool>,
+    passing: Option<Passing>,
+}
+
+/// What sending a state needs.
+struct Passing {
+    link: ResumableSender,
+    pieces: StateReader,
+    release: watch::Receiver<Release>,
+    sent: watch::Sender<bool>,
+    offset: u64,
+}
+
+/// How much of the state may be sent.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Release {
+    /// Nothing yet: no VMM may look at the guest's memory at the destination.
+    Nothing,
+    /// Everything but the last byte. It is what the VMM writes before the guest is paused.
+    AllButLast,
+    /// The same, and the destination is told that it has the guest's memory.
+    WithMemory,
+    /// Everything, of which there are so many bytes.
+    All(u64),
+}
+
+impl StateSender {
+    /// Prepares to send a state over `link`. If this is `at_once`, the VMM at the destination loads it while the rest of the
+    /// guest still comes. Returns where the VMM's state is to be written.
+    pub(super) fn new(link: ResumableSender, at_once: bool) -> (Self, StateWriter) {
+        let (writer, pieces) = state_pipe();
+        let first = if at_once { Release::AllButLast } else { Release::Nothing };
+        let ((release, released), sent) = (watch::channel(first), watch::Sender::new(false));
+        let passing = Passing { link, pieces, release: released, sent: sent.clone(), offset: 0 };
+        (Self { release, sent, passing: Some(passing) }, writer)
+    }
+
+    /// Sends what may be sent. The returned future ends only if that fails, and must be waited for while the state is
+    /// saved: a part that was being sent is lost with it.
+    pub(super) fn pass_on(&mut self) -> impl Future<Output = CopyError> + use<> {
+        let passing = self.passing.take().expect("a state is sent once");
+        async move {
+            match passing.run().await {
+                Ok(()) => pending().await,
+                Err(error) => error.into(),
+            }
+        }
+    }
+
+    /// Notes that the destination has all of the guest's memory, but for what the VMM may write while it saves its state.
+    pub(super) fn note_memory(&self) {
+        self.release.send_modify(|release| *release = (*release).max(Release::WithMemory));
+    }
+
+    /// Has the whole state sent, which has so many bytes. Returns when that is done.
+    pub(super) async fn finish(&self, total: u64) {
+        self.release.send_replace(Release::All(total));
+        // Its sender is not dropped before this.
+        let _ = self.sent.subscribe().wait_for(|sent| *sent).await;
+    }
+}
+
+impl Passing {
+    async fn run(mut self) -> Result<(), LinkError> {
+        self.until(|release| release >= Release::AllButLast).await;
+        let (mut held, mut with_memory, mut release) = (Vec::new(), false, self.release.clone());
+        loop {
+            let piece = tokio::select! {
+                biased;
+                () = async { drop(release.wait_for(|release| *release >= Release::WithMemory).await) }, if !with_memory => {
+                    with_memory = true;
+                    self.send(&[], MAX_STATE_BYTES).await?;
+                    continue;
+                }
+                piece = self.pieces.recv() => piece,
+            };
+            let Some(piece) = piece else { break };
+            held.extend(piece);
+            let last = held.pop();
+            for part in held.chunks(MAX_STATE_CHUNK_BYTES) {
+                self.send(part, MAX_STATE_BYTES).await?;
+            }
+            held = Vec::from_iter(last);
+        }
+        let released = self.until(|release| matches!(release, Release::All(_))).await;
+        if let Release::All(total) = released {
+            self.send(&held, total).await?;
+            self.sent.send_replace(true);
+        }
+        Ok(())
+    }
+
+    /// Returns how much may be sent, when it is enough.
+    async fn until(&mut self, is_enough: impl Fn(Release) -> bool) -> Release {
+        match self.release.wait_for(|release| is_enough(*release)).await {
+            Ok(release) => *release,
+            // Nobody is there any more who would have anything sent.
+            Err(_) => pending().await,
+        }
+    }
+
+    /// Sends a part of the state. As long as it is not known how long the state is, `total` is the length that it has at most.
+    async fn send(&mut self, part: &[u8], total: u64) -> Result<(), LinkError> {
+        let state = Control::State { total, offset: self.offset, bytes: part.to_vec() };
+        self.offset += part.len() as u64;
+        self.link.send(&state).await
+    }
+}
