@@ -6,7 +6,9 @@ mod common;
 use std::time::Duration;
 
 use common::{LIMITS, Linux, Stage};
+use memlane_lab::qmp::Monitor;
 use memlane_lab::{GuestCounters, HostId, LabOptions, LateDisk, Requirement, RigOptions, skip};
+use serde_json::{Value, json};
 
 /// A read of the disk takes longer than a look at what was written.
 const DELAY: Duration = Duration::from_millis(60);
@@ -29,13 +31,18 @@ const DRIVES: [(&str, &str); 4] = [
 #[test]
 fn what_a_guest_reads_directly_moves_with_it() {
     let moves = std::env::var("MEMLANE_DIRECT_MOVES").map_or(MOVES, |moves| moves.parse().expect("a number"));
-    let Some((stage, late)) = stage("what_a_guest_reads_directly_moves_with_it", DELAY) else { return };
+    let Some((mut stage, late)) = stage("what_a_guest_reads_directly_moves_with_it", DELAY) else { return };
     let mut linux = linux(&stage, &late, &DRIVES);
     let (mut from, mut longest) = (HostId::A, 0f64);
     for number in 0..moves {
         let how = if number % 2 == 0 { &["--verify"][..] } else { &["--postcopy", "hybrid"] };
         let moved = linux.assert_moves_with(&stage, from, how);
-        linux.assert_whole(&stage);
+        let checked = GuestCounters::ask(stage.rig.lab().lan(), linux.guest.address, "check");
+        let checked = checked.unwrap_or_else(|error| {
+            let (answered, doing) = (late.answered(), doing(&mut stage, from.other(), &linux));
+            panic!("move {number}, {how:?}: {error:#}; the disk has {answered}; {doing}")
+        });
+        assert_eq!(checked.failures, 0, "move {number}, {how:?}: {checked:?}");
         longest = longest.max(moved["longest_io_stall_seconds"].as_f64().expect("the disk was waited for"));
         from = from.other();
     }
@@ -68,6 +75,32 @@ fn what_a_guest_reads_directly_is_lost_unless_it_is_waited_for() {
         from = from.other();
     }
     panic!("{A_FEW} moves without waiting for the disk, and nothing went wrong");
+}
+
+/// Says what the QEMU of a guest does whose disk does not answer: what its threads wait for in the kernel, and how its queues
+/// stand. For that its daemon has to go.
+fn doing(stage: &mut Stage, id: HostId, linux: &Linux) -> String {
+    let name = linux.guest.name.clone();
+    let pid = stage.qemu(id, &name);
+    let mut said = String::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        let read = |file: &str| std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+        said += &format!("\n{} waits in {} ({})", read("comm").trim(), read("wchan"), read("syscall").trim());
+    }
+    stage.rig.stop_daemon(id).unwrap();
+    let socket = stage.rig.lab().host(id).directory().join("guests").join(&name).join("qmp.sock");
+    let mut monitor = Monitor::connect(&socket).unwrap();
+    let mut ask = |command: &str, arguments: Value| {
+        let answer = monitor.execute(command, arguments.clone());
+        said += &format!("\n{command} {arguments}: {answer:?}");
+        answer.unwrap_or_default()
+    };
+    ask("query-status", json!({}));
+    for device in ask("x-query-virtio", json!({})).as_array().into_iter().flatten() {
+        ask("x-query-virtio-queue-status", json!({ "path": device["path"], "queue": 0 }));
+    }
+    ask("human-monitor-command", json!({ "command-line": "info lapic" }));
+    said
 }
 
 fn stage(test: &str, delay: Duration) -> Option<(Stage, LateDisk)> {

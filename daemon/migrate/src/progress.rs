@@ -112,7 +112,7 @@ pub struct PauseStats {
     pub vmm_state_bytes: Option<u64>,
     /// The VMM took this long to save its state.
     pub save_seconds: Option<f64>,
-    /// The destination's VMM took this long to load it.
+    /// The destination's VMM took this long to load it, from when the last of it had come.
     pub load_seconds: Option<f64>,
     /// The guest did not run when it was to be paused, and stays so wherever it ends up. This is the word of its VMM for
     /// that, such as `paused`.

@@ -5,6 +5,8 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
@@ -27,6 +29,7 @@ const REMEMBERED: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub struct LateDisk {
     file: PathBuf,
+    reads: Arc<Reads>,
     _mounted: Registration,
     _session: BackgroundSession,
 }
@@ -50,9 +53,17 @@ impl LateDisk {
         let mut config = Config::default();
         // QEMU is another user.
         config.acl = SessionACL::All;
-        let session = fuser::spawn_mount(Files { bytes: size.bytes(), delay }, &directory, &config)
+        let reads = Arc::new(Reads::default());
+        let files = Files { bytes: size.bytes(), delay, reads: reads.clone() };
+        let session = fuser::spawn_mount(files, &directory, &config)
             .with_context(|| format!("mounting a FUSE file system at {}", directory.display()))?;
-        Ok(Self { file: directory.join(NAME), _mounted: mounted, _session: session })
+        Ok(Self { file: directory.join(NAME), reads, _mounted: mounted, _session: session })
+    }
+
+    /// Says how many reads have begun and how many have been answered.
+    pub fn answered(&self) -> String {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        format!("answered {} of {} reads", count(&self.reads.answered), count(&self.reads.begun))
     }
 
     /// Returns the path of the disk.
@@ -71,6 +82,14 @@ fn word(offset: u64) -> u64 {
 struct Files {
     bytes: u64,
     delay: Duration,
+    reads: Arc<Reads>,
+}
+
+/// How many reads there were.
+#[derive(Debug, Default)]
+struct Reads {
+    begun: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl Files {
@@ -131,6 +150,8 @@ impl Filesystem for Files {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let reads = self.reads.clone();
+        reads.begun.fetch_add(1, Ordering::Relaxed);
         let (delay, end) = (self.delay, offset.saturating_add(size.into()).min(self.bytes));
         // Many reads are under way at once.
         std::thread::spawn(move || {
@@ -139,6 +160,7 @@ impl Filesystem for Files {
             let words = (first..end).step_by(8).flat_map(|place| word(place).to_le_bytes());
             let bytes: Vec<u8> = words.skip((offset - first) as usize).collect();
             reply.data(&bytes[..end.saturating_sub(offset) as usize]);
+            reads.answered.fetch_add(1, Ordering::Relaxed);
         });
     }
 }
