@@ -19,13 +19,11 @@ use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
 use memlane_net::task;
 use memlane_protocol::PageSet;
-use memlane_protocol::wire::attach::{Bond, MAX_STATE_BYTES};
+use memlane_protocol::wire::attach::Bond;
 use memlane_protocol::wire::control::QemuGuest;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::block::{self, DiskFiles};
@@ -46,11 +44,12 @@ use crate::{
 };
 
 mod pause;
+mod reading;
+
+use reading::Reading;
 
 /// QEMU's state travels over the descriptor of this name.
 const CHANNEL: &str = "memlane";
-/// This much of a state is read from QEMU at once.
-const STATE_PIECE_BYTES: usize = 256 << 10;
 /// A step of QEMU's own migration may take this long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -89,13 +88,6 @@ pub(super) struct Qemu {
     /// QEMU is about to write its state at the other end of this, and it is to be passed on to there.
     outgoing: RefCell<Option<(UnixStream, StateWriter)>>,
     state: RefCell<Option<Reading>>,
-}
-
-/// A task reads what QEMU's migration writes.
-struct Reading {
-    /// It is told by this that QEMU has written everything.
-    written: oneshot::Sender<()>,
-    task: JoinHandle<io::Result<Vec<u8>>>,
 }
 
 impl Qemu {
@@ -266,9 +258,7 @@ impl Driver for Qemu {
             self.migrates.set(false);
         }
         begun?;
-        let (written, everything) = oneshot::channel();
-        let task = task::spawn("state of a QEMU", read_state(outgoing, everything));
-        self.state.replace(Some(Reading { written, task }));
+        self.state.replace(Some(Reading::begin(outgoing)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
@@ -277,9 +267,7 @@ impl Driver for Qemu {
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
-        if let Some(reading) = self.state.take() {
-            reading.task.abort();
-        }
+        self.state.take();
         if self.outgoing.take().is_some() {
             // It was never used. Otherwise it would be replaced by the next one of its name.
             let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
@@ -318,16 +306,12 @@ impl Driver for Qemu {
         self.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).await?;
         let states = ["completed", "failed", "cancelled"];
         let state = self.qmp.migration_reaches(&states, "save", PATIENCE).await?;
-        let Reading { written, task } =
-            self.state.take().ok_or_else(|| failed("the guest was not paused".into()))?;
+        let reading = self.state.take().ok_or_else(|| failed("the guest was not paused".into()))?;
         if state != "completed" {
-            task.abort();
             return Err(failed(format!("its own migration is {state}; {}", self.last_words().await)));
         }
         let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
-        let _ = written.send(());
-        let bytes = tokio::time::timeout(PATIENCE, task).await.map_err(late)?;
-        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        let bytes = tokio::time::timeout(PATIENCE, reading.finish()).await.map_err(late)?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let stays = run_state::standing_in(&bytes);
         let before = self.stays.replace(stays.clone());
@@ -403,7 +387,7 @@ impl Driver for Qemu {
         match loaded {
             Ok(state) if state == "completed" => {}
             Ok(state) => return Err(broken(format!("its own migration is {state}")).await),
-            Err(DriverError::Gone) => return Err(broken("it ended".into()).await),
+            Err(DriverError::Gone) => return Err(broken("it is gone".into()).await),
             Err(error) => return Err(error),
         }
         let status = self.qmp.status().await?;
@@ -512,38 +496,6 @@ async fn announce(qmp: &Qmp) {
 async fn tidy(qmp: &Qmp, settings: Settings) {
     if let Err(error) = settings.restore(qmp).await {
         warn!(%error, "cannot restore QEMU's settings for its own migration; x-ignore-shared may be on");
-    }
-}
-
-/// Reads a state and passes it on. `everything` tells that QEMU has written all of it: it closes its end only a while later.
-/// Returns what the state was.
-async fn read_state(
-    (channel, passed_on): (UnixStream, StateWriter),
-    mut everything: oneshot::Receiver<()>,
-) -> io::Result<Vec<u8>> {
-    let (mut bytes, mut piece, mut is_written) = (Vec::new(), vec![0; STATE_PIECE_BYTES], false);
-    loop {
-        let count = match channel.try_read(&mut piece) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && is_written => return Ok(bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                tokio::select! {
-                    readable = channel.readable() => readable?,
-                    _ = &mut everything => is_written = true,
-                }
-                continue;
-            }
-            count => count?,
-        };
-        if count == 0 {
-            return Ok(bytes);
-        }
-        if (bytes.len() + count) as u64 > MAX_STATE_BYTES {
-            let text = format!("the state of its devices has more than {MAX_STATE_BYTES} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
-        }
-        bytes.extend_from_slice(&piece[..count]);
-        // Nobody may want it any more.
-        let _ = passed_on.send(piece[..count].to_vec());
     }
 }
 
