@@ -123,7 +123,7 @@ fn the_destination_qemu_is_killed() {
     }
 }
 
-/// The guest ends with it; nothing is left at the destination, and nothing is hidden.
+/// The guest ends with it, unless it has arrived; nothing else is left at the destination, and nothing is hidden.
 #[test]
 fn the_source_qemu_is_killed() {
     let test = "the_source_qemu_is_killed";
@@ -133,7 +133,14 @@ fn the_source_qemu_is_killed() {
         let order = scene.begin(&point);
         scene.stage.kill_qemu(HostId::A, "web1");
         scene.tap.release();
-        let answer = order.expect(4, &["the guest's VMM is gone"]);
+        let answer = order.end();
+        if [LOADING.name, READY.name].contains(&point.name) && answer.code == 0 {
+            // All of the guest was there before it was known that its QEMU had ended, and nothing was needed of that any more.
+            scene.linux.assert_runs();
+            scene.linux.assert_moves(&scene.stage, HostId::B);
+            continue;
+        }
+        assert!(answer.code == 4 && answer.text.contains("the guest's VMM is gone"), "{}", answer.text);
         assert!(answer.last().unwrap()["guest_runs_at"].is_null(), "{}", answer.text);
         scene.stage.wait_for_absence(HostId::A, "web1");
         scene.stage.wait_for_absence(HostId::B, "web1");

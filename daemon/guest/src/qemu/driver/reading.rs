@@ -4,6 +4,8 @@ use std::io;
 
 use memlane_net::task;
 use memlane_protocol::wire::attach::MAX_STATE_BYTES;
+use rustix::io::Errno;
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -50,22 +52,26 @@ impl Drop for Reading {
 /// Reads a state and passes it on. `everything` tells that QEMU has written all of it: it closes its end only a while later.
 /// Returns what the state was.
 async fn read(
-    channel: UnixStream,
+    mut channel: UnixStream,
     passed_on: StateWriter,
     mut everything: oneshot::Receiver<()>,
 ) -> io::Result<Vec<u8>> {
     let (mut bytes, mut piece, mut is_written) = (Vec::new(), vec![0; PIECE_BYTES], false);
     loop {
-        let count = match channel.try_read(&mut piece) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && is_written => return Ok(bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                tokio::select! {
-                    readable = channel.readable() => readable?,
-                    _ = &mut everything => is_written = true,
-                }
-                continue;
+        let count = if is_written {
+            // Of the kernel itself: what tokio knows of the socket may be older than what is there.
+            match rustix::io::read(&channel, &mut piece) {
+                Err(Errno::AGAIN) => return Ok(bytes),
+                count => count?,
             }
-            count => count?,
+        } else {
+            tokio::select! {
+                count = channel.read(&mut piece) => count?,
+                _ = &mut everything => {
+                    is_written = true;
+                    continue;
+                }
+            }
         };
         if count == 0 {
             return Ok(bytes);
@@ -77,5 +83,32 @@ async fn read(
         bytes.extend_from_slice(&piece[..count]);
         // Nobody may want it any more.
         let _ = passed_on.send(piece[..count].to_vec());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::state_pipe;
+
+    #[test]
+    fn what_was_written_last_is_read_before_the_end_is_believed() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let (mut theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let (writer, mut reader) = state_pipe();
+            let reading = Reading::begin((UnixStream::from_std(ours).unwrap(), writer));
+            theirs.write_all(b"before").unwrap();
+            assert_eq!(reader.recv().await.unwrap(), b"before");
+            tokio::task::yield_now().await;
+            // The runtime has not looked at the socket since, and QEMU leaves its end open.
+            theirs.write_all(b" and after").unwrap();
+            assert_eq!(reading.finish().await.unwrap(), b"before and after");
+            assert_eq!(reader.recv().await.unwrap(), b" and after");
+            assert!(reader.recv().await.is_none());
+        });
     }
 }
