@@ -288,6 +288,10 @@ impl Precopy {
     fn sample(&self) {
         let Some((before, bytes_before)) = self.sampled.get() else { return };
         let bytes = self.transfer.lanes.borrow().acked_bytes();
+        if bytes == bytes_before && before.elapsed() < LOOK {
+            // What was sent just now cannot have been acknowledged yet.
+            return;
+        }
         let outbound = &self.transfer.outbound;
         // As while the first pages are protected, or block I/O is waited for: that says nothing of the wire.
         let idle = bytes == bytes_before && outbound.dirty.is_empty() && outbound.in_flight.is_empty();
