@@ -149,7 +149,7 @@ pub trait Driver {
     /// Undoes [`Driver::get_ready`]: no guest comes after all, and nothing was loaded.
     async fn stand_down(&self) {}
     /// Loads what another host's VMM has saved, while it comes, and lets the VMM remember to which migration the guest
-    /// belongs. Where that is refused, nothing was loaded.
+    /// belongs. After [`DriverError::Failed`] nothing was loaded, and the VMM can be given another guest.
     async fn load(&self, state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError>;
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;

@@ -30,8 +30,8 @@ pub struct Guest {
     pub run_state: Cell<RunState>,
     /// This is true while the guest's writes are tracked.
     pub tracked: Cell<bool>,
-    /// If this is true, the VMM has written to the guest's memory once while it saved its state: the state must not be loaded
-    /// before it is known what was written.
+    /// If this is true, the VMM has written to the guest's memory while it saved its state. The destination must then wait
+    /// until all that is there before it loads the state.
     pub saves_into_memory: Cell<bool>,
     /// This is present while the guest's writes are held up.
     pub(crate) stunned: RefCell<Option<Stunned>>,

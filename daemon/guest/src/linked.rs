@@ -274,7 +274,11 @@ impl Driver for Linked {
         let (file, bytes) = state_file(&mut state).await.map_err(failed)?;
         let whole = Instant::now();
         self.ask_with(Request::Load { bytes }, &[file.as_fd()]).await?;
-        self.ask(Request::Prepare(bond.clone())).await?;
+        self.ask(Request::Prepare(bond.clone())).await.map_err(|error| match error {
+            // It has loaded a guest by now, and is of no use for another.
+            DriverError::Failed { request, reason } => DriverError::Broken { request, reason },
+            error => error,
+        })?;
         Ok(LoadedState { took: whole.elapsed(), stays: None })
     }
 

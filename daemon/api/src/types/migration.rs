@@ -100,8 +100,7 @@ pub struct Migration {
     pub vmm_state_bytes: Option<u64>,
     /// The VMM took this many seconds to save its state.
     pub save_seconds: Option<f64>,
-    /// The destination's VMM took this many seconds to load the state, from when the last of it had come. A QEMU loads it while the
-    /// source's QEMU saves it.
+    /// The destination's VMM took this many seconds to load the state, from when the last of it had come.
     pub load_seconds: Option<f64>,
     /// The guest did not run when it was to be paused, and stays so on whichever host it ends up. This is its VMM's word
     /// for that, such as `paused` or `shutdown`; `null` if it ran.

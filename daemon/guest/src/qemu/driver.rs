@@ -290,11 +290,11 @@ impl Driver for Qemu {
         if self.incoming.take() {
             task::spawn("tidying a QEMU up", async move {
                 announce(&qmp).await;
-                tidy(&qmp, settings.unwrap_or_default()).await;
+                settings.unwrap_or_default().restore_or_tell(&qmp).await;
             });
         } else if self.migrates.replace(false) || settings.is_some() || self.is_noted() {
             // What an earlier daemon has set is not known any more.
-            tidy(&qmp, settings.unwrap_or_default()).await;
+            settings.unwrap_or_default().restore_or_tell(&qmp).await;
             self.states.note_migration(&self.name, false).await;
         }
         Ok(self.qmp.resumed())
@@ -341,7 +341,7 @@ impl Driver for Qemu {
                 let _ = self.qmp.execute("cont", json!({})).await;
                 let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
             }
-            tidy(&self.qmp, settings).await;
+            settings.restore_or_tell(&self.qmp).await;
             self.states.note_migration(&self.name, false).await;
         }
     }
@@ -489,13 +489,6 @@ async fn announce(qmp: &Qmp) {
     let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
     if let Err(error) = qmp.execute("announce-self", times).await {
         warn!(%error, "QEMU does not announce its guest; the daemon did");
-    }
-}
-
-/// Leaves QEMU's own migration as it was found.
-async fn tidy(qmp: &Qmp, settings: Settings) {
-    if let Err(error) = settings.restore(qmp).await {
-        warn!(%error, "cannot restore QEMU's settings for its own migration; x-ignore-shared may be on");
     }
 }
 

@@ -1,6 +1,7 @@
 //! This module sets the capabilities and parameters of QEMU's own migration for the time of a migration by Memlane.
 
 use serde_json::{Value, json};
+use tracing::warn;
 
 use super::qmp::{Qmp, items};
 use crate::DriverError;
@@ -83,6 +84,13 @@ impl Settings {
         before.capabilities =
             NEITHER.iter().chain(&["events"]).map(|name| switch(name, is_on(name))).collect();
         before
+    }
+
+    /// Does as [`Self::restore`], and logs it if that fails.
+    pub(super) async fn restore_or_tell(self, qmp: &Qmp) {
+        if let Err(error) = self.restore(qmp).await {
+            warn!(%error, "cannot restore QEMU's settings for its own migration; x-ignore-shared may be on");
+        }
     }
 
     /// Leaves QEMU as it was, and safe to be used by others.

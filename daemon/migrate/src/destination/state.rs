@@ -45,7 +45,9 @@ impl IncomingState {
         self.bytes += piece.len() as u64;
         self.whole = self.bytes == total;
         self.with_memory |= piece.is_empty() || self.whole;
-        self.waiting.push(piece);
+        if !piece.is_empty() {
+            self.waiting.push(piece);
+        }
         Ok(())
     }
 
@@ -63,8 +65,9 @@ impl IncomingState {
     pub(super) fn pass_on(&mut self) {
         let Some(loading) = &mut self.loading else { return };
         let Some(writer) = &loading.writer else { return };
-        for piece in self.waiting.drain(..).filter(|piece| !piece.is_empty()) {
-            loading.begun = true;
+        // A state may have no bytes at all.
+        loading.begun |= self.whole || !self.waiting.is_empty();
+        for piece in self.waiting.drain(..) {
             // A VMM that does not want it any more says why.
             let _ = writer.send(piece);
         }
@@ -168,6 +171,26 @@ mod tests {
             state.pass_on();
             assert_eq!(state.loaded().await.unwrap(), NOTHING);
             assert_eq!((seen.borrow().as_slice(), state.bytes()), (&[1, 2, 3, 4][..], 4));
+        });
+    }
+
+    #[test]
+    fn a_state_of_no_bytes_is_loaded() {
+        run(async {
+            let mut state = IncomingState::default();
+            state.take(100, 0, Vec::new()).unwrap();
+            let (writer, reader) = state_pipe();
+            let reading = read(reader, std::rc::Rc::default());
+            state.begin(writer, async move {
+                reading.await;
+                Ok(NOTHING)
+            });
+            state.pass_on();
+            assert!(!state.is_loading());
+            state.take(0, 0, Vec::new()).unwrap();
+            state.pass_on();
+            assert!(state.is_loading() && state.is_whole());
+            assert_eq!(state.loaded().await.unwrap(), NOTHING);
         });
     }
 
