@@ -98,7 +98,7 @@ async fn serve_connection(
 ///
 /// Fails with the reason, for the other daemon's log.
 fn admit(host: &Host, hello: &Hello, remote: SocketAddr) -> Result<(), String> {
-    if matches!(hello.purpose, Purpose::Lane { .. } | Purpose::Faults { .. }) {
+    if matches!(hello.purpose, Purpose::Lane { .. } | Purpose::Faults { .. } | Purpose::State { .. }) {
         return Err("this is the control port; lanes go to the addresses that were offered".into());
     }
     let Some(peer) = host.context().peer(&hello.host) else {

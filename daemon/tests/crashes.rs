@@ -31,11 +31,11 @@ const COPYING: Point =
 /// The guest stands still, and both sides look at its memory.
 const COMPARING: Point =
     Point { name: "comparing", from: HostId::B, is: |message| matches!(message, Control::Digests { .. }) };
-/// All pages are there, the VMM's state is not.
+/// All pages are there, and the destination does not know. (The VMM's state comes another way.)
 const SWITCHING_OVER: Point = Point {
     name: "switching-over",
     from: HostId::A,
-    is: |message| matches!(message, Control::State { bytes, .. } if !bytes.is_empty()),
+    is: |message| matches!(message, Control::State { bytes, .. } if bytes.is_empty()),
 };
 /// The destination has all of it but the last byte.
 const LOADING: Point = Point {
@@ -321,7 +321,7 @@ fn the_other_side_hangs() {
     let Some((mut stage, tap)) = Stage::tapped("the_other_side_hangs", LabOptions::default()) else { return };
     let mut guest = stage.guest("web1");
     let mut there = stage.receiver("web1");
-    for point in [COPYING, SWITCHING_OVER] {
+    for point in [COPYING, LOADING] {
         eprintln!("{}: the destination daemon", point.name);
         tap.hold(point.from, point.is);
         let order = stage.begin("web1", &[]);
@@ -335,7 +335,7 @@ fn the_other_side_hangs() {
     }
 
     eprintln!("the destination VMM, in the pause");
-    tap.hold(HostId::A, SWITCHING_OVER.is);
+    tap.hold(HostId::A, LOADING.is);
     let order = stage.begin("web1", &["--downtime-limit", "5s"]);
     tap.wait();
     signal(there.process(), Signal::STOP);

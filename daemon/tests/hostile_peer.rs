@@ -326,10 +326,14 @@ fn a_destination_that_breaks_the_protocol() {
         (Trick::HangsUp, 4, "closed the control connection"),
         // By the control connection or by the lane, whichever is noticed first.
         (Trick::Silence, 4, "host-a"),
-        (Trick::NoAcks, 4, "every lane to the destination is lost"),
-        (Trick::AcksTooMuch, 4, "every lane to the destination is lost"),
-        (Trick::AcksNonsense, 4, "every lane to the destination is lost"),
-        (Trick::ClosesLanes, 4, "every lane to the destination is lost"),
+        (
+            Trick::NoAcks,
+            4,
+            "lane to the destination is lost, the last one because the other end has not answered for",
+        ),
+        (Trick::AcksTooMuch, 4, "the other end broke the protocol"),
+        (Trick::AcksNonsense, 4, "the other end broke the protocol"),
+        (Trick::ClosesLanes, 4, "the last one because the other end closed the connection"),
         (Trick::OutOfTurn, 4, "sent `verify` out of turn"),
         (Trick::FloodOfAnswers, 4, "host"),
         (Trick::ReadyTooEarly, 4, "gave up: enough"),

@@ -11,6 +11,7 @@ use memlane_protocol::wire::attach::Bond;
 use memlane_protocol::wire::control::QemuGuest;
 
 use crate::memory::VmmMemory;
+use crate::process::Hang;
 use crate::state::{StateReader, StateWriter};
 
 /// A VMM did not do as it was asked.
@@ -23,12 +24,14 @@ pub enum DriverError {
     #[error("the VMM is gone, or the connection to it is lost")]
     Unheard,
     /// The VMM did not answer in time.
-    #[error("the VMM did not answer to `{request}` within {after:.0?}")]
+    #[error("the VMM did not answer to `{request}` within {after:.0?}{hang}")]
     Slow {
         /// This is the request.
         request: &'static str,
         /// The answer was waited for this long.
         after: Duration,
+        /// This is why, as far as it can be seen.
+        hang: Hang,
     },
     /// The VMM refused.
     #[error("the VMM cannot {request}: {reason}")]
@@ -155,6 +158,12 @@ pub trait Driver {
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.
     async fn discard(&self) -> Result<(), DriverError>;
+    /// Has what is asked while the guest runs, before it is paused, wait so long for a VMM that does not answer.
+    fn be_patient(&self, _patience: Duration) {}
+    /// Returns what is waited for, in words, if the VMM does not answer at present.
+    fn waits_for(&self) -> Option<String> {
+        None
+    }
     /// Returns once the connection to the VMM is lost.
     async fn gone(&self);
     /// Ends the connection. The VMM then follows its own rules.

@@ -33,7 +33,7 @@ pub use guest::Guest;
 pub use linked::Linked;
 pub use memlane_kvm::dirty::{Harvest, ThrottleStats};
 pub use memory::VmmMemory;
-pub use process::{KillError, Process, ProcessError};
+pub use process::{Hang, KillError, Process, ProcessError};
 pub use registry::{AttachError, GuestObserver, Guests, Stranger};
 pub use state::{StateReader, StateWriter, state_pipe};
 pub use stun::Switch;

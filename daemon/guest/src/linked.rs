@@ -19,6 +19,7 @@ use memlane_protocol::wire::attach::{
     Bond, FromVmm, HANDS_OVER_AGAIN, HANDS_OVER_MEMORY, MAX_PACKET_BYTES, MAX_STATE_BYTES, Reply, Request,
     ToVmm,
 };
+use rustix::net::sockopt::socket_peercred;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, oneshot, watch};
 use tracing::{debug, warn};
@@ -27,6 +28,7 @@ use super::memory::{DEVICE, Handles, open_device};
 use super::{
     Driver, DriverError, Harvest, LoadedState, SavedState, StateReader, StateWriter, ThrottleStats, VmmMemory,
 };
+use crate::process::Hang;
 
 /// A VMM may take this long for one request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -158,7 +160,11 @@ impl Linked {
                 Err(DriverError::Failed { request: name, reason })
             }
             Ok(Err(gone)) => Err(gone),
-            Err(_) => Err(DriverError::Slow { request: name, after: PATIENCE }),
+            Err(_) => {
+                let pid =
+                    socket_peercred(&*self.socket).map_or(0, |peer| peer.pid.as_raw_nonzero().get() as u32);
+                Err(DriverError::Slow { request: name, after: PATIENCE, hang: Hang::of(pid) })
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! This module follows the process of a VMM: a connection may be lost and made again, and a process ends for good.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -75,6 +76,49 @@ pub enum KillError {
         /// This is what the kernel said.
         source: io::Error,
     },
+}
+
+/// The reason why a process does not answer, as far as it can be seen. Its text is empty or begins with a semicolon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hang {
+    /// Nothing is to be seen: it may be busy.
+    Unknown,
+    /// The process of this number is stopped.
+    Stopped(u32),
+    /// A thread of the process of this number waits in the kernel, and cannot be interrupted.
+    InKernel(u32),
+}
+
+impl fmt::Display for Hang {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => Ok(()),
+            Self::Stopped(pid) => write!(
+                f,
+                "; process {pid} is stopped, as by SIGSTOP or a debugger: `kill -CONT {pid}` lets it go on"
+            ),
+            Self::InKernel(pid) => write!(
+                f,
+                "; process {pid} waits in the kernel, as for storage that does not answer: see \
+                 /proc/{pid}/task/*/wchan and the kernel's log"
+            ),
+        }
+    }
+}
+
+impl Hang {
+    /// Looks why the process of this number does not answer. It reads files in `/proc`.
+    pub(crate) fn of(pid: u32) -> Self {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let states: Vec<char> = threads
+            .filter_map(|thread| Stat::read(thread.path().join("stat")).ok())
+            .map(|stat| stat.state)
+            .collect();
+        if !states.is_empty() && states.iter().all(|state| matches!(state, 'T' | 't')) {
+            return Self::Stopped(pid);
+        }
+        if states.contains(&'D') { Self::InKernel(pid) } else { Self::Unknown }
+    }
 }
 
 impl Process {
@@ -223,6 +267,8 @@ fn is_gone(error: &io::Error) -> bool {
 
 /// What a file `stat` in `/proc` tells about a process or a thread.
 struct Stat {
+    /// Its state, as proc(5) has it, such as `T` for stopped.
+    state: char,
     /// It has ended with all of its threads, and was not collected yet.
     ended: bool,
     /// The kernel has begun to end it, and none of its code runs any more.
@@ -246,7 +292,7 @@ impl Stat {
             let (state, flags, threads, started) = (*fields.first()?, number(9)?, number(20)?, number(22)?);
             // The first thread may end before the others, and is a zombie then.
             let ended = matches!(state, "Z" | "X") && threads <= 1;
-            Some(Self { ended, exits: flags & EXITING != 0, started })
+            Some(Self { state: state.chars().next()?, ended, exits: flags & EXITING != 0, started })
         };
         read().ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
@@ -281,6 +327,21 @@ mod tests {
             Process::running(child.id()).unwrap().ended().await;
             again.kill().unwrap();
         });
+    }
+
+    #[test]
+    fn a_process_that_is_stopped_is_told_from_one_that_waits() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id();
+        assert_eq!(Hang::of(pid), Hang::Unknown);
+        let process = Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(process, Signal::STOP).unwrap();
+        let stopped = || (Hang::of(pid) == Hang::Stopped(pid)).then_some(());
+        memlane_lab::wait_for("a process to stop", Duration::from_secs(60), stopped).unwrap();
+        assert!(Hang::of(pid).to_string().contains(&format!("kill -CONT {pid}")));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(Hang::of(pid), Hang::Unknown);
     }
 
     #[test]

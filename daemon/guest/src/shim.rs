@@ -16,6 +16,7 @@ use tracing::debug;
 use super::driver::{Driver, DriverError};
 use super::linked::Linked;
 use super::memory::{DEVICE, Handles, open_device};
+use super::process::Hang;
 
 /// This many shims may be connected at once. Children of a VMM that load the shim count as well.
 pub const MOST: usize = 1024;
@@ -69,14 +70,14 @@ pub enum ShimError {
         reason: String,
     },
     /// The shim does not answer.
-    #[error(
-        "the shim in process {pid} did not answer within {after:.0?}; see whether the process is stopped"
-    )]
+    #[error("the shim in process {pid} did not answer within {after:.0?}{hang}")]
     Slow {
         /// This is the number of the process.
         pid: u32,
         /// The answer was waited for this long.
         after: Duration,
+        /// This is why, as far as it can be seen.
+        hang: Hang,
     },
     /// The shim's answer makes no sense, or the connection was lost over it.
     #[error(
@@ -95,7 +96,7 @@ impl ShimError {
     fn of(pid: u32, error: DriverError) -> Self {
         match error {
             DriverError::Failed { reason, .. } => Self::Failed { pid, reason },
-            DriverError::Slow { after, .. } => Self::Slow { pid, after },
+            DriverError::Slow { after, hang, .. } => Self::Slow { pid, after, hang },
             DriverError::Broken { reason, .. } => Self::Broken { pid, reason },
             other => Self::Broken { pid, reason: other.to_string() },
         }
@@ -124,7 +125,7 @@ impl Shims {
         let answer = timeout(PATIENCE, shim.open_userfault(device.as_ref().ok(), keep)).await;
         let answer = match answer {
             Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
-            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE, hang: Hang::of(pid) }),
         };
         match (answer, device) {
             (Err(ShimError::Failed { reason, .. }), Err(Errno::NOENT | Errno::NXIO | Errno::NODEV)) => {
@@ -147,7 +148,7 @@ impl Shims {
         let shim = self.of(pid)?;
         match timeout(PATIENCE, shim.kept_userfault()).await {
             Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
-            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE, hang: Hang::of(pid) }),
         }
     }
 
@@ -160,7 +161,7 @@ impl Shims {
         let shim = self.of(pid)?;
         match timeout(PATIENCE, shim.mapped_file(address)).await {
             Ok(answer) => answer.map_err(|error| ShimError::of(pid, error)),
-            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE }),
+            Err(_) => Err(ShimError::Slow { pid, after: PATIENCE, hang: Hang::of(pid) }),
         }
     }
 

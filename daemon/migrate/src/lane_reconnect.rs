@@ -3,6 +3,7 @@
 //! A port that was lost is tried again and again, ever more rarely, for as long as there is something to send. So is a
 //! port that could not be reached to begin with.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memlane_net::port::OpenError;
@@ -24,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// Opens lanes where they are missing.
 pub(crate) struct LaneReconnector {
-    routes: Routes,
+    routes: Rc<Routes>,
     /// There is one for each route.
     tries: Vec<Tries>,
     opening: JoinSet<(usize, Result<LaneEnd, OpenError>)>,
@@ -43,7 +44,7 @@ struct Tries {
 
 impl LaneReconnector {
     /// Makes a reconnector for lanes on `routes`.
-    pub(crate) fn new(routes: Routes) -> Self {
+    pub(crate) fn new(routes: Rc<Routes>) -> Self {
         let tries = routes.all().iter().map(|_| Tries::new()).collect();
         Self { routes, tries, opening: JoinSet::new(), look_at: Instant::now() }
     }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Add;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use memlane_lane::postcopy::PageServer;
@@ -34,6 +34,8 @@ pub(crate) use lane::LaneEnd;
 pub(crate) struct Lanes {
     lanes: Vec<Lane>,
     running: watch::Sender<usize>,
+    /// The reason why the last lane ended that has ended.
+    last_words: Arc<Mutex<String>>,
     /// Lanes of these numbers are closed for good: no connection may bring them back.
     closed: BTreeSet<u16>,
     /// How many lanes each port is to have.
@@ -60,9 +62,9 @@ impl Lanes {
 
     /// Makes an empty set of lanes. What they carry is reported to `observer` and added to `traffic`.
     fn telling(observer: Rc<dyn Observer>, traffic: Rc<Traffic>) -> Self {
-        let (lanes, closed, counts) = Default::default();
+        let (lanes, last_words, closed, counts) = Default::default();
         let (running, begun) = (watch::Sender::new(0), Instant::now());
-        Self { lanes, running, closed, counts, begun, measured: begun, observer, traffic }
+        Self { lanes, running, last_words, closed, counts, begun, measured: begun, observer, traffic }
     }
 
     /// Starts a lane that sends from `outbound`.
@@ -111,7 +113,8 @@ impl Lanes {
     ) {
         let (mut lane, transport) = Lane::new(end, answers);
         let (stats, thread_stats) = (lane.stats.clone(), lane.stats.clone());
-        let ending = Ending { stats, running: self.running.clone() };
+        let (running, last_words) = (self.running.clone(), self.last_words.clone());
+        let mut ending = Ending { stats, running, last_words, why: "its thread failed".to_owned() };
         let (port, number, remote) = (lane.port.clone(), lane.number, lane.remote);
         let name = format!("lane-{port}-{number}");
         self.running.send_modify(|running| *running += 1);
@@ -119,6 +122,7 @@ impl Lanes {
             let error = work(thread_stats, transport);
             let lost = !matches!(error, LaneError::HungUp);
             ending.stats.lost.store(lost, Ordering::Release);
+            ending.why = error.to_string();
             // Before the log, which may be slow: a paused guest may wait for this.
             drop(ending);
             match lost {
@@ -175,6 +179,11 @@ impl Lanes {
     /// Tells whether every lane has ended.
     pub(crate) fn all_ended(&self) -> bool {
         self.running() == 0
+    }
+
+    /// Returns the reason why the last lane ended that has ended, or an empty text if none has.
+    pub(crate) fn last_words(&self) -> String {
+        self.last_words.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns how many lanes have not ended.
@@ -274,14 +283,17 @@ impl Drop for Lanes {
     }
 }
 
-/// Notes that a lane has ended, even if its thread panics or cannot be started.
+/// Notes that a lane has ended and why, even if its thread panics or cannot be started.
 struct Ending {
     stats: Arc<LaneStats>,
     running: watch::Sender<usize>,
+    last_words: Arc<Mutex<String>>,
+    why: String,
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
+        *self.last_words.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.why);
         if std::thread::panicking() {
             self.stats.lost.store(true, Ordering::Release);
         }
@@ -379,6 +391,7 @@ mod tests {
             LaneError::Silent(Duration::from_secs(1))
         });
         let lost = lanes.running.subscribe().wait_for(|running| *running == 0).await.is_ok();
+        assert!(lanes.last_words().contains("has not answered for 1.0s"), "{}", lanes.last_words());
         let view = lanes.lanes[0].view();
         assert!(lost && lanes.running_on(&port) == 0 && view.state == LaneState::Lost && view.losses == 1);
 

@@ -27,6 +27,7 @@ mod registry;
 mod routes;
 mod silence;
 mod source;
+mod state_lane;
 mod supervisor;
 mod vmm;
 

@@ -80,6 +80,16 @@ impl Routes {
         self.connect(route, Purpose::Faults { token: self.token }, number).await
     }
 
+    /// Opens a lane for the state of the VMM.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the destination cannot be reached, or refuses the lane.
+    pub(crate) async fn open_state(&self, route: &Route) -> Result<LaneEnd, OpenError> {
+        let number = self.next.replace(self.next.get() + 1);
+        self.connect(route, Purpose::State { token: self.token }, number).await
+    }
+
     fn connect(
         &self,
         route: &Route,

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream as StdStream};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -136,6 +137,12 @@ impl Channel {
         }
     }
 
+    /// Makes a channel of a lane: a connection that was opened, greeted and answered elsewhere.
+    pub fn of_lane(socket: OwnedFd, records: Option<Box<Records>>) -> Self {
+        let stream = Rc::new(TcpStream::from_std(StdStream::from(socket)));
+        Self { records: records.map(RefCell::new), ..Self::plain(stream) }
+    }
+
     fn encrypted(stream: Rc<TcpStream>, records: Box<Records>, owner: Owner) -> Self {
         Self { stream, records: Some(RefCell::new(records)), ahead: RefCell::default(), owner }
     }
@@ -178,6 +185,28 @@ impl Channel {
                 None => self.ahead.borrow_mut().extend(came),
             }
             heard();
+        }
+    }
+
+    /// Reads what has come, and waits for it if need be. What comes is lost if the returned future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the connection ends or breaks before.
+    pub async fn read_some(&self) -> Result<Vec<u8>, LinkError> {
+        let mut bytes = Vec::new();
+        loop {
+            if let Some(records) = &self.records {
+                records.borrow_mut().read(usize::MAX, &mut bytes)?;
+                if !bytes.is_empty() {
+                    return Ok(bytes);
+                }
+            }
+            let came = read_some(&self.stream).await?;
+            match &self.records {
+                Some(records) => records.borrow_mut().append(&came),
+                None => return Ok(came),
+            }
         }
     }
 

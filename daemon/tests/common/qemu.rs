@@ -10,6 +10,7 @@ use memlane_lab::qmp::Monitor;
 use memlane_lab::{
     BackgroundProcess, CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions,
 };
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::common::{LIMITS, Stage, words};
@@ -34,7 +35,7 @@ pub(crate) fn stage(test: &str, may_start_guests: bool, keys: &str) -> Option<St
 
 /// A QEMU with two monitors: one for the daemon, and one for the test.
 pub(crate) struct Qemu {
-    _process: LabProcess,
+    process: LabProcess,
     pub qmp: PathBuf,
     pub ours: PathBuf,
 }
@@ -80,7 +81,7 @@ impl Qemu {
         if let Err(error) = Monitor::connect_while(&ours, || process.is_running()) {
             panic!("{error:#}; {}", process.log_tail());
         }
-        Self { _process: process, qmp, ours }
+        Self { process, qmp, ours }
     }
 
     /// Runs a command of the monitor.
@@ -112,6 +113,11 @@ impl Qemu {
     /// Has the daemon of a host take it.
     pub(crate) fn attach(&self, stage: &Stage, id: HostId, name: &str, more: &[&str]) -> CtlOutput {
         attach(stage, id, name, &self.qmp, more)
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        super::signal(&self.process, signal);
     }
 
     /// Its guest runs.

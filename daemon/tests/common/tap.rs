@@ -113,11 +113,14 @@ impl Tap {
         self.0.changed.notify_all();
     }
 
-    /// Loses what is held back, as a network does, and lets pass all that follows.
+    /// Loses what is held back, and with it the connections that it was on, and lets pass all that follows.
     pub(crate) fn lose(&self) {
         let mut state = self.0.lock();
         state.rule = None;
-        state.held.clear();
+        for (stream, _) in state.held.drain(..) {
+            // The other half of the connection ends with it. A stream that loses some of what it carries does not go on.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
         self.0.changed.notify_all();
     }
 

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod hangs;
 mod machine;
 mod others;
 mod room;

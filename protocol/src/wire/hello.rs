@@ -15,14 +15,17 @@ use super::text::{Label, RawLabel};
 /// compressed. Since version 3, the calling daemon names the addresses that its lanes come from, and a source that does
 /// not know whether it committed asks the destination to withdraw. Since version 4, a connection that is lost before the
 /// handover begins is [resumed](crate::resumption), and a destination whose VMM does not answer says that it is
-/// [`Recovering`](crate::handover::Message::Recovering), and an offer says what a guest's QEMU is made of.
-pub const VERSIONS: (u16, u16) = (3, 4);
+/// [`Recovering`](crate::handover::Message::Recovering), and an offer says what a guest's QEMU is made of. Since version 5,
+/// the state of the VMM may have a [lane of its own](Purpose::State).
+pub const VERSIONS: (u16, u16) = (3, 5);
 /// Since this version, control connections are [resumed](crate::resumption).
 pub const RESUMES: u16 = 4;
 /// Since this version, a source understands [`Recovering`](crate::handover::Message::Recovering).
 pub const RECOVERS: u16 = 4;
 /// Since this version, an offer says what a guest's QEMU is made of ([`QemuGuest::parts`](super::control::QemuGuest::parts)).
 pub const NAMES_PARTS: u16 = 4;
+/// Since this version, the state of the VMM may have a [lane of its own](Purpose::State).
+pub const STATE_LANE: u16 = 5;
 /// The length of a [`Hello`] in bytes.
 pub const HELLO_BYTES: usize = size_of::<RawHello>();
 /// The length of an [`Answer`] before its text, in bytes.
@@ -59,6 +62,12 @@ pub enum Purpose {
     /// [`PageRequest`](super::frame::PageRequest)s to the source and frames back. Nothing else travels there.
     Faults {
         /// The token that the destination gave for fetching.
+        token: Token,
+    },
+    /// The connection carries the state of the VMM of one migration, as it is, without its end: the last piece comes as
+    /// [`Control::State`](super::control::Control::State), and says how long the state is. Nothing travels back.
+    State {
+        /// The token that the destination gave for this migration.
         token: Token,
     },
     /// The connection shows that the port can be reached; it is answered and closed.
@@ -104,6 +113,7 @@ impl Hello {
             Purpose::Control => (CONTROL, [0; 16], 0),
             Purpose::Lane { token, lane } => (LANE, token, lane),
             Purpose::Faults { token } => (FAULTS, token, 0),
+            Purpose::State { token } => (STATE, token, 0),
             Purpose::Probe => (PROBE, [0; 16], 0),
         };
         put(
@@ -135,6 +145,7 @@ impl Hello {
             CONTROL => Purpose::Control,
             LANE => Purpose::Lane { token: raw.token, lane: raw.lane.get() },
             FAULTS => Purpose::Faults { token: raw.token },
+            STATE => Purpose::State { token: raw.token },
             PROBE => Purpose::Probe,
             other => return Err(WireError::Unknown { what: "purpose of a connection", found: other.into() }),
         };
@@ -203,6 +214,7 @@ const CONTROL: u16 = 1;
 const LANE: u16 = 2;
 const PROBE: u16 = 3;
 const FAULTS: u16 = 4;
+const STATE: u16 = 5;
 
 fn check_magic(found: [u8; 4]) -> Result<(), WireError> {
     match found {

@@ -36,6 +36,7 @@ use super::run_state;
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
 use super::{blockers, launch};
+use crate::process::Hang;
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
 use crate::{
@@ -77,6 +78,8 @@ pub(super) struct Qemu {
     migrates: Cell<bool>,
     /// The guest stood still before it was paused, or before it was paused at the host that it comes from, and stays so.
     stays: RefCell<Option<String>>,
+    /// A QEMU that does not answer is waited for this long while its guest runs.
+    patience: Cell<Duration>,
     /// The other host was told that QEMU is made of these parts.
     told: RefCell<Vec<String>>,
     /// These settings are restored when the migration is over.
@@ -118,6 +121,7 @@ impl Qemu {
             loaded: Cell::default(),
             migrates: Cell::new(record.migrating),
             stays: RefCell::new(record.stays.clone()),
+            patience: Cell::new(PATIENCE),
             told: RefCell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
@@ -134,6 +138,11 @@ impl Qemu {
             Some(log) => format!("QEMU says: {}", launch::tail(log).await),
             None => "see QEMU's log".to_owned(),
         }
+    }
+
+    /// Returns the error of a QEMU that has not done in time what it was told.
+    fn slow(&self, request: &'static str, after: Duration) -> DriverError {
+        DriverError::Slow { request, after, hang: Hang::of(self.qmp.pid()) }
     }
 
     /// Gives QEMU one end of a connection, and returns the other.
@@ -182,6 +191,7 @@ impl Driver for Qemu {
     }
 
     async fn drain(&self) -> Result<Option<Duration>, DriverError> {
+        let _patient = self.qmp.waiting_for(self.patience.get());
         // A disk that is gone by now was drained when it went.
         let Some(node) = self.disk_files.late(&self.qmp).await? else { return Ok(None) };
         if !self.reads_directly.get() {
@@ -223,7 +233,9 @@ impl Driver for Qemu {
         self.shims.wait_for(self.qmp.pid(), blockers::CONNECTING).await;
         let handles = self.shims.kept_userfault(self.qmp.pid()).await;
         let handles = handles.map_err(|error| match error {
-            ShimError::Slow { after, .. } => DriverError::Slow { request: "reopen userfaultfd", after },
+            ShimError::Slow { after, hang, .. } => {
+                DriverError::Slow { request: "reopen userfaultfd", after, hang }
+            }
             ShimError::Broken { .. } => DriverError::Gone,
             error => failed(error.to_string()),
         })?;
@@ -233,6 +245,7 @@ impl Driver for Qemu {
     }
 
     async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError> {
+        let _patient = self.qmp.waiting_for(self.patience.get());
         let status = self.check_unoccupied().await?;
         // By now: what QEMU writes of it tells, but a daemon that is started anew may never have read that.
         let stays = (status != "running").then_some(status);
@@ -310,7 +323,7 @@ impl Driver for Qemu {
         if state != "completed" {
             return Err(failed(format!("its own migration is {state}; {}", self.last_words().await)));
         }
-        let late = |_| DriverError::Slow { request: "save", after: PATIENCE };
+        let late = |_| self.slow("save", PATIENCE);
         let bytes = tokio::time::timeout(PATIENCE, reading.finish()).await.map_err(late)?;
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
         let stays = run_state::standing_in(&bytes);
@@ -427,8 +440,16 @@ impl Driver for Qemu {
         }
         match tokio::time::timeout(PATIENCE, self.process.ended()).await {
             Ok(()) => Ok(()),
-            Err(_) => Err(DriverError::Slow { request: "quit", after: 2 * PATIENCE }),
+            Err(_) => Err(self.slow("quit", 2 * PATIENCE)),
         }
+    }
+
+    fn be_patient(&self, patience: Duration) {
+        self.patience.set(patience.max(PATIENCE));
+    }
+
+    fn waits_for(&self) -> Option<String> {
+        self.qmp.waits_for()
     }
 
     async fn gone(&self) {

@@ -5,8 +5,9 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memlane_kvm::{descriptors, packet};
 use memlane_net::task;
@@ -17,15 +18,18 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot, watch};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::farewell;
+use crate::process::Hang;
 use crate::{DriverError, Farewell};
 
 /// Bytes that are read at once.
 const READ_BYTES: usize = 8 << 10;
 /// Longest wait for the answer to a command.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A QEMU that has not answered for this long is said to hang. One that is stopped is waited for no longer, as a rule.
+const HANGS: Duration = Duration::from_secs(2);
 /// The greeting is waited for this long: QEMU talks to one client at a time, and lets others wait.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -46,11 +50,20 @@ pub enum ConnectError {
     },
     /// The process that listens does not greet.
     #[error(
-        "QEMU's monitor at {} says nothing: another program may be connected to it (it serves one at a time); \
-         give this daemon a -qmp socket of its own",
-        .0.display()
+        "QEMU's monitor at {} says nothing{}",
+        path.display(),
+        match hang {
+            Hang::Unknown => ": another program may be connected to it (it serves one at a time); give this \
+                daemon a -qmp socket of its own".to_owned(),
+            hang => hang.to_string(),
+        }
     )]
-    Silent(PathBuf),
+    Silent {
+        /// This is the socket.
+        path: PathBuf,
+        /// This is why, as far as it can be seen.
+        hang: Hang,
+    },
     /// The process that listens is no QEMU.
     #[error(
         "what listens at {} is no QMP monitor: {why}; give the socket of QEMU's -qmp, not that of -monitor",
@@ -76,6 +89,28 @@ pub(super) struct Qmp {
     pid: u32,
     user: u32,
     version: [u32; 3],
+    /// The answer to a command is waited for this long.
+    patience: Cell<Duration>,
+    /// QEMU has not answered to this command since this moment.
+    silent: RefCell<Option<(&'static str, Instant, Hang)>>,
+}
+
+/// A QEMU is waited for longer, until this is dropped.
+pub(super) struct Patient<'a>(&'a Qmp);
+
+impl Drop for Patient<'_> {
+    fn drop(&mut self) {
+        self.0.patience.set(PATIENCE);
+    }
+}
+
+/// A silence of QEMU that is told of, until this is dropped.
+struct Told<'a>(&'a RefCell<Option<(&'static str, Instant, Hang)>>);
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.0.replace(None);
+    }
 }
 
 /// Takes the answer to the command of this number.
@@ -117,7 +152,7 @@ impl Qmp {
         let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;
         let (reader, writer) = stream.into_split();
         let mut messages = Messages { reader, decoder: Decoder::default(), buffer: vec![0; READ_BYTES] };
-        let silent = |_| ConnectError::Silent(path.to_owned());
+        let silent = |_| ConnectError::Silent { path: path.to_owned(), hang: Hang::of(pid) };
         let first = tokio::time::timeout(greeting, messages.next()).await.map_err(silent)?;
         let first = first.map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => stranger(&error.to_string()),
@@ -137,8 +172,9 @@ impl Qmp {
             gone: watch::Sender::new(false),
         });
         task::spawn("monitor of a QEMU", read(messages, news.clone()));
-        let (commands, torn) = (Mutex::default(), Cell::default());
-        let qmp = Self { writer, commands, torn, news, pid, user, version };
+        let (commands, torn, silent) = Default::default();
+        let qmp =
+            Self { writer, commands, torn, news, pid, user, version, patience: Cell::new(PATIENCE), silent };
         match qmp.run(NEGOTIATE, json!({}), &[], patience).await {
             Ok(_) => Ok(qmp),
             Err(error) => Err(stranger(&error.to_string())),
@@ -170,7 +206,20 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
     ) -> Result<Value, DriverError> {
-        self.run(command, arguments, &[], PATIENCE).await
+        self.run(command, arguments, &[], self.patience.get()).await
+    }
+
+    /// Waits so long for the answer to a command, until the returned value is dropped.
+    pub(super) fn waiting_for(&self, patience: Duration) -> Patient<'_> {
+        self.patience.set(patience);
+        Patient(self)
+    }
+
+    /// Returns what is waited for, in words, if QEMU does not answer at present.
+    pub(super) fn waits_for(&self) -> Option<String> {
+        let (command, since, hang) = (*self.silent.borrow())?;
+        let (pid, seconds) = (self.pid, since.elapsed().as_secs());
+        Some(format!("QEMU (process {pid}) to answer to `{command}`; it has not for {seconds} s{hang}"))
     }
 
     /// Gives QEMU a descriptor, which `fd:NAME` stands for from now on.
@@ -179,7 +228,7 @@ impl Qmp {
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub(super) async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
-        self.run("getfd", json!({ "fdname": name }), &[descriptor], PATIENCE).await.map(drop)
+        self.run("getfd", json!({ "fdname": name }), &[descriptor], self.patience.get()).await.map(drop)
     }
 
     /// Runs a command of the human monitor, for what QMP has no command.
@@ -234,7 +283,7 @@ impl Qmp {
             reached = tokio::time::timeout(patience, reached) => match reached {
                 Ok(Ok(state)) => Ok(state.clone()),
                 Ok(Err(_)) => Err(DriverError::Gone),
-                Err(_) => Err(DriverError::Slow { request, after: patience }),
+                Err(_) => Err(DriverError::Slow { request, after: patience, hang: Hang::of(self.pid) }),
             },
             () = self.gone() => Err(DriverError::Gone),
         }
@@ -288,13 +337,41 @@ impl Qmp {
             self.write(line.as_bytes(), descriptors).await.map_err(|_| DriverError::Gone)?;
             answer.await.map_err(|_| DriverError::Gone)
         };
-        match tokio::time::timeout(patience, exchange).await {
-            Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err(refusal))) => {
-                Err(DriverError::Failed { request: command, reason: refusal.description })
+        match self.answer_within(patience, command, exchange).await? {
+            Ok(value) => Ok(value),
+            Err(refusal) => Err(DriverError::Failed { request: command, reason: refusal.description }),
+        }
+    }
+
+    /// Waits for the answer to a command. A QEMU that hangs is told of meanwhile; one that is stopped is not waited for, unless
+    /// it is to be waited for longer than others.
+    async fn answer_within<T>(
+        &self,
+        patience: Duration,
+        command: &'static str,
+        exchange: impl Future<Output = Result<T, DriverError>>,
+    ) -> Result<T, DriverError> {
+        let (began, mut exchange) = (Instant::now(), pin!(exchange));
+        if let Ok(answered) = tokio::time::timeout(HANGS.min(patience), &mut exchange).await {
+            return answered;
+        }
+        let _told = Told(&self.silent);
+        loop {
+            let hang = Hang::of(self.pid);
+            let before = self.silent.replace(Some((command, began, hang)));
+            if before.is_none_or(|(_, _, before)| before != hang) {
+                warn!(pid = self.pid, command, "QEMU does not answer{hang}");
             }
-            Ok(Err(gone)) => Err(gone),
-            Err(_) => Err(DriverError::Slow { request: command, after: patience }),
+            let waited = began.elapsed();
+            let gives_up = matches!(hang, Hang::Stopped(_)) && patience <= PATIENCE;
+            if gives_up || waited >= patience {
+                return Err(DriverError::Slow { request: command, after: waited, hang });
+            }
+            let look = HANGS.min(patience - waited);
+            if let Ok(answered) = tokio::time::timeout(look, &mut exchange).await {
+                info!(pid = self.pid, command, after = ?began.elapsed(), "QEMU answers again");
+                return answered;
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memlane_api::ids;
-use memlane_guest::{Guest, LoadedState};
+use memlane_guest::Guest;
 use memlane_lane::{ReceiveState, Totals};
 use memlane_net::journal::Entry;
 use memlane_net::link::{Link, LinkError};
@@ -30,11 +30,12 @@ use crate::lanes::{LaneEnd, Lanes};
 use crate::observer::Measurement;
 use crate::preflight;
 use crate::progress::{Outcome as OutcomeView, Phase as PhaseView, Role as RoleView};
+use crate::state_lane::StateLane;
 use crate::vmm::Vmm;
 
 pub(crate) use postcopy::{Postcopy, PostcopyNews};
 use receive::ReceiveError;
-use state::IncomingState;
+use state::{IncomingState, StateNews};
 
 /// A source may have this many lanes open.
 const MOST_LANES: usize = 256;
@@ -129,7 +130,7 @@ struct DestinationRole {
 enum Own {
     Lane(ArrivedLane),
     Postcopy(PostcopyNews),
-    Loaded(Result<LoadedState, ReceiveError>),
+    State(StateNews),
 }
 
 impl Role for DestinationRole {
@@ -145,16 +146,24 @@ impl Role for DestinationRole {
                 biased;
                 Some(lane) = arriving.recv(), if receiving => Own::Lane(lane),
                 news = postcopy.next() => Own::Postcopy(news),
-                loaded = state.loaded() => Own::Loaded(loaded),
+                news = state.news() => Own::State(news),
             }
         };
         match session.news(own).await {
             News::Message(message) => self.hear(session, message).await,
             News::Own(Own::Lane(lane)) => {
-                self.start(session, lane);
-                None
+                let started = self.start(session, lane).map(|()| None);
+                self.event(session, started)
             }
-            News::Own(Own::Loaded(loaded)) => self.note_loaded(session, loaded),
+            News::Own(Own::State(StateNews::Loaded(loaded))) => self.note_loaded(session, loaded),
+            News::Own(Own::State(StateNews::Lost(error))) => self.event(session, Err(error)),
+            News::Own(Own::State(StateNews::Piece(piece))) => {
+                if session.machine.phase() != Phase::Copying {
+                    return None;
+                }
+                let taken = self.take_state(session, piece).await;
+                self.event(session, taken)
+            }
             News::Own(Own::Postcopy(PostcopyNews::Link(link))) => {
                 self.postcopy.offered(&mut session.effects, link, copying).await;
                 None
@@ -220,12 +229,29 @@ impl Role for DestinationRole {
 }
 
 impl DestinationRole {
-    fn start(&mut self, session: &Session<Destination>, lane: ArrivedLane) {
-        let ArrivedLane { port, kind: LaneKind::Pages(number), socket, records, remote } = lane else {
-            return;
-        };
-        let local = session.effects.context.port_address(&port);
-        self.lanes.receive(LaneEnd { port, number, local, remote, socket, records }, &self.inbound);
+    fn start(&mut self, session: &Session<Destination>, lane: ArrivedLane) -> Result<(), ReceiveError> {
+        let context = &session.effects.context;
+        let ArrivedLane { port, kind, socket, records, remote } = lane;
+        let local = context.port_address(&port);
+        let end = |number| LaneEnd { port, number, local, remote, socket, records };
+        match kind {
+            LaneKind::Pages(number) => self.lanes.receive(end(number), &self.inbound),
+            LaneKind::State => {
+                let lane = StateLane::over(end(0), context.traffic.clone());
+                self.state.come_over(lane.receive())?;
+            }
+            LaneKind::Faults => {}
+        }
+        Ok(())
+    }
+
+    /// Returns the event of what was done, or has the migration fail.
+    fn event(
+        &mut self,
+        session: &mut Session<Destination>,
+        done: Result<Option<Event>, ReceiveError>,
+    ) -> Option<Event> {
+        done.unwrap_or_else(|error| self.fail(session, error))
     }
 
     async fn hear(
@@ -245,14 +271,10 @@ impl DestinationRole {
                 session.effects.heard(message, &reason);
                 Some(Event::Message(message))
             }
-            message if session.machine.phase() == Phase::Copying => match self.obey(session, message).await {
-                Ok(event) => event,
-                Err(error) => {
-                    warn!(guest = %self.handle.guest, %error, "the migration fails");
-                    session.effects.blame(error);
-                    Some(Event::Failed)
-                }
-            },
+            message if session.machine.phase() == Phase::Copying => {
+                let obeyed = self.obey(session, message).await;
+                self.event(session, obeyed)
+            }
             other => Some(session.peer_lost(format!("the source sent `{}` out of turn", other.name()))),
         }
     }

@@ -33,6 +33,12 @@ pub(super) enum ReceiveError {
         /// This byte of the state is due.
         expected: u64,
     },
+    /// The lane that carries the VMM's state broke.
+    #[error("the lane that carries the VMM's state is lost: {0}; see `memlanectl ports`")]
+    StateLane(LinkError),
+    /// The source opened another lane for a state of which a part has come.
+    #[error("a second lane for the VMM's state came in the middle of it")]
+    StateLanes,
     /// The source sent a message that is not due.
     #[error("the source sent `{0}` out of turn")]
     OutOfTurn(&'static str),
@@ -121,26 +127,44 @@ impl DestinationRole {
             }
             Control::State { total, offset, bytes } => {
                 self.state.take(total, offset, bytes)?;
-                if !self.state.is_expected() {
-                    self.load(session).await;
-                }
-                if self.state.is_with_memory() {
-                    // No page is on its way any more. That takes a moment, and the rest of the state comes meanwhile.
-                    drop(self.lanes.close());
-                }
-                if self.state.is_whole() {
-                    self.let_go_of_memory().await?;
-                }
-                // A VMM that others started waits for another try if the move fails before the pause has got so far.
-                let before = self.state.is_loading();
-                if self.guest.launched_for_migration.get() || self.state.is_with_memory() {
-                    self.state.pass_on();
-                }
-                return Ok((self.state.is_loading() && !before).then_some(Event::Loading));
+                return self.state_came(session).await;
             }
             other => return Err(ReceiveError::OutOfTurn(other.name())),
         }
         Ok(None)
+    }
+
+    /// Takes a piece of the VMM's state that came over the lane for it.
+    pub(super) async fn take_state(
+        &mut self,
+        session: &mut Session<Destination>,
+        piece: Vec<u8>,
+    ) -> Result<Option<Event>, ReceiveError> {
+        self.state.take_next(piece)?;
+        self.state_came(session).await
+    }
+
+    /// Has the VMM load what has come of its state, as far as it may by now.
+    async fn state_came(
+        &mut self,
+        session: &mut Session<Destination>,
+    ) -> Result<Option<Event>, ReceiveError> {
+        if !self.state.is_expected() {
+            self.load(session).await;
+        }
+        if self.state.is_with_memory() {
+            // No page is on its way any more. That takes a moment, and the rest of the state comes meanwhile.
+            drop(self.lanes.close());
+        }
+        if self.state.is_whole() {
+            self.let_go_of_memory().await?;
+        }
+        // A VMM that others started waits for another try if the move fails before the pause has got so far.
+        let before = self.state.is_loading();
+        if self.guest.launched_for_migration.get() || self.state.is_with_memory() {
+            self.state.pass_on();
+        }
+        Ok((self.state.is_loading() && !before).then_some(Event::Loading))
     }
 
     async fn make_holes(&self, holes: Vec<Range<u64>>) -> Result<(), ReceiveError> {

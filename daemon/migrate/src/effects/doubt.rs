@@ -78,7 +78,7 @@ impl Effects {
                 Some(format!("the guest's VMM, process {}, to attach again", process.identity().pid))
             }
             _ if in_doubt => Some(self.silence.words(&self.entry)),
-            _ => self.waits_for_peer(),
+            _ => self.waits_for_peer().or_else(|| self.guest()?.driver.waits_for()),
         };
         let seen = self.handle.progress.borrow();
         let status = &seen.status;

@@ -16,9 +16,12 @@ pub(super) enum CopyError {
     /// The control connection failed.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// No lane is left.
-    #[error("every lane to the destination is lost; see `memlanectl ports` and the daemon's log")]
-    NoLanes,
+    /// No lane is left. The last one ended for this reason.
+    #[error("every lane to the destination is lost, the last one because {0}; see `memlanectl ports`")]
+    NoLanes(String),
+    /// The lane that carries the VMM's state broke.
+    #[error("the lane that carries the VMM's state is lost: {0}; see `memlanectl ports`")]
+    StateLane(std::io::Error),
     /// Memory could not be looked at.
     #[error("cannot find out what the guest's memory holds: {0}")]
     Memory(std::io::Error),

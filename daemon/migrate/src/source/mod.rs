@@ -69,14 +69,20 @@ pub(crate) async fn run(
     parameters: MigrateParameters,
 ) {
     let guest = claim.guest().clone();
+    let (version, routes) = (plan.link.version(), Rc::new(plan.routes));
     let link = ResumableLink::over(plan.link);
     if link.can_resume() {
         let milliseconds = u32::try_from(parameters.patience.as_millis()).unwrap_or(u32::MAX);
         // A broken link is noticed by the task that listens to it.
         let _ = link.send(&Control::Patience { milliseconds }).await;
     }
-    let (transfer, answers) =
-        Transfer::new(context.clone(), guest.clone(), handle.clone(), link.sender(), &parameters);
+    let (transfer, answers) = Transfer::new(
+        context.clone(),
+        guest.clone(),
+        handle.clone(),
+        (link.sender(), version, routes.clone()),
+        &parameters,
+    );
     for end in plan.lanes {
         transfer.lanes.borrow_mut().send(end, &transfer.outbound, context.limits().silence);
     }
@@ -84,7 +90,7 @@ pub(crate) async fn run(
     let role = SourceRole {
         handle: handle.clone(),
         transfer,
-        next: Some(Next::Precopy(precopy, LaneReconnector::new(plan.routes))),
+        next: Some(Next::Precopy(precopy, LaneReconnector::new(routes))),
         stage: None,
         paused: None,
         answers,

@@ -76,6 +76,7 @@ impl Precopy {
             result = self.iterate() => result,
             never = self.keep_measuring() => never,
             never = self.keep_lanes_open(reconnector) => never,
+            never = self.keep_state_lane_open() => never,
         };
         self.show();
         ended?;
@@ -262,6 +263,17 @@ impl Precopy {
             if !transfer.outbound.is_quiesced() {
                 transfer.lanes.borrow_mut().send(end, &transfer.outbound, silence);
             }
+        }
+    }
+
+    /// Keeps a lane for the VMM's state, so that none has to be opened when the guest is about to be paused. On its way there
+    /// may be somebody who forgets a connection on which nothing happens for long.
+    async fn keep_state_lane_open(&self) -> ! {
+        const FORGOTTEN: Duration = Duration::from_secs(30);
+        loop {
+            self.transfer.open_state_lane().await;
+            tokio::time::sleep(FORGOTTEN).await;
+            self.transfer.state_lane.take();
         }
     }
 

@@ -179,7 +179,7 @@ impl PostcopySource {
         Ok(ServeSession {
             link,
             lanes,
-            reconnector: LaneReconnector::new(routes),
+            reconnector: LaneReconnector::new(Rc::new(routes)),
             outbound,
             bell,
             faults: number,

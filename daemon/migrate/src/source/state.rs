@@ -3,13 +3,13 @@
 use std::future::pending;
 
 use memlane_guest::{StateReader, StateWriter, state_pipe};
-use memlane_net::link::LinkError;
 use memlane_net::resumable::ResumableSender;
 use memlane_protocol::wire::attach::MAX_STATE_BYTES;
 use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
 use tokio::sync::watch;
 
 use super::error::CopyError;
+use crate::state_lane::StateLane;
 
 /// Sends the state of a VMM to the destination.
 ///
@@ -26,6 +26,8 @@ pub(super) struct StateSender {
 /// What sending a state needs.
 struct Passing {
     link: ResumableSender,
+    /// All but the last byte goes over this, if there is one.
+    lane: Option<StateLane>,
     pieces: StateReader,
     release: watch::Receiver<Release>,
     sent: watch::Sender<bool>,
@@ -46,13 +48,14 @@ enum Release {
 }
 
 impl StateSender {
-    /// Prepares to send a state over `link`. If this is `at_once`, the VMM at the destination loads it while the rest of the
-    /// guest still comes. Returns where the VMM's state is to be written.
-    pub(super) fn new(link: ResumableSender, at_once: bool) -> (Self, StateWriter) {
+    /// Prepares to send a state over `lane`, and its end over `link`; without a lane, all of it over `link`. If this is
+    /// `at_once`, the VMM at the destination loads it while the rest of the guest still comes. Returns where the VMM's state
+    /// is to be written.
+    pub(super) fn new(link: ResumableSender, lane: Option<StateLane>, at_once: bool) -> (Self, StateWriter) {
         let (writer, pieces) = state_pipe();
         let first = if at_once { Release::AllButLast } else { Release::Nothing };
         let ((release, released), sent) = (watch::channel(first), watch::Sender::new(false));
-        let passing = Passing { link, pieces, release: released, sent: sent.clone(), offset: 0 };
+        let passing = Passing { link, lane, pieces, release: released, sent: sent.clone(), offset: 0 };
         (Self { release, sent, passing: Some(passing) }, writer)
     }
 
@@ -63,7 +66,7 @@ impl StateSender {
         async move {
             match passing.run().await {
                 Ok(()) => pending().await,
-                Err(error) => error.into(),
+                Err(error) => error,
             }
         }
     }
@@ -82,7 +85,7 @@ impl StateSender {
 }
 
 impl Passing {
-    async fn run(mut self) -> Result<(), LinkError> {
+    async fn run(mut self) -> Result<(), CopyError> {
         self.until(|release| release >= Release::AllButLast).await;
         let (mut held, mut with_memory, mut release) = (Vec::new(), false, self.release.clone());
         loop {
@@ -121,9 +124,14 @@ impl Passing {
     }
 
     /// Sends a part of the state. As long as it is not known how long the state is, `total` is the length that it has at most.
-    async fn send(&mut self, part: &[u8], total: u64) -> Result<(), LinkError> {
-        let state = Control::State { total, offset: self.offset, bytes: part.to_vec() };
+    async fn send(&mut self, part: &[u8], total: u64) -> Result<(), CopyError> {
+        let offset = self.offset;
         self.offset += part.len() as u64;
-        self.link.send(&state).await
+        match &self.lane {
+            Some(lane) if !part.is_empty() && total == MAX_STATE_BYTES => {
+                lane.send(part).await.map_err(CopyError::StateLane)
+            }
+            _ => Ok(self.link.send(&Control::State { total, offset, bytes: part.to_vec() }).await?),
+        }
     }
 }

@@ -66,7 +66,9 @@ impl Switchover {
     ///
     /// Fails if something goes wrong, or if the pause would exceed the limit. The guest is then paused.
     pub(super) async fn run(self) -> Result<Paused, CopyError> {
-        let (mut state, writer) = StateSender::new(self.transfer.link.clone(), self.sends_state_at_once());
+        self.transfer.open_state_lane().await;
+        let (link, lane) = (self.transfer.link.clone(), self.transfer.state_lane.take());
+        let (mut state, writer) = StateSender::new(link, lane, self.sends_state_at_once());
         let remote = state.pass_on();
         tokio::select! {
             paused = self.switch_over(&state, writer) => paused,

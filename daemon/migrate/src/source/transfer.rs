@@ -15,8 +15,11 @@ use memlane_net::resumable::ResumableSender;
 use memlane_net::task;
 use memlane_protocol::PageSet;
 use memlane_protocol::compression;
+use memlane_protocol::wire::Label;
 use memlane_protocol::wire::control::{Control, MAX_RANGES};
+use memlane_protocol::wire::hello::STATE_LANE;
 use tokio::sync::{Mutex, Notify, mpsc};
+use tracing::info;
 
 use super::MigrateParameters;
 use super::error::CopyError;
@@ -25,6 +28,8 @@ use crate::handle::MigrationHandle;
 use crate::lanes::{self, Lanes};
 use crate::observer::Measurement;
 use crate::progress::Stun;
+use crate::routes::{Route, Routes};
+use crate::state_lane::StateLane;
 
 /// If a ring of the bell is missed, that is noticed after this time.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
@@ -56,6 +61,12 @@ pub(super) struct Transfer {
     pub lanes: RefCell<Lanes>,
     /// This sends to the destination.
     pub link: ResumableSender,
+    /// Lanes are opened on these.
+    routes: Rc<Routes>,
+    /// The VMM's state is to go over this.
+    pub state_lane: RefCell<Option<StateLane>>,
+    /// If this is true, the destination knows of such lanes.
+    has_state_lane: bool,
     /// There may be no lane for this long while the guest runs.
     patience: Duration,
     /// There is no lane since this moment.
@@ -79,14 +90,15 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    /// Makes a transfer without lanes. Returns it with the sender that takes the destination's answers.
+    /// Makes a transfer without lanes, to a destination that speaks `version` of the protocol. Returns it with the sender that takes the destination's answers.
     pub(super) fn new(
         context: Rc<Context>,
         guest: Rc<Guest>,
         handle: Rc<MigrationHandle>,
-        link: ResumableSender,
+        (link, version, routes): (ResumableSender, u16, Rc<Routes>),
         parameters: &MigrateParameters,
     ) -> (Rc<Self>, mpsc::Sender<Control>) {
+        guest.driver.be_patient(parameters.patience);
         let (bell, ring) = lanes::bell();
         let mut outbound = SendState::new(guest.ram.clone(), ring);
         outbound.compress = parameters.compression == compression::Mode::Auto;
@@ -100,6 +112,9 @@ impl Transfer {
             outbound: Arc::new(outbound),
             lanes,
             link,
+            routes,
+            state_lane: RefCell::default(),
+            has_state_lane: version >= STATE_LANE,
             patience: parameters.patience,
             without_lanes: Cell::default(),
             bell,
@@ -238,6 +253,32 @@ impl Transfer {
         }
     }
 
+    /// Opens the lane for the VMM's state, unless there is one on a port that has not been lost since. Without one, the state
+    /// goes over the control connection.
+    pub(super) async fn open_state_lane(&self) {
+        let carries = |port: &Label| self.lanes.borrow().running_on(port) > 0;
+        let before = self.state_lane.take();
+        if before.as_ref().is_some_and(|lane| carries(lane.port())) {
+            self.state_lane.replace(before);
+            return;
+        }
+        if !self.has_state_lane {
+            return;
+        }
+        let mut routes: Vec<&Route> = self.routes.all().iter().collect();
+        routes.sort_by_key(|route| !carries(&route.port.name));
+        for route in routes {
+            match self.routes.open_state(route).await {
+                Ok(end) => {
+                    let lane = StateLane::over(end, self.context.traffic.clone());
+                    self.state_lane.replace(Some(lane));
+                    return;
+                }
+                Err(error) => info!(%error, "cannot open the lane for the VMM's state on this port"),
+            }
+        }
+    }
+
     /// Returns when the destination has every page that there was to send.
     ///
     /// # Errors
@@ -273,7 +314,7 @@ impl Transfer {
         let since = self.without_lanes.get().unwrap_or_else(Instant::now);
         self.without_lanes.set(Some(since));
         let may_come = !self.outbound.is_quiesced() && !self.outbound.paused.load(Ordering::Acquire);
-        if may_come && since.elapsed() < self.patience { Ok(()) } else { Err(no_lanes().await) }
+        if may_come && since.elapsed() < self.patience { Ok(()) } else { Err(self.no_lanes().await) }
     }
 
     /// Ends sending. No lane reads the guest's memory after the returned future is done. The guest's writes are not
@@ -301,6 +342,14 @@ impl Transfer {
         });
     }
 
+    /// Returns the error of having no lanes, after a moment: a destination that gives up closes its lanes before it says
+    /// why.
+    async fn no_lanes(&self) -> CopyError {
+        const LAST_WORDS: Duration = Duration::from_millis(200);
+        tokio::time::sleep(LAST_WORDS).await;
+        CopyError::NoLanes(self.lanes.borrow().last_words())
+    }
+
     fn show_stun(&self) {
         let Some(report) = self.guest.stun_report() else { return };
         let before = self.stunned.replace(report);
@@ -314,12 +363,4 @@ impl Transfer {
             stun.target_pages_per_second = per_second(report.target_pages);
         });
     }
-}
-
-/// Returns the error of having no lanes, after a moment: a destination that gives up closes its lanes before it says
-/// why.
-async fn no_lanes() -> CopyError {
-    const LAST_WORDS: Duration = Duration::from_millis(200);
-    tokio::time::sleep(LAST_WORDS).await;
-    CopyError::NoLanes
 }

@@ -40,7 +40,7 @@ fn a_wrong_magic_names_both() {
 
 #[test]
 fn an_unknown_purpose_is_named() {
-    for purpose in [0, 5, u16::MAX] {
+    for purpose in [0, 6, u16::MAX] {
         let mut bytes = hello().encode();
         bytes[8..10].copy_from_slice(&purpose.to_le_bytes());
         let unknown = WireError::Unknown { what: "purpose of a connection", found: purpose.into() };

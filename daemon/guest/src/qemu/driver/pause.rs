@@ -76,7 +76,7 @@ impl Qemu {
                 return Ok(());
             }
             if Instant::now() > until {
-                return Err(DriverError::Slow { request: "migrate_cancel", after: PATIENCE });
+                return Err(self.slow("migrate_cancel", PATIENCE));
             }
             if !std::mem::replace(&mut asked, true) {
                 self.qmp.execute("migrate_cancel", json!({})).await?;
