@@ -123,14 +123,14 @@ pub(crate) fn outcome(outcome: progress::Outcome) -> types::Outcome {
 pub(crate) fn check(guest: String, host: String, findings: preflight::Findings) -> types::CheckReport {
     let ok = !findings.refused();
     let preflight::Findings { findings, ports, estimate } = findings;
-    let preflight::Estimate { ram_bytes, data_bytes, bytes_per_second, seconds } = estimate;
+    let preflight::Estimate { ram_bytes, data_bytes, state_bytes, bytes_per_second, seconds } = estimate;
     types::CheckReport {
         ok,
         guest,
         host,
         findings: findings.into_iter().map(finding).collect(),
         ports: ports.into_iter().map(port_check).collect(),
-        estimate: types::Estimate { ram_bytes, data_bytes, bytes_per_second, seconds },
+        estimate: types::Estimate { ram_bytes, data_bytes, state_bytes, bytes_per_second, seconds },
     }
 }
 

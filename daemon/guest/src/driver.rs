@@ -140,6 +140,11 @@ pub trait Driver {
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;
+    /// Returns since when the guest stands still that is being paused, which was told to at `asked`, or `None` if it still
+    /// runs, as far as the VMM has told.
+    fn standing_since(&self, asked: Instant) -> Option<Instant> {
+        Some(asked)
+    }
     /// Lets the vCPUs run, if they do not and did so before the migration. Returns since when they do, as Unix time, where
     /// the VMM tells that.
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
@@ -192,6 +197,10 @@ pub trait Driver {
     }
     /// Looks anew at what the VMM is made of now, if it is stock QEMU.
     async fn look(&self) -> Result<Option<QemuGuest>, DriverError> {
+        Ok(None)
+    }
+    /// Returns how many bytes the VMM's state has at most, without RAM, if the VMM tells.
+    async fn state_bytes(&self) -> Result<Option<u64>, DriverError> {
         Ok(None)
     }
     /// Returns what was known of the VMM when the guest was taken in, if it is stock QEMU.

@@ -33,6 +33,10 @@ pub struct Guest {
     /// If this is true, the VMM has written to the guest's memory while it saved its state. The destination must then wait
     /// until all that is there before it loads the state.
     pub saves_into_memory: Cell<bool>,
+    /// The VMM's state had so many bytes when it was last saved. It is `None` if it has not been saved here.
+    pub saved_bytes: Cell<Option<u64>>,
+    /// The VMM's state has so many bytes at most, as the VMM told when it was last asked.
+    pub state_bytes: Cell<Option<u64>>,
     /// This is present while the guest's writes are held up.
     pub(crate) stunned: RefCell<Option<Stunned>>,
     /// This is true while block I/O is waited for, which must not be held up.
@@ -67,6 +71,7 @@ impl Guest {
         let (run_state, migration) = (Cell::new(run_state), Cell::default());
         let (tracked, stunned, draining, checked, bond) = Default::default();
         let (launched_for_migration, incomplete, lost, ahead, saves_into_memory) = Default::default();
+        let (saved_bytes, state_bytes) = Default::default();
         Self {
             shape,
             ram,
@@ -75,6 +80,8 @@ impl Guest {
             run_state,
             tracked,
             saves_into_memory,
+            saved_bytes,
+            state_bytes,
             stunned,
             draining,
             checked,

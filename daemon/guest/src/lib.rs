@@ -35,7 +35,7 @@ pub use memlane_kvm::dirty::{Harvest, ThrottleStats};
 pub use memory::VmmMemory;
 pub use process::{Hang, KillError, Process, ProcessError};
 pub use registry::{AttachError, GuestObserver, Guests, Stranger};
-pub use state::{StateReader, StateWriter, state_pipe};
+pub use state::{NotRead, StateReader, StateWriter, narrow_state_pipe, state_pipe};
 pub use stun::Switch;
 pub use users::{UserError, Users};
 pub use write_faults::Report as StunReport;

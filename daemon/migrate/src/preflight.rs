@@ -15,7 +15,7 @@ use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{self, OpenError};
 use memlane_net::task;
 use memlane_protocol::wire::Label;
-use memlane_protocol::wire::attach::MigrationId;
+use memlane_protocol::wire::attach::{MAX_STATE_BYTES, MigrationId};
 use memlane_protocol::wire::control::{Control, Offer, Port, Refusal, RefusalKind};
 use memlane_protocol::wire::hello::{NAMES_PARTS, Purpose, Token};
 
@@ -82,6 +82,9 @@ pub(crate) async fn send(
 ) -> Option<Plan> {
     findings.estimate = estimate(guest);
     look_at_source(guest, findings).await;
+    if !findings.refused() {
+        look_at_state(guest, findings).await;
+    }
     if findings.refused() && !request.check_only {
         return None;
     }
@@ -150,10 +153,24 @@ async fn look_at_source(guest: &Guest, findings: &mut Findings) {
     }
 }
 
+/// Finds out how large the VMM's state is.
+async fn look_at_state(guest: &Guest, findings: &mut Findings) {
+    guest.state_bytes.set(guest.driver.state_bytes().await.ok().flatten());
+    let bytes = guest.saved_bytes.get().or(guest.state_bytes.get());
+    findings.estimate.state_bytes = bytes;
+    if let Some(bytes) = bytes.filter(|bytes| *bytes > MAX_STATE_BYTES) {
+        let (most, mib) = (MAX_STATE_BYTES >> 20, bytes >> 20);
+        let detail =
+            format!("the VMM's state may have {mib} MiB, and no more than {most} MiB of it can move");
+        findings.add(Severity::Warning, "state", detail, Some("give the guest less video memory"));
+    }
+}
+
 fn estimate(guest: &Guest) -> Estimate {
     Estimate {
         ram_bytes: guest.shape.ram_bytes(),
         data_bytes: guest.ram.allocated_bytes().unwrap_or(0),
+        state_bytes: None,
         bytes_per_second: None,
         seconds: None,
     }

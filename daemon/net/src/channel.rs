@@ -12,6 +12,7 @@ use std::time::Instant;
 use memlane_protocol::wire::Label;
 use memlane_protocol::wire::hello::is_hello;
 use memlane_tls::{Credentials, Established, Handshake, IdentityError, Records, Step};
+use socket2::SockRef;
 use tokio::sync::Semaphore;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::TcpStream;
@@ -137,8 +138,12 @@ impl Channel {
         }
     }
 
-    /// Makes a channel of a lane: a connection that was opened, greeted and answered elsewhere.
+    /// Makes a channel of a lane: a connection that was opened, greeted and answered elsewhere. Writing waits until nearly all
+    /// of what was written before is on its way, so that the writer knows what is not.
     pub fn of_lane(socket: OwnedFd, records: Option<Box<Records>>) -> Self {
+        const UNSENT_BYTES: u32 = 128 << 10;
+        // Without it, the kernel's buffer is what is on its way, too.
+        let _ = SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_BYTES);
         let stream = Rc::new(TcpStream::from_std(StdStream::from(socket)));
         Self { records: records.map(RefCell::new), ..Self::plain(stream) }
     }

@@ -115,6 +115,11 @@ impl Qemu {
         attach(stage, id, name, &self.qmp, more)
     }
 
+    /// The number of its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         super::signal(&self.process, signal);

@@ -34,7 +34,7 @@ fn a_qemu_that_is_stopped_is_told_from_one_that_is_gone() {
 fn a_move_goes_on_when_its_qemu_does() {
     let Some(scene) = Scene::new("a_move_goes_on_when_its_qemu_does", "", slow()) else { return };
     scene.fill();
-    let order = scene.stage.begin("web1", &["--compression", "off", "--verify"]);
+    let order = scene.stage.begin("web1", &["--compression", "off", "--verify", "--patience", "60s"]);
     scene.stage.wait_until(HostId::A, "web1", "copying", |moved| moved.phase == Phase::Copying);
     scene.here.signal(Signal::STOP);
     let told = scene

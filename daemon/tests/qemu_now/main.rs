@@ -8,3 +8,4 @@ mod others;
 mod room;
 mod scene;
 mod standing;
+mod state;

@@ -29,6 +29,8 @@ pub struct Conditions {
     pub bandwidth: Option<f64>,
     /// The round trip on the control connection or on the lanes, whichever is longer.
     pub round_trip: Duration,
+    /// The bytes of the VMM's state that will be sent in the pause.
+    pub state_bytes: u64,
     /// The time to compute digests of all memory at both ends, or zero if they were not ordered.
     pub verify: Duration,
 }
@@ -42,6 +44,8 @@ pub struct Forecast {
     pub round_trips: Duration,
     /// The time to pause the guest and to save the VMM's state.
     pub save: Duration,
+    /// The time to send what is left of the VMM's state.
+    pub state: Duration,
     /// The time to load the VMM's state.
     pub load: Duration,
     /// The time to write the three durable records of the handover (prepared, committed, running).
@@ -58,8 +62,10 @@ pub struct Forecast {
 impl Forecast {
     /// Returns the expected pause, without its margin.
     pub fn total(&self) -> Duration {
-        [self.transfer, self.round_trips, self.save, self.load, self.journal, self.resume, self.verify]
+        let state = [self.save, self.state, self.load];
+        [self.transfer, self.round_trips, self.journal, self.resume, self.verify]
             .into_iter()
+            .chain(state)
             .fold(Duration::ZERO, Duration::saturating_add)
     }
 
@@ -125,11 +131,16 @@ impl Predictor {
 
     /// Returns the pause if `remaining_bytes` were left to send.
     pub fn forecast(&self, remaining_bytes: u64, now: &Conditions) -> Forecast {
-        let transfer = transfer(remaining_bytes, now.bandwidth);
+        let transfer = transfer_time(remaining_bytes, now.bandwidth);
         Forecast {
             transfer,
             round_trips: now.round_trip.saturating_mul(ROUND_TRIPS),
             save: self.save.expected,
+            // Lanes that have delivered nothing yet say nothing of it.
+            state: match now.bandwidth {
+                Some(bandwidth) if bandwidth > 0.0 => transfer_time(now.state_bytes, now.bandwidth),
+                _ => Duration::ZERO,
+            },
             load: self.load.expected,
             journal: self.journal.expected,
             resume: self.resume.expected,
@@ -150,6 +161,11 @@ impl Predictor {
             self.errors.pop_front();
         }
         self.errors.push_back(error.clamp(-WORST_ERROR, WORST_ERROR));
+    }
+
+    /// Learns from a pause that was ended after the VMM's state had been saved, which took so long.
+    pub fn learn_save(&mut self, save: Duration) {
+        self.save.learn(save);
     }
 
     /// Returns the margin for the errors of past forecasts.
@@ -182,7 +198,7 @@ impl Term {
 }
 
 /// Returns the time that `bytes` take, which is beyond all limits if the bandwidth is not known.
-fn transfer(bytes: u64, bandwidth: Option<f64>) -> Duration {
+fn transfer_time(bytes: u64, bandwidth: Option<f64>) -> Duration {
     match bandwidth {
         _ if bytes == 0 => Duration::ZERO,
         Some(bandwidth) if bandwidth > 0.0 => seconds(bytes as f64 / bandwidth),

@@ -177,6 +177,12 @@ pub(crate) fn report(report: &CheckReport) -> String {
         let (rate, seconds) = (units::rate(rate), units::seconds(seconds));
         text.push_str(&format!(", about {seconds} at {rate}, and more if the guest writes meanwhile"));
     }
+    if let Some(bytes) = estimate.state_bytes {
+        let state = units::bytes(bytes);
+        text.push_str(&format!(
+            "\n  up to {state} of devices' state and video memory, most of it before the pause"
+        ));
+    }
     text
 }
 
@@ -232,6 +238,7 @@ mod tests {
             estimate: Estimate {
                 ram_bytes: 2 << 30,
                 data_bytes: 1 << 30,
+                state_bytes: Some(17 << 20),
                 bytes_per_second: Some(1.25e9),
                 seconds: Some(0.86),
             },
@@ -242,7 +249,8 @@ mod tests {
              REFUSED  memory: host-b has 1 GiB free, web1 needs 2 GiB\n           \
              free memory at host-b\n  \
              port a → a: reachable, round trip 200 µs\n  \
-             1.00 GiB of 2.00 GiB RAM to send, about 860 ms at 10.0 Gbit/s, and more if the guest writes meanwhile"
+             1.00 GiB of 2.00 GiB RAM to send, about 860 ms at 10.0 Gbit/s, and more if the guest writes meanwhile\n  \
+             up to 17.0 MiB of devices' state and video memory, most of it before the pause"
         );
     }
 }

@@ -157,6 +157,7 @@ impl SourceWork {
         Conditions {
             bandwidth: self.bandwidth.bytes_per_second(),
             round_trip: self.control_round_trip.unwrap_or(path_round_trip).max(self.sender.round_trip()),
+            state_bytes: 0,
             verify: Duration::ZERO,
         }
     }

@@ -237,6 +237,9 @@ pub struct Estimate {
     pub ram_bytes: u64,
     /// This many bytes of RAM are not holes.
     pub data_bytes: u64,
+    /// The VMM's state, without RAM, has at most this many bytes, if the VMM tells. Of video memory, which is a part of it,
+    /// what was never used takes no room on the way.
+    pub state_bytes: Option<u64>,
     /// All ports together deliver this many bytes per second, if they were measured or their speed is known.
     pub bytes_per_second: Option<f64>,
     /// One pass over the data takes this many seconds.

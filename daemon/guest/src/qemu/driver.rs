@@ -18,9 +18,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use memlane_kvm::ram::GuestRam;
 use memlane_net::task;
-use memlane_protocol::PageSet;
 use memlane_protocol::wire::attach::Bond;
 use memlane_protocol::wire::control::QemuGuest;
+use memlane_protocol::{PAGE_SIZE, PageSet};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -35,7 +35,7 @@ use super::revision::{revise, with_identity};
 use super::run_state;
 use super::settings::{self, Settings};
 use super::state_directory::{self, Record, StateDirectory, StateError};
-use super::{blockers, launch};
+use super::{blockers, launch, ram};
 use crate::process::Hang;
 use crate::shim::{ShimError, Shims};
 use crate::tracking::Tracking;
@@ -273,10 +273,19 @@ impl Driver for Qemu {
         begun?;
         self.state.replace(Some(Reading::begin(outgoing)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
-        match self.qmp.migration_reaches(&states, "pause", PATIENCE).await?.as_str() {
+        match self.until_paused(&states).await?.as_str() {
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
             other => Err(failed(format!("its own migration is {other}; {}", self.last_words().await))),
         }
+    }
+
+    fn standing_since(&self, asked: Instant) -> Option<Instant> {
+        let stopped =
+            self.qmp.stopped().filter(|stopped| self.qmp.resumed().is_none_or(|resumed| resumed < *stopped));
+        // What stood still before is paused from when it was told to be.
+        ago(stopped)
+            .map(|stopped| stopped.max(asked))
+            .or_else(|| self.stays.borrow().is_some().then_some(asked))
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
@@ -497,6 +506,12 @@ impl Driver for Qemu {
             guest.definition = kept.as_ref().unwrap_or(revised).text.clone();
         }
         Ok(Some(guest))
+    }
+
+    async fn state_bytes(&self) -> Result<Option<u64>, DriverError> {
+        let blocks = self.qmp.human("info ramblock").await?;
+        let ram = self.ram.pages() * PAGE_SIZE;
+        Ok(ram::used_bytes(&blocks).map(|used| used.saturating_sub(ram)))
     }
 
     fn qemu(&self) -> Option<&QemuGuest> {

@@ -89,8 +89,8 @@ pub(super) struct Qmp {
     pid: u32,
     user: u32,
     version: [u32; 3],
-    /// The answer to a command is waited for this long.
-    patience: Cell<Duration>,
+    /// The answer to a command is waited for this long, also that of a QEMU that is stopped. It is `None` as a rule.
+    patience: Cell<Option<Duration>>,
     /// QEMU has not answered to this command since this moment.
     silent: RefCell<Option<(&'static str, Instant, Hang)>>,
 }
@@ -100,7 +100,7 @@ pub(super) struct Patient<'a>(&'a Qmp);
 
 impl Drop for Patient<'_> {
     fn drop(&mut self) {
-        self.0.patience.set(PATIENCE);
+        self.0.patience.set(None);
     }
 }
 
@@ -172,9 +172,8 @@ impl Qmp {
             gone: watch::Sender::new(false),
         });
         task::spawn("monitor of a QEMU", read(messages, news.clone()));
-        let (commands, torn, silent) = Default::default();
-        let qmp =
-            Self { writer, commands, torn, news, pid, user, version, patience: Cell::new(PATIENCE), silent };
+        let (commands, torn, patient, silent) = Default::default();
+        let qmp = Self { writer, commands, torn, news, pid, user, version, patience: patient, silent };
         match qmp.run(NEGOTIATE, json!({}), &[], patience).await {
             Ok(_) => Ok(qmp),
             Err(error) => Err(stranger(&error.to_string())),
@@ -206,13 +205,17 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
     ) -> Result<Value, DriverError> {
-        self.run(command, arguments, &[], self.patience.get()).await
+        self.run(command, arguments, &[], self.patience()).await
     }
 
     /// Waits so long for the answer to a command, until the returned value is dropped.
     pub(super) fn waiting_for(&self, patience: Duration) -> Patient<'_> {
-        self.patience.set(patience);
+        self.patience.set(Some(patience));
         Patient(self)
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience.get().unwrap_or(PATIENCE)
     }
 
     /// Returns what is waited for, in words, if QEMU does not answer at present.
@@ -228,7 +231,7 @@ impl Qmp {
     ///
     /// Fails if QEMU is gone, refuses, or does not answer in time.
     pub(super) async fn give(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), DriverError> {
-        self.run("getfd", json!({ "fdname": name }), &[descriptor], self.patience.get()).await.map(drop)
+        self.run("getfd", json!({ "fdname": name }), &[descriptor], self.patience()).await.map(drop)
     }
 
     /// Runs a command of the human monitor, for what QMP has no command.
@@ -363,7 +366,7 @@ impl Qmp {
                 warn!(pid = self.pid, command, "QEMU does not answer{hang}");
             }
             let waited = began.elapsed();
-            let gives_up = matches!(hang, Hang::Stopped(_)) && patience <= PATIENCE;
+            let gives_up = matches!(hang, Hang::Stopped(_)) && self.patience.get().is_none();
             if gives_up || waited >= patience {
                 return Err(DriverError::Slow { request: command, after: waited, hang });
             }

@@ -288,6 +288,16 @@ fn page_bytes_of(path: &Path, file: &OwnedFd) -> Result<u32, QemuError> {
     Ok(if huge { system.f_bsize as u32 } else { PAGE_SIZE as u32 })
 }
 
+/// Returns how many bytes the blocks of memory hold that QEMU's own migration would take along, from the answer to the human
+/// monitor's `info ramblock`: block name, page size, offset, used and total length, and since 9.0 more.
+pub(super) fn used_bytes(blocks: &str) -> Option<u64> {
+    let used = blocks.lines().skip(1).map(|line| {
+        let mut numbers = line.split_whitespace().filter_map(|word| word.strip_prefix("0x"));
+        u64::from_str_radix(numbers.nth(1)?, 16).ok()
+    });
+    used.sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -300,6 +310,19 @@ mod tests {
         \x20 0000000000100000-0000000003ffffff (prio 0, ram): ram-node0 @0000000000100000 KVM\n\
         \x20 0000000004000000-0000000007ffffff (prio 0, ram): /objects/ram-node1 @0000000000000000\n\
         \x20 0000000100000000-000000010fffffff (prio 0, ram): mem1 @0000000000200000\n";
+
+    #[test]
+    fn the_used_lengths_of_memory_are_added() {
+        let old = "              Block Name    PSize              Offset               Used              Total\n\
+                   mm    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000\n\
+                   0000:00:01.0/vga.vram    4 KiB  0x0000000004080000 0x0000000001000000 0x0000000004000000\n";
+        assert_eq!(used_bytes(old), Some(80 << 20));
+        let new = "Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
+                   mm    4 KiB  0x0000000000000000 0x0000000000001000 0x0000000004000000 0x00007fdf57fff000  rw\r\n";
+        assert_eq!(used_bytes(new), Some(4096));
+        assert_eq!(used_bytes(""), Some(0));
+        assert_eq!(used_bytes("title\nsomething else"), None);
+    }
 
     #[test]
     fn the_guests_memory_is_told_apart_by_its_back_ends() {

@@ -1,5 +1,7 @@
 //! This module sets the capabilities and parameters of QEMU's own migration for the time of a migration by Memlane.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tracing::warn;
 
@@ -15,6 +17,12 @@ const NEITHER: [&str; 3] = ["multifd", "return-path", "postcopy-ram"];
 /// These capabilities must not stay on, even if they were: without its RAM, a guest that is saved or moved by QEMU's
 /// own means is lost.
 const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "late-block-activate"];
+
+/// QEMU pauses its guest when what is left of its state takes this long by its own count, which is of whole tenths of a second
+/// before it has counted anything.
+pub(super) const DOWNTIME: Duration = Duration::from_millis(10);
+/// QEMU takes no longer downtime limit, in milliseconds.
+const MOST_DOWNTIME_MS: u64 = 2_000_000;
 
 /// From this version on, QEMU gives up disks that it has never taken.
 pub(super) const GIVES_UP_TWICE: [u32; 3] = [10, 0, 0];
@@ -116,9 +124,19 @@ impl Settings {
 ///
 /// Fails if QEMU does not answer.
 pub(super) async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
-    // Nothing but devices travels that way: neither bandwidth nor rounds are to hold it up.
-    let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
+    // Nothing but devices and their memory travels that way: no bound on bandwidth is to hold it up.
+    let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": DOWNTIME.as_millis() as u64 });
     prepare(qmp, &SOURCE, most).await
+}
+
+/// Lets QEMU pause its guest when what is left of its state takes so long.
+///
+/// # Errors
+///
+/// Fails if QEMU does not answer.
+pub(super) async fn allow_downtime(qmp: &Qmp, downtime: Duration) -> Result<(), DriverError> {
+    let milliseconds = (downtime.as_millis() as u64).min(MOST_DOWNTIME_MS);
+    qmp.execute("migrate-set-parameters", json!({ "downtime-limit": milliseconds })).await.map(drop)
 }
 
 /// Prepares QEMU to receive a guest.

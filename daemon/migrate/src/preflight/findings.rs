@@ -44,6 +44,8 @@ pub struct Estimate {
     pub ram_bytes: u64,
     /// This many bytes of the RAM are not holes.
     pub data_bytes: u64,
+    /// The VMM's state, without RAM, has at most this many bytes, if the VMM tells.
+    pub state_bytes: Option<u64>,
     /// The ports deliver this together, if they have been measured or their speed is known.
     pub bytes_per_second: Option<f64>,
     /// One pass over the data takes this long.

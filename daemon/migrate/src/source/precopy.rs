@@ -16,7 +16,8 @@ use tracing::info;
 
 use super::error::CopyError;
 use super::serve::Serving;
-use super::switchover::Switchover;
+use super::state::IN_PAUSE_BYTES;
+use super::switchover::{Switchover, sends_state_at_once};
 use super::transfer::{Harvested, LOOK, Transfer};
 use crate::lane_reconnect::LaneReconnector;
 use crate::observer::Measurement;
@@ -192,8 +193,19 @@ impl Precopy {
                 .round_trip()
                 .unwrap_or(self.round_trip)
                 .max(transfer.lanes.borrow().round_trip()),
+            state_bytes: self.state_bytes_in_pause(),
             // Comparing takes its time: the limit bounds the rest of the pause.
             verify: Duration::ZERO,
+        }
+    }
+
+    /// Returns how much of the VMM's state will be sent in the pause, as far as that is known.
+    fn state_bytes_in_pause(&self) -> u64 {
+        let guest = &self.transfer.guest;
+        match guest.saved_bytes.get() {
+            Some(saved) if !sends_state_at_once(guest, self.verify) => saved,
+            // Most of what the VMM could have it may never have used: video memory that is zero takes no room.
+            saved => saved.or(guest.state_bytes.get()).unwrap_or_default().min(IN_PAUSE_BYTES),
         }
     }
 
@@ -324,7 +336,7 @@ fn view(forecast: &Forecast) -> ForecastView {
     ForecastView {
         remaining_seconds: forecast.transfer.as_secs_f64(),
         round_trip_seconds: forecast.round_trips.as_secs_f64(),
-        state_seconds: (forecast.save + forecast.load).as_secs_f64(),
+        state_seconds: (forecast.save + forecast.state + forecast.load).as_secs_f64(),
         resume_seconds: (forecast.journal + forecast.resume).as_secs_f64(),
         verify_seconds: forecast.verify.as_secs_f64(),
         margin_seconds: forecast.margin.as_secs_f64(),

@@ -2,7 +2,7 @@
 
 use std::future::pending;
 
-use memlane_guest::{StateReader, StateWriter, state_pipe};
+use memlane_guest::{StateReader, StateWriter, narrow_state_pipe};
 use memlane_net::resumable::ResumableSender;
 use memlane_protocol::wire::attach::MAX_STATE_BYTES;
 use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
@@ -10,6 +10,12 @@ use tokio::sync::watch;
 
 use super::error::CopyError;
 use crate::state_lane::StateLane;
+
+/// So much of a state may wait to be sent before the guest is paused: the pause would wait for it.
+const BACKLOG_BYTES: usize = 256 << 10;
+/// So much of a state is on its way or in buffers when the guest is paused, or is written then, where the state is sent as
+/// it is written.
+pub(super) const IN_PAUSE_BYTES: u64 = 1 << 20;
 
 /// Sends the state of a VMM to the destination.
 ///
@@ -52,8 +58,10 @@ impl StateSender {
     /// `at_once`, the VMM at the destination loads it while the rest of the guest still comes. Returns where the VMM's state
     /// is to be written.
     pub(super) fn new(link: ResumableSender, lane: Option<StateLane>, at_once: bool) -> (Self, StateWriter) {
-        let (writer, pieces) = state_pipe();
-        let first = if at_once { Release::AllButLast } else { Release::Nothing };
+        // What is not sent at once must not hold up the VMM.
+        let (first, most) =
+            if at_once { (Release::AllButLast, BACKLOG_BYTES) } else { (Release::Nothing, usize::MAX) };
+        let (writer, pieces) = narrow_state_pipe(most);
         let ((release, released), sent) = (watch::channel(first), watch::Sender::new(false));
         let passing = Passing { link, lane, pieces, release: released, sent: sent.clone(), offset: 0 };
         (Self { release, sent, passing: Some(passing) }, writer)

@@ -2,19 +2,20 @@
 //! state.
 
 use std::cell::RefCell;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use memlane_guest::{SavedState, StateWriter};
+use memlane_guest::{Guest, SavedState, StateWriter};
 use memlane_protocol::PageSet;
 use memlane_protocol::convergence::{Forecast, Measured, Predictor};
 
 use super::error::CopyError;
 use super::serve::Serving;
 use super::state::StateSender;
-use super::transfer::Transfer;
+use super::transfer::{LOOK, Transfer};
 use crate::effects::Deadline;
 use crate::handle::unix_seconds;
 use crate::progress::Phase;
@@ -79,7 +80,7 @@ impl Switchover {
     /// Tells whether the VMM's state may be loaded at the destination while it is saved here. Otherwise something remains
     /// to be done then that loading it must not disturb.
     fn sends_state_at_once(&self) -> bool {
-        !self.verify && self.serving.is_none() && !self.transfer.guest.saves_into_memory.get()
+        self.serving.is_none() && sends_state_at_once(&self.transfer.guest, self.verify)
     }
 
     async fn switch_over(self, state: &StateSender, writer: StateWriter) -> Result<Paused, CopyError> {
@@ -89,9 +90,7 @@ impl Switchover {
             progress.status.phase = Phase::SwitchingOver;
             progress.status.guest_runs_at = None;
         });
-        let asked = Instant::now();
-        let pausing = async { Ok(transfer.guest.pause(self.longest_pause()).await?) };
-        let at = self.in_time(asked, pausing).await?;
+        let at = self.pause().await?;
         transfer.note_pause();
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
@@ -99,6 +98,54 @@ impl Switchover {
         let saved = self.in_time(at, self.send_last_pages(state)).await?;
         let save_time = pause_time + saved.took;
         self.show_saved(&saved);
+        let verify_time = match self.send_the_rest(state, &saved, at).await {
+            Ok(verify_time) => verify_time,
+            Err(error) => {
+                // Also of a pause that came to nothing: the next one is forecast from it.
+                self.predictor.borrow_mut().learn_save(save_time);
+                return Err(error);
+            }
+        };
+        let Self { downtime_limit, forecast, predictor, serving, .. } = self;
+        Ok(Paused { at, save_time, verify_time, downtime_limit, forecast, predictor, serving })
+    }
+
+    /// Pauses the guest, whose VMM may write a first part of its state before. What the guest writes meanwhile is sent.
+    /// Returns since when it stands still.
+    async fn pause(&self) -> Result<Instant, CopyError> {
+        let (transfer, asked) = (&self.transfer, Instant::now());
+        let mut pausing = pin!(transfer.guest.pause(self.longest_pause()));
+        loop {
+            if let Ok(paused) = tokio::time::timeout(LOOK, &mut pausing).await {
+                return Ok(paused?);
+            }
+            match transfer.guest.driver.standing_since(asked) {
+                Some(at) => {
+                    let deadline = deadline(at, self.downtime_limit, self.forecast.as_ref());
+                    if deadline.at < Instant::now() {
+                        return Err(CopyError::Late(deadline));
+                    }
+                }
+                // In post-copy nothing is sent any more.
+                None if self.serving.is_some() => {}
+                None => {
+                    let (harvested, paused) = both(transfer.harvest(), &mut pausing).await;
+                    harvested?;
+                    if let Some(paused) = paused {
+                        return Ok(paused?);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Compares digests if that was ordered, and sends the end of the state. Returns how long comparing took.
+    async fn send_the_rest(
+        &self,
+        state: &StateSender,
+        saved: &SavedState,
+        at: Instant,
+    ) -> Result<Duration, CopyError> {
         let mut verify_time = Duration::ZERO;
         if self.verify {
             let started = Instant::now();
@@ -106,14 +153,13 @@ impl Switchover {
             verify_time = started.elapsed();
         }
         // All that was sent was the guest's, and nothing passed for a hole that was cut off.
-        transfer.guest.ram.check().map_err(CopyError::Memory)?;
+        self.transfer.guest.ram.check().map_err(CopyError::Memory)?;
         let sent = async {
             state.finish(saved.bytes).await;
             Ok(())
         };
         self.in_time(at + verify_time, sent).await?;
-        let Self { downtime_limit, forecast, predictor, serving, .. } = self;
-        Ok(Paused { at, save_time, verify_time, downtime_limit, forecast, predictor, serving })
+        Ok(verify_time)
     }
 
     /// Sends what was written since the last look, and saves the VMM's state.
@@ -168,6 +214,7 @@ impl Switchover {
     }
 
     fn show_saved(&self, saved: &SavedState) {
+        self.transfer.guest.saved_bytes.set(Some(saved.bytes));
         self.transfer.handle.update(|progress| {
             progress.pause.vmm_state_bytes = Some(saved.bytes);
             progress.pause.save_seconds = Some(saved.took.as_secs_f64());
@@ -207,6 +254,26 @@ impl Paused {
         self.predictor.borrow_mut().learn(&forecast, &measured);
         Some((measured, forecast))
     }
+}
+
+/// Does `first` to its end. Goes on with `second` meanwhile, which may have what the first one waits for, and returns what has
+/// come of it if it ended.
+async fn both<T, U>(
+    first: impl Future<Output = T>,
+    mut second: impl Future<Output = U> + Unpin,
+) -> (T, Option<U>) {
+    let (mut first, mut ended) = (pin!(first), None);
+    loop {
+        tokio::select! {
+            first = &mut first => return (first, ended),
+            second = &mut second, if ended.is_none() => ended = Some(second),
+        }
+    }
+}
+
+/// Tells whether the state of a guest's VMM may be sent while it is saved, unless the move ends by post-copy.
+pub(super) fn sends_state_at_once(guest: &Guest, verify: bool) -> bool {
+    !verify && !guest.saves_into_memory.get()
 }
 
 /// Returns when a pause that began `at` must have come to the commit. What is begun then cannot be taken back.

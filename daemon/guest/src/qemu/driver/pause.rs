@@ -8,7 +8,7 @@ use super::{PATIENCE, Qemu};
 use crate::qemu::machine::{self, Parts};
 use crate::qemu::qmp::is_migrating;
 use crate::qemu::{others, run_state, settings};
-use crate::{Blocker, DriverError};
+use crate::{Blocker, Driver, DriverError};
 
 impl Qemu {
     /// Checks that QEMU can be told to pause the guest, has nothing to do for others that the move would spoil, and is made
@@ -29,6 +29,23 @@ impl Qemu {
                 Err(failed(format!("{part} was changed while the guest was copied; order the move again")))
             }
             _ => Ok(status),
+        }
+    }
+
+    /// Waits for one of these `states` of QEMU's own migration. Video memory is written first, as fast as it travels, while the
+    /// guest runs. A guest that draws faster than that is to stand still for ever more of it.
+    pub(super) async fn until_paused(&self, states: &[&str]) -> Result<String, DriverError> {
+        const LOOK: Duration = Duration::from_secs(1);
+        let (began, mut downtime) = (Instant::now(), settings::DOWNTIME);
+        loop {
+            match self.qmp.migration_reaches(states, "pause", LOOK).await {
+                Err(DriverError::Slow { .. }) if began.elapsed() < self.patience.get() => {}
+                reached => return reached,
+            }
+            if self.standing_since(began).is_none() {
+                downtime *= 2;
+                settings::allow_downtime(&self.qmp, downtime).await?;
+            }
         }
     }
 

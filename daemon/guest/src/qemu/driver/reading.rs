@@ -66,7 +66,11 @@ async fn read(
             }
         } else {
             tokio::select! {
-                count = channel.read(&mut piece) => count?,
+                count = async {
+                    // Before the guest is paused, QEMU writes no faster than the state travels: the pause would wait for it.
+                    passed_on.room().await;
+                    channel.read(&mut piece).await
+                } => count?,
                 _ = &mut everything => {
                     is_written = true;
                     continue;
