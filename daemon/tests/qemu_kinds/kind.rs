@@ -5,12 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use memlane_lab::LabHost;
 use memlane_lab::qmp::Monitor;
+use memlane_lab::{LabHost, LabProcess, OVMF, wait_for};
 use serde_json::{Value, json};
 
 use crate::common::qemu::{Background, SMALL, ram_file, shim};
-use crate::common::{words, wrapped};
+use crate::common::{LONG, words, wrapped};
 
 /// A kind of guest.
 pub(crate) struct Kind {
@@ -20,7 +20,8 @@ pub(crate) struct Kind {
     pub words: &'static str,
     /// Its RAM; `{}` stands for a directory of memory, and `{NAME}` for a file there.
     ram: &'static str,
-    /// Its further arguments; `{DISK}` stands for a file of both hosts.
+    /// Its further arguments; `{DISK}` stands for a file of both hosts, `{CODE}` and `{VARIABLES}` for the firmware OVMF and
+    /// a file of both hosts in which it keeps variables, and `{TPM}` for the socket of a TPM that each QEMU has for itself.
     arguments: &'static str,
     manner: Manner,
     /// What is done to the guest before the order.
@@ -44,6 +45,7 @@ enum Manner {
 /// A QEMU that runs.
 pub(crate) struct Running {
     _process: Box<dyn Any>,
+    _tpm: Option<LabProcess>,
     pub qmp: PathBuf,
     ours: PathBuf,
 }
@@ -52,10 +54,21 @@ impl Running {
     fn run(&self, command: &str, arguments: Value) -> Value {
         Monitor::connect(&self.ours).unwrap().execute(command, arguments).unwrap()
     }
+
+    /// Waits until the guest has written to a drive.
+    fn wait_for_writes(&self, drive: &str) {
+        let written = || {
+            let stats = self.run("query-blockstats", json!({}));
+            let of_drive = stats.as_array()?.iter().find(|stats| stats["device"] == drive)?.clone();
+            (of_drive["stats"]["wr_highest_offset"].as_u64()? > 0).then_some(())
+        };
+        wait_for("the guest to write", LONG, written).unwrap();
+    }
 }
 
 const NAMED: &str =
     "-m 64M -object memory-backend-file,id=ram,share=on,size=64M,mem-path={NAME} -machine memory-backend=ram";
+const LARGER: &str = "-m 256M -object memory-backend-file,id=ram,share=on,size=256M,mem-path={NAME} -machine memory-backend=ram";
 const NAMELESS: &str =
     "-m 64M -object memory-backend-file,id=ram,share=on,size=64M,mem-path={} -machine memory-backend=ram";
 const MEMFD: &str =
@@ -151,6 +164,19 @@ pub(crate) const ALL: &[Kind] = &[
         },
         ..PLAIN
     },
+    Kind {
+        what: "OVMF, with its variables in a file",
+        ram: LARGER,
+        arguments: "-drive if=pflash,unit=0,format=raw,readonly=on,file={CODE} \
+                    -drive if=pflash,unit=1,id=vars,format=raw,file={VARIABLES}",
+        then: |qemu| qemu.wait_for_writes("vars"),
+        ..PLAIN
+    },
+    Kind {
+        what: "a TPM (`swtpm`)",
+        arguments: "-chardev socket,id=tpm,path={TPM} -tpmdev emulator,id=tpm0,chardev=tpm -device tpm-crb,tpmdev=tpm0",
+        ..PLAIN
+    },
     Kind { what: "a pc-dimm from the start", ram: DIMM, ..PLAIN },
     Kind { what: "virtio-mem", ram: VIRTIO_MEM, words: "virtio-mem", ..PLAIN },
     Kind {
@@ -208,7 +234,7 @@ impl<'a> Start<'a> {
         let incoming: &[&str] = if incoming { &["-incoming", "defer"] } else { &[] };
         if let Manner::Manager(line) = self.kind.manner {
             let started = wrapped::start(host, self.name, line, self.disk, incoming);
-            return Running { _process: started.process, qmp: started.qmp, ours };
+            return Running { _process: started.process, _tpm: None, qmp: started.qmp, ours };
         }
         let by = match self.kind.manner {
             Manner::Wrapped => shim().with_file_name("memlane-qemu"),
@@ -225,8 +251,12 @@ impl<'a> Start<'a> {
         let memory = host.memory_directory().display().to_string();
         let ram = self.kind.ram.replace("{NAME}", &ram_file(host, self.name)).replace("{}", &memory);
         let cards = "-device virtio-net-pci,romfile= ".repeat(16);
-        let arguments =
-            self.kind.arguments.replace("{DISK}", self.disk.to_str().unwrap()).replace("{NICS}", &cards);
+        let (tpm, socket) = (self.kind.arguments.contains("{TPM}"), path("tpm"));
+        let tpm = tpm.then(|| start_tpm(host, self.name, &socket));
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let arguments = self.kind.arguments.replace("{DISK}", &text(self.disk)).replace("{NICS}", &cards);
+        let arguments = arguments.replace("{CODE}", OVMF.0).replace("{TPM}", &text(&socket));
+        let arguments = arguments.replace("{VARIABLES}", &text(&self.disk.with_file_name("variables.fd")));
         command.args(["-name", self.name]).args(words(SMALL)).args(words(&ram)).args(words(&arguments));
         let monitor = |socket: &Path| format!("unix:{},server=on,wait=off", socket.display());
         let for_daemon = if self.kind.manner == Manner::Wrapped {
@@ -257,8 +287,20 @@ impl<'a> Start<'a> {
                 Box::new(process)
             }
         };
-        Running { _process: process, qmp: for_daemon, ours }
+        Running { _process: process, _tpm: tpm, qmp: for_daemon, ours }
     }
+}
+
+/// Starts a TPM that listens on a socket, and waits until it does.
+fn start_tpm(host: &LabHost, name: &str, socket: &Path) -> LabProcess {
+    let state = socket.with_extension("tpm-state");
+    fs::create_dir_all(&state).unwrap();
+    let mut command = host.command("swtpm");
+    command.args(["socket", "--tpm2", "--tpmstate"]).arg(format!("dir={}", state.display()));
+    command.arg("--ctrl").arg(format!("type=unixio,path={}", socket.display()));
+    let process = host.spawn(&format!("{name}-tpm"), command).unwrap();
+    wait_for("the TPM to listen", LONG, || socket.exists().then_some(())).unwrap();
+    process
 }
 
 /// Starts a QEMU that goes to the background.

@@ -13,12 +13,19 @@ use std::fs;
 
 use common::Stage;
 use common::qemu::{NOBODY, attach, open_to_nobody};
-use memlane_lab::{HostId, LabOptions, Requirement, RigOptions, qemu, say_skipped};
+use memlane_lab::{HostId, LabOptions, OVMF, Requirement, RigOptions, qemu, say_skipped};
 
 use kind::{Kind, Start};
 use table::Table;
 
-const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
+const NEEDS: &[Requirement] = &[
+    Requirement::Root,
+    Requirement::Ip,
+    Requirement::Tc,
+    Requirement::Qemu,
+    Requirement::Ovmf,
+    Requirement::Swtpm,
+];
 
 #[test]
 fn every_kind_of_guest_moves_or_is_refused_as_documented() {
@@ -51,6 +58,7 @@ fn play(stage: &Stage, kind: &Kind, name: &str) -> String {
     let [a, b] = stage.rig.lab().hosts();
     let disk = a.directory().join("disk.img");
     fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+    fs::copy(OVMF.1, a.directory().join("variables.fd")).unwrap();
     let here = Start::new(kind, name, &disk).on(a, false);
     let refused = |text: &str| match kind.words {
         "" => format!("refused: {text}"),

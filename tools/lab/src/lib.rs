@@ -65,7 +65,7 @@ pub use programs::Programs;
 pub use rate::Rate;
 pub use readers::Readers;
 pub use remote::Remote;
-pub use requirements::{MissingRequirement, Requirement, SSHD, missing, say_skipped, skip, why_not};
+pub use requirements::{MissingRequirement, OVMF, Requirement, SSHD, missing, say_skipped, skip, why_not};
 pub use rig::{CtlOutput, Rig, RigOptions};
 pub use size::Size;
 pub use user::DaemonUser;

@@ -11,6 +11,8 @@ use crate::{programs, qemu};
 
 /// The path of the ssh server. It must be started by its full path.
 pub const SSHD: &str = "/usr/sbin/sshd";
+/// The UEFI firmware OVMF as Debian has it: its code, and the file of variables that it begins with.
+pub const OVMF: (&str, &str) = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd");
 
 /// A thing that a lab, or a program that runs in it, needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +35,10 @@ pub enum Requirement {
     Sshd,
     /// `systemd-analyze` of systemd, which need not run here.
     SystemdAnalyze,
+    /// The firmware [`OVMF`].
+    Ovmf,
+    /// The TPM emulator `swtpm`.
+    Swtpm,
 }
 
 impl Requirement {
@@ -113,6 +119,9 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Sshd if Path::new(SSHD).exists() => in_path("ssh", "openssh-client"),
         Requirement::Sshd => Some(format!("there is no {SSHD} (install openssh-server)")),
         Requirement::SystemdAnalyze => in_path("systemd-analyze", "systemd"),
+        Requirement::Ovmf if Path::new(OVMF.0).exists() && Path::new(OVMF.1).exists() => None,
+        Requirement::Ovmf => Some(format!("there is no {} (install ovmf)", OVMF.0)),
+        Requirement::Swtpm => in_path("swtpm", "swtpm"),
         Requirement::Kernel if Kernel::present().is_some() => None,
         Requirement::Kernel => {
             Some("no kernel for Linux guests is unpacked (`cargo xtask test` does it)".into())

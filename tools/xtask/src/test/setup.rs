@@ -14,6 +14,8 @@ const PACKAGES: &[(Requirement, &str)] = &[
     (Requirement::Sshd, SSHD),
     // In a container it starts nothing.
     (Requirement::SystemdAnalyze, "systemd"),
+    (Requirement::Ovmf, "ovmf"),
+    (Requirement::Swtpm, "swtpm"),
 ];
 const SSHD: &str = "openssh-server";
 
