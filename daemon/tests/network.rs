@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use common::{GUEST, LONG, Stage, words};
+use common::{GUEST, LONG, Stage, wait_for_exit, words};
 use memlane_api::types::{Lane, LaneState, Migration};
 use memlane_lab::{Capture, HostId, LabOptions, Rate};
 use memlane_net::announce::frame;
@@ -288,4 +288,39 @@ fn switches_are_told_where_the_guest_is() {
     // No more than these, and none where the guest was.
     assert_eq!(received(HostId::B), None);
     assert_eq!(received(HostId::A), None);
+}
+
+/// Between the hosts is a switch with a smaller MTU than theirs: it swallows large packets without a word.
+#[test]
+fn a_path_that_swallows_large_packets_is_named() {
+    let lab = LabOptions { ports: 2, ..LabOptions::default() };
+    let Some(mut stage) = Stage::new("a_path_that_swallows_large_packets_is_named", lab) else { return };
+    let mut guest = stage.guest("web1");
+    let mut there = stage.receiver("web1");
+    let check = |stage: &Stage| stage.rig.ctl(HostId::A, &["check", "web1", "host-b"]).unwrap();
+    let why = ["bytes of data do not get from port port1", "smaller MTU", "lower that of the interfaces"];
+
+    // One port of two: the guest moves over the other one.
+    swallow_large_packets(&stage, "port1");
+    let answer = check(&stage);
+    assert_eq!(answer.code, 0, "{}", answer.text);
+    for why in why {
+        assert!(answer.text.contains(why), "{why:?} is not said: {}", answer.text);
+    }
+    stage.assert_moves("web1", &mut there);
+    wait_for_exit(guest.process());
+
+    // The control network.
+    let mut guest = stage.guest("web2");
+    let _there = stage.receiver("web2");
+    swallow_large_packets(&stage, "ctl0");
+    stage.assert_refused("web2", &[], &["do not get from port control", "smaller MTU"]);
+    stage.assert_runs_on("web2", &mut guest);
+}
+
+/// Has host A drop what it sends in large packets over an interface, without a word: they do not fit into so small a bucket.
+fn swallow_large_packets(stage: &Stage, interface: &str) {
+    let bucket = format!("qdisc replace dev {interface} root tbf rate 10gbit burst 4000 limit 1000000");
+    let status = stage.rig.lab().host(HostId::A).command("tc").args(words(&bucket)).status().unwrap();
+    assert!(status.success());
 }

@@ -28,6 +28,18 @@ pub fn make_room() -> io::Result<()> {
     Ok(())
 }
 
+/// Returns how many more descriptors this process may have. It reads `/proc/self/fd`, which takes a while if there are many.
+///
+/// # Errors
+///
+/// `/proc` cannot be read.
+pub fn left() -> io::Result<u64> {
+    let Some(limit) = getrlimit(Resource::Nofile).current else { return Ok(u64::MAX) };
+    // The directory is one of them, and is closed again.
+    let open = std::fs::read_dir("/proc/self/fd")?.count().saturating_sub(1) as u64;
+    Ok(limit.saturating_sub(open))
+}
+
 /// Returns the error in words that say what to do, if this process or the whole host has run out of file
 /// descriptors (`EMFILE`, `ENFILE`: open(2)). Any other error is returned as it is.
 pub fn explain(error: io::Error) -> io::Error {
@@ -67,6 +79,16 @@ mod tests {
         let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(MAX_ROOM);
         assert!(size.trim().parse::<u64>().unwrap() >= limit.min(MAX_ROOM), "{size}");
+    }
+
+    #[test]
+    fn what_is_open_is_not_left() {
+        let before = left().unwrap();
+        let limit = getrlimit(Resource::Nofile).current.unwrap();
+        assert!(before < limit);
+        let files: Vec<_> = (0..100).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
+        // Other tests open and close some.
+        assert!(left().unwrap() < before - 50, "{} files", files.len());
     }
 
     #[test]

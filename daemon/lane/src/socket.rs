@@ -42,6 +42,16 @@ pub fn tcp_info(socket: impl AsFd) -> Option<libc::tcp_info> {
     (result == 0).then_some(info)
 }
 
+/// Returns how many bytes the kernel at the other end of a TCP connection has not acknowledged yet (`SIOCOUTQ`, tcp(7));
+/// `None` for a socket of another kind.
+pub fn unacknowledged_bytes(socket: impl AsFd) -> Option<u32> {
+    let mut bytes: libc::c_int = 0;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the call writes an int.
+    let result = unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut bytes) };
+    (result == 0).then(|| bytes.try_into().unwrap_or_default())
+}
+
 /// Returns the shortest recent round trip of a TCP connection; `None` for a socket of another kind.
 pub fn shortest_round_trip(socket: impl AsFd) -> Option<Duration> {
     tcp_info(socket).map(|info| shortest_of(&info))

@@ -5,6 +5,7 @@ mod launch;
 mod receive;
 mod room;
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -82,6 +83,9 @@ pub(crate) async fn send(
 ) -> Option<Plan> {
     findings.estimate = estimate(guest);
     look_at_source(guest, findings).await;
+    if let Some(lacking) = lacking_descriptors(context).await {
+        findings.add(Severity::Refused, "host", lacking.to_string(), None);
+    }
     if !findings.refused() {
         look_at_state(guest, findings).await;
     }
@@ -102,7 +106,11 @@ pub(crate) async fn send(
         shape: guest.shape.clone(),
         qemu: qemu.map(Box::new),
     };
-    let (link, token, ports) = ask(context, peer, offer, findings).await?;
+    let (asked, mtu) = tokio::join!(ask(context, peer, offer, findings), try_control(context, peer));
+    if let Some(swallowed) = mtu {
+        findings.add(Severity::Refused, "host", swallowed.to_string(), Some(LOWER_MTU));
+    }
+    let (link, token, ports) = asked?;
     let pairs = try_ports(context, peer, &ports, findings).await;
     judge_bandwidth(&pairs, request.min_bandwidth, findings).await;
     if findings.refused() || request.check_only {
@@ -153,6 +161,12 @@ async fn look_at_source(guest: &Guest, findings: &mut Findings) {
     }
 }
 
+/// Finds out whether this daemon may open enough files for one more move.
+async fn lacking_descriptors(context: &Rc<Context>) -> Option<room::NoRoom> {
+    let lanes = context.settings.ports.iter().map(|port| u64::from(port.lanes)).sum();
+    task::aside(move || room::lacking_descriptors(lanes)).await
+}
+
 /// Finds out how large the VMM's state is.
 async fn look_at_state(guest: &Guest, findings: &mut Findings) {
     guest.state_bytes.set(guest.driver.state_bytes().await.ok().flatten());
@@ -176,6 +190,8 @@ fn estimate(guest: &Guest) -> Estimate {
     }
 }
 
+const LOWER_MTU: &str =
+    "raise the MTU between the hosts, or lower that of the interfaces on both (ip link set dev ... mtu ...)";
 const LOOK_AT_KEYS: &str = "compare what `memlanectl keys show` says on both hosts";
 
 /// Says what to do about a destination that cannot be talked to, unless the error itself says it.
@@ -240,6 +256,19 @@ async fn ask(
     }
 }
 
+/// Finds out whether large packets get to the address of the destination's daemon.
+async fn try_control(context: &Rc<Context>, peer: &Label) -> Option<OpenError> {
+    let remote = context.peer(peer)?.control;
+    let address = if remote.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // The way there is up to the kernel, as for the control connection itself.
+    let (name, interface, speed, congestion_control) = ("control".parse().ok()?, None, None, None);
+    let any = PortConfig { name, interface, address, speed, lanes: 1, congestion_control };
+    let caller = context.caller(peer);
+    let tried = task::aside(move || port::open(&any, remote, &caller, Purpose::Probe).err()).await;
+    // Whatever else is wrong, the control connection itself finds out.
+    tried.filter(|error| matches!(error, OpenError::Mtu { .. }))
+}
+
 /// Connects each port of this host to the port of the same name there.
 pub(crate) async fn try_ports(
     context: &Rc<Context>,
@@ -279,6 +308,7 @@ pub(crate) async fn try_ports(
                 check.peer_port = there.name.to_string();
                 let remedy = match error {
                     OpenError::Failed { .. } => Some("look at the cabling, the address and the firewall"),
+                    OpenError::Mtu { .. } => Some(LOWER_MTU),
                     OpenError::Encryption { .. } => Some(LOOK_AT_KEYS),
                     OpenError::Refused { .. } => None,
                 };

@@ -2,6 +2,7 @@
 
 pub mod congestion;
 mod connection_limiter;
+mod path;
 mod rendezvous;
 
 use std::cell::RefCell;
@@ -121,6 +122,21 @@ pub enum OpenError {
         /// This is what went wrong.
         source: io::Error,
     },
+    /// Large packets do not arrive, and nobody says so.
+    #[error(
+        "packets with {bytes} bytes of data do not get from port {port} ({address}) to {remote}, and smaller ones do: a \
+         switch or tunnel between them has a smaller MTU"
+    )]
+    Mtu {
+        /// This is the name of the port here.
+        port: Label,
+        /// This is the port's own address.
+        address: IpAddr,
+        /// This is the address that they do not get to.
+        remote: SocketAddr,
+        /// This is the number of bytes of data in such a packet.
+        bytes: u32,
+    },
     /// The other host answered the greeting and refused the connection.
     #[error("{remote} refuses a connection from port {port}: {reason}")]
     Refused {
@@ -144,7 +160,7 @@ pub struct Caller {
     pub credentials: Option<Arc<Credentials>>,
 }
 
-/// Connects from `port` to `remote` and greets. It blocks the calling thread for a few seconds at the most.
+/// Connects from `port` to `remote` and greets. A probe also finds out whether large packets arrive. It blocks the calling thread for a few seconds at the most.
 ///
 /// # Errors
 ///
@@ -186,6 +202,11 @@ pub fn open(
     let round_trip = shortest_round_trip(&stream).unwrap_or(Duration::MAX).min(greeted.elapsed());
     if let Answer::Refused { reason } = answer {
         return Err(OpenError::Refused { remote, port: port.name.clone(), reason });
+    }
+    if purpose == Purpose::Probe
+        && let Some(bytes) = path::swallowed(&mut stream)
+    {
+        return Err(OpenError::Mtu { port: port.name.clone(), address: port.address, remote, bytes });
     }
     stream.set_read_timeout(None).map_err(failed("prepare a connection"))?;
     stream.set_write_timeout(None).map_err(failed("prepare a connection"))?;

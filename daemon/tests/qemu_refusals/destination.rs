@@ -7,7 +7,7 @@ use std::path::Path;
 use memlane_lab::HostId;
 use memlane_lab::qemu;
 
-use crate::daemon::start_where;
+use crate::daemon::{MEMLANED, start_by, start_where};
 use crate::qemu::{Qemu, assert_moves, guest_file, ram, stage};
 
 #[test]
@@ -86,6 +86,11 @@ fn what_the_destination_lacks() {
     stage.reconfigure(HostId::B, |text| text.replace("name = \"lan\"", "name = \"wan\""));
     stage.assert_refused("web1", &[], &["network lan is not configured", "[[network]]"]);
     stage.reconfigure(HostId::B, |text| text.replace("name = \"wan\"", "name = \"lan\""));
+
+    let daemon = start_by(&mut stage, HostId::B, &["prlimit", "--nofile=64"], Path::new(MEMLANED));
+    stage.assert_refused("web1", &[], &["file descriptors", "LimitNOFILE"]);
+    drop(daemon);
+    stage.rig.start_daemon(HostId::B).unwrap();
 
     let qemu = qemu::program().display().to_string();
     stage.reconfigure(HostId::B, |text| text.replace(&format!("[\"{qemu}\"]"), "[]"));

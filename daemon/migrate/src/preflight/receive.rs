@@ -14,7 +14,7 @@ use memlane_protocol::wire::attach::RunState;
 use memlane_protocol::wire::control::{MAX_REFUSALS, Offer, Refusal, RefusalKind};
 use tracing::warn;
 
-use super::{launch, room};
+use super::{lacking_descriptors, launch, room};
 use crate::context::Context;
 
 /// Finds the VMM that waits for an offered guest, and claims its guest for the migration. A guest in QEMU may bring the
@@ -117,6 +117,8 @@ async fn judge(context: &Rc<Context>, offer: &Offer, guest: &Guest) -> Vec<Refus
     let lacking = task::aside(move || room::lacking(&ram, wanted, reserve));
     let (lacking, bridges) = tokio::join!(lacking, context.bridges_there());
     refusals.extend(lacking.map(|lacking| refusal(RefusalKind::Memory, lacking.to_string())));
+    let lacking = lacking_descriptors(context).await;
+    refusals.extend(lacking.map(|lacking| refusal(RefusalKind::Host, lacking.to_string())));
     for nic in &offer.shape.nics {
         if let Some(reason) = context.network_missing(&nic.network, &bridges) {
             refusals.push(refusal(RefusalKind::Network, reason));

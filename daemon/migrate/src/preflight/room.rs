@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use memlane_kvm::descriptors;
 use memlane_kvm::ram::GuestRam;
 
 /// The control groups of this host.
@@ -39,6 +40,17 @@ pub(super) enum NoRoom {
         /// So many are free.
         free: u64,
     },
+    /// The daemon may not open enough files.
+    #[error(
+        "a move takes up to {wanted} file descriptors of the daemon, and it may open {left} more; raise LimitNOFILE= of its \
+         unit, or `ulimit -n`"
+    )]
+    Descriptors {
+        /// A move may take so many.
+        wanted: u64,
+        /// So many more may be opened.
+        left: u64,
+    },
     /// A control group of the daemon may not use enough.
     #[error(
         "the guest needs {} MiB more than its VMM holds, and the daemon's control group {} may use {} MiB more; raise its \
@@ -71,6 +83,17 @@ pub(super) fn lacking(ram: &GuestRam, wanted: u64, reserve: u64) -> Option<NoRoo
     let own = fs::read_to_string("/proc/self/cgroup").ok()?;
     let (group, free) = tightest(Path::new(GROUPS), own.lines().find_map(|line| line.strip_prefix("0::"))?)?;
     (free < wanted).then_some(NoRoom::Group { wanted, group, free })
+}
+
+/// Tells whether this daemon may open enough files for one more move, over so many lanes. It may block.
+pub(super) fn lacking_descriptors(lanes: u64) -> Option<NoRoom> {
+    /// A VMM, its memory, timers and connections to other hosts take fewer.
+    const BESIDES: u64 = 32;
+    // Each lane has a socket, an eventfd, a ring and a pipe.
+    let wanted = BESIDES + 8 * lanes;
+    // What cannot be counted is not refused.
+    let left = descriptors::left().unwrap_or(u64::MAX);
+    (left < wanted).then_some(NoRoom::Descriptors { wanted, left })
 }
 
 /// Returns how many bytes the kernel thinks can be used without swapping (`MemAvailable`).
