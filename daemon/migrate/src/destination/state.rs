@@ -398,8 +398,7 @@ mod tests {
         state.come_over(mpsc::channel(1).1).unwrap();
         state.take(4, 3, vec![4]).unwrap();
         assert!(state.take_next(vec![0; 4]).is_err());
-        let mut state = IncomingState::default();
-        state.bytes = MAX_STATE_BYTES - 1;
+        let mut state = IncomingState { bytes: MAX_STATE_BYTES - 1, ..IncomingState::default() };
         assert!(state.take_next(vec![0; 2]).is_err());
     }
 }

@@ -86,15 +86,15 @@ impl Switchover {
     async fn switch_over(self, state: &StateSender, writer: StateWriter) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
         transfer.guest.driver.prepare_pause(writer).await?;
-        transfer.handle.update(|progress| {
-            progress.status.phase = Phase::SwitchingOver;
-            progress.status.guest_runs_at = None;
-        });
+        transfer.handle.update(|progress| progress.status.phase = Phase::SwitchingOver);
         let at = self.pause().await?;
         transfer.note_pause();
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
-        transfer.handle.update(|progress| progress.pause.stopped_at_seconds = Some(stopped_at));
+        transfer.handle.update(|progress| {
+            progress.status.guest_runs_at = None;
+            progress.pause.stopped_at_seconds = Some(stopped_at);
+        });
         let saved = self.in_time(at, self.send_last_pages(state)).await?;
         let save_time = pause_time + saved.took;
         self.show_saved(&saved);
