@@ -13,7 +13,8 @@ mod qemu;
 pub use codec::{HEADER_BYTES, decode_header};
 pub use fetch::{FetchReport, MAX_WORDS, Missing};
 pub use message::{
-    Control, DIGEST_CHUNK_BYTES, MAX_BODY_BYTES, MAX_DIGESTS, MAX_RANGES, MAX_STATE_CHUNK_BYTES,
+    Control, DIGEST_CHUNK_BYTES, LAST_ITERATION, MAX_BODY_BYTES, MAX_DIGESTS, MAX_RANGES,
+    MAX_STATE_CHUNK_BYTES,
 };
 pub use offer::{Accept, MAX_PORTS, MAX_REFUSALS, Offer, Port, Refusal, RefusalKind};
 pub use qemu::{MAX_DEFINITION_BYTES, MAX_DISKS, MAX_NAME_BYTES, MAX_PART_BYTES, MAX_PARTS, QemuGuest};

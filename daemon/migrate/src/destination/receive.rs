@@ -9,7 +9,7 @@ use memlane_lane::digest::digest_all;
 use memlane_net::link::LinkError;
 use memlane_protocol::handover::{Destination, Event};
 use memlane_protocol::wire::attach::RunState;
-use memlane_protocol::wire::control::{Control, MAX_DIGESTS};
+use memlane_protocol::wire::control::{Control, LAST_ITERATION, MAX_DIGESTS};
 
 use super::DestinationRole;
 use crate::drive::Session;
@@ -78,6 +78,12 @@ impl DestinationRole {
         message: Control,
     ) -> Result<Option<Event>, ReceiveError> {
         match message {
+            Control::Iteration { number: LAST_ITERATION, .. } => {
+                self.state.note_pause();
+                if self.state.is_expected() {
+                    return self.state_came(session).await;
+                }
+            }
             Control::Iteration { number, pages } => {
                 self.handle.update(|progress| {
                     progress.ram.iterations.push(IterationView { number, pages, ..IterationView::default() });
@@ -159,9 +165,9 @@ impl DestinationRole {
         if self.state.is_whole() {
             self.let_go_of_memory().await?;
         }
-        // A VMM that others started waits for another try if the move fails before the pause has got so far.
+        // A VMM that others started waits for another try if the move fails before the pause.
         let before = self.state.is_loading();
-        if self.guest.launched_for_migration.get() || self.state.is_with_memory() {
+        if self.guest.launched_for_migration.get() || self.state.is_in_pause() {
             self.state.pass_on();
         }
         Ok((self.state.is_loading() && !before).then_some(Event::Loading))

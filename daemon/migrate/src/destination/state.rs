@@ -18,6 +18,8 @@ pub(super) struct IncomingState {
     bytes: u64,
     /// If this is true, they are all.
     whole: bool,
+    /// If this is true, the guest is paused at the source.
+    paused: bool,
     /// If this is true, the guest's memory has come.
     with_memory: bool,
     /// The state comes from there, but for its end.
@@ -194,6 +196,16 @@ impl IncomingState {
     /// Tells whether the VMM has begun to load the state.
     pub(super) fn is_loading(&self) -> bool {
         self.loading.as_ref().is_some_and(|loading| loading.begun)
+    }
+
+    /// Notes that the guest is paused at the source.
+    pub(super) fn note_pause(&mut self) {
+        self.paused = true;
+    }
+
+    /// Tells whether the guest is paused at the source, as far as that has said so.
+    pub(super) fn is_in_pause(&self) -> bool {
+        self.paused || self.with_memory
     }
 
     /// Tells whether the source is done with the guest's memory, but for what the VMM may write while it saves its state.

@@ -5,7 +5,7 @@ use std::future::pending;
 use memlane_guest::{StateReader, StateWriter, narrow_state_pipe};
 use memlane_net::resumable::ResumableSender;
 use memlane_protocol::wire::attach::MAX_STATE_BYTES;
-use memlane_protocol::wire::control::{Control, MAX_STATE_CHUNK_BYTES};
+use memlane_protocol::wire::control::{Control, LAST_ITERATION, MAX_STATE_CHUNK_BYTES};
 use tokio::sync::watch;
 
 use super::error::CopyError;
@@ -47,6 +47,8 @@ enum Release {
     Nothing,
     /// Everything but the last byte. It is what the VMM writes before the guest is paused.
     AllButLast,
+    /// The same, and the destination is told that the guest is paused.
+    Paused,
     /// The same, and the destination is told that it has the guest's memory.
     WithMemory,
     /// Everything, of which there are so many bytes.
@@ -79,6 +81,15 @@ impl StateSender {
         }
     }
 
+    /// Notes that the guest is paused. Where nothing is sent at once, that changes nothing.
+    pub(super) fn note_pause(&self) {
+        self.release.send_modify(|release| {
+            if *release == Release::AllButLast {
+                *release = Release::Paused;
+            }
+        });
+    }
+
     /// Notes that the destination has all of the guest's memory, but for what the VMM may write while it saves its state.
     pub(super) fn note_memory(&self) {
         self.release.send_modify(|release| *release = (*release).max(Release::WithMemory));
@@ -95,13 +106,13 @@ impl StateSender {
 impl Passing {
     async fn run(mut self) -> Result<(), CopyError> {
         self.until(|release| release >= Release::AllButLast).await;
-        let (mut held, mut with_memory, mut release) = (Vec::new(), false, self.release.clone());
+        let (mut held, mut told, mut release) = (Vec::new(), Release::AllButLast, self.release.clone());
         loop {
             let piece = tokio::select! {
                 biased;
-                () = async { drop(release.wait_for(|release| *release >= Release::WithMemory).await) }, if !with_memory => {
-                    with_memory = true;
-                    self.send(&[], MAX_STATE_BYTES).await?;
+                reached = reaches(&mut release, |release| release > told), if told < Release::WithMemory => {
+                    told = reached.min(Release::WithMemory);
+                    self.tell(told).await?;
                     continue;
                 }
                 piece = self.pieces.recv() => piece,
@@ -124,10 +135,18 @@ impl Passing {
 
     /// Returns how much may be sent, when it is enough.
     async fn until(&mut self, is_enough: impl Fn(Release) -> bool) -> Release {
-        match self.release.wait_for(|release| is_enough(*release)).await {
-            Ok(release) => *release,
-            // Nobody is there any more who would have anything sent.
-            Err(_) => pending().await,
+        reaches(&mut self.release, is_enough).await
+    }
+
+    /// Tells the destination what it may do with the state that it has.
+    async fn tell(&mut self, release: Release) -> Result<(), CopyError> {
+        match release {
+            // A destination of before such lanes takes this for one more iteration.
+            Release::Paused if self.lane.is_some() => {
+                Ok(self.link.send(&Control::Iteration { number: LAST_ITERATION, pages: 0 }).await?)
+            }
+            Release::WithMemory => self.send(&[], MAX_STATE_BYTES).await,
+            _ => Ok(()),
         }
     }
 
@@ -141,5 +160,14 @@ impl Passing {
             }
             _ => Ok(self.link.send(&Control::State { total, offset, bytes: part.to_vec() }).await?),
         }
+    }
+}
+
+/// Returns how much may be sent, when it is enough.
+async fn reaches(release: &mut watch::Receiver<Release>, is_enough: impl Fn(Release) -> bool) -> Release {
+    match release.wait_for(|release| is_enough(*release)).await {
+        Ok(release) => *release,
+        // Nobody is there any more who would have anything sent.
+        Err(_) => pending().await,
     }
 }

@@ -89,6 +89,7 @@ impl Switchover {
         transfer.handle.update(|progress| progress.status.phase = Phase::SwitchingOver);
         let at = self.pause().await?;
         transfer.note_pause();
+        state.note_pause();
         let pause_time = at.elapsed();
         let stopped_at = unix_seconds() - pause_time.as_secs_f64();
         transfer.handle.update(|progress| {

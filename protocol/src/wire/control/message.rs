@@ -19,6 +19,10 @@ pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
 /// The number of bytes of memory under one digest.
 pub const DIGEST_CHUNK_BYTES: u64 = 2 << 20;
 
+/// The number of an iteration of which the guest writes nothing any more: it is paused, and what there is of its VMM's state
+/// may be loaded. It is said only where that has a [lane of its own](crate::wire::hello::Purpose::State), since version 5.
+pub const LAST_ITERATION: u32 = 0;
+
 /// A message from one daemon to the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
@@ -45,7 +49,7 @@ pub enum Control {
     LaneClosed(u16),
     /// The source begins an iteration of pre-copy.
     Iteration {
-        /// The number of the iteration, from 1.
+        /// The number of the iteration, from 1, or [`LAST_ITERATION`].
         number: u32,
         /// The number of pages to send in it.
         pages: u64,
