@@ -165,9 +165,11 @@ impl DestinationRole {
         if self.state.is_whole() {
             self.let_go_of_memory().await?;
         }
-        // A VMM that others started waits for another try if the move fails before the pause.
+        // A VMM that others started waits for another try if the move fails before the pause. A VMM that links Memlane loads
+        // only the whole of it, and has longer.
+        let loads_early = self.guest.driver.qemu().is_some() && self.state.is_in_pause();
         let before = self.state.is_loading();
-        if self.guest.launched_for_migration.get() || self.state.is_in_pause() {
+        if self.guest.launched_for_migration.get() || self.state.is_with_memory() || loads_early {
             self.state.pass_on();
         }
         Ok((self.state.is_loading() && !before).then_some(Event::Loading))

@@ -205,7 +205,7 @@ impl IncomingState {
 
     /// Tells whether the guest is paused at the source, as far as that has said so.
     pub(super) fn is_in_pause(&self) -> bool {
-        self.paused || self.with_memory
+        self.paused
     }
 
     /// Tells whether the source is done with the guest's memory, but for what the VMM may write while it saves its state.
