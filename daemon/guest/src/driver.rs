@@ -135,8 +135,8 @@ pub trait Driver {
     /// Prepares the VMM to be paused, so that only that is left for [`Driver::pause`]. The guest runs on meanwhile, and what
     /// holds up its writes still does. What the VMM writes of its state from then on goes to `state`, as the VMM of the
     /// destination reads it: all of it is there when [`Driver::save`] returns, and the first of it may be before the guest
-    /// is paused.
-    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError>;
+    /// is paused. If this is `soon`, the guest is paused as soon as the VMM can, however much of its state is left then.
+    async fn prepare_pause(&self, state: StateWriter, soon: bool) -> Result<(), DriverError>;
     /// Stops all vCPUs. Returns the earliest moment at which the guest may have stood still. Where the VMM has a clock
     /// of its own for that, the guest runs on by itself unless it was resumed or relinquished within `limit`.
     async fn pause(&self, limit: Duration) -> Result<Instant, DriverError>;

@@ -173,6 +173,11 @@ impl Guest {
         self.driver.pause(limit).await
     }
 
+    /// Tells whether the guest's writes are held up.
+    pub fn is_stunned(&self) -> bool {
+        self.stunned.borrow().is_some()
+    }
+
     /// Tells whether a migration of the guest is under way here.
     pub fn is_moving(&self) -> bool {
         self.migration.get().is_some()

@@ -247,7 +247,7 @@ impl Driver for Linked {
         found.map_err(|error| failed(error.to_string()))
     }
 
-    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError> {
+    async fn prepare_pause(&self, state: StateWriter, _soon: bool) -> Result<(), DriverError> {
         self.state.replace(Some(state));
         Ok(())
     }

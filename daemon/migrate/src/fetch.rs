@@ -380,7 +380,7 @@ async fn happens(session: &mut Option<FetchSession>, faults: &Faults) -> Result<
                 // More than that are dropped, and so closed.
                 LaneKind::Pages(_) if session.lanes.running() >= MOST_LANES => {}
                 // The state came before the guest was handed over.
-                LaneKind::State => {}
+                LaneKind::State(_) => {}
                 LaneKind::Pages(number) => {
                     let end = LaneEnd { port, number, local: String::new(), remote, socket, records };
                     session.lanes.receive(end, &session.inbound);

@@ -87,7 +87,7 @@ impl Routes {
     /// Fails if the destination cannot be reached, or refuses the lane.
     pub(crate) async fn open_state(&self, route: &Route) -> Result<LaneEnd, OpenError> {
         let number = self.next.replace(self.next.get() + 1);
-        self.connect(route, Purpose::State { token: self.token }, number).await
+        self.connect(route, Purpose::State { token: self.token, lane: number }, number).await
     }
 
     fn connect(

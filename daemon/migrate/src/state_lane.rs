@@ -2,6 +2,7 @@
 
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use memlane_net::channel::Channel;
 use memlane_net::link::LinkError;
@@ -10,8 +11,11 @@ use memlane_net::task;
 use memlane_protocol::wire::Label;
 use tokio::sync::mpsc;
 
+use crate::context::Context;
 use crate::lanes::LaneEnd;
 
+/// So many bytes are written at once.
+const PART_BYTES: usize = 64 << 10;
 /// This many pieces of a state are read ahead.
 const AHEAD: usize = 16;
 
@@ -20,15 +24,18 @@ pub(crate) struct StateLane {
     port: Label,
     channel: Channel,
     traffic: Rc<Traffic>,
+    /// A part may take this long to be written.
+    silence: Duration,
 }
 
 /// The pieces of a state as they come, and then the reason why no more do.
 pub(crate) type StatePieces = mpsc::Receiver<Result<Vec<u8>, LinkError>>;
 
 impl StateLane {
-    /// Makes a lane of one end of its connection. What it carries is added to `traffic`.
-    pub(crate) fn over(end: LaneEnd, traffic: Rc<Traffic>) -> Self {
-        Self { port: end.port, channel: Channel::of_lane(end.socket, end.records), traffic }
+    /// Makes a lane of one end of its connection. What it carries is counted as traffic of its port.
+    pub(crate) fn over(end: LaneEnd, context: &Context) -> Self {
+        let (traffic, silence) = (context.traffic.clone(), context.limits().silence);
+        Self { port: end.port, channel: Channel::of_lane(end.socket, end.records), traffic, silence }
     }
 
     /// Returns the name of the port of this host.
@@ -40,10 +47,18 @@ impl StateLane {
     ///
     /// # Errors
     ///
-    /// Fails if the connection breaks.
+    /// Fails if the connection breaks, or takes nothing for as long as a host may be silent.
     pub(crate) async fn send(&self, piece: &[u8]) -> io::Result<()> {
-        self.channel.write_all(piece.to_vec()).await?;
-        self.traffic.add(&self.port, piece.len() as u64, 0);
+        for part in piece.chunks(PART_BYTES) {
+            let written = tokio::time::timeout(self.silence, self.channel.write_all(part.to_vec())).await;
+            let silent = |_| {
+                let text =
+                    format!("the other end has not answered for {:.1?} on port {}", self.silence, self.port);
+                io::Error::new(io::ErrorKind::TimedOut, text)
+            };
+            written.map_err(silent)??;
+            self.traffic.add(&self.port, part.len() as u64, 0);
+        }
         Ok(())
     }
 

@@ -210,7 +210,8 @@ impl Channel {
             let came = read_some(&self.stream).await?;
             match &self.records {
                 Some(records) => records.borrow_mut().append(&came),
-                None => return Ok(came),
+                // Without the room for what has not come.
+                None => return Ok(came.into_boxed_slice().into_vec()),
             }
         }
     }

@@ -69,6 +69,8 @@ pub enum Purpose {
     State {
         /// The token that the destination gave for this migration.
         token: Token,
+        /// The number of the lane: a later one takes the place of those before.
+        lane: u16,
     },
     /// The connection shows that the port can be reached; it is answered and closed.
     Probe,
@@ -113,7 +115,7 @@ impl Hello {
             Purpose::Control => (CONTROL, [0; 16], 0),
             Purpose::Lane { token, lane } => (LANE, token, lane),
             Purpose::Faults { token } => (FAULTS, token, 0),
-            Purpose::State { token } => (STATE, token, 0),
+            Purpose::State { token, lane } => (STATE, token, lane),
             Purpose::Probe => (PROBE, [0; 16], 0),
         };
         put(
@@ -145,7 +147,7 @@ impl Hello {
             CONTROL => Purpose::Control,
             LANE => Purpose::Lane { token: raw.token, lane: raw.lane.get() },
             FAULTS => Purpose::Faults { token: raw.token },
-            STATE => Purpose::State { token: raw.token },
+            STATE => Purpose::State { token: raw.token, lane: raw.lane.get() },
             PROBE => Purpose::Probe,
             other => return Err(WireError::Unknown { what: "purpose of a connection", found: other.into() }),
         };

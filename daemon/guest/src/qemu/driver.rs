@@ -22,7 +22,6 @@ use memlane_protocol::wire::attach::Bond;
 use memlane_protocol::wire::control::QemuGuest;
 use memlane_protocol::{PAGE_SIZE, PageSet};
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tracing::warn;
 
@@ -44,6 +43,7 @@ use crate::{
     StateWriter, VmmMemory,
 };
 
+mod loading;
 mod pause;
 mod reading;
 
@@ -244,7 +244,7 @@ impl Driver for Qemu {
         found.map_err(|error| failed(error.to_string()))
     }
 
-    async fn prepare_pause(&self, state: StateWriter) -> Result<(), DriverError> {
+    async fn prepare_pause(&self, state: StateWriter, soon: bool) -> Result<(), DriverError> {
         let _patient = self.qmp.waiting_for(self.patience.get());
         let status = self.check_unoccupied().await?;
         // By now: what QEMU writes of it tells, but a daemon that is started anew may never have read that.
@@ -253,7 +253,8 @@ impl Driver for Qemu {
         self.states.note_pause(&self.name, stays).await;
         // Not earlier: what others have QEMU do meanwhile is to go as they have set it.
         self.remember_settings().await?;
-        settings::prepare_source(&self.qmp).await?;
+        settings::prepare_source(&self.qmp, if soon { settings::MOST_DOWNTIME } else { settings::DOWNTIME })
+            .await?;
         self.outgoing.replace(Some((self.channel().await?, state)));
         Ok(())
     }
@@ -274,6 +275,8 @@ impl Driver for Qemu {
         self.state.replace(Some(Reading::begin(outgoing)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.until_paused(&states).await?.as_str() {
+            // It stood still before, and nobody has waited for what was written meanwhile.
+            "pre-switchover" if self.stays.borrow().is_some() => Ok(Instant::now()),
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
             other => Err(failed(format!("its own migration is {other}; {}", self.last_words().await))),
         }
@@ -282,10 +285,8 @@ impl Driver for Qemu {
     fn standing_since(&self, asked: Instant) -> Option<Instant> {
         let stopped =
             self.qmp.stopped().filter(|stopped| self.qmp.resumed().is_none_or(|resumed| resumed < *stopped));
-        // What stood still before is paused from when it was told to be.
-        ago(stopped)
-            .map(|stopped| stopped.max(asked))
-            .or_else(|| self.stays.borrow().is_some().then_some(asked))
+        let ran = self.stays.borrow().is_none();
+        ago(stopped).filter(|_| ran).map(|stopped| stopped.max(asked))
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
@@ -368,61 +369,8 @@ impl Driver for Qemu {
         }
     }
 
-    async fn load(&self, mut state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError> {
-        // What is bound and has not loaded everything is not taken for loaded.
-        self.bind("prepare", bond).await?;
-        // While a guest is awaited this means: do not run it by yourself.
-        self.held.set(true);
-        self.qmp.execute("stop", json!({})).await?;
-        let mut channel = self.channel().await?;
-        // So far it can do without the guest.
-        let Some(mut piece) = state.recv().await else {
-            return Err(DriverError::Failed { request: "load", reason: "the guest does not come".into() });
-        };
-        self.qmp.expect_migration();
-        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
-        let (mut bytes, mut whole) = (Vec::new(), Instant::now());
-        let write = async {
-            loop {
-                // A QEMU that does not like what it reads says so below, by its end.
-                let _ = channel.write_all(&piece).await;
-                bytes.extend(piece);
-                match state.recv().await {
-                    Some(next) => piece = next,
-                    None => break,
-                }
-            }
-            whole = Instant::now();
-            let _ = channel.shutdown().await;
-            self.qmp.migration_reaches(&["completed", "failed"], "load", PATIENCE).await
-        };
-        // How long the other host takes for it is the other host's affair.
-        let loaded = tokio::select! {
-            loaded = write => loaded,
-            ended = self.qmp.migration_reaches(&["failed"], "load", Duration::MAX) => ended,
-        };
-        // What it has loaded in part it must never run: none of these is a plain failure.
-        let broken = async |what: String| {
-            let reason = format!("{what}; {}", self.last_words().await);
-            DriverError::Broken { request: "load", reason }
-        };
-        match loaded {
-            Ok(state) if state == "completed" => {}
-            Ok(state) => return Err(broken(format!("its own migration is {state}")).await),
-            Err(DriverError::Gone) => return Err(broken("it is gone".into()).await),
-            Err(error) => return Err(error),
-        }
-        let status = self.qmp.status().await?;
-        let stays = run_state::standing_in(&bytes);
-        if status != "paused" && Some(&status) != stays.as_ref() {
-            return Err(broken(format!("its status is {status}")).await);
-        }
-        if stays.is_some() {
-            self.stays.replace(stays.clone());
-            self.states.note_standing(&self.name, stays.clone()).await;
-        }
-        self.loaded.set(true);
-        Ok(LoadedState { took: whole.elapsed(), stays })
+    async fn load(&self, state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError> {
+        self.load_state(state, bond).await
     }
 
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {

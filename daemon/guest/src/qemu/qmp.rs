@@ -5,9 +5,8 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memlane_kvm::{descriptors, packet};
 use memlane_net::task;
@@ -18,18 +17,19 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot, watch};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
+use self::silence::Silence;
 use super::farewell;
 use crate::process::Hang;
 use crate::{DriverError, Farewell};
+
+mod silence;
 
 /// Bytes that are read at once.
 const READ_BYTES: usize = 8 << 10;
 /// Longest wait for the answer to a command.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// A QEMU that has not answered for this long is said to hang. One that is stopped is waited for no longer, as a rule.
-const HANGS: Duration = Duration::from_secs(2);
 /// The greeting is waited for this long: QEMU talks to one client at a time, and lets others wait.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -91,26 +91,7 @@ pub(super) struct Qmp {
     version: [u32; 3],
     /// The answer to a command is waited for this long, also that of a QEMU that is stopped. It is `None` as a rule.
     patience: Cell<Option<Duration>>,
-    /// QEMU has not answered to this command since this moment.
-    silent: RefCell<Option<(&'static str, Instant, Hang)>>,
-}
-
-/// A QEMU is waited for longer, until this is dropped.
-pub(super) struct Patient<'a>(&'a Qmp);
-
-impl Drop for Patient<'_> {
-    fn drop(&mut self) {
-        self.0.patience.set(None);
-    }
-}
-
-/// A silence of QEMU that is told of, until this is dropped.
-struct Told<'a>(&'a RefCell<Option<(&'static str, Instant, Hang)>>);
-
-impl Drop for Told<'_> {
-    fn drop(&mut self) {
-        self.0.replace(None);
-    }
+    silence: RefCell<Option<Silence>>,
 }
 
 /// Takes the answer to the command of this number.
@@ -172,8 +153,8 @@ impl Qmp {
             gone: watch::Sender::new(false),
         });
         task::spawn("monitor of a QEMU", read(messages, news.clone()));
-        let (commands, torn, patient, silent) = Default::default();
-        let qmp = Self { writer, commands, torn, news, pid, user, version, patience: patient, silent };
+        let (commands, torn, patient, silence) = Default::default();
+        let qmp = Self { writer, commands, torn, news, pid, user, version, patience: patient, silence };
         match qmp.run(NEGOTIATE, json!({}), &[], patience).await {
             Ok(_) => Ok(qmp),
             Err(error) => Err(stranger(&error.to_string())),
@@ -206,23 +187,6 @@ impl Qmp {
         arguments: Value,
     ) -> Result<Value, DriverError> {
         self.run(command, arguments, &[], self.patience()).await
-    }
-
-    /// Waits so long for the answer to a command, until the returned value is dropped.
-    pub(super) fn waiting_for(&self, patience: Duration) -> Patient<'_> {
-        self.patience.set(Some(patience));
-        Patient(self)
-    }
-
-    fn patience(&self) -> Duration {
-        self.patience.get().unwrap_or(PATIENCE)
-    }
-
-    /// Returns what is waited for, in words, if QEMU does not answer at present.
-    pub(super) fn waits_for(&self) -> Option<String> {
-        let (command, since, hang) = (*self.silent.borrow())?;
-        let (pid, seconds) = (self.pid, since.elapsed().as_secs());
-        Some(format!("QEMU (process {pid}) to answer to `{command}`; it has not for {seconds} s{hang}"))
     }
 
     /// Gives QEMU a descriptor, which `fd:NAME` stands for from now on.
@@ -262,6 +226,16 @@ impl Qmp {
     pub(super) async fn migration(&self) -> Result<String, DriverError> {
         let migration = self.execute("query-migrate", json!({})).await?;
         Ok(migration["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Returns how many bytes of memory QEMU's own migration has still to write.
+    ///
+    /// # Errors
+    ///
+    /// Fails if QEMU is gone, refuses, or does not answer in time.
+    pub(super) async fn state_left(&self) -> Result<u64, DriverError> {
+        let migration = self.execute("query-migrate", json!({})).await?;
+        Ok(migration["ram"]["remaining"].as_u64().unwrap_or_default())
     }
 
     /// Forgets the events so far, before a migration is begun.
@@ -343,38 +317,6 @@ impl Qmp {
         match self.answer_within(patience, command, exchange).await? {
             Ok(value) => Ok(value),
             Err(refusal) => Err(DriverError::Failed { request: command, reason: refusal.description }),
-        }
-    }
-
-    /// Waits for the answer to a command. A QEMU that hangs is told of meanwhile; one that is stopped is not waited for, unless
-    /// it is to be waited for longer than others.
-    async fn answer_within<T>(
-        &self,
-        patience: Duration,
-        command: &'static str,
-        exchange: impl Future<Output = Result<T, DriverError>>,
-    ) -> Result<T, DriverError> {
-        let (began, mut exchange) = (Instant::now(), pin!(exchange));
-        if let Ok(answered) = tokio::time::timeout(HANGS.min(patience), &mut exchange).await {
-            return answered;
-        }
-        let _told = Told(&self.silent);
-        loop {
-            let hang = Hang::of(self.pid);
-            let before = self.silent.replace(Some((command, began, hang)));
-            if before.is_none_or(|(_, _, before)| before != hang) {
-                warn!(pid = self.pid, command, "QEMU does not answer{hang}");
-            }
-            let waited = began.elapsed();
-            let gives_up = matches!(hang, Hang::Stopped(_)) && self.patience.get().is_none();
-            if gives_up || waited >= patience {
-                return Err(DriverError::Slow { request: command, after: waited, hang });
-            }
-            let look = HANGS.min(patience - waited);
-            if let Ok(answered) = tokio::time::timeout(look, &mut exchange).await {
-                info!(pid = self.pid, command, after = ?began.elapsed(), "QEMU answers again");
-                return answered;
-            }
         }
     }
 

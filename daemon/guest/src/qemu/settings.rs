@@ -21,8 +21,8 @@ const NOT_AFTERWARDS: [&str; 3] = ["x-ignore-shared", "pause-before-switchover",
 /// QEMU pauses its guest when what is left of its state takes this long by its own count, which is of whole tenths of a second
 /// before it has counted anything.
 pub(super) const DOWNTIME: Duration = Duration::from_millis(10);
-/// QEMU takes no longer downtime limit, in milliseconds.
-const MOST_DOWNTIME_MS: u64 = 2_000_000;
+/// QEMU takes no longer downtime limit.
+pub(super) const MOST_DOWNTIME: Duration = Duration::from_secs(2000);
 
 /// From this version on, QEMU gives up disks that it has never taken.
 pub(super) const GIVES_UP_TWICE: [u32; 3] = [10, 0, 0];
@@ -118,14 +118,14 @@ impl Settings {
     }
 }
 
-/// Prepares QEMU to give up a guest.
+/// Prepares QEMU to give up a guest, which it pauses when what is left of its state takes so long.
 ///
 /// # Errors
 ///
 /// Fails if QEMU does not answer.
-pub(super) async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
+pub(super) async fn prepare_source(qmp: &Qmp, downtime: Duration) -> Result<(), DriverError> {
     // Nothing but devices and their memory travels that way: no bound on bandwidth is to hold it up.
-    let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": DOWNTIME.as_millis() as u64 });
+    let most = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": downtime.as_millis() as u64 });
     prepare(qmp, &SOURCE, most).await
 }
 
@@ -135,7 +135,7 @@ pub(super) async fn prepare_source(qmp: &Qmp) -> Result<(), DriverError> {
 ///
 /// Fails if QEMU does not answer.
 pub(super) async fn allow_downtime(qmp: &Qmp, downtime: Duration) -> Result<(), DriverError> {
-    let milliseconds = (downtime.as_millis() as u64).min(MOST_DOWNTIME_MS);
+    let milliseconds = downtime.as_millis() as u64;
     qmp.execute("migrate-set-parameters", json!({ "downtime-limit": milliseconds })).await.map(drop)
 }
 

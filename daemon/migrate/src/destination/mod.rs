@@ -137,9 +137,11 @@ impl Role for DestinationRole {
     type Machine = Destination;
 
     async fn next_event(&mut self, session: &mut Session<Destination>) -> Option<Event> {
-        // Once the state is there, nothing may write to the guest's memory.
+        // Once its memory is there, nothing may write to it.
         let copying = session.machine.phase() == Phase::Copying && !self.state.is_with_memory();
-        let receiving = copying && self.lanes.running() < MOST_LANES;
+        let receiving = session.machine.phase() == Phase::Copying
+            && !self.state.is_whole()
+            && self.lanes.running() < MOST_LANES;
         let Self { arriving, postcopy, state, .. } = self;
         let own = async {
             tokio::select! {
@@ -229,18 +231,24 @@ impl Role for DestinationRole {
 }
 
 impl DestinationRole {
-    fn start(&mut self, session: &Session<Destination>, lane: ArrivedLane) -> Result<(), ReceiveError> {
+    pub(super) fn start(
+        &mut self,
+        session: &Session<Destination>,
+        lane: ArrivedLane,
+    ) -> Result<(), ReceiveError> {
         let context = &session.effects.context;
         let ArrivedLane { port, kind, socket, records, remote } = lane;
         let local = context.port_address(&port);
         let end = |number| LaneEnd { port, number, local, remote, socket, records };
         match kind {
-            LaneKind::Pages(number) => self.lanes.receive(end(number), &self.inbound),
-            LaneKind::State => {
-                let lane = StateLane::over(end(0), context.traffic.clone());
-                self.state.come_over(lane.receive())?;
+            LaneKind::Pages(number) if !self.state.is_with_memory() => {
+                self.lanes.receive(end(number), &self.inbound);
             }
-            LaneKind::Faults => {}
+            LaneKind::State(number) => {
+                let lane = StateLane::over(end(number), context);
+                self.state.come_over(number, lane.receive())?;
+            }
+            LaneKind::Pages(_) | LaneKind::Faults => {}
         }
         Ok(())
     }

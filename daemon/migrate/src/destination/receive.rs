@@ -132,6 +132,10 @@ impl DestinationRole {
                 }
             }
             Control::State { total, offset, bytes } => {
+                // The lane for the state was there before it.
+                while let Ok(lane) = self.arriving.try_recv() {
+                    self.start(session, lane)?;
+                }
                 self.state.take(total, offset, bytes)?;
                 return self.state_came(session).await;
             }

@@ -11,6 +11,9 @@ use tokio::task::JoinHandle;
 use super::receive::ReceiveError;
 use crate::state_lane::StatePieces;
 
+/// Pieces that wait are kept together up to this many bytes.
+const PIECE_BYTES: usize = 256 << 10;
+
 /// The state of a guest's VMM, as far as it has come.
 #[derive(Default)]
 pub(super) struct IncomingState {
@@ -24,6 +27,8 @@ pub(super) struct IncomingState {
     with_memory: bool,
     /// The state comes from there, but for its end.
     lane: Option<StatePieces>,
+    /// This is the number of the latest lane.
+    lane_number: Option<u16>,
     /// If this is true, the source has closed the lane: nothing more comes over it.
     lane_closed: bool,
     /// This is the end of the state, and the byte at which it begins. What comes before it is still on the lane.
@@ -54,16 +59,20 @@ struct Loading {
 }
 
 impl IncomingState {
-    /// Has the state come over a lane of its own.
+    /// Has the state come over lane number `number`, unless a later one is there: this one was late then, and the source does
+    /// not use it.
     ///
     /// # Errors
     ///
-    /// Fails if a part of it has come already: no other lane has the rest.
-    pub(super) fn come_over(&mut self, lane: StatePieces) -> Result<(), ReceiveError> {
-        if self.bytes > 0 || self.end.is_some() {
+    /// Fails if a part of the state has come already: no other lane has the rest.
+    pub(super) fn come_over(&mut self, number: u16, lane: StatePieces) -> Result<(), ReceiveError> {
+        if self.lane_number.is_some_and(|latest| latest > number) {
+            return Ok(());
+        }
+        if self.bytes > 0 {
             return Err(ReceiveError::StateLanes);
         }
-        self.lane = Some(lane);
+        (self.lane, self.lane_number) = (Some(lane), Some(number));
         Ok(())
     }
 
@@ -115,8 +124,11 @@ impl IncomingState {
 
     fn append(&mut self, piece: Vec<u8>) {
         self.bytes += piece.len() as u64;
-        if !piece.is_empty() {
-            self.waiting.push(piece);
+        match self.waiting.last_mut() {
+            // A peer that sends it byte by byte is not to have this host keep a buffer for each.
+            Some(last) if last.len() + piece.len() <= PIECE_BYTES => last.extend(piece),
+            _ if piece.is_empty() => {}
+            _ => self.waiting.push(piece),
         }
     }
 
@@ -348,11 +360,15 @@ mod tests {
         run(async {
             let mut state = IncomingState::default();
             let (old, lane) = mpsc::channel(8);
-            state.come_over(lane).unwrap();
+            state.come_over(2, lane).unwrap();
             let (pieces, lane) = mpsc::channel(8);
             // Nothing has come over the first one.
-            state.come_over(lane).unwrap();
+            state.come_over(3, lane).unwrap();
             assert!(old.is_closed());
+            // One that was late.
+            let (late, lane) = mpsc::channel(8);
+            state.come_over(1, lane).unwrap();
+            assert!(late.is_closed() && !pieces.is_closed());
             state.take(100, 2, Vec::new()).unwrap();
             assert!(state.is_with_memory(), "though what comes before is still on its way");
             state.take(4, 3, vec![4]).unwrap();
@@ -364,7 +380,7 @@ mod tests {
                 state.take_next(piece).unwrap();
             }
             assert!(state.is_whole() && state.waiting.concat() == [1, 2, 3, 4]);
-            assert!(state.take_next(vec![5]).is_err() && state.come_over(mpsc::channel(1).1).is_err());
+            assert!(state.take_next(vec![5]).is_err() && state.come_over(4, mpsc::channel(1).1).is_err());
         });
     }
 
@@ -380,7 +396,7 @@ mod tests {
             ] {
                 let mut state = IncomingState::default();
                 let (pieces, lane) = mpsc::channel(8);
-                state.come_over(lane).unwrap();
+                state.come_over(7, lane).unwrap();
                 if brought > 0 {
                     state.take_next(vec![7; brought]).unwrap();
                 }
@@ -390,12 +406,12 @@ mod tests {
                 // What is missing nobody brings any more.
                 let error = state.take(10, 9, vec![0]).unwrap_err();
                 assert!(brought == 0 || is_missed || matches!(error, ReceiveError::StateLane(_)), "{error}");
-                assert_eq!(state.come_over(mpsc::channel(8).1).is_ok(), brought == 0);
+                assert_eq!(state.come_over(7, mpsc::channel(8).1).is_ok(), brought == 0);
             }
             // The source has nothing left to say over it, and its end is still on its way.
             let mut state = IncomingState::default();
             let (pieces, lane) = mpsc::channel(8);
-            state.come_over(lane).unwrap();
+            state.come_over(7, lane).unwrap();
             state.take_next(vec![7; 3]).unwrap();
             drop(pieces);
             assert!(tokio::time::timeout(std::time::Duration::from_millis(10), state.news()).await.is_err());
@@ -407,7 +423,7 @@ mod tests {
     #[test]
     fn a_lane_that_brings_more_than_there_is_is_refused() {
         let mut state = IncomingState::default();
-        state.come_over(mpsc::channel(1).1).unwrap();
+        state.come_over(7, mpsc::channel(1).1).unwrap();
         state.take(4, 3, vec![4]).unwrap();
         assert!(state.take_next(vec![0; 4]).is_err());
         let mut state = IncomingState { bytes: MAX_STATE_BYTES - 1, ..IncomingState::default() };

@@ -121,13 +121,13 @@ impl Passing {
             held.extend(piece);
             let last = held.pop();
             for part in held.chunks(MAX_STATE_CHUNK_BYTES) {
-                self.send(part, MAX_STATE_BYTES).await?;
+                self.send(part, None).await?;
             }
             held = Vec::from_iter(last);
         }
         let released = self.until(|release| matches!(release, Release::All(_))).await;
         if let Release::All(total) = released {
-            self.send(&held, total).await?;
+            self.send(&held, Some(total)).await?;
             self.sent.send_replace(true);
         }
         Ok(())
@@ -145,20 +145,23 @@ impl Passing {
             Release::Paused if self.lane.is_some() => {
                 Ok(self.link.send(&Control::Iteration { number: LAST_ITERATION, pages: 0 }).await?)
             }
-            Release::WithMemory => self.send(&[], MAX_STATE_BYTES).await,
+            Release::WithMemory => self.send(&[], None).await,
             _ => Ok(()),
         }
     }
 
-    /// Sends a part of the state. As long as it is not known how long the state is, `total` is the length that it has at most.
-    async fn send(&mut self, part: &[u8], total: u64) -> Result<(), CopyError> {
+    /// Sends a part of the state. It is the last one if it is known how long the state is in `total`.
+    async fn send(&mut self, part: &[u8], total: Option<u64>) -> Result<(), CopyError> {
         let offset = self.offset;
         self.offset += part.len() as u64;
         match &self.lane {
-            Some(lane) if !part.is_empty() && total == MAX_STATE_BYTES => {
+            Some(lane) if !part.is_empty() && total.is_none() => {
                 lane.send(part).await.map_err(CopyError::StateLane)
             }
-            _ => Ok(self.link.send(&Control::State { total, offset, bytes: part.to_vec() }).await?),
+            _ => {
+                let total = total.unwrap_or(MAX_STATE_BYTES);
+                Ok(self.link.send(&Control::State { total, offset, bytes: part.to_vec() }).await?)
+            }
         }
     }
 }

@@ -85,7 +85,8 @@ impl Switchover {
 
     async fn switch_over(self, state: &StateSender, writer: StateWriter) -> Result<Paused, CopyError> {
         let transfer = &self.transfer;
-        transfer.guest.driver.prepare_pause(writer).await?;
+        // What holds up the guest's writes ends before its VMM writes anything: that must not take long then.
+        transfer.guest.driver.prepare_pause(writer, transfer.guest.is_stunned()).await?;
         transfer.handle.update(|progress| progress.status.phase = Phase::SwitchingOver);
         let at = self.pause().await?;
         transfer.note_pause();
@@ -114,7 +115,10 @@ impl Switchover {
     /// Pauses the guest, whose VMM may write a first part of its state before. What the guest writes meanwhile is sent.
     /// Returns since when it stands still.
     async fn pause(&self) -> Result<Instant, CopyError> {
+        /// Looking at what was written takes no more than this part of the time.
+        const PART: u32 = 10;
         let (transfer, asked) = (&self.transfer, Instant::now());
+        let mut look_at = asked + LOOK;
         let mut pausing = pin!(transfer.guest.pause(self.longest_pause()));
         loop {
             if let Ok(paused) = tokio::time::timeout(LOOK, &mut pausing).await {
@@ -128,10 +132,16 @@ impl Switchover {
                     }
                 }
                 // In post-copy nothing is sent any more.
-                None if self.serving.is_some() => {}
+                None if self.serving.is_some() || Instant::now() < look_at => {}
                 None => {
-                    let (harvested, paused) = both(transfer.harvest(), &mut pausing).await;
-                    harvested?;
+                    let began = Instant::now();
+                    let send = async {
+                        transfer.harvest().await?;
+                        transfer.look_at_lanes().await
+                    };
+                    let (sent, paused) = both(send, &mut pausing).await;
+                    sent?;
+                    look_at = Instant::now() + (began.elapsed() * PART).max(LOOK);
                     if let Some(paused) = paused {
                         return Ok(paused?);
                     }

@@ -253,7 +253,7 @@ impl Transfer {
         }
     }
 
-    /// Opens the lane for the VMM's state, unless there is one on a port that has not been lost since. Without one, the state
+    /// Opens the lane for the VMM's state, unless there is one on a port that has other lanes. Without one, the state
     /// goes over the control connection.
     pub(super) async fn open_state_lane(&self) {
         let carries = |port: &Label| self.lanes.borrow().running_on(port) > 0;
@@ -270,7 +270,7 @@ impl Transfer {
         for route in routes {
             match self.routes.open_state(route).await {
                 Ok(end) => {
-                    let lane = StateLane::over(end, self.context.traffic.clone());
+                    let lane = StateLane::over(end, &self.context);
                     self.state_lane.replace(Some(lane));
                     return;
                 }
@@ -298,6 +298,15 @@ impl Transfer {
     /// Fails if no lane is left, or if the guest's memory is not there any more.
     pub(super) async fn wait_for_lanes(&self) -> Result<(), CopyError> {
         let _ = tokio::time::timeout(LOOK, self.bell.notified()).await;
+        self.look_at_lanes().await
+    }
+
+    /// Deals with lanes that are lost.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Transfer::wait_for_lanes`] does.
+    pub(super) async fn look_at_lanes(&self) -> Result<(), CopyError> {
         self.outbound.ram.intact().map_err(CopyError::Memory)?;
         for lane in self.outbound.orphaned_lanes() {
             // Bytes of a lost lane may still lie in some buffer: its pages are not sent again

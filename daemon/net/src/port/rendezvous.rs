@@ -41,8 +41,8 @@ pub enum LaneKind {
     Pages(u16),
     /// The lane carries pages that a guest waits for, and nothing else.
     Faults,
-    /// The lane carries the state of the VMM.
-    State,
+    /// The lane of this number carries the state of the VMM.
+    State(u16),
 }
 
 /// Knows which migrations await lanes, and from which addresses lanes may come.
@@ -182,14 +182,16 @@ async fn take_in(
     let greeted = answer_greeting(stream, &rendezvous.protection, |hello| match hello.purpose {
         Purpose::Probe => Ok(()),
         Purpose::Lane { token, lane } => rendezvous.admit(hello, &token, Some(lane), from),
-        Purpose::Faults { token } | Purpose::State { token } => rendezvous.admit(hello, &token, None, from),
+        Purpose::Faults { token } | Purpose::State { token, .. } => {
+            rendezvous.admit(hello, &token, None, from)
+        }
         Purpose::Control => Err(LaneRefusal::Control),
     });
     let Greeted { hello, channel, .. } = greeted.await?;
     let (token, kind) = match hello.purpose {
         Purpose::Lane { token, lane } => (token, LaneKind::Pages(lane)),
         Purpose::Faults { token } => (token, LaneKind::Faults),
-        Purpose::State { token } => (token, LaneKind::State),
+        Purpose::State { token, lane } => (token, LaneKind::State(lane)),
         Purpose::Probe | Purpose::Control => return Ok(()),
     };
     if let Some(migration) = rendezvous.sender(&token) {

@@ -23,7 +23,7 @@ pub(super) fn hello() -> Seeds {
         ("control", hello(Purpose::Control)),
         ("lane", hello(Purpose::Lane { token: ID, lane: 3 })),
         ("faults", hello(Purpose::Faults { token: ID })),
-        ("state-lane", hello(Purpose::State { token: ID })),
+        ("state-lane", hello(Purpose::State { token: ID, lane: 7 })),
         ("probe", hello(Purpose::Probe)),
         ("welcome", Answer::Welcome { version: VERSIONS.1 }.encode()),
         ("refused", Answer::Refused { reason: "host-a is no peer of this host".into() }.encode()),

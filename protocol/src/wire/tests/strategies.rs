@@ -147,7 +147,7 @@ pub(super) fn hello() -> impl Strategy<Value = Hello> {
         Just(Purpose::Control),
         any::<([u8; 16], u16)>().prop_map(|(token, lane)| Purpose::Lane { token, lane }),
         any::<[u8; 16]>().prop_map(|token| Purpose::Faults { token }),
-        any::<[u8; 16]>().prop_map(|token| Purpose::State { token }),
+        any::<([u8; 16], u16)>().prop_map(|(token, lane)| Purpose::State { token, lane }),
         Just(Purpose::Probe),
     ];
     (versions(), label(), purpose).prop_map(|((oldest, newest), host, purpose)| Hello {

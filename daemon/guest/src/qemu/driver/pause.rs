@@ -33,17 +33,27 @@ impl Qemu {
     }
 
     /// Waits for one of these `states` of QEMU's own migration. Video memory is written first, as fast as it travels, while the
-    /// guest runs. A guest that draws faster than that is to stand still for ever more of it.
+    /// guest runs. When that gets no less, because the guest draws as fast, the guest is to stand still for more of it. A QEMU
+    /// that writes nothing any more is waited for as long as one that does not answer.
     pub(super) async fn until_paused(&self, states: &[&str]) -> Result<String, DriverError> {
         const LOOK: Duration = Duration::from_secs(1);
-        let (began, mut downtime) = (Instant::now(), settings::DOWNTIME);
+        let patience = self.patience.get();
+        let (began, mut downtime, mut least) = (Instant::now(), settings::DOWNTIME, u64::MAX);
+        let mut progressed = began;
         loop {
             match self.qmp.migration_reaches(states, "pause", LOOK).await {
-                Err(DriverError::Slow { .. }) if began.elapsed() < self.patience.get() => {}
+                Err(DriverError::Slow { .. }) => {}
                 reached => return reached,
             }
-            if self.standing_since(began).is_none() {
-                downtime *= 2;
+            if progressed.elapsed() > patience {
+                return Err(self.slow("pause", began.elapsed()));
+            }
+            let _patient = self.qmp.waiting_for(patience);
+            let left = self.qmp.state_left().await?;
+            if left < least {
+                (least, progressed) = (left, Instant::now());
+            } else if self.standing_since(began).is_none() {
+                downtime = (2 * downtime).min(settings::MOST_DOWNTIME);
                 settings::allow_downtime(&self.qmp, downtime).await?;
             }
         }
