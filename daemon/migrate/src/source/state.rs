@@ -9,6 +9,7 @@ use memlane_protocol::wire::control::{Control, LAST_ITERATION, MAX_STATE_CHUNK_B
 use tokio::sync::watch;
 
 use super::error::CopyError;
+use super::transfer::LAST_WORDS;
 use crate::state_lane::StateLane;
 
 /// So much of a state may wait to be sent before the guest is paused: the pause would wait for it.
@@ -76,7 +77,10 @@ impl StateSender {
         async move {
             match passing.run().await {
                 Ok(()) => pending().await,
-                Err(error) => error,
+                Err(error) => {
+                    tokio::time::sleep(LAST_WORDS).await;
+                    error
+                }
             }
         }
     }

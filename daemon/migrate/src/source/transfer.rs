@@ -31,6 +31,8 @@ use crate::progress::Stun;
 use crate::routes::{Route, Routes};
 use crate::state_lane::StateLane;
 
+/// A destination that gives up closes its lanes before it says why: that is waited for this long.
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(200);
 /// If a ring of the bell is missed, that is noticed after this time.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 /// An answer of the destination may take this long, besides its work.
@@ -351,10 +353,8 @@ impl Transfer {
         });
     }
 
-    /// Returns the error of having no lanes, after a moment: a destination that gives up closes its lanes before it says
-    /// why.
+    /// Returns the error of having no lanes, unless the destination says why before.
     async fn no_lanes(&self) -> CopyError {
-        const LAST_WORDS: Duration = Duration::from_millis(200);
         tokio::time::sleep(LAST_WORDS).await;
         CopyError::NoLanes(self.lanes.borrow().last_words())
     }
