@@ -275,7 +275,7 @@ impl Driver for Qemu {
         self.state.replace(Some(Reading::begin(outgoing)));
         let states = ["pre-switchover", "completed", "failed", "cancelled"];
         match self.until_paused(&states).await?.as_str() {
-            // It stood still before, and nobody has waited for what was written meanwhile.
+            // A guest that stood still before has not been kept waiting by what QEMU wrote.
             "pre-switchover" if self.stays.borrow().is_some() => Ok(Instant::now()),
             "pre-switchover" => Ok(ago(self.qmp.stopped()).unwrap_or(asked).max(asked)),
             other => Err(failed(format!("its own migration is {other}; {}", self.last_words().await))),

@@ -132,7 +132,7 @@ impl DestinationRole {
                 }
             }
             Control::State { total, offset, bytes } => {
-                // The lane for the state was there before it.
+                // The source opens the lane for the state before it sends this, which may be read first.
                 while let Ok(lane) = self.arriving.try_recv() {
                     self.start(session, lane)?;
                 }
