@@ -59,6 +59,19 @@ pub enum RamError {
     /// Two regions show the same bytes of a file, so that a page would have two numbers.
     #[error("memory regions {0} and {1} overlap in the same file; give each its own part of the file")]
     Aliased(usize, usize),
+    /// The kernel has not enough huge pages that nobody has reserved.
+    #[error(
+        "memory region {index} takes {pages} huge pages of {kib} KiB, and the kernel has not as many left; add some \
+         (/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages)"
+    )]
+    HugePages {
+        /// The region's index, from 0.
+        index: usize,
+        /// The number of pages in the region, of which its VMM may have reserved some.
+        pages: u64,
+        /// The size of each page in KiB.
+        kib: u32,
+    },
     /// The kernel refused.
     #[error("memory region {index} cannot be used: cannot {doing}: {source}")]
     Kernel {

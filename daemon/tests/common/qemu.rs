@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use memlane_keys::{CA, CERTIFICATE, KEY};
+use memlane_lab::linux::LinuxGuest;
 use memlane_lab::qmp::Monitor;
 use memlane_lab::{
     BackgroundProcess, CtlOutput, HostId, LabHost, LabOptions, LabProcess, Requirement, RigOptions,
@@ -52,6 +53,20 @@ impl Qemu {
         command.env("LD_PRELOAD", shim());
         command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
         Self::spawn(host, name, command, arguments)
+    }
+
+    /// Starts one with the shim, whose guest is a Linux, with the RAM that is among the `arguments`. Its tap is there.
+    pub(crate) fn start_linux(host: &LabHost, guest: &LinuxGuest, arguments: &str) -> Self {
+        let mut command = host.command(host.qemu());
+        command.env("LD_PRELOAD", shim());
+        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+        command.args(guest.qemu_arguments());
+        let network = format!(
+            "-netdev tap,id=net0,ifname={},script=no,downscript=no -device virtio-net-pci,netdev=net0,mac={}",
+            guest.tap,
+            guest.mac_text()
+        );
+        Self::spawn(host, &guest.name, command, &format!("{network} {arguments}"))
     }
 
     /// Starts one without the shim, and with only the RAM that is among its `arguments`.

@@ -126,6 +126,11 @@ pub(crate) const ALL: &[Kind] = &[
         ..PLAIN
     },
     Kind {
+        what: "RAM that is locked (`-overcommit mem-lock=on`)",
+        arguments: "-overcommit mem-lock=on",
+        ..PLAIN
+    },
+    Kind {
         what: "a disk with `cache=none,aio=native`",
         arguments: "-drive file={DISK},format=raw,if=none,id=d,cache=none,aio=native -device virtio-blk-pci,drive=d",
         ..PLAIN

@@ -4,6 +4,7 @@
 mod common;
 mod hangs;
 mod machine;
+mod memory;
 mod others;
 mod room;
 mod scene;

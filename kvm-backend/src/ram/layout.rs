@@ -61,7 +61,7 @@ pub(super) fn check_layout<'a>(regions: impl ExactSizeIterator<Item = &'a Region
 ///
 /// # Errors
 ///
-/// [`RamError::Kernel`] if the kernel refuses, as it does where huge pages are lacking.
+/// [`RamError::HugePages`] where huge pages are lacking, and [`RamError::Kernel`] if the kernel refuses for another reason.
 pub(super) fn map_region(
     index: usize,
     region: &Region,
@@ -79,13 +79,17 @@ pub(super) fn map_region(
         .with_mmap_flags((MapFlags::SHARED | reserve).bits() as i32)
         .with_hugetlbfs(is_huge(region))
         .build()
-        .map_err(|error| RamError::Kernel {
-            index,
-            doing: "map it into this process (mmap)",
-            source: match error {
+        .map_err(|error| {
+            let source = match error {
                 vm_memory::mmap::MmapRegionError::Mmap(source) => source,
                 other => io::Error::other(other),
-            },
+            };
+            if is_huge(region) && source.raw_os_error() == Some(libc::ENOMEM) {
+                let page_bytes = region.page_bytes;
+                let pages = region.bytes / u64::from(page_bytes);
+                return RamError::HugePages { index, pages, kib: page_bytes >> 10 };
+            }
+            RamError::Kernel { index, doing: "map it into this process (mmap)", source }
         })?;
     Ok(Arc::new(mapping))
 }

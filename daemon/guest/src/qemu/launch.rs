@@ -142,6 +142,8 @@ fn lacking(words: &str) -> Option<Lacking> {
         _ if words.contains("unsupported machine type") => Some(Lacking::Machine),
         _ if words.contains("CPU model") => Some(Lacking::Cpu),
         _ if words.contains("Permission denied") => Some(Lacking::Rights),
+        _ if words.contains("locking memory failed") => Some(Lacking::LockedMemory),
+        _ if words.contains("Cannot allocate memory") => Some(Lacking::Memory),
         _ => None,
     }
 }

@@ -274,16 +274,27 @@ pub enum Lacking {
     Cpu,
     /// QEMU may not open something.
     Rights,
+    /// QEMU may not lock so much memory.
+    LockedMemory,
+    /// The host has not the memory that QEMU takes at once: huge pages, most often.
+    Memory,
 }
 
 fn remedy(lacks: Option<Lacking>, user: u32) -> String {
-    if lacks != Some(Lacking::Rights) {
-        return String::new();
+    match lacks {
+        Some(Lacking::Rights) => format!(
+            "; it ran as user {user}: give that user what it names (`chown {user} DISK`) and keep it the guest's by user = \
+             {user} in the guest file, or open it to a group of guests.groups in the daemon's configuration (/dev/kvm: kvm)"
+        ),
+        Some(Lacking::LockedMemory) => {
+            "; raise LimitMEMLOCK= of the daemon's unit, or `ulimit -l` before it starts".into()
+        }
+        Some(Lacking::Memory) => {
+            "; free memory there, or add huge pages (/proc/sys/vm/nr_hugepages) if the guest's lie in such"
+                .into()
+        }
+        Some(Lacking::Machine | Lacking::Cpu) | None => String::new(),
     }
-    format!(
-        "; it ran as user {user}: give that user what it names (`chown {user} DISK`) and keep it the guest's by user = \
-         {user} in the guest file, or open it to a group of guests.groups in the daemon's configuration (/dev/kvm: kvm)"
-    )
 }
 
 /// Returns everything in which a waiting QEMU differs from the one that its guest comes from.

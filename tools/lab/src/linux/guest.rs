@@ -14,9 +14,10 @@ use crate::qemu;
 use crate::size::Size;
 
 /// The kernel's parameters. A boot on an emulated processor takes seconds, so everything that is not needed is left
-/// out. Warnings are printed (level 4), so that a kernel that hangs says where.
+/// out. Warnings are printed (level 4), so that a kernel that hangs says where. Memory that is plugged in is used.
 const KERNEL_PARAMETERS: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr random.trust_cpu=on \
-                                 tsc=reliable no_timer_check cryptomgr.notests audit=0";
+                                 tsc=reliable no_timer_check cryptomgr.notests audit=0 \
+                                 memhp_default_state=online";
 
 /// The executor of the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use super::kernel::Kernel;
 use crate::programs::{cargo_build, target_directory};
 
 /// The modules that a guest of QEMU needs. The modules that they depend on come before them.
-const MODULES: &[&str] = &["virtio_pci", "virtio_net", "virtio_balloon", "virtio_blk"];
+const MODULES: &[&str] = &["virtio_pci", "virtio_net", "virtio_balloon", "virtio_blk", "virtio_mem"];
 /// The program is built for this target even where that is the host's own, since cargo keeps what is built with
 /// `--target` and other flags apart.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
