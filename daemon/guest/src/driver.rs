@@ -159,6 +159,11 @@ pub trait Driver {
     /// Loads what another host's VMM has saved, while it comes, and lets the VMM remember to which migration the guest
     /// belongs. After [`DriverError::Failed`] nothing was loaded, and the VMM can be given another guest.
     async fn load(&self, state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError>;
+    /// Does what takes time of [`Driver::relinquish`], for which the VMM need not have been told to: the other host has not
+    /// said yet that it can run the guest. [`Driver::resume`] undoes it.
+    async fn prepare_relinquish(&self, _bond: &Bond) -> Result<(), DriverError> {
+        Ok(())
+    }
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.

@@ -82,6 +82,8 @@ pub(super) struct Qemu {
     patience: Cell<Duration>,
     /// The other host was told that QEMU is made of these parts.
     told: RefCell<Vec<String>>,
+    /// It is on record that the guest waits for the outcome of this migration, in which it is given away.
+    bound: RefCell<Option<Bond>>,
     /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -123,6 +125,7 @@ impl Qemu {
             stays: RefCell::new(record.stays.clone()),
             patience: Cell::new(PATIENCE),
             told: RefCell::default(),
+            bound: RefCell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
@@ -290,7 +293,7 @@ impl Driver for Qemu {
     }
 
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
-        self.state.take();
+        (self.state.take(), self.bound.take());
         if self.outgoing.take().is_some() {
             // It was never used. Otherwise it would be replaced by the next one of its name.
             let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
@@ -373,13 +376,20 @@ impl Driver for Qemu {
         self.load_state(state, bond).await
     }
 
+    async fn prepare_relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
+        self.bind("relinquish", bond).await?;
+        self.bound.replace(Some(bond.clone()));
+        Ok(())
+    }
+
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
         // Its state was saved, and QEMU tells when a guest runs: it need not be asked while the guest waits.
         if self.qmp.resumed() > self.qmp.stopped() {
             let reason = "another program has let the guest run again".to_owned();
             return Err(DriverError::Failed { request: "relinquish", reason });
         }
-        self.bind("relinquish", bond).await
+        // The record may be there already.
+        if self.bound.borrow().as_ref() == Some(bond) { Ok(()) } else { self.bind("relinquish", bond).await }
     }
 
     async fn discard(&self) -> Result<(), DriverError> {

@@ -100,7 +100,9 @@ impl Switchover {
         let saved = self.in_time(at, self.send_last_pages(state)).await?;
         let save_time = pause_time + saved.took;
         self.show_saved(&saved);
-        let verify_time = match self.send_the_rest(state, &saved, at).await {
+        // Both come before the commit, and neither waits for the other.
+        let sent = async { tokio::try_join!(self.send_the_rest(state, &saved, at), self.look_again(at)) };
+        let verify_time = match sent.await.map(|(verify_time, ())| verify_time) {
             Ok(verify_time) => verify_time,
             Err(error) => {
                 // Also of a pause that came to nothing: the next one is forecast from it.
@@ -194,14 +196,24 @@ impl Switchover {
             saved?
         };
         // What device models wrote while they came to rest and saved themselves.
-        if transfer.harvest().await?.new > 0 {
-            if transfer.guest.driver.saves_last() && self.sends_state_at_once() {
-                transfer.guest.saves_into_memory.set(true);
-                return Err(CopyError::SavesIntoMemory);
-            }
+        if !self.looks_again() && transfer.harvest().await?.new > 0 {
             transfer.until_all_acknowledged().await?;
         }
         Ok(saved)
+    }
+
+    /// Tells whether the state is loaded on the promise that saving it writes nothing to memory.
+    fn looks_again(&self) -> bool {
+        self.transfer.guest.driver.saves_last() && self.sends_state_at_once()
+    }
+
+    /// Makes sure of that promise, if it was given. The next pause gives it no more where it was broken.
+    async fn look_again(&self, at: Instant) -> Result<(), CopyError> {
+        if self.looks_again() && self.in_time(at, self.transfer.harvest()).await?.new > 0 {
+            self.transfer.guest.saves_into_memory.set(true);
+            return Err(CopyError::SavesIntoMemory);
+        }
+        Ok(())
     }
 
     /// Returns after which time the VMM is to end the pause by itself: this daemon has done so by then, or hangs.
