@@ -197,6 +197,11 @@ impl Process {
         }
     }
 
+    /// Tells whether the process runs for certain at this moment.
+    pub fn is_alive(&self) -> bool {
+        matches!(&self.watch, Watch::By(pidfd) if !has_ended(pidfd))
+    }
+
     /// Returns once the process has ended.
     pub async fn ended(&self) {
         let mut found;

@@ -72,8 +72,8 @@ pub(super) struct Qemu {
     incoming: Cell<bool>,
     /// This is true if QEMU was told not to run by itself what it is given.
     held: Cell<bool>,
-    /// This is true if a guest has come here and was not told to run yet.
-    loaded: Cell<bool>,
+    /// A guest has come here and was not told to run yet. At this moment QEMU has said last how it stands.
+    loaded: Cell<Option<Instant>>,
     /// This is true from when QEMU was told to migrate its guest until it was told to run it again.
     migrates: Cell<bool>,
     /// The guest stood still before it was paused, or before it was paused at the host that it comes from, and stays so.
@@ -301,14 +301,8 @@ impl Driver for Qemu {
         if !self.incoming.get() && self.migrates.get() {
             self.cancel().await?;
         }
-        let status = match self.qmp.status().await {
-            // It was not told to run yet, and by itself it does not: so much is certain.
-            Err(error) if self.loaded.get() => {
-                return Err(DriverError::Failed { request: "resume", reason: error.to_string() });
-            }
-            status => status?,
-        };
-        self.loaded.set(false);
+        let status = self.status_to_resume().await?;
+        self.loaded.take();
         if self.is_to_run(&status).await? {
             self.qmp.execute("cont", json!({})).await?;
         }

@@ -69,7 +69,7 @@ impl Qemu {
             self.stays.replace(stays.clone());
             self.states.note_standing(&self.name, stays.clone()).await;
         }
-        self.loaded.set(true);
+        self.loaded.set(Some(Instant::now()));
         Ok(LoadedState { took: whole.elapsed(), stays })
     }
 }

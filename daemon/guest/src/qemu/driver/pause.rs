@@ -75,6 +75,27 @@ impl Qemu {
             && self.qmp.migration().await? == "completed")
     }
 
+    /// Returns how QEMU stands that is to let its guest run. It need not be asked again while a guest waits that it has just
+    /// loaded.
+    pub(super) async fn status_to_resume(&self) -> Result<String, DriverError> {
+        /// What it has said holds for so long, as it does nothing by itself then.
+        const HOLDS: Duration = Duration::from_millis(50);
+        let loaded = self.loaded.get();
+        if loaded.is_some_and(|loaded| loaded.elapsed() < HOLDS)
+            && self.stays.borrow().is_none()
+            && self.process.is_alive()
+        {
+            return Ok("paused".into());
+        }
+        match self.qmp.status().await {
+            // It was not told to run yet, and by itself it does not: so much is certain.
+            Err(error) if loaded.is_some() => {
+                Err(DriverError::Failed { request: "resume", reason: error.to_string() })
+            }
+            status => status,
+        }
+    }
+
     /// Tells whether the next daemon would believe that this one migrates the guest.
     pub(super) fn is_noted(&self) -> bool {
         self.states.read(&self.name).is_some_and(|record| record.migrating)
