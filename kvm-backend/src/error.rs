@@ -59,10 +59,10 @@ pub enum RamError {
     /// Two regions show the same bytes of a file, so that a page would have two numbers.
     #[error("memory regions {0} and {1} overlap in the same file; give each its own part of the file")]
     Aliased(usize, usize),
-    /// The kernel has not enough huge pages that nobody has reserved.
+    /// The kernel, or the file system that the region lies in, has not enough huge pages that nobody has reserved.
     #[error(
-        "memory region {index} takes {pages} huge pages of {kib} KiB, and the kernel has not as many left; add some \
-         (/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages)"
+        "memory region {index} takes {pages} huge pages of {kib} KiB, and there are not as many left; add some \
+         (/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages), or give its hugetlbfs more (mount -o remount,size=)"
     )]
     HugePages {
         /// The region's index, from 0.

@@ -145,6 +145,8 @@ pub trait Driver {
     fn standing_since(&self, asked: Instant) -> Option<Instant> {
         Some(asked)
     }
+    /// Begins to find out what [`Driver::resume`] needs to know, while something else is waited for.
+    fn prepare_resume(&self) {}
     /// Lets the vCPUs run, if they do not and did so before the migration. Returns since when they do, as Unix time, where
     /// the VMM tells that.
     async fn resume(&self) -> Result<Option<Duration>, DriverError>;
@@ -159,11 +161,6 @@ pub trait Driver {
     /// Loads what another host's VMM has saved, while it comes, and lets the VMM remember to which migration the guest
     /// belongs. After [`DriverError::Failed`] nothing was loaded, and the VMM can be given another guest.
     async fn load(&self, state: StateReader, bond: &Bond) -> Result<LoadedState, DriverError>;
-    /// Does what takes time of [`Driver::relinquish`], for which the VMM need not have been told to: the other host has not
-    /// said yet that it can run the guest. [`Driver::resume`] undoes it.
-    async fn prepare_relinquish(&self, _bond: &Bond) -> Result<(), DriverError> {
-        Ok(())
-    }
     /// Makes sure that the paused guest does not run by itself any more.
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError>;
     /// Ends the VMM: the guest runs elsewhere, or never will run here.

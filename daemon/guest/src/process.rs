@@ -197,9 +197,13 @@ impl Process {
         }
     }
 
-    /// Tells whether the process runs for certain at this moment.
-    pub fn is_alive(&self) -> bool {
-        matches!(&self.watch, Watch::By(pidfd) if !has_ended(pidfd))
+    /// Tells whether the process has ended, as far as that can be seen without waiting.
+    pub fn has_ended(&self) -> bool {
+        match &self.watch {
+            Watch::Ended => true,
+            Watch::By(pidfd) => has_ended(pidfd),
+            Watch::Blind => false,
+        }
     }
 
     /// Returns once the process has ended.
@@ -322,10 +326,12 @@ mod tests {
             let other = VmmIdentity { started: 1, ..process.identity() };
             assert!(Process::lives(process.identity()) && !Process::lives(other));
             assert!(!Process::exits(process.identity()) && Process::exits(other));
+            assert!(!process.has_ended() && !again.has_ended() && Process::remembered(other).has_ended());
             Process::remembered(other).ended().await;
             child.kill().unwrap();
             process.ended().await;
             again.ended().await;
+            assert!(process.has_ended() && again.has_ended());
             assert!(!Process::lives(process.identity()), "it has not been collected");
             assert!(Process::exits(process.identity()));
             child.wait().unwrap();

@@ -278,6 +278,11 @@ impl Effects {
         match action {
             Action::Send(message) => return self.send(message).await,
             Action::Journal(record) => {
+                if record == Record::Running
+                    && let Some(guest) = self.guest()
+                {
+                    guest.driver.prepare_resume();
+                }
                 let started = Instant::now();
                 let written = self.context.journal.write(&self.entry, record).await;
                 self.times.journal += started.elapsed();

@@ -47,6 +47,7 @@ mod loading;
 mod pause;
 mod reading;
 
+use pause::Asked;
 use reading::Reading;
 
 /// QEMU's state travels over the descriptor of this name.
@@ -72,8 +73,10 @@ pub(super) struct Qemu {
     incoming: Cell<bool>,
     /// This is true if QEMU was told not to run by itself what it is given.
     held: Cell<bool>,
-    /// A guest has come here and was not told to run yet. At this moment QEMU has said last how it stands.
-    loaded: Cell<Option<Instant>>,
+    /// This is true if a guest has come here and was not told to run yet.
+    loaded: Cell<bool>,
+    /// QEMU was asked how it stands, as it is about to let its guest run.
+    asked: RefCell<Option<Asked>>,
     /// This is true from when QEMU was told to migrate its guest until it was told to run it again.
     migrates: Cell<bool>,
     /// The guest stood still before it was paused, or before it was paused at the host that it comes from, and stays so.
@@ -82,8 +85,6 @@ pub(super) struct Qemu {
     patience: Cell<Duration>,
     /// The other host was told that QEMU is made of these parts.
     told: RefCell<Vec<String>>,
-    /// It is on record that the guest waits for the outcome of this migration, in which it is given away.
-    bound: RefCell<Option<Bond>>,
     /// These settings are restored when the migration is over.
     settings: RefCell<Option<Settings>>,
     tracking: RefCell<Option<Rc<Tracking>>>,
@@ -121,11 +122,11 @@ impl Qemu {
             incoming: Cell::new(record.incoming),
             held: Cell::default(),
             loaded: Cell::default(),
+            asked: RefCell::default(),
             migrates: Cell::new(record.migrating),
             stays: RefCell::new(record.stays.clone()),
             patience: Cell::new(PATIENCE),
             told: RefCell::default(),
-            bound: RefCell::default(),
             settings: RefCell::default(),
             tracking: RefCell::default(),
             reads_directly: Cell::default(),
@@ -292,8 +293,12 @@ impl Driver for Qemu {
         ago(stopped).filter(|_| ran).map(|stopped| stopped.max(asked))
     }
 
+    fn prepare_resume(&self) {
+        self.asked.replace(Some(Asked::begin(self.qmp.clone())));
+    }
+
     async fn resume(&self) -> Result<Option<Duration>, DriverError> {
-        (self.state.take(), self.bound.take());
+        self.state.take();
         if self.outgoing.take().is_some() {
             // It was never used. Otherwise it would be replaced by the next one of its name.
             let _ = self.qmp.execute("closefd", json!({ "fdname": CHANNEL })).await;
@@ -302,7 +307,7 @@ impl Driver for Qemu {
             self.cancel().await?;
         }
         let status = self.status_to_resume().await?;
-        self.loaded.take();
+        self.loaded.set(false);
         if self.is_to_run(&status).await? {
             self.qmp.execute("cont", json!({})).await?;
         }
@@ -370,20 +375,13 @@ impl Driver for Qemu {
         self.load_state(state, bond).await
     }
 
-    async fn prepare_relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
-        self.bind("relinquish", bond).await?;
-        self.bound.replace(Some(bond.clone()));
-        Ok(())
-    }
-
     async fn relinquish(&self, bond: &Bond) -> Result<(), DriverError> {
         // Its state was saved, and QEMU tells when a guest runs: it need not be asked while the guest waits.
         if self.qmp.resumed() > self.qmp.stopped() {
             let reason = "another program has let the guest run again".to_owned();
             return Err(DriverError::Failed { request: "relinquish", reason });
         }
-        // The record may be there already.
-        if self.bound.borrow().as_ref() == Some(bond) { Ok(()) } else { self.bind("relinquish", bond).await }
+        self.bind("relinquish", bond).await
     }
 
     async fn discard(&self) -> Result<(), DriverError> {

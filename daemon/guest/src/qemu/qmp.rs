@@ -266,6 +266,11 @@ impl Qmp {
         }
     }
 
+    /// Tells whether the connection is known to be lost.
+    pub(super) fn is_gone(&self) -> bool {
+        *self.news.gone.borrow()
+    }
+
     /// Returns when the last vCPU stood still, as QEMU saw it, in Unix time.
     pub(super) fn stopped(&self) -> Option<Duration> {
         self.news.stopped.get()
@@ -304,7 +309,7 @@ impl Qmp {
         if self.torn.get() {
             self.hang_up();
         }
-        if *self.news.gone.borrow() {
+        if self.is_gone() {
             return Err(DriverError::Gone);
         }
         let (id, line) = commands.encode(command, &arguments);

@@ -24,13 +24,11 @@ use memlane_guest::{Claim, DriverError};
 use memlane_net::journal::Entry;
 use memlane_net::link::LinkError;
 use memlane_net::resumable::ResumableLink;
-use memlane_net::task;
 use memlane_protocol::compression;
 use memlane_protocol::convergence::Policy;
 use memlane_protocol::handover::{Action, Event, Message, Outcome, Phase, Source};
 use memlane_protocol::wire::control::Control;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::context::Context;
@@ -95,7 +93,6 @@ pub(crate) async fn run(
         next: Some(Next::Precopy(precopy, LaneReconnector::new(routes))),
         stage: None,
         paused: None,
-        preparing: None,
         answers,
         remote_times: RemoteTimes::default(),
         downtime: None,
@@ -133,8 +130,6 @@ struct SourceRole {
     stage: Option<Stage>,
     /// This is the pause, from when everything is sent.
     paused: Option<Paused>,
-    /// The VMM prepares to give the guest away, until the destination is ready or the guest is kept.
-    preparing: Option<JoinHandle<()>>,
     /// This takes what the destination says to the stage that waits for it.
     answers: mpsc::Sender<Control>,
     remote_times: RemoteTimes,
@@ -247,9 +242,6 @@ impl SourceRole {
     /// the guest runs again, no lane must read its memory.
     fn end_stage(&mut self) {
         (self.stage, self.next) = (None, None);
-        if let Some(preparing) = self.preparing.take() {
-            preparing.abort();
-        }
         drop(self.transfer.stop());
     }
 
@@ -262,7 +254,6 @@ impl SourceRole {
             }
             Ok(Done::Sent(paused)) => {
                 self.paused = Some(paused);
-                self.prepare_relinquish(session);
                 Event::Sent
             }
             Err(error) => {
@@ -277,15 +268,6 @@ impl SourceRole {
                 Event::Failed
             }
         }
-    }
-
-    /// Has the VMM prepare to give the guest away while that of the destination still loads.
-    fn prepare_relinquish(&mut self, session: &Session<Source>) {
-        let (guest, bond) = (self.transfer.guest.clone(), session.effects.bond());
-        self.preparing = Some(task::spawn("preparing to relinquish", async move {
-            // If it fails, it fails again when it counts.
-            let _ = guest.driver.prepare_relinquish(&bond).await;
-        }));
     }
 
     /// Takes a message that came on the migration's own connection.

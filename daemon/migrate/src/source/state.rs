@@ -21,7 +21,7 @@ pub(super) const IN_PAUSE_BYTES: u64 = 1 << 20;
 /// Sends the state of a VMM to the destination.
 ///
 /// The VMM there loads it while it comes. Without the last byte it cannot come to an end: that byte is sent when everything
-/// else of the guest is there.
+/// else that was written of the guest is there. Whether saving the state wrote more is found out before the commit.
 pub(super) struct StateSender {
     /// This much may be sent by now.
     release: watch::Sender<Release>,

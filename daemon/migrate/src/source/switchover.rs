@@ -101,9 +101,8 @@ impl Switchover {
         let save_time = pause_time + saved.took;
         self.show_saved(&saved);
         // Both come before the commit, and neither waits for the other.
-        let sent = async { tokio::try_join!(self.send_the_rest(state, &saved, at), self.look_again(at)) };
-        let verify_time = match sent.await.map(|(verify_time, ())| verify_time) {
-            Ok(verify_time) => verify_time,
+        let verify_time = match tokio::try_join!(self.send_the_rest(state, &saved, at), self.look_again(at)) {
+            Ok((verify_time, ())) => verify_time,
             Err(error) => {
                 // Also of a pause that came to nothing: the next one is forecast from it.
                 self.predictor.borrow_mut().learn_save(save_time);

@@ -69,7 +69,7 @@ impl Qemu {
             self.stays.replace(stays.clone());
             self.states.note_standing(&self.name, stays.clone()).await;
         }
-        self.loaded.set(Some(Instant::now()));
+        self.loaded.set(true);
         Ok(LoadedState { took: whole.elapsed(), stays })
     }
 }

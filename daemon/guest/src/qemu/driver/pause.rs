@@ -1,14 +1,30 @@
 //! What decides about a pause of the guest: whether it may begin, and whether the guest runs when it is over.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use memlane_net::task;
 use serde_json::json;
+use tokio::task::JoinHandle;
 
 use super::{PATIENCE, Qemu};
 use crate::qemu::machine::{self, Parts};
-use crate::qemu::qmp::is_migrating;
+use crate::qemu::qmp::{Qmp, is_migrating};
 use crate::qemu::{others, run_state, settings};
 use crate::{Blocker, Driver, DriverError};
+
+/// QEMU is asked how it stands while something else is waited for.
+pub(super) struct Asked {
+    at: Instant,
+    answer: JoinHandle<Result<String, DriverError>>,
+}
+
+impl Asked {
+    pub(super) fn begin(qmp: Rc<Qmp>) -> Self {
+        let answer = task::spawn("asking a QEMU how it stands", async move { qmp.status().await });
+        Self { at: Instant::now(), answer }
+    }
+}
 
 impl Qemu {
     /// Checks that QEMU can be told to pause the guest, has nothing to do for others that the move would spoil, and is made
@@ -75,21 +91,23 @@ impl Qemu {
             && self.qmp.migration().await? == "completed")
     }
 
-    /// Returns how QEMU stands that is to let its guest run. It need not be asked again while a guest waits that it has just
-    /// loaded.
+    /// Returns how QEMU stands that is to let its guest run. It may have been asked already.
+    ///
+    /// # Errors
+    ///
+    /// Fails with [`DriverError::Failed`] if it has loaded a guest and is certain never to have run it.
     pub(super) async fn status_to_resume(&self) -> Result<String, DriverError> {
-        /// What it has said holds for so long, as it does nothing by itself then.
-        const HOLDS: Duration = Duration::from_millis(50);
-        let loaded = self.loaded.get();
-        if loaded.is_some_and(|loaded| loaded.elapsed() < HOLDS)
-            && self.stays.borrow().is_none()
-            && self.process.is_alive()
-        {
-            return Ok("paused".into());
-        }
-        match self.qmp.status().await {
-            // It was not told to run yet, and by itself it does not: so much is certain.
-            Err(error) if loaded.is_some() => {
+        /// An answer that was asked for longer ago does not count.
+        const HOLDS: Duration = Duration::from_secs(1);
+        let asked = self.asked.take().filter(|asked| asked.at.elapsed() < HOLDS);
+        let status = match asked {
+            Some(asked) => asked.answer.await.expect("asking does not panic"),
+            None => self.qmp.status().await,
+        };
+        let gone = || self.process.has_ended() || self.qmp.is_gone();
+        match status.and_then(|status| if gone() { Err(DriverError::Gone) } else { Ok(status) }) {
+            // It was not told to run yet, and by itself it does not.
+            Err(error) if self.loaded.get() => {
                 Err(DriverError::Failed { request: "resume", reason: error.to_string() })
             }
             status => status,
