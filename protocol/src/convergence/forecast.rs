@@ -121,9 +121,9 @@ impl Predictor {
     /// Returns a predictor with assumptions in place of measurements.
     pub fn new() -> Self {
         Self {
-            save: Term::assumed(Duration::from_millis(5)),
-            load: Term::assumed(Duration::from_millis(5)),
-            journal: Term::assumed(Duration::from_millis(6)),
+            save: Term::assumed(Duration::from_millis(4)),
+            load: Term::assumed(Duration::from_millis(3)),
+            journal: Term::assumed(Duration::from_millis(3)),
             resume: Term::assumed(Duration::from_millis(1)),
             errors: ASSUMED_ERRORS.into(),
         }

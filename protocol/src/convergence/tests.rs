@@ -140,7 +140,7 @@ fn a_limit_that_no_iteration_can_meet_is_found_after_the_first() {
     assert_eq!((why.reason, end.iterations), (Reason::LimitTooShort, 1));
     assert_eq!(
         why.to_string(),
-        "even with nothing left to send, the pause would take 39 ms, and the limit is 10 ms: \
+        "even with nothing left to send, the pause would take 33 ms, and the limit is 10 ms: \
          raise the downtime limit above that"
     );
 }

@@ -299,7 +299,7 @@ fn decisions_are_told_with_their_figures() {
     );
     assert_eq!(
         says(Decision::SwitchOver),
-        "switches over: with 310.0 MB left the pause should take 27 ms, 1301 ms at most, and the limit is 300 ms"
+        "switches over: with 310.0 MB left the pause should take 21 ms, 1301 ms at most, and the limit is 300 ms"
     );
     assert_eq!(
         says(Decision::Postcopy { why: why(Reason::StoppedShrinking) }),
