@@ -49,17 +49,12 @@ impl Qemu {
 
     /// Starts one with the shim, and with the RAM that is among its `arguments`.
     pub(crate) fn start_with_ram(host: &LabHost, name: &str, arguments: &str) -> Self {
-        let mut command = host.command(host.qemu());
-        command.env("LD_PRELOAD", shim());
-        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
-        Self::spawn(host, name, command, arguments)
+        Self::spawn(host, name, with_shim(host), arguments)
     }
 
     /// Starts one with the shim, whose guest is a Linux, with the RAM that is among the `arguments`. Its tap is there.
     pub(crate) fn start_linux(host: &LabHost, guest: &LinuxGuest, arguments: &str) -> Self {
-        let mut command = host.command(host.qemu());
-        command.env("LD_PRELOAD", shim());
-        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+        let mut command = with_shim(host);
         command.args(guest.qemu_arguments());
         let network = format!(
             "-netdev tap,id=net0,ifname={},script=no,downscript=no -device virtio-net-pci,netdev=net0,mac={}",
@@ -113,9 +108,7 @@ impl Qemu {
     pub(crate) fn start_in_background(host: &LabHost, name: &str, arguments: &str) -> Background {
         let monitor = host.directory().join(format!("{name}.qmp"));
         let pid_file = host.directory().join(format!("{name}.pid"));
-        let mut command = host.command(host.qemu());
-        command.env("LD_PRELOAD", shim());
-        command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+        let mut command = with_shim(host);
         command.args(words(SMALL)).args(words(&ram(host, name, 64))).args(words(arguments));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
         command.arg("-daemonize").arg("-pidfile").arg(&pid_file);
@@ -144,6 +137,14 @@ impl Qemu {
     pub(crate) fn assert_runs(&self) {
         assert_eq!(self.run("query-status")["status"], "running");
     }
+}
+
+/// The command of a QEMU with the shim in it.
+fn with_shim(host: &LabHost) -> Command {
+    let mut command = host.command(host.qemu());
+    command.env("LD_PRELOAD", shim());
+    command.env("MEMLANE_ATTACH_SOCKET", host.directory().join("attach.sock"));
+    command
 }
 
 /// A QEMU that is nobody's child.

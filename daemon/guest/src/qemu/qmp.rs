@@ -11,23 +11,21 @@ use std::time::Duration;
 use memlane_kvm::{descriptors, packet};
 use memlane_net::task;
 use memlane_net::unix_socket::{Peer, peer};
-use memlane_qmp::{Answer, Commands, Decoder, Event, Message, NEGOTIATE, Refusal};
+use memlane_qmp::{Commands, Message, NEGOTIATE};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, Interest};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Mutex, oneshot, watch};
-use tracing::{debug, warn};
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::{Mutex, oneshot};
 
+use self::news::{Messages, News};
 use self::silence::Silence;
-use super::farewell;
 use crate::process::Hang;
 use crate::{DriverError, Farewell};
 
+mod news;
 mod silence;
 
-/// Bytes that are read at once.
-const READ_BYTES: usize = 8 << 10;
 /// Longest wait for the answer to a command.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The greeting is waited for this long: QEMU talks to one client at a time, and lets others wait.
@@ -94,23 +92,6 @@ pub(super) struct Qmp {
     silence: RefCell<Option<Silence>>,
 }
 
-/// Takes the answer to the command of this number.
-type Waiting = (u64, oneshot::Sender<Result<Value, Refusal>>);
-
-/// The reading task tells the others this.
-struct News {
-    /// A task waits for this answer.
-    waiting: RefCell<Option<Waiting>>,
-    /// This is the state of QEMU's own migration, by its last event.
-    migration: watch::Sender<String>,
-    /// This is when the guest was last paused, as Unix time.
-    stopped: Cell<Option<Duration>>,
-    resumed: Cell<Option<Duration>>,
-    /// This is how QEMU said that it comes to its end, or would, had it not been told to stay (`-no-shutdown`).
-    farewell: RefCell<Option<Farewell>>,
-    gone: watch::Sender<bool>,
-}
-
 impl Qmp {
     /// Connects, and leaves the negotiation mode.
     ///
@@ -132,7 +113,7 @@ impl Qmp {
         let stream = UnixStream::connect(path).await.map_err(refused)?;
         let Peer { pid, uid: user } = peer(&stream).map_err(refused)?;
         let (reader, writer) = stream.into_split();
-        let mut messages = Messages { reader, decoder: Decoder::default(), buffer: vec![0; READ_BYTES] };
+        let mut messages = Messages::new(reader);
         let silent = |_| ConnectError::Silent { path: path.to_owned(), hang: Hang::of(pid) };
         let first = tokio::time::timeout(greeting, messages.next()).await.map_err(silent)?;
         let first = first.map_err(|error| match error.kind() {
@@ -144,15 +125,8 @@ impl Qmp {
             _ => None,
         };
         let version = version.ok_or_else(|| stranger("its greeting has no version of QEMU"))?;
-        let news = Rc::new(News {
-            waiting: RefCell::default(),
-            migration: watch::Sender::default(),
-            stopped: Cell::default(),
-            resumed: Cell::default(),
-            farewell: RefCell::default(),
-            gone: watch::Sender::new(false),
-        });
-        task::spawn("monitor of a QEMU", read(messages, news.clone()));
+        let news = Rc::new(News::default());
+        task::spawn("monitor of a QEMU", news::read(messages, news.clone()));
         let (commands, torn, patient, silence) = Default::default();
         let qmp = Self { writer, commands, torn, news, pid, user, version, patience: patient, silence };
         match qmp.run(NEGOTIATE, json!({}), &[], patience).await {
@@ -359,81 +333,6 @@ pub(super) fn is_migrating(state: &str) -> bool {
 impl Drop for Qmp {
     fn drop(&mut self) {
         memlane_lane::socket::hang_up(self.writer.as_ref());
-    }
-}
-
-/// What QEMU says, as it comes.
-struct Messages {
-    reader: OwnedReadHalf,
-    decoder: Decoder,
-    buffer: Vec<u8>,
-}
-
-impl Messages {
-    /// The next message; `None` at the end.
-    async fn next(&mut self) -> io::Result<Option<Message>> {
-        loop {
-            let message = self.decoder.next_message();
-            if let Some(message) =
-                message.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
-            {
-                return Ok(Some(message));
-            }
-            match self.reader.read(&mut self.buffer).await? {
-                0 => return Ok(None),
-                count => self.decoder.push(&self.buffer[..count]),
-            }
-        }
-    }
-}
-
-async fn read(mut messages: Messages, news: Rc<News>) {
-    loop {
-        match messages.next().await {
-            Ok(Some(Message::Event(event))) => news.event(event),
-            Ok(Some(Message::Answer(answer))) => news.answer(answer),
-            Ok(Some(Message::Greeting(_))) => {}
-            Ok(None) => break,
-            Err(error) => {
-                warn!(%error, "cannot read from QEMU; the connection is given up");
-                break;
-            }
-        }
-    }
-    news.gone.send_replace(true);
-    news.waiting.borrow_mut().take();
-}
-
-impl News {
-    fn event(&self, event: Event) {
-        debug!(event = event.name, data = %event.data, "QEMU");
-        match event.name.as_str() {
-            "STOP" => self.stopped.set(event.at),
-            "RESUME" => {
-                self.resumed.set(event.at);
-                self.farewell.take();
-            }
-            "SHUTDOWN" => {
-                let mut said = self.farewell.borrow_mut();
-                // One that has shut itself down, and was kept (-no-shutdown), is ended by somebody else later.
-                if !matches!(*said, Some(Farewell::PoweredOff(_))) {
-                    *said = Some(farewell::of(&event.data));
-                }
-            }
-            "RESET" => drop(self.farewell.take()),
-            "MIGRATION" => {
-                let status = event.data["status"].as_str().unwrap_or_default();
-                self.migration.send_replace(status.to_owned());
-            }
-            _ => {}
-        }
-    }
-
-    fn answer(&self, answer: Answer) {
-        let mut waiting = self.waiting.borrow_mut();
-        // Whoever asked may have given up meanwhile.
-        let Some((_, sender)) = waiting.take_if(|(id, _)| answer.is_to(*id)) else { return };
-        let _ = sender.send(answer.outcome);
     }
 }
 

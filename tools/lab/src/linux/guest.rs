@@ -14,7 +14,8 @@ use crate::qemu;
 use crate::size::Size;
 
 /// The kernel's parameters. A boot on an emulated processor takes seconds, so everything that is not needed is left
-/// out. Warnings are printed (level 4), so that a kernel that hangs says where. Memory that is plugged in is used.
+/// out. Warnings are printed (level 4), so that a kernel that hangs says where. The guest uses memory that is
+/// plugged in.
 const KERNEL_PARAMETERS: &str = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr random.trust_cpu=on \
                                  tsc=reliable no_timer_check cryptomgr.notests audit=0 \
                                  memhp_default_state=online";
