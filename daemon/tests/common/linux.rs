@@ -38,8 +38,8 @@ impl Stage {
         Some((stage, tap))
     }
 
-    /// A Linux guest, 256 MiB with 32 MiB in use, changed by `change`, that runs on host A.
-    pub(crate) fn linux(&self, change: impl FnOnce(&mut LinuxGuest)) -> Linux {
+    /// The parts of a Linux guest, 256 MiB with 32 MiB in use, changed by `change`.
+    pub(crate) fn linux_guest(&self, change: impl FnOnce(&mut LinuxGuest)) -> LinuxGuest {
         let kernel = Kernel::obtain().unwrap();
         let directory = self.rig.lab().host(HostId::A).directory();
         let initramfs = Initramfs::build(&directory.join("initramfs"), &kernel).unwrap();
@@ -47,6 +47,12 @@ impl Stage {
         let mut guest = LinuxGuest::new(kernel, initramfs, Accelerator::Tcg, console);
         (guest.ram, guest.working_set) = ("256MiB".parse().unwrap(), "32MiB".parse().unwrap());
         change(&mut guest);
+        guest
+    }
+
+    /// A [`Stage::linux_guest`] that runs on host A.
+    pub(crate) fn linux(&self, change: impl FnOnce(&mut LinuxGuest)) -> Linux {
+        let guest = self.linux_guest(change);
         let file = self.rig.prepare_linux(&guest).unwrap();
         self.launch(HostId::A, file.to_str().unwrap());
         let session = ClientSession::open(self.rig.lab().lan(), guest.address, BOOT);

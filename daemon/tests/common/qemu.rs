@@ -181,6 +181,15 @@ pub(crate) fn attach(stage: &Stage, id: HostId, name: &str, qmp: &Path, more: &[
     stage.rig.ctl(id, &words).unwrap()
 }
 
+/// Has the daemons take guest `web1` on host A, and the QEMU on host B that waits for it.
+#[track_caller]
+pub(crate) fn attach_both(stage: &Stage, here: &Qemu, there: &Qemu) {
+    for (id, qemu, more) in [(HostId::A, here, &[][..]), (HostId::B, there, &["--incoming"])] {
+        let answer = qemu.attach(stage, id, "web1", more);
+        assert_eq!(answer.code, 0, "{}", answer.text);
+    }
+}
+
 /// Writes a guest file; `more` are further keys and tables of it.
 pub(crate) fn guest_file(host: &LabHost, name: &str, arguments: &str, more: &str) -> String {
     let arguments = serde_json::Value::from(words(&format!("{SMALL} {arguments}")));

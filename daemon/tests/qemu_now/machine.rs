@@ -9,7 +9,7 @@ use memlane_lab::qmp::Monitor;
 use memlane_lab::{HostId, LabHost, wait_for};
 use serde_json::{Value, json};
 
-use crate::common::qemu::{Qemu, assert_says_no, guest_file, stage};
+use crate::common::qemu::{Qemu, assert_says_no, attach_both, guest_file, stage};
 use crate::common::{LONG, Stage};
 
 /// Drives and a USB controller, whose devices go at once: others ask the guest first.
@@ -150,9 +150,7 @@ fn a_waiting_qemu_that_differs_is_refused_by_its_parts() {
     let here = Qemu::start(a, "web1", &arguments);
     let there =
         Qemu::start(b, "web1", &format!("{arguments} -device usb-tablet,bus=usb.0,id=pen7 -incoming defer"));
-    for (id, qemu, more) in [(HostId::A, &here, &[][..]), (HostId::B, &there, &["--incoming"])] {
-        assert_eq!(qemu.attach(&stage, id, "web1", more).code, 0);
-    }
+    attach_both(&stage, &here, &there);
     here.run_with("eject", json!({ "id": "cd0", "force": true }));
     let answer = stage.migrate("web1", &[]);
     let cd = format!("drive cd with {}/a.iso (raw, read-only) in it", directory.display());

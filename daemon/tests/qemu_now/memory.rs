@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use memlane_api::types::Phase;
-use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::{ClientSession, HostId, LabOptions, Requirement, RigOptions, wait_for};
 use serde_json::json;
 
-use crate::common::qemu::{Qemu, ram_file};
+use crate::common::qemu::{Qemu, attach_both, ram_file};
 use crate::common::{LIMITS, LONG, Stage};
 use crate::scene::{Scene, slow};
 
@@ -41,10 +40,7 @@ fn virtio_mem_is_plugged_in_and_out_while_the_guest_is_copied() {
     let options = RigOptions { lab, tables: LIMITS.into(), ..RigOptions::default() };
     let Some(stage) = Stage::with(test, Requirement::LAB_WITH_LINUX, options) else { return };
     let [a, b] = stage.rig.lab().hosts();
-    let kernel = Kernel::obtain().unwrap();
-    let initramfs = Initramfs::build(&a.directory().join("initramfs"), &kernel).unwrap();
-    let mut guest = LinuxGuest::new(kernel, initramfs, Accelerator::Tcg, a.directory().join("console.log"));
-    guest.working_set = "16MiB".parse().unwrap();
+    let guest = stage.linux_guest(|guest| guest.working_set = "16MiB".parse().unwrap());
     stage.rig.prepare_linux(&guest).unwrap();
     let start = |host, more: &str| {
         let file = ram_file(host, "web1");
@@ -58,10 +54,7 @@ fn virtio_mem_is_plugged_in_and_out_while_the_guest_is_copied() {
         Qemu::start_linux(host, &guest, &arguments)
     };
     let (here, there) = (start(a, ""), start(b, "-incoming defer"));
-    for (id, qemu, more) in [(HostId::A, &here, &[][..]), (HostId::B, &there, &["--incoming"])] {
-        let answer = qemu.attach(&stage, id, "web1", more);
-        assert_eq!(answer.code, 0, "{}", answer.text);
-    }
+    attach_both(&stage, &here, &there);
     let session = ClientSession::open(stage.rig.lab().lan(), guest.address, BOOT).unwrap();
     let place = |property: &str| json!({ "path": "/machine/peripheral/vm0", "property": property });
     let use_of = |mib: u64| {

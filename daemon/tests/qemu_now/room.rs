@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use memlane_lab::{HostId, HugePages, say_skipped};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::common::qemu::{Qemu, assert_moves, assert_says_no, guest_file, stage};
+use crate::common::qemu::{Qemu, assert_moves, assert_says_no, attach_both, guest_file, stage};
 use crate::scene::fill;
 
 /// A file system of memory that is full with a few MiB.
@@ -47,10 +47,7 @@ fn a_file_system_that_is_full_refuses_the_guest() {
     let other = small.0.join("other");
     fs::write(&other, vec![1; 60 << 20]).unwrap();
     let there = Qemu::start_with_ram(b, "web1", &(small.ram("") + " -incoming defer"));
-    for (id, qemu, more) in [(HostId::A, &here, &[][..]), (HostId::B, &there, &["--incoming"])] {
-        let answer = qemu.attach(&stage, id, "web1", more);
-        assert_eq!(answer.code, 0, "{}", answer.text);
-    }
+    attach_both(&stage, &here, &there);
     for command in ["check", "migrate"] {
         let answer = stage.rig.ctl(HostId::A, &[command, "web1", "host-b"]).unwrap();
         assert_says_no(&answer, &["the file system of its memory has", "remount,size="]);

@@ -7,7 +7,7 @@ use memlane_lab::qmp::Monitor;
 use memlane_lab::{HostId, LabHost, LabOptions, Rate, Requirement, RigOptions, wait_for};
 use serde_json::{Value, json};
 
-use crate::common::qemu::{Qemu, ram_file};
+use crate::common::qemu::{Qemu, attach_both, ram_file};
 use crate::common::{LIMITS, LONG, Stage, boot_sector};
 
 const NEEDS: &[Requirement] = &[Requirement::Root, Requirement::Ip, Requirement::Tc, Requirement::Qemu];
@@ -29,12 +29,7 @@ impl Scene {
         let here = Qemu::start(a, "web1", &arguments);
         let there = Qemu::start(b, "web1", &format!("{arguments} -incoming defer"));
         let scene = Self { here, there, stage };
-        for (id, qemu, more) in
-            [(HostId::A, &scene.here, &[][..]), (HostId::B, &scene.there, &["--incoming"])]
-        {
-            let answer = qemu.attach(&scene.stage, id, "web1", more);
-            assert_eq!(answer.code, 0, "{}", answer.text);
-        }
+        attach_both(&scene.stage, &scene.here, &scene.there);
         scene.wait_for_boot();
         Some(scene)
     }
