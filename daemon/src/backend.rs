@@ -14,7 +14,6 @@ use memlane_guest::qemu::definition::{Definition, DefinitionError};
 use memlane_migrate::progress::{Phase, Role};
 use memlane_migrate::{MigrationHandle, preflight};
 use memlane_net::config::PortConfig;
-use memlane_net::port::{holds, interface_state};
 use memlane_net::task;
 use memlane_protocol::wire::hello;
 use memlane_protocol::wire::{BadLabel, Label};
@@ -23,6 +22,7 @@ use tracing::info;
 
 use crate::api::{Backend, Caller};
 use crate::host::Host;
+use crate::surroundings::is_up;
 use crate::{keys, metrics, orders, retry, views};
 
 /// The backend that answers for the host.
@@ -185,8 +185,10 @@ impl Backend for HostBackend {
         let migrations = self.0.context().migrations.all();
         let migrations: Vec<_> = migrations.iter().map(|handle| handle.progress.borrow().clone()).collect();
         let ports = self.0.config.ports.iter().map(|port| port.name.as_str());
+        let guests: Vec<u64> = self.0.guests.all().iter().map(|guest| guest.shape.ram_bytes()).collect();
         metrics::encryption(keys::expiry(&self.0));
-        metrics::now(self.0.guests.count(), &migrations, ports);
+        metrics::now(&guests, &migrations, ports);
+        self.0.lookout.look(&self.0).await;
         task::aside(metrics::render).await
     }
 }
@@ -201,9 +203,7 @@ impl HostBackend {
 
 /// Asks the kernel whether a port can be used, and for its speed in bits per second.
 fn port_state(port: &PortConfig) -> (bool, Option<u64>) {
-    let carrier = port.interface.as_deref().map(|interface| interface_state(interface).0);
-    // If the kernel does not answer, the port is assumed to be as configured.
-    (carrier.unwrap_or(true) && holds(port.address).unwrap_or(true), preflight::speed(port))
+    (is_up(port), preflight::speed(port))
 }
 
 fn port_info(host: &Host, port: &PortConfig, (up, speed): (bool, Option<u64>)) -> PortInfo {

@@ -14,6 +14,7 @@ use memlane_net::journal::Journal;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::surroundings::Lookout;
 
 /// All parts of the daemon.
 pub(crate) struct Host {
@@ -31,6 +32,8 @@ pub(crate) struct Host {
     pub qemu: Rc<qemu::Supervisor>,
     /// The supervisor of migrations.
     pub migrate: Rc<Supervisor>,
+    /// The lookout for what metrics say of ports, peers, memory and the journal's disk.
+    pub lookout: Lookout,
     /// The time when the daemon started.
     pub started: Instant,
 }
@@ -60,8 +63,8 @@ impl Host {
         let observers = (Rc::new(Metrics) as _, Arc::new(Metrics) as _);
         let context = Context::new(settings, journal, guests.clone(), qemu.clone(), observers);
         let migrate = Supervisor::new(context);
-        let started = Instant::now();
-        Rc::new(Self { config, protection, guests, shims, guest_users, qemu, migrate, started })
+        let (lookout, started) = (Lookout::default(), Instant::now());
+        Rc::new(Self { config, protection, guests, shims, guest_users, qemu, migrate, lookout, started })
     }
 
     /// Returns the context that all migrations of this host share.

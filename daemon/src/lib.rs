@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod arguments;
 mod backend;
 pub mod config;
 mod control;
@@ -17,5 +18,6 @@ pub mod log;
 pub mod metrics;
 mod orders;
 mod retry;
+mod surroundings;
 mod systemd;
 mod views;

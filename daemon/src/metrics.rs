@@ -4,9 +4,9 @@
 //! start with 0, so that Prometheus sees the first increase. The engine reports its measurements to [`Metrics`]. Gauges
 //! are set when `/metrics` is read.
 
+mod gauges;
 mod names;
 
-use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -14,15 +14,20 @@ use std::time::Duration;
 use memlane_guest::StunReport;
 use memlane_lane::Totals;
 use memlane_lane::postcopy::{FaultObserver, FaultStage};
-use memlane_migrate::progress::{Outcome, Role};
-use memlane_migrate::{Measurement, Observer, Progress};
-use memlane_protocol::wire::control::FetchReport;
+use memlane_migrate::progress::Outcome;
+use memlane_migrate::{Measurement, Observer};
+use memlane_protocol::wire::control::{FetchReport, RefusalKind};
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-use crate::{log, views};
+use crate::views;
 
 use names::*;
+
+pub(crate) use gauges::{encryption, now, peer, surroundings};
+
+/// The reason of an order that the source has refused.
+const BY_SOURCE: &str = "preflight";
 
 static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -57,37 +62,6 @@ pub async fn upkeep() {
         if let Some(handle) = INSTALLED.get() {
             memlane_net::task::aside(|| handle.run_upkeep()).await;
         }
-    }
-}
-
-/// Sets the gauges of encryption: when the certificate of this host expires, in seconds since 1970 (UTC), or `None` if
-/// nothing is encrypted.
-pub fn encryption(expires: Option<f64>) {
-    gauge!(INSECURE).set(if expires.is_some() { 0.0 } else { 1.0 });
-    gauge!(CERTIFICATE_EXPIRES).set(expires.unwrap_or(0.0));
-}
-
-/// Sets the gauges: the number of guests, and what the migrations under way do on these ports; and how many lines of the
-/// log were lost.
-pub fn now<'n>(guests: usize, migrations: &[Progress], ports: impl IntoIterator<Item = &'n str>) {
-    counter!(LOG_LINES_LOST).absolute(log::lost_lines());
-    gauge!(GUESTS).set(guests as f64);
-    let active = || migrations.iter().filter(|progress| progress.status.outcome.is_none());
-    gauge!(MIGRATIONS_ACTIVE).set(active().count() as f64);
-    let missing = active().filter(|progress| progress.role == Role::Destination);
-    let missing: u64 = missing
-        .filter_map(|progress| progress.postcopy.as_ref())
-        .map(|postcopy| postcopy.remaining_pages)
-        .sum();
-    gauge!(MISSING_PAGES).set(missing as f64);
-    let mut bandwidth: BTreeMap<&str, f64> = ports.into_iter().map(|port| (port, 0.0)).collect();
-    for progress in active().filter(|progress| progress.role == Role::Source) {
-        for lane in &progress.lanes {
-            *bandwidth.entry(&lane.port).or_default() += lane.bytes_per_second;
-        }
-    }
-    for (port, rate) in bandwidth {
-        gauge!(BANDWIDTH, "port" => port.to_owned()).set(rate);
     }
 }
 
@@ -127,11 +101,13 @@ impl Observer for Metrics {
                 histogram!(ROUND).record(took);
                 counter!(DIRTY_PAGES).increment(dirtied_pages);
             }
+            Measurement::NotConverging(remedy) => counter!(NOT_CONVERGING, "remedy" => remedy).increment(1),
             Measurement::TrackingStarted(took) => histogram!(TRACKING_START).record(took),
-            Measurement::Downtime { actual, predicted } => {
+            Measurement::Downtime { actual, predicted, limit } => {
                 histogram!(DOWNTIME).record(actual);
                 histogram!(DOWNTIME_PREDICTED).record(predicted);
                 histogram!(DOWNTIME_ERROR).record(actual.abs_diff(predicted));
+                counter!(LIMIT_EXCEEDED).increment((actual > limit).into());
             }
             Measurement::BlockIoStalled(stall) => histogram!(IO_STALL).record(stall),
             Measurement::StunBegan(took) => histogram!(STUN_SWITCH).record(took),
@@ -215,11 +191,19 @@ fn describe() {
             }
         }
     }
-    now(0, &[], []);
+    now(&[], &[], []);
     use Outcome::{Cancelled, Completed, Failed, Lost, PoweredOff, Refused};
     for outcome in [Completed, Failed, Cancelled, Refused, Lost, PoweredOff] {
         counter!(MIGRATIONS, "outcome" => views::outcome(outcome).as_str()).increment(0);
     }
+    let reasons = RefusalKind::ALL.map(RefusalKind::name);
+    for reason in reasons.into_iter().chain([BY_SOURCE]) {
+        counter!(REFUSALS, "reason" => reason).increment(0);
+    }
+    for remedy in ["stun", "postcopy", "give_up"] {
+        counter!(NOT_CONVERGING, "remedy" => remedy).increment(0);
+    }
+    counter!(LIMIT_EXCEEDED).increment(0);
     for kind in ["data", "zero", "hole"] {
         counter!(PAGES_SENT, "kind" => kind).increment(0);
     }

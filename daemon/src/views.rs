@@ -171,7 +171,8 @@ fn role_of(role: progress::Role) -> types::Role {
     }
 }
 
-fn phase_of(phase: progress::Phase) -> types::Phase {
+/// Converts the step that a migration is at.
+pub(crate) fn phase_of(phase: progress::Phase) -> types::Phase {
     match phase {
         progress::Phase::Preflight => types::Phase::Preflight,
         progress::Phase::Preparing => types::Phase::Preparing,

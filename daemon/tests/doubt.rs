@@ -121,6 +121,8 @@ fn the_source_burns_and_an_operator_has_the_guest_run() {
     let status = stage.rig.ctl_command(HostId::B, &["status"]).output().unwrap();
     let status = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(status.contains("in doubt for") && status.contains("waits for host-a"), "{status}");
+    let metrics = stage.rig.metrics(HostId::B).unwrap();
+    assert!(metrics.contains("\nmemlane_migrations_in_doubt 1\n"), "{metrics}");
 
     for (words, why) in [
         (&["--run-here", "--yes"][..], "--other-host-is-off"),

@@ -58,6 +58,9 @@ pub enum Measurement<'m> {
         /// The guest wrote this many pages meanwhile.
         dirtied_pages: u64,
     },
+    /// A guest writes faster than its memory is sent, and this one word is what is done about it: `stun`, `postcopy` or
+    /// `give_up`.
+    NotConverging(&'static str),
     /// Tracking of a guest's writes began, which took this long.
     TrackingStarted(Duration),
     /// Block I/O of a guest stood still for this long, so that pages could be read.
@@ -68,6 +71,8 @@ pub enum Measurement<'m> {
         actual: Duration,
         /// The pause was predicted to take this long.
         predicted: Duration,
+        /// The pause was allowed to take this long.
+        limit: Duration,
     },
     /// A guest's writes are held up from now on, which took this long to begin.
     StunBegan(Duration),

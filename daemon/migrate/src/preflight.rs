@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use memlane_api::units::Rate;
 use memlane_guest::Guest;
-use memlane_net::config::PortConfig;
+use memlane_net::config::{PeerConfig, PortConfig};
 use memlane_net::link::{Link, LinkError};
 use memlane_net::port::{self, OpenError};
 use memlane_net::task;
@@ -26,6 +26,7 @@ use crate::routes::{Route, Routes};
 
 pub use findings::{Estimate, Finding, PortCheck, Severity};
 pub(crate) use receive::{receive, release};
+pub use room::available_memory;
 
 /// The destination's answer to an offer may take this long: it may have to start a VMM first.
 const ANSWER: Duration = Duration::from_secs(90);
@@ -120,6 +121,22 @@ pub(crate) async fn send(
     let routes = Routes::new(context.clone(), peer.clone(), token, &ports);
     let lanes = open_lanes(&routes, &pairs, findings).await;
     (!findings.refused()).then_some(Plan { link, lanes, routes, round_trip })
+}
+
+/// Connects to the daemon of a peer, tries whether large packets arrive, and hangs up. It takes a few seconds at the most.
+///
+/// # Errors
+///
+/// Fails if the peer cannot be reached, refuses the connection, or does not get large packets.
+pub async fn greet(context: &Context, peer: &PeerConfig) -> Result<(), OpenError> {
+    let remote = peer.control;
+    let address = if remote.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // The way there is up to the kernel, as for the control connection itself.
+    let name = "control".parse().expect("it has the form of a name");
+    let (interface, speed, congestion_control) = (None, None, None);
+    let any = PortConfig { name, interface, address, speed, lanes: 1, congestion_control };
+    let caller = context.caller(&peer.name);
+    task::aside(move || port::open(&any, remote, &caller, Purpose::Probe).map(drop)).await
 }
 
 impl Findings {
@@ -258,15 +275,9 @@ async fn ask(
 
 /// Finds out whether large packets get to the address of the destination's daemon.
 async fn try_control(context: &Rc<Context>, peer: &Label) -> Option<OpenError> {
-    let remote = context.peer(peer)?.control;
-    let address = if remote.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // The way there is up to the kernel, as for the control connection itself.
-    let (name, interface, speed, congestion_control) = ("control".parse().ok()?, None, None, None);
-    let any = PortConfig { name, interface, address, speed, lanes: 1, congestion_control };
-    let caller = context.caller(peer);
-    let tried = task::aside(move || port::open(&any, remote, &caller, Purpose::Probe).err()).await;
+    let tried = greet(context, context.peer(peer)?).await;
     // Whatever else is wrong, the control connection itself finds out.
-    tried.filter(|error| matches!(error, OpenError::Mtu { .. }))
+    tried.err().filter(|error| matches!(error, OpenError::Mtu { .. }))
 }
 
 /// Connects each port of this host to the port of the same name there.

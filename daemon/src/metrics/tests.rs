@@ -2,17 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use memlane_migrate::progress::{Lane, Postcopy};
+use memlane_migrate::Progress;
+use memlane_migrate::progress::{Lane, Phase, Postcopy, Role};
 use memlane_protocol::wire::Label;
 use metrics::Unit;
 
 use super::*;
+use crate::surroundings::Surroundings;
 
 /// A migration that sends over port a, with lanes of these rates.
 fn source(rates: &[f64]) -> Progress {
     let lane = |rate: &f64| Lane { port: "a".into(), bytes_per_second: *rate, ..Lane::default() };
     let lanes = rates.iter().map(lane).collect();
-    Progress { lanes, ..Progress::new("1", "web1", "host-b") }
+    let mut progress = Progress { lanes, ..Progress::new("1", "web1", "host-b") };
+    (progress.status.phase, progress.ram.pages_remaining) = (Phase::Copying, 20);
+    (progress.started_at_unix_seconds, progress.status.in_doubt_since_unix_seconds) = (1.7e9, None);
+    progress
 }
 
 /// One that has ended.
@@ -25,7 +30,23 @@ fn ended() -> Progress {
 /// One whose guest misses so many pages here.
 fn destination(remaining_pages: u64) -> Progress {
     let postcopy = Some(Postcopy { remaining_pages, ..Postcopy::default() });
-    Progress { role: Role::Destination, postcopy, ..source(&[]) }
+    let mut progress = Progress { role: Role::Destination, postcopy, ..source(&[]) };
+    (progress.status.phase, progress.started_at_unix_seconds) = (Phase::Fetching, 1.6e9);
+    progress
+}
+
+/// One of which nobody knows whose the guest is.
+fn in_doubt() -> Progress {
+    let mut progress = destination(0);
+    progress.status.phase = Phase::Committing;
+    progress.status.in_doubt_since_unix_seconds = Some(1.65e9);
+    progress
+}
+
+/// A host with a port that is up, and room.
+fn seen() -> Surroundings {
+    let ports = vec![("a".parse().unwrap(), true), ("b".parse().unwrap(), false)];
+    Surroundings { ports, available_memory: Some(1 << 30), journal_room: Some((40, 100)) }
 }
 
 /// Runs on a recorder of this thread's own and gives what it renders.
@@ -74,7 +95,8 @@ fn all_names_are_described_and_rendered() {
     let text = rendered(|| {
         port("a");
         encryption(Some(1.8e9));
-        Metrics.measured(Measurement::Refused("memory"));
+        peer("host-b", true);
+        surroundings(&seen());
     });
     let (kinds, helps, samples) = parse(&text);
     let names: BTreeSet<&str> = ALL.iter().map(|(name, ..)| *name).collect();
@@ -110,13 +132,21 @@ fn what_is_recorded_is_rendered() {
             sending: false,
             fresh: Totals { wire_bytes: 5, ..Totals::default() },
         });
-        now(2, &[source(&[1e9, 2.5e8]), source(&[]), ended(), destination(4), destination(5)], ["a", "b"]);
+        let migrations =
+            [source(&[1e9, 2.5e8]), source(&[]), ended(), destination(4), destination(5), in_doubt()];
+        now(&[1 << 20, 2 << 20], &migrations, ["a", "b"]);
+        surroundings(&seen());
+        peer("host-b", true);
+        peer("host-c", false);
         measured(Measurement::Ended(Outcome::Completed));
         measured(Measurement::Refused("memory"));
         measured(Measurement::Iteration { took: Duration::from_secs(2), dirtied_pages: 30 });
         measured(Measurement::TrackingStarted(Duration::from_millis(2)));
         let (actual, predicted) = (Duration::from_millis(12), Duration::from_millis(9));
-        measured(Measurement::Downtime { actual, predicted });
+        for limit in [Duration::from_millis(11), actual] {
+            measured(Measurement::Downtime { actual, predicted, limit });
+        }
+        measured(Measurement::NotConverging("stun"));
         journal_synced(Duration::from_micros(300));
         (0..5).for_each(|_| Metrics.announced()());
         measured(Measurement::BlockIoStalled(Duration::from_millis(4)));
@@ -141,18 +171,35 @@ fn what_is_recorded_is_rendered() {
         ("memlane_bandwidth_bytes_per_second{port=\"a\"}", 1.25e9),
         ("memlane_bandwidth_bytes_per_second{port=\"b\"}", 0.0),
         ("memlane_guests", 2.0),
-        ("memlane_migrations_active", 4.0),
+        ("memlane_guest_ram_bytes", f64::from(3 << 20)),
+        ("memlane_available_memory_bytes", f64::from(1 << 30)),
+        ("memlane_migrations_active{role=\"source\",phase=\"copying\"}", 2.0),
+        ("memlane_migrations_active{role=\"source\",phase=\"fetching\"}", 0.0),
+        ("memlane_migrations_active{role=\"destination\",phase=\"fetching\"}", 2.0),
+        ("memlane_migrations_in_doubt", 1.0),
+        ("memlane_oldest_migration_start_timestamp_seconds", 1.6e9),
+        ("memlane_precopy_remaining_pages", 40.0),
+        ("memlane_port_up{port=\"a\"}", 1.0),
+        ("memlane_port_up{port=\"b\"}", 0.0),
+        ("memlane_peer_reachable{peer=\"host-b\"}", 1.0),
+        ("memlane_peer_reachable{peer=\"host-c\"}", 0.0),
+        ("memlane_journal_filesystem_free_bytes", 40.0),
+        ("memlane_journal_filesystem_size_bytes", 100.0),
+        ("memlane_not_converging_total{remedy=\"stun\"}", 1.0),
+        ("memlane_not_converging_total{remedy=\"give_up\"}", 0.0),
+        ("memlane_downtime_limit_exceeded_total", 1.0),
         ("memlane_migrations_total{outcome=\"completed\"}", 1.0),
         ("memlane_migrations_total{outcome=\"failed\"}", 0.0),
         ("memlane_preflight_refusals_total{reason=\"memory\"}", 1.0),
+        ("memlane_preflight_refusals_total{reason=\"preflight\"}", 0.0),
         ("memlane_pages_sent_total{kind=\"zero\"}", 7.0),
         ("memlane_dirty_pages_total", 30.0),
         ("memlane_round_seconds_sum", 2.0),
         ("memlane_tracking_start_seconds_count", 1.0),
         ("memlane_downtime_seconds_bucket{le=\"0.01\"}", 0.0),
-        ("memlane_downtime_seconds_bucket{le=\"0.02\"}", 1.0),
-        ("memlane_downtime_predicted_seconds_sum", 0.009),
-        ("memlane_downtime_prediction_error_seconds_sum", 0.003),
+        ("memlane_downtime_seconds_bucket{le=\"0.02\"}", 2.0),
+        ("memlane_downtime_predicted_seconds_sum", 0.018),
+        ("memlane_downtime_prediction_error_seconds_sum", 0.006),
         ("memlane_journal_sync_seconds_count", 1.0),
         ("memlane_announcements_total", 5.0),
         ("memlane_block_io_stall_seconds_sum", 0.004),

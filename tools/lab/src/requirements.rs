@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::linux::Kernel;
-use crate::{programs, qemu};
+use crate::{package, programs, qemu, vm};
 
 /// The path of the ssh server. It must be started by its full path.
 pub const SSHD: &str = "/usr/sbin/sshd";
@@ -39,6 +39,14 @@ pub enum Requirement {
     Ovmf,
     /// The TPM emulator `swtpm`.
     Swtpm,
+    /// `prometheus`, and `promtool`, which comes with it.
+    Prometheus,
+    /// `systemd-nspawn`, which starts hosts of their own.
+    Nspawn,
+    /// [Memlane's package](crate::package), made already.
+    Package,
+    /// The image of [hosts that are VMs](vm::Hosts), made already, and the QEMU that runs them.
+    Vms,
 }
 
 impl Requirement {
@@ -53,6 +61,12 @@ impl Requirement {
 
     /// The requirements of a lab with QEMU guests that run Linux.
     pub const LAB_WITH_LINUX: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Qemu, Self::Kernel];
+
+    /// The requirements of a lab whose hosts systemd has started.
+    pub const LAB_WITH_SYSTEMD: &[Self] = &[Self::Root, Self::Ip, Self::Tc, Self::Nspawn];
+
+    /// The requirements of [hosts that are VMs](vm::Hosts).
+    pub const LAB_WITH_VMS: &[Self] = &[Self::Root, Self::Ip, Self::Vms];
 
     /// The requirements of a lab with QEMU guests that run Linux and have a [disk](crate::LateDisk) whose reads end late.
     pub const LAB_WITH_LATE_DISK: &[Self] =
@@ -122,6 +136,15 @@ fn reason(requirement: Requirement) -> Option<String> {
         Requirement::Ovmf if Path::new(OVMF.0).exists() && Path::new(OVMF.1).exists() => None,
         Requirement::Ovmf => Some(format!("there is no {} (install ovmf)", OVMF.0)),
         Requirement::Swtpm => in_path("swtpm", "swtpm"),
+        Requirement::Prometheus => {
+            in_path("prometheus", "prometheus").or_else(|| in_path("promtool", "prometheus"))
+        }
+        Requirement::Vms => vm::why_not(),
+        Requirement::Nspawn => in_path("systemd-nspawn", "systemd-container"),
+        Requirement::Package if package::package().is_some() => None,
+        Requirement::Package => {
+            Some("Memlane's package is not made (`cargo xtask package --debug` does it)".into())
+        }
         Requirement::Kernel if Kernel::present().is_some() => None,
         Requirement::Kernel => {
             Some("no kernel for Linux guests is unpacked (`cargo xtask test` does it)".into())

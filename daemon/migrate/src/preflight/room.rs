@@ -96,8 +96,8 @@ pub(super) fn lacking_descriptors(lanes: u64) -> Option<NoRoom> {
     (left < wanted).then_some(NoRoom::Descriptors { wanted, left })
 }
 
-/// Returns how many bytes the kernel thinks can be used without swapping (`MemAvailable`).
-fn available_memory() -> Option<u64> {
+/// Returns how many bytes the kernel thinks can be used without swapping (`MemAvailable`), if it says so.
+pub fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;

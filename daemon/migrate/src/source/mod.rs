@@ -330,8 +330,8 @@ impl SourceRole {
         if let Some((measured, forecast)) =
             paused.learn(downtime, session.effects.times.journal, self.remote_times)
         {
-            let (actual, predicted) = (measured.downtime, forecast.total());
-            self.transfer.context.observer.measured(Measurement::Downtime { actual, predicted });
+            let (actual, predicted, limit) = (measured.downtime, forecast.total(), paused.downtime_limit);
+            self.transfer.context.observer.measured(Measurement::Downtime { actual, predicted, limit });
             info!(guest = %self.handle.guest, ?measured, predicted = ?forecast, "the pause, and what was expected");
         }
         let peer = self.handle.peer.to_string();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use memlane_protocol::bandwidth::Bandwidth;
 use memlane_protocol::convergence::{
-    Conditions, Convergence, Decision, Forecast, Iteration, Policy, Predictor, Verdict,
+    Conditions, Convergence, Decision, Forecast, Iteration, Policy, Predictor, Reason, Verdict,
 };
 use memlane_protocol::wire::control::Control;
 use memlane_protocol::{PAGE_SIZE, PageSet};
@@ -179,6 +179,9 @@ impl Precopy {
             "round ended"
         );
         self.note(&verdict);
+        if let Some(remedy) = remedy(&verdict.decision) {
+            self.transfer.context.observer.measured(Measurement::NotConverging(remedy));
+        }
         verdict.decision
     }
 
@@ -330,6 +333,17 @@ impl Precopy {
         let bandwidth = self.bandwidth.borrow().bytes_per_second().unwrap_or(0.0);
         self.transfer.handle.update(|progress| progress.ram.bandwidth_bytes_per_second = bandwidth);
     }
+}
+
+/// Returns what a decision does about a guest that writes faster than it is sent, if that is what it is about.
+fn remedy(decision: &Decision) -> Option<&'static str> {
+    let (word, why) = match decision {
+        Decision::Continue | Decision::SwitchOver => return None,
+        Decision::Stun { why, .. } => ("stun", why),
+        Decision::Postcopy { why } => ("postcopy", why),
+        Decision::GiveUp { why } => ("give_up", why),
+    };
+    (!matches!(why.reason, Reason::Ordered | Reason::LimitTooShort)).then_some(word)
 }
 
 fn view(forecast: &Forecast) -> ForecastView {

@@ -45,7 +45,8 @@ pub(super) struct Paused {
     save_time: Duration,
     /// Comparing digests took this long, which the limit does not bound.
     verify_time: Duration,
-    downtime_limit: Duration,
+    /// The pause may take this long, without what comparing takes.
+    pub downtime_limit: Duration,
     forecast: Option<Forecast>,
     predictor: Rc<RefCell<Predictor>>,
     serving: Option<Serving>,

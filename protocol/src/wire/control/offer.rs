@@ -87,7 +87,8 @@ pub enum RefusalKind {
 }
 
 impl RefusalKind {
-    const ALL: [Self; 9] = [
+    /// All kinds.
+    pub const ALL: [Self; 9] = [
         Self::Receiver,
         Self::Machine,
         Self::Memory,
