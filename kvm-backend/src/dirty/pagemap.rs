@@ -27,6 +27,18 @@ const TABLE_PAGES: u64 = 512;
 /// What was being done when the kernel refused to look for data.
 const SEEKING: &str = "find the data in the guest's memory files (SEEK_DATA)";
 
+/// Asks the kernel for a page of this process by `PAGEMAP_SCAN`, which every process may do for itself.
+///
+/// # Errors
+///
+/// [`TrackError::Kernel`] where the kernel has no `PAGEMAP_SCAN` (before Linux 6.7).
+pub fn try_scan() -> Result<(), TrackError> {
+    let pagemap = File::open("/proc/self/pagemap").map_err(TrackError::kernel("open /proc/self/pagemap"))?;
+    let here = 0u8;
+    let page = (&raw const here) as u64 / PAGE_SIZE * PAGE_SIZE;
+    PagemapScan::new(pagemap).scan(page..page + PAGE_SIZE, Query::ALL_MAPPED, |_| Ok(()))
+}
+
 /// Finds dirty pages by `PAGEMAP_SCAN`, in the process that runs the guest.
 pub struct PagemapTracker {
     ram: Arc<GuestRam>,

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Parser, Subcommand};
 use memlane_api::client::DEFAULT_SOCKET;
@@ -8,78 +9,15 @@ use memlane_api::types::Order;
 use memlane_api::units::{Rate, Span};
 use memlane_protocol::compression::Mode;
 use memlane_protocol::convergence::{Converge, Postcopy};
+use memlane_protocol::wire::{BadLabel, Label};
 
-const EXAMPLES: &str = "\
-Examples:
-  memlanectl guests                              which guests are attached here
-  memlanectl check web1 host-b                   would it move, and how fast? (moves nothing)
-  memlanectl migrate web1 host-b                 move it and watch
-  memlanectl migrate web1 host-b --downtime-limit 50ms --verify
-  memlanectl migrate web1 host-b --converge auto  a guest that writes faster than the ports carry
-  memlanectl --json migrate web1 host-b | jq .downtime_seconds
-  memlanectl watch                               watch what is under way
-  memlanectl cancel web1                         the guest stays where it runs
-  memlanectl abandon web1                        it runs here in post-copy, and the other host is gone for good
-  memlanectl resolve web1 --run-here --other-host-is-off   it is in doubt, and the other host is off and stays off
-  memlanectl launch web1.toml                    start a QEMU guest; launch --help shows such a file
-  memlanectl attach --name web1                  a QEMU that others started, by memlane-qemu
-  memlanectl attach --qmp /run/web1.qmp --name web1
+use crate::help::{ATTACH, DOCTOR, EXAMPLES, GUEST_FILE, KEYS, SETUP};
 
-Exit codes:
-  0  done; for migrate and watch: the guest runs at the destination
-  1  another error
-  2  the command line or a value in it is wrong
-  3  refused: nothing was begun, or it is too late (cancel)
-  4  failed: the guest runs on at its source
-  5  cancelled: the guest runs on at its source
-  6  no daemon answers, or it went away
-  7  lost: the guest was handed over, and its VMM ended, or the rest of its memory will never come
-  8  forbidden: you may not do this here, or not use the daemon at all
-  9  powered off: the guest shut itself down meanwhile, and runs nowhere";
-
-const GUEST_FILE: &str = r#"A guest file:
-  name = "web1"
-  memory = "2GiB"
-  prealloc = false                          # true takes all RAM from the host at the start
-  qemu = "/usr/bin/qemu-system-x86_64"      # one that guests.qemu of the daemon's configuration allows
-  user = 2100000012                         # as whom QEMU runs, one of guests.users: its disks are to be his
-  arguments = ["-machine", "q35", "-accel", "kvm", "-smp", "2", "-drive", "file=/srv/web1,if=virtio"]
-
-  [[nic]]                                   # up to 16, or none
-  mac = "52:54:00:4d:4c:01"
-  tap = "tap-web1"
-  network = "lan"                           # a [[network]] of the daemon's configuration
-  vhost = false                             # true lets vhost-net carry its packets
-
-prealloc, qemu and vhost may be left out where they are as above; without user the daemon chooses
-one that is free. The daemon adds the name, RAM, monitor, sandbox and NICs, so -m, -name, -mem-path,
--machine memory-backend=, -incoming, -daemonize, -runas and -S are refused among the arguments. Paths are paths on the daemon's host. The tap must exist, belong
-to the daemon's user and be joined to its bridge:
-  ip tuntap add tap-web1 mode tap user memlane
-  ip link set tap-web1 master br0 up
-
-A host that the guest moves to starts its QEMU from the same file if may_start_guests of this
-host is set in its configuration; otherwise give it the file: memlanectl launch web1.toml --incoming"#;
-
-const ATTACH: &str = "\
-The QEMU must have been started by memlane-qemu, or with
-  all its RAM in files: -object memory-backend-file,id=ram0,share=on,size=2G,mem-path=/dev/shm
-                        -machine memory-backend=ram0
-  a QMP socket that no other program is connected to: -qmp unix:/run/web1.qmp,server=on,wait=off
-  and, in its environment: LD_PRELOAD=/usr/lib/memlane/libmemlane_shim.so
-                           MEMLANE_ATTACH_SOCKET=/run/memlane/attach.sock
-by a user that attach_users in the daemon's configuration names. If something is missing,
-the answer says what. A QEMU that waits (--incoming) needs the arguments of the QEMU that the guest
-comes from, ids included.";
+/// The daemon reads this file unless it is told of another.
+const CONFIGURATION: &str = "/etc/memlane/memlaned.toml";
 
 /// The directory of the authority.
 const AUTHORITY: &str = "/etc/memlane/ca";
-
-const KEYS: &str = "\
-Examples:
-  memlanectl keys init                   once, on a machine that only administrators use
-  memlanectl keys issue host-a           for each host; then put the files into /etc/memlane/keys there
-  memlanectl keys show                   what this host has, and until when it is valid";
 
 /// Move running guests to other hosts.
 ///
@@ -101,6 +39,18 @@ pub(crate) struct Args {
 /// The commands of the program.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Look at this host, and say what is missing for moving guests and what mends it
+    ///
+    /// Needs no daemon; one that runs is asked as well.
+    #[command(after_help = DOCTOR)]
+    Doctor {
+        /// The daemon's configuration
+        #[arg(long, value_name = "FILE", default_value = CONFIGURATION)]
+        config: PathBuf,
+    },
+    /// Look at this host, and make a first configuration from what was found
+    #[command(after_help = SETUP)]
+    Setup(SetupArgs),
     /// Show the daemon, its peers and the migrations under way
     Status,
     /// Show the network ports lent to migrations
@@ -121,17 +71,7 @@ pub(crate) enum Command {
     },
     /// Attach a QEMU guest that another program started
     #[command(after_long_help = ATTACH)]
-    Attach {
-        /// Socket of the QEMU's monitor (QMP); default: the one that memlane-qemu has made, /run/memlane-qemu/NAME.sock
-        #[arg(long, value_name = "SOCK")]
-        qmp: Option<PathBuf>,
-        /// Name for the guest, here and at the hosts that it moves to
-        #[arg(long)]
-        name: String,
-        /// The QEMU was started with -incoming defer and waits for the guest
-        #[arg(long)]
-        incoming: bool,
-    },
+    Attach(AttachArgs),
     /// Detach a QEMU guest that was launched or attached
     ///
     /// The guest runs on without the daemon, and memlanectl attach attaches it again.
@@ -243,6 +183,65 @@ pub(crate) enum KeysCommand {
         #[arg(default_value = "/etc/memlane/keys")]
         path: PathBuf,
     },
+}
+
+/// What a first configuration is made of.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SetupArgs {
+    /// Put the configuration in its place instead of showing it
+    #[arg(long)]
+    pub write: bool,
+    /// Name of this host, as others are to know it [default: the machine's host name]
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<Label>,
+    /// Another host and its address, such as host-b=192.0.2.12; may be repeated
+    #[arg(long = "peer", value_name = "NAME=ADDRESS")]
+    pub peers: Vec<Pair>,
+    /// An interface to lend to migrations, such as a=eth1; may be repeated
+    #[arg(long = "port", value_name = "NAME=INTERFACE")]
+    pub ports: Vec<Pair>,
+    /// Where to put the configuration
+    #[arg(long, value_name = "FILE", default_value = CONFIGURATION)]
+    pub config: PathBuf,
+}
+
+/// Two words of the command line, joined by an equals sign.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pair {
+    /// The name before the sign.
+    pub name: Label,
+    /// The word after it.
+    pub value: String,
+}
+
+impl FromStr for Pair {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, value) =
+            text.split_once('=').ok_or("write NAME=VALUE, such as a=eth1 or host-b=192.0.2.12")?;
+        if value.is_empty() {
+            return Err("nothing follows the equals sign".to_owned());
+        }
+        Ok(Self { name: name.parse().map_err(|error: BadLabel| error.to_string())?, value: value.to_owned() })
+    }
+}
+
+/// A QEMU that another program started.
+#[derive(Debug, clap::Args)]
+pub(crate) struct AttachArgs {
+    /// Socket of the QEMU's monitor (QMP); default: the one that memlane-qemu has made, /run/memlane-qemu/NAME.sock
+    #[arg(long, value_name = "SOCK", conflicts_with = "libvirt")]
+    pub qmp: Option<PathBuf>,
+    /// A domain of libvirt, whose monitor is found in its XML (virsh dumpxml)
+    #[arg(long, value_name = "DOMAIN")]
+    pub libvirt: Option<String>,
+    /// Name for the guest, here and at the hosts that it moves to; with --libvirt that of the domain is the default
+    #[arg(long, required_unless_present = "libvirt")]
+    pub name: Option<String>,
+    /// The QEMU was started with -incoming defer and waits for the guest
+    #[arg(long)]
+    pub incoming: bool,
 }
 
 /// An order.

@@ -21,6 +21,7 @@ pub(crate) enum Exit {
     Lost = 7,
     Forbidden = 8,
     PoweredOff = 9,
+    Incomplete = 10,
 }
 
 /// The reason why a command was not carried out.
@@ -32,6 +33,8 @@ pub(crate) enum Error {
     Command(ErrorCode, String),
     /// Keys cannot be made or shown.
     Keys(KeysError),
+    /// A configuration cannot be put in its place.
+    Write(String),
     /// The user left before the end of the migration.
     Left(String),
 }
@@ -72,7 +75,9 @@ impl Error {
             Self::Client(ClientError::Api(error)) => Exit::of_code(error.code),
             Self::Keys(KeysError::Name(_)) => Exit::Usage,
             Self::Client(ClientError::Denied { .. }) => Exit::Forbidden,
-            Self::Client(ClientError::Foreign { .. }) | Self::Keys(_) | Self::Left(_) => Exit::Other,
+            Self::Client(ClientError::Foreign { .. }) | Self::Keys(_) | Self::Write(_) | Self::Left(_) => {
+                Exit::Other
+            }
             Self::Client(_) => Exit::Unreachable,
             Self::Command(code, _) => Exit::of_code(*code),
         }
@@ -109,7 +114,7 @@ impl fmt::Display for Error {
         match self {
             Self::Client(error) => error.fmt(f),
             Self::Keys(error) => error.fmt(f),
-            Self::Command(_, message) | Self::Left(message) => f.write_str(message),
+            Self::Command(_, message) | Self::Write(message) | Self::Left(message) => f.write_str(message),
         }
     }
 }

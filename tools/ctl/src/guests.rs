@@ -8,8 +8,9 @@ use memlane_api::client::Client;
 use memlane_api::types::{Attach, ErrorCode, GuestInfo, Launch, Standing};
 use memlane_protocol::wire::control::MAX_DEFINITION_BYTES;
 
+use crate::args::AttachArgs;
 use crate::exit::{Error, Exit};
-use crate::show;
+use crate::{libvirt, show};
 
 /// Starts a guest from a guest file.
 pub(crate) async fn launch(
@@ -27,22 +28,28 @@ pub(crate) async fn launch(
 }
 
 /// Takes over a guest that another program started.
-pub(crate) async fn attach(
-    client: &Client,
-    qmp: Option<&Path>,
-    name: &str,
-    incoming: bool,
-    as_json: bool,
-) -> Result<Exit, Error> {
-    let of_wrapper = || Path::new(MONITORS).join(format!("{name}.sock"));
-    let qmp = qmp.map_or_else(of_wrapper, Path::to_owned);
+pub(crate) async fn attach(client: &Client, which: &AttachArgs, as_json: bool) -> Result<Exit, Error> {
+    let AttachArgs { qmp, libvirt, name, incoming } = which;
+    let (name, qmp) = match (libvirt, name) {
+        (Some(domain), name) => {
+            let domain = libvirt::monitor_of(domain)?;
+            (name.clone().unwrap_or(domain.name), domain.monitor)
+        }
+        (None, Some(name)) => {
+            let of_wrapper = || Path::new(MONITORS).join(format!("{name}.sock"));
+            (name.clone(), qmp.clone().unwrap_or_else(of_wrapper))
+        }
+        (None, None) => {
+            return Err(Error::Command(ErrorCode::Invalid, "name the guest: --name or --libvirt".to_owned()));
+        }
+    };
     let invalid = |why: String| {
-        Error::Command(ErrorCode::Invalid, format!("cannot use --qmp {}: {why}", qmp.display()))
+        Error::Command(ErrorCode::Invalid, format!("cannot use the monitor {}: {why}", qmp.display()))
     };
     // The daemon has a working directory of its own.
     let absolute = std::path::absolute(&qmp).map_err(|error| invalid(error.to_string()))?;
     let qmp = absolute.to_str().ok_or_else(|| invalid("the path is not UTF-8".to_owned()))?;
-    let order = Attach { name: name.to_owned(), qmp: qmp.to_owned(), incoming };
+    let order = Attach { name, qmp: qmp.to_owned(), incoming: *incoming };
     let guest = client.attach(&order).await?;
     tell(&guest, if guest.standing == Standing::Incoming { WAITS } else { "is attached" }, as_json);
     Ok(Exit::Completed)
@@ -56,7 +63,7 @@ pub(crate) async fn detach(client: &Client, name: &str, as_json: bool) -> Result
 }
 
 /// memlane-qemu makes the sockets of monitors here.
-const MONITORS: &str = "/run/memlane-qemu";
+pub(crate) const MONITORS: &str = "/run/memlane-qemu";
 const WAITS: &str = "waits to arrive from another host";
 
 fn tell(guest: &GuestInfo, what: &str, as_json: bool) {

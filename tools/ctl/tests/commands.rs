@@ -1,6 +1,7 @@
 //! Each command of the program against an API that is told what to answer.
 
 mod fake;
+mod first_steps;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
