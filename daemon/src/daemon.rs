@@ -59,6 +59,14 @@ pub enum DaemonError {
     Signals(io::Error),
 }
 
+impl DaemonError {
+    /// Returns the exit code of a daemon that ends so: 2 if somebody has to change something before it can start, as
+    /// for a wrong configuration, else 1.
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Keys(_)) { 2 } else { 1 }
+    }
+}
+
 /// Runs the daemon until a signal ends it (SIGTERM, SIGINT).
 ///
 /// # Errors

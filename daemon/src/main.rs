@@ -1,40 +1,18 @@
 //! `memlaned`: the daemon's command line.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use memlane_kvm::descriptors;
+use memlaned::arguments::Arguments;
 use memlaned::config::Config;
 use memlaned::log;
 use tracing_subscriber::EnvFilter;
 
-/// Moves running KVM guests between hosts.
-///
-/// One daemon runs on each host. VMMs attach their guests to it over a Unix socket; operators
-/// talk to it with memlanectl.
-#[derive(Parser)]
-#[command(version)]
-struct Arguments {
-    /// The configuration; systemd/memlaned.toml of the sources explains every key.
-    #[arg(long, value_name = "FILE", default_value = "/etc/memlane/memlaned.toml")]
-    config: PathBuf,
-    /// Only read the configuration, and say what is wrong with it.
-    #[arg(long)]
-    check_config: bool,
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("MEMLANE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    // Under systemd, the journal adds the time.
-    let (writer, written) = log::to_stderr();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().init()
-    } else {
-        log.init()
-    }
+    let written = log::begin(filter);
     let config = match Config::load(&arguments.config) {
         Ok(config) => config,
         Err(error) => {
@@ -59,7 +37,7 @@ fn main() -> ExitCode {
             Ok(()) => 0,
             Err(error) => {
                 eprintln!("memlaned: {error}");
-                1
+                i32::from(error.exit_code())
             }
         };
         drop(written);

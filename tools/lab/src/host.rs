@@ -125,7 +125,7 @@ impl LabHost {
         }
     }
 
-    fn made_here(&self) -> Result<&Namespace> {
+    pub(crate) fn made_here(&self) -> Result<&Namespace> {
         match &self.place {
             HostPlace::Namespace(namespace) => Ok(namespace),
             HostPlace::Remote(remote) => {

@@ -246,13 +246,13 @@ impl Lab {
 }
 
 /// Returns a name like `memlane-PID-N`: [`namespace::sweep`] reads the owner from it.
-fn unique_id() -> String {
+pub(crate) fn unique_id() -> String {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     format!("memlane-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Makes the directory of a lab. Its name contains the process that owns it.
-fn directory(id: &str) -> Result<PathBuf> {
+pub(crate) fn directory(id: &str) -> Result<PathBuf> {
     let directory = tempfile::Builder::new().prefix(&format!("{id}-")).tempdir();
     Ok(directory.context("creating the directory of a lab")?.keep())
 }

@@ -10,6 +10,7 @@ use crate::capture::Capture;
 use crate::host::HostId;
 use crate::namespace::Namespace;
 use crate::network;
+use crate::tun::Tun;
 
 const SWITCH: &str = "sw0";
 const CLIENT: &str = "eth0";
@@ -87,16 +88,36 @@ impl Lan {
 
     /// Joins the bridges of `hosts`, A's and B's, and the client to a new switch.
     pub(crate) fn create(names: [&str; 2], hosts: [&Namespace; 2], bridge: &str) -> Result<Self> {
+        let lan = Self::without_hosts(names)?;
+        for (host, id) in hosts.into_iter().zip([HostId::A, HostId::B]) {
+            let port = Self::port_towards(id);
+            network::add_switch_port(lan.switch.name(), SWITCH, port, host.name(), UPLINK)?;
+            network::enslave(host.name(), UPLINK, bridge)?;
+        }
+        Ok(lan)
+    }
+
+    /// Joins two VMs, A and B, and the client to a new switch. The taps that are returned are the switch's ports, for the VMs'
+    /// network cards.
+    pub(crate) fn for_vms(names: [&str; 2]) -> Result<(Self, [Tun; 2])> {
+        let lan = Self::without_hosts(names)?;
+        let tap = |id| {
+            let port = Self::port_towards(id);
+            let tap = Tun::create_tap(&lan.switch, port)?;
+            network::enslave(lan.switch.name(), port, SWITCH)?;
+            anyhow::Ok(tap)
+        };
+        let taps = [tap(HostId::A)?, tap(HostId::B)?];
+        Ok((lan, taps))
+    }
+
+    /// Joins the client to a new switch.
+    fn without_hosts(names: [&str; 2]) -> Result<Self> {
         let [switch, client] = [Namespace::create(names[0])?, Namespace::create(names[1])?];
         for namespace in [&switch, &client] {
             namespace.run_in(network::disable_ipv6)?.context("turning IPv6 off in a namespace")?;
         }
         network::add_switch(switch.name(), SWITCH)?;
-        for (host, id) in hosts.into_iter().zip([HostId::A, HostId::B]) {
-            let port = Self::port_towards(id);
-            network::add_switch_port(switch.name(), SWITCH, port, host.name(), UPLINK)?;
-            network::enslave(host.name(), UPLINK, bridge)?;
-        }
         network::add_switch_port(switch.name(), SWITCH, CLIENT_PORT, client.name(), CLIENT)?;
         network::bring_up(client.name(), &[(CLIENT, Self::CLIENT)])?;
         Ok(Self { switch, client })

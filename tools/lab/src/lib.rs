@@ -8,18 +8,22 @@
 //! A lab can also be made of two [`RemoteHosts`] that are there already and are reached over ssh: there is an [`agent`] of ours
 //! on each then, and what only a host can have that was made here is refused.
 //!
+//! [`vm::Hosts`] are two hosts with kernels and disks of their own, made of [trees of Debian](debian::Tree).
+//!
 //! Nothing is left behind: namespaces, programs and directories go when the guards are dropped, on SIGINT and
 //! SIGTERM once [`cleanup_on_signal`] was called, and otherwise when the next lab is made.
 
 pub mod agent;
 mod background;
 mod cable;
+mod cache;
 mod capture;
 mod child;
 mod cleanup;
 mod client;
 mod clock;
 mod counters;
+pub mod debian;
 mod history;
 mod host;
 mod hosts;
@@ -30,6 +34,7 @@ mod late_disk;
 pub mod linux;
 mod namespace;
 mod network;
+mod package;
 mod process;
 mod programs;
 pub mod qemu;
@@ -40,8 +45,10 @@ mod remote;
 mod requirements;
 mod rig;
 mod size;
+pub mod systemd;
 mod tun;
 mod user;
+pub mod vm;
 mod vmm;
 mod wait;
 
@@ -60,6 +67,7 @@ pub use lab::{Lab, LabOptions, MAX_PORTS};
 pub use lan::Lan;
 pub use late_disk::LateDisk;
 pub use network::Bridge;
+pub use package::package;
 pub use process::LabProcess;
 pub use programs::Programs;
 pub use rate::Rate;

@@ -75,6 +75,20 @@ impl Namespace {
             });
         }
     }
+
+    /// Makes `command` run with the network of the namespace, and die with the thread that starts it. What it mounts is seen by
+    /// itself and by what it starts.
+    pub(crate) fn confine_network(&self, command: &mut Command) {
+        let file = Arc::clone(&self.file);
+        die_with_parent(command);
+        // SAFETY: as in `confine`.
+        unsafe {
+            command.pre_exec(move || {
+                enter(&file)?;
+                unshare_mounts()
+            });
+        }
+    }
 }
 
 /// Kills what still runs in the namespace `name` and removes it. Errors are ignored, because this runs while something
@@ -119,13 +133,18 @@ fn enter(file: &File) -> io::Result<()> {
 /// Mounts a new sysfs. It shows the interfaces of the namespace that mounted it, so /sys/class/net needs a new mount,
 /// in a mount namespace of its own; `ip netns exec` does the same.
 fn show_own_interfaces_in_sys() -> io::Result<()> {
-    // SAFETY: a mount namespace does not touch descriptors, and the calling process has no other threads.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
-    // Mounts made outside later (hugetlbfs, say) shall be seen here, but not the other way round.
-    rustix::mount::mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    unshare_mounts()?;
     rustix::mount::unmount(c"/sys", UnmountFlags::DETACH)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     Ok(rustix::mount::mount(c"sysfs", c"/sys", c"sysfs", flags, None)?)
+}
+
+/// Gives the calling process a mount namespace of its own. Between fork and exec it has no other threads.
+fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: a mount namespace does not touch descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
+    // Mounts made outside later (hugetlbfs, say) shall be seen here, but not the other way round.
+    Ok(rustix::mount::mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
 }
 
 /// Returns the processes inside the namespace `name`, but never this one.
@@ -147,7 +166,8 @@ fn entries(directory: &Path) -> impl Iterator<Item = String> {
         .filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-fn is_stale(name: &str) -> bool {
+/// Returns whether a name is of a lab whose process is gone.
+pub(crate) fn is_stale(name: &str) -> bool {
     owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
 }
 

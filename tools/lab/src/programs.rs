@@ -19,10 +19,19 @@ impl Programs {
     ///
     /// If cargo fails.
     pub fn build(release: bool) -> Result<Self> {
+        Self::build_with(release, &[])
+    }
+
+    /// Builds the programs as [`Programs::build`] does, and those of the packages `more`.
+    ///
+    /// # Errors
+    ///
+    /// If cargo fails.
+    pub fn build_with(release: bool, more: &[&str]) -> Result<Self> {
         let mut command = cargo_build();
-        for package in
-            ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter", "memlane-qemu"]
-        {
+        let packages =
+            ["memlaned", "memlanectl", "memlane-vmm", "memlane-shim", "memlane-starter", "memlane-qemu"];
+        for package in packages.iter().chain(more) {
             command.args(["--package", package]);
         }
         if release {

@@ -21,13 +21,22 @@ impl Tun {
     /// Makes an interface of this name inside `namespace`. Large segments pass whole, as between the ends of a veth
     /// pair.
     pub(crate) fn create(namespace: &Namespace, name: &str) -> anyhow::Result<Self> {
+        Self::of_kind(libc::IFF_TUN, namespace, name)
+    }
+
+    /// As [`Self::create`], for an interface whose packets have Ethernet's headers: a tap.
+    pub(crate) fn create_tap(namespace: &Namespace, name: &str) -> anyhow::Result<Self> {
+        Self::of_kind(libc::IFF_TAP, namespace, name)
+    }
+
+    fn of_kind(kind: libc::c_int, namespace: &Namespace, name: &str) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         // A tun belongs to the namespace of whoever opens the file.
-        let created = namespace.run_in(|| Self::open(name))?;
+        let created = namespace.run_in(|| Self::open(kind, name))?;
         created.with_context(|| format!("making the tun {name} (is there a /dev/net/tun?)"))
     }
 
-    fn open(name: &str) -> io::Result<Self> {
+    fn open(kind: libc::c_int, name: &str) -> io::Result<Self> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::open(c"/dev/net/tun", flags, Mode::empty())?;
         // SAFETY: a request of zeros is a valid one to fill in.
@@ -36,7 +45,7 @@ impl Tun {
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *to = from.cast_signed();
         }
-        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: the request is one for this ioctl, and outlives it.
         checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;

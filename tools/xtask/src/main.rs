@@ -1,7 +1,8 @@
-//! The project's own commands: `cargo xtask demo`, `bench`, `torture`, `soak`, `simulate`, `fuzz` and `test`.
+//! The project's own commands: `cargo xtask demo`, `bench`, `package`, `torture`, `soak`, `simulate`, `fuzz` and `test`.
 
 #![forbid(unsafe_code)]
 
+mod apt;
 mod bench;
 mod cargo;
 mod common;
@@ -9,6 +10,7 @@ mod demo;
 #[cfg(test)]
 mod documents;
 mod fuzz;
+mod package;
 mod simulate;
 mod soak;
 mod test;
@@ -57,6 +59,12 @@ enum XtaskCommand {
     /// Runs the targets in fuzz/ with cargo-fuzz and libFuzzer, on the stable toolchain. What reaches new code is kept in
     /// target/fuzz/found, beside the corpora in fuzz/corpus that cargo xtask test replays.
     Fuzz(fuzz::FuzzOptions),
+    /// Make a Debian package of everything that a host needs
+    ///
+    /// Builds the programs, strips them, and packs them with units, man pages, completions, dashboards and alert rules
+    /// into target/package; the debug symbols are a package of their own. Needs root where debhelper and lintian are not
+    /// installed yet.
+    Package(package::PackageOptions),
     /// Run whole migrations in virtual time, with everything that can go wrong, and prove that no guest is doubled or lost
     ///
     /// Each seed is a run with hosts, a network, VMMs and a guest of its own, all of them simulated; the decisions are
@@ -76,6 +84,7 @@ fn main() -> ExitCode {
         XtaskCommand::Torture(options) => torture::run(&options),
         XtaskCommand::Soak(options) => soak::run(&options),
         XtaskCommand::Fuzz(options) => fuzz::run(&options),
+        XtaskCommand::Package(options) => package::run(&options),
         XtaskCommand::Simulate(options) => simulate::run(&options),
         XtaskCommand::Test(options) => test::run(&options),
     };

@@ -3,7 +3,7 @@
 
 /// An archive in memory.
 #[derive(Debug, Default)]
-pub(super) struct CpioArchive {
+pub(crate) struct CpioArchive {
     bytes: Vec<u8>,
     entries: u32,
 }
@@ -14,17 +14,17 @@ const END: &str = "TRAILER!!!";
 
 impl CpioArchive {
     /// Adds a directory. The directories above it must be added before.
-    pub(super) fn directory(&mut self, path: &str) {
+    pub(crate) fn directory(&mut self, path: &str) {
         self.entry(path, DIRECTORY, &[]);
     }
 
     /// Adds a file that every user may read and execute.
-    pub(super) fn file(&mut self, path: &str, contents: &[u8]) {
+    pub(crate) fn file(&mut self, path: &str, contents: &[u8]) {
         self.entry(path, PROGRAM, contents);
     }
 
     /// Returns the bytes of the archive, with the mark of its end.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entry(END, 0, &[]);
         self.bytes
     }

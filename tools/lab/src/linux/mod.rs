@@ -5,6 +5,7 @@ mod guest;
 mod initramfs;
 mod kernel;
 
+pub(crate) use cpio::CpioArchive;
 pub use guest::{Accelerator, LinuxGuest};
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;

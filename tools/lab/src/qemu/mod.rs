@@ -5,7 +5,6 @@
 //! depends on, and `patchelf` has the program start by the loader and with the libraries of its own folder. So it is a
 //! program like any other, whose path is all that starts it, and /proc/PID/exe is its own.
 
-mod archive;
 mod unpack;
 
 use std::env;

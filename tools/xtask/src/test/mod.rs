@@ -8,8 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use memlane_lab::{Requirement, why_not};
 
-use crate::cargo;
+use crate::{cargo, package};
 use program::{TestCounts, TestProgram};
 
 /// The number of test programs that run at once: each waits for timeouts and for other processes most of the time.
@@ -39,6 +40,11 @@ pub(crate) fn run(options: &TestOptions) -> Result<bool> {
         step("formatting", &["fmt", "--all", "--check"])?;
         step("lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
         step("documentation", &["doc", "--workspace", "--no-deps", "--locked"])?;
+    }
+    if !options.large && why_not(&[Requirement::Root]).is_none() {
+        println!("\n== package");
+        package::make_and_check()?;
+        tally.passed += 1;
     }
     println!("\n== tests");
     let (tested, mut ok) = if options.large { tests(LARGE, 1, ALONE) } else { tests(ALL, AT_ONCE, &[]) }?;

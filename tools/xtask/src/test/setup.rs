@@ -1,11 +1,13 @@
 //! Setting up what tests need of the machine, so that none of them is skipped for the lack of it.
 
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
+use memlane_lab::debian::Tree;
 use memlane_lab::linux::Kernel;
 use memlane_lab::{Requirement, missing, qemu, why_not};
+
+use crate::apt;
 
 /// The Debian packages that tests need.
 const PACKAGES: &[(Requirement, &str)] = &[
@@ -16,8 +18,11 @@ const PACKAGES: &[(Requirement, &str)] = &[
     (Requirement::SystemdAnalyze, "systemd"),
     (Requirement::Ovmf, "ovmf"),
     (Requirement::Swtpm, "swtpm"),
+    (Requirement::Prometheus, PROMETHEUS),
+    (Requirement::Nspawn, "systemd-container"),
 ];
 const SSHD: &str = "openssh-server";
+const PROMETHEUS: &str = "prometheus";
 
 /// Installs what is missing, if this runs as root. Tests that need it are skipped for other users anyway.
 ///
@@ -31,14 +36,12 @@ pub(crate) fn bring() -> Result<()> {
     let mut packages: Vec<&str> =
         PACKAGES.iter().filter(|(need, _)| is_missing(*need)).map(|(_, package)| *package).collect();
     packages.dedup();
-    // It would be started, now and whenever the machine is, and nobody asked for that.
+    // They would be started, now and whenever the machine is, and nobody asked for that.
     if Path::new("/run/systemd/system").exists() {
-        packages.retain(|package| *package != SSHD);
+        packages.retain(|package| ![SSHD, PROMETHEUS].contains(package));
     }
     if !packages.is_empty() {
-        println!("== installing {}", packages.join(" "));
-        apt_get(&["update", "-q"])?;
-        apt_get(&[&["install", "-qy", "--no-install-recommends"], &packages[..]].concat())?;
+        apt::install(&packages)?;
         for (need, package) in PACKAGES {
             ensure!(
                 !packages.contains(package) || !is_missing(*need),
@@ -53,21 +56,10 @@ pub(crate) fn bring() -> Result<()> {
     for version in qemu::VERSIONS {
         version.obtain()?;
     }
+    Tree::HOST.obtain()?;
     Ok(())
 }
 
 fn is_missing(requirement: Requirement) -> bool {
     !missing(&[requirement]).is_empty()
-}
-
-fn apt_get(arguments: &[&str]) -> Result<()> {
-    let status = Command::new("apt-get")
-        .args(arguments)
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .status()
-        .context("running apt-get")?;
-    if !status.success() {
-        bail!("apt-get {} ended with {status}", arguments.join(" "));
-    }
-    Ok(())
 }

@@ -1,11 +1,17 @@
 //! The log of the daemon: a thread of its own writes it, and untrusted text in it is made harmless (see
 //! [`memlane_protocol::wire::plain`]).
 
+mod journal;
+
 use std::io::{self, Write};
 use std::sync::OnceLock;
 
 use memlane_protocol::wire::plain;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{EnvFilter, fmt};
+
+use journal::{JournalLayer, JournalSocket};
 
 /// So many lines wait to be written. More are lost: what reads the log (a journal, a full disk) stands still, and guests
 /// must not.
@@ -13,18 +19,34 @@ const LINES: usize = 10_000;
 
 static LOST: OnceLock<ErrorCounter> = OnceLock::new();
 
-/// Returns a writer of lines to the standard error stream that never waits. What waits to be written when the guard is
-/// dropped is written then, if that takes no longer than a second.
-pub fn to_stderr() -> (NonBlocking, WorkerGuard) {
-    let builder = NonBlockingBuilder::default().buffered_lines_limit(LINES).thread_name("log");
-    let (writer, guard) = builder.finish(PlainLog(io::stderr()));
-    let _ = LOST.set(writer.error_counter());
-    (writer, guard)
+/// Begins to log what `filter` lets pass: to the journal if systemd has started this process, else to the standard error
+/// stream. Nobody who logs ever waits. What waits to be written when the guard is dropped is written then, if that takes
+/// no longer than a second.
+pub fn begin(filter: EnvFilter) -> WorkerGuard {
+    let registry = tracing_subscriber::registry().with(filter);
+    if journal::is_stderr()
+        && let Ok(socket) = JournalSocket::new()
+    {
+        let (writer, guard) = aside(socket);
+        registry.with(JournalLayer(writer)).init();
+        return guard;
+    }
+    let (writer, guard) = aside(PlainLog(io::stderr()));
+    registry.with(fmt::layer().with_writer(writer).with_ansi(false)).init();
+    guard
 }
 
 /// Returns how many lines of the log were lost, because what reads it was too slow.
 pub fn lost_lines() -> u64 {
     LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
+}
+
+/// Returns a writer that has a thread of its own write, and never waits.
+fn aside(writer: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
+    let builder = NonBlockingBuilder::default().buffered_lines_limit(LINES).thread_name("log");
+    let (writer, guard) = builder.finish(writer);
+    let _ = LOST.set(writer.error_counter());
+    (writer, guard)
 }
 
 /// A writer of log lines that turns each write into one line of plain text. Names, paths and reasons come from peers,
