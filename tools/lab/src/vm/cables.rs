@@ -12,11 +12,11 @@ use crate::tun::Tun;
 /// The open ends of all cables of a host, for the network cards of its QEMU.
 pub(super) type Ends = Vec<(Link, Tun)>;
 
-/// Lays all cables, and returns the guests' network and both hosts' ends. `names` are those of namespaces that whoever calls this
-/// removes: the two of the guests' network, and the one in which the other cables are.
+/// Lays all cables, and returns the guests' network and both hosts' ends. `names` are those of namespaces that whoever
+/// calls this removes: the two of the guests' network, and the one in which the other cables are.
 ///
-/// Each cable leads through a bridge of this machine's kernel, like cables into a switch: when one host loses its power, the other one's carrier
-/// stays.
+/// Each cable leads through a bridge of this machine's kernel, as through a switch: when one host loses its power, the
+/// other one's carrier stays.
 pub(super) fn lay(names: &[String; 3]) -> Result<(Lan, [Ends; 2])> {
     let [switch, client, between] = names;
     let (lan, [a, b]) = Lan::for_vms([switch, client])?;

@@ -18,8 +18,9 @@ use crate::lan::Lan;
 use crate::namespace;
 use crate::requirements::{Requirement, why_not};
 
-/// Two VMs, joined by a control link and two ports, and by their bridges `br0` to the switch of a guests' network, on which a client is.
-/// There is nothing else that they can reach. Dropping this ends them, and what they have written is gone.
+/// Two VMs, joined by a control link and two ports, and by their bridges `br0` to the switch of a guests' network, on
+/// which a client is. There is nothing else that they can reach. Dropping this ends them, and what they have written is
+/// gone.
 #[derive(Debug)]
 pub struct Hosts {
     machines: [Machine; 2],
@@ -30,13 +31,13 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// Starts both hosts as they are after a boot, from a snapshot, with their clocks set. The first call makes the image and the snapshot,
-    /// which takes some minutes; the next ones take seconds.
+    /// Starts both hosts as they are after a boot, from a snapshot, with their clocks set. The first call makes the image
+    /// and the snapshot, which takes some minutes; the next ones take seconds.
     ///
     /// # Errors
     ///
-    /// If something that the hosts need is missing, or they do not start. What their consoles and their QEMUs said is part of the
-    /// error.
+    /// If something that the hosts need is missing, or they do not start. What their consoles and their QEMUs said is
+    /// part of the error.
     pub fn start() -> Result<Self> {
         let image = Image::obtain()?;
         let snapshot = Snapshot::obtain(&image)?;

@@ -179,9 +179,9 @@ impl Machine {
         fs::write(file, output.stdout).with_context(failed)
     }
 
-    /// Cuts the power: QEMU is killed, and with it everything that the host had in its memory. What it had flushed to its disk
-    /// is there when it is [started again](Self::start_again); of what it had written and not flushed, whatever QEMU had passed on. The other ends of its
-    /// cables stay.
+    /// Cuts the power: QEMU is killed, and with it everything that the host had in its memory. What the host had flushed to
+    /// its disk is there when it is [started again](Self::start_again), and so is what it had written without a flush and
+    /// QEMU had passed on already. The other ends of its cables stay.
     ///
     /// # Errors
     ///

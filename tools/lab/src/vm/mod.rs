@@ -31,5 +31,5 @@ fn emulator() -> Version {
 /// Returns why there can be no VMs here yet; `None` if their image and their QEMU are there.
 pub(crate) fn why_not() -> Option<String> {
     let made = Image::is_there() && emulator().program().exists();
-    (!made).then(|| "there is no image for VMs (`cargo xtask test` makes it)".into())
+    (!made).then(|| "there is no image for VMs (`cargo xtask test --vm` makes it)".into())
 }

@@ -48,8 +48,8 @@ impl Shell {
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))
     }
 
-    /// Logs in to the VM that `directory` has been [configured](Self::configure) for. Returns `None` if that fails, as it does until
-    /// the VM's server is there.
+    /// Logs in to the VM that `directory` has been [configured](Self::configure) for. Returns `None` if that fails, as it
+    /// does until the VM's server is there.
     pub(super) fn open(directory: &Path, name: &str) -> Result<Option<Self>> {
         let config = directory.join(CONFIG);
         let mut command = ssh(&config);

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use memlane_lab::vm::Image;
 use memlane_lab::{Requirement, why_not};
 
 use crate::{cargo, package};
@@ -19,6 +20,8 @@ const AT_ONCE: usize = 2;
 const ALL: &[&str] = &["--workspace"];
 /// The arguments by which cargo builds the tests of large guests.
 const LARGE: &[&str] = &["--package", "memlaned", "--test", "large"];
+/// The arguments by which cargo builds the tests of hosts that are VMs.
+const VMS: &[&str] = &["--package", "memlane-lab", "--test", "vm"];
 /// The arguments by which a test program runs the tests that are left out otherwise, one at a time.
 const ALONE: &[&str] = &["--ignored", "--test-threads=1"];
 
@@ -29,27 +32,39 @@ pub(crate) struct TestOptions {
     /// taken from the system at both ends, so that 20 GiB have to be free
     #[arg(long)]
     large: bool,
+    /// Run nothing but the tests of hosts that are virtual machines, whose image and snapshot are made first where they are
+    /// not there yet
+    #[arg(long, conflicts_with = "large")]
+    vm: bool,
 }
 
 /// Runs the checks and the tests; returns true if all is well.
 pub(crate) fn run(options: &TestOptions) -> Result<bool> {
     setup::bring().context("installing what tests need (nothing was tested)")?;
     let mut tally = TestCounts::default();
-    if !options.large {
+    let all = !options.large && !options.vm;
+    if options.vm {
+        Image::obtain().context("making the image of VMs (nothing was tested)")?;
+    }
+    if all {
         tally.add(&dependencies::check()?);
         step("formatting", &["fmt", "--all", "--check"])?;
         step("lints", &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?;
         step("documentation", &["doc", "--workspace", "--no-deps", "--locked"])?;
     }
-    if !options.large && why_not(&[Requirement::Root]).is_none() {
+    if all && why_not(&[Requirement::Root]).is_none() {
         println!("\n== package");
         package::make_and_check()?;
         tally.passed += 1;
     }
     println!("\n== tests");
-    let (tested, mut ok) = if options.large { tests(LARGE, 1, ALONE) } else { tests(ALL, AT_ONCE, &[]) }?;
+    let (tested, mut ok) = match (options.large, options.vm) {
+        (true, _) => tests(LARGE, 1, ALONE),
+        (_, true) => tests(VMS, 1, &[]),
+        _ => tests(ALL, AT_ONCE, &[]),
+    }?;
     tally.add(&tested);
-    if !options.large {
+    if all {
         let (documented, well) = program::run_documentation();
         tally.add(&documented);
         ok &= well;
