@@ -84,18 +84,19 @@ where
         let mut own = Entry::default();
         event.record(&mut own);
         let metadata = event.metadata();
-        let mut text = String::new();
+        let (mut text, mut within) = (String::new(), String::new());
         // What is said twice is said by the event itself, and the journal takes both.
         for span in context.event_scope(event).into_iter().flat_map(|scope| scope.from_root()) {
             if let Some(of_span) = span.extensions().get::<Entry>() {
                 text += &of_span.fields;
+                let _ = write!(within, "{}{{{}}}: ", span.name(), of_span.said.trim_start());
             }
         }
         text += &own.fields;
         // Writing to a string does not fail.
         let _ = write!(
             text,
-            "MESSAGE={}{}\nPRIORITY={}\nSYSLOG_IDENTIFIER=memlaned\n{PREFIX}TARGET={}\n",
+            "MESSAGE={within}{}{}\nPRIORITY={}\nSYSLOG_IDENTIFIER=memlaned\n{PREFIX}TARGET={}\n",
             own.message,
             own.said,
             priority(*metadata.level()),
@@ -213,7 +214,10 @@ mod tests {
             assert!(lines.contains(&wanted), "{first}");
         }
         assert!(!lines.contains(&"MEMLANE_GUEST=web2"), "{first}");
-        assert!(first.contains("MESSAGE=it failed pages=7 reason="), "{first}");
+        assert!(
+            first.contains("MESSAGE=migration{id=4711 guest=web1}: it failed pages=7 reason="),
+            "{first}"
+        );
         let second = text(&entries[1]);
         assert!(second.contains("MEMLANE_GUEST=web3\n") && !second.contains("4711"), "{second}");
     }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use memlane_lab::debian::Tree;
 use memlane_lab::linux::{Accelerator, Initramfs, Kernel, LinuxGuest};
 use memlane_lab::systemd::SystemdHost;
-use memlane_lab::{ClientSession, HostId, Lab, LabOptions, Rate, Requirement, Size, skip, wait_for};
+use memlane_lab::{
+    ClientSession, HostId, Lab, LabOptions, Rate, Requirement, Size, installed, skip, wait_for,
+};
 use serde_json::Value;
 
 /// The longest wait for what takes moments on a machine that is idle.
@@ -20,8 +22,6 @@ const NEEDED: &[Requirement] = &[
     Requirement::Package,
     Requirement::Kernel,
 ];
-/// How the daemons know each other, as `memlanectl setup` is told.
-const PORTS: &str = "--port a=port0 --port b=port1";
 
 /// Two hosts, and the networks that join them.
 pub(crate) struct Pair {
@@ -49,20 +49,7 @@ impl Pair {
     pub(crate) fn start_installed(test: &str) -> Option<Self> {
         let pair = Self::start(test)?;
         let [a, b] = &pair.hosts;
-        for (host, peer) in [(a, "host-b=10.77.0.2"), (b, "host-a=10.77.0.1")] {
-            host.run("cd /root && apt-get install -qy ./memlane_1_amd64.deb").unwrap();
-            pair.take_udevs_place(host);
-            host.run(&format!("memlanectl setup --write --peer {peer} {PORTS}")).unwrap();
-            host.run("sed -i 's/^control = .*/&\\nmay_start_guests = true/' /etc/memlane/memlaned.toml")
-                .unwrap();
-            host.run("printf '[limits]\\nmin_bandwidth = \"0bit\"\\n' >> /etc/memlane/memlaned.toml")
-                .unwrap();
-        }
-        a.run("memlanectl keys init --dir /root/ca").unwrap();
-        pair.renew_keys();
-        for host in &pair.hosts {
-            host.run("systemctl start memlane-guest.socket memlaned").unwrap();
-        }
+        installed::install([a, b], &memlane_lab::package().unwrap()).unwrap();
         Some(pair)
     }
 
@@ -78,19 +65,10 @@ impl Pair {
         host.run("chgrp memlane /dev/userfaultfd && chmod 0660 /dev/userfaultfd").unwrap();
     }
 
-    /// Issues the keys of both hosts, which host A has the authority for, and puts them in their places.
+    /// Issues new keys for both hosts, and puts them in their places.
     pub(crate) fn renew_keys(&self) {
         let [a, b] = &self.hosts;
-        for host in [a, b] {
-            let name = host.name();
-            a.run(&format!("rm -rf /root/ca/{name} && memlanectl keys issue {name} --dir /root/ca")).unwrap();
-            for file in ["host.pem", "host.key", "ca.pem"] {
-                host.copy(&a.path(&format!("/root/ca/{name}/{file}")), &format!("/root/{file}")).unwrap();
-            }
-            host.run("install -d -o memlane -g memlane -m 700 /etc/memlane/keys").unwrap();
-            let install = "install -o memlane -g memlane -m 600 -t /etc/memlane/keys";
-            host.run(&format!("cd /root && {install} host.pem host.key ca.pem && rm host.key")).unwrap();
-        }
+        installed::issue_keys([a, b]).unwrap();
     }
 
     /// Describes a Linux guest, and puts its kernel on both hosts.

@@ -28,6 +28,7 @@ mod history;
 mod host;
 mod hosts;
 mod huge_pages;
+pub mod installed;
 mod lab;
 mod lan;
 mod late_disk;

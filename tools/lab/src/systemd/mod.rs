@@ -7,6 +7,7 @@
 mod cgroup;
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -40,6 +41,7 @@ exec systemd-nspawn --quiet --register=no --keep-unit --boot --capability=all --
 #[derive(Debug)]
 pub struct SystemdHost {
     name: String,
+    control_address: Ipv4Addr,
     first: Pid,
     process: LabProcess,
     _cleanup: Registration,
@@ -79,7 +81,13 @@ impl SystemdHost {
         });
         let first = first.with_context(|| process.log_tail())?;
         let first = first.with_context(|| format!("systemd-nspawn has ended: {}", process.log_tail()))?;
-        let booted = Self { name: host.name().to_owned(), first, process, _cleanup: cleanup };
+        let booted = Self {
+            name: host.name().to_owned(),
+            control_address: host.control_address(),
+            first,
+            process,
+            _cleanup: cleanup,
+        };
         booted.wait_until_started()?;
         booted.make_devices()?;
         Ok(booted)
@@ -88,6 +96,11 @@ impl SystemdHost {
     /// Returns the name of the host.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Returns the host's address on the control link.
+    pub fn control_address(&self) -> Ipv4Addr {
+        self.control_address
     }
 
     /// Returns the place on this machine at which a file of the host is found, for as long as the host runs.

@@ -41,7 +41,8 @@ impl DemoOptions {
             guest: self.guest_shape(),
             legs,
             proof,
-            limit: self.downtime_limit.clone(),
+            limit: self.limit().to_owned(),
+            hosts: None,
             encrypted: !self.insecure,
         })
     }
@@ -91,7 +92,7 @@ impl DemoOptions {
     }
 
     fn vmm_arguments(&self, incoming: bool) -> Vec<String> {
-        let ram = self.ram.to_string();
+        let ram = self.ram().to_string();
         let mut arguments: Vec<String> = ["--ram", &ram, "--nic", NIC].map(str::to_owned).into();
         let (vcpus, readers) = (self.vcpus.saturating_add(self.readers()), self.readers());
         arguments.extend(["--vcpus".into(), vcpus.to_string(), "--readers".into(), readers.to_string()]);

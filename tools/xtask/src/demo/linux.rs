@@ -15,7 +15,7 @@ use super::report::{DemoMove, DemoReport};
 /// The number of pages that the guest writes in a second. It checks two for each, on a processor that may be emulated.
 const DIRTY_RATE: u64 = 2000;
 /// Longest wait for the guest to boot, on a machine that is busy with other things.
-const BOOT: Duration = Duration::from_secs(180);
+pub(super) const BOOT: Duration = Duration::from_secs(180);
 /// The longest wait for an answer of a guest that has arrived: TCP waits longer and longer before it tries again.
 const ANSWER: Duration = Duration::from_secs(60);
 /// Longest wait for a frame that should have come already.
@@ -29,7 +29,7 @@ impl DemoOptions {
             AcceleratorChoice::Kvm => (Accelerator::Kvm, "as ordered"),
             AcceleratorChoice::Tcg => (Accelerator::Tcg, "as ordered"),
         };
-        let guest = self.linux_guest(rig, accelerator)?;
+        let guest = self.linux_guest(rig.lab().host(HostId::A).directory(), accelerator)?;
         self.say(&format!("booting Linux {} with {accelerator} ({why})", guest.kernel.release()));
         let session =
             launch(rig, &guest).with_context(|| format!("on its console: {}", tail(&guest.console)))?;
@@ -39,11 +39,21 @@ impl DemoOptions {
         let count = self.moves(2);
         let mut legs: Vec<DemoMove> = Vec::new();
         for number in 1..=count {
-            legs.push(self.linux_leg(rig, at, &guest, &session, (number, count))?);
+            let to = at.other();
+            self.say(&format!("move {number} of {count}, to {}", rig.lab().host(to).name()));
+            let order = self.migrate(rig.lab().host(to).name());
+            let migrate = || {
+                let migration = self.order(rig, at, &order, |_| ())?;
+                let arrived = migration["outcome"] == "completed";
+                let arrival =
+                    if arrived { rig.ctl(to, &["watch", GUEST])?.last()?.clone() } else { Value::Null };
+                Ok((migration, arrival))
+            };
+            legs.push(self.linux_leg(rig.lab().lan(), &guest, &session, (number, to), migrate)?);
             if !legs.last().is_some_and(DemoMove::is_whole) {
                 break;
             }
-            at = at.other();
+            at = to;
         }
         let mut proof = None;
         if legs.last().is_some_and(DemoMove::is_whole) && !self.verify {
@@ -52,21 +62,19 @@ impl DemoOptions {
             let arguments = ["migrate", GUEST, destination, "--downtime-limit", PROOF_LIMIT, "--verify"];
             proof = Some(rig.ctl(at, &arguments)?.last()?.clone());
         }
-        let guest = json!({
-            "name": GUEST,
-            "vmm": "qemu",
-            "kind": "linux",
-            "kernel": guest.kernel.release(),
-            "accelerator": accelerator.as_str(),
-            "accelerator_reason": why,
-            "vcpus": guest.vcpus,
-            "tracker": "pagemap",
-            "dirty_rate": guest.rate,
-        });
-        Ok(DemoReport { guest, legs, proof, limit: self.downtime_limit.clone(), encrypted: !self.insecure })
+        let limit = self.limit().to_owned();
+        Ok(DemoReport {
+            guest: described(&guest, why),
+            legs,
+            proof,
+            hosts: None,
+            limit,
+            encrypted: !self.insecure,
+        })
     }
 
-    fn linux_guest(&self, rig: &Rig, accelerator: Accelerator) -> Result<LinuxGuest> {
+    /// Describes the guest, with an initramfs that is built in a directory of this machine.
+    pub(super) fn linux_guest(&self, directory: &Path, accelerator: Accelerator) -> Result<LinuxGuest> {
         let linked_only = [
             ("--flat-out", self.flat_out),
             ("--gap", self.gap),
@@ -78,34 +86,32 @@ impl DemoOptions {
             ensure!(!given, "{option} is for guests of memlane-vmm: --guest kvm or process");
         }
         let kernel = Kernel::obtain()?;
-        let directory = rig.lab().host(HostId::A).directory();
         let initramfs = Initramfs::build(&directory.join("initramfs"), &kernel)?;
         Ok(LinuxGuest {
             name: GUEST.to_owned(),
             vcpus: self.vcpus,
-            ram: self.ram,
+            ram: self.ram(),
             prealloc: self.prepared,
-            working_set: self.working_set.unwrap_or_else(|| self.ram.part(4)),
+            working_set: self.working_set.unwrap_or_else(|| self.ram().part(4)),
             rate: self.dirty_rate.unwrap_or(DIRTY_RATE),
             ..LinuxGuest::new(kernel, initramfs, accelerator, directory.join("console"))
         })
     }
 
-    fn linux_leg(
+    /// Moves the guest by `migrate`, which returns the migration as both hosts tell it at its end, and looks at what the guest, its
+    /// client and the switch saw.
+    pub(super) fn linux_leg(
         &self,
-        rig: &mut Rig,
-        at: HostId,
+        lan: &Lan,
         guest: &LinuxGuest,
         session: &ClientSession,
-        (number, of): (u32, u32),
+        (number, to): (u32, HostId),
+        migrate: impl FnOnce() -> Result<(Value, Value)>,
     ) -> Result<DemoMove> {
-        let to = at.other();
-        let destination = rig.lab().host(to).name().to_owned();
-        self.say(&format!("move {number} of {of}, to {destination}"));
-        let before = GuestCounters::ask(rig.lab().lan(), guest.address, "stats")?;
-        let capture = rig.lab().lan().capture_from(to)?;
+        let before = GuestCounters::ask(lan, guest.address, "stats")?;
+        let capture = lan.capture_from(to)?;
         session.take_longest_gap();
-        let migration = self.order(rig, at, &self.migrate(&destination), |_| ())?;
+        let (migration, arrival) = migrate()?;
         let accelerator = guest.accelerator.as_str();
         if migration["outcome"] != "completed" {
             let more = json!({ "accelerator": accelerator });
@@ -121,9 +127,8 @@ impl DemoOptions {
         let heard = session.hear(ANSWER);
         let gap = session.take_longest_gap();
         let survived = heard.as_ref().is_ok_and(|heard| heard.boot_id == before.boot_id);
-        let learned = self.learned_by_rarp(rig.lab().lan(), &capture, guest, to)?;
-        let arrival = rig.ctl(to, &["watch", GUEST])?.last()?.clone();
-        let after = GuestCounters::ask(rig.lab().lan(), guest.address, "check")
+        let learned = self.learned_by_rarp(lan, &capture, guest, to)?;
+        let after = GuestCounters::ask(lan, guest.address, "check")
             .with_context(|| format!("on the guest's console: {}", tail(&guest.console)))?;
         // As many for each of its checkers.
         let vcpus = u64::from(guest.vcpus);
@@ -160,6 +165,21 @@ impl DemoOptions {
         }
         Ok(announced && learned.as_deref() == Some(port))
     }
+}
+
+/// Describes a guest for the report.
+pub(super) fn described(guest: &LinuxGuest, why: &str) -> Value {
+    json!({
+        "name": GUEST,
+        "vmm": "qemu",
+        "kind": "linux",
+        "kernel": guest.kernel.release(),
+        "accelerator": guest.accelerator.as_str(),
+        "accelerator_reason": why,
+        "vcpus": guest.vcpus,
+        "tracker": "pagemap",
+        "dirty_rate": guest.rate,
+    })
 }
 
 /// Starts the guest on host A, and waits until it talks.

@@ -5,12 +5,13 @@ mod format;
 mod linked;
 mod linux;
 mod options;
+mod own_systems;
 mod report;
 
 use anyhow::{Context, Result, bail};
 use memlane_lab::{LabOptions, Programs, Requirement, Rig, RigOptions, cleanup_on_signal, qemu, why_not};
 
-use options::GuestChoice;
+use options::{GuestChoice, HostsChoice};
 
 pub(crate) use options::DemoOptions;
 
@@ -19,6 +20,11 @@ const MIN_BANDWIDTH: &str = "1mbit";
 /// Runs the demo; returns true if all went well.
 pub(crate) fn run(options: &DemoOptions) -> Result<bool> {
     let qemu = options.guest == GuestChoice::Qemu;
+    if options.hosts != HostsChoice::Namespaces {
+        let demo = options.move_between_systems()?;
+        println!("{}", if options.json { demo.json().to_string() } else { demo.text() });
+        return Ok(demo.is_good());
+    }
     if let Some(which) = &options.qemu {
         qemu::prefer(which.clone());
     }

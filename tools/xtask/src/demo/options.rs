@@ -21,15 +21,18 @@ pub(crate) const PROOF_LIMIT: &str = "60s";
 /// The options of `cargo xtask demo`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DemoOptions {
+    /// What the two hosts are made of
+    #[arg(long, value_enum, default_value = "namespaces")]
+    pub hosts: HostsChoice,
     /// Ports of each host
     #[arg(long, default_value_t = 2)]
     pub ports: usize,
     /// What each port carries, such as 1gbit [default: as much as the machine can]
     #[arg(long)]
     pub port_rate: Option<Rate>,
-    /// Memory of the guest
-    #[arg(long, default_value = "1GiB")]
-    pub ram: Size,
+    /// Memory of the guest [default: 1GiB; 256MiB on hosts that are VMs]
+    #[arg(long)]
+    pub ram: Option<Size>,
     /// Virtual CPUs of the guest
     #[arg(long, default_value_t = 1)]
     pub vcpus: u16,
@@ -59,9 +62,9 @@ pub(crate) struct DemoOptions {
     /// Largest part of its writing that stun may take from the guest, in percent [default: what memlanectl allows]
     #[arg(long, value_name = "PERCENT")]
     pub max_stun: Option<u8>,
-    /// Longest pause that the guest may see
-    #[arg(long, default_value = "300ms")]
-    pub downtime_limit: String,
+    /// Longest pause that the guest may see [default: 300ms; 10s on hosts that are VMs, whose processors are emulated]
+    #[arg(long)]
+    pub downtime_limit: Option<String>,
     /// A small virtual machine, threads of a process where there is no KVM, or Linux under a stock
     /// QEMU, with a client that talks to it through a switch
     #[arg(long, value_enum, default_value = "kvm")]
@@ -95,6 +98,16 @@ pub(crate) struct DemoOptions {
     /// Print one JSON object at the end, as the last line
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HostsChoice {
+    /// Network namespaces, with a daemon in each
+    Namespaces,
+    /// Systems of Debian in namespaces, which systemd has started and on which the package is installed; for qemu
+    Systemd,
+    /// Virtual machines with a kernel, systemd, KVM and disks of their own, on which the package is installed; for qemu
+    Vm,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -150,9 +163,20 @@ impl DemoOptions {
         self.round_trips.map_or(default, |round_trips| 2 * round_trips.max(1))
     }
 
+    /// Returns the longest pause that the guest may see.
+    pub(crate) fn limit(&self) -> &str {
+        let usual = if self.hosts == HostsChoice::Vm { "10s" } else { "300ms" };
+        self.downtime_limit.as_deref().unwrap_or(usual)
+    }
+
+    /// Returns the size of the guest's memory.
+    pub(crate) fn ram(&self) -> Size {
+        self.ram.unwrap_or(Size::from_mib(if self.hosts == HostsChoice::Vm { 256 } else { 1024 }))
+    }
+
     /// Returns the order to move the guest.
     pub(crate) fn migrate(&self, destination: &str) -> Vec<String> {
-        let mut arguments = vec!["migrate", GUEST, destination, "--downtime-limit", &self.downtime_limit];
+        let mut arguments = vec!["migrate", GUEST, destination, "--downtime-limit", self.limit()];
         match self.mode {
             SendMode::Precopy => {}
             SendMode::Hybrid => arguments.extend(["--postcopy", "hybrid"]),

@@ -32,6 +32,8 @@ pub(crate) struct DemoReport {
     pub legs: Vec<DemoMove>,
     /// One more move in which digests were compared.
     pub proof: Option<Value>,
+    /// What each host is, if it is a system of its own.
+    pub hosts: Option<Value>,
     /// The downtime limit of the orders.
     pub limit: String,
     /// Whether the traffic between the hosts was encrypted.
@@ -117,6 +119,9 @@ impl DemoReport {
         object["guest"] = guest;
         object["digest_verified"] = json!(self.digest_verified());
         object["encrypted"] = json!(self.encrypted);
+        if let Some(hosts) = &self.hosts {
+            object["hosts"] = hosts.clone();
+        }
         if self.legs.len() > 1 {
             object["legs"] = self.legs.iter().map(DemoMove::json).collect();
         }
@@ -325,6 +330,7 @@ mod tests {
             guest: json!({}),
             legs: vec![leg],
             proof,
+            hosts: None,
             limit: "300ms".into(),
             encrypted: true,
         };
@@ -357,6 +363,7 @@ mod tests {
                 guest: json!({"kind": "linux"}),
                 legs: vec![leg],
                 proof: None,
+                hosts: None,
                 limit: "300ms".into(),
                 encrypted: true,
             }

@@ -48,6 +48,15 @@ pub(crate) fn run(options: &PackageOptions) -> Result<bool> {
     Ok(true)
 }
 
+/// Makes the package as hosts should have it, and returns where it is.
+///
+/// # Errors
+///
+/// If it cannot be made.
+pub(crate) fn make_for_release() -> Result<PathBuf> {
+    Ok(make(true, None)?.file)
+}
+
 /// Makes the package of the programs that tests have built, for tests that install it, and has lintian look at it.
 ///
 /// # Errors
