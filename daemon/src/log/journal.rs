@@ -8,6 +8,7 @@ use std::fmt::{self, Debug, Write as _};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memlane_protocol::wire::plain;
 use rustix::fs::fstat;
@@ -23,6 +24,14 @@ use tracing_subscriber::registry::LookupSpan;
 const SOCKET: &str = "/run/systemd/journal/socket";
 /// The beginning of the names of all fields but the journal's own.
 const PREFIX: &str = "MEMLANE_";
+
+/// The number of entries that the journal did not take.
+static REFUSED: AtomicU64 = AtomicU64::new(0);
+
+/// Returns how many entries the journal did not take.
+pub(super) fn refused() -> u64 {
+    REFUSED.load(Ordering::Relaxed)
+}
 
 /// Returns whether the standard error stream leads to the journal, as the service manager says in `JOURNAL_STREAM`.
 pub(super) fn is_stderr() -> bool {
@@ -49,7 +58,9 @@ impl Write for JournalSocket {
     fn write(&mut self, entry: &[u8]) -> io::Result<usize> {
         // By its path each time: a journal that was started anew has another socket there. Where it cannot be reached, nobody can be
         // told, and guests go on.
-        let _ = self.0.send_to(entry, SOCKET);
+        if self.0.send_to(entry, SOCKET).is_err() {
+            REFUSED.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(entry.len())
     }
 

@@ -36,9 +36,9 @@ pub fn begin(filter: EnvFilter) -> WorkerGuard {
     guard
 }
 
-/// Returns how many lines of the log were lost, because what reads it was too slow.
+/// Returns how many lines of the log were lost, because what reads it was too slow, or took none.
 pub fn lost_lines() -> u64 {
-    LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
+    LOST.get().map_or(0, |lost| lost.dropped_lines() as u64) + journal::refused()
 }
 
 /// Returns a writer that has a thread of its own write, and never waits.

@@ -110,7 +110,7 @@ fn apparmor(enforced: bool, conf: &str, local: &str, is_installed: bool, own_mon
         CHECK,
         format!("{LOCAL_ABSTRACTION} does not let QEMU load the shim and reach the daemon"),
         format!(
-            "{install}echo '#include <abstractions/memlane-qemu>' >> {LOCAL_ABSTRACTION}; guests have it from \
+            "{install}echo 'include if exists <abstractions/memlane-qemu>' >> {LOCAL_ABSTRACTION}; guests have it from \
              their next start on"
         ),
     )
@@ -207,7 +207,11 @@ mod tests {
     #[test]
     fn apparmor_permits_what_the_shim_needs_or_not() {
         let judge = |local, is_installed, own_monitors| apparmor(true, "", local, is_installed, own_monitors);
-        for include in ["#include <abstractions/memlane-qemu>", "include <abstractions/memlane-qemu>"] {
+        for include in [
+            "include if exists <abstractions/memlane-qemu>",
+            "#include <abstractions/memlane-qemu>",
+            "include <abstractions/memlane-qemu>",
+        ] {
             assert_eq!(judge(include, true, false).status, Status::Ok, "{include}");
         }
         assert_eq!(judge(WRITTEN, false, true).status, Status::Ok);

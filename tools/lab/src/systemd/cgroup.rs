@@ -48,9 +48,13 @@ impl Cgroup {
 /// Kills all processes of the cgroups of that name, and removes them. Errors are ignored, because this runs while something
 /// else ends; a later sweep finds what is left.
 pub(super) fn remove(name: &str) {
-    for directory in hierarchies().into_iter().map(|root| root.join(name)).filter(|found| found.exists()) {
+    let found: Vec<PathBuf> =
+        hierarchies().into_iter().map(|root| root.join(name)).filter(|found| found.exists()).collect();
+    for directory in &found {
         // Only the second version of cgroups has it; all processes are in that one, too.
         let _ = fs::write(directory.join("cgroup.kill"), "1");
+    }
+    for directory in found {
         let gone = || (remove_tree(&directory).is_ok()).then_some(());
         let _ = wait_for("the end of killed processes", LEFT, gone);
     }

@@ -34,7 +34,7 @@ echo "$3" > "$2/root/etc/hostname"
 # It would want keys of its own, and nobody comes that way.
 ln -sf /dev/null "$2/root/etc/systemd/system/ssh.service"
 exec systemd-nspawn --quiet --register=no --keep-unit --boot --capability=all --console=pipe \
-    --directory="$2/root" --machine="$3" --bind=/dev/kvm --bind=/dev/net/tun systemd.show_status=0
+    --directory="$2/root" --machine="$3" --bind=/dev/net/tun systemd.show_status=0
 "#;
 
 /// A host that systemd has started. Dropping it kills everything that runs there, and removes what was written.
@@ -187,12 +187,16 @@ impl SystemdHost {
         Ok(())
     }
 
-    /// Makes the device that udev would make.
+    /// Makes the devices that udev would make.
     fn make_devices(&self) -> Result<()> {
         let misc = fs::read_to_string("/proc/misc").context("reading /proc/misc")?;
         let number = misc.lines().find_map(|line| line.trim().strip_suffix(" userfaultfd"));
         let number = number.context("this kernel has no /dev/userfaultfd")?;
         self.run(&format!("mknod -m 0600 /dev/userfaultfd c 10 {number}"))?;
+        if Path::new("/dev/kvm").exists() {
+            // One of its own, since the group has another number on this machine.
+            self.run("mknod -m 0660 /dev/kvm c 10 232 && chgrp kvm /dev/kvm")?;
+        }
         Ok(())
     }
 }

@@ -80,6 +80,9 @@ fn make(release: bool, version: Option<&str>) -> Result<Package> {
     let target = programs.path("..");
     let target = target.canonicalize().with_context(|| format!("looking for {}", target.display()))?;
     let manual = target.join("package/manual");
+    if manual.exists() {
+        std::fs::remove_dir_all(&manual).with_context(|| format!("removing {}", manual.display()))?;
+    }
     let written =
         Command::new(programs.path(MANUAL)).arg(&manual).status().context("running memlane-manual")?;
     ensure!(written.success(), "the manual cannot be written");
