@@ -63,7 +63,15 @@ impl DaemonError {
     /// Returns the exit code of a daemon that ends so: 2 if somebody has to change something before it can start, as
     /// for a wrong configuration, else 1.
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Keys(_)) { 2 } else { 1 }
+        match self {
+            // Any other error of reading may pass.
+            Self::Keys(CredentialsError::Read { source, .. }) => match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => 2,
+                _ => 1,
+            },
+            Self::Keys(_) => 2,
+            _ => 1,
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Memlane's Debian package, as `cargo xtask package` makes it.
+//! Memlane's Debian package, as `cargo xtask package --debug` makes it for tests.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use crate::programs::target_directory;
 
 /// Returns the package that was made last, if one is there.
 pub fn package() -> Option<PathBuf> {
-    let directory = target_directory().join("package").canonicalize().ok()?;
+    let directory = target_directory().join("package/debug").canonicalize().ok()?;
     let packages = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).filter(|file| {
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("memlane_") && name.ends_with("_amd64.deb")

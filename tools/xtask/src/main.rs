@@ -62,7 +62,7 @@ enum XtaskCommand {
     /// Make a Debian package of everything that a host needs
     ///
     /// Builds the programs, strips them, and packs them with units, man pages, completions, dashboards and alert rules
-    /// into target/package; the debug symbols are a package of their own. Needs root where debhelper and lintian are not
+    /// into target/package (with --debug, target/package/debug); the debug symbols are a package of their own. Needs root where debhelper and lintian are not
     /// installed yet.
     Package(package::PackageOptions),
     /// Run whole migrations in virtual time, with everything that can go wrong, and prove that no guest is doubled or lost

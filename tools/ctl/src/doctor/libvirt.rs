@@ -121,10 +121,10 @@ fn is_rule(line: &str) -> bool {
     !line.is_empty() && (!line.starts_with('#') || line.starts_with("#include"))
 }
 
-/// Finds what a line of `/etc/libvirt/qemu.conf` sets.
+/// Finds what `/etc/libvirt/qemu.conf` sets. Of several lines about one key, libvirt takes the first.
 fn setting<'a>(conf: &'a str, key: &str) -> Option<&'a str> {
     let set = |line: &'a str| Some(line.trim().strip_prefix(key)?.trim_start().strip_prefix('=')?.trim());
-    conf.lines().rev().find_map(set)
+    conf.lines().find_map(set)
 }
 
 fn attach_users(users: &[u32], accounts: &Accounts) -> Finding {

@@ -203,25 +203,31 @@ fn congestion_control(current: &str, allowed: &str, ports: &[PortConfig]) -> Fin
 fn tcp_buffers(rmem: &str, wmem: &str, ports: &[Port<'_>]) -> Finding {
     const CHECK: &str = "tcp-buffers";
     const PAGE: &str = "for longer ways see \"Long ways\" in docs/operating.md";
-    let third = |text: &str| text.split_whitespace().nth(2).and_then(|number| number.parse::<u64>().ok());
-    let (Some(receive), Some(send)) = (third(rmem), third(wmem)) else {
+    let numbers = |text: &str| {
+        let numbers: Vec<u64> = text.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+        <[u64; 3]>::try_from(numbers).ok()
+    };
+    let (Some(rmem), Some(wmem)) = (numbers(rmem), numbers(wmem)) else {
         let found = "net.ipv4.tcp_rmem and net.ipv4.tcp_wmem cannot be read";
         return Finding::advice(CHECK, found, "sysctl net.ipv4.tcp_rmem net.ipv4.tcp_wmem");
     };
+    let (receive, send) = (rmem[2], wmem[2]);
     let found = format!("tcp_rmem {}, tcp_wmem {}", units::bytes(receive), units::bytes(send));
     let fastest = ports.iter().filter_map(Port::speed).max();
     let needed = fastest.map_or(0, |bits| bits / 8 / 1000);
     if receive.min(send) >= needed {
         return Finding::ok(CHECK, found);
     }
+    // What is large enough stays, and so do the least and the first size.
+    let remedy = [("tcp_rmem", rmem), ("tcp_wmem", wmem)].map(|(key, [least, first, largest])| {
+        let enough = needed.next_power_of_two();
+        if largest < needed { format!(" net.ipv4.{key}='{least} {first} {enough}'") } else { String::new() }
+    });
     let fastest = units::bits(fastest.unwrap_or(0) as f64);
     Finding::advice(
         CHECK,
         format!("{found}: less than {fastest} has under way in 1 ms, {}", units::bytes(needed)),
-        format!(
-            "sysctl -w net.ipv4.tcp_rmem='4096 131072 {0}' net.ipv4.tcp_wmem='4096 16384 {0}'; {PAGE}",
-            needed.next_power_of_two()
-        ),
+        format!("sysctl -w{}; {PAGE}", remedy.concat()),
     )
 }
 

@@ -79,7 +79,9 @@ fn make(release: bool, version: Option<&str>) -> Result<Package> {
     let programs = Programs::build_with(release, &[MANUAL])?;
     let target = programs.path("..");
     let target = target.canonicalize().with_context(|| format!("looking for {}", target.display()))?;
-    let manual = target.join("package/manual");
+    // Apart, so that nobody takes the one for the other.
+    let place = target.join(if release { "package" } else { "package/debug" });
+    let manual = place.join("manual");
     if manual.exists() {
         std::fs::remove_dir_all(&manual).with_context(|| format!("removing {}", manual.display()))?;
     }
@@ -88,7 +90,7 @@ fn make(release: bool, version: Option<&str>) -> Result<Package> {
     ensure!(written.success(), "the manual cannot be written");
     // The first package of that version.
     let version = version.unwrap_or(concat!(env!("CARGO_PKG_VERSION"), "-1"));
-    let stage = Stage::lay(&target.join("package"), version, &programs, &manual)?;
+    let stage = Stage::lay(&place, version, &programs, &manual)?;
     let mut build = Command::new("dpkg-buildpackage");
     // The sources are not packed, and nobody signs.
     build.args(["--build=binary", "--no-sign", "--no-check-builddeps"]).current_dir(stage.directory());
@@ -99,7 +101,7 @@ fn make(release: bool, version: Option<&str>) -> Result<Package> {
         bail!("dpkg-buildpackage ended with {}:\n{out}{errors}", output.status);
     }
     let file = |name: &str| {
-        let file = target.join("package").join(format!("{name}_{version}_amd64.deb"));
+        let file = place.join(format!("{name}_{version}_amd64.deb"));
         ensure!(file.exists(), "dpkg-buildpackage has left no {}", file.display());
         Ok(file)
     };
